@@ -1,0 +1,28 @@
+# Everything below makes .venv on first use. PYTHON=python3.12 make test chooses another interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+PROJECTS := pyproject.toml plugins/shapes/pyproject.toml plugins/example/pyproject.toml
+
+.PHONY: demo test lint bench
+
+demo: $(INSTALLED)
+	$(BIN)/latentmill run txt2img
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	@for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+$(INSTALLED): constraints.txt $(PROJECTS)
+	@echo "Installing into .venv; torch and Ray are large, so the first time takes minutes."
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+		-e '.[test,dev]' -e plugins/shapes -e plugins/example
+	@touch $@
