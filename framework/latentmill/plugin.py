@@ -1,0 +1,297 @@
+"""The contract between latentmill and its plugins: all that a plugin author imports.
+
+A plugin is a class below, subclassed, and one line in a ``pyproject.toml``::
+
+    [project.entry-points."latentmill.vaes"]
+    my_vae = "my_package:MyVAE"
+
+The class is built from the job's YAML, one keyword argument a key (``vae: {name: my_vae, tile: 64}`` calls
+``MyVAE(tile=64)``), once in the driver and once in every worker. Building must be cheap and must not touch a device: the
+driver builds plugins only to ask them what they are. ``load(device)`` is called in workers alone, before first use.
+
+Words. ``B`` is the batch axis and always comes first; a row is one sample. Time ``t`` is float64 in [0, 1]: 0 is
+clean, 1 is noise. A latent at time t is ``x = alpha(t) * x0 + sigma(t) * noise``; ``alpha`` and ``sigma`` are the noise path.
+
+Tensors that a plugin is given may lie in memory that other processes share: read them, never write into them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+__all__ = [
+    "CONTRACT",
+    "Conditioning",
+    "Denoiser",
+    "Field",
+    "Fragment",
+    "LatentSpec",
+    "NoisePath",
+    "Plugin",
+    "Prediction",
+    "Reject",
+    "RowError",
+    "Scheduler",
+    "Sink",
+    "Source",
+    "Stage",
+    "State",
+    "TextEncoder",
+    "VAE",
+]
+
+CONTRACT = 1
+"""Version of this module's promises. A plugin written for another one is refused when it is selected."""
+
+State: TypeAlias = dict[str, Tensor]
+"""What a scheduler remembers of each row between two steps: every tensor has the batch axis first."""
+
+Conditioning: TypeAlias = dict[str, Tensor]
+"""What a text encoder hands to a denoiser, by name: every tensor has the batch axis first and one shape for all rows."""
+
+Prediction: TypeAlias = Literal["epsilon", "v", "sample", "flow"]
+"""What a network predicts: the noise; ``alpha * noise - sigma * x0``; the clean sample; ``noise - x0``."""
+
+Reject: TypeAlias = Callable[[int, str], None]
+"""``reject(i, reason)``: row ``i`` of the batch ends in the error table, with the reason."""
+
+
+class RowError(ValueError):
+    """This row can't be used, and why, in one line. It ends in the error table; the job goes on."""
+
+
+class Plugin:
+    """What all plugins have in common."""
+
+    contract: ClassVar[int] = 1
+    """The version of the contract that the class was written for. Write the number, not ``CONTRACT``."""
+
+    def fingerprint(self) -> str:
+        """Identify everything outside the settings that changes results, weights above all.
+
+        Becomes part of the plan: a dataset begun with one fingerprint is not continued with another.
+        """
+        return ""
+
+    def load(self, device: torch.device) -> None:
+        """Make ready for use on ``device``. Called once in each worker, never in the driver."""
+
+
+# ---------------------------------------------------------------------------------------------------- schedulers
+
+
+class NoisePath(ABC):
+    """``alpha(t)`` and ``sigma(t)``: how much of the clean latent and how much noise is in a latent at time t."""
+
+    @abstractmethod
+    def scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """``(alpha, sigma)`` at times ``t``: float64 in [0, 1], any shape; both results have that shape.
+
+        ``sigma`` is 0 at t = 0 and grows with t; ``alpha`` may reach 0 at t = 1.
+        """
+
+    @abstractmethod
+    def time(self, ratio: Tensor) -> Tensor:
+        """The time at which ``sigma / alpha`` equals ``ratio`` (0 to infinity): the inverse that a grid over sigmas asks for."""
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """What a network trained on 1000 discrete steps is told of time ``t``."""
+        return 1000.0 * t
+
+
+class Field(ABC):
+    """What a scheduler may ask about the rows it moves. Prediction type, guidance and conditioning are hidden behind it.
+
+    Every result broadcasts against the latents ``x[B, ...]``.
+    """
+
+    @abstractmethod
+    def scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """``(alpha, sigma)`` of the noise path at times ``t[B]``, float64, shaped ``[B, 1, ...]`` to multiply with x."""
+
+    @abstractmethod
+    def clean(self, x: Tensor, t: Tensor) -> Tensor:
+        """The estimate of the clean latents x0, shaped as ``x[B, ...]``, for latents x at times ``t[B]``: one evaluation."""
+
+    @abstractmethod
+    def noise(self, t: Tensor, s: Tensor) -> Tensor:
+        """Unit normal noise shaped as x, fixed for each row by (the row's seed, t, s): asked twice, the same twice."""
+
+
+class Scheduler(Plugin, ABC):
+    """Moves latents ``x[B, ...]`` from times ``t[B]`` to earlier times ``s[B]``.
+
+    A scheduler is a value: it holds settings and nothing else. No grid, no counter, no seed, no history; what a multistep
+    solver remembers is the ``State`` that it returns. Rows at different times stand in one batch and must not touch each
+    other. (The same split as a diffrax solver's; what diffusers fuses into one class is path, grid, solver and prediction.)
+    """
+
+    evaluations: ClassVar[int] = 1
+    """Calls of ``field.clean`` in one step."""
+
+    stochastic: ClassVar[bool] = False
+    """Whether a step draws noise with its default settings."""
+
+    def init(self, field: Field, x: Tensor, t: Tensor) -> State:
+        """The state before the first step from ``x[B, ...]`` at ``t[B]``."""
+        return {}
+
+    @abstractmethod
+    def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:
+        """Latents at ``s[B] < t[B]`` and the state that the next step needs. ``s`` may be 0, where sigma is 0."""
+
+
+# -------------------------------------------------------------------------------------------------------- models
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """What a VAE's latents are; travels with stored latents, and a VAE with another spec refuses them.
+
+    Stored and travelling latents are *scaled*: ``(z - shift) * scale``, about unit variance, as a denoiser sees them
+    (``scaling_factor`` and ``shift_factor`` of diffusers' VAE configs).
+    """
+
+    channels: int
+    downscale: int
+    """Pixels of the picture per latent pixel, on each side."""
+    scale: float
+    shift: float
+    dtype: str
+    """Logical dtype of stored latents: ``float32``, ``float16`` or ``bfloat16``."""
+    fingerprint: str
+    """Hash of the weights that define the latent space."""
+
+    def shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Latent shape ``(C, H, W)`` of a picture of ``height`` x ``width`` pixels. Raises RowError if it doesn't divide."""
+        if height < 1 or width < 1 or height % self.downscale or width % self.downscale:
+            raise RowError(f"size {width}x{height} is not a multiple of {self.downscale}, as the VAE needs")
+        return self.channels, height // self.downscale, width // self.downscale
+
+
+class VAE(Plugin, ABC):
+    """Pictures to latents and back. ``latents`` here are scaled (see LatentSpec)."""
+
+    @property
+    @abstractmethod
+    def spec(self) -> LatentSpec:
+        """The latent space. Known before ``load``."""
+
+    def fingerprint(self) -> str:
+        return self.spec.fingerprint
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures ``[B, 3, H, W]``, float32 RGB in [-1, 1], to the posterior's mean ``[B, C, h, w]``, scaled."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents ``[B, C, h, w]`` to pictures ``[B, 3, H, W]`` in [-1, 1]; what lies outside is clipped later."""
+
+
+class TextEncoder(Plugin, ABC):
+    """Prompts to conditioning."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning of B prompts. ``""`` is the unconditional prompt.
+
+        Called for prompts that ``check`` has passed. Shapes behind the batch axis are the same for all prompts.
+        """
+
+    def check(self, prompt: str) -> None:
+        """Raise RowError, naming the cause, for a prompt that can't be encoded. Needs no weights."""
+
+
+class Denoiser(Plugin, ABC):
+    """The network: predicts, from noisy latents, what ``prediction`` says."""
+
+    prediction: Prediction
+    path: NoisePath
+
+    def check(self, spec: LatentSpec) -> None:
+        """Raise ValueError, saying what was expected, if the network was not trained on latents of this space."""
+
+    @abstractmethod
+    def predict(self, x: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """The prediction, shaped as latents ``x[B, C, h, w]``, at times ``t[B]`` (float64 in [0, 1]).
+
+        One evaluation; guidance calls it with rows of both conditionings in one batch.
+        """
+
+
+# ---------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A run of a source's rows that can be read on its own: a file, as a rule."""
+
+    name: str
+    """Stable, relative to the source: part of the plan."""
+    rows: int
+    fingerprint: str = ""
+    """Changes when the content does: size and modification time, an ETag, a checksum."""
+
+
+class Source(Plugin, ABC):
+    """Where rows come from."""
+
+    @abstractmethod
+    def fragments(self) -> Sequence[Fragment]:
+        """All fragments, in an order that never changes. Called once, in the driver, before anything starts."""
+
+    @abstractmethod
+    def read(self, fragment: str, start: int, stop: int) -> Iterator[Mapping[str, Any] | RowError]:
+        """Rows ``start`` to ``stop`` of a fragment, in order: exactly one item for each, a RowError for a bad one.
+
+        Keys that mean something: ``prompt``, ``negative_prompt``, ``seed``, ``steps``, ``guidance_scale``, ``width``,
+        ``height``, ``strength``, ``scheduler``; ``image``, a uint8 RGB array ``[H, W, 3]``; ``latents``, a float array
+        ``[C, h, w]`` of the space that ``latent_spec`` names. None stands for the job's value; others are left out.
+        """
+
+    def latent_spec(self) -> LatentSpec | None:
+        """The space of the latents that this source reads, or None if it reads none."""
+        return None
+
+
+class Stage(Plugin, ABC):
+    """Work on a batch on its way: a filter, an upscaler, a scorer. Put into a job by its name in ``flow``."""
+
+    @abstractmethod
+    def __call__(self, batch: pa.Table, reject: Reject) -> pa.Table | Iterable[pa.Table]:
+        """The batch's rows, changed. See ``latentmill.rows`` for the columns.
+
+        Keep ``row`` and ``row_id`` as they are; leave out the rows that were rejected, and only those: a row that
+        disappears without a reason is an error. Return several tables if rows part into several tensor shapes.
+        """
+
+
+class Sink(Plugin, ABC):
+    """How a shard is stored. When and under which name it appears is the framework's: it commits each shard once."""
+
+    suffix: ClassVar[str]
+    """Of the shard's file name, with the dot."""
+
+    @abstractmethod
+    def pack(self, batch: pa.Table) -> pa.Table:
+        """Turn tensors into what is stored (pictures into PNG bytes, say); keep the other columns. Runs in parallel."""
+
+    @abstractmethod
+    def write(self, path: str, shard: pa.Table, metadata: Mapping[str, str]) -> None:
+        """Write all packed rows of a shard, in order, and ``metadata`` into the new file ``path``, and close it."""
+
+    @abstractmethod
+    def row_ids(self, path: str) -> Sequence[str]:
+        """Read a written file back whole and list its row ids, in order. Raise if it is damaged."""
+
+    @abstractmethod
+    def metadata(self, path: str) -> Mapping[str, str]:
+        """What ``write`` was given as metadata; there may be more. A shard's error rows are in it."""

@@ -1,0 +1,129 @@
+"""What travels between the stages: a batch is a ``pa.Table`` of rows of one tensor shape.
+
+=======================  ====================================  ==================================================
+column                   type                                  from, to
+=======================  ====================================  ==================================================
+row                      int64                                 its number in the plan; read to write
+row_id                   string                                its name for ever; read to the dataset
+prompt, negative_prompt  string                                read to the dataset
+seed                     uint64                                read to the dataset: all noise of the row hangs on it
+steps                    int32                                 read to the dataset
+guidance_scale, strength float64                               read to the dataset
+scheduler                string                                read to the dataset
+width, height            int32, pixels                         read to the dataset
+image                    tensor uint8 [H, W, 3], RGB           read to encode; decode to write
+latents                  tensor [C, h, w], scaled              encode to denoise to decode or write
+source_image             tensor uint8 [H, W, 3]                encode to decode, where a job has no denoise
+psnr                     float64, dB                           decode to the dataset, where there is a source_image
+prompt:NAME              tensor, a conditioning                encode to denoise
+negative:NAME            tensor, the same of the negative      encode to denoise
+=======================  ====================================  ==================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from latentmill import tensors
+from latentmill.plugin import LatentSpec
+
+SCALARS = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("negative_prompt", pa.string(), nullable=False),
+        pa.field("seed", pa.uint64(), nullable=False),
+        pa.field("steps", pa.int32(), nullable=False),
+        pa.field("guidance_scale", pa.float64(), nullable=False),
+        pa.field("strength", pa.float64(), nullable=False),
+        pa.field("scheduler", pa.string(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+    ]
+)
+"""The columns that every batch has, from read to write."""
+
+PROMPT, NEGATIVE = "prompt:", "negative:"
+"""Prefixes of conditioning columns."""
+
+SPEC_KEY = b"latentmill.latents"
+"""Metadata key of the latent space, on the field of a ``latents`` column."""
+
+
+def from_dicts(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """A batch of the scalar columns of ``rows``."""
+    return pa.Table.from_pylist([{name: row[name] for name in SCALARS.names} for row in rows], schema=SCALARS)
+
+
+def shape_key(batch: pa.Table) -> str:
+    """Names what must agree for two batches to be stacked: the schema. Rows of one key can share a batch."""
+    text = "|".join(f"{f.name}:{f.type}:{sorted((f.metadata or {}).items())}" for f in batch.schema)
+    shape = next((f.type.shape for f in batch.schema if f.name in ("latents", "image") and tensors.is_tensor(f)), ())
+    return "x".join(map(str, shape)) + "#" + hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def concat(batches: Sequence[pa.Table]) -> pa.Table:
+    """One batch out of several of one key, each column one chunk, in the order of their row numbers."""
+    batch = batches[0] if len(batches) == 1 else pa.concat_tables(batches).combine_chunks()
+    numbers = batch.column("row").to_pylist()
+    if any(a > b for a, b in zip(numbers, numbers[1:])):
+        batch = batch.take(sorted(range(len(numbers)), key=numbers.__getitem__))
+    return batch
+
+
+def with_latents(batch: pa.Table, latents: Any, spec: LatentSpec) -> pa.Table:
+    """The batch with its ``latents`` column and, in the field's metadata, the space that they are of."""
+    batch = tensors.with_tensor(batch, "latents", latents)
+    at = batch.schema.get_field_index("latents")
+    field = batch.schema.field(at)
+    return batch.set_column(
+        at, field.with_metadata({**field.metadata, SPEC_KEY: spec_to_json(spec).encode()}), batch.column(at)
+    )
+
+
+def spec_to_json(spec: LatentSpec) -> str:
+    """The latent space as JSON, for metadata."""
+    return json.dumps(vars(spec), sort_keys=True)
+
+
+def spec_from_json(text: str | bytes) -> LatentSpec:
+    """The latent space out of metadata."""
+    return LatentSpec(**json.loads(text))
+
+
+def require_spec(batch: pa.Table, spec: LatentSpec) -> None:
+    """Raise ValueError if the batch's latents are of another space than ``spec``."""
+    metadata = batch.schema.field("latents").metadata or {}
+    found = spec_from_json(metadata[SPEC_KEY]) if SPEC_KEY in metadata else None
+    if found != spec:
+        raise ValueError(f"these latents are of the space {found}, and this VAE decodes {spec}")
+
+
+@dataclass(frozen=True)
+class FixedShape:
+    """How a deterministic job computes: every batch has ``batch_size`` slots, and a row's slot follows from its number.
+
+    What a matrix product gives for a row may depend on the batch's size and on the row's place in it, never on what
+    stands in the other places. So with both fixed a row's bits are the same alone, in company, and after a resume.
+    """
+
+    batch_size: int
+    rows_per_shard: int
+
+
+def slots(batch: pa.Table, fixed: FixedShape | None) -> tuple[Tensor, int]:
+    """Where each row stands in the computed batch, ``[B]``, and that batch's size."""
+    if fixed is None:
+        return torch.arange(len(batch)), len(batch)
+    numbers = batch.column("row").to_pylist()
+    places = torch.tensor([number % fixed.rows_per_shard % fixed.batch_size for number in numbers])
+    return places, fixed.batch_size
