@@ -1,0 +1,30 @@
+"""Noise that hangs on the row alone: the same numbers in any batch, on any worker, in any order, after any resume.
+
+Philox, a counter-based generator (Salmon et al. 2011), keyed by a hash of the row's seed and of what the noise is for.
+Drawn on the CPU, so that it is the same whatever the model runs on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def start(seed: int, shape: tuple[int, ...]) -> Tensor:
+    """The noise that a row starts from: unit normal, float32, of ``shape``."""
+    return _draw(b"start", seed, b"", shape)
+
+
+def between(seed: int, t: float, s: float, shape: tuple[int, ...]) -> Tensor:
+    """The noise of a row's step from time ``t`` to time ``s``: unit normal, float32, of ``shape``."""
+    return _draw(b"between", seed, struct.pack("<dd", t, s), shape)
+
+
+def _draw(purpose: bytes, seed: int, when: bytes, shape: tuple[int, ...]) -> Tensor:
+    digest = hashlib.blake2b(when, digest_size=16, key=struct.pack("<Q", seed), person=purpose).digest()
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))

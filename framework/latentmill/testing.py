@@ -1,0 +1,307 @@
+"""Checks that a plugin inherits: subclass a suite in a test file, name the plugin, and pytest runs them.
+
+class TestTrapezoid(SchedulerSuite):
+    scheduler = Trapezoid
+    order = 2
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from latentmill import tensors
+from latentmill.plugin import VAE, Field, NoisePath, RowError, Scheduler, State
+from latentmill.schedulers import noise
+from latentmill.schedulers.paths import VP, Flow
+
+PATHS: dict[str, Callable[[], NoisePath]] = {"VP": VP, "flow": Flow}
+"""The noise paths on which a scheduler is checked."""
+
+
+class GaussianField(Field):
+    """The exact answers for data that are Gaussian, ``x0 ~ N(mean, std²)`` in every element, for B rows of one shape."""
+
+    def __init__(
+        self, path: NoisePath, mean: Tensor, std: float, seeds: list[int], shape: tuple[int, ...] = (3,)
+    ) -> None:
+        """``mean[B]`` is each row's own, so that a row that takes another's values shows."""
+        self.path, self.std, self.seeds, self.shape = path, std, seeds, shape
+        self.mean = self._column(mean.double())
+        self.evaluations, self.draws = 0, 0
+
+    def take(self, rows: list[int]) -> GaussianField:
+        """The field of some of the rows, in that order."""
+        mean = self.mean.flatten()[rows]
+        return GaussianField(self.path, mean, self.std, [self.seeds[row] for row in rows], self.shape)
+
+    def scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self.path.scale(t)
+        return self._column(alpha), self._column(sigma)
+
+    def clean(self, x: Tensor, t: Tensor) -> Tensor:
+        """``E[x0 | x]``, of a Gaussian prior and Gaussian noise."""
+        self.evaluations += 1
+        alpha, sigma = self.scale(t)
+        gain = alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2)
+        return self.mean + gain * (x - alpha * self.mean)
+
+    def noise(self, t: Tensor, s: Tensor) -> Tensor:
+        self.draws += 1
+        drawn = [noise.between(seed, a, b, self.shape) for seed, a, b in zip(self.seeds, t.tolist(), s.tolist())]
+        return torch.stack(drawn).double()
+
+    def start(self, t: Tensor) -> Tensor:
+        """Latents at times ``t[B]``, distributed as the noised data are, fixed by each row's seed."""
+        alpha, sigma = self.scale(t)
+        drawn = torch.stack([noise.start(seed, self.shape) for seed in self.seeds]).double()
+        return alpha * self.mean + torch.sqrt(alpha**2 * self.std**2 + sigma**2) * drawn
+
+    def exact(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """Where the probability flow ODE carries ``x`` from ``t`` to ``s``: quantiles stay quantiles."""
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self.scale(t), self.scale(s)
+        spread = torch.sqrt((alpha_s**2 * self.std**2 + sigma_s**2) / (alpha_t**2 * self.std**2 + sigma_t**2))
+        return alpha_s * self.mean + spread * (x - alpha_t * self.mean)
+
+    def _column(self, values: Tensor) -> Tensor:
+        return values.reshape(-1, *(1 for _ in self.shape))
+
+
+def follow(scheduler: Scheduler, field: Field, x: Tensor, times: Tensor) -> Tensor:
+    """Carry ``x[B, ...]`` along ``times[B, n + 1]``, all rows at once."""
+    state = scheduler.init(field, x, times[:, 0])
+    for i in range(times.shape[1] - 1):
+        x, state = scheduler.step(field, x, times[:, i], times[:, i + 1], state)
+    return x
+
+
+class SchedulerSuite:
+    """What every scheduler must hold: rows that don't touch each other, state as a value, exact answers."""
+
+    scheduler: ClassVar[type[Scheduler]]
+    """The class; for other settings than its defaults, a subclass or ``functools.partial`` of it."""
+    order: ClassVar[float] = 1
+    """Order of convergence, of a deterministic scheduler."""
+
+    def test_rows_do_not_touch_each_other(self) -> None:
+        """Each row of a mixed batch, at times of its own, against the row alone."""
+        for name, path in PATHS.items():
+            field, times = _mixed(path())
+            together = follow(self.scheduler(), field, field.start(times[:, 0]), times)
+            for row in range(len(times)):
+                alone = field.take([row])
+                wanted = follow(self.scheduler(), alone, alone.start(times[row : row + 1, 0]), times[row : row + 1])
+                assert torch.allclose(together[row], wanted[0], rtol=1e-9, atol=1e-12), (
+                    f"on the {name} path row {row} came out otherwise in a batch than alone: "
+                    "a step must treat each row by its own times and state, and keep nothing in the scheduler"
+                )
+
+    def test_state_is_a_value(self) -> None:
+        """Rows saved to Arrow in the middle, read back in another order by another instance, go on as if nothing was."""
+        order = [3, 0, 2, 1]
+        field, times = _mixed(VP())
+        x = field.start(times[:, 0])
+        wanted = follow(self.scheduler(), field, x, times)
+        scheduler = self.scheduler()
+        state = scheduler.init(field, x, times[:, 0])
+        for i in range(2):
+            x, state = scheduler.step(field, x, times[:, i], times[:, i + 1], state)
+        for name, value in state.items():
+            assert value.shape[:1] == (len(times),), (
+                f"state {name!r} of shape {tuple(value.shape)}: the batch axis comes first"
+            )
+        table = tensors.with_tensor(pa.table({"row": list(range(len(times)))}), "x", x)
+        for name, value in state.items():
+            table = tensors.with_tensor(table, name, value)
+        table = table.take(order)
+        restored: State = {
+            name: tensors.from_arrow(table, name).clone().reshape(len(order), *value.shape[1:])
+            for name, value in state.items()
+        }
+        x, field, times, scheduler = (
+            tensors.from_arrow(table, "x").clone(),
+            field.take(order),
+            times[order],
+            self.scheduler(),
+        )
+        for i in range(2, times.shape[1] - 1):
+            x, restored = scheduler.step(field, x, times[:, i], times[:, i + 1], restored)
+        assert torch.equal(x, wanted[order]), (
+            "rows that were saved after two steps and resumed elsewhere came out otherwise: "
+            "everything that a step remembers must be in the state that it returns"
+        )
+
+    def test_both_ends_are_finite(self) -> None:
+        """From pure noise to clean, in one step and in five."""
+        for name, path in PATHS.items():
+            for steps in (1, 2, 5):
+                times = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64).repeat(2, 1)
+                field = GaussianField(path(), torch.tensor([0.5, -2.0]), 0.3, [1, 2])
+                x = follow(self.scheduler(), field, field.start(times[:, 0]), times)
+                assert bool(x.isfinite().all()), (
+                    f"not finite after {steps} steps from t = 1 to t = 0 on the {name} path: "
+                    "alpha may be 0 at t = 1, and sigma is 0 at t = 0"
+                )
+
+    def test_a_point_is_reached(self) -> None:
+        """Data that are one point have one clean estimate, and every solver must end there."""
+        for name, path in PATHS.items():
+            times = torch.linspace(1.0, 0.0, 9, dtype=torch.float64).repeat(2, 1)
+            field = GaussianField(path(), torch.tensor([0.5, -2.0]), 0.0, [1, 2])
+            x = follow(self.scheduler(), field, field.start(times[:, 0]), times)
+            assert torch.allclose(x, field.mean.expand_as(x), rtol=1e-9, atol=1e-9), (
+                f"data that are the one point {field.mean.flatten().tolist()} came out as {x[:, 0].tolist()} on the {name} path"
+            )
+
+    def test_the_distribution_is_reached(self) -> None:
+        """Deterministic: the measured order of convergence. Stochastic: mean and variance of 40,000 samples."""
+        for name, path in PATHS.items():
+            if self.scheduler().stochastic:
+                check_moments(self.scheduler(), path(), name)
+            else:
+                measured = measure_order(self.scheduler(), path())
+                assert measured >= self.order - 0.15, (
+                    f"order {measured:.2f} on the {name} path, where {self.order} was promised: a coefficient is wrong"
+                )
+
+    def test_it_is_what_it_says(self) -> None:
+        """``evaluations`` counts the calls of ``field.clean``, ``stochastic`` says whether noise is drawn."""
+        scheduler, path = self.scheduler(), VP()
+        times = torch.linspace(0.9, 0.5, 6, dtype=torch.float64).repeat(2, 1)
+        field = GaussianField(path, torch.tensor([0.5, -2.0]), 0.3, [1, 2])
+        x = field.start(times[:, 0])
+        state = scheduler.init(field, x, times[:, 0])
+        for i in range(4):
+            x, state = scheduler.step(field, x, times[:, i], times[:, i + 1], state)
+        field.evaluations = field.draws = 0
+        scheduler.step(field, x, times[:, 4], times[:, 5], state)
+        assert field.evaluations == scheduler.evaluations, (
+            f"a step called field.clean {field.evaluations} times, and `evaluations` says {scheduler.evaluations}"
+        )
+        assert bool(field.draws) == scheduler.stochastic, (
+            f"a step drew noise {field.draws} times, and `stochastic` says {scheduler.stochastic}"
+        )
+
+
+def measure_order(scheduler: Scheduler, path: NoisePath, steps: tuple[int, int] = (40, 80)) -> float:
+    """The order of convergence on Gaussian data, in float64: how the error shrinks when the steps are doubled.
+
+    Steps are equal in lambda = log(alpha / sigma), between times 0.7 and 0.3: nearer the ends errors of different sign
+    cancel, and what is measured at a few steps is chance.
+    """
+    field = GaussianField(path, torch.tensor([0.7]), 0.5, [3], (64,))
+    ends = torch.tensor([0.7, 0.3], dtype=torch.float64)
+    alpha, sigma = path.scale(ends)
+    first, last = torch.log(sigma / alpha).tolist()
+    errors = []
+    for count in steps:
+        ratios = torch.exp(torch.linspace(first, last, count + 1, dtype=torch.float64))
+        times = path.time(ratios)[None]
+        x = field.start(times[:, 0])
+        error = follow(scheduler, field, x, times) - field.exact(x, times[:, 0], times[:, -1])
+        errors.append(float(error.square().mean().sqrt()))
+    return math.log(errors[0] / errors[1]) / math.log(steps[1] / steps[0])
+
+
+def check_moments(scheduler: Scheduler, path: NoisePath, name: str, samples: int = 40_000, steps: int = 1000) -> None:
+    """Fail unless mean and variance of Gaussian data are reached within four standard errors."""
+    mean, std = 0.7, 0.5
+    field = GaussianField(path, torch.tensor([mean]), std, [5], (samples,))
+    # Equal steps in lambda. Stochastic solvers are of first order: at 1000 steps their bias is a third of what is allowed.
+    ends = torch.tensor([0.995, 0.005], dtype=torch.float64)
+    alpha, sigma = path.scale(ends)
+    first, last = torch.log(sigma / alpha).tolist()
+    inner = path.time(torch.exp(torch.linspace(first, last, steps, dtype=torch.float64)))
+    times = torch.cat([inner, torch.zeros(1, dtype=torch.float64)])[None]
+    x = follow(scheduler, field, field.start(times[:, 0]), times)
+    found_mean, found_variance = float(x.mean()), float(x.var())
+    mean_error, variance_error = std / math.sqrt(samples), std**2 * math.sqrt(2 / samples)
+    assert abs(found_mean - mean) <= 4 * mean_error, (
+        f"mean {found_mean:.4f} on the {name} path, where the data's is {mean} +- {mean_error:.4f}"
+    )
+    assert abs(found_variance - std**2) <= 4 * variance_error, (
+        f"variance {found_variance:.4f} on the {name} path, where the data's is {std**2} +- {variance_error:.4f}"
+    )
+
+
+def _mixed(path: NoisePath) -> tuple[GaussianField, Tensor]:
+    """Four rows with their own means, seeds and times ``[4, 7]``; the first two end clean, the last two on the way."""
+    ends = [(1.0, 0.0), (0.6, 0.0), (0.9, 0.2), (0.3, 0.1)]
+    times = torch.stack([torch.linspace(first, last, 7, dtype=torch.float64) for first, last in ends])
+    return GaussianField(path, torch.tensor([0.5, -2.0, 3.0, 0.0]), 0.3, [11, 12, 13, 14]), times
+
+
+class VAESuite:
+    """What every VAE must hold. Runs on the CPU."""
+
+    vae: ClassVar[type[VAE]]
+    """The class; for other settings than its defaults, a subclass or ``functools.partial`` of it."""
+    size: ClassVar[tuple[int, int]] = (64, 64)
+    """Height and width of the pictures it is tried on, in pixels."""
+    min_psnr: ClassVar[float] = 20.0
+    """What a smooth picture must come back with, in dB."""
+
+    def test_the_space_is_known_before_loading_and_is_the_same_everywhere(self) -> None:
+        """The driver asks for the spec, and never loads."""
+        first, second = self.vae(), self.vae()
+        spec = first.spec
+        assert spec == second.spec, f"two instances are of different spaces: {spec} and {second.spec}"
+        first.load(torch.device("cpu"))
+        assert first.spec == spec, f"loading changed the space from {spec} to {first.spec}"
+        assert spec.fingerprint, "the spec needs a fingerprint, so that other weights' latents can be refused"
+
+    def test_shapes_are_what_the_spec_says(self) -> None:
+        """``encode`` gives what ``spec.shape`` says, ``decode`` the picture's shape, both finite."""
+        vae, pictures = self._loaded()
+        latents = vae.encode(pictures)
+        wanted = (len(pictures), *vae.spec.shape(*self.size))
+        assert tuple(latents.shape) == wanted, f"latents of shape {tuple(latents.shape)}, and the spec says {wanted}"
+        decoded = vae.decode(latents)
+        assert decoded.shape == pictures.shape, f"pictures of shape {tuple(decoded.shape)} from {tuple(pictures.shape)}"
+        assert bool(latents.isfinite().all() and decoded.isfinite().all()), "latents or pictures are not finite"
+        try:
+            vae.spec.shape(self.size[0] * vae.spec.downscale + 1, self.size[1])
+        except RowError:
+            return
+        assert vae.spec.downscale == 1, "a size that isn't a multiple of downscale must raise RowError"
+
+    def test_pictures_come_back(self) -> None:
+        """And what was handed in is not written into."""
+        vae, pictures = self._loaded()
+        before = pictures.clone()
+        latents = vae.encode(pictures)
+        kept = latents.clone()
+        error = float((vae.decode(latents).clamp(-1, 1) - pictures).square().mean())
+        psnr = 10 * math.log10(4 / max(error, 1e-12))
+        assert psnr >= self.min_psnr, (
+            f"{psnr:.1f} dB after encode and decode, {self.min_psnr} expected: scale or shift?"
+        )
+        assert torch.equal(pictures, before) and torch.equal(latents, kept), "an input was written into"
+
+    def test_rows_do_not_touch_each_other(self) -> None:
+        """A picture's latent is the same alone as in company."""
+        vae, pictures = self._loaded()
+        together = vae.encode(pictures)
+        decoded = vae.decode(together)
+        for row in range(len(pictures)):
+            alone = vae.encode(pictures[row : row + 1])
+            assert torch.allclose(alone[0], together[row], rtol=1e-3, atol=1e-4), (
+                f"encode: row {row} depends on its company"
+            )
+            alone = vae.decode(together[row : row + 1])
+            assert torch.allclose(alone[0], decoded[row], rtol=1e-3, atol=1e-4), (
+                f"decode: row {row} depends on its company"
+            )
+
+    def _loaded(self) -> tuple[VAE, Tensor]:
+        vae = self.vae()
+        vae.load(torch.device("cpu"))
+        height, width = self.size
+        y, x = torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)[None, :]
+        colours = [torch.stack([x + 0 * y, 0 * x + y, x * y]) * gain for gain in (0.8, -0.6, 0.3)]
+        return vae, torch.stack(colours).contiguous()

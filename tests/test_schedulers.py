@@ -1,0 +1,195 @@
+"""Solvers, paths, grids and noise, against numbers that were not computed by them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from latentmill.schedulers import grids, noise
+from latentmill.schedulers.dpmpp import DPMpp2M
+from latentmill.schedulers.euler import Euler, EulerAncestral
+from latentmill.schedulers.paths import VP, Flow
+from latentmill.testing import GaussianField, SchedulerSuite, follow, measure_order
+
+
+class TestEuler(SchedulerSuite):
+    scheduler = Euler
+    order = 1
+
+
+class TestEulerAncestral(SchedulerSuite):
+    scheduler = EulerAncestral
+
+
+class TestDPMpp2M(SchedulerSuite):
+    scheduler = DPMpp2M
+    order = 2
+
+
+def double(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# ---------------------------------------------------------------------------------------------------------- solvers
+
+
+def test_ddim_is_euler_on_a_variance_preserving_path():
+    """Eq. 12 of Song et al. 2021, written out with alpha bar, eta 0.5."""
+    path, t, s, eta = VP(), double(0.8), double(0.6), 0.5
+    field = GaussianField(path, double(0.7), 0.5, [3])
+    x = field.start(t)
+    bar_t, bar_s = float(path.scale(t)[0] ** 2), float(path.scale(s)[0] ** 2)
+    x0 = field.clean(x, t)
+    eps = (x - math.sqrt(bar_t) * x0) / math.sqrt(1 - bar_t)
+    up = eta * math.sqrt((1 - bar_s) / (1 - bar_t)) * math.sqrt(1 - bar_t / bar_s)
+    wanted = math.sqrt(bar_s) * x0 + math.sqrt(1 - bar_s - up**2) * eps + up * field.noise(t, s)
+    moved, _ = Euler(eta=eta).step(field, x, t, s, {})
+    torch.testing.assert_close(moved, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_dpmpp_2m_is_algorithm_2():
+    """Two steps of Lu et al. 2022 in their own notation."""
+    path = VP()
+    times = double(0.9, 0.7, 0.4)
+    field = GaussianField(path, double(0.7), 0.5, [3])
+    x = first = field.start(times[:1])
+    (a0, a1, a2), (s0, s1, s2) = (v.tolist() for v in path.scale(times))
+    l0, l1, l2 = (math.log(a / s) for a, s in ((a0, s0), (a1, s1), (a2, s2)))
+    d0 = field.clean(x, times[:1])
+    x = s1 / s0 * x - a1 * math.expm1(-(l1 - l0)) * d0
+    d1, r = field.clean(x, times[1:2]), (l1 - l0) / (l2 - l1)
+    x = s2 / s1 * x - a2 * math.expm1(-(l2 - l1)) * ((1 + 1 / (2 * r)) * d1 - 1 / (2 * r) * d0)
+    torch.testing.assert_close(follow(DPMpp2M(), field, first, times[None]), x, rtol=1e-12, atol=1e-12)
+
+
+def test_second_order_is_second_and_first_is_first():
+    for path in (VP(), Flow()):
+        assert measure_order(Euler(), path) == pytest.approx(1.0, abs=0.1)
+        assert measure_order(DPMpp2M(), path) > 1.8
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan"), True, "1"])
+def test_an_eta_that_is_none_is_refused(eta):
+    with pytest.raises(ValueError, match="eta must be from 0 to 1"):
+        Euler(eta=eta)
+
+
+# ------------------------------------------------------------------------------------------------------------ paths
+
+
+def test_vp_is_stable_diffusion_s():
+    path = VP()
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    alpha_bar = np.cumprod(1 - betas)
+    alpha, sigma = path.scale(torch.arange(1, 1001, dtype=torch.float64) / 1000)
+    np.testing.assert_allclose(alpha**2, alpha_bar, rtol=1e-12)
+    np.testing.assert_allclose(sigma**2, 1 - alpha_bar, rtol=1e-9)
+    # The largest and smallest sigma in units of alpha, as everybody quotes them.
+    assert float((sigma / alpha)[-1]) == pytest.approx(14.6146, abs=1e-4)
+    assert float((sigma / alpha)[0]) == pytest.approx(0.0292, abs=1e-4)
+    assert path.timestep(double(1.0, 0.001)).tolist() == pytest.approx([999.0, 0.0], abs=1e-9)
+
+
+@pytest.mark.parametrize("path", [VP(), VP(betas="linear", beta_start=1e-4, beta_end=0.02), Flow()])
+def test_time_is_the_inverse_of_the_ratio(path):
+    t = torch.linspace(0, 1, 777, dtype=torch.float64)[1:-1]
+    alpha, sigma = path.scale(t)
+    torch.testing.assert_close(path.time(sigma / alpha), t, rtol=1e-9, atol=1e-12)
+    assert path.scale(double(0.0))[1].tolist() == [0.0] and path.scale(double(0.0))[0].tolist() == [1.0]
+    assert path.time(double(0.0, math.inf)).tolist() == [0.0, 1.0]
+
+
+def test_unknown_betas_are_refused():
+    with pytest.raises(ValueError, match="betas must be"):
+        VP(betas="cosinee")
+
+
+# ------------------------------------------------------------------------------------------------------------ grids
+
+
+def timesteps(grid, steps, strength=1.0):
+    path = VP()
+    times = grids.times(grid, path, steps, strength)
+    assert times[-1] == 0.0 and bool((times.diff() < 0).all()) and times.dtype == torch.float64
+    return [round(k, 6) for k in path.timestep(times[:-1]).tolist()]
+
+
+def test_spacings_are_diffusers_():
+    """``timesteps`` of DDIMScheduler(timestep_spacing=...) with Stable Diffusion's settings, and steps_offset 1."""
+    assert timesteps("trailing", 5) == [999, 799, 599, 399, 199]
+    assert timesteps("trailing", 7) == [999, 856, 713, 570, 428, 285, 142]
+    assert timesteps("leading", 5) == [801, 601, 401, 201, 1]
+    assert timesteps({"name": "leading", "offset": 0}, 7) == [852, 710, 568, 426, 284, 142, 0]
+    assert timesteps("linspace", 4) == [999, 666, 333, 0]
+
+
+def test_karras_is_the_formula():
+    path, steps = VP(), 6
+    high, low = 14.614641229333639, 0.029167533673379
+    wanted = [(high ** (1 / 7) + i / (steps - 1) * (low ** (1 / 7) - high ** (1 / 7))) ** 7 for i in range(steps)]
+    alpha, sigma = path.scale(grids.times("karras", path, steps)[:-1])
+    np.testing.assert_allclose((sigma / alpha).numpy(), wanted, rtol=1e-4)
+    flow = grids.times({"name": "karras", "sigma_min": 0.01, "rho": 3}, Flow(), 3)
+    np.testing.assert_allclose(flow, [1.0, ((1 + 0.01 ** (1 / 3)) / 2) ** 3, 0.01, 0.0], rtol=1e-12)
+
+
+def test_strength_keeps_the_last_steps():
+    assert timesteps("trailing", 5, strength=0.6) == [599, 399, 199]
+    assert timesteps("trailing", 5, strength=0.1) == [199], "some strength is some step"
+    assert grids.times("trailing", VP(), 5, strength=0.0).tolist() == [0.0]
+
+
+def test_flow_times_are_not_rounded():
+    assert grids.times("trailing", Flow(), 3).tolist() == pytest.approx([1, 2 / 3, 1 / 3, 0], abs=1e-15)
+
+
+@pytest.mark.parametrize("grid", ["trailing", "leading", "linspace", "karras"])
+@pytest.mark.parametrize("path", [VP(), Flow()])
+@pytest.mark.parametrize("steps", [1, 2, 999, 1000])
+def test_every_grid_descends_for_any_number_of_steps(grid, path, steps):
+    times = grids.times(grid, path, steps)
+    assert len(times) == steps + 1 and bool((times.diff() < 0).all()) and 0 < times[0] <= 1
+
+
+@pytest.mark.parametrize(
+    ("grid", "said"),
+    [
+        ("karass", r"no grid 'karass' \(did you mean 'karras'\?\); there are trailing"),
+        ({"name": "karras", "roh": 7}, r"no setting 'roh' \(did you mean 'rho'\?\)"),
+        ({"name": "karras", "rho": "x"}, "rho must be a number"),
+        ({"rho": 7}, "there is no grid 'None'"),
+    ],
+)
+def test_a_wrong_grid_is_refused(grid, said):
+    with pytest.raises(ValueError, match=said):
+        grids.resolve(grid)
+
+
+def test_karras_sigmas_must_be_in_order():
+    with pytest.raises(ValueError, match="0 < sigma_min < sigma_max"):
+        grids.times({"name": "karras", "sigma_min": 20.0}, VP(), 5)
+
+
+# ------------------------------------------------------------------------------------------------------------ noise
+
+
+def test_noise_is_pinned():
+    """A change here changes every dataset that was ever begun."""
+    np.testing.assert_allclose(noise.start(7, (4,)), [-0.8454878, -0.4546587, -0.6130754, -0.3023468], rtol=1e-6)
+    np.testing.assert_allclose(
+        noise.between(7, 0.5, 0.25, (4,)), [-0.9292151, -0.9760167, -0.0593633, 0.2673389], rtol=1e-6
+    )
+
+
+def test_noise_hangs_on_seed_and_times_and_on_nothing_else():
+    shape = (4, 8, 8)
+    assert torch.equal(noise.between(1, 0.5, 0.4, shape), noise.between(1, 0.5, 0.4, shape))
+    draws = [
+        noise.start(1, shape), noise.start(2, shape), noise.start(2**64 - 1, shape), noise.between(1, 0.5, 0.4, shape),
+        noise.between(1, 0.5, 0.3, shape), noise.between(1, 0.4, 0.5, shape), noise.between(2, 0.5, 0.4, shape),
+    ]  # fmt: skip
+    flat = torch.stack(draws).flatten(1)
+    assert float((torch.corrcoef(flat) - torch.eye(len(draws))).abs().max()) < 0.3  # 256 numbers: 1/16 is one sigma
+    many = noise.start(3, (100_000,)).double()
+    assert abs(float(many.mean())) < 4 / math.sqrt(1e5) and abs(float(many.var()) - 1) < 4 * math.sqrt(2 / 1e5)
