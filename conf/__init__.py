@@ -1,0 +1,1 @@
+"""Hydra config groups of the framework; installed as ``latentmill.conf``."""

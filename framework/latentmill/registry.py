@@ -1,0 +1,226 @@
+"""Plugins by name, through entry points. Listing imports nothing; only a chosen plugin is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import subprocess
+import sys
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from packaging.utils import canonicalize_name
+
+from latentmill.plugin import (
+    CONTRACT,
+    VAE,
+    Denoiser,
+    Plugin,
+    Scheduler,
+    Sink,
+    Source,
+    Stage,
+    TextEncoder,
+)
+
+KINDS: dict[str, type[Plugin]] = {
+    "scheduler": Scheduler,
+    "vae": VAE,
+    "denoiser": Denoiser,
+    "text_encoder": TextEncoder,
+    "stage": Stage,
+    "source": Source,
+    "sink": Sink,
+}
+"""What can be chosen. The entry-point group of a kind is ``latentmill.<kind>s``."""
+
+CONF_GROUP = "latentmill.conf"
+"""Entry points whose value is a package of Hydra config (``my_package.conf``)."""
+
+
+class PluginError(ValueError):
+    """A plugin can't be used; one line that names it, its distribution and the cause."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A plugin as its distribution's metadata describe it."""
+
+    group: str
+    name: str
+    distribution: str
+    version: str
+    state: str
+    """``ok``, or what is wrong."""
+    entry_point: EntryPoint
+
+    def __str__(self) -> str:
+        return f"{self.distribution}:{self.name} ({self.distribution} {self.version})"
+
+
+def group(kind: str) -> str:
+    """The entry-point group of a kind."""
+    return f"latentmill.{kind}s"
+
+
+def entries(kind: str | None = None) -> list[Entry]:
+    """All installed plugins, or those of a kind. Imports none of them."""
+    found = _scan(tuple(sys.path))
+    return [entry for entry in found if kind is None or entry.group == group(kind)]
+
+
+@cache
+def _scan(path: tuple[str, ...]) -> list[Entry]:
+    found = []
+    for name in (*map(group, KINDS), CONF_GROUP):
+        # Entry points are equal even if their distributions aren't, so they are told apart by both.
+        points = {(p.name, p.dist.name if p.dist else ""): p for p in entry_points(group=name)}
+        for point in (points[key] for key in sorted(points)):
+            distribution, version = (point.dist.name, point.dist.version) if point.dist else ("unknown", "unknown")
+            found.append(Entry(name, point.name, distribution, version, "ok", point))
+    return found
+
+
+def find(kind: str, name: str) -> Entry:
+    """The plugin that ``name`` or ``distribution:name`` chooses. Raises PluginError if that isn't exactly one."""
+    distribution, _, short = name.rpartition(":")
+    there = entries(kind)
+    found = [
+        entry
+        for entry in there
+        if entry.name == short
+        and (not distribution or canonicalize_name(entry.distribution) == canonicalize_name(distribution))
+    ]
+    if not found:
+        names = sorted({entry.name for entry in there})
+        raise PluginError(
+            f"no {kind} plugin {name!r} is installed{near(short, names)}; there are: {', '.join(names) or 'none'}"
+        )
+    if len(found) > 1:
+        both = " and ".join(f"{entry.distribution} {entry.version}" for entry in found)
+        choices = " or ".join(f"{entry.distribution}:{entry.name}" for entry in found)
+        raise PluginError(f"{kind} {name!r} is in {both}: write {choices}")
+    return found[0]
+
+
+def load(kind: str, name: str) -> type[Plugin]:
+    """Import the chosen plugin's class. Raises PluginError with distribution, version and cause if that fails."""
+    entry = find(kind, name)
+    who = f"{kind} {name!r} of {entry.distribution} {entry.version}"
+    try:
+        found = entry.entry_point.load()
+    except (Exception, SystemExit) as error:  # whatever a stranger's module raises
+        said = str(error).splitlines()[0] if str(error) else ""
+        raise PluginError(f"{who} can't be imported: {type(error).__name__}: {said}") from error
+    expected = KINDS[kind]
+    if not (isinstance(found, type) and issubclass(found, expected)):
+        raise PluginError(f"{who}: {entry.entry_point.value} is no subclass of latentmill.plugin.{expected.__name__}")
+    if found.contract != CONTRACT:
+        raise PluginError(f"{who} was written for contract {found.contract}, and this latentmill has {CONTRACT}")
+    return found
+
+
+def build(kind: str, choice: Mapping[str, Any]) -> Any:
+    """Build ``{"name": ..., setting: ...}``. Raises PluginError for a wrong name, setting, type or value."""
+    settings = dict(choice)
+    name = str(settings.pop("name"))
+    plugin = load(kind, name)
+    if inspect.isabstract(plugin):
+        missing = ", ".join(sorted(getattr(plugin, "__abstractmethods__", ())))
+        raise PluginError(f"{kind} {name!r} is not complete: it lacks {missing}")
+    _check(f"{kind} {name}", plugin, settings)
+    try:
+        return plugin(**settings)
+    except (ValueError, TypeError, OSError) as error:
+        said = " ".join(str(error).split())  # a stranger's message may have many lines
+        raise PluginError(f"{kind} {name}: {said}") from error
+
+
+def provenance(kind: str, name: str) -> dict[str, str]:
+    """``distribution`` and ``version`` of a plugin, for the plan."""
+    entry = find(kind, name)
+    return {"distribution": entry.distribution, "version": entry.version}
+
+
+def _check(who: str, plugin: type[Plugin], settings: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(plugin).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        known = [n for n, p in parameters.items() if p.kind is not p.VAR_POSITIONAL]
+        for key in settings:
+            if key not in known:
+                raise PluginError(
+                    f"{who} has no setting {key!r}{near(key, known)}; it has: {', '.join(known) or 'none'}"
+                )
+    for key, parameter in parameters.items():
+        required = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        if required and settings.get(key) is None:
+            raise PluginError(f"{who} needs a value for {key!r}")
+    try:
+        hints = typing.get_type_hints(plugin.__init__)
+    except Exception:  # annotations that can't be evaluated say nothing
+        return
+    for key, value in settings.items():
+        hint = hints.get(key)
+        wrong = isinstance(hint, type) and not isinstance(value, hint)
+        if hint in (int, float):
+            wrong = isinstance(value, bool) or not isinstance(value, (int, float) if hint is float else int)
+        if wrong and hint in (bool, int, float, str):
+            raise PluginError(f"{who}: {key} must be {hint.__name__}, not {value!r}")
+
+
+def near(name: str, names: typing.Iterable[str]) -> str:
+    """`` (did you mean ...?)``, if one of the names is like ``name``."""
+    found = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+# ------------------------------------------------------------------------------------------------------- the list
+
+
+def examine() -> list[Entry]:
+    """All plugins with their state: each is imported once, in a process of its own that may do what it likes."""
+    listed = entries()
+    # Its path is ours: it would list other plugins otherwise, those of the folder it starts in among them.
+    code = f"import sys; sys.path[:] = {sys.path!r}; from latentmill import registry; registry._report()"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, errors="replace")
+    states = dict(enumerate(_told(told.stdout)))
+    return [
+        replace(entry, state=states.get(at, "not examined: importing a plugin ended the process"))
+        for at, entry in enumerate(listed)
+    ]
+
+
+def _told(text: str) -> Iterator[str]:
+    for line in text.splitlines():  # a plugin may print when it is imported
+        if line.startswith(_MARK):
+            yield json.loads(line.removeprefix(_MARK))
+
+
+_MARK = "\0latentmill:"  # which no plugin prints
+
+
+def _report() -> None:
+    for entry in entries():
+        print("\n" + _MARK + json.dumps(_state(entry)), flush=True)
+
+
+def _state(entry: Entry) -> str:
+    kind = entry.group.removeprefix("latentmill.").removesuffix("s")
+    if kind not in KINDS:
+        try:
+            __import__(entry.entry_point.value)
+        except (Exception, SystemExit) as error:
+            said = " ".join(str(error).split())
+            return f"can't be imported: {type(error).__name__}: {said}"
+        return "ok"
+    try:
+        load(kind, f"{entry.distribution}:{entry.name}")
+    except PluginError as error:
+        return str(error)
+    others = [other for other in entries(kind) if other.name == entry.name and other != entry]
+    return f"ok; the name is taken twice, choose {entry.distribution}:{entry.name}" if others else "ok"

@@ -1,0 +1,1 @@
+"""Jobs that run as they are; installed as ``latentmill.jobs``."""
