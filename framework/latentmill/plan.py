@@ -1,0 +1,275 @@
+"""What a job means: which rows there are, how they part into shards, and a hash that says it all.
+
+Rows are numbered by arithmetic: ``row = source_row * samples_per_row + sample``; shard k holds the rows from
+``k * rows_per_shard``. So nothing grows with the number of rows, and every driver that reads the plan knows every shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from latentmill import registry, storage
+from latentmill.job import Job
+from latentmill.plugin import (
+    VAE,
+    Denoiser,
+    Fragment,
+    LatentSpec,
+    Plugin,
+    RowError,
+    Scheduler,
+    Sink,
+    Source,
+    TextEncoder,
+)
+from latentmill.schedulers import grids
+
+
+class PlanError(ValueError):
+    """The job can't be planned, or contradicts the dataset that is there; one line for people."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job's identity: whatever would change one row of the dataset is in it, and nothing else."""
+
+    name: str
+    config: Mapping[str, Any]
+    """The part of the job's config that means something: no replicas, no addresses, no output folder."""
+    plugins: Mapping[str, Any]
+    """For each kind: name, distribution, version, fingerprint."""
+    fragments: Sequence[Fragment]
+    samples_per_row: int
+    rows_per_shard: int
+    seed: int
+    spec: LatentSpec | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows planned."""
+        return self._ends[-1] * self.samples_per_row if self.fragments else 0
+
+    @property
+    def shards(self) -> int:
+        """Shards planned."""
+        return -(-self.rows // self.rows_per_shard)
+
+    def shard_rows(self, shard: int) -> range:
+        """The row numbers of a shard."""
+        start = shard * self.rows_per_shard
+        return range(start, min(start + self.rows_per_shard, self.rows))
+
+    def locate(self, row: int) -> tuple[str, int, int]:
+        """Where a row comes from: the fragment's name, the source row's index in it, and which sample of it."""
+        source_row, sample = divmod(row, self.samples_per_row)
+        at = bisect_right(self._ends, source_row)
+        return self.fragments[at].name, source_row - (self._ends[at - 1] if at else 0), sample
+
+    def row_id(self, row: int) -> str:
+        """A row's name for ever; safe as a file name."""
+        source_row, sample = divmod(row, self.samples_per_row)
+        return f"{source_row:09d}-{sample:03d}"
+
+    def row_seed(self, row: int) -> int:
+        """The seed of a row that brings none: 63 bits of a hash of the job's seed and the row's id."""
+        digest = hashlib.blake2b(f"{self.seed}/{self.row_id(row)}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") >> 1
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(fragment.rows for fragment in self.fragments))
+
+    @cached_property
+    def hash(self) -> str:
+        """32 hex digits over everything but the name."""
+        text = json.dumps({key: value for key, value in self._content().items() if key != "name"}, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def to_json(self) -> str:
+        """The text of ``plan.json``."""
+        totals = {"hash": self.hash, "rows": self.rows, "shards": self.shards}
+        return json.dumps({**totals, **self._content()}, indent=1) + "\n"
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "config": self.config,
+            "plugins": self.plugins,
+            "samples_per_row": self.samples_per_row,
+            "rows_per_shard": self.rows_per_shard,
+            "seed": self.seed,
+            "latents": vars(self.spec) if self.spec else None,
+            "fragments": [[f.name, f.rows, f.fingerprint] for f in self.fragments],
+        }
+
+
+@dataclass
+class Parts:
+    """The plugins of a job, built and not yet loaded."""
+
+    source: Source
+    sink: Sink
+    vae: VAE | None = None
+    text_encoder: TextEncoder | None = None
+    denoiser: Denoiser | None = None
+    schedulers: dict[str, Scheduler] = field(default_factory=dict)
+
+    def scheduler(self, name: str) -> Scheduler:
+        """A scheduler by name: the job's with the job's settings, a row's own with its defaults."""
+        if name not in self.schedulers:
+            try:
+                self.schedulers[name] = registry.build("scheduler", {"name": name})
+            except registry.PluginError as error:
+                raise RowError(str(error)) from error
+        return self.schedulers[name]
+
+
+def parts(job: Job) -> Parts:
+    """Build what the job's flow needs, and check that the pieces fit together. Loads no weights onto a device."""
+    built = Parts(source=_build(job, "source"), sink=_build(job, "sink"))
+    if job.vae and set(job.flow) & {"encode", "denoise", "decode"}:
+        built.vae = _build(job, "vae")
+    if "denoise" in job.flow:
+        for kind in ("vae", "denoiser", "text_encoder", "scheduler"):
+            if not getattr(job, kind):
+                raise PlanError(f"{job.name}: denoise is in the flow, so the job needs {kind}.name")
+        built.denoiser = _build(job, "denoiser")
+        built.text_encoder = _build(job, "text_encoder")
+        assert job.scheduler is not None
+        settings = {key: value for key, value in job.scheduler.items() if key != "grid"}
+        built.schedulers[job.scheduler["name"]] = registry.build("scheduler", settings)
+        assert built.vae is not None and built.denoiser is not None
+        try:
+            built.denoiser.check(built.vae.spec)
+        except ValueError as error:
+            raise PlanError(f"denoiser {job.denoiser['name']} and VAE {job.vae['name']} don't fit: {error}") from error  # type: ignore[index]
+        try:
+            grids.times(job.scheduler.get("grid", "trailing"), built.denoiser.path, job.sampling.steps)
+        except ValueError as error:
+            raise PlanError(f"{job.name}: scheduler.grid: {error}") from error
+    elif set(job.flow) & {"encode", "decode"} and built.vae is None:
+        raise PlanError(
+            f"{job.name}: {'encode' if 'encode' in job.flow else 'decode'} is in the flow, so it needs vae.name"
+        )
+    try:
+        stored = built.source.latent_spec()
+    except (ValueError, OSError) as error:
+        raise PlanError(f"source {job.source['name']}: {error}") from error
+    if stored is not None and built.vae is not None and stored != built.vae.spec:
+        ours = built.vae.spec
+        wrong = ", ".join(f"{k} {v!r} and not {vars(ours)[k]!r}" for k, v in vars(stored).items() if v != vars(ours)[k])
+        raise PlanError(f"the source's latents are of another space than VAE {job.vae['name']}'s: {wrong}")  # type: ignore[index]
+    if job.flow[1] == "decode" and stored is None:
+        raise PlanError(f"{job.name}: decode needs a source of latents; source {job.source['name']} has none")
+    return built
+
+
+def plan(job: Job, built: Parts) -> Plan:
+    """The plan of a job. Raises PlanError if the source is missing, empty or unreadable."""
+    try:
+        fragments = tuple(built.source.fragments())
+    except (ValueError, OSError) as error:
+        raise PlanError(f"source {job.source['name']}: {error}") from error
+    if not sum(fragment.rows for fragment in fragments):
+        raise PlanError(f"source {job.source['name']} has no rows")
+    plugins = {}
+    for kind in ("source", "sink", "vae", "text_encoder", "denoiser"):
+        plugin: Plugin | None = getattr(built, kind)
+        if plugin is not None:
+            plugins[kind] = _identity(kind, getattr(job, kind)["name"], plugin)
+    for name, scheduler in built.schedulers.items():
+        plugins["scheduler"] = _identity("scheduler", name, scheduler)
+    for name in job.flow:
+        if name not in BUILT_IN:
+            plugins[f"stage {name}"] = _identity("stage", name, registry.build("stage", stage_choice(job, name)))
+    return Plan(
+        name=job.name,
+        config=job.meaning(),
+        plugins=plugins,
+        fragments=fragments,
+        samples_per_row=job.samples_per_row,
+        rows_per_shard=job.rows_per_shard,
+        seed=job.seed,
+        spec=built.vae.spec if built.vae else built.source.latent_spec(),
+    )
+
+
+BUILT_IN = ("read", "encode", "denoise", "decode", "write")
+"""The stages that we write; any other name in a flow is a plugin's."""
+
+
+def stage_choice(job: Job, name: str) -> dict[str, Any]:
+    """What ``registry.build`` wants to know of a plugin stage."""
+    return {"name": name, **job.stages[name].settings}
+
+
+def publish(plan: Plan, output: str) -> None:
+    """Write ``plan.json`` if there is none; raise PlanError, with the differences, if another plan's is there."""
+    path = Path(output) / "plan.json"
+    if not path.exists():
+        with storage.aside(output, "plan.json") as temporary:
+            Path(temporary).write_text(plan.to_json(), encoding="utf-8")
+            if storage.publish(temporary, str(path)):
+                return
+    compare(plan, output)
+
+
+def compare(plan: Plan, output: str) -> None:
+    """Raise PlanError if the folder holds another plan's dataset. Writes nothing."""
+    path = Path(output) / "plan.json"
+    if not path.exists():
+        return
+    there = read(output)
+    if there.get("hash") != plan.hash:
+        shown = list(differences(there, json.loads(plan.to_json())))
+        more = f" and {len(shown) - 6} more" if len(shown) > 6 else ""
+        raise PlanError(f"{output} holds another job's dataset: {'; '.join(shown[:6])}{more}. Choose another output.")
+
+
+def read(output: str) -> dict[str, Any]:
+    """What ``plan.json`` says. Raises PlanError if there is none or it can't be read."""
+    path = Path(output) / "plan.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PlanError(f"{output} holds no dataset of ours: it has no plan.json") from None
+    except ValueError as error:
+        raise PlanError(f"{path} can't be read as a plan ({error}): move the folder away or choose another") from error
+    if not isinstance(found, dict):
+        raise PlanError(f"{path} can't be read as a plan: move the folder away or choose another")
+    return found
+
+
+def differences(old: Any, new: Any, at: str = "") -> Iterator[str]:
+    """``key: old -> new`` for every leaf of two plans in which they differ."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in [*old, *(key for key in new if key not in old)]:
+            if key not in ("hash", "name"):
+                yield from differences(old.get(key), new.get(key), f"{at}.{key}" if at else str(key))
+    elif old != new:
+        if isinstance(old, list) and isinstance(new, list) and len(str(old)) > 80:
+            old, new = _unlike(old, new)
+        yield f"{at.removeprefix('config.')}: {old} -> {new}"
+
+
+def _unlike(old: list[Any], new: list[Any]) -> tuple[Any, Any]:
+    for a, b in zip(old, new):
+        if a != b:
+            return a, b
+    return f"{len(old)} items", f"{len(new)} items"
+
+
+def _build(job: Job, kind: str) -> Any:
+    return registry.build(kind, getattr(job, kind))
+
+
+def _identity(kind: str, name: str, plugin: Plugin) -> dict[str, Any]:
+    return {"name": name, **registry.provenance(kind, name), "fingerprint": plugin.fingerprint()}

@@ -1,0 +1,217 @@
+"""The read stage: row numbers to rows, with the job's values where the source says nothing."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+from torch import Tensor
+
+from latentmill import rows, tensors
+from latentmill.plugin import Reject, RowError, Source, Stage
+
+if TYPE_CHECKING:
+    from latentmill.job import Sampling
+
+LIMITS = {"steps": 100_000, "width": 1 << 16, "height": 1 << 16}
+"""The most that a row may ask for: beyond, it is a slip, and would take the worker with it."""
+
+
+class Rows(Protocol):
+    """What a plan knows of a row by its number."""
+
+    def locate(self, row: int) -> tuple[str, int, int]: ...
+
+    def row_id(self, row: int) -> str: ...
+
+    def row_seed(self, row: int) -> int: ...
+
+
+class Read(Stage):
+    """Takes a table of row numbers (``row``) and returns the rows, a table for each shape of tensor.
+
+    A picture is brought to the row's width and height: scaled (Lanczos) until it covers them, the middle cut out. Where
+    neither row nor job gives a size it keeps its own, less what is over a multiple of ``multiple_of`` pixels, the VAE's
+    downscale, cut evenly from both edges. Latents are taken as they are and give the row its size.
+
+    A source's seed counts up over the samples of its row, so that they differ: ``(seed + sample) mod 2**64``.
+    """
+
+    def __init__(self, source: Source, plan: Rows, sampling: Sampling, scheduler: str, multiple_of: int = 1) -> None:
+        self.source, self.plan, self.sampling = source, plan, sampling
+        self.scheduler, self.multiple_of = scheduler, multiple_of
+        self.spec = source.latent_spec()
+
+    def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
+        groups: dict[Any, list[tuple[dict[str, Any], dict[str, Tensor]]]] = defaultdict(list)
+        for found, wanted in self._source_rows(batch.column("row").to_pylist()):
+            try:
+                if isinstance(found, RowError):
+                    raise found
+                values, stored = self._row(found)
+            except RowError as error:
+                for i, _, _ in wanted:
+                    reject(i, str(error))
+                continue
+            key = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in stored.items())
+            for _, number, sample in wanted:
+                seed = self.plan.row_seed(number) if values["seed"] is None else (values["seed"] + sample) % 2**64
+                row = {**values, "row": number, "row_id": self.plan.row_id(number), "seed": seed}
+                groups[key].append((row, stored))
+        for members in groups.values():
+            table = rows.from_dicts([row for row, _ in members])
+            for name in members[0][1]:
+                stacked = torch.stack([stored[name] for _, stored in members])
+                if name == "latents":
+                    assert self.spec is not None
+                    table = rows.with_latents(table, stacked, self.spec)
+                else:
+                    table = tensors.with_tensor(table, name, stacked)
+            yield table
+
+    def _source_rows(
+        self, numbers: list[int]
+    ) -> Iterator[tuple[Mapping[str, Any] | RowError, list[tuple[int, int, int]]]]:
+        """Each source row once, with what is wanted of it: (place in the batch, row number, sample)."""
+        wanted: dict[tuple[str, int], list[tuple[int, int, int]]] = defaultdict(list)
+        for i, number in sorted(enumerate(numbers), key=lambda pair: pair[1]):
+            fragment, index, sample = self.plan.locate(number)
+            wanted[fragment, index].append((i, number, sample))
+        places = list(wanted)
+        start = 0
+        for end in range(1, len(places) + 1):
+            fragment, last = places[end - 1]
+            if end < len(places) and places[end] == (fragment, last + 1):
+                continue
+            first = places[start][1]
+            found = self.source.read(fragment, first, last + 1)
+            try:
+                yield from zip(found, [wanted[place] for place in places[start:end]], strict=True)
+            except ValueError as error:
+                if isinstance(error, RowError) or "zip()" not in str(error):
+                    raise
+                raise RuntimeError(
+                    f"the source gave not one item for each of rows {first} to {last} of {fragment}"
+                ) from error
+            start = end
+
+    def _row(self, found: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The scalars of a source row (``seed`` may be None), and its tensors. Raises RowError."""
+        job = self.sampling
+
+        def value(name: str, default: Any) -> Any:
+            return default if found.get(name) is None else found[name]
+
+        width, height = value("width", job.width), value("height", job.height)
+        values: dict[str, Any] = {
+            "prompt": text("prompt", value("prompt", job.prompt)),
+            "negative_prompt": text("negative_prompt", value("negative_prompt", job.negative_prompt)),
+            "scheduler": text("scheduler", value("scheduler", self.scheduler)),
+            "seed": None if found.get("seed") is None else whole("seed", found["seed"]),
+            "steps": whole("steps", value("steps", job.steps), least=1),
+            "guidance_scale": real("guidance_scale", value("guidance_scale", job.guidance_scale)),
+            "strength": real("strength", value("strength", job.strength)),
+            "width": None if width is None else whole("width", width, least=1),
+            "height": None if height is None else whole("height", height, least=1),
+        }
+        if not 0.0 <= values["strength"] <= 1.0:
+            raise RowError(f"strength must be from 0 to 1, not {values['strength']:g}")
+        stored: dict[str, Tensor] = {}
+        if found.get("latents") is not None:
+            stored["latents"] = self._latents(found["latents"])
+            assert self.spec is not None
+            values["height"], values["width"] = (side * self.spec.downscale for side in stored["latents"].shape[-2:])
+        elif (values["width"] is None) != (values["height"] is None):
+            raise RowError("width and height must be given together, or neither")
+        elif found.get("image") is not None:
+            picture = self._picture(found["image"], values["width"], values["height"])
+            stored["image"] = picture
+            values["height"], values["width"] = picture.shape[:2]
+        elif values["width"] is None:
+            raise RowError("a row without a picture needs width and height")
+        return values, stored
+
+    def _latents(self, array: Any) -> Tensor:
+        if self.spec is None:
+            raise RowError("latents from a source that doesn't say of which space they are")
+        latents = torch.tensor(array) if isinstance(array, np.ndarray) else torch.as_tensor(array)
+        if latents.ndim != 3 or latents.shape[0] != self.spec.channels or not latents.numel():
+            raise RowError(f"latents of shape {tuple(latents.shape)}, and {self.spec.channels} channels were expected")
+        if not latents.is_floating_point() or not bool(latents.isfinite().all()):
+            raise RowError("the latents are not finite numbers")
+        return latents
+
+    def _picture(self, array: Any, width: int | None, height: int | None) -> Tensor:
+        if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+            raise RowError("a picture must be a uint8 array [H, W, 3]")
+        if not array.size:
+            raise RowError("the picture has no pixels")
+        if width is None or height is None:
+            return torch.from_numpy(crop(array, self.multiple_of))
+        return torch.from_numpy(cover(array, width, height))
+
+
+def cover(picture: np.ndarray[Any, Any], width: int, height: int) -> np.ndarray[Any, Any]:
+    """The middle of ``picture[H, W, 3]``, scaled to cover ``width`` x ``height``; itself if it has that size."""
+    have_height, have_width = picture.shape[:2]
+    if (have_width, have_height) == (width, height):
+        return np.array(picture)
+    # The middle is cut out first: 1 x 20000 pixels, scaled to cover a square, would be a million and more high.
+    scale = max(width / have_width, height / have_height)
+    cut_x, cut_y = (have_width - width / scale) / 2, (have_height - height / scale) / 2
+    box = (max(cut_x, 0.0), max(cut_y, 0.0), min(have_width - cut_x, have_width), min(have_height - cut_y, have_height))
+    return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS, box=box))
+
+
+def crop(picture: np.ndarray[Any, Any], multiple_of: int) -> np.ndarray[Any, Any]:
+    """The middle of ``picture[H, W, 3]`` with sides that are multiples. Raises RowError if it is too small for one."""
+    height, width = (side - side % multiple_of for side in picture.shape[:2])
+    if not width or not height:
+        raise RowError(f"a picture of {picture.shape[1]}x{picture.shape[0]} pixels, and the VAE needs {multiple_of}")
+    top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
+    return np.array(picture[top : top + height, left : left + width])
+
+
+def text(name: str, value: Any) -> str:
+    """``value``, if it is text that can be stored as UTF-8. Raises RowError."""
+    if not isinstance(value, str):
+        raise RowError(f"{name} must be text, not {value!r:.80}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(f"{name} holds half a surrogate pair, at character {error.start}") from error
+    return value
+
+
+def whole(name: str, value: Any, least: int | None = None) -> int:
+    """``value`` as an int. Raises RowError.
+
+    A float that is whole will do: tables make floats of integers beside nulls.
+    """
+    if isinstance(value, (float, np.floating)) and float(value).is_integer() and abs(float(value)) < 2**53:
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise RowError(f"{name} must be a whole number, not {value!r:.80}")
+    number = int(value)
+    if least is not None and not least <= number <= LIMITS[name]:
+        raise RowError(f"{name} must be from {least} to {LIMITS[name]}, not {number}"[:200])
+    return number
+
+
+def real(name: str, value: Any) -> float:
+    """``value`` as a finite float. Raises RowError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise RowError(f"{name} must be a number, not {value!r:.80}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise RowError(f"{name} must be a finite number, not {number}")
+    return number

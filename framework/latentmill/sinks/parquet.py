@@ -1,0 +1,139 @@
+"""Shards as Parquet that Hugging Face ``datasets`` opens as they are: pictures as pictures, latents as lists."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import Tensor
+
+from latentmill import rows, tensors
+from latentmill.plugin import Sink
+
+EXTENSIONS = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
+PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+FEATURES = {"info": {"features": {"image": {"_type": "Image"}}}}
+"""Without it ``datasets`` gives a dict of bytes and path. Columns that it doesn't name keep their Arrow types."""
+ROW_GROUP = 16 << 20
+"""Bytes of a row group, about: what reading one row at random costs."""
+
+
+class Parquet(Sink):
+    """A Parquet file a shard.
+
+    ``image`` becomes a struct of file ``bytes`` and ``path``; ``latents`` a list of numbers, with its ``shape`` beside.
+    Latents are float16 or float32; bfloat16 is stored as float32, and the field's metadata remembers. The list is of
+    fixed size in a shard whose latents are all of one size. The space of the latents stands in the file's metadata.
+    Other tensors are left out, all other columns kept. The same rows give the same bytes.
+    """
+
+    suffix = ".parquet"
+
+    def __init__(self, image_format: str = "png", quality: int = 90) -> None:
+        """``quality``, 1 to 100, is that of webp and jpeg; png is without loss."""
+        if image_format not in EXTENSIONS:
+            raise ValueError(f"image_format must be one of {', '.join(EXTENSIONS)}, not {image_format!r}")
+        if not 1 <= quality <= 100:
+            raise ValueError(f"quality must be from 1 to 100, not {quality!r}")
+        self.image_format, self.quality = image_format, quality
+
+    def pack(self, batch: pa.Table) -> pa.Table:
+        fields: list[pa.Field] = []
+        columns: list[Any] = []
+        metadata: dict[bytes, bytes] = {}
+        for field, column in zip(batch.schema, batch.columns):
+            if not tensors.is_tensor(field):
+                fields.append(field)
+                columns.append(column)
+            elif field.name == "image":
+                fields.append(pa.field("image", PICTURE))
+                columns.append(self._pictures(batch.column("row_id").to_pylist(), tensors.from_arrow(batch, "image")))
+                metadata[b"huggingface"] = json.dumps(FEATURES).encode()
+            elif field.name == "latents":
+                latents = tensors.from_arrow(batch, "latents")
+                if latents.dtype == torch.bfloat16:
+                    latents = latents.float()
+                about = field.metadata or {}
+                values = pa.array(latents.flatten().numpy())
+                lists = pa.FixedSizeListArray.from_arrays(values, latents.shape[1:].numel())
+                if len(latents):  # batches of all sizes are to be put together; write() fixes the size again
+                    lists = lists.cast(pa.large_list(values.type))
+                dtype = {tensors.DTYPE_KEY: about[tensors.DTYPE_KEY]}
+                fields += [pa.field("latents", lists.type, metadata=dtype), pa.field("shape", pa.list_(pa.int32()))]
+                columns += [lists, pa.array([list(latents.shape[1:])] * len(latents), pa.list_(pa.int32()))]
+                if rows.SPEC_KEY in about:
+                    metadata[rows.SPEC_KEY] = about[rows.SPEC_KEY]
+        return pa.Table.from_arrays(columns, schema=pa.schema(fields, metadata=metadata))
+
+    def _pictures(self, row_ids: list[str], images: Tensor) -> pa.StructArray:
+        files = []
+        for pixels in images.numpy():
+            file = io.BytesIO()
+            # Pillow has no quality of PNG; it ignores it.
+            Image.fromarray(pixels).save(file, self.image_format.upper(), quality=self.quality)
+            files.append(file.getvalue())
+        paths = [row_id + EXTENSIONS[self.image_format] for row_id in row_ids]
+        return pa.StructArray.from_arrays(
+            [pa.array(files, pa.binary()), pa.array(paths, pa.string())], fields=list(PICTURE)
+        )
+
+    def write(self, path: str, shard: pa.Table, metadata: Mapping[str, str]) -> None:
+        shard = _fixed_lists(shard)
+        schema = shard.schema.with_metadata({**(shard.schema.metadata or {}), **metadata})
+        scalars = [f.name for f in schema if f.name not in ("image", "latents") and not pa.types.is_nested(f.type)]
+        size = max(1, len(shard) * ROW_GROUP // max(1, _bytes(shard)))
+        with pq.ParquetWriter(
+            path,
+            schema,
+            # Pictures are compressed already, and latents are noise to a compressor.
+            compression={name: "zstd" for name in scalars},
+            use_dictionary=scalars,
+            write_statistics=scalars,
+            write_page_checksum=True,
+        ) as writer:
+            for start in range(0, len(shard), size):
+                # One chunk, whatever batches the rows came in: the writer cuts its pages at chunks.
+                group = shard.slice(start, size).combine_chunks()
+                writer.write_table(group.replace_schema_metadata(schema.metadata), row_group_size=size)
+
+    def row_ids(self, path: str) -> list[str]:
+        ids: list[str] = []
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for group in range(file.num_row_groups):
+                ids += file.read_row_group(group).column("row_id").to_pylist()
+        return ids
+
+    def metadata(self, path: str) -> dict[str, str]:
+        found = pq.read_schema(path).metadata or {}
+        return {key.decode(): value.decode() for key, value in found.items()}
+
+
+def _fixed_lists(shard: pa.Table) -> pa.Table:
+    """``latents`` as a list of fixed size, if all are of one: numpy then sees a matrix."""
+    if "latents" not in shard.column_names or not len(shard):
+        return shard
+    sizes = pc.unique(pc.list_value_length(shard.column("latents"))).to_pylist()
+    if len(sizes) != 1:
+        return shard
+    at = shard.schema.get_field_index("latents")
+    field = shard.schema.field(at)
+    column = shard.column(at).cast(pa.list_(field.type.value_type, sizes[0]))
+    return shard.set_column(at, field.with_type(column.type), column)
+
+
+def _bytes(shard: pa.Table) -> int:
+    """What pictures and latents weigh. Not ``nbytes``, which depends on how the rows are chunked."""
+    total = 0
+    if "image" in shard.column_names:
+        total += pc.sum(pc.binary_length(pc.struct_field(shard.column("image"), "bytes"))).as_py() or 0
+    if "latents" in shard.column_names:
+        column = shard.column("latents")
+        total += (pc.sum(pc.list_value_length(column)).as_py() or 0) * column.type.value_type.bit_width // 8
+    return total

@@ -1,0 +1,123 @@
+"""Where rows come from: files of prompts, folders of pictures, latents of our own. Here: how their files are found.
+
+A ``path`` is a file, a folder or a glob, relative to the working directory, or ``pkg://package/file`` for data that an
+installed package brings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import os
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SMALL = 64 << 20
+"""Bytes up to which a source is fingerprinted by its contents; beyond, by sizes and times of modification."""
+
+
+def locate(path: str) -> Path:
+    """The local path that ``path`` stands for. Raises ValueError if it names a package that isn't there."""
+    if not path.startswith("pkg://"):
+        return Path(path).expanduser()
+    package, _, inside = path.removeprefix("pkg://").partition("/")
+    try:
+        found = importlib.resources.files(package).joinpath(inside)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{path}: there is no package {package}") from error
+    if not isinstance(found, Path):
+        raise ValueError(f"{path}: the package {package} is not installed as plain files")
+    return found
+
+
+def root(path: str) -> Path:
+    """The folder that a source's names are relative to. Looks at no more than ``path`` itself."""
+    at = locate(path)
+    if at.exists() or not _is_glob(str(at)):
+        return at if at.is_dir() else at.parent
+    fixed = at
+    while _is_glob(str(fixed)):
+        fixed = fixed.parent
+    return fixed
+
+
+def find(path: str, suffixes: Collection[str]) -> list[str]:
+    """Files that ``path`` means, relative to its root, sorted. Raises ValueError if there are none.
+
+    Of a folder, the files right in it with one of the ``suffixes``; of a glob, all that match and have one.
+    """
+    at, folder = locate(path), root(path)
+    if at.is_file():
+        names = [at.name]
+    elif at.is_dir():
+        names = [entry.name for entry in at.iterdir() if entry.is_file() and not entry.name.startswith(".")]
+    elif _is_glob(str(at)):
+        matches = folder.glob(str(at.relative_to(folder)))
+        names = [match.relative_to(folder).as_posix() for match in matches if match.is_file()]
+    else:
+        raise ValueError(f"there is no file or folder {path}")
+    known = sorted(name for name in names if os.path.splitext(name)[1].lower() in suffixes)
+    if not known:
+        raise ValueError(f"{path}: no {', '.join(suffixes)} file there")
+    return known
+
+
+def is_small(folder: Path, names: Iterable[str]) -> bool:
+    """Whether the files are small enough, in all, to be fingerprinted by their contents."""
+    return sum((folder / name).stat().st_size for name in names) <= SMALL
+
+
+def fingerprint(folder: Path, names: Iterable[str], contents: bool) -> str:
+    """One for all the files: names and sizes, and their contents or else their times of modification."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in names:
+        digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
+        try:
+            if contents:
+                digest.update(hashlib.blake2b((folder / name).read_bytes()).digest())
+            else:
+                stat = (folder / name).stat()
+                digest.update(b"%d %d\0" % (stat.st_size, stat.st_mtime_ns))
+        except OSError as error:  # a broken link, say: its row will end in the error table
+            digest.update(b"%d\0" % (error.errno or 0))
+    return digest.hexdigest()
+
+
+class ParquetRows:
+    """Rows of a Parquet file by number. Keeps one decoded row group, so that reading on doesn't decode it again."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError if it is no Parquet file."""
+        try:
+            self.file = pq.ParquetFile(path, page_checksum_verification=True)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+        self.schema: pa.Schema = self.file.schema_arrow
+        self.rows: int = self.file.metadata.num_rows
+        self._ends = [0]
+        for group in range(self.file.num_row_groups):
+            self._ends.append(self._ends[-1] + self.file.metadata.row_group(group).num_rows)
+        self._kept: tuple[Any, pa.Table] | None = None
+
+    def read(self, start: int, stop: int, columns: list[str]) -> pa.Table:
+        """Rows ``start`` to ``stop`` of some columns."""
+        pieces = []
+        for group in range(self.file.num_row_groups):
+            first, last = max(start, self._ends[group]), min(stop, self._ends[group + 1])
+            if first < last:
+                pieces.append(self._group(group, columns).slice(first - self._ends[group], last - first))
+        return pa.concat_tables(pieces) if pieces else self.schema.empty_table().select(columns)
+
+    def _group(self, group: int, columns: list[str]) -> pa.Table:
+        key = group, tuple(columns)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, self.file.read_row_group(group, columns=columns)
+        return self._kept[1]
+
+
+def _is_glob(path: str) -> bool:
+    return any(character in path for character in "*?[")

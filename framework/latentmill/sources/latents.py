@@ -1,0 +1,94 @@
+"""Latents that an earlier job of ours stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from latentmill import rows, tensors
+from latentmill.plugin import Fragment, LatentSpec, RowError, Source
+from latentmill.sources import ParquetRows, find, fingerprint, is_small, locate, root
+
+SAMPLING = ("steps", "guidance_scale", "strength", "scheduler")
+
+
+class Latents(Source):
+    """The rows of a job's output folder that holds latents, each shard a fragment; or of Parquet files of its ``data``.
+
+    A row keeps its prompts and seed; its size is the latent's. It keeps its sampling values only if it names a
+    scheduler: one that names none was never denoised, and the job's values are used.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._files: dict[str, ParquetRows] = {}
+
+    def latent_spec(self) -> LatentSpec:
+        """The space of the latents. Raises ValueError if there are no latents."""
+        return self._spec(find(self._data, [".parquet"])[0])
+
+    def fragments(self) -> list[Fragment]:
+        """Raises ValueError if there are no latents, or latents of different spaces."""
+        names = find(self._data, [".parquet"])
+        spec = self.latent_spec()
+        contents = is_small(self._root, names)
+        found = []
+        for name in names:
+            if self._spec(name) != spec:
+                raise ValueError(f"{self.path}: {names[0]} and {name} hold latents of different spaces")
+            found.append(Fragment(name, self._file(name).rows, fingerprint(self._root, [name], contents)))
+        if not any(fragment.rows for fragment in found):
+            raise ValueError(f"{self.path} has no rows")
+        return found
+
+    def read(self, fragment: str, start: int, stop: int) -> Iterator[Mapping[str, Any] | RowError]:
+        """``latents`` is an array, or a tensor where the space's dtype is bfloat16, which numpy lacks."""
+        file = self._file(fragment)
+        kept = [name for name in rows.SCALARS.names if name in file.schema.names and name not in DROPPED]
+        dtype = (file.schema.field("latents").metadata or {}).get(tensors.DTYPE_KEY)
+        table = file.read(start, stop, [*kept, "latents", "shape"])
+        column = table.column("latents").combine_chunks()
+        for i, row in enumerate(table.drop_columns(["latents"]).to_pylist()):
+            shape = row.pop("shape")
+            if column[i].values is None or shape is None:
+                yield RowError("latents are null")
+                continue
+            values = column[i].values.to_numpy(zero_copy_only=False)
+            if values.size != np.prod(shape):
+                yield RowError(f"{values.size} latent values can't be of shape {shape}")
+                continue
+            if not row.get("scheduler"):
+                row = {name: value for name, value in row.items() if name not in SAMPLING}
+            latents = values.reshape(shape)
+            row["latents"] = torch.tensor(latents).bfloat16() if dtype == b"bfloat16" else latents
+            yield row
+
+    @cached_property
+    def _data(self) -> str:
+        inside = locate(self.path) / "data"
+        return str(inside) if inside.is_dir() else self.path
+
+    @cached_property
+    def _root(self) -> Path:
+        return root(self._data)
+
+    def _file(self, name: str) -> ParquetRows:
+        if name not in self._files:
+            self._files.clear()  # one file's footer and row group are enough to keep
+            self._files[name] = ParquetRows(self._root / name)
+        return self._files[name]
+
+    def _spec(self, name: str) -> LatentSpec:
+        schema = self._file(name).schema
+        text = (schema.metadata or {}).get(rows.SPEC_KEY)
+        if text is None or "latents" not in schema.names:
+            raise ValueError(f"{self.path}: {name} holds no latents of ours")
+        return rows.spec_from_json(text)
+
+
+DROPPED = ("row", "row_id", "width", "height")

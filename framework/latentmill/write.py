@@ -1,0 +1,142 @@
+"""The write stage: pack batches, and commit a shard's rows and errors by one atomic create.
+
+The create of the data file decides everything about a shard. The error rows travel inside it, in its metadata: of two
+drivers whose rows failed differently one wins, with its rows and its errors. ``errors/00007.jsonl`` is only a copy of
+what is in ``data/00007.parquet``, for people and ``grep``; whoever finds it missing makes it again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import torch
+
+from latentmill import rows, storage, tensors
+from latentmill.plugin import LatentSpec, Reject, Sink, Stage
+
+ERRORS_KEY = "latentmill.errors"
+"""Metadata key of a shard's error rows, JSON."""
+
+
+class Shards(Protocol):
+    """What a plan knows of shards."""
+
+    @property
+    def spec(self) -> LatentSpec | None: ...
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    def shard_rows(self, shard: int) -> range: ...
+
+    def row_id(self, row: int) -> str: ...
+
+
+class Write(Stage):
+    """Packs batches as the sink stores them; ``commit`` publishes a whole shard."""
+
+    def __init__(self, sink: Sink, output: str, plan: Shards, metadata: Mapping[str, str]) -> None:
+        self.sink, self.output, self.plan, self.metadata = sink, output, plan, metadata
+
+    def __call__(self, batch: pa.Table, reject: Reject) -> pa.Table:
+        return self.sink.pack(batch)
+
+    def commit(self, shard: int, packed: Sequence[pa.Table], errors: Sequence[Mapping[str, Any]]) -> bool:
+        """Publish a shard; False if another driver had, whose rows and errors then stand.
+
+        ``packed``: the rows that are ok, in any order; ``errors``: ``row``, ``stage`` and ``reason`` of the others.
+        Raises RuntimeError unless these are the shard's planned rows, each once, or if they don't read back so.
+        """
+        failed = [
+            {"row": e["row"], "row_id": self.plan.row_id(e["row"]), "stage": e["stage"], "reason": e["reason"]}
+            for e in sorted(errors, key=lambda e: int(e["row"]))
+        ]
+        numbers = [number for table in packed for number in table.column("row").to_pylist()]
+        _require_planned(shard, self.plan.shard_rows(shard), [*numbers, *(e["row"] for e in failed)])
+        table = pa.concat_tables(packed or [self.sink.pack(self._empty())], promote_options="default")
+        if numbers != sorted(numbers):  # by slices, since take() would copy, and can't past 2 GB of pictures
+            order = sorted(range(len(numbers)), key=numbers.__getitem__)
+            table = pa.concat_tables([table.slice(at, 1) for at in order])
+        table = table.drop_columns(["row"])
+
+        final = data_path(self.output, shard, self.sink)
+        with storage.aside(self.output, final.name) as temporary:
+            about = {**self.metadata, ERRORS_KEY: json.dumps(failed)}
+            self.sink.write(temporary, table, about)
+            if list(self.sink.row_ids(temporary)) != [self.plan.row_id(number) for number in sorted(numbers)]:
+                raise RuntimeError(f"shard {shard}: the file just written has not the rows that were written")
+            if self.sink.metadata(temporary).get(ERRORS_KEY) != about[ERRORS_KEY]:
+                raise RuntimeError(f"shard {shard}: the file just written has not the errors that were written")
+            first = storage.publish(temporary, str(final))
+        copy_errors(self.output, shard, self.sink)
+        return first
+
+    def _empty(self) -> pa.Table:
+        """No rows, with the columns of this job's rows: a shard in which all failed must fit beside the others."""
+        flow = self.plan.config["flow"]
+        batch = rows.SCALARS.empty_table()
+        if "decode" in flow:
+            if "encode" in flow and "denoise" not in flow:
+                batch = batch.append_column("psnr", pa.array([], pa.float64()))
+            batch = tensors.with_tensor(batch, "image", torch.zeros(0, 1, 1, 3, dtype=torch.uint8))
+        elif self.plan.spec is not None:
+            spec, sampling = self.plan.spec, self.plan.config["sampling"]
+            height, width = (sampling[side] or spec.downscale for side in ("height", "width"))
+            shape = spec.channels, height // spec.downscale, width // spec.downscale
+            batch = rows.with_latents(batch, torch.zeros(0, *shape, dtype=getattr(torch, spec.dtype)), spec)
+        return batch
+
+
+def data_path(output: str, shard: int, sink: Sink) -> Path:
+    """Where a shard's data is, or will be."""
+    return Path(output, "data", f"{shard:05d}{sink.suffix}")
+
+
+def errors_path(output: str, shard: int) -> Path:
+    """Where a shard's errors are, if it has any."""
+    return Path(output, "errors", f"{shard:05d}.jsonl")
+
+
+def done_shards(output: str) -> set[int]:
+    """The shards that are committed: what is in ``data/`` is the progress, and nothing else is."""
+    folder = Path(output, "data")
+    if not folder.is_dir():
+        return set()
+    names = (file.name.partition(".")[0] for file in folder.iterdir())
+    return {int(name) for name in names if name.isdecimal()}
+
+
+def copy_errors(output: str, shard: int, sink: Sink) -> None:
+    """Make ``errors/NNNNN.jsonl`` of a committed shard, if it has errors and the file isn't there.
+
+    A driver may have died between the two, so call it for each done shard before saying that a dataset is complete.
+    Drivers that do so at the same time write the same.
+    """
+    final = errors_path(output, shard)
+    if final.exists():
+        return
+    errors = json.loads(sink.metadata(str(data_path(output, shard, sink))).get(ERRORS_KEY, "[]"))
+    if errors:
+        with storage.aside(output, final.name) as temporary:
+            lines = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)
+            Path(temporary).write_bytes(
+                lines.encode("utf-8", "backslashreplace")
+            )  # JSON's own escape, of half a surrogate
+            storage.publish(temporary, str(final))
+
+
+def _require_planned(shard: int, planned: range, found: Sequence[int]) -> None:
+    if sorted(found) != list(planned):
+        twice = [row for row, count in Counter(found).items() if count > 1]
+        missing, foreign = sorted(set(planned) - set(found)), sorted(set(found) - set(planned))
+        wrong = ", ".join(
+            f"{len(which)} {what} ({', '.join(map(str, which[:5]))})"
+            for what, which in (("missing", missing), ("twice", twice), ("foreign", foreign))
+            if which
+        )
+        raise RuntimeError(f"shard {shard} is not what was planned: rows {wrong}")
