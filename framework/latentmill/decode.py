@@ -1,0 +1,48 @@
+"""The decode stage: clean latents to pictures."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from latentmill import rows, tensors
+from latentmill.plugin import VAE, Reject, Stage
+
+
+class Decode(Stage):
+    """Replaces ``latents`` by ``image``; ``source_image``, where there is one, by ``psnr``."""
+
+    def __init__(self, vae: VAE, fixed: rows.FixedShape | None = None) -> None:
+        self.vae, self.fixed = vae, fixed
+        self.device = torch.device("cpu")
+
+    def load(self, device: torch.device) -> None:
+        self.device = device
+        self.vae.load(device)
+
+    @torch.inference_mode()
+    def __call__(self, batch: pa.Table, reject: Reject) -> pa.Table:
+        rows.require_spec(batch, self.vae.spec)
+        slots, size = rows.slots(batch, self.fixed)
+        latents = tensors.spread(tensors.from_arrow(batch, "latents"), slots, size)
+        images = self.vae.decode(latents.to(self.device, torch.float32))[slots].cpu()
+        good = images.isfinite().flatten(1).all(1).tolist()
+        pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        batch = batch.drop_columns(["latents"])
+        if "source_image" in batch.column_names:
+            quality = psnr(pixels, tensors.from_arrow(batch, "source_image"))
+            batch = batch.drop_columns(["source_image"]).append_column("psnr", pa.array(quality.tolist(), pa.float64()))
+        batch = tensors.with_tensor(batch, "image", pixels)
+        if not all(good):
+            for i, fine in enumerate(good):
+                if not fine:
+                    reject(i, "the VAE's picture of these latents is not finite")
+            batch = batch.filter(pa.array(good))
+        return batch
+
+
+def psnr(images: Tensor, references: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each of ``images[B, H, W, 3]`` (uint8), in dB; infinite for equal pictures."""
+    error = (images.double() - references.double()).square().flatten(1).mean(1)
+    return 10.0 * torch.log10(255.0**2 / error)

@@ -1,0 +1,104 @@
+"""The encode stage: prompts to conditioning, pictures to latents, and an empty latent for a row that has neither."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from latentmill import rows, tensors
+from latentmill.plugin import VAE, Conditioning, LatentSpec, Reject, RowError, Stage, TextEncoder
+
+
+class Encode(Stage):
+    """Adds ``latents``, and ``prompt:*`` and ``negative:*`` where there is a text encoder.
+
+    A picture becomes the mean of the VAE's posterior. A row without picture and latents starts from an empty latent of
+    its width and height. ``keep_image`` passes the picture on as ``source_image``, to measure a reconstruction against.
+    """
+
+    def __init__(
+        self, vae: VAE, text_encoder: TextEncoder | None, fixed: rows.FixedShape | None = None, keep_image: bool = False
+    ) -> None:
+        self.vae, self.text_encoder, self.fixed, self.keep_image = vae, text_encoder, fixed, keep_image
+        self.device = torch.device("cpu")
+        self.vae_loaded = False
+
+    def load(self, device: torch.device) -> None:
+        self.device = device
+        if self.text_encoder is not None:
+            self.text_encoder.load(device)
+
+    @torch.inference_mode()
+    def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
+        groups = defaultdict(list)
+        for i, row in enumerate(batch.select(["prompt", "negative_prompt", "width", "height"]).to_pylist()):
+            try:
+                if self.text_encoder is not None:
+                    self.text_encoder.check(row["prompt"])
+                    self.text_encoder.check(row["negative_prompt"])
+                groups[self.vae.spec.shape(row["height"], row["width"])].append(i)
+            except RowError as error:
+                reject(i, str(error))
+        for shape, members in groups.items():
+            part = batch if len(members) == len(batch) else batch.take(members)
+            slots, size = rows.slots(part, self.fixed)
+            latents = self._latents(part, shape, slots, size)
+            good = latents.isfinite().flatten(1).all(1).tolist()
+            for i, fine in zip(members, good):
+                if not fine:
+                    reject(i, "the VAE's latents of this picture are not finite")
+            if not all(good):
+                kept = [k for k, fine in enumerate(good) if fine]
+                part, slots, latents = part.take(kept), slots[kept], latents[kept]
+            if len(part):
+                yield self._with_text(rows.with_latents(part, latents, self.vae.spec), slots, size)
+
+    def _latents(self, part: pa.Table, shape: tuple[int, ...], slots: Tensor, size: int) -> Tensor:
+        if "latents" in part.column_names:
+            return tensors.from_arrow(part, "latents")
+        if "image" not in part.column_names:
+            return torch.zeros(len(part), *shape)
+        if not self.vae_loaded:  # a text-to-image job's encode workers never need the VAE's weights
+            self.vae.load(self.device)
+            self.vae_loaded = True
+        images = tensors.spread(tensors.from_arrow(part, "image"), slots, size).to(self.device)
+        images = images.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0
+        return self.vae.encode(images)[slots].to(stored_dtype(self.vae.spec))
+
+    def _with_text(self, part: pa.Table, slots: Tensor, size: int) -> pa.Table:
+        if "image" in part.column_names:
+            at = part.schema.get_field_index("image")
+            if self.keep_image:
+                part = part.set_column(at, part.schema.field(at).with_name("source_image"), part.column(at))
+            else:
+                part = part.remove_column(at)
+        if self.text_encoder is None:
+            return part
+        for prefix, column in ((rows.PROMPT, "prompt"), (rows.NEGATIVE, "negative_prompt")):
+            texts = part.column(column).to_pylist()
+            for name, tensor in self._conditioning(texts, slots, size).items():
+                part = tensors.with_tensor(part, prefix + name, tensor)
+        return part
+
+    def _conditioning(self, prompts: Sequence[str], slots: Tensor, size: int) -> Conditioning:
+        assert self.text_encoder is not None
+        if self.fixed is not None:
+            padded = [""] * size
+            for slot, prompt in zip(slots.tolist(), prompts):
+                padded[slot] = prompt
+            return {name: tensor[slots] for name, tensor in self.text_encoder.encode(padded).items()}
+        # Samples of one prompt stand side by side and negative prompts are mostly empty: encode each text once.
+        unique = list(dict.fromkeys(prompts))
+        index = {prompt: i for i, prompt in enumerate(unique)}
+        order = torch.tensor([index[prompt] for prompt in prompts])
+        return {name: tensor.cpu()[order] for name, tensor in self.text_encoder.encode(unique).items()}
+
+
+def stored_dtype(spec: LatentSpec) -> torch.dtype:
+    """The torch dtype that ``spec.dtype`` names."""
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    return dtype

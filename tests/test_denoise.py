@@ -1,0 +1,136 @@
+"""Denoising: each row as if it were alone, guidance as diffusers means it, strength, prediction types."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from latentmill import rows, tensors
+from latentmill.denoise import Denoise, to_clean
+from latentmill.plugin import Denoiser, LatentSpec
+from latentmill.schedulers import grids, noise
+from latentmill.schedulers.dpmpp import DPMpp2M
+from latentmill.schedulers.euler import Euler, EulerAncestral
+from latentmill.schedulers.paths import VP
+
+SPEC = LatentSpec(channels=2, downscale=8, scale=1.0, shift=0.0, dtype="float32", fingerprint="test")
+SCHEDULERS = {"euler": Euler(), "euler_ancestral": EulerAncestral(), "dpmpp_2m": DPMpp2M()}
+
+
+class Gaussian(Denoiser):
+    """The exact denoiser of x0 ~ N(mean, 0.25), with the mean as conditioning; counts what it evaluates."""
+
+    prediction = "sample"
+    path = VP()
+
+    def __init__(self):
+        self.evaluated = []
+
+    def predict(self, x, t, conditioning):
+        self.evaluated.append(len(x))
+        alpha, sigma = (a.reshape(-1, 1, 1, 1) for a in self.path.scale(t))
+        mean = conditioning["mean"].reshape(-1, 1, 1, 1)
+        gain = alpha * 0.25 / (alpha**2 * 0.25 + sigma**2)
+        return (mean + gain * (x - alpha * mean)).float()
+
+
+def batch(numbers, **changes):
+    """Rows that differ in everything; each by its number alone."""
+    per_row = [
+        {
+            "row": n, "row_id": str(n), "prompt": "", "negative_prompt": "", "seed": 1000 + n, "steps": 3 + n % 5,
+            "guidance_scale": 1.0 if n % 2 else 1.5 + n, "strength": [1.0, 0.4, 0.0][n % 3], "width": 24, "height": 32,
+            "scheduler": ["dpmpp_2m", "euler", "euler_ancestral"][n % 3], **changes,
+        }
+        for n in numbers
+    ]  # fmt: skip
+    table = rows.from_dicts(per_row)
+    start = torch.stack([torch.full((2, 4, 3), float(n)) for n in numbers])
+    table = rows.with_latents(table, start, SPEC)
+    table = tensors.with_tensor(table, "prompt:mean", torch.tensor([0.5 + n for n in numbers]))
+    return tensors.with_tensor(table, "negative:mean", torch.tensor([-1.0 - n for n in numbers]))
+
+
+def denoise(table, fixed=None, denoiser=None):
+    stage = Denoise(denoiser or Gaussian(), SCHEDULERS.__getitem__, "trailing", fixed)
+    stage.load(torch.device("cpu"))
+    parts = list(stage(table, lambda i, reason: pytest.fail(reason)))
+    return {
+        number: tensors.from_arrow(part, "latents")[i]
+        for part in parts
+        for i, number in enumerate(part.column("row").to_pylist())
+    }
+
+
+def test_a_row_does_not_depend_on_its_company():
+    together = denoise(batch(range(12)))
+    for n in range(12):
+        assert torch.allclose(together[n], denoise(batch([n]))[n], rtol=1e-5, atol=1e-6), n
+
+
+def test_with_fixed_shapes_a_row_s_bits_do_not_depend_on_its_company():
+    fixed = rows.FixedShape(batch_size=12, rows_per_shard=12)
+    together = denoise(batch(range(12)), fixed)
+    for numbers in ([3], [0, 5, 11], [1, 2, 4, 6, 7]):
+        for n, latents in denoise(batch(numbers), fixed).items():
+            assert torch.equal(latents, together[n]), n
+
+
+def test_the_seed_decides():
+    same = denoise(batch([0], seed=7))[0]
+    assert torch.equal(same, denoise(batch([0], seed=7))[0])
+    assert not torch.equal(same, denoise(batch([0], seed=8))[0])
+
+
+def test_strength_zero_leaves_the_latent_alone_and_one_starts_from_noise():
+    assert torch.equal(denoise(batch([4], strength=0.0))[4], torch.full((2, 4, 3), 4.0))
+    plain = {"strength": 1.0, "guidance_scale": 1.0, "steps": 40, "scheduler": "dpmpp_2m"}
+    # From pure noise the exact denoiser arrives near the conditioning's mean (std 0.5), wherever it started.
+    assert denoise(batch([0], **plain))[0].mean() == pytest.approx(0.5, abs=0.4)
+
+
+def test_one_euler_step_is_the_formula():
+    table = batch([2], steps=1, scheduler="euler", guidance_scale=3.0, strength=1.0)
+    [t, s] = grids.times("trailing", VP(), 1)
+    alpha, sigma = (float(a) for a in VP().scale(t))
+    x = alpha * 2.0 + sigma * noise.start(1002, (2, 4, 3)).double()
+    gain = alpha * 0.25 / (alpha**2 * 0.25 + sigma**2)
+    prompt, negative = 2.5 + gain * (x - alpha * 2.5), -3.0 + gain * (x + alpha * 3.0)
+    assert float(s) == 0.0
+    np.testing.assert_allclose(denoise(table)[2], negative + 3.0 * (prompt - negative), rtol=1e-5)
+
+
+def test_a_row_without_guidance_costs_one_evaluation_and_a_finished_one_none():
+    denoiser = Gaussian()
+    table = pa.concat_tables(
+        [
+            batch([0], steps=3, guidance_scale=2.0, strength=1.0, scheduler="euler"),
+            batch([1], steps=1, guidance_scale=1.0, strength=1.0, scheduler="euler"),
+        ]
+    )
+    denoise(table, denoiser=denoiser)
+    assert denoiser.evaluated == [3, 2, 2]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "sample", "flow"])
+def test_every_prediction_stands_for_the_same_clean_latents(prediction):
+    x0, eps = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    alpha, sigma = torch.tensor(0.6), torch.tensor(0.7)
+    said = {"epsilon": eps, "v": alpha * eps - sigma * x0, "sample": x0, "flow": eps - x0}[prediction]
+    torch.testing.assert_close(
+        to_clean(prediction, said, alpha * x0 + sigma * eps, alpha, sigma), x0, rtol=1e-6, atol=1e-6
+    )
+
+
+def test_latents_that_are_not_finite_are_rejected():
+    table = batch([0, 1, 2], strength=1.0, scheduler="euler", steps=2)
+    broken = table.set_column(
+        table.column_names.index("prompt:mean"),
+        table.schema.field("prompt:mean"),
+        tensors.to_arrow(torch.tensor([0.0, float("nan"), 0.0])),
+    )
+    rejected = {}
+    stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing")
+    [part] = stage(broken, rejected.__setitem__)
+    assert part.column("row").to_pylist() == [0, 2]
+    assert rejected == {1: "the denoised latents are not finite (scheduler euler)"}

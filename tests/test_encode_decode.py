@@ -1,0 +1,130 @@
+"""Encoding and decoding with a VAE that loses nothing: pictures arrive as they left, each row's own."""
+
+import pytest
+import torch
+
+from latentmill import rows, tensors
+from latentmill.decode import Decode, psnr
+from latentmill.encode import Encode
+from latentmill.plugin import VAE, LatentSpec, RowError, TextEncoder
+
+
+class Lossless(VAE):
+    """Space to depth: 2x2 pixels of 3 colours are 12 channels. Counts loads."""
+
+    def __init__(self):
+        self.loads = 0
+
+    @property
+    def spec(self):
+        return LatentSpec(channels=12, downscale=2, scale=1.0, shift=0.0, dtype="float32", fingerprint="lossless")
+
+    def load(self, device):
+        self.loads += 1
+
+    def encode(self, images):
+        return torch.nn.functional.pixel_unshuffle(images, 2)
+
+    def decode(self, latents):
+        return torch.nn.functional.pixel_shuffle(latents, 2)
+
+
+class Lengths(TextEncoder):
+    """A prompt's length is its embedding; refuses the word 'bad'. Remembers what it encoded."""
+
+    def __init__(self):
+        self.encoded = []
+
+    def check(self, prompt):
+        if "bad" in prompt:
+            raise RowError("unknown word 'bad'")
+
+    def encode(self, prompts):
+        self.encoded.append(list(prompts))
+        return {"length": torch.tensor([[float(len(p))] for p in prompts])}
+
+
+def batch(prompts, sizes=None, images=None):
+    sizes = sizes or [(4, 6)] * len(prompts)
+    table = rows.from_dicts(
+        [
+            {
+                "row": n, "row_id": str(n), "prompt": prompt, "negative_prompt": "no", "seed": n, "steps": 1, "width": w,
+                "guidance_scale": 1.0, "strength": 1.0, "scheduler": "euler", "height": h,
+            }
+            for n, (prompt, (h, w)) in enumerate(zip(prompts, sizes))
+        ]
+    )  # fmt: skip
+    return table if images is None else tensors.with_tensor(table, "image", images)
+
+
+def call(stage, table):
+    rejected = {}
+    stage.load(torch.device("cpu"))
+    out = stage(table, rejected.__setitem__)
+    return (out if hasattr(out, "schema") else list(out)), rejected
+
+
+def test_a_prompt_alone_gets_an_empty_latent_and_the_vae_s_weights_stay_unloaded():
+    vae, text = Lossless(), Lengths()
+    [part], rejected = call(Encode(vae, text), batch(["aa", "b", "aa"]))
+    assert tensors.from_arrow(part, "latents").shape == (3, 12, 2, 3)
+    assert not tensors.from_arrow(part, "latents").any()
+    assert tensors.from_arrow(part, "prompt:length")[:, 0].tolist() == [2, 1, 2]
+    assert tensors.from_arrow(part, "negative:length")[:, 0].tolist() == [2, 2, 2]
+    assert text.encoded == [["aa", "b"], ["no"]]  # each text once
+    assert vae.loads == 0 and not rejected
+
+
+def test_bad_rows_are_rejected_and_the_others_part_by_shape():
+    parts, rejected = call(
+        Encode(Lossless(), Lengths()), batch(["a", "bad", "c", "d"], [(4, 4), (4, 4), (5, 4), (4, 8)])
+    )
+    assert [part.column("prompt").to_pylist() for part in parts] == [["a"], ["d"]]
+    assert rejected == {1: "unknown word 'bad'", 2: "size 4x5 is not a multiple of 2, as the VAE needs"}
+
+
+def test_pictures_come_back_as_they_were_and_psnr_says_so():
+    images = torch.randint(0, 256, (3, 4, 6, 3), dtype=torch.uint8)
+    [part], _ = call(Encode(Lossless(), None, keep_image=True), batch(["", "", ""], images=images))
+    assert "image" not in part.column_names
+    out, _ = call(Decode(Lossless()), part)
+    assert torch.equal(tensors.from_arrow(out, "image"), images)
+    assert out.column("psnr").to_pylist() == [float("inf")] * 3
+    assert "latents" not in out.column_names and "source_image" not in out.column_names
+
+
+def test_fixed_shapes_compute_at_the_row_s_slot():
+    images = torch.randint(0, 256, (3, 4, 6, 3), dtype=torch.uint8)
+    fixed = rows.FixedShape(batch_size=5, rows_per_shard=5)
+    text = Lengths()
+    [part], _ = call(Encode(Lossless(), text, fixed), batch(["a", "b", "c"], images=images).slice(1))
+    assert text.encoded[0] == ["", "b", "c", "", ""]
+    out, _ = call(Decode(Lossless(), fixed), part)
+    assert torch.equal(tensors.from_arrow(out, "image"), images[1:])
+
+
+def test_a_vae_refuses_another_s_latents():
+    [part], _ = call(Encode(Lossless(), None), batch(["a"]))
+
+    class Other(Lossless):
+        @property
+        def spec(self):
+            return LatentSpec(**{**vars(super().spec), "fingerprint": "other"})
+
+    with pytest.raises(ValueError, match="lossless"):
+        call(Decode(Other()), part)
+
+
+def test_pictures_that_are_not_finite_are_rejected():
+    [part], _ = call(Encode(Lossless(), None), batch(["a", "b"]))
+    latents = tensors.from_arrow(part, "latents").clone()
+    latents[0, 3, 1, 1] = float("nan")
+    out, rejected = call(Decode(Lossless()), rows.with_latents(part, latents, Lossless().spec))
+    assert rejected == {0: "the VAE's picture of these latents is not finite"}
+    assert out.column("row").to_pylist() == [1]
+
+
+def test_psnr_is_the_textbook_s():
+    black = torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
+    assert psnr(black, black + 16)[0] == pytest.approx(24.0485, abs=1e-3)  # 20 log10(255 / 16)
