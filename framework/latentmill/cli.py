@@ -1,0 +1,148 @@
+"""The command line: ``latentmill run | plan | status | plugins``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from latentmill import plan as planning
+from latentmill import registry
+from latentmill.job import JobError, load_job, shipped
+from latentmill.plan import PlanError
+from latentmill.registry import PluginError
+from latentmill.run import RunError, run, status
+from latentmill.write import done_shards
+
+WRONG = (JobError, PluginError, PlanError)
+"""What a person has to put right in the job; exit 2, and nothing has been started or written."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The ``latentmill`` command. Returns 0 if all is well, 1 if a run stopped, 2 if the job is wrong, 130 after Ctrl-C."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if hasattr(options, "overrides"):  # argparse takes no more of them once an option has come
+        options.overrides += [word for word in rest if not word.startswith("-")]
+        rest = [word for word in rest if word.startswith("-")]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    command: Callable[[Any], int] = options.command
+    try:
+        return command(options)
+    except KeyboardInterrupt:
+        print("stopped before anything was begun", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        # What is our own is one line. PlacementError's class is Ray's side of the house: known by being a ValueError
+        # with a module of ours, so that Ray is not imported to look at it.
+        ours = isinstance(error, (*WRONG, RunError)) or type(error).__module__.startswith("latentmill.")
+        if options.debug or not ours:
+            raise
+        print(f"latentmill: {error}", file=sys.stderr)
+        return 1 if isinstance(error, RunError) else 2
+
+
+def _run(options: Any) -> int:
+    if options.cfg:
+        print(load_job(options.job, options.overrides).config, end="")
+        return 0
+    result = run(options.job, options.overrides)
+    print(result.text)
+    return 130 if result.interrupted else 0
+
+
+def _plan(options: Any) -> int:
+    job = load_job(options.job, options.overrides)
+    plan = planning.plan(job, planning.parts(job))
+    planning.compare(plan, job.output)
+    done = len(done_shards(job.output))
+    if options.json:
+        print(plan.to_json(), end="")
+        return 0
+    sources = sum(fragment.rows for fragment in plan.fragments)
+    print(f"job      {job.name}: {' > '.join(job.flow)}")
+    print(f"source   {sources:,} rows in {len(plan.fragments):,} files, x {plan.samples_per_row} samples")
+    print(
+        f"planned  {plan.rows:,} rows in {plan.shards:,} shards of {plan.rows_per_shard:,}, of which {done:,} are done"
+    )
+    print(f"output   {job.output}")
+    for kind, about in plan.plugins.items():
+        print(
+            f"{kind:<13} {about['name']} ({about['distribution']} {about['version']}) {about['fingerprint']}".rstrip()
+        )
+    print(f"hash     {plan.hash}")
+    return 0
+
+
+def _status(options: Any) -> int:
+    now = status(options.output)
+    if options.json:
+        print(json.dumps(now))
+        return 0
+    made = now["ok"] + now["failed"]
+    state = "complete" if now["success"] else "not complete; the same command goes on with it"
+    print(f"{now['output']}: job {now['name']}, {state}")
+    print(f"{made:,} of {now['planned']:,} rows: {now['ok']:,} ok, {now['failed']:,} failed")
+    print(f"{now['shards_done']:,} of {now['shards']:,} shards")
+    return 0
+
+
+def _plugins(options: Any) -> int:
+    found = registry.examine()
+    if options.json:
+        names = ("group", "name", "distribution", "version", "state")
+        print(json.dumps([{name: getattr(entry, name) for name in names} for entry in found], indent=1))
+        return 0
+    table = Table("kind", "name", "distribution", "version", "state", box=None, header_style="bold", pad_edge=False)
+    for entry in found:
+        kind = entry.group.removeprefix("latentmill.")
+        style = "" if entry.state == "ok" else "yellow"
+        table.add_row(kind, entry.name, entry.distribution, entry.version, entry.state, style=style)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="latentmill",
+        description="Batch latent diffusion: rows of prompts, images or latents become datasets, each row exactly once.",
+    )
+    parser.add_argument("--version", action="version", version=f"latentmill {metadata.version('latentmill')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, function: Callable[[Any], int], about: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=about, description=about)
+        command.set_defaults(command=function)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return command
+
+    job_help = f"a shipped job ({', '.join(shipped())}) or the path of a YAML file"
+    runs = add("run", _run, "Run a job to its end, or go on where an earlier run stopped.")
+    plans = add("plan", _plan, "Say what a job would make, and run nothing.")
+    for command in (runs, plans):
+        command.add_argument("job", metavar="JOB", help=job_help)
+        command.add_argument(
+            "overrides", metavar="key=value", nargs="*", help="a value of the job, as sampling.steps=10"
+        )
+    runs.add_argument("--cfg", choices=["job"], help="print the whole composed config, and run nothing")
+    plans.add_argument("--json", action="store_true", help="print the plan as it would be written to plan.json")
+    states = add("status", _status, "Say how far a dataset is, from its folder alone.")
+    states.add_argument("output", metavar="OUT", type=lambda text: str(Path(text).expanduser()))
+    states.add_argument("--json", action="store_true")
+    plugins = add("plugins", _plugins, "List all installed plugins.")
+    plugins.add_argument("--json", action="store_true")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,577 @@
+"""Which batch goes where next: pure decisions over a state. No Ray, no clock, no I/O, no tensors.
+
+``decide(state)`` says what to dispatch; ``apply(state, event)`` takes what happened. Both change the state that they are
+given and touch nothing else, so the same events give the same decisions: on a cluster, in one process, in a simulation.
+
+A stage's output is a *block*: a list of tables (*parts*), one for each tensor shape. The flow never sees it; it knows the
+row numbers in it. A *piece* is a run of rows of one part, on its way into a stage's next batch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+RETRIES = 1
+"""How often a batch that failed is tried again as it is, before it is split to find the row."""
+LOSSES = 5
+"""How often a row may be read again because a node took its data away."""
+DEATHS = 3
+"""Deaths of a stage's workers in a row, with no batch finished in between, that end the job."""
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """What the flow must know of a stage."""
+
+    name: str
+    batch_size: int
+    replicas: int = 1
+    in_flight: int = 2
+    """Batches given to a worker at a time: one that computes, and one that is ready when it has."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows ``start`` to ``stop`` of a block's part."""
+
+    block: int
+    part: int
+    start: int
+    stop: int
+    rows: tuple[int, ...]
+    """The row numbers, one for each."""
+
+
+@dataclass
+class Dispatch:
+    """An order to a worker: read rows, work on pieces, or commit a shard."""
+
+    id: int
+    kind: Literal["read", "batch", "commit"]
+    stage: int
+    worker: int
+    rows: Sequence[int]
+    pieces: list[Piece] = field(default_factory=list)
+    shard: int = -1
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    attempts: int = 0
+
+
+@dataclass(frozen=True)
+class Start:
+    """An order to the pool: start a worker of a stage."""
+
+    stage: int
+    worker: int
+
+
+Order: TypeAlias = "Start | Dispatch"
+
+
+@dataclass(frozen=True)
+class Started:
+    """A worker is ready."""
+
+    stage: int
+    worker: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A dispatch is done. ``parts``: for each table of the block, its shape key and its row numbers."""
+
+    id: int
+    parts: Sequence[tuple[str, tuple[int, ...]]] = ()
+    rejected: Sequence[tuple[int, str]] = ()
+    """Row numbers that end in the error table, with the reason."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A dispatch was not done: it raised, or its input was lost with a node."""
+
+    id: int
+    cause: Literal["raised", "lost"]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Died:
+    """A worker is gone. All that it held is suspect, and is tried again on a worker of its own."""
+
+    stage: int
+    worker: int
+    reason: str = ""
+    at_start: bool = False
+    """It raised while it was being built or loaded: the next one would too, so the job ends."""
+
+
+Event: TypeAlias = "Started | Finished | Failed | Died"
+
+
+@dataclass
+class Shard:
+    """A shard on its way: what has arrived at its end, and what is still to come."""
+
+    open: set[int]
+    packed: list[Piece] = field(default_factory=list)
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    committing: bool = False
+    attempts: int = 0
+
+
+@dataclass
+class Retry:
+    """Work that failed and is tried again as one unit."""
+
+    rows: Sequence[int]
+    pieces: list[Piece]
+    attempts: int
+
+
+@dataclass
+class State:
+    """Everything that the flow knows."""
+
+    stages: tuple[StageSpec, ...]
+    rows: int
+    rows_per_shard: int
+    done: Set[int] = frozenset()
+    """Shards that were committed before."""
+    fixed: bool = False
+    """Deterministic: batches are cut by row number, never by who arrives first."""
+
+    cursor: int = 0
+    """The next shard to open."""
+    shards: dict[int, Shard] = field(default_factory=dict)
+    to_read: deque[Sequence[int]] = field(default_factory=deque)
+    queues: list[dict[Any, deque[Piece]]] = field(default_factory=list)
+    retries: list[deque[Retry]] = field(default_factory=list)
+    accounted: list[Counter[tuple[int, int]]] = field(default_factory=list)
+    """Fixed only: how many rows of (shard, chunk) have reached a stage or failed before it."""
+    workers: list[dict[int, list[int]]] = field(default_factory=list)
+    """For each stage, each ready worker's dispatches, oldest first."""
+    starting: set[tuple[int, int]] = field(default_factory=set)
+    to_start: list[Start] = field(default_factory=list)
+    flying: dict[int, Dispatch] = field(default_factory=dict)
+    blocks: dict[int, int] = field(default_factory=dict)
+    """Rows of a block that are still wanted."""
+    released: list[int] = field(default_factory=list)
+    """Blocks that nothing needs any more: whoever holds them empties this list."""
+    losses: Counter[int] = field(default_factory=Counter)
+    deaths: list[int] = field(default_factory=list)
+    next_id: int = 0
+    next_worker: int = 0
+    finished_rows: Counter[int] = field(default_factory=Counter)
+    """Rows that each stage has done."""
+    committed_ok: int = 0
+    committed_failed: int = 0
+    committed_shards: int = 0
+    failed: str = ""
+    """Why the job can't go on, if it can't."""
+
+    def __post_init__(self) -> None:
+        count = len(self.stages)
+        self.queues = [{} for _ in range(count)]
+        self.retries = [deque() for _ in range(count)]
+        self.accounted = [Counter() for _ in range(count)]
+        self.workers = [{} for _ in range(count)]
+        self.deaths = [0] * count
+        for stage, spec in enumerate(self.stages):
+            for _ in range(spec.replicas):
+                self._start(stage)
+        self._skip()
+
+    def _skip(self) -> None:
+        """Move the cursor past shards that are done."""
+        while self.cursor in self.done:
+            self.cursor += 1
+
+    def _start(self, stage: int) -> None:
+        self.to_start.append(Start(stage, self.next_worker))
+        self.next_worker += 1
+
+    @property
+    def shard_count(self) -> int:
+        """Shards of the plan."""
+        return -(-self.rows // self.rows_per_shard)
+
+    def shard_rows(self, shard: int) -> range:
+        """Row numbers of a shard."""
+        return range(shard * self.rows_per_shard, min((shard + 1) * self.rows_per_shard, self.rows))
+
+    def chunk(self, stage: int, row: int) -> tuple[int, int]:
+        """The batch that a row belongs to when batches are fixed."""
+        shard, place = divmod(row, self.rows_per_shard)
+        return shard, place // self.stages[stage].batch_size
+
+    def queued(self, stage: int) -> int:
+        """Rows that wait for a stage."""
+        waiting = sum(p.stop - p.start for queue in self.queues[stage].values() for p in queue)
+        return waiting + sum(len(retry.rows) for retry in self.retries[stage])
+
+    def in_flight(self, stage: int) -> int:
+        """Rows that a stage's workers hold."""
+        ids = (id for held in self.workers[stage].values() for id in held)
+        return sum(len(self.flying[id].rows) for id in ids if self.flying[id].kind != "commit")
+
+
+def finished(state: State) -> bool:
+    """Whether every shard is committed."""
+    return state.cursor >= state.shard_count and not state.shards
+
+
+# ------------------------------------------------------------------------------------------------------- decide
+
+
+def decide(state: State) -> list[Order]:
+    """What to start and to dispatch now. What it returns counts as given out."""
+    orders: list[Order] = list(state.to_start)
+    state.starting.update((start.stage, start.worker) for start in state.to_start)
+    state.to_start.clear()
+    if state.failed:
+        return orders
+    last = len(state.stages) - 1
+    while True:
+        given = len(orders)
+        orders.extend(_commits(state))
+        for stage in range(last, 0, -1):  # the far end first: what is nearly done makes room
+            orders.extend(_batches(state, stage, partial=False))
+        orders.extend(_reads(state))
+        if len(orders) == given:
+            break
+    # A group that no full batch will come of goes as it is, once nothing before it can add to it.
+    if not state.fixed:
+        for stage in range(1, last + 1):
+            if any(state.in_flight(before) for before in range(stage)):
+                break
+            orders.extend(_batches(state, stage, partial=True))
+    if not orders and not state.flying and not state.starting:
+        orders.extend(_unstick(state))
+    return orders
+
+
+def _commits(state: State) -> Iterator[Dispatch]:
+    last = len(state.stages) - 1
+    for number, shard in state.shards.items():
+        if not shard.open and not shard.committing:
+            worker = _idle_worker(state, last, empty=shard.attempts > 0)
+            if worker is None:
+                return
+            shard.committing = True
+            rows = state.shard_rows(number)
+            yield _give(
+                state, Dispatch(-1, "commit", last, worker, rows, shard.packed, number, shard.errors, shard.attempts)
+            )
+
+
+def _batches(state: State, stage: int, partial: bool, room: bool = True) -> Iterator[Dispatch]:
+    size = state.stages[stage].batch_size
+    while True:
+        worker = _idle_worker(state, stage, empty=partial or _is_suspect(state.retries[stage]))
+        if worker is None:
+            return
+        if state.retries[stage]:
+            retry = state.retries[stage].popleft()
+            yield _give(state, Dispatch(-1, "batch", stage, worker, retry.rows, retry.pieces, attempts=retry.attempts))
+            continue
+        key = _ready_group(state, stage, partial)
+        if key is None or (room and not _has_room(state, stage, size)):
+            return
+        pieces = _take(state.queues[stage], key, size)
+        numbers = tuple(row for piece in pieces for row in piece.rows)
+        yield _give(state, Dispatch(-1, "batch", stage, worker, numbers, pieces))
+
+
+def _reads(state: State, room: bool = True) -> Iterator[Dispatch]:
+    size = state.stages[0].batch_size
+    while not room or _has_room(state, 0, size):
+        worker = _idle_worker(state, 0, empty=_is_suspect(state.retries[0]))
+        if worker is None:
+            return
+        if state.retries[0]:
+            retry = state.retries[0].popleft()
+            yield _give(state, Dispatch(-1, "read", 0, worker, retry.rows, attempts=retry.attempts))
+            continue
+        if not state.to_read and not _open_shard(state):
+            return
+        rows = state.to_read.popleft()
+        if len(rows) > size:
+            state.to_read.appendleft(rows[size:])
+            rows = rows[:size]
+        yield _give(state, Dispatch(-1, "read", 0, worker, rows))
+
+
+def _open_shard(state: State) -> bool:
+    """Begin the next shard that isn't done, unless so many are open that their finished rows would pile up."""
+    capacity = sum(_limit(state, stage) for stage in range(1, len(state.stages)))
+    if state.cursor >= state.shard_count or len(state.shards) >= 2 + capacity // state.rows_per_shard:
+        return False
+    rows = state.shard_rows(state.cursor)
+    state.shards[state.cursor] = Shard(open=set(rows))
+    state.to_read.append(rows)
+    state.cursor += 1
+    state._skip()
+    return True
+
+
+def _ready_group(state: State, stage: int, partial: bool) -> Any | None:
+    size = state.stages[stage].batch_size
+    for key, queue in state.queues[stage].items():
+        if state.fixed:
+            shard, chunk = key[0], key[1]
+            whole = min(size, len(state.shard_rows(shard)) - chunk * size)
+            if state.accounted[stage][shard, chunk] == whole:
+                return key
+        elif partial or sum(piece.stop - piece.start for piece in queue) >= size:
+            return key
+    return None
+
+
+def _unstick(state: State) -> Iterator[Order]:
+    """Nothing moves though work is left: bounds stand in each other's way. Let one batch past them, the furthest on."""
+    for stage in range(len(state.stages) - 1, 0, -1):
+        orders = list(_batches(state, stage, partial=not state.fixed, room=False))
+        if orders:
+            yield from orders
+            return
+    yield from _reads(state, room=False)
+
+
+def _limit(state: State, stage: int) -> int:
+    """Rows that may wait for a stage."""
+    spec = state.stages[stage]
+    return spec.batch_size * spec.replicas * (spec.in_flight + 1)
+
+
+def _has_room(state: State, stage: int, rows: int) -> bool:
+    """Whether the next stage's queue can take what this one would add to it."""
+    if stage + 1 == len(state.stages):
+        return True  # what leaves the last stage waits in its shard, and open shards are bounded
+    coming = state.queued(stage + 1) + state.in_flight(stage)
+    return coming == 0 or coming + rows <= _limit(state, stage + 1)
+
+
+def _idle_worker(state: State, stage: int, empty: bool = False) -> int | None:
+    """The ready worker with the fewest dispatches, if it may be given one more.
+
+    One that has a suspect is given no other: should it die again, it is clear of what.
+    """
+    workers = {
+        worker: len(held)
+        for worker, held in state.workers[stage].items()
+        if not any(state.flying[id].attempts for id in held)
+    }
+    if not workers:
+        return None
+    worker = min(workers, key=lambda w: (workers[w], w))
+    return worker if workers[worker] < (1 if empty else state.stages[stage].in_flight) else None
+
+
+def _is_suspect(retries: deque[Retry]) -> bool:
+    """Whether the next to be tried again has failed before, so that it is to be tried alone."""
+    return bool(retries) and retries[0].attempts > 0
+
+
+def _take(queues: dict[Any, deque[Piece]], key: Any, size: int) -> list[Piece]:
+    queue, pieces = queues[key], []
+    while queue and size:
+        piece = queue.popleft()
+        if piece.stop - piece.start > size:
+            queue.appendleft(_cut(piece, size, None))
+            piece = _cut(piece, 0, size)
+        pieces.append(piece)
+        size -= piece.stop - piece.start
+    if not queue:
+        del queues[key]
+    return pieces
+
+
+def _cut(piece: Piece, start: int, stop: int | None) -> Piece:
+    rows = piece.rows[start:stop]
+    return Piece(piece.block, piece.part, piece.start + start, piece.start + start + len(rows), rows)
+
+
+def _give(state: State, dispatch: Dispatch) -> Dispatch:
+    dispatch.id = state.next_id
+    state.next_id += 1
+    state.flying[dispatch.id] = dispatch
+    state.workers[dispatch.stage][dispatch.worker].append(dispatch.id)
+    return dispatch
+
+
+# -------------------------------------------------------------------------------------------------------- apply
+
+
+def apply(state: State, event: Event) -> State:
+    """Take in what happened. An event about a dispatch that is not in flight any more changes nothing."""
+    if isinstance(event, Started):
+        if (event.stage, event.worker) in state.starting:
+            state.starting.discard((event.stage, event.worker))
+            state.workers[event.stage][event.worker] = []
+    elif isinstance(event, Died):
+        _died(state, event)
+    elif event.id in state.flying:
+        dispatch = state.flying.pop(event.id)
+        held = state.workers[dispatch.stage].get(dispatch.worker)
+        if held is not None:
+            held.remove(dispatch.id)
+        if isinstance(event, Finished):
+            _finished(state, dispatch, event)
+        elif event.cause == "lost":
+            _lost(state, dispatch, event.reason)
+        else:
+            _failed(state, dispatch, event.reason)
+    return state
+
+
+def _finished(state: State, dispatch: Dispatch, event: Finished) -> None:
+    state.deaths[dispatch.stage] = 0
+    for piece in dispatch.pieces:
+        _drop(state, piece)
+    if dispatch.kind == "commit":
+        shard = state.shards.pop(dispatch.shard)
+        state.committed_shards += 1
+        state.committed_failed += len(shard.errors)
+        state.committed_ok += len(dispatch.rows) - len(shard.errors)
+        return
+    state.finished_rows[dispatch.stage] += len(dispatch.rows)
+    for row, reason in event.rejected:
+        _quarantine(state, row, dispatch.stage, reason)
+    wanted = sum(len(rows) for _, rows in event.parts)
+    if wanted:
+        state.blocks[dispatch.id] = wanted
+    else:
+        state.released.append(dispatch.id)
+    last = len(state.stages) - 1
+    for part, (key, rows) in enumerate(event.parts):
+        if not rows:
+            continue
+        piece = Piece(dispatch.id, part, 0, len(rows), tuple(rows))
+        if dispatch.stage == last:
+            _arrive(state, piece)
+        else:
+            _enqueue(state, dispatch.stage + 1, key, piece)
+
+
+def _enqueue(state: State, stage: int, key: str, piece: Piece) -> None:
+    if not state.fixed:
+        state.queues[stage].setdefault(key, deque()).append(piece)
+        return
+    start = 0
+    for at in range(1, len(piece.rows) + 1):
+        chunk = state.chunk(stage, piece.rows[start])
+        if at == len(piece.rows) or state.chunk(stage, piece.rows[at]) != chunk:
+            state.queues[stage].setdefault((*chunk, key), deque()).append(_cut(piece, start, at))
+            state.accounted[stage][chunk] += at - start
+            start = at
+
+
+def _arrive(state: State, piece: Piece) -> None:
+    """Rows have left the last stage: they wait for the rest of their shard."""
+    start = 0
+    for at in range(1, len(piece.rows) + 1):
+        number = piece.rows[start] // state.rows_per_shard
+        if at == len(piece.rows) or piece.rows[at] // state.rows_per_shard != number:
+            shard, cut = state.shards[number], _cut(piece, start, at)
+            shard.open.difference_update(cut.rows)
+            shard.packed.append(cut)
+            start = at
+
+
+def _quarantine(state: State, row: int, stage: int, reason: str) -> None:
+    shard = state.shards[row // state.rows_per_shard]
+    shard.open.discard(row)
+    shard.errors.append({"row": row, "stage": state.stages[stage].name, "reason": reason})
+    if state.fixed:
+        for later in range(stage + 1, len(state.stages)):
+            state.accounted[later][state.chunk(later, row)] += 1
+
+
+def _failed(state: State, dispatch: Dispatch, reason: str) -> None:
+    attempts = dispatch.attempts + 1
+    if dispatch.kind == "commit":
+        shard = state.shards[dispatch.shard]
+        shard.attempts += 1
+        if shard.attempts > RETRIES:
+            state.failed = f"shard {dispatch.shard} can't be committed: {reason}"
+        _again(state, dispatch, attempts)
+    elif attempts <= RETRIES:
+        _again(state, dispatch, attempts)
+    elif len(dispatch.rows) > 1:
+        half = len(dispatch.rows) // 2
+        for side in (slice(half, None), slice(None, half)):
+            pieces = _slice(dispatch.pieces, side)
+            state.retries[dispatch.stage].appendleft(Retry(dispatch.rows[side], pieces, RETRIES))
+    else:
+        for piece in dispatch.pieces:
+            _drop(state, piece)
+        state.finished_rows[dispatch.stage] += 1
+        _quarantine(state, dispatch.rows[0], dispatch.stage, reason)
+
+
+def _again(state: State, dispatch: Dispatch, attempts: int) -> None:
+    if dispatch.kind == "commit":
+        state.shards[dispatch.shard].committing = False
+    else:
+        state.retries[dispatch.stage].append(Retry(dispatch.rows, dispatch.pieces, attempts))
+
+
+def _lost(state: State, dispatch: Dispatch, reason: str) -> None:
+    """The data of these rows is gone with a node: they begin again from the source."""
+    rows = list(dispatch.rows)
+    if dispatch.kind == "commit":
+        shard = state.shards[dispatch.shard]
+        rows = [row for piece in shard.packed for row in piece.rows]
+        shard.open.update(rows)
+        shard.packed, shard.committing = [], False
+    for piece in dispatch.pieces:
+        _drop(state, piece)
+    again = []
+    for row in rows:
+        state.losses[row] += 1
+        if state.losses[row] > LOSSES:
+            _quarantine(state, row, dispatch.stage, f"lost {LOSSES} times with its node: {reason}")
+            continue
+        again.append(row)
+        for stage in range(1, dispatch.stage + 1) if state.fixed else ():
+            state.accounted[stage][state.chunk(stage, row)] -= 1
+    if again:
+        state.to_read.appendleft(again)
+
+
+def _died(state: State, event: Died) -> None:
+    state.starting.discard((event.stage, event.worker))
+    spec = state.stages[event.stage]
+    if event.at_start:
+        state.failed = f"stage {spec.name} can't start: {event.reason}"
+        return
+    for id in state.workers[event.stage].pop(event.worker, []):
+        _failed(state, state.flying.pop(id), f"its worker died: {event.reason}")
+    state.deaths[event.stage] += 1
+    if state.deaths[event.stage] > DEATHS * spec.replicas:
+        state.failed = f"stage {spec.name}: its workers die one after another: {event.reason}"
+    state._start(event.stage)
+
+
+def _drop(state: State, piece: Piece) -> None:
+    state.blocks[piece.block] -= piece.stop - piece.start
+    if not state.blocks[piece.block]:
+        del state.blocks[piece.block]
+        state.released.append(piece.block)
+
+
+def _slice(pieces: Sequence[Piece], side: slice) -> list[Piece]:
+    """The pieces of rows ``side`` of what the pieces hold one after another."""
+    total = sum(len(piece.rows) for piece in pieces)
+    start, stop, _ = side.indices(total)
+    out, at = [], 0
+    for piece in pieces:
+        a, b = max(start - at, 0), min(stop - at, len(piece.rows))
+        if a < b:
+            out.append(_cut(piece, a, b))
+        at += len(piece.rows)
+    return out

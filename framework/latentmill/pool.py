@@ -1,0 +1,194 @@
+"""A stage's workers as Ray actors, pinned to what they ask for. The driver passes references and never fetches a batch."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import ray
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+
+from latentmill.flow import Died, Dispatch, Event, Failed, Finished, Start, Started
+from latentmill.plugin import Stage
+from latentmill.worker import StageWork, Worker
+
+
+class PlacementError(ValueError):
+    """The cluster has no room for the job's workers; one line that says which stage asks for what."""
+
+
+def connect(address: str | None) -> bool:
+    """Join the Ray cluster at ``address``, or start one here if it is None; whether that was done, and is ours to end."""
+    if ray.is_initialized():
+        return False
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is not None:
+        ray.init(address=address, **quiet)
+        return False
+    ray.init(include_dashboard=False, **quiet)
+    return True
+
+
+def disconnect() -> None:
+    """End the cluster that ``connect`` started."""
+    ray.shutdown()
+
+
+class RayPool:
+    """Starts actors, sends them dispatches, and turns what comes back into events."""
+
+    def __init__(self, stages: Sequence[StageWork], owns_cluster: bool = False) -> None:
+        self.stages, self.owns_cluster = stages, owns_cluster
+        self.actors: dict[tuple[int, int], Any] = {}
+        self.starting: dict[Any, Start] = {}
+        self.flying: dict[Any, Dispatch] = {}
+        self.blocks: dict[int, Any] = {}
+        check_placement(stages, [node["Resources"] for node in cast(Any, ray).nodes() if node["Alive"]])
+
+    def submit(self, order: Start | Dispatch) -> None:
+        if isinstance(order, Start):
+            work = self.stages[order.stage]
+            actor = _REMOTE.options(**_resources(work)).remote(os.getcwd(), work.make, work.num_gpus > 0, work.threads)
+            self.actors[order.stage, order.worker] = actor
+            self.starting[actor.ready.remote()] = order
+            return
+        actor = self.actors[order.stage, order.worker]
+        if order.kind == "read":
+            outcome, block = actor.read.options(num_returns=2).remote(list(order.rows))
+        else:
+            names = list(dict.fromkeys(piece.block for piece in order.pieces))
+            cuts = [(names.index(p.block), p.part, p.start, p.stop) for p in order.pieces]
+            blocks = [self.blocks[name] for name in names]
+            if order.kind == "commit":
+                self.flying[actor.commit.remote(order.shard, order.errors, cuts, *blocks)] = order
+                return
+            outcome, block = actor.batch.options(num_returns=2).remote(cuts, *blocks)
+        self.flying[outcome] = order
+        self.blocks[order.id] = block
+
+    def collect(self, timeout: float) -> list[Event]:
+        """Wait up to ``timeout`` seconds for something to happen, and say all that has."""
+        waiting = [*self.flying, *self.starting]
+        if not waiting:
+            return []
+        ready, rest = ray.wait(waiting, num_returns=1, timeout=timeout)
+        if ready and rest:
+            ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
+        events: list[Event] = []
+        dead: dict[tuple[int, int], RayActorError] = {}
+        for reference in ready:
+            if reference in self.starting:
+                start = self.starting.pop(reference)
+                try:
+                    ray.get(reference)
+                    events.append(Started(start.stage, start.worker))
+                except RayActorError as error:
+                    dead[start.stage, start.worker] = error
+                continue
+            order = self.flying[reference]
+            try:
+                outcome = ray.get(reference)
+            except RayActorError as error:
+                dead[order.stage, order.worker] = error
+                continue
+            except ObjectLostError as error:
+                events.append(self._failed(reference, "lost", error))
+            except RayTaskError as error:
+                lost = isinstance(error.cause, ObjectLostError)
+                events.append(self._failed(reference, "lost" if lost else "raised", error.cause))
+            else:
+                del self.flying[reference]
+                parts, rejected = ((), ()) if order.kind == "commit" else (outcome.parts, outcome.rejected)
+                events.append(Finished(order.id, parts, rejected))
+        for (stage, worker), death in dead.items():
+            self._bury(stage, worker)
+            events.append(Died(stage, worker, _cause(death), at_start=death.actor_init_failed))
+        return events
+
+    def release(self, block: int) -> None:
+        self.blocks.pop(block, None)
+
+    def close(self) -> None:
+        """End all workers, at once."""
+        for actor in self.actors.values():
+            ray.kill(actor)
+        self.actors.clear()
+        self.blocks.clear()
+        self.flying.clear()
+        if self.owns_cluster:
+            disconnect()
+
+    def _failed(self, reference: Any, cause: Any, error: BaseException) -> Failed:
+        order = self.flying.pop(reference)
+        self.blocks.pop(order.id, None)
+        return Failed(order.id, cause, f"{type(error).__name__}: {error}".splitlines()[0])
+
+    def _bury(self, stage: int, worker: int) -> None:
+        self.actors.pop((stage, worker), None)
+        for reference, order in list(self.flying.items()):
+            if (order.stage, order.worker) == (stage, worker):
+                del self.flying[reference]
+                self.blocks.pop(order.id, None)
+
+
+class _Actor(Worker):
+    """Two threads, so that Ray unpacks and packs one batch while the stage computes the other."""
+
+    def __init__(self, folder: str, make: Callable[[], Stage], gpu: bool, threads: int | None) -> None:
+        if os.path.isdir(folder):  # on a cluster that others started, workers begin elsewhere than the driver
+            os.chdir(folder)
+        super().__init__(make, gpu, threads)
+
+    def ready(self) -> bool:
+        return True
+
+
+_REMOTE: Any = cast(Any, ray.remote)(max_restarts=0, max_concurrency=2)(_Actor)
+"""Ray's own types know neither ``max_concurrency`` nor ``options``."""
+
+
+def check_placement(stages: Sequence[StageWork], nodes: Sequence[Mapping[str, float]]) -> None:
+    """Raise PlacementError unless all workers fit on the nodes together (first fit, the largest first)."""
+    free = [dict(node) for node in nodes]
+    wanted = [(work, _demand(work)) for work in stages for _ in range(work.replicas)]
+    for work, demand in sorted(
+        wanted, key=lambda w: sorted(w[1].items(), key=lambda d: -d[1])[:1] and -max(w[1].values())
+    ):
+        for node in free:
+            if all(node.get(name, 0.0) + 1e-6 >= amount for name, amount in demand.items()):
+                for name, amount in demand.items():
+                    node[name] -= amount
+                break
+        else:
+            asks = ", ".join(f"{name} {amount:g}" for name, amount in demand.items())
+            names = {name for _, each in wanted for name in each}
+            has = "; ".join(", ".join(f"{name} {node.get(name, 0):g}" for name in sorted(names)) for node in nodes)
+            alone = any(all(node.get(n, 0.0) + 1e-6 >= a for n, a in demand.items()) for node in nodes)
+            why = "do not fit beside the other stages' workers" if alone else "fit on no node"
+            raise PlacementError(
+                f"stage {work.name} asks for {work.replicas} x ({asks}), which {why}; the cluster's nodes have: {has}"
+            )
+
+
+def _demand(work: StageWork) -> dict[str, float]:
+    demand = {"CPU": work.num_cpus, "GPU": work.num_gpus, "memory": float(work.memory or 0), **work.resources}
+    if work.accelerator_type:
+        demand[f"accelerator_type:{work.accelerator_type}"] = 0.001
+    return {name: amount for name, amount in demand.items() if amount}
+
+
+def _resources(work: StageWork) -> dict[str, Any]:
+    options: dict[str, Any] = {"num_cpus": work.num_cpus, "num_gpus": work.num_gpus, "resources": dict(work.resources)}
+    if work.memory:
+        options["memory"] = work.memory
+    if work.accelerator_type:
+        options["accelerator_type"] = work.accelerator_type
+    return options
+
+
+def _cause(error: RayActorError) -> str:
+    text = str(getattr(error, "cause", None) or error).strip()
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

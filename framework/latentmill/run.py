@@ -1,0 +1,227 @@
+"""Run a job: decide, dispatch, collect, until every shard is committed."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from latentmill import flow, report
+from latentmill import plan as planning
+from latentmill.job import Job, load_job
+from latentmill.plan import Plan
+from latentmill.worker import StageWork, make_stage
+from latentmill.write import copy_errors, done_shards, errors_path
+
+
+class RunError(RuntimeError):
+    """The job had to stop before its end; one line. The same command continues it."""
+
+
+class Pool(Protocol):
+    """Where the work is done: Ray's actors, this process, or a simulation."""
+
+    def submit(self, order: flow.Order) -> None: ...
+
+    def collect(self, timeout: float) -> list[flow.Event]: ...
+
+    def release(self, block: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a run."""
+
+    output: str
+    planned: int
+    ok: int
+    failed: int
+    seconds: float
+    text: str
+    """The summary, for people."""
+    interrupted: bool = False
+
+
+def run(job: Job | str, overrides: Sequence[str] = ()) -> Result:
+    """Run a job to its end, or go on where an earlier run stopped.
+
+    ``job`` is the name of a shipped job, the path of a YAML file, or a Job; ``overrides`` as on the command line
+    (``["sampling.steps=10"]``). Raises JobError, PluginError, PlanError or PlacementError before anything is started or
+    written, RunError if the job has to stop.
+    """
+    job = load_job(job, overrides) if isinstance(job, str) else job
+    parts = planning.parts(job)
+    plan = planning.plan(job, parts)
+    state = begin(job, plan)
+    if flow.finished(state) and (Path(job.output) / "_SUCCESS").exists():
+        return _result(job, state, seconds=0.0)
+    pool: Pool | None = None
+    started, interrupted = time.monotonic(), False
+    try:
+        with interruptible(), report.live(job.name) as live:
+            if not flow.finished(state):
+                pool = make_pool(job, plan)
+            planning.publish(plan, job.output)
+            if pool is not None:
+                drive(state, pool, lambda: live.show(view(state, plan, time.monotonic() - started)))
+            for shard in done_shards(job.output):
+                copy_errors(job.output, shard, parts.sink)
+            report.finish(job.output, live.pace)
+            (Path(job.output) / "_SUCCESS").touch()
+    except KeyboardInterrupt:
+        if not (Path(job.output) / "plan.json").exists():
+            raise
+        interrupted = True
+    finally:
+        if pool is not None:
+            pool.close()
+    return _result(job, state, time.monotonic() - started, interrupted)
+
+
+def _result(job: Job, state: flow.State, seconds: float, interrupted: bool = False) -> Result:
+    now = status(job.output)
+    counts = {name: now[name] for name in ("planned", "ok", "failed")}
+    text = report.summary(
+        job.name,
+        job.output,
+        **counts,
+        made=state.committed_ok + state.committed_failed,
+        seconds=seconds,
+        interrupted=interrupted,
+    )
+    return Result(job.output, **counts, seconds=seconds, text=text, interrupted=interrupted)
+
+
+def begin(job: Job, plan: Plan) -> flow.State:
+    """The flow's state at the start of a run: all shards that are not in the dataset yet."""
+    planning.compare(plan, job.output)
+    stages = tuple(flow.StageSpec(name, job.stages[name].batch_size, job.stages[name].replicas) for name in job.flow)
+    return flow.State(stages, plan.rows, plan.rows_per_shard, done_shards(job.output), fixed=job.deterministic)
+
+
+def make_pool(job: Job, plan: Plan) -> Pool:
+    """The pool that the job's cluster asks for. Ray is imported only if it is wanted."""
+    work = [_work(job, plan, name) for name in job.flow]
+    if job.cluster.kind == "inline":
+        from latentmill.inline import InlinePool
+
+        return InlinePool(work)
+    from latentmill import pool
+
+    owned = pool.connect(job.cluster.address if job.cluster.kind == "ray" else None)
+    try:
+        return pool.RayPool(work, owned)
+    except pool.PlacementError:
+        if owned:
+            pool.disconnect()
+        raise
+
+
+def drive(state: flow.State, pool: Pool, show: Callable[[], None]) -> None:
+    """The loop. Raises RunError if the flow says that the job can't go on."""
+    while not flow.finished(state):
+        for order in flow.decide(state):
+            pool.submit(order)
+        for event in pool.collect(timeout=0.5):
+            flow.apply(state, event)
+        for block in state.released:
+            pool.release(block)
+        state.released.clear()
+        show()
+        if state.failed:
+            raise RunError(state.failed)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM, which schedulers of clusters send before they take a machine away, stops as Ctrl-C does."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def view(state: flow.State, plan: Plan, seconds: float) -> report.View:
+    """What a person is shown of a state."""
+    stages = [
+        report.StageView(
+            name=spec.name,
+            done=state.finished_rows[at],
+            queued=state.queued(at) if at else sum(map(len, state.to_read)),
+            workers=len(state.workers[at]),
+            busy=sum(1 for held in state.workers[at].values() if held),
+        )
+        for at, spec in enumerate(state.stages)
+    ]
+    before = sum(len(plan.shard_rows(shard)) for shard in state.done)
+    return report.View(
+        stages=stages,
+        planned=plan.rows,
+        finished=before + state.committed_ok + state.committed_failed,
+        failed=state.committed_failed,
+        seconds=seconds,
+        shards_done=len(state.done) + state.committed_shards,
+        shards=plan.shards,
+    )
+
+
+def _work(job: Job, plan: Plan, name: str) -> StageWork:
+    stage = job.stages[name]
+    # One thread a CPU asked for, so that workers on one machine don't fight over its cores; in one process, and
+    # nothing to be reproduced bit by bit, torch takes all there are.
+    threads: int | None = max(1, int(stage.num_cpus))
+    if job.cluster.kind == "inline" and not job.deterministic:
+        threads = None
+    return StageWork(
+        name=name,
+        make=partial(make_stage, job, plan, name),
+        replicas=stage.replicas,
+        num_cpus=stage.num_cpus,
+        num_gpus=stage.num_gpus,
+        memory=stage.memory,
+        resources=stage.resources,
+        accelerator_type=stage.accelerator_type,
+        threads=threads,
+    )
+
+
+def status(output: str) -> dict[str, Any]:
+    """How far a dataset is, from its folder alone. Raises PlanError if the folder holds none.
+
+    Keys: ``output``, ``name``, ``planned``, ``ok``, ``failed`` (rows), ``shards``, ``shards_done``, ``success``.
+    """
+    found = planning.read(output)
+    done = done_shards(output)
+    size, rows = found["rows_per_shard"], found["rows"]
+    failed = 0
+    for shard in done:
+        if (path := errors_path(output, shard)).exists():
+            with path.open("rb") as lines:
+                failed += sum(1 for _ in lines)
+    return {
+        "output": output,
+        "name": found["name"],
+        "planned": rows,
+        "ok": sum(min(size, rows - shard * size) for shard in done) - failed,
+        "failed": failed,
+        "shards": found["shards"],
+        "shards_done": len(done),
+        "success": (Path(output) / "_SUCCESS").exists(),
+    }

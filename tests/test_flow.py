@@ -1,0 +1,157 @@
+"""The flow, without Ray: every row ends once, whatever order, failures and deaths come in."""
+
+import random
+from collections import Counter
+
+import pytest
+
+from latentmill import flow
+from latentmill.flow import Died, Dispatch, Failed, Finished, StageSpec, Start, Started, State
+
+
+class World:
+    """Carries out what the flow orders, in a random order, with faults, and checks what comes by."""
+
+    def __init__(self, state, seed=0, shapes=1, reject=(), poison=(), fatal=(), flaky=0.0, deaths=0.0, losses=0.0):
+        self.state, self.random, self.shapes = state, random.Random(seed), shapes
+        self.reject, self.poison, self.fatal = set(reject), set(poison), set(fatal)
+        self.flaky, self.deaths, self.losses = flaky, deaths, losses
+        self.orders, self.blocks, self.committed, self.batches = [], {}, {}, []
+
+    def run(self, limit=200_000):
+        for _ in range(limit):
+            if flow.finished(self.state) or self.state.failed:
+                return self
+            self.orders += flow.decide(self.state)
+            assert self.orders, "deadlock: nothing to do, and not finished"
+            self.check_bounds()
+            order = self.orders.pop(self.pick())
+            flow.apply(self.state, self.carry_out(order))
+            for block in self.state.released:
+                self.blocks.pop(block, None)
+            self.state.released.clear()
+        raise AssertionError("not finished")
+
+    def pick(self):
+        return self.random.randrange(len(self.orders))
+
+    def carry_out(self, order):
+        if isinstance(order, Start):
+            return Started(order.stage, order.worker)
+        for piece in order.pieces:  # what the flow believes to be in a block is in it
+            assert self.blocks[piece.block][piece.part][piece.start : piece.stop] == list(piece.rows)
+        rows = list(order.rows)
+        if order.kind != "commit":
+            if self.random.random() < self.deaths or self.fatal & set(rows):
+                for other in [o for o in self.orders if isinstance(o, Dispatch) and o.worker == order.worker]:
+                    self.orders.remove(other)
+                return Died(order.stage, order.worker, "killed")
+            if self.random.random() < self.flaky or (order.stage == 2 and self.poison & set(rows)):
+                return Failed(order.id, "raised", "boom")
+        if order.pieces and self.random.random() < self.losses:
+            return Failed(order.id, "lost", "its node is gone")
+        if order.kind == "commit":
+            assert order.shard not in self.committed
+            self.committed[order.shard] = (sorted(r for p in order.pieces for r in p.rows), order.errors)
+            return Finished(order.id)
+        self.batches.append((order.stage, rows))
+        kept = [row for row in rows if not (order.stage == 1 and row in self.reject)]
+        parts = [[row for row in kept if row % self.shapes == shape] for shape in range(self.shapes)]
+        self.blocks[order.id] = parts
+        said = [(f"shape{shape}", tuple(part)) for shape, part in enumerate(parts)]
+        return Finished(order.id, said, [(row, "unfit") for row in rows if row not in kept])
+
+    def check_bounds(self):
+        for stage, spec in enumerate(self.state.stages):
+            for held in self.state.workers[stage].values():
+                assert len(held) <= spec.in_flight
+        assert len(self.state.shards) <= 2 + 400 // self.state.rows_per_shard
+
+    def ok(self):
+        return sorted(row for rows, _ in self.committed.values() for row in rows)
+
+    def failed(self):
+        return {error["row"]: error["reason"] for _, errors in self.committed.values() for error in errors}
+
+
+def state(rows=100, rows_per_shard=16, sizes=(8, 4, 6, 4, 8), replicas=(1, 2, 3, 1, 1), **settings):
+    names = ("read", "encode", "denoise", "decode", "write")
+    return State(tuple(map(StageSpec, names, sizes, replicas)), rows, rows_per_shard, **settings)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("seed", range(40))
+def test_every_row_ends_once(seed, fixed):
+    world = World(
+        state(fixed=fixed), seed, shapes=1 + seed % 3, reject={5, 17, 99}, poison={33, 34}, flaky=0.02, losses=0.01
+    ).run()
+    assert not world.state.failed
+    failed = world.failed()
+    assert Counter(world.ok() + list(failed)) == Counter(range(100))
+    assert {5, 17, 99, 33, 34} <= set(failed)
+    assert failed[5] == "unfit" and failed[33] == "boom"
+    assert len(world.blocks) == 0, "blocks that nobody needs are kept"
+    assert world.state.committed_ok + world.state.committed_failed == 100
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_workers_that_die_are_replaced_and_the_row_that_kills_is_found(seed):
+    world = World(state(), seed, fatal={41}, deaths=0.02).run()
+    if world.state.failed:  # many deaths in a row are a reason to stop, never to lose count
+        assert "die one after another" in world.state.failed
+        return
+    assert Counter(world.ok() + list(world.failed())) == Counter(range(100))
+    assert "killed" in world.failed()[41]
+
+
+def test_a_stage_whose_workers_always_die_ends_the_job():
+    world = World(state(), deaths=1.0).run()
+    assert "die one after another" in world.state.failed
+
+
+def test_a_slow_stage_holds_back_those_before_it():
+    class Slow(World):
+        def pick(self):
+            return next((i for i, order in enumerate(self.orders) if order.stage != 2), 0)
+
+        def check_bounds(self):
+            super().check_bounds()
+            assert self.state.queued(2) + self.state.in_flight(1) <= 6 * 3 * 3  # batch x replicas x (in flight + 1)
+
+    world = Slow(state(rows=2000, rows_per_shard=2000), seed=3).run()
+    assert len(world.ok()) == 2000
+
+
+def test_committed_shards_are_not_done_again():
+    world = World(state(done={0, 3})).run()
+    assert sorted(world.committed) == [1, 2, 4, 5, 6]
+    assert not {0, 15, 48, 63} & {row for _, rows in world.batches for row in rows}
+
+
+def test_batches_are_full_while_there_are_rows():
+    world = World(state(rows=960, rows_per_shard=96), seed=1).run()
+    denoised = [len(rows) for stage, rows in world.batches if stage == 2]
+    assert sum(denoised) == 960 and denoised.count(6) >= len(denoised) - 1
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_fixed_batches_depend_on_the_plan_alone(seed):
+    batches = World(state(fixed=True), seed, shapes=2).run().batches
+    undisturbed = World(state(fixed=True, replicas=(1, 1, 1, 1, 1)), 0, shapes=2).run().batches
+    of_stage = [{frozenset(rows) for stage, rows in each if stage in (1, 2, 3)} for each in (batches, undisturbed)]
+    assert of_stage[0] == of_stage[1]
+
+
+def test_the_same_events_give_the_same_decisions():
+    runs = [World(state(), 7, flaky=0.1).run().batches for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+def test_an_event_of_the_past_changes_nothing():
+    fresh = state(rows=4)
+    flow.decide(fresh)
+    flow.apply(fresh, Started(0, 0))
+    [read] = [order for order in flow.decide(fresh) if isinstance(order, Dispatch)]
+    flow.apply(fresh, Died(0, 0, "killed"))
+    flow.apply(fresh, Finished(read.id, [("a", tuple(read.rows))]))
+    assert fresh.queued(1) == 0

@@ -1,0 +1,139 @@
+"""Ray's side: a real Ray, workers that die, jobs that don't fit."""
+
+import os
+from functools import partial
+
+import pyarrow as pa
+import pytest
+import ray
+import torch
+
+from latentmill import flow, pool, tensors
+from latentmill.plugin import Stage
+from latentmill.run import RunError, drive
+from latentmill.worker import StageWork
+
+
+class Read(Stage):
+    def __call__(self, batch, reject):
+        return tensors.with_tensor(batch, "latents", torch.ones(len(batch), 4, 8, 8))
+
+
+class Double(Stage):
+    """Doubles latents; its process dies at the row `kill`, raises at the row `raises`, rejects the row `rejects`."""
+
+    def __init__(self, kill=-1, raises=-1, rejects=-1):
+        self.kill, self.raises, self.rejects = kill, raises, rejects
+
+    def __call__(self, batch, reject):
+        numbers = batch.column("row").to_pylist()
+        if self.kill in numbers:
+            os._exit(1)
+        if self.raises in numbers:
+            raise RuntimeError("no such luck")
+        if self.rejects in numbers:
+            reject(numbers.index(self.rejects), "not wanted")
+            batch = batch.filter(pa.array([number != self.rejects for number in numbers]))
+        return tensors.with_tensor(batch, "latents", tensors.from_arrow(batch, "latents") * 2)
+
+
+class Forgets(Stage):
+    def __call__(self, batch, reject):
+        return batch.slice(1)
+
+
+class Broken(Stage):
+    def load(self, device):
+        raise FileNotFoundError("weights.safetensors is not there")
+
+    def __call__(self, batch, reject):
+        return batch
+
+
+class Write(Stage):
+    """Commits into a folder: the rows and the sum of their latents."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __call__(self, batch, reject):
+        return batch
+
+    def commit(self, shard, packed, errors):
+        rows = {
+            n: t.sum().item() for p in packed for n, t in zip(p["row"].to_pylist(), tensors.from_arrow(p, "latents"))
+        }
+        failed = {error["row"]: error["reason"] for error in errors}
+        (self.folder / f"{shard}").write_text(repr((rows, failed)))
+        return True
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    pool.connect(None)
+    yield
+    ray.shutdown()
+
+
+def run(folder, double, rows=24, replicas=2):
+    work = [
+        StageWork("read", Read, num_cpus=0.1),
+        StageWork("double", double, replicas, num_cpus=0.1),
+        StageWork("write", partial(Write, folder), num_cpus=0.1),
+    ]
+    specs = (flow.StageSpec("read", 6), flow.StageSpec("double", 4, replicas), flow.StageSpec("write", 4))
+    workers = pool.RayPool(work)
+    try:
+        drive(flow.State(specs, rows, rows_per_shard=12), workers, lambda: None)
+    finally:
+        workers.close()
+    done = [eval(path.read_text()) for path in sorted(folder.iterdir())]
+    return {k: v for rows, _ in done for k, v in rows.items()}, {k: v for _, failed in done for k, v in failed.items()}
+
+
+def test_rows_go_through_and_each_ends_once(tmp_path):
+    rows, failed = run(tmp_path, Double)
+    assert rows == {row: 512.0 for row in range(24)} and not failed
+
+
+def test_a_row_that_raises_is_found_and_the_others_of_its_batch_arrive(tmp_path):
+    rows, failed = run(tmp_path, partial(Double, raises=5, rejects=9))
+    assert failed == {5: "RuntimeError: no such luck", 9: "not wanted"}
+    assert rows == {row: 512.0 for row in range(24) if row not in (5, 9)}
+
+
+def test_a_worker_that_dies_is_replaced_and_the_row_that_kills_it_is_found(tmp_path):
+    rows, failed = run(tmp_path, partial(Double, kill=7))
+    assert list(failed) == [7] and "worker died" in failed[7]
+    assert rows == {row: 512.0 for row in range(24) if row != 7}
+
+
+def test_a_stage_that_loses_rows_without_a_reason_is_found_out(tmp_path):
+    rows, failed = run(tmp_path, Forgets)
+    assert not rows and len(failed) == 24
+    assert "each row must come back once or be rejected" in failed[0]
+
+
+def test_a_stage_that_cannot_start_ends_the_job_with_its_reason(tmp_path):
+    with pytest.raises(RunError, match="stage double can't start: .*weights.safetensors is not there"):
+        run(tmp_path, Broken)
+
+
+def test_a_job_that_has_no_place_says_which_stage_asks_for_what_and_what_there_is():
+    works = [StageWork("encode", Double, num_cpus=1), StageWork("denoise", Double, 3, num_cpus=1, num_gpus=1)]
+    nodes = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 4.0}]
+    with pytest.raises(
+        pool.PlacementError,
+        match=r"denoise asks for 3 x \(CPU 1, GPU 1\), which do not fit beside .* CPU 8, GPU 2; CPU 4, GPU 0",
+    ):
+        pool.check_placement(works, nodes)
+    pool.check_placement(works, [*nodes, {"CPU": 1.0, "GPU": 1.0}])
+    with pytest.raises(pool.PlacementError, match="denoise asks for .* fit on no node"):
+        pool.check_placement([StageWork("denoise", Double, accelerator_type="H100", num_gpus=1)], nodes)
+
+
+def test_a_worker_sees_only_its_own_gpu_and_asks_in_ray_s_words():
+    options = pool._resources(
+        StageWork("denoise", Double, num_cpus=2, num_gpus=0.5, memory=10**9, accelerator_type="A100")
+    )
+    assert options == {"num_cpus": 2, "num_gpus": 0.5, "resources": {}, "memory": 10**9, "accelerator_type": "A100"}
