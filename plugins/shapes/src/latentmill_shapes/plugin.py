@@ -1,0 +1,138 @@
+"""The three parts as latentmill plugins, all named `shapes`; each reads its weights from inside this package."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from latentmill.plugin import VAE, Conditioning, Denoiser, LatentSpec, TextEncoder
+from latentmill.schedulers.paths import VP
+from latentmill_shapes.autoencoder import Autoencoder
+from latentmill_shapes.denoiser import UNet
+from latentmill_shapes.text import TextTransformer, tokenise
+
+WEIGHTS = Path(__file__).parent / "weights"
+"""Float16 safetensors, computed with in float32; metadata holds what belongs to the weights (see `train.export`)."""
+
+
+@cache
+def fingerprint(part: str) -> str:
+    """The first 16 hex digits of the SHA-256 of a part's weights file."""
+    return hashlib.sha256((WEIGHTS / f"{part}.safetensors").read_bytes()).hexdigest()[:16]
+
+
+@cache
+def metadata(part: str) -> dict[str, str]:
+    """What a part's weights file says about itself."""
+    with safe_open(WEIGHTS / f"{part}.safetensors", framework="pt") as file:
+        return dict(file.metadata())
+
+
+def _filled(model: nn.Module, part: str, device: torch.device) -> None:
+    """Give `model` its float32 weights, and put it on `device`, ready for use."""
+    state = {name: tensor.float() for name, tensor in load_file(WEIGHTS / f"{part}.safetensors").items()}
+    model.load_state_dict(state)
+    model.eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+class ShapesVAE(VAE):
+    """Pictures with sides divisible by 4 to four channels at a quarter of the side; trained on 64x64."""
+
+    contract = 1
+
+    def __init__(self) -> None:
+        self._model: Autoencoder | None = None
+
+    @property
+    def spec(self) -> LatentSpec:
+        about = metadata("vae")
+        return LatentSpec(
+            channels=4,
+            downscale=4,
+            scale=float(about["scale"]),
+            shift=float(about["shift"]),
+            dtype="float32",
+            fingerprint=fingerprint("vae"),
+        )
+
+    def load(self, device: torch.device) -> None:
+        self._model = Autoencoder()
+        _filled(self._model, "vae", device)
+
+    def encode(self, images: Tensor) -> Tensor:
+        assert self._model is not None, "load() comes first"
+        mean, _ = self._model.posterior(images.contiguous(memory_format=torch.channels_last))
+        return ((mean - self.spec.shift) * self.spec.scale).contiguous()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        assert self._model is not None, "load() comes first"
+        z = latents / self.spec.scale + self.spec.shift
+        return self._model.decode(z.contiguous(memory_format=torch.channels_last)).contiguous()
+
+
+class ShapesTextEncoder(TextEncoder):
+    """Prompts over the captions' vocabulary: `embeds` [B, 12, 64] and `pooled` [B, 192]."""
+
+    contract = 1
+
+    def __init__(self) -> None:
+        self._model: TextTransformer | None = None
+        self._device = torch.device("cpu")
+
+    def fingerprint(self) -> str:
+        return fingerprint("text_encoder")
+
+    def load(self, device: torch.device) -> None:
+        self._model, self._device = TextTransformer(), device
+        _filled(self._model, "text_encoder", device)
+
+    def check(self, prompt: str) -> None:
+        tokenise(prompt)
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        assert self._model is not None, "load() comes first"
+        tokens = torch.tensor([tokenise(p) for p in prompts], device=self._device)
+        embeds, pooled = self._model(tokens)
+        return {"embeds": embeds, "pooled": pooled}
+
+
+class ShapesDenoiser(Denoiser):
+    """Predicts v on Stable Diffusion's noise path. Latent sides must be divisible by 4; trained on 16x16."""
+
+    contract = 1
+    prediction = "v"
+
+    def __init__(self) -> None:
+        self.path = VP()
+        self._model: UNet | None = None
+
+    def fingerprint(self) -> str:
+        return fingerprint("denoiser")
+
+    def check(self, spec: LatentSpec) -> None:
+        expected = metadata("denoiser")["vae"]
+        if spec.fingerprint != expected:
+            found = spec.fingerprint or "an unnamed VAE"
+            raise ValueError(f"trained on latents of the shapes VAE (fingerprint {expected}), not of {found}")
+
+    def load(self, device: torch.device) -> None:
+        self._model = UNet()
+        _filled(self._model, "denoiser", device)
+
+    def predict(self, x: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        assert self._model is not None, "load() comes first"
+        if x.shape[2] % 4 or x.shape[3] % 4:
+            raise ValueError(
+                f"latents of {x.shape[2]}x{x.shape[3]}: sides must be multiples of 4, pictures' sides multiples of 16"
+            )
+        alpha, sigma = self.path.scale(t)
+        log_ratio = torch.log(alpha / sigma.clamp(min=1e-3)).to(device=x.device, dtype=x.dtype)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self._model(x, log_ratio, conditioning["embeds"], conditioning["pooled"]).contiguous()
