@@ -1,0 +1,1 @@
+"""Hydra config that comes with the plugin: `vae=patches` reads vae/patches.yaml."""
