@@ -116,10 +116,29 @@ def test_a_slow_stage_holds_back_those_before_it():
 
         def check_bounds(self):
             super().check_bounds()
-            assert self.state.queued(2) + self.state.in_flight(1) <= 6 * 3 * 3  # batch x replicas x (in flight + 1)
+            # batch x replicas x (in flight + 1) of the slow stage, and what the one before can hold
+            before = self.state.stages[1]
+            held = before.batch_size * before.replicas * before.in_flight
+            assert self.state.queued(2) + self.state.in_flight(1) <= 6 * 3 * 3 + held
 
     world = Slow(state(rows=2000, rows_per_shard=2000), seed=3).run()
     assert len(world.ok()) == 2000
+
+
+def test_a_fast_stage_of_one_worker_lets_all_workers_before_it_work():
+    """Eight slow workers, one fast after them: whenever there is input for all, all have something to do."""
+
+    class Slow(World):
+        seen = 0
+
+        def pick(self):
+            others = [i for i, order in enumerate(self.orders) if order.stage != 2]
+            held = [len(held) for held in self.state.workers[2].values()]
+            self.seen = max(self.seen, sum(count > 0 for count in held))
+            return others[0] if others else self.random.randrange(len(self.orders))
+
+    world = Slow(state(rows=2000, rows_per_shard=2000, replicas=(1, 1, 8, 1, 1)), seed=3).run()
+    assert world.seen == 8
 
 
 def test_committed_shards_are_not_done_again():

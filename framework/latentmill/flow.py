@@ -348,11 +348,17 @@ def _limit(state: State, stage: int) -> int:
 
 
 def _has_room(state: State, stage: int, rows: int) -> bool:
-    """Whether the next stage's queue can take what this one would add to it."""
+    """Whether the next stage's queue can take what this one would add to it.
+
+    What the stage's own workers can hold is room besides: a fast stage of one worker must not keep a slow stage of
+    eight from working all at once.
+    """
     if stage + 1 == len(state.stages):
         return True  # what leaves the last stage waits in its shard, and open shards are bounded
+    spec = state.stages[stage]
+    room = _limit(state, stage + 1) + spec.batch_size * spec.replicas * spec.in_flight
     coming = state.queued(stage + 1) + state.in_flight(stage)
-    return coming == 0 or coming + rows <= _limit(state, stage + 1)
+    return coming == 0 or coming + rows <= room
 
 
 def _idle_worker(state: State, stage: int, empty: bool = False) -> int | None:
