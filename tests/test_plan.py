@@ -85,5 +85,9 @@ def test_a_broken_plan_is_said_in_one_line(tmp_path):
     (tmp_path / "plan.json").write_text("{not json")
     with pytest.raises(PlanError, match="can't be read as a plan"):
         planning.compare(PLAN, str(tmp_path))
-    with pytest.raises(PlanError, match="has no plan.json"):
-        planning.read(str(tmp_path / "nowhere"))
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(PlanError, match="can't be read as a plan"):
+        planning.read(str(tmp_path))
+    for nowhere in ("nowhere", "plan.json"):
+        with pytest.raises(PlanError, match="has no plan.json"):
+            planning.read(str(tmp_path / nowhere))

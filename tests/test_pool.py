@@ -2,12 +2,15 @@
 
 import os
 from functools import partial
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import ray
 import torch
+from ray.cluster_utils import Cluster
 
+import latentmill
 from latentmill import flow, pool, tensors
 from latentmill.plugin import Stage
 from latentmill.run import RunError, drive
@@ -70,9 +73,13 @@ class Write(Stage):
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    pool.connect(None)
-    yield
-    ray.shutdown()
+    there = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 2})
+    try:
+        pool.connect(there.address)
+        yield there
+    finally:
+        ray.shutdown()
+        there.shutdown()
 
 
 def run(folder, double, rows=24, replicas=2):
@@ -132,8 +139,44 @@ def test_a_job_that_has_no_place_says_which_stage_asks_for_what_and_what_there_i
         pool.check_placement([StageWork("denoise", Double, accelerator_type="H100", num_gpus=1)], nodes)
 
 
-def test_a_worker_sees_only_its_own_gpu_and_asks_in_ray_s_words():
-    options = pool._resources(
-        StageWork("denoise", Double, num_cpus=2, num_gpus=0.5, memory=10**9, accelerator_type="A100")
-    )
-    assert options == {"num_cpus": 2, "num_gpus": 0.5, "resources": {}, "memory": 10**9, "accelerator_type": "A100"}
+class Sees(Stage):
+    """Writes down which GPUs its process is shown."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def load(self, device):
+        self.seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        (self.folder / str(os.getpid())).write_text(f"{device} {self.seen}")
+
+    def __call__(self, batch, reject):
+        return batch
+
+
+def test_a_worker_sees_only_its_own_gpu(tmp_path):
+    workers = pool.RayPool([StageWork("denoise", partial(Sees, tmp_path), 2, num_cpus=0.1, num_gpus=1)])
+    try:
+        for order in flow.decide(flow.State((flow.StageSpec("denoise", 1, 2),), 0, 1)):
+            workers.submit(order)
+        events = []
+        while len(events) < 2:
+            events += workers.collect(timeout=5)
+    finally:
+        workers.close()
+    assert sorted(path.read_text() for path in tmp_path.iterdir()) == ["cuda 0", "cuda 1"]
+
+
+def test_a_job_joins_the_cluster_at_its_address_and_leaves_it_running(tmp_path, cluster, monkeypatch):
+    """Relative paths mean the driver's folder, wherever the cluster was started."""
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a red star on a white background\n" * 3)
+    settings = ["cluster=ray", f"cluster.address={cluster.address}", "sampling.steps=1", "samples_per_row=1"]
+    result = latentmill.run("txt2img", [*settings, "source.path=prompts.txt", "output=out"])
+    assert (result.ok, result.failed) == (3, 0) and Path("out/_SUCCESS").exists()
+    assert ray.is_initialized() and ray.cluster_resources()["CPU"] == 2
+
+
+def test_a_job_that_does_not_fit_is_refused_with_nothing_written(tmp_path):
+    with pytest.raises(pool.PlacementError, match="stage denoise asks for 1 x"):
+        latentmill.run("txt2img", ["stages.denoise.num_gpus=3", f"output={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()

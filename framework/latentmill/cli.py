@@ -45,11 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         # What is our own is one line. PlacementError's class is Ray's side of the house: known by being a ValueError
         # with a module of ours, so that Ray is not imported to look at it.
-        ours = isinstance(error, (*WRONG, RunError)) or type(error).__module__.startswith("latentmill.")
+        ours = isinstance(error, (*WRONG, RunError, OSError)) or type(error).__module__.startswith("latentmill.")
         if options.debug or not ours:
             raise
         print(f"latentmill: {error}", file=sys.stderr)
-        return 1 if isinstance(error, RunError) else 2
+        return 1 if isinstance(error, (RunError, OSError)) else 2
 
 
 def _run(options: Any) -> int:

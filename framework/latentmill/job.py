@@ -119,11 +119,19 @@ class Job:
     def meaning(self) -> dict[str, Any]:
         """What of the config changes the dataset: no cluster, output, workers or what they ask for.
 
-        Batch sizes count only if the job is deterministic. Environment variables stay ``${oc.env:...}``: secrets are none
-        of a dataset's business.
+        Batch sizes count only if the job is deterministic. In plugins' settings environment variables stay
+        ``${oc.env:...}``: secrets are none of a dataset's business.
         """
         config: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(self.config))  # type: ignore[assignment]
-        meant = {key: value for key, value in config.items() if key not in ("output", "cluster", "stages")}
+        meant: dict[str, Any] = {
+            "seed": self.seed,
+            "samples_per_row": self.samples_per_row,
+            "deterministic": self.deterministic,
+            "rows_per_shard": self.rows_per_shard,
+            "flow": list(self.flow),
+            "sampling": vars(self.sampling),
+            **{kind: config[kind] for kind in registry.KINDS if kind in config},
+        }
         stages: dict[str, Any] = {}
         for name in self.flow:
             stage = config["stages"].get(name, {})

@@ -229,7 +229,7 @@ def compare(plan: Plan, output: str) -> None:
         return
     there = read(output)
     if there.get("hash") != plan.hash:
-        shown = list(differences(there, json.loads(plan.to_json())))
+        shown = list(dict.fromkeys(differences(there, json.loads(plan.to_json()))))
         more = f" and {len(shown) - 6} more" if len(shown) > 6 else ""
         raise PlanError(f"{output} holds another job's dataset: {'; '.join(shown[:6])}{more}. Choose another output.")
 
@@ -239,11 +239,11 @@ def read(output: str) -> dict[str, Any]:
     path = Path(output) / "plan.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise PlanError(f"{output} holds no dataset of ours: it has no plan.json") from None
     except ValueError as error:
         raise PlanError(f"{path} can't be read as a plan ({error}): move the folder away or choose another") from error
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not {"hash", "name", "rows", "shards", "rows_per_shard"} <= found.keys():
         raise PlanError(f"{path} can't be read as a plan: move the folder away or choose another")
     return found
 

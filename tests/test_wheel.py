@@ -1,0 +1,135 @@
+"""What is installed from wheels, outside the checkout: the packages' contents, and jobs that run from them."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+SOURCES = {
+    "latentmill": ["", ["pyproject.toml", "README.md", "LICENSE", "framework", "conf", "jobs"]],
+    "latentmill_shapes": ["plugins/shapes", ["pyproject.toml", "README.md", "src"]],
+    "latentmill_example": ["plugins/example", ["pyproject.toml", "README.md", "src"]],
+}
+NO_SOURCE = shutil.ignore_patterns("__pycache__", "*.egg-info")
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory):
+    """Wheels by package, built from copies so that nothing is written into the checkout or taken from an old build."""
+    work = tmp_path_factory.mktemp("wheels")
+    for package, (folder, names) in SOURCES.items():
+        (work / package).mkdir()
+        for name in names:
+            path = ROOT / folder / name
+            if path.is_dir():
+                shutil.copytree(path, work / package / name, ignore=NO_SOURCE)
+            else:
+                shutil.copy(path, work / package / name)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(work / "dist")]
+    for package in SOURCES:
+        subprocess.run([*build, str(work / package)], check=True, capture_output=True)
+    return {package: next((work / "dist").glob(f"{package}-*.whl")) for package in SOURCES}
+
+
+@pytest.fixture(scope="module")
+def installed(wheels, tmp_path_factory):
+    """The commands of a venv with the three wheels. What they depend on is lent by this one: torch is large."""
+    work = tmp_path_factory.mktemp("installed")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(work / "venv")], check=True)
+    (work / "lent").mkdir()
+    for scheme in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        for path in Path(scheme).iterdir():
+            if "latentmill" not in path.name and path.suffix != ".pth":
+                (work / "lent" / path.name).symlink_to(path)
+    site = next((work / "venv").glob("lib/python*/site-packages"))
+    (site / "lent.pth").write_text(f"{work / 'lent'}\n")
+    pip = [sys.executable, "-m", "pip", "--python", str(work / "venv" / "bin" / "python")]
+    subprocess.run([*pip, "install", "-q", "--no-index", "--no-deps", *map(str, wheels.values())], check=True)
+    return work / "venv" / "bin"
+
+
+def files(folder):
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+
+
+def contents(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if ".dist-info/" not in name and not name.endswith("/")}
+
+
+def latentmill(installed, cwd, *arguments):
+    """Run the installed command in a folder of its own."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    command = [str(installed / "latentmill"), *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def pictures(output):
+    rows = [row for path in sorted(output.glob("data/*.parquet")) for row in pq.read_table(path).to_pylist()]
+    return [Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") for row in rows], rows
+
+
+def test_the_framework_is_one_package_with_its_config_and_jobs_inside(wheels):
+    expected = {f"latentmill/{name}" for name in files(ROOT / "framework" / "latentmill")}
+    expected |= {f"latentmill/conf/{name}" for name in files(ROOT / "conf")}
+    expected |= {f"latentmill/jobs/{name}" for name in files(ROOT / "jobs")}
+    assert contents(wheels["latentmill"]) == expected
+    assert {"latentmill/conf/job.yaml", "latentmill/jobs/txt2img.yaml", "latentmill/py.typed"} <= expected
+
+
+@pytest.mark.parametrize("package", ["latentmill_shapes", "latentmill_example"])
+def test_a_plugin_is_one_package(wheels, package):
+    expected = {name for name in files(ROOT / SOURCES[package][0] / "src") if ".egg-info/" not in name}
+    assert contents(wheels[package]) == expected
+    assert {name.split("/")[0] for name in expected} == {package}
+
+
+def test_the_shapes_weights_are_inside_and_small(wheels):
+    weights = [name for name in contents(wheels["latentmill_shapes"]) if name.endswith(".safetensors")]
+    assert weights
+    assert wheels["latentmill_shapes"].stat().st_size <= 8 * 2**20
+
+
+def test_the_plugins_are_listed(installed, tmp_path):
+    listed = json.loads(latentmill(installed, tmp_path, "plugins", "--json"))
+    assert {entry["state"] for entry in listed} == {"ok"}
+    by_distribution = {entry["distribution"] for entry in listed}
+    assert by_distribution == {"latentmill", "latentmill-shapes", "latentmill-example"}
+
+
+def test_the_examples_vae_and_scheduler_are_selected_by_name_and_their_pictures_arrive(installed, tmp_path):
+    listed = json.loads(latentmill(installed, tmp_path, "plugins", "--json"))
+    own = {entry["group"]: entry["name"] for entry in listed if entry["distribution"] == "latentmill-example"}
+    vae, scheduler = own["latentmill.vaes"], own["latentmill.schedulers"]
+
+    latentmill(installed, tmp_path, "run", "reconstruct", f"vae={vae}", "cluster=inline", "output=vae")
+    made, rows = pictures(tmp_path / "vae")
+    assert made and min(row["psnr"] for row in rows) > 15
+
+    few = ["cluster=inline", "samples_per_row=1", "sampling.steps=4"]
+    latentmill(installed, tmp_path, "run", "txt2img", f"scheduler.name={scheduler}", *few, "output=scheduler")
+    made, rows = pictures(tmp_path / "scheduler")
+    assert made and all(picture.size == (64, 64) for picture in made)
+    assert {row["scheduler"] for row in rows} == {scheduler}
+    assert (tmp_path / "scheduler" / "contact_sheet.png").exists()
+
+
+def test_the_module_and_its_types_are_usable_from_the_wheel(installed, tmp_path):
+    code = "import latentmill, sys; print(latentmill.__file__); print(callable(latentmill.run), 'ray' in sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [str(installed / "python"), "-c", code]
+    said = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+    where, usable = said.splitlines()
+    assert where.startswith(str(installed.parent)) and usable == "True False"
