@@ -153,6 +153,9 @@ class ModelField(Field):
         alpha, sigma = self.denoiser.path.scale(t)
         return self.column(alpha), self.column(sigma)
 
+    def time(self, ratio: Tensor) -> Tensor:
+        return self.denoiser.path.time(ratio.flatten().cpu())
+
     def clean(self, x: Tensor, t: Tensor) -> Tensor:
         x = x.to(torch.float32)
         guided = self.guidance > 1.0

@@ -117,6 +117,10 @@ class Field(ABC):
         """``(alpha, sigma)`` of the noise path at times ``t[B]``, float64, shaped ``[B, 1, ...]`` to multiply with x."""
 
     @abstractmethod
+    def time(self, ratio: Tensor) -> Tensor:
+        """The times ``[B]``, float64, at which ``sigma / alpha`` is ``ratio``, ``[B]`` or ``[B, 1, ...]``: where a midpoint lies."""
+
+    @abstractmethod
     def clean(self, x: Tensor, t: Tensor) -> Tensor:
         """The estimate of the clean latents x0, shaped as ``x[B, ...]``, for latents x at times ``t[B]``: one evaluation."""
 
@@ -138,6 +142,9 @@ class Scheduler(Plugin, ABC):
 
     stochastic: ClassVar[bool] = False
     """Whether a step draws noise with its default settings."""
+
+    order: ClassVar[int] = 1
+    """Order of convergence with its default settings; of a stochastic one, that of its drift."""
 
     def init(self, field: Field, x: Tensor, t: Tensor) -> State:
         """The state before the first step from ``x[B, ...]`` at ``t[B]``."""

@@ -1,11 +1,14 @@
-"""First-order solvers: Euler on any path, which is DDIM on a variance-preserving one, and with noise the ancestral one."""
+"""First-order solvers: Euler on any path, which is DDIM on a variance-preserving one; with fresh noise; with churn."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from latentmill.plugin import Field, Scheduler, State
+from latentmill.schedulers.step import Step
 
 
 class Euler(Scheduler):
@@ -25,15 +28,11 @@ class Euler(Scheduler):
         self.eta = float(eta)
 
     def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = field.scale(t), field.scale(s)
-        up = torch.zeros_like(sigma_s)
-        if self.eta:
-            up = self.eta * sigma_s * torch.sqrt((1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2).clamp(min=0))
-        keep = torch.sqrt((sigma_s**2 - up**2).clamp(min=0)) / sigma_t
-        x = keep * x + (alpha_s - keep * alpha_t) * field.clean(x, t)
-        if self.eta:
-            x = x + up * field.noise(t, s)
-        return x, state
+        at = Step(field, t, s)
+        if not self.eta:
+            return at.euler(x, field.clean(x, t)), state
+        down, up = at.ancestral(self.eta)
+        return at.euler(x, field.clean(x, t), down) + up * field.noise(t, s), state
 
 
 class EulerAncestral(Euler):
@@ -44,3 +43,32 @@ class EulerAncestral(Euler):
 
     def __init__(self, eta: float = 1.0) -> None:
         super().__init__(eta)
+
+
+class EDMEuler(Scheduler):
+    """The stochastic sampler of Karras et al. 2022 (arXiv:2206.00364), algorithm 2, without its second-order correction.
+
+    ``churn`` is the paper's S_churn / N, so that a step knows it without the grid; ratios of sigma to alpha between ``s_min``
+    and ``s_max`` are raised by the factor ``1 + min(churn, sqrt(2) - 1)``, with noise of standard deviation ``s_noise``.
+    """
+
+    contract = 1
+    stochastic = True
+
+    def __init__(self, churn: float = 0.1, s_min: float = 0.0, s_max: float = math.inf, s_noise: float = 1.0) -> None:
+        for name, value in (("churn", churn), ("s_min", s_min), ("s_max", s_max), ("s_noise", s_noise)):
+            if isinstance(value, bool) or not value >= 0:
+                raise ValueError(f"{name} must be a number from 0 on, not {value!r}")
+        self.churn, self.s_min, self.s_max, self.s_noise = float(churn), float(s_min), float(s_max), float(s_noise)
+
+    def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:
+        alpha, sigma = field.scale(t)
+        ratio = sigma / alpha
+        raised = (ratio >= self.s_min) & (ratio <= self.s_max) & ratio.isfinite()
+        up = torch.where(raised, ratio * (1.0 + min(self.churn, math.sqrt(2) - 1)), ratio)
+        back = torch.where(raised.flatten(), field.time(up), t)  # a path ends somewhere: no further than there
+        alpha_b, sigma_b = field.scale(back)
+        added = torch.sqrt(((sigma_b / alpha_b) ** 2 - ratio**2).clamp(min=0))
+        x = torch.where(raised, alpha_b * (x / alpha + self.s_noise * added * field.noise(t, back)), x)
+        at = Step(field, back, s)
+        return at.euler(x, field.clean(x, back)), state

@@ -14,7 +14,6 @@ class TestPatches(VAESuite):
 
 class TestTrapezoid(SchedulerSuite):
     scheduler = Trapezoid
-    order = 2
 
 
 def test_nothing_is_lost():

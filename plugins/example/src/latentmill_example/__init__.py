@@ -47,6 +47,7 @@ class Trapezoid(Scheduler):
 
     contract = 1
     evaluations = 2
+    order = 2
 
     def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:
         (alpha_t, sigma_t), (alpha_s, sigma_s) = field.scale(t), field.scale(s)
