@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from latentmill import flow
-from latentmill.flow import Died, Dispatch, Failed, Finished, StageSpec, Start, Started, State
+from latentmill.flow import Died, Dispatch, Failed, Finished, StageSpec, Start, Started, State, Stop
 
 
 class World:
@@ -17,12 +17,17 @@ class World:
         self.reject, self.poison, self.fatal = set(reject), set(poison), set(fatal)
         self.flaky, self.deaths, self.losses = flaky, deaths, losses
         self.orders, self.blocks, self.committed, self.batches = [], {}, {}, []
+        self.broken = lambda worker: False  # whether a worker fails at whatever it is given
 
     def run(self, limit=200_000):
         for _ in range(limit):
             if flow.finished(self.state) or self.state.failed:
                 return self
-            self.orders += flow.decide(self.state)
+            for order in flow.decide(self.state):
+                if isinstance(order, Stop):
+                    self.orders = [other for other in self.orders if other.worker != order.worker]
+                else:
+                    self.orders.append(order)
             assert self.orders, "deadlock: nothing to do, and not finished"
             self.check_bounds()
             order = self.orders.pop(self.pick())
@@ -46,6 +51,8 @@ class World:
                 for other in [o for o in self.orders if isinstance(o, Dispatch) and o.worker == order.worker]:
                     self.orders.remove(other)
                 return Died(order.stage, order.worker, "killed")
+            if self.broken(order.worker):
+                return Failed(order.id, "raised", "CUDA error")
             if self.random.random() < self.flaky or (order.stage == 2 and self.poison & set(rows)):
                 return Failed(order.id, "raised", "boom")
         if order.pieces and self.random.random() < self.losses:
@@ -98,7 +105,7 @@ def test_every_row_ends_once(seed, fixed):
 def test_workers_that_die_are_replaced_and_the_row_that_kills_is_found(seed):
     world = World(state(), seed, fatal={41}, deaths=0.02).run()
     if world.state.failed:  # many deaths in a row are a reason to stop, never to lose count
-        assert "die one after another" in world.state.failed
+        assert "fail one after another" in world.state.failed
         return
     assert Counter(world.ok() + list(world.failed())) == Counter(range(100))
     assert "killed" in world.failed()[41]
@@ -106,7 +113,52 @@ def test_workers_that_die_are_replaced_and_the_row_that_kills_is_found(seed):
 
 def test_a_stage_whose_workers_always_die_ends_the_job():
     world = World(state(), deaths=1.0).run()
-    assert "die one after another" in world.state.failed
+    assert "fail one after another" in world.state.failed
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("seed", range(10))
+def test_a_broken_worker_is_replaced_and_condemns_no_row(seed, fixed):
+    """A worker whose GPU is gone fails in no time, is idle at once, and would get everything."""
+    world = World(state(rows=400, fixed=fixed), seed, poison={33, 34})
+    denoisers = [order.worker for order in world.state.to_start if order.stage == 2]
+    world.broken = lambda worker: worker == denoisers[0]
+    world.run()
+    assert not world.state.failed
+    assert set(world.failed()) == {33, 34} and len(world.ok()) == 398
+
+
+def test_a_stage_of_broken_workers_ends_the_job_and_condemns_no_row():
+    world = World(state(rows=400), seed=1)
+    world.broken = lambda worker: True
+    world.run()
+    assert world.state.failed == "stage read: its workers fail one after another: CUDA error"
+    assert not world.failed()
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_rows_that_fail_at_the_very_end_are_condemned_though_nothing_succeeds_after_them(fixed):
+    world = World(state(rows=3, fixed=fixed), seed=1, poison={0, 1, 2}).run()
+    assert set(world.failed()) == {0, 1, 2} and not world.state.failed
+
+
+def test_one_row_that_kills_is_found_in_a_batch_of_any_size():
+    sizes = (64, 64, 64, 64, 64)
+    for row in (0, 37, 63):
+        world = World(state(rows=128, rows_per_shard=64, sizes=sizes, replicas=(1,) * 5), fatal={row}).run()
+        assert not world.state.failed and set(world.failed()) == {row}
+
+
+def test_many_shapes_don_t_take_turns():
+    """Fifty groups of which none fills: as many workers work as there are, with what there is."""
+    world = World(state(rows=3000, rows_per_shard=3000, replicas=(1, 1, 4, 1, 1)), seed=2, shapes=50).run()
+    denoised = [len(rows) for stage, rows in world.batches if stage == 2]
+    assert sum(denoised) == 3000 and len(denoised) < 3000 / 2
+
+
+def test_nothing_is_kept_of_what_is_committed():
+    world = World(state(rows=400, fixed=True), seed=1, reject={5}, poison={33}, losses=0.01).run()
+    assert not any(map(len, world.state.accounted)) and not world.state.shards and not world.state.blocks
 
 
 def test_a_slow_stage_holds_back_those_before_it():

@@ -19,7 +19,10 @@ RETRIES = 1
 LOSSES = 5
 """How often a row may be read again because a node took its data away."""
 DEATHS = 3
-"""Deaths of a stage's workers in a row, with no batch finished in between, that end the job."""
+"""Deaths of a stage's workers, for each replica, over rows that have none in common and with no batch finished in between,
+that end the job. One row that kills, in smaller and smaller batches until it is found, counts once."""
+STRIKES = 3
+"""Batches that have no row in common and fail on one worker in a row: then it is the worker, and not the rows."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,15 @@ class Start:
     worker: int
 
 
-Order: TypeAlias = "Start | Dispatch"
+@dataclass(frozen=True)
+class Stop:
+    """An order to the pool: end a worker that fails whatever it is given. What it held is given out anew."""
+
+    stage: int
+    worker: int
+
+
+Order: TypeAlias = "Start | Stop | Dispatch"
 
 
 @dataclass(frozen=True)
@@ -133,6 +144,17 @@ class Retry:
 
 
 @dataclass
+class Record:
+    """How a worker has fared since it last finished something."""
+
+    strikes: list[set[int]] = field(default_factory=list)
+    """The rows of batches that failed on it and have none in common."""
+    verdicts: list[tuple[Dispatch, str]] = field(default_factory=list)
+    """Rows that failed on it to the last, with the reason. They are quarantined when the worker finishes something: it
+    was the row. If the worker turns out to be broken, others try them again."""
+
+
+@dataclass
 class State:
     """Everything that the flow knows."""
 
@@ -155,14 +177,17 @@ class State:
     workers: list[dict[int, list[int]]] = field(default_factory=list)
     """For each stage, each ready worker's dispatches, oldest first."""
     starting: set[tuple[int, int]] = field(default_factory=set)
-    to_start: list[Start] = field(default_factory=list)
+    to_start: list[Start | Stop] = field(default_factory=list)
+    records: dict[int, Record] = field(default_factory=dict)
+    """Of each worker that has failed at something and not succeeded since."""
     flying: dict[int, Dispatch] = field(default_factory=dict)
     blocks: dict[int, int] = field(default_factory=dict)
     """Rows of a block that are still wanted."""
     released: list[int] = field(default_factory=list)
     """Blocks that nothing needs any more: whoever holds them empties this list."""
     losses: Counter[int] = field(default_factory=Counter)
-    deaths: list[int] = field(default_factory=list)
+    deaths: list[list[set[int]]] = field(default_factory=list)
+    """For each stage, the rows that its workers held when they died, since it last finished something."""
     next_id: int = 0
     next_worker: int = 0
     finished_rows: Counter[int] = field(default_factory=Counter)
@@ -179,7 +204,7 @@ class State:
         self.retries = [deque() for _ in range(count)]
         self.accounted = [Counter() for _ in range(count)]
         self.workers = [{} for _ in range(count)]
-        self.deaths = [0] * count
+        self.deaths = [[] for _ in range(count)]
         for stage, spec in enumerate(self.stages):
             for _ in range(spec.replicas):
                 self._start(stage)
@@ -230,7 +255,7 @@ def finished(state: State) -> bool:
 def decide(state: State) -> list[Order]:
     """What to start and to dispatch now. What it returns counts as given out."""
     orders: list[Order] = list(state.to_start)
-    state.starting.update((start.stage, start.worker) for start in state.to_start)
+    state.starting.update((order.stage, order.worker) for order in state.to_start if isinstance(order, Start))
     state.to_start.clear()
     if state.failed:
         return orders
@@ -249,8 +274,16 @@ def decide(state: State) -> list[Order]:
             if any(state.in_flight(before) for before in range(stage)):
                 break
             orders.extend(_batches(state, stage, partial=True))
+        # Or once what waits is so much that nothing more may come, in many groups of which none is full.
+        for stage in range(1, last + 1):
+            if not _has_room(state, stage - 1, state.stages[stage - 1].batch_size):
+                orders.extend(_batches(state, stage, partial=True))
     if not orders and not state.flying and not state.starting:
         orders.extend(_unstick(state))
+        if not orders and state.records:  # nobody is left to show that it was the rows
+            for worker in list(state.records):
+                _convict(state, worker)
+            return decide(state)
     return orders
 
 
@@ -320,13 +353,16 @@ def _open_shard(state: State) -> bool:
 
 def _ready_group(state: State, stage: int, partial: bool) -> Any | None:
     size = state.stages[stage].batch_size
+    if partial:
+        waiting = {key: sum(p.stop - p.start for p in queue) for key, queue in state.queues[stage].items()}
+        return max(waiting, key=waiting.__getitem__, default=None)
     for key, queue in state.queues[stage].items():
         if state.fixed:
             shard, chunk = key[0], key[1]
             whole = min(size, len(state.shard_rows(shard)) - chunk * size)
             if state.accounted[stage][shard, chunk] == whole:
                 return key
-        elif partial or sum(piece.stop - piece.start for piece in queue) >= size:
+        elif sum(piece.stop - piece.start for piece in queue) >= size:
             return key
     return None
 
@@ -431,15 +467,22 @@ def apply(state: State, event: Event) -> State:
             _lost(state, dispatch, event.reason)
         else:
             _failed(state, dispatch, event.reason)
+            _strike(state, dispatch, event.reason)
     return state
 
 
 def _finished(state: State, dispatch: Dispatch, event: Finished) -> None:
-    state.deaths[dispatch.stage] = 0
+    state.deaths[dispatch.stage].clear()
+    _convict(state, dispatch.worker)
     for piece in dispatch.pieces:
         _drop(state, piece)
     if dispatch.kind == "commit":
         shard = state.shards.pop(dispatch.shard)
+        if state.fixed:
+            rows = dispatch.rows
+            for stage in range(1, len(state.stages)):
+                for row in rows[:: state.stages[stage].batch_size]:
+                    state.accounted[stage].pop(state.chunk(stage, row), None)
         state.committed_shards += 1
         state.committed_failed += len(shard.errors)
         state.committed_ok += len(dispatch.rows) - len(shard.errors)
@@ -512,11 +555,38 @@ def _failed(state: State, dispatch: Dispatch, reason: str) -> None:
         for side in (slice(half, None), slice(None, half)):
             pieces = _slice(dispatch.pieces, side)
             state.retries[dispatch.stage].appendleft(Retry(dispatch.rows[side], pieces, RETRIES))
-    else:
-        for piece in dispatch.pieces:
-            _drop(state, piece)
-        state.finished_rows[dispatch.stage] += 1
-        _quarantine(state, dispatch.rows[0], dispatch.stage, reason)
+    elif dispatch.worker in state.workers[dispatch.stage]:
+        state.records.setdefault(dispatch.worker, Record()).verdicts.append((dispatch, reason))
+    else:  # its worker died, and it was all that the worker held
+        _condemn(state, dispatch, reason)
+
+
+def _condemn(state: State, dispatch: Dispatch, reason: str) -> None:
+    """Quarantine the one row of a dispatch that failed to the last."""
+    for piece in dispatch.pieces:
+        _drop(state, piece)
+    state.finished_rows[dispatch.stage] += 1
+    _quarantine(state, dispatch.rows[0], dispatch.stage, reason)
+
+
+def _convict(state: State, worker: int) -> None:
+    """A worker is sound: what failed on it failed for its own sake."""
+    for dispatch, reason in state.records.pop(worker, Record()).verdicts:
+        _condemn(state, dispatch, reason)
+
+
+def _strike(state: State, dispatch: Dispatch, reason: str) -> None:
+    """Note that a worker failed; replace it if it fails at everything."""
+    record = state.records.setdefault(dispatch.worker, Record())
+    rows = set(dispatch.rows)
+    if all(rows.isdisjoint(strike) for strike in record.strikes):
+        record.strikes.append(rows)
+    if len(record.strikes) >= STRIKES and dispatch.worker in state.workers[dispatch.stage]:
+        state.to_start.append(Stop(dispatch.stage, dispatch.worker))
+        held = [state.flying.pop(id) for id in state.workers[dispatch.stage].pop(dispatch.worker)]
+        _replace(state, dispatch.stage, dispatch.worker, set(), reason)
+        for other in held:
+            _again(state, other, other.attempts)
 
 
 def _again(state: State, dispatch: Dispatch, attempts: int) -> None:
@@ -551,16 +621,25 @@ def _lost(state: State, dispatch: Dispatch, reason: str) -> None:
 
 def _died(state: State, event: Died) -> None:
     state.starting.discard((event.stage, event.worker))
-    spec = state.stages[event.stage]
     if event.at_start:
-        state.failed = f"stage {spec.name} can't start: {event.reason}"
+        state.failed = f"stage {state.stages[event.stage].name} can't start: {event.reason}"
         return
-    for id in state.workers[event.stage].pop(event.worker, []):
-        _failed(state, state.flying.pop(id), f"its worker died: {event.reason}")
-    state.deaths[event.stage] += 1
-    if state.deaths[event.stage] > DEATHS * spec.replicas:
-        state.failed = f"stage {spec.name}: its workers die one after another: {event.reason}"
-    state._start(event.stage)
+    held = [state.flying.pop(id) for id in state.workers[event.stage].pop(event.worker, [])]
+    _replace(state, event.stage, event.worker, {row for dispatch in held for row in dispatch.rows}, event.reason)
+    for dispatch in held:
+        _failed(state, dispatch, f"its worker died: {event.reason}")
+
+
+def _replace(state: State, stage: int, worker: int, rows: set[int], reason: str) -> None:
+    """Start another worker in the place of one that is gone, because of ``rows`` if of any. It tries what the first condemned."""
+    spec = state.stages[stage]
+    for dispatch, _ in state.records.pop(worker, Record()).verdicts:
+        _again(state, dispatch, RETRIES)
+    if all(rows.isdisjoint(before) for before in state.deaths[stage]):
+        state.deaths[stage].append(rows)
+    if len(state.deaths[stage]) > DEATHS * spec.replicas:
+        state.failed = f"stage {spec.name}: its workers fail one after another: {reason}"
+    state._start(stage)
 
 
 def _drop(state: State, piece: Piece) -> None:

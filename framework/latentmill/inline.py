@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from latentmill.flow import Died, Dispatch, Event, Failed, Finished, Start, Started
+from latentmill.flow import Died, Dispatch, Event, Failed, Finished, Order, Start, Started, Stop
 from latentmill.worker import Block, StageWork, Worker
 
 
@@ -15,16 +15,21 @@ class InlinePool:
     def __init__(self, stages: Sequence[StageWork]) -> None:
         self.stages = stages
         self.workers: dict[int, Worker] = {}
-        self.orders: deque[Start | Dispatch] = deque()
+        self.orders: deque[Order] = deque()
         self.blocks: dict[int, Block] = {}
 
-    def submit(self, order: Start | Dispatch) -> None:
+    def submit(self, order: Order) -> None:
+        if isinstance(order, Stop):  # what it held is given out anew, and the next worker is built afresh
+            self.orders = deque(o for o in self.orders if o.worker != order.worker)
+            self.workers.pop(order.stage, None)
+            return
         self.orders.append(order)
 
     def collect(self, timeout: float) -> list[Event]:
         if not self.orders:
             return []
         order = self.orders.popleft()
+        assert not isinstance(order, Stop)
         if isinstance(order, Start):
             work = self.stages[order.stage]
             try:

@@ -8,11 +8,27 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import (
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from latentmill.flow import Died, Dispatch, Event, Failed, Finished, Start, Started
+from latentmill.flow import Died, Dispatch, Event, Failed, Finished, Order, Start, Started, Stop
 from latentmill.plugin import Stage
 from latentmill.worker import StageWork, Worker
+
+GONE = (RayActorError, OutOfMemoryError, WorkerCrashedError, NodeDiedError, LocalRayletDiedError)
+"""What Ray raises for a call whose worker is no more. OutOfMemoryError: Ray's memory monitor killed it."""
+PATIENCE = 60.0
+"""Seconds to wait for room on a cluster that would have it if others didn't use it."""
 
 
 class PlacementError(ValueError):
@@ -27,7 +43,7 @@ def connect(address: str | None) -> bool:
     if address is not None:
         ray.init(address=address, **quiet)
         return False
-    ray.init(include_dashboard=False, **quiet)
+    ray.init(address="local", include_dashboard=False, **quiet)  # without it Ray joins any cluster that it finds
     return True
 
 
@@ -46,11 +62,21 @@ class RayPool:
         self.flying: dict[Any, Dispatch] = {}
         self.blocks: dict[int, Any] = {}
         check_placement(stages, [node["Resources"] for node in cast(Any, ray).nodes() if node["Alive"]])
+        self.group, self.free = _reserve(stages)
+        self.bundles: dict[tuple[int, int], int] = {}
 
-    def submit(self, order: Start | Dispatch) -> None:
+    def submit(self, order: Order) -> None:
+        if isinstance(order, Stop):
+            ray.kill(self.actors[order.stage, order.worker])
+            self._bury(order.stage, order.worker)
+            return
         if isinstance(order, Start):
             work = self.stages[order.stage]
-            actor = _REMOTE.options(**_resources(work)).remote(os.getcwd(), work.make, work.num_gpus > 0, work.threads)
+            options = _resources(work)
+            if self.group is not None and self.free[order.stage]:
+                bundle = self.bundles[order.stage, order.worker] = self.free[order.stage].pop()
+                options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self.group, bundle)
+            actor = _REMOTE.options(**options).remote(os.getcwd(), work.make, work.num_gpus > 0, work.threads)
             self.actors[order.stage, order.worker] = actor
             self.starting[actor.ready.remote()] = order
             return
@@ -77,20 +103,20 @@ class RayPool:
         if ready and rest:
             ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
         events: list[Event] = []
-        dead: dict[tuple[int, int], RayActorError] = {}
+        dead: dict[tuple[int, int], RayError] = {}
         for reference in ready:
             if reference in self.starting:
                 start = self.starting.pop(reference)
                 try:
                     ray.get(reference)
                     events.append(Started(start.stage, start.worker))
-                except RayActorError as error:
+                except GONE as error:
                     dead[start.stage, start.worker] = error
                 continue
             order = self.flying[reference]
             try:
                 outcome = ray.get(reference)
-            except RayActorError as error:
+            except GONE as error:
                 dead[order.stage, order.worker] = error
                 continue
             except ObjectLostError as error:
@@ -98,13 +124,15 @@ class RayPool:
             except RayTaskError as error:
                 lost = isinstance(error.cause, ObjectLostError)
                 events.append(self._failed(reference, "lost" if lost else "raised", error.cause))
+            except RayError as error:
+                events.append(self._failed(reference, "raised", error))
             else:
                 del self.flying[reference]
                 parts, rejected = ((), ()) if order.kind == "commit" else (outcome.parts, outcome.rejected)
                 events.append(Finished(order.id, parts, rejected))
         for (stage, worker), death in dead.items():
             self._bury(stage, worker)
-            events.append(Died(stage, worker, _cause(death), at_start=death.actor_init_failed))
+            events.append(Died(stage, worker, _cause(death), at_start=getattr(death, "actor_init_failed", False)))
         return events
 
     def release(self, block: int) -> None:
@@ -117,6 +145,8 @@ class RayPool:
         self.actors.clear()
         self.blocks.clear()
         self.flying.clear()
+        if self.group is not None:
+            remove_placement_group(self.group)
         if self.owns_cluster:
             disconnect()
 
@@ -127,6 +157,8 @@ class RayPool:
 
     def _bury(self, stage: int, worker: int) -> None:
         self.actors.pop((stage, worker), None)
+        if (stage, worker) in self.bundles:
+            self.free[stage].append(self.bundles.pop((stage, worker)))
         for reference, order in list(self.flying.items()):
             if (order.stage, order.worker) == (stage, worker):
                 del self.flying[reference]
@@ -149,6 +181,37 @@ _REMOTE: Any = cast(Any, ray.remote)(max_restarts=0, max_concurrency=2)(_Actor)
 """Ray's own types know neither ``max_concurrency`` nor ``options``."""
 
 
+def _reserve(stages: Sequence[StageWork]) -> tuple[PlacementGroup | None, list[list[int]]]:
+    """Reserve a place for every worker, all or none, so that no stage takes what another needs, and their numbers by stage.
+
+    Raises PlacementError if others hold the cluster for longer than PATIENCE.
+    """
+    bundles: list[dict[str, float]] = []
+    free: list[list[int]] = []
+    for work in stages:
+        demand = _demand(work)
+        free.append([])
+        for _ in range(work.replicas if demand else 0):
+            free[-1].append(len(bundles))
+            bundles.append(demand)
+    if not bundles:
+        return None, free
+    group = placement_group(bundles, strategy="PACK")
+    if not group.wait(PATIENCE):
+        remove_placement_group(group)
+        there = cast(Any, ray).available_resources()
+        wants = ", ".join(f"{w.name} {w.replicas} x ({_amounts(_demand(w))})" for w in stages)
+        has = ", ".join(f"{name} {there.get(name, 0):g}" for name in sorted({n for b in bundles for n in b}))
+        raise PlacementError(
+            f"the cluster is large enough, but others have been using it for {PATIENCE:g} s: wanted {wants}; free {has}"
+        )
+    return group, free
+
+
+def _amounts(demand: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {amount:g}" for name, amount in demand.items())
+
+
 def check_placement(stages: Sequence[StageWork], nodes: Sequence[Mapping[str, float]]) -> None:
     """Raise PlacementError unless all workers fit on the nodes together (first fit, the largest first)."""
     free = [dict(node) for node in nodes]
@@ -162,7 +225,7 @@ def check_placement(stages: Sequence[StageWork], nodes: Sequence[Mapping[str, fl
                     node[name] -= amount
                 break
         else:
-            asks = ", ".join(f"{name} {amount:g}" for name, amount in demand.items())
+            asks = _amounts(demand)
             names = {name for _, each in wanted for name in each}
             has = "; ".join(", ".join(f"{name} {node.get(name, 0):g}" for name in sorted(names)) for node in nodes)
             alone = any(all(node.get(n, 0.0) + 1e-6 >= a for n, a in demand.items()) for node in nodes)
@@ -188,7 +251,7 @@ def _resources(work: StageWork) -> dict[str, Any]:
     return options
 
 
-def _cause(error: RayActorError) -> str:
+def _cause(error: RayError) -> str:
     text = str(getattr(error, "cause", None) or error).strip()
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
