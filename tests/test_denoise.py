@@ -122,6 +122,15 @@ def test_every_prediction_stands_for_the_same_clean_latents(prediction):
     )
 
 
+def test_a_row_whose_steps_cannot_be_is_rejected_alone():
+    table = pa.concat_tables([batch([0], steps=3), batch([1], steps=1500), batch([2], steps=3)])
+    rejected = {}
+    stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing")
+    parts = list(stage(table, rejected.__setitem__))
+    assert sorted(row for part in parts for row in part.column("row").to_pylist()) == [0, 2]
+    assert rejected == {1: "1500 steps are more than the 1000 timesteps of the noise path"}
+
+
 def test_latents_that_are_not_finite_are_rejected():
     table = batch([0, 1, 2], strength=1.0, scheduler="euler", steps=2)
     broken = table.set_column(

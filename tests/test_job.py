@@ -114,7 +114,9 @@ def test_where_and_by_how_many_a_job_is_done_means_nothing():
 
 def test_batch_sizes_mean_something_in_a_deterministic_job_in_its_own_stages():
     sizes = load_job("encode", ["deterministic=true", "stages.encode.batch_size=3"]).meaning()["stages"]
-    assert sizes == {"read": {"batch_size": 64}, "encode": {"batch_size": 3}, "write": {"batch_size": 32}}
+    assert {name: stage["batch_size"] for name, stage in sizes.items()} == {"read": 64, "encode": 3, "write": 32}
+    threads = load_job("encode", ["deterministic=true", "stages.encode.num_cpus=2"]).meaning()["stages"]
+    assert (threads["encode"]["threads"], threads["read"]["threads"]) == (2, 1), "a sum over two threads has other bits"
 
 
 # ------------------------------------------------------------------------------------------------- what is wrong

@@ -87,7 +87,7 @@ def test_the_row_s_values_stand_over_the_job_s():
         "seed": 7,
         "steps": 5,
         "guidance_scale": 1,
-        "strength": 0.5,
+        "strength": 1.0,
         "scheduler": "dpmpp_2m",
         "width": 8,
         "height": 16,
@@ -269,3 +269,11 @@ def test_latents_that_can_t_be_are_rejected():
         2: "latents of shape (3, 2, 3), and 4 channels were expected",
         3: "the latents are not finite numbers",
     }
+
+
+def test_strength_needs_something_to_begin_from():
+    """Of an empty latent and half the noise nothing comes."""
+    picture = np.zeros((16, 16, 3), np.uint8)
+    found, rejected, _ = read(Given({"strength": 0.5}, {"strength": 0.5, "image": picture}, {}))
+    assert rejected == {0: "strength 0.5 is for rows with a picture or latents, and there are none"}
+    assert sorted(found) == [1, 2]

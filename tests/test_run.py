@@ -16,8 +16,11 @@ import pytest
 from PIL import Image
 
 import latentmill
+from latentmill import plan as planning
+from latentmill.cli import main
+from latentmill.job import load_job
 from latentmill.plan import PlanError
-from latentmill.run import status
+from latentmill.run import begin, status, view
 
 SMALL = ["samples_per_row=1", "sampling.steps=4", "rows_per_shard=8", "stages.denoise.batch_size=4"]
 PROMPTS = [
@@ -203,3 +206,21 @@ def test_latents_of_one_vae_are_refused_by_another_before_anything_starts(tmp_pa
             ["vae=patches", "cluster=inline", f"source.path={tmp_path / 'latents'}", f"output={tmp_path / 'decoded'}"],
         )
     assert not (tmp_path / "decoded").exists()
+
+
+def test_a_run_in_which_no_row_succeeded_is_no_success(tmp_path, capsys):
+    (tmp_path / "bad.txt").write_text("a zebra\na lion\n")
+    settings = [f"source.path={tmp_path}/bad.txt", "cluster=inline", f"output={tmp_path}/out", "samples_per_row=1"]
+    assert main(["run", "txt2img", *settings]) == 1
+    assert "2 rows, each with its reason" in capsys.readouterr().out
+    whole_errors = [json.loads(line)["reason"] for line in (tmp_path / "out/errors/00000.jsonl").open()]
+    assert len(whole_errors) == 2
+
+
+def test_the_view_counts_rows_of_earlier_runs_without_looking_at_each_shard(tmp_path, prompts):
+    job = load_job("txt2img", [*SMALL, prompts, f"output={tmp_path / 'out'}"])
+    plan = planning.plan(job, planning.parts(job))
+    state = begin(job, plan)
+    for done in ({0}, {2}, {0, 2}, {0, 1, 2}):  # of 18 rows in shards of 8
+        state.done = done
+        assert view(state, plan, 0.0).finished == sum(len(plan.shard_rows(shard)) for shard in done)

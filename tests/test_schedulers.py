@@ -230,6 +230,24 @@ def test_strength_keeps_the_last_steps():
     assert grids.times("trailing", VP(), 5, strength=0.0).tolist() == [0.0]
 
 
+def test_strength_on_a_flow_path_rounds_up_as_diffusers_flow_pipelines_do():
+    """``t_start = int(max(n - min(n * strength, n), 0))``, written out."""
+    for steps, strength in ((10, 0.55), (28, 0.6), (20, 0.33), (20, 1.0), (4, 0.5)):
+        wanted = steps - int(max(steps - min(steps * strength, steps), 0))
+        assert len(grids.times("trailing", Flow(), steps, strength)) == wanted + 1
+
+
+def test_trailing_is_diffusers_for_every_number_of_steps():
+    for steps in range(1, 1001):
+        theirs = np.round(np.arange(1000, 0, -1000 / steps))[:steps] - 1
+        assert timesteps("trailing", steps) == theirs.tolist(), steps
+
+
+def test_more_steps_than_timesteps_are_refused():
+    with pytest.raises(ValueError, match="1001 steps are more than the 1000 timesteps"):
+        grids.times("trailing", VP(), 1001)
+
+
 def test_flow_times_are_not_rounded():
     assert grids.times("trailing", Flow(), 3).tolist() == pytest.approx([1, 2 / 3, 1 / 3, 0], abs=1e-15)
 

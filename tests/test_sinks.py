@@ -111,7 +111,7 @@ def test_datasets_opens_latents_as_lists_with_their_shape(tmp_path, dtype):
     path = stored(tmp_path / "00000.parquet", Parquet(), [batch])
     wide = "float16" if dtype == torch.float16 else "float32"
     data = load(path)
-    assert data.features["latents"] == datasets.List(datasets.Value(wide), length=24)
+    assert data.features["latents"] == datasets.LargeList(datasets.Value(wide))
     for n, row in zip([3, 4], data.with_format("numpy")):
         assert np.array_equal(row["latents"].reshape(row["shape"]), latents([n], dtype=dtype)[0].float().numpy())
     schema = pq.read_schema(path)
@@ -123,6 +123,9 @@ def test_latents_of_two_sizes_share_a_shard(tmp_path):
     sink = Parquet()
     small = rows.with_latents(scalars([0]), latents([0]), SPEC)
     large = rows.with_latents(scalars([1]), latents([1], (4, 5, 2)), SPEC)
+    stored(tmp_path / "00001.parquet", sink, [small])
+    stored(tmp_path / "00002.parquet", sink, [large])
+    assert len(load(tmp_path / "0000[12].parquet")) == 2, "shards of one size each are of one type"
     data = load(stored(tmp_path / "00000.parquet", sink, [small, large])).with_format("numpy")
     assert [row["latents"].reshape(row["shape"]).shape for row in data] == [(4, 2, 3), (4, 5, 2)]
     assert data[1]["latents"][39] == 39 / 8 + 1

@@ -569,3 +569,14 @@ def test_a_shape_that_does_not_fit_is_that_row_s_error(tmp_path):
     found = all_rows(Latents(str(tmp_path)))
     assert found[0] == "24 latent values can't be of shape [4, 2, 4]"
     assert found[1]["latents"].shape == (4, 2, 3)
+
+
+def test_many_files_don_t_stay_open(tmp_path):
+    for n in range(40):
+        pq.write_table(pa.table({"prompt": [f"{n}"]}), tmp_path / f"{n:02}.parquet")
+    source = Prompts(str(tmp_path))
+    before = len(os.listdir("/proc/self/fd"))
+    for fragment in source.fragments():
+        [row] = source.read(fragment.name, 0, 1)
+        assert row["prompt"] == str(int(fragment.name[:2]))
+    assert len(os.listdir("/proc/self/fd")) <= before + 2

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,12 @@ def test_of_several_processes_one_publishes_each_name(tmp_path):
     for i, names in won.items():
         assert all((tmp_path / "data" / str(k)).read_text() == str(i) for k in names)
     assert left(tmp_path) == []
+
+
+def test_what_killed_processes_left_is_swept_a_day_later(tmp_path):
+    with storage.aside(str(tmp_path), "new") as new, storage.aside(str(tmp_path), "old") as old:
+        for path in (new, old):
+            Path(path).write_text("x")
+        os.utime(old, (time.time() - 90_000,) * 2)
+        storage.sweep(str(tmp_path))
+        assert Path(new).exists() and not Path(old).exists()

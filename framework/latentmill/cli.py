@@ -23,10 +23,12 @@ from latentmill.write import done_shards
 
 WRONG = (JobError, PluginError, PlanError)
 """What a person has to put right in the job; exit 2, and nothing has been started or written."""
+MANY_SHARDS = 20_000
+"""Files in one folder from which listing them, and reading their footers at the end, takes minutes."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The ``latentmill`` command. Returns 0 if all is well, 1 if a run stopped, 2 if the job is wrong, 130 after Ctrl-C."""
+    """The ``latentmill`` command. Returns 0 if all is well, 1 if a run stopped or no row succeeded, 2 if the job is wrong, 130 after Ctrl-C."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if hasattr(options, "overrides"):  # argparse takes no more of them once an option has come
@@ -58,7 +60,9 @@ def _run(options: Any) -> int:
         return 0
     result = run(options.job, options.overrides)
     print(result.text)
-    return 130 if result.interrupted else 0
+    if result.interrupted:
+        return 130
+    return 0 if result.ok else 1  # not one row: whoever started this wants to know
 
 
 def _plan(options: Any) -> int:
@@ -75,6 +79,10 @@ def _plan(options: Any) -> int:
     print(
         f"planned  {plan.rows:,} rows in {plan.shards:,} shards of {plan.rows_per_shard:,}, of which {done:,} are done"
     )
+    if plan.shards > MANY_SHARDS:
+        print(
+            f"         that is many files: rows_per_shard={-(-plan.rows // MANY_SHARDS // 100) * 100} would make fewer"
+        )
     print(f"output   {job.output}")
     for kind, about in plan.plugins.items():
         print(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -35,8 +35,14 @@ class Denoise(Stage):
     @torch.inference_mode()
     def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
         by_scheduler = defaultdict(list)
-        for i, name in enumerate(batch.column("scheduler").to_pylist()):
-            by_scheduler[name].append(i)
+        times = []
+        for i, row in enumerate(batch.select(["scheduler", "steps", "strength"]).to_pylist()):
+            try:
+                times.append(grids.times(self.grid, self.denoiser.path, row["steps"], row["strength"]))
+                by_scheduler[row["scheduler"]].append(i)
+            except ValueError as error:
+                times.append(torch.zeros(1))
+                reject(i, str(error))
         for name, members in by_scheduler.items():
             try:
                 scheduler = self.scheduler(name)
@@ -45,7 +51,7 @@ class Denoise(Stage):
                     reject(i, str(error))
                 continue
             part = batch if len(members) == len(batch) else batch.take(members)
-            latents = self._denoise(part, scheduler)
+            latents = self._denoise(part, scheduler, [times[i] for i in members])
             good = latents.isfinite().flatten(1).all(1)
             for i, fine in zip(members, good.tolist()):
                 if not fine:
@@ -55,16 +61,12 @@ class Denoise(Stage):
             part = rows.with_latents(part, latents.to(tensors.from_arrow(part, "latents").dtype), spec)
             yield part if bool(good.all()) else part.filter(pa.array(good.tolist()))
 
-    def _denoise(self, part: pa.Table, scheduler: Scheduler) -> Tensor:
+    def _denoise(self, part: pa.Table, scheduler: Scheduler, grid: Sequence[Tensor]) -> Tensor:
         """Clean latents ``[B, ...]``, float32, on the CPU. Computed in the slots of the fixed shape, where there is one."""
         slots, size = rows.slots(part, self.fixed)
         seeds, empty = [0] * size, [True] * size
         for slot, seed in zip(slots.tolist(), part.column("seed").to_pylist()):
             seeds[slot], empty[slot] = seed, False
-        grid = [
-            grids.times(self.grid, self.denoiser.path, steps, strength)
-            for steps, strength in zip(part.column("steps").to_pylist(), part.column("strength").to_pylist())
-        ]
         # A row's times, its last one repeated: a row that has arrived, or an empty slot, makes no more steps.
         longest = max(len(times) for times in grid)
         times = torch.zeros(size, longest, dtype=torch.float64)

@@ -63,6 +63,11 @@ class StageSettings:
     settings: dict[str, Any] = field(default_factory=dict)
     """A plugin stage's own."""
 
+    @property
+    def threads(self) -> int:
+        """Torch's threads in a worker: one a CPU asked for, so that workers on a machine don't fight over its cores."""
+        return max(1, int(self.num_cpus))
+
 
 @dataclass
 class Cluster:
@@ -119,7 +124,7 @@ class Job:
     def meaning(self) -> dict[str, Any]:
         """What of the config changes the dataset: no cluster, output, workers or what they ask for.
 
-        Batch sizes count only if the job is deterministic. In plugins' settings environment variables stay
+        Batch sizes and threads count only if the job is deterministic. In plugins' settings environment variables stay
         ``${oc.env:...}``: secrets are none of a dataset's business.
         """
         config: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(self.config))  # type: ignore[assignment]
@@ -135,7 +140,9 @@ class Job:
         stages: dict[str, Any] = {}
         for name in self.flow:
             stage = config["stages"].get(name, {})
-            kept = {"batch_size": stage["batch_size"]} if self.deterministic and "batch_size" in stage else {}
+            kept: dict[str, Any] = {}
+            if self.deterministic:  # what a matrix product gives depends on its size, and on how many threads share it
+                kept = {"batch_size": self.stages[name].batch_size, "threads": self.stages[name].threads}
             if stage.get("settings"):
                 kept["settings"] = stage["settings"]
             if kept:

@@ -135,6 +135,8 @@ class Read(Stage):
             values["height"], values["width"] = picture.shape[:2]
         elif values["width"] is None:
             raise RowError("a row without a picture needs width and height")
+        elif self.scheduler and values["strength"] < 1.0:
+            raise RowError(f"strength {values['strength']:g} is for rows with a picture or latents, and there are none")
         return values, stored
 
     def _latents(self, array: Any) -> Tensor:

@@ -97,7 +97,7 @@ class Pace:
     def rate(self, stage: int) -> float:
         """Rows a second that leave a stage. The wait for its first row is left out: workers start then."""
         last = self.last
-        first = next((v for v in reversed(self.views) if not v.stages[stage].done), self.views[0])
+        first = next((v for v in reversed(tuple(self.views)) if not v.stages[stage].done), self.views[0])
         passed = last.seconds - first.seconds
         return (last.stages[stage].done - first.stages[stage].done) / passed if passed > 0 else 0.0
 

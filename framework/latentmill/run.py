@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from latentmill import flow, report
+from latentmill import flow, report, storage
 from latentmill import plan as planning
 from latentmill.job import Job, load_job
 from latentmill.plan import Plan
@@ -71,6 +71,7 @@ def run(job: Job | str, overrides: Sequence[str] = ()) -> Result:
             if not flow.finished(state):
                 pool = make_pool(job, plan)
             planning.publish(plan, job.output)
+            storage.sweep(job.output)
             if pool is not None:
                 drive(state, pool, lambda: live.show(view(state, plan, time.monotonic() - started)))
             for shard in done_shards(job.output):
@@ -170,7 +171,9 @@ def view(state: flow.State, plan: Plan, seconds: float) -> report.View:
         )
         for at, spec in enumerate(state.stages)
     ]
-    before = sum(len(plan.shard_rows(shard)) for shard in state.done)
+    before = len(state.done) * plan.rows_per_shard
+    if plan.shards - 1 in state.done:  # the last may be short
+        before -= plan.rows_per_shard - len(plan.shard_rows(plan.shards - 1))
     return report.View(
         stages=stages,
         planned=plan.rows,
@@ -184,9 +187,8 @@ def view(state: flow.State, plan: Plan, seconds: float) -> report.View:
 
 def _work(job: Job, plan: Plan, name: str) -> StageWork:
     stage = job.stages[name]
-    # One thread a CPU asked for, so that workers on one machine don't fight over its cores; in one process, and
-    # nothing to be reproduced bit by bit, torch takes all there are.
-    threads: int | None = max(1, int(stage.num_cpus))
+    threads: int | None = stage.threads
+    # In one process, and nothing to be reproduced bit by bit, torch takes all there are.
     if job.cluster.kind == "inline" and not job.deterministic:
         threads = None
     return StageWork(

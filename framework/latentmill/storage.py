@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,16 @@ def aside(output: str, name: str) -> Iterator[str]:
         yield str(temporary)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(output: str) -> None:
+    """Remove what processes that were killed left in ``.tmp``, a day ago or longer: younger files may be in use."""
+    for file in Path(output, ".tmp").glob("*"):
+        try:
+            if file.stat().st_mtime < time.time() - 86_400:
+                file.unlink()
+        except FileNotFoundError:  # another driver sweeps, too
+            pass
 
 
 def publish(temporary: str, final: str) -> bool:

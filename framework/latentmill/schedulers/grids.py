@@ -9,7 +9,8 @@ karras     Karras et al. 2022 (arXiv:2206.00364), eq. 5: equal steps of sigma^(1
            on a flow path sigma is t itself, as in diffusers. ``rho`` 7, ``sigma_min``, ``sigma_max``
 =========  ==========================================================================================================
 
-All end with one more step, to t = 0. On a path of discrete timesteps, trailing and leading round to those, as diffusers.
+All end with one more step, to t = 0. On a path of discrete timesteps, trailing and leading round to those. The spacings are
+those of diffusers' DDIMScheduler and EulerDiscreteScheduler; its multistep solvers space leading and linspace otherwise.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,12 +37,17 @@ FIRST = 1e-3
 def times(grid: Grid, path: NoisePath, steps: int, strength: float = 1.0) -> Tensor:
     """The times of a row: float64, descending, ``[n + 1]`` for n steps; the last is 0.0.
 
-    ``strength`` below 1 keeps the last ``int(steps * strength)`` of the steps, as diffusers' image-to-image pipelines
-    do, and at least one. Strength 0 is no step at all: ``[0.0]``.
+    ``strength`` below 1 keeps the last ``steps * strength`` of the steps, as diffusers' image-to-image pipelines do, and at
+    least one. Strength 0 is no step at all: ``[0.0]``. Raises ValueError for more steps than the path has timesteps.
     """
     name, settings = resolve(grid)
+    if isinstance(path, VP) and steps > path.steps:
+        raise ValueError(f"{steps} steps are more than the {path.steps} timesteps of the noise path")
     spaced = GRIDS[name](path, steps, **settings)
-    kept = max(1, min(int(steps * strength), steps)) if strength > 0 else 0
+    # diffusers rounds down in Stable Diffusion's pipelines, and up in those of flow models.
+    share = steps * strength
+    kept = steps - int(max(steps - share, 0)) if isinstance(path, Flow) else int(share)
+    kept = max(1, min(kept, steps)) if strength > 0 else 0
     return torch.cat([spaced[steps - kept :], torch.zeros(1, dtype=torch.float64)])
 
 
@@ -62,7 +69,9 @@ def resolve(grid: Grid) -> tuple[str, dict[str, Any]]:
 
 
 def _trailing(path: NoisePath, steps: int) -> Tensor:
-    return _rounded(path, 1.0 - torch.arange(steps, dtype=torch.float64) / steps)
+    if isinstance(path, VP):  # numpy's arange, since diffusers rounds what that makes of ties
+        return torch.from_numpy(np.arange(path.steps, 0, -path.steps / steps)[:steps]).round() / path.steps
+    return 1.0 - torch.arange(steps, dtype=torch.float64) / steps
 
 
 def _leading(path: NoisePath, steps: int, offset: float = 1) -> Tensor:
@@ -101,10 +110,6 @@ GRIDS: dict[str, Callable[..., Tensor]] = {
     "karras": _karras,
 }
 _SETTINGS = {"trailing": (), "leading": ("offset",), "linspace": (), "karras": ("rho", "sigma_min", "sigma_max")}
-
-
-def _rounded(path: NoisePath, t: Tensor) -> Tensor:
-    return (t * path.steps).round() / path.steps if isinstance(path, VP) else t
 
 
 def _near(name: str, names: Any) -> str:

@@ -29,8 +29,8 @@ class Parquet(Sink):
     """A Parquet file a shard.
 
     ``image`` becomes a struct of file ``bytes`` and ``path``; ``latents`` a list of numbers, with its ``shape`` beside.
-    Latents are float16 or float32; bfloat16 is stored as float32, and the field's metadata remembers. The list is of
-    fixed size in a shard whose latents are all of one size. The space of the latents stands in the file's metadata.
+    Latents are float16 or float32; bfloat16 is stored as float32, and the field's metadata remembers. The list is never of
+    fixed size, since another shard's latents may be of another, and ``datasets`` wants one type. The space of the latents stands in the file's metadata.
     Other tensors are left out, all other columns kept. The same rows give the same bytes.
     """
 
@@ -62,9 +62,8 @@ class Parquet(Sink):
                     latents = latents.float()
                 about = field.metadata or {}
                 values = pa.array(latents.flatten().numpy())
-                lists = pa.FixedSizeListArray.from_arrays(values, latents.shape[1:].numel())
-                if len(latents):  # batches of all sizes are to be put together; write() fixes the size again
-                    lists = lists.cast(pa.large_list(values.type))
+                ends = torch.arange(len(latents) + 1) * latents.shape[1:].numel()
+                lists = pa.LargeListArray.from_arrays(pa.array(ends.numpy()), values)
                 dtype = {tensors.DTYPE_KEY: about[tensors.DTYPE_KEY]}
                 fields += [pa.field("latents", lists.type, metadata=dtype), pa.field("shape", pa.list_(pa.int32()))]
                 columns += [lists, pa.array([list(latents.shape[1:])] * len(latents), pa.list_(pa.int32()))]
@@ -85,7 +84,6 @@ class Parquet(Sink):
         )
 
     def write(self, path: str, shard: pa.Table, metadata: Mapping[str, str]) -> None:
-        shard = _fixed_lists(shard)
         schema = shard.schema.with_metadata({**(shard.schema.metadata or {}), **metadata})
         scalars = [f.name for f in schema if f.name not in ("image", "latents") and not pa.types.is_nested(f.type)]
         size = max(1, len(shard) * ROW_GROUP // max(1, _bytes(shard)))
@@ -113,19 +111,6 @@ class Parquet(Sink):
     def metadata(self, path: str) -> dict[str, str]:
         found = pq.read_schema(path).metadata or {}
         return {key.decode(): value.decode() for key, value in found.items()}
-
-
-def _fixed_lists(shard: pa.Table) -> pa.Table:
-    """``latents`` as a list of fixed size, if all are of one: numpy then sees a matrix."""
-    if "latents" not in shard.column_names or not len(shard):
-        return shard
-    sizes = pc.unique(pc.list_value_length(shard.column("latents"))).to_pylist()
-    if len(sizes) != 1:
-        return shard
-    at = shard.schema.get_field_index("latents")
-    field = shard.schema.field(at)
-    column = shard.column(at).cast(pa.list_(field.type.value_type, sizes[0]))
-    return shard.set_column(at, field.with_type(column.type), column)
 
 
 def _bytes(shard: pa.Table) -> int:

@@ -63,6 +63,7 @@ class Prompts(Source):
 
     def _file(self, name: str) -> _File:
         if name not in self._files:
+            self._files.clear()  # one file's marks, or its footer and a row group, are enough to keep
             self._files[name] = FORMATS[os.path.splitext(name)[1].lower()](self._root / name)
         return self._files[name]
 
