@@ -15,7 +15,7 @@ from latentmill.schedulers.er_sde import ERSDE
 from latentmill.schedulers.euler import EDMEuler, Euler, EulerAncestral
 from latentmill.schedulers.heun import DPM2, DPM2Ancestral, Heun
 from latentmill.schedulers.multistep import DEIS, IPNDM, LMS, PNDM, GradientEstimation, RESMultistep
-from latentmill.schedulers.paths import VP, Flow
+from latentmill.schedulers.paths import VE, VP, Flow
 from latentmill.schedulers.sa_solver import SASolver
 from latentmill.schedulers.unipc import UniPC
 from latentmill.testing import GaussianField, SchedulerSuite, follow, measure_order
@@ -106,10 +106,11 @@ def test_the_table_of_orders(capsys):
             continue
         scheduler = registry.build("scheduler", {"name": f"{entry.distribution}:{entry.name}"})
         if not scheduler.stochastic:
-            measured = [measure_order(scheduler, path) for path in (VP(), Flow())]
+            measured = [measure_order(scheduler, path) for path in (VP(), VE(), Flow())]
             with capsys.disabled():
                 print(
-                    f"\n{entry.name:<20} order {scheduler.order}  VP {measured[0]:.2f}  flow {measured[1]:.2f}", end=""
+                    f"\n{entry.name:<20} order {scheduler.order}  VP {measured[0]:.2f}  VE {measured[1]:.2f}  flow {measured[2]:.2f}",
+                    end="",
                 )
             assert (
                 min(measured)
@@ -181,13 +182,29 @@ def test_vp_is_stable_diffusion_s():
     assert path.timestep(double(1.0, 0.001)).tolist() == pytest.approx([999.0, 0.0], abs=1e-9)
 
 
-@pytest.mark.parametrize("path", [VP(), VP(betas="linear", beta_start=1e-4, beta_end=0.02), Flow()])
+@pytest.mark.parametrize(
+    "path",
+    [
+        VP(), VP("linear", 1e-4, 0.02), VP("squaredcos_cap_v2"), VP("sigmoid"), VP(zero_terminal_snr=True),
+        VP("squaredcos_cap_v2", zero_terminal_snr=True), VE(), VE(700.0), Flow(),
+    ],
+)  # fmt: skip
 def test_time_is_the_inverse_of_the_ratio(path):
     t = torch.linspace(0, 1, 777, dtype=torch.float64)[1:-1]
     alpha, sigma = path.scale(t)
     torch.testing.assert_close(path.time(sigma / alpha), t, rtol=1e-9, atol=1e-12)
     assert path.scale(double(0.0))[1].tolist() == [0.0] and path.scale(double(0.0))[0].tolist() == [1.0]
     assert path.time(double(0.0, math.inf)).tolist() == [0.0, 1.0]
+
+
+def test_every_solver_is_finite_where_alpha_ends_at_zero():
+    path = VP(zero_terminal_snr=True)
+    assert float(path.scale(double(1.0))[0]) == 0.0
+    field = GaussianField(path, double(0.7), 0.5, [3])
+    for entry in registry.entries("scheduler"):
+        scheduler = registry.build("scheduler", {"name": f"{entry.distribution}:{entry.name}"})
+        times = torch.linspace(1, 0, 6, dtype=torch.float64)[None]
+        assert bool(follow(scheduler, field, field.start(times[:, 0]), times).isfinite().all()), entry
 
 
 def test_unknown_betas_are_refused():

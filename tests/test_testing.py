@@ -91,7 +91,7 @@ def test_a_wrong_scheduler_is_found_and_told(wrong, test, says):
 
 def test_an_order_that_is_not_reached_is_told():
     suite = type("Suite", (SchedulerSuite,), {"scheduler": type("Boasts", (Euler,), {"order": 2})})
-    assert "order 0.99 on the VP path, where 2 was promised" in failures(suite)["test_the_distribution_is_reached"]
+    assert "order 1.00 on the VP path, where 2 was promised" in failures(suite)["test_the_distribution_is_reached"]
 
 
 class Plain(VAE):

@@ -36,9 +36,10 @@ class Denoise(Stage):
     def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
         by_scheduler = defaultdict(list)
         times = []
+        shape = batch.schema.field("latents").type.shape
         for i, row in enumerate(batch.select(["scheduler", "steps", "strength"]).to_pylist()):
             try:
-                times.append(grids.times(self.grid, self.denoiser.path, row["steps"], row["strength"]))
+                times.append(grids.times(self.grid, self.denoiser.path, row["steps"], row["strength"], shape))
                 by_scheduler[row["scheduler"]].append(i)
             except ValueError as error:
                 times.append(torch.zeros(1))

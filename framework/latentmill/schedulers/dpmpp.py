@@ -59,7 +59,7 @@ class DPMpp2SAncestral(_Stochastic):
         at = Step(field, t, s)
         down, up = at.ancestral(self.eta)
         clean = field.clean(x, t)
-        middle = field.time(torch.sqrt(at.ratio_t * (down / at.alpha_s)))
+        middle = at.halfway(field, down / at.alpha_s)
         there = field.clean(Step(field, t, middle).euler(x, clean), middle)
         inside = at.ratio_t.isfinite() & (down > 0)
         moved = at.euler(x, torch.where(inside, there, clean), down)
@@ -77,7 +77,7 @@ class DPMppSDE(_Stochastic):
     def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:
         at = Step(field, t, s)
         clean = field.clean(x, t)
-        middle = field.time(torch.sqrt(at.ratio_t * at.ratio_s))
+        middle = at.halfway(field, at.ratio_s)
         half = Step(field, t, middle)
         down, up = half.ancestral(self.eta)
         first, second = field.noise(t, middle), field.noise(middle, s)

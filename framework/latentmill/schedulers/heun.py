@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from latentmill.plugin import Field, Scheduler, State
@@ -48,7 +47,7 @@ class DPM2(Scheduler):
         at = Step(field, t, s)
         down, up = at.ancestral(self.eta)
         clean = field.clean(x, t)
-        middle = field.time(torch.sqrt(at.ratio_t * (down / at.alpha_s)))
+        middle = at.halfway(field, down / at.alpha_s)
         half = Step(field, t, middle)
         moved = half.euler(x, clean)
         there = (moved - half.alpha_s * field.clean(moved, middle)) / half.sigma_s

@@ -12,28 +12,48 @@ class VP(NoisePath):
     """Variance preserving: ``alpha² + sigma² = 1``, from the betas of a discrete training schedule.
 
     ``alpha(t)²`` is alpha bar of Ho et al. 2020 (arXiv:2006.11239, eq. 4). Timestep k of ``steps`` is at time
-    ``t = (k + 1) / steps``, and t = 0 is clean; in between, log alpha bar is linear. The defaults are Stable Diffusion's
-    (``scaled_linear``: the square roots of the betas are equally spaced).
+    ``t = (k + 1) / steps``, and t = 0 is clean; in between, log alpha bar is linear. ``betas``, by diffusers' names:
+    ``scaled_linear`` (the square roots are equally spaced; Stable Diffusion's, with the defaults), ``linear`` (Ho et al.),
+    ``squaredcos_cap_v2`` (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 17), ``sigmoid`` (GeoDiff).
+    ``zero_terminal_snr`` shifts alpha so that it ends at 0 (Lin et al. 2024, arXiv:2305.08891, algorithm 1).
     """
 
     def __init__(
-        self, betas: str = "scaled_linear", beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000
+        self,
+        betas: str = "scaled_linear",
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        steps: int = 1000,
+        zero_terminal_snr: bool = False,
     ) -> None:
         if betas == "scaled_linear":
             each = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64).square()
         elif betas == "linear":
             each = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
+        elif betas == "squaredcos_cap_v2":
+            angle = (torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * torch.pi / 2
+            each = (1 - (angle.cos() ** 2)[1:] / (angle.cos() ** 2)[:-1]).clamp(max=0.999)
+        elif betas == "sigmoid":
+            each = torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid() * (beta_end - beta_start) + beta_start
         else:
-            raise ValueError(f"betas must be linear or scaled_linear, not {betas!r}")
+            raise ValueError(f"betas must be scaled_linear, linear, squaredcos_cap_v2 or sigmoid, not {betas!r}")
         self.steps = steps
-        self.log_alpha_bar = torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-each).cumsum(0)])
-        """At times 0, 1 / steps, ... 1."""
+        log_alpha_bar = torch.log1p(-each).cumsum(0)
+        if zero_terminal_snr:
+            alpha = (0.5 * log_alpha_bar).exp()
+            log_alpha_bar = 2 * ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])).log()
+        self.log_alpha_bar = torch.cat([torch.zeros(1, dtype=torch.float64), log_alpha_bar])
+        """At times 0, 1 / steps, ... 1; the last is -inf with ``zero_terminal_snr``."""
 
     def scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        place = t.double().clamp(0.0, 1.0) * self.steps
+        place = t.double().cpu().clamp(0.0, 1.0) * self.steps
         below = place.floor().long().clamp(max=self.steps - 1)
-        low, high = self.log_alpha_bar[below.cpu()], self.log_alpha_bar[below.cpu() + 1]
-        log_alpha_bar = torch.lerp(low, high, (place - below).cpu()).to(t.device)
+        low, high = self.log_alpha_bar[below], self.log_alpha_bar[below + 1]
+        share = place - below
+        # Where the last knot is -inf, alpha itself is linear: to 0 at t = 1.
+        log_alpha_bar = torch.where(high.isinf(), low + 2 * torch.log1p(-share), torch.lerp(low, high, share)).to(
+            t.device
+        )
         return torch.exp(0.5 * log_alpha_bar), torch.sqrt(-torch.expm1(log_alpha_bar))
 
     def time(self, ratio: Tensor) -> Tensor:
@@ -41,11 +61,33 @@ class VP(NoisePath):
         knots = -self.log_alpha_bar
         above = torch.searchsorted(knots, wanted.contiguous()).clamp(1, self.steps)
         low, high = knots[above - 1], knots[above]
-        return ((above - 1 + (wanted - low) / (high - low)) / self.steps).clamp(0.0, 1.0)
+        share = torch.where(high.isinf(), -torch.expm1((low - wanted) / 2), (wanted - low) / (high - low))
+        return ((above - 1 + share) / self.steps).clamp(0.0, 1.0)
 
     def timestep(self, t: Tensor) -> Tensor:
         """The discrete step k, 0 to ``steps - 1``."""
         return self.steps * t - 1.0
+
+
+class VE(NoisePath):
+    """Variance exploding: ``alpha = 1``, ``sigma = sigma_max * t^7`` (Karras et al. 2022, arXiv:2206.00364).
+
+    With rho = 7, equal steps of t are their grid. The networks are told ``log(sigma) / 4``, eq. 7 and table 1.
+    """
+
+    def __init__(self, sigma_max: float = 80.0) -> None:
+        self.sigma_max = sigma_max
+
+    def scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = t.double()
+        return torch.ones_like(t), self.sigma_max * t**7
+
+    def time(self, ratio: Tensor) -> Tensor:
+        return (ratio.double() / self.sigma_max).pow(1 / 7).clamp(0.0, 1.0)
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """``log(sigma) / 4``."""
+        return torch.log(self.scale(t)[1]) / 4
 
 
 class Flow(NoisePath):

@@ -38,6 +38,11 @@ class Step:
         weight = (self.sigma_s if sigma_s is None else sigma_s) - self.alpha_s * self.ratio_t
         return finite(weight * change)
 
+    def halfway(self, field: Field, ratio_s: Tensor) -> Tensor:
+        """The time ``[B]`` half-way in lambda to ``ratio_s``; that of its end, if the step begins infinitely far away."""
+        mean = torch.sqrt(self.ratio_t * ratio_s)
+        return field.time(torch.where(mean.isfinite(), mean, ratio_s))
+
     def ancestral(self, eta: float) -> tuple[Tensor, Tensor]:
         """``(down, up)``: sigma_s parted into what is kept of the old noise and what is new, ``down² + up² = sigma_s²``.
 
