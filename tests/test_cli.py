@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -160,3 +161,16 @@ def test_plugins_are_listed_with_where_they_come_from_and_whether_they_work(caps
     kind, *rows = [line.split() for line in said(capsys, "plugins").splitlines()]
     assert kind == ["kind", "name", "distribution", "version", "state"]
     assert ["schedulers", "euler", "latentmill", latentmill.__version__, "ok"] in rows
+
+
+def test_schedulers_are_listed_with_what_the_documentation_says_of_them(capsys):
+    assert cli.main(["schedulers", "--json"]) == 0
+    ours = [row for row in json.loads(capsys.readouterr().out) if row["distribution"] == "latentmill"]
+    by_name = {row["name"]: row for row in ours}
+    assert (by_name["heun"]["order"], by_name["heun"]["evaluations"], by_name["heun"]["stochastic"]) == (2, 2, False)
+    assert by_name["ddim"]["paper"] == "arXiv:2010.02502" and all(row["paper"] for row in ours)
+    page = (Path(__file__).parents[1] / "docs" / "schedulers.md").read_text()
+    for row in ours:
+        noise = "yes" if row["stochastic"] else ""
+        line = f"| `{row['name']}` | {row['order']} | {row['evaluations']} | {noise} | {row['paper']} |"
+        assert line in page, "python docs/schedulers.py makes the page anew"

@@ -99,6 +99,16 @@ def test_other_orders_and_variants_converge_as_they_should(scheduler):
         assert measure_order(scheduler(), path) > 0.9 * order
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [DPM2Ancestral(0), DPMpp2SAncestral(0), DPMppSDE(0), DPMpp2MSDE(0), DPMpp3MSDE(0), SASolver(tau=0)],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_stochastic_solvers_without_noise_have_the_order_of_their_drift(scheduler):
+    for path in (VP(), VE(), Flow()):
+        assert measure_order(scheduler, path) > 0.9 * scheduler.order
+
+
 def test_the_table_of_orders(capsys):
     """Every deterministic solver on both paths; euler 0.95 and more, second order 1.8, third 2.6."""
     for entry in registry.entries("scheduler"):

@@ -1,9 +1,10 @@
-"""The command line: ``latentmill run | plan | status | plugins``."""
+"""The command line: ``latentmill run | plan | status | plugins | schedulers``."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -17,6 +18,7 @@ from latentmill import plan as planning
 from latentmill import registry
 from latentmill.job import JobError, load_job, shipped
 from latentmill.plan import PlanError
+from latentmill.plugin import Scheduler
 from latentmill.registry import PluginError
 from latentmill.run import RunError, run, status
 from latentmill.write import done_shards
@@ -120,6 +122,43 @@ def _plugins(options: Any) -> int:
     return 0
 
 
+def scheduler_table() -> list[dict[str, Any]]:
+    """What there is to say of each installed scheduler: keys name, order, evaluations, stochastic, paper, distribution.
+
+    ``paper`` is the first arXiv number in the class's docstring or those of its parents.
+    """
+    found = []
+    for entry in registry.entries("scheduler"):
+        cls = registry.load("scheduler", f"{entry.distribution}:{entry.name}")
+        assert issubclass(cls, Scheduler)
+        texts = " ".join(parent.__doc__ or "" for parent in cls.__mro__ if parent.__module__ == cls.__module__)
+        paper = re.search(r"arXiv:\d{4}\.\d{4,5}", texts)
+        found.append(
+            {
+                "name": entry.name,
+                "order": cls.order,
+                "evaluations": cls.evaluations,
+                "stochastic": cls.stochastic,
+                "paper": paper.group() if paper else "",
+                "distribution": entry.distribution,
+            }
+        )
+    return found
+
+
+def _schedulers(options: Any) -> int:
+    found = scheduler_table()
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    table = Table("name", "order", "evaluations", "noise", "paper", "distribution", box=None, header_style="bold")
+    for row in found:
+        noise = "yes" if row["stochastic"] else ""
+        table.add_row(row["name"], str(row["order"]), str(row["evaluations"]), noise, row["paper"], row["distribution"])
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="latentmill",
@@ -149,6 +188,8 @@ def _parser() -> argparse.ArgumentParser:
     states.add_argument("--json", action="store_true")
     plugins = add("plugins", _plugins, "List all installed plugins.")
     plugins.add_argument("--json", action="store_true")
+    schedulers = add("schedulers", _schedulers, "Say of each scheduler its order, what a step costs, and the paper.")
+    schedulers.add_argument("--json", action="store_true")
     return parser
 
 

@@ -21,6 +21,7 @@ class ERSDE(Scheduler):
 
     contract = 1
     stochastic = True
+    order = 2
 
     def init(self, field: Field, x: Tensor, t: Tensor) -> State:
         alpha, _ = field.scale(t)

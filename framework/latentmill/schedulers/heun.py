@@ -60,7 +60,6 @@ class DPM2Ancestral(DPM2):
 
     contract = 1
     stochastic = True
-    order = 1
 
     def __init__(self, eta: float = 1.0) -> None:
         super().__init__(eta)

@@ -53,7 +53,10 @@ class Adams(Scheduler):
 
 
 class LMS(Adams):
-    """The noise as a polynomial in sigma / alpha (``sample_lms`` of k-diffusion; order 4)."""
+    """The noise as a polynomial in sigma / alpha (``sample_lms`` of k-diffusion; order 4).
+
+    The classical Adams-Bashforth method, as Liu et al. 2022 (arXiv:2202.09778) first used it for diffusion, on any grid.
+    """
 
     order = 4
 

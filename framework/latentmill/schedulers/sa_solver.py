@@ -14,11 +14,13 @@ class SASolver(Scheduler):
     """Predictor and corrector in the clean latents, in lambda, on an SDE whose noise is scaled by ``tau``.
 
     Xue et al. 2023 (arXiv:2309.05019), eq. 14 to 18: ``x_s = sigma_s / sigma_t * exp(-tau² h) * x + integral of
-    (1 + tau²) * exp(-(1 + tau²) (lambda_s - l)) * x0(l) dl + sigma_s * sqrt(1 - exp(-2 tau² h)) * noise``. ``tau`` 0 is the ODE.
+    (1 + tau²) * exp(-(1 + tau²) (lambda_s - l)) * x0(l) dl + sigma_s * sqrt(1 - exp(-2 tau² h)) * noise``. ``tau`` 0 is the ODE,
+    on which ``max_order`` p is of order p + 1.
     """
 
     contract = 1
     stochastic = True
+    order = 4
 
     def __init__(self, tau: float = 1.0, max_order: int = 3) -> None:
         if isinstance(tau, bool) or not 0.0 <= tau <= 2.0 or max_order not in (1, 2, 3):
