@@ -1,6 +1,7 @@
 """Ray's side: a real Ray, workers that die, jobs that don't fit."""
 
 import os
+import socket
 from functools import partial
 from pathlib import Path
 
@@ -181,3 +182,11 @@ def test_a_job_that_does_not_fit_is_refused_with_nothing_written(tmp_path):
     with pytest.raises(pool.PlacementError, match="stage denoise asks for 1 x"):
         latentmill.run("txt2img", ["stages.denoise.num_gpus=3", f"output={tmp_path / 'out'}"])
     assert not (tmp_path / "out").exists()
+
+
+def test_an_address_at_which_nobody_answers_is_told_at_once(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(pool.PlacementError, match=f"nobody answers at cluster.address=127.0.0.1:{port}"):
+        pool._knock(f"127.0.0.1:{port}")
+    pool._knock("auto")

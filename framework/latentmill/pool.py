@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -36,15 +37,34 @@ class PlacementError(ValueError):
 
 
 def connect(address: str | None) -> bool:
-    """Join the Ray cluster at ``address``, or start one here if it is None; whether that was done, and is ours to end."""
+    """Join the Ray cluster at ``address``, or start one here if it is None; whether that was done, and is ours to end.
+
+    Raises PlacementError if there is no cluster at the address.
+    """
     if ray.is_initialized():
         return False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is not None:
-        ray.init(address=address, **quiet)
+        _knock(address)
+        try:
+            ray.init(address=address, **quiet)
+        except ConnectionError as error:
+            raise PlacementError(
+                f"no Ray cluster at cluster.address={address}: start one, or give HOST:PORT"
+            ) from error
         return False
     ray.init(address="local", include_dashboard=False, **quiet)  # without it Ray joins any cluster that it finds
     return True
+
+
+def _knock(address: str) -> None:
+    """Raise PlacementError if nobody listens at ``host:port``; Ray itself tries for two minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise PlacementError(f"nobody answers at cluster.address={address}: {error}") from error
 
 
 def disconnect() -> None:
