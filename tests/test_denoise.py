@@ -76,6 +76,21 @@ def test_with_fixed_shapes_a_row_s_bits_do_not_depend_on_its_company():
             assert torch.equal(latents, together[n]), n
 
 
+def test_the_first_noise_may_be_that_of_diffusers():
+    """One Euler step from pure noise, from each."""
+    table = batch([2], steps=1, scheduler="euler", guidance_scale=1.0, strength=1.0)
+    found = {}
+    for name, draw in (("latentmill", noise.start), ("diffusers", noise.start_of_diffusers)):
+        stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", first_noise=name)
+        [part] = stage(table, lambda i, reason: pytest.fail(reason))
+        alpha, sigma = (float(a) for a in VP().scale(torch.tensor(1.0, dtype=torch.float64)))
+        x = alpha * 2.0 + sigma * draw(1002, (2, 4, 3)).double()
+        gain = alpha * 0.25 / (alpha**2 * 0.25 + sigma**2)
+        found[name] = tensors.from_arrow(part, "latents")[0]
+        np.testing.assert_allclose(found[name], 2.5 + gain * (x - alpha * 2.5), rtol=1e-5)
+    assert not torch.equal(found["latentmill"], found["diffusers"])
+
+
 def test_the_seed_decides():
     same = denoise(batch([0], seed=7))[0]
     assert torch.equal(same, denoise(batch([0], seed=7))[0])

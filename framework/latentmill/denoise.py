@@ -24,8 +24,10 @@ class Denoise(Stage):
         scheduler: Callable[[str], Scheduler],
         grid: str | Mapping[str, Any],
         fixed: rows.FixedShape | None = None,
+        first_noise: str = "latentmill",
     ) -> None:
         self.denoiser, self.scheduler, self.grid, self.fixed = denoiser, scheduler, grid, fixed
+        self.first_noise = noise.start_of_diffusers if first_noise == "diffusers" else noise.start
         self.device = torch.device("cpu")
 
     def load(self, device: torch.device) -> None:
@@ -92,7 +94,7 @@ class Denoise(Stage):
 
         moving = steps > 0
         alpha, sigma = field.scale(times[:, 0])
-        start = torch.stack([noise.start(seed, tuple(x.shape[1:])) for seed in seeds]).to(self.device)
+        start = torch.stack([self.first_noise(seed, tuple(x.shape[1:])) for seed in seeds]).to(self.device)
         x = torch.where(field.column(moving), alpha * x + sigma * start, x.double()).float()
 
         out = x.clone()

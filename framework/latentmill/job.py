@@ -46,6 +46,7 @@ class Sampling:
     height: int | None = None
     prompt: str = ""
     negative_prompt: str = ""
+    first_noise: str = "latentmill"
 
 
 @dataclass
@@ -152,6 +153,7 @@ class Job:
 
 STAGES = ("read", "encode", "denoise", "decode", "write")
 """Our own stages, in the order in which they can stand in a flow."""
+FIRST_NOISE = ("latentmill", "diffusers")
 CLUSTERS = ("local", "inline", "ray")
 SHIPPED = "latentmill.jobs"
 
@@ -293,6 +295,8 @@ def _wrong(job: Job) -> Iterator[str]:
         yield f"sampling.strength must be from 0 to 1, not {sampling.strength}"
     if not job.output or Path(job.output).is_file():
         yield f"output must name a folder, not {job.output!r}"
+    if sampling.first_noise not in FIRST_NOISE:
+        yield f"sampling.first_noise must be {' or '.join(FIRST_NOISE)}, not {sampling.first_noise!r}"
     yield from _wrong_flow(job.flow)
     for name, stage in job.stages.items():
         if name not in job.flow and name not in STAGES:

@@ -134,7 +134,9 @@ def _encode(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
 def _denoise(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
     built = parts(job)
     assert built.denoiser is not None and job.scheduler is not None
-    return Denoise(built.denoiser, built.scheduler, job.scheduler.get("grid", "trailing"), fixed)
+    return Denoise(
+        built.denoiser, built.scheduler, job.scheduler.get("grid", "trailing"), fixed, job.sampling.first_noise
+    )
 
 
 def _decode(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:

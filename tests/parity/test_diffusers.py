@@ -14,6 +14,7 @@ import torch
 
 from latentmill.denoise import to_clean
 from latentmill.plugin import Field
+from latentmill.schedulers import noise
 from latentmill.schedulers.consistency import LCM
 from latentmill.schedulers.dpmpp import DPMpp2M, DPMpp2MSDE
 from latentmill.schedulers.euler import Euler, EulerAncestral
@@ -190,3 +191,11 @@ def test_flow_matching(name, ours, steps, monkeypatch):
         # On purpose: ours is Heun's method in (x / alpha, sigma / alpha) on every path; theirs, in (x, t), is another
         # second-order method, and the first step of ours, from an infinite ratio, is Euler's.
         assert 1e-6 < float((found - wanted).norm() / wanted.norm()) < 0.5
+
+
+def test_the_first_noise_of_a_known_seed():
+    """What a pipeline's ``prepare_latents`` draws, by its own ``randn_tensor``."""
+    from diffusers.utils.torch_utils import randn_tensor
+
+    wanted = randn_tensor((1, 4, 8, 8), generator=torch.Generator("cpu").manual_seed(1234))
+    assert torch.equal(noise.start_of_diffusers(1234, (4, 8, 8)), wanted[0])

@@ -19,6 +19,11 @@ def start(seed: int, shape: tuple[int, ...]) -> Tensor:
     return _draw(b"start", seed, b"", shape)
 
 
+def start_of_diffusers(seed: int, shape: tuple[int, ...]) -> Tensor:
+    """The noise that diffusers starts from with ``torch.Generator("cpu").manual_seed(seed)`` and a batch of one, float32."""
+    return torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed))[0]
+
+
 def between(seed: int, t: float, s: float, shape: tuple[int, ...]) -> Tensor:
     """The noise of a row's step from time ``t`` to time ``s``: unit normal, float32, of ``shape``."""
     return _draw(b"between", seed, struct.pack("<dd", t, s), shape)
