@@ -103,7 +103,7 @@ def test_a_driver_that_is_killed_leaves_a_dataset_that_goes_on(tmp_path, prompts
 def test_sigterm_stops_cleanly_says_how_to_go_on_and_the_run_goes_on(tmp_path, prompts):
     output = tmp_path / "out"
     command = [sys.executable, "-m", "latentmill.cli", "run", "txt2img", *SMALL, prompts, "rows_per_shard=2"]
-    command += ["cluster=inline", f"output={output}"]
+    command += ["cluster=inline", "sampling.steps=40", f"output={output}"]  # long enough to be stopped in the middle
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not list(output.glob("data/*")) and driver.poll() is None:
         time.sleep(0.01)

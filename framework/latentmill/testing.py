@@ -162,7 +162,7 @@ class SchedulerSuite:
             )
 
     def test_the_distribution_is_reached(self) -> None:
-        """Deterministic: the measured order of convergence. Stochastic: mean and variance of 40,000 samples."""
+        """Deterministic: the measured order of convergence. Stochastic: mean and variance of 100,000 samples."""
         for name, path in PATHS.items():
             if self.scheduler().stochastic:
                 check_moments(self.scheduler(), path(), name, steps=self.steps)
@@ -217,7 +217,7 @@ def measure_order(scheduler: Scheduler, path: NoisePath, steps: tuple[int, int] 
     return math.log(errors[0] / errors[1]) / math.log(steps[1] / steps[0])
 
 
-def check_moments(scheduler: Scheduler, path: NoisePath, name: str, samples: int = 40_000, steps: int = 1000) -> None:
+def check_moments(scheduler: Scheduler, path: NoisePath, name: str, samples: int = 100_000, steps: int = 1000) -> None:
     """Fail unless mean and variance of Gaussian data are reached within four standard errors."""
     mean, std = 0.7, 0.5
     field = GaussianField(path, torch.tensor([mean]), std, [5], (samples,))

@@ -179,7 +179,8 @@ def quadrature(nodes: list[Tensor], moments: list[Tensor] | list[float]) -> list
     wanted = [
         torch.where(there[..., m], finite(torch.as_tensor(moments[m + 1]).double()), 0.0) for m in range(len(nodes))
     ]
-    weights = torch.linalg.solve(matrix, torch.stack(wanted, -1).unsqueeze(-1)).squeeze(-1)
+    # Without a check: an idle slot of a fixed batch repeats a step, so that its nodes coincide, and nobody reads it.
+    weights = torch.linalg.solve_ex(matrix, torch.stack(wanted, -1).unsqueeze(-1)).result.squeeze(-1)
     return list(weights.unbind(-1))
 
 
