@@ -37,14 +37,13 @@ class Denoise(Stage):
     @torch.inference_mode()
     def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
         by_scheduler = defaultdict(list)
-        times = []
+        times = {}
         shape = batch.schema.field("latents").type.shape
         for i, row in enumerate(batch.select(["scheduler", "steps", "strength"]).to_pylist()):
             try:
-                times.append(grids.times(self.grid, self.denoiser.path, row["steps"], row["strength"], shape))
+                times[i] = grids.times(self.grid, self.denoiser.path, row["steps"], row["strength"], shape)
                 by_scheduler[row["scheduler"]].append(i)
             except ValueError as error:
-                times.append(torch.zeros(1))
                 reject(i, str(error))
         for name, members in by_scheduler.items():
             try:
@@ -65,11 +64,14 @@ class Denoise(Stage):
             yield part if bool(good.all()) else part.filter(pa.array(good.tolist()))
 
     def _denoise(self, part: pa.Table, scheduler: Scheduler, grid: Sequence[Tensor]) -> Tensor:
-        """Clean latents ``[B, ...]``, float32, on the CPU. Computed in the slots of the fixed shape, where there is one."""
+        """Clean latents ``[B, ...]``, float32, on the CPU; ``grid`` holds each row's times.
+
+        Computed in the slots of the fixed shape, where there is one.
+        """
         slots, size = rows.slots(part, self.fixed)
-        seeds, empty = [0] * size, [True] * size
+        seeds = [0] * size
         for slot, seed in zip(slots.tolist(), part.column("seed").to_pylist()):
-            seeds[slot], empty[slot] = seed, False
+            seeds[slot] = seed
         # A row's times, its last one repeated: a row that has arrived, or an empty slot, makes no more steps.
         longest = max(len(times) for times in grid)
         times = torch.zeros(size, longest, dtype=torch.float64)

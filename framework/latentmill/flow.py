@@ -275,9 +275,12 @@ def decide(state: State) -> list[Order]:
                 break
             orders.extend(_batches(state, stage, partial=True))
         # Or once what waits is so much that nothing more may come, in many groups of which none is full.
-        for stage in range(1, last + 1):
-            if not _has_room(state, stage - 1, state.stages[stage - 1].batch_size):
-                orders.extend(_batches(state, stage, partial=True))
+        given = -1
+        while given != len(orders):  # what one stage takes makes room before it, and fills the room behind it
+            given = len(orders)
+            for stage in range(last, 0, -1):
+                if not _has_room(state, stage - 1, state.stages[stage - 1].batch_size):
+                    orders.extend(_batches(state, stage, partial=True))
     if not orders and not state.flying and not state.starting:
         orders.extend(_unstick(state))
         if not orders and state.records:  # nobody is left to show that it was the rows

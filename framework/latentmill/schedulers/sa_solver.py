@@ -8,6 +8,7 @@ from torch import Tensor
 from latentmill.plugin import Field, Scheduler, State
 from latentmill.schedulers.multistep import exponential_moments, quadrature
 from latentmill.schedulers.step import Step, finite
+from latentmill.schedulers.unipc import nothing_yet
 
 
 class SASolver(Scheduler):
@@ -28,11 +29,7 @@ class SASolver(Scheduler):
         self.tau, self.max_order = float(tau), max_order
 
     def init(self, field: Field, x: Tensor, t: Tensor) -> State:
-        alpha, _ = field.scale(t)
-        state: State = {"x": torch.zeros_like(x), "t": t.double().clone()}
-        for k in range(1, self.max_order + 1):  # NaN stands for a step that there has not been
-            state[f"clean_{k}"], state[f"at_{k}"] = torch.zeros_like(x), torch.full_like(alpha, torch.nan)
-        return state
+        return nothing_yet(field, x, t, self.max_order)
 
     def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:
         clean, before = field.clean(x, t), state["t"].reshape(t.shape)

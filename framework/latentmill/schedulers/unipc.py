@@ -28,11 +28,7 @@ class UniPC(Scheduler):
         self.max_order, self.variant = max_order, variant
 
     def init(self, field: Field, x: Tensor, t: Tensor) -> State:
-        alpha, _ = field.scale(t)
-        state: State = {"x": torch.zeros_like(x), "t": t.double().clone()}
-        for k in range(1, self.max_order + 1):  # NaN stands for a step that there has not been
-            state[f"clean_{k}"], state[f"at_{k}"] = torch.zeros_like(x), torch.full_like(alpha, torch.nan)
-        return state
+        return nothing_yet(field, x, t, self.max_order)
 
     def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:
         at, clean = Step(field, t, s), field.clean(x, t)
@@ -66,3 +62,12 @@ class UniPC(Scheduler):
             half = 0.5 * scale / nodes[k] if k == 0 else torch.zeros_like(at.h)
             total = total + finite(torch.where(one, half, weight)) * (cleans[k + 1] - cleans[0])
         return total
+
+
+def nothing_yet(field: Field, x: Tensor, t: Tensor, count: int) -> State:
+    """What a solver with a corrector remembers before its first step: where the last one began, and ``count`` estimates."""
+    alpha, _ = field.scale(t)
+    state: State = {"x": torch.zeros_like(x), "t": t.double().clone()}
+    for k in range(1, count + 1):  # NaN stands for a step that there has not been
+        state[f"clean_{k}"], state[f"at_{k}"] = torch.zeros_like(x), torch.full_like(alpha, torch.nan)
+    return state

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from latentmill_shapes.autoencoder import Autoencoder
 from latentmill_shapes.draw import is_held_out
 from latentmill_shapes.muon import orthogonalise
-from latentmill_shapes.path import alpha_bars
 from latentmill_shapes.train import Conditional, draw_training, export, optimise
 
 
@@ -66,14 +65,6 @@ def test_muon_s_update_has_singular_values_near_one(shape: tuple[int, int]) -> N
     assert float(values.max()) < 1.3
     u, _, vh = torch.linalg.svd(g, full_matrices=False)
     assert float((orthogonalise(g) * (u @ vh)).sum() / (orthogonalise(g).norm() * (u @ vh).norm())) > 0.95
-
-
-def test_the_noise_path_is_stable_diffusion_s() -> None:
-    # alphas_cumprod of Stable Diffusion's scheduler, first and last.
-    a = alpha_bars()
-    assert len(a) == 1000
-    assert float(a[0]) == pytest.approx(0.99915, abs=1e-5)
-    assert float(a[-1]) == pytest.approx(0.00466, abs=1e-5)
 
 
 def test_training_pictures_are_of_training_captions() -> None:
