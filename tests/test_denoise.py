@@ -1,18 +1,23 @@
 """Denoising: each row as if it were alone, guidance as diffusers means it, strength, prediction types."""
 
+import importlib.util
+import threading
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
 from latentmill import registry, rows, tensors
-from latentmill.denoise import Denoise, to_clean
+from latentmill.denoise import Denoise
 from latentmill.encode import Encode
 from latentmill.plugin import Denoiser, LatentSpec
 from latentmill.schedulers import grids, noise
 from latentmill.schedulers.dpmpp import DPMpp2M
 from latentmill.schedulers.euler import Euler, EulerAncestral
 from latentmill.schedulers.paths import VP
+from latentmill.worker import Worker
 
 SPEC = LatentSpec(channels=2, downscale=8, scale=1.0, shift=0.0, dtype="float32", fingerprint="test")
 SCHEDULERS = {"euler": Euler(), "euler_ancestral": EulerAncestral(), "dpmpp_2m": DPMpp2M()}
@@ -53,7 +58,7 @@ def batch(numbers, **changes):
 
 
 def denoise(table, fixed=None, denoiser=None):
-    stage = Denoise(denoiser or Gaussian(), SCHEDULERS.__getitem__, "trailing", fixed)
+    stage = Denoise(denoiser or Gaussian(), SCHEDULERS.__getitem__, "trailing", 16, fixed)
     stage.load(torch.device("cpu"))
     parts = list(stage(table, lambda i, reason: pytest.fail(reason)))
     return {
@@ -82,7 +87,7 @@ def test_the_first_noise_may_be_that_of_diffusers():
     table = batch([2], steps=1, scheduler="euler", guidance_scale=1.0, strength=1.0)
     found = {}
     for name, draw in (("latentmill", noise.start), ("diffusers", noise.start_of_diffusers)):
-        stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", first_noise=name)
+        stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16, first_noise=name)
         [part] = stage(table, lambda i, reason: pytest.fail(reason))
         alpha, sigma = (float(a) for a in VP().scale(torch.tensor(1.0, dtype=torch.float64)))
         x = alpha * 2.0 + sigma * draw(1002, (2, 4, 3)).double()
@@ -128,20 +133,139 @@ def test_a_row_without_guidance_costs_one_evaluation_and_a_finished_one_none():
     assert denoiser.evaluated == [3, 2, 2]
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v", "sample", "flow"])
-def test_every_prediction_stands_for_the_same_clean_latents(prediction):
-    x0, eps = torch.randn(2, 3, 4, 4, dtype=torch.float64)
-    alpha, sigma = torch.tensor(0.6), torch.tensor(0.7)
-    said = {"epsilon": eps, "v": alpha * eps - sigma * x0, "sample": x0, "flow": eps - x0}[prediction]
-    torch.testing.assert_close(
-        to_clean(prediction, said, alpha * x0 + sigma * eps, alpha, sigma), x0, rtol=1e-6, atol=1e-6
-    )
+def test_a_finished_row_s_place_is_taken_at_once_and_a_call_is_counted_in_evaluations():
+    """Four places: a guided row takes two, one that doesn't fit lets a smaller one behind it go first."""
+    denoiser = Gaussian()
+    stage = Denoise(denoiser, SCHEDULERS.__getitem__, "trailing", 4)
+    plain = {"strength": 1.0, "scheduler": "euler"}
+    first = stage.enter(batch([1], steps=5, guidance_scale=1.0, **plain), pytest.fail)
+    second = stage.enter(batch([0, 2, 3], steps=2, guidance_scale=2.0, **plain), pytest.fail)
+    third = stage.enter(batch([5], steps=3, guidance_scale=1.0, **plain), pytest.fail)
+    order = []
+    while not (first.done and second.done and third.done):
+        stage.advance()
+        order.append([row.at for visit in (first, second, third) for row in visit.rows])
+    assert order == [
+        [1, 1, 0, 0, 1], [2, 2, 0, 0, 2], [3, 2, 1, 0, 3], [4, 2, 2, 0, 3], [5, 2, 2, 1, 3], [5, 2, 2, 2, 3],
+    ]  # fmt: skip
+    assert denoiser.evaluated == [4, 4, 4, 3, 3, 2]
+    assert stage.moving == {} and stage.companies == {}
+
+
+def test_whoever_goes_when_a_row_is_the_same():
+    """Rows that wait in the middle, in calls of every size, end as if they had been alone."""
+    alone = {n: denoise(batch([n]))[n] for n in range(12)}
+    for places in (1, 2, 3, 5, 8, 100):
+        stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", places)
+        visits = [stage.enter(batch(numbers), pytest.fail) for numbers in ([0, 1, 2, 3, 4], [5, 6], [7, 8, 9, 10, 11])]
+        while not all(visit.done for visit in visits):
+            stage.advance()
+        found = {
+            number: tensors.from_arrow(part, "latents")[i]
+            for visit in visits
+            for part in stage.leave(visit)
+            for i, number in enumerate(part.column("row").to_pylist())
+        }
+        assert found.keys() == alone.keys()
+        for n, latents in found.items():
+            assert torch.allclose(latents, alone[n], rtol=1e-5, atol=1e-6), (places, n)
+
+
+def test_calls_are_full():
+    """2,000 rows of 8 to 50 steps, half of them with guidance, through the flow: evaluations / (calls x places)."""
+    path = Path(__file__).parents[1] / "benchmarks" / "denoise.py"
+    spec = importlib.util.spec_from_file_location("bench_denoise", path)
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    assert bench.fullness(bench.mixed(2000, ["euler"])) >= 0.97
+
+
+def test_batches_of_several_threads_are_moved_together():
+    """As Ray calls a worker: the second batch comes while the first is in the network, and joins it at the next step."""
+    second_is_there = threading.Event()
+
+    class Waiting(Gaussian):
+        def predict(self, x, t, conditioning):
+            assert second_is_there.wait(60)
+            return super().predict(x, t, conditioning)
+
+    denoiser, plain = Waiting(), {"strength": 1.0, "steps": 4, "guidance_scale": 1.0, "scheduler": "euler"}
+    worker = Worker(lambda: Denoise(denoiser, SCHEDULERS.__getitem__, "trailing", 16), gpu=False, threads=None)
+    tables = [batch([0, 1, 2], **plain), batch([3, 4], **plain)]
+    found = {}
+
+    def call(k):
+        outcome, [part] = worker.batch([(0, 0, 0, len(tables[k]))], [tables[k]])
+        found.update(zip(outcome.parts[0][1], tensors.from_arrow(part, "latents")))
+
+    threads = [threading.Thread(target=call, args=(k,)) for k in range(2)]
+    threads[0].start()
+    while not worker.inside:  # the first is in the stage
+        threads[0].join(0.001)
+    threads[1].start()
+    while not worker.waiting:
+        threads[1].join(0.001)
+    second_is_there.set()
+    for thread in threads:
+        thread.join(60)
+    assert denoiser.evaluated == [3, 5, 5, 5, 2]
+    wanted = denoise(batch(range(5), **plain))
+    assert found.keys() == wanted.keys()
+    assert all(torch.allclose(found[n], wanted[n], rtol=1e-5, atol=1e-6) for n in wanted)
+
+
+class Broken(Gaussian):
+    """Refuses a row, told by its conditioning, and more rows at a time than there is memory for."""
+
+    def __init__(self, refuses=None, memory=10**9):
+        super().__init__()
+        self.refuses, self.memory = refuses, memory
+
+    def predict(self, x, t, conditioning):
+        if len(x) > self.memory:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if self.refuses in conditioning["mean"].flatten().tolist():
+            raise ValueError("no such mean")
+        return super().predict(x, t, conditioning)
+
+
+def test_a_row_that_raises_fails_its_batch_and_no_other():
+    stage = Denoise(Broken(refuses=6.5), SCHEDULERS.__getitem__, "trailing", 100)
+    visits = [stage.enter(batch(numbers, strength=1.0), pytest.fail) for numbers in ([0, 1, 2], [5, 6, 7], [8, 9])]
+    while not all(visit.done for visit in visits):
+        stage.advance()
+    assert [str(visit.error or "") for visit in visits] == ["", "no such mean", ""]
+    with pytest.raises(ValueError, match="no such mean"):
+        list(stage.leave(visits[1]))
+    for visit, numbers in ((visits[0], [0, 1, 2]), (visits[2], [8, 9])):
+        wanted = denoise(batch(numbers, strength=1.0))
+        for part in stage.leave(visit):
+            for i, n in enumerate(part.column("row").to_pylist()):
+                assert torch.allclose(tensors.from_arrow(part, "latents")[i], wanted[n], rtol=1e-5, atol=1e-6)
+    assert stage.moving == {}
+
+
+def test_out_of_memory_halves_the_calls_and_loses_nothing(caplog):
+    denoiser = Broken(memory=5)
+    stage = Denoise(denoiser, SCHEDULERS.__getitem__, "trailing", 16)
+    table = batch(range(12), strength=1.0, guidance_scale=1.0, scheduler="euler", steps=4)
+    [part] = stage(table, pytest.fail)
+    assert set(denoiser.evaluated) <= {1, 2, 3} and sum(denoiser.evaluated) == 48 and stage.batch_size == 3
+    assert [record.message for record in caplog.records] == [
+        "out of memory: from now on 6 evaluations a call",
+        "out of memory: from now on 3 evaluations a call",
+    ]
+    wanted = denoise(table)
+    for i, n in enumerate(part.column("row").to_pylist()):
+        assert torch.allclose(tensors.from_arrow(part, "latents")[i], wanted[n], rtol=1e-5, atol=1e-6)
+    with pytest.raises(torch.OutOfMemoryError):  # one row alone: it can't be helped here
+        list(Denoise(Broken(memory=0), SCHEDULERS.__getitem__, "trailing", 16)(table, pytest.fail))
 
 
 def test_a_row_whose_steps_cannot_be_is_rejected_alone():
     table = pa.concat_tables([batch([0], steps=3), batch([1], steps=1500), batch([2], steps=3)])
     rejected = {}
-    stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing")
+    stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16)
     parts = list(stage(table, rejected.__setitem__))
     assert sorted(row for part in parts for row in part.column("row").to_pylist()) == [0, 2]
     assert rejected == {1: "1500 steps are more than the 1000 timesteps of the noise path"}
@@ -155,7 +279,7 @@ def test_latents_that_are_not_finite_are_rejected():
         tensors.to_arrow(torch.tensor([0.0, float("nan"), 0.0])),
     )
     rejected = {}
-    stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing")
+    stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16)
     [part] = stage(broken, rejected.__setitem__)
     assert part.column("row").to_pylist() == [0, 2]
     assert rejected == {1: "the denoised latents are not finite (scheduler euler)"}
@@ -179,11 +303,12 @@ def mixed():
     schedulers = {name: registry.build("scheduler", {"name": name}) for name in names}
     encode = Encode(vae, text)
     encode.load(torch.device("cpu"))
-    [table] = encode(rows.from_dicts(per_row), lambda i, reason: pytest.fail(reason))
+    of_each_scheduler = encode(rows.from_dicts(per_row), lambda i, reason: pytest.fail(reason))
+    table = rows.concat([part.replace_schema_metadata(None) for part in of_each_scheduler])
     denoiser.load(torch.device("cpu"))
 
     def run(numbers, fixed=None):
-        stage = Denoise(denoiser, schedulers.__getitem__, "trailing", fixed)
+        stage = Denoise(denoiser, schedulers.__getitem__, "trailing", 16, fixed)
         parts = stage(table.take(numbers), lambda i, reason: pytest.fail(reason))
         return {
             number: tensors.from_arrow(part, "latents")[i]

@@ -19,6 +19,9 @@ SPEC = LatentSpec(channels=4, downscale=4, scale=0.5, shift=0.25, dtype="float16
 class Sampling:
     steps: int = 20
     guidance_scale: float = 4.0
+    guidance_rescale: float = 0.0
+    guidance_from: float = 1.0
+    guidance_until: float = 0.0
     strength: float = 1.0
     width: int | None = 64
     height: int | None = 32
@@ -87,6 +90,9 @@ def test_the_row_s_values_stand_over_the_job_s():
         "seed": 7,
         "steps": 5,
         "guidance_scale": 1,
+        "guidance_rescale": 0.7,
+        "guidance_from": 0.9,
+        "guidance_until": 0.25,
         "strength": 1.0,
         "scheduler": "dpmpp_2m",
         "width": 8,
@@ -101,6 +107,7 @@ def test_the_row_s_values_stand_over_the_job_s():
         "negative_prompt": "ugly",
         "steps": 20,
         "guidance_scale": 4.0,
+        **rows.PLAIN_GUIDANCE,
         "strength": 1.0,
         "scheduler": "euler",
         "width": 64,

@@ -32,7 +32,10 @@ class Plan:
     config: dict = field(init=False)
 
     def __post_init__(self):
-        self.config = {"flow": list(self.flow), "sampling": {"width": self.size[0], "height": self.size[1]}}
+        self.config = {
+            "flow": list(self.flow),
+            "sampling": {"until": 0.0, "width": self.size[0], "height": self.size[1]},
+        }
 
     def shard_rows(self, shard):
         return range(shard * 4, min(shard * 4 + 4, 10))

@@ -1,214 +1,355 @@
-"""The denoise stage: latents, plus noise, to clean latents, every row with its own steps, guidance, strength and seed."""
+"""The denoise stage: latents, plus noise, to clean latents, every row with its own steps, guidance, strength and seed.
+
+The unit is a step. Rows of several batches are on their way at a time; each call of the network takes as many of one kind
+as it has places, a row that has arrived leaves, and the next one that waits takes its place. What a call takes is counted
+in evaluations: a row with guidance needs two. Rows don't touch each other, so who goes when changes none of them.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import hashlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from latentmill import rows, tensors
-from latentmill.plugin import Conditioning, Denoiser, Field, Prediction, Reject, RowError, Scheduler, Stage
+from latentmill.guidance import Guidance, ModelField
+from latentmill.plugin import Conditioning, Denoiser, NoisePath, Reject, RowError, Scheduler, Stage, State
 from latentmill.schedulers import grids, noise
+
+logger = logging.getLogger("latentmill")
+
+Kind: TypeAlias = tuple[Any, ...]
+"""What rows must have in common to be moved together."""
+
+
+@dataclass(eq=False)
+class Visit:
+    """A batch in the stage. Its rows leave together, when the last of them has arrived."""
+
+    batch: pa.Table
+    reject: Reject
+    rows: list[Trajectory] = field(default_factory=list)
+    moving: int = 0
+    """Rows that have not arrived yet."""
+    error: Exception | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether it can leave, with its rows or with the error."""
+        return self.moving == 0 or self.error is not None
+
+
+@dataclass(eq=False)
+class Trajectory:
+    """A row on its way. Tensors are without the batch axis."""
+
+    visit: Visit
+    index: int
+    """Of the row in its batch."""
+    kind: Kind
+    slot: int
+    """Its place in a batch of fixed shape."""
+    times: list[float]
+    seed: int
+    guidance: Guidance
+    prompt: Conditioning
+    negative: Conditioning
+    x: Tensor
+    state: State | None
+    """None before the first step."""
+    at: int = 0
+    """Steps done."""
+
+    @property
+    def arrived(self) -> bool:
+        return self.at == len(self.times) - 1
+
+    @property
+    def evaluations(self) -> int:
+        """What its next step costs in a call."""
+        return 2 if self.guidance.guides(self.times[self.at], self.times[self.at + 1]) else 1
 
 
 class Denoise(Stage):
-    """Replaces ``latents`` by clean ones and drops the conditioning."""
+    """Replaces ``latents`` by clean ones and drops the conditioning.
+
+    ``batch_size`` is the evaluations of a call. With ``fixed``, batches are computed one after another, each row in its
+    slot. With ``until`` above 0 rows stop at the first of their times below it: see ``rows.HALFWAY``.
+    """
 
     def __init__(
         self,
         denoiser: Denoiser,
         scheduler: Callable[[str], Scheduler],
         grid: str | Mapping[str, Any],
+        batch_size: int,
         fixed: rows.FixedShape | None = None,
         first_noise: str = "latentmill",
+        until: float = 0.0,
     ) -> None:
-        self.denoiser, self.scheduler, self.grid, self.fixed = denoiser, scheduler, grid, fixed
+        self.denoiser, self.scheduler, self.grid, self.batch_size = denoiser, scheduler, grid, batch_size
+        self.fixed, self.until = fixed, until
         self.first_noise = noise.start_of_diffusers if first_noise == "diffusers" else noise.start
         self.device = torch.device("cpu")
+        self.moving: dict[Kind, list[Trajectory]] = {}
+        """Rows on their way, by kind, the first that came first."""
+        self.companies: dict[Kind, Company] = {}
 
     def load(self, device: torch.device) -> None:
         self.device = device
         self.denoiser.load(device)
 
-    @torch.inference_mode()
     def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
-        by_scheduler = defaultdict(list)
-        times = {}
-        shape = batch.schema.field("latents").type.shape
-        for i, row in enumerate(batch.select(["scheduler", "steps", "strength"]).to_pylist()):
-            try:
-                times[i] = grids.times(self.grid, self.denoiser.path, row["steps"], row["strength"], shape)
-                by_scheduler[row["scheduler"]].append(i)
-            except ValueError as error:
-                reject(i, str(error))
-        for name, members in by_scheduler.items():
-            try:
-                scheduler = self.scheduler(name)
-            except RowError as error:
-                for i in members:
-                    reject(i, str(error))
-                continue
-            part = batch if len(members) == len(batch) else batch.take(members)
-            latents = self._denoise(part, scheduler, [times[i] for i in members])
-            good = latents.isfinite().flatten(1).all(1)
-            for i, fine in zip(members, good.tolist()):
-                if not fine:
-                    reject(i, f"the denoised latents are not finite (scheduler {name})")
-            spec = rows.spec_from_json(part.schema.field("latents").metadata[rows.SPEC_KEY])
-            part = part.select([name for name in part.column_names if not is_conditioning(name)])
-            part = rows.with_latents(part, latents.to(tensors.from_arrow(part, "latents").dtype), spec)
-            yield part if bool(good.all()) else part.filter(pa.array(good.tolist()))
+        visit = self.enter(batch, reject)
+        while not visit.done:
+            self.advance()
+        yield from self.leave(visit)
 
-    def _denoise(self, part: pa.Table, scheduler: Scheduler, grid: Sequence[Tensor]) -> Tensor:
-        """Clean latents ``[B, ...]``, float32, on the CPU; ``grid`` holds each row's times.
-
-        Computed in the slots of the fixed shape, where there is one.
-        """
-        slots, size = rows.slots(part, self.fixed)
-        seeds = [0] * size
-        for slot, seed in zip(slots.tolist(), part.column("seed").to_pylist()):
-            seeds[slot] = seed
-        # A row's times, its last one repeated: a row that has arrived, or an empty slot, makes no more steps.
-        longest = max(len(times) for times in grid)
-        times = torch.zeros(size, longest, dtype=torch.float64)
-        steps = torch.zeros(size, dtype=torch.int64)
-        for slot, row_times in zip(slots.tolist(), grid):
-            times[slot, : len(row_times)] = row_times
-            steps[slot] = len(row_times) - 1
-
-        x = tensors.spread(tensors.from_arrow(part, "latents"), slots, size).to(self.device, torch.float32)
-        prompt, negative = (
+    @torch.inference_mode()
+    def enter(self, batch: pa.Table, reject: Reject) -> Visit:
+        """Take in a batch. Its rows are moved by ``advance``, until the visit is done."""
+        visit = Visit(batch, reject)
+        x = tensors.from_arrow(batch, "latents").to(self.device)
+        prompt, negative, states = (
             {
-                name.removeprefix(prefix): tensors.spread(tensors.from_arrow(part, name), slots, size).to(self.device)
-                for name in part.column_names
+                name.removeprefix(prefix): tensors.from_arrow(batch, name).to(self.device)
+                for name in batch.column_names
                 if name.startswith(prefix)
             }
-            for prefix in (rows.PROMPT, rows.NEGATIVE)
+            for prefix in (rows.PROMPT, rows.NEGATIVE, rows.STATE)
         )
-        guidance = tensors.spread(torch.tensor(part.column("guidance_scale").to_pylist()).double(), slots, size)
-        field = ModelField(
-            self.denoiser, prompt, negative, guidance, seeds, x.shape[1:], self.device, self.fixed is not None
-        )
+        slots, _ = rows.slots(batch, self.fixed)
+        columns = [n for n in batch.column_names if n in rows.SCALARS.names or n in rows.HALFWAY.names]
+        for i, row in enumerate(batch.select(columns).to_pylist()):
+            try:
+                times, start = self._start(row, x[i])
+            except ValueError as error:
+                reject(i, str(error))
+                continue
+            kind = (rows.shape_key(batch), row["scheduler"], id(visit) if self.fixed else 0)
+            goes_on = row.get("trajectory") == self._identity(row["scheduler"])
+            visit.rows.append(
+                Trajectory(
+                    visit=visit,
+                    index=i,
+                    kind=kind,
+                    slot=int(slots[i]),
+                    times=times,
+                    seed=row["seed"],
+                    guidance=Guidance(
+                        row["guidance_scale"], row["guidance_rescale"], row["guidance_from"], row["guidance_until"]
+                    ),
+                    prompt={name: value[i] for name, value in prompt.items()},
+                    negative={name: value[i] for name, value in negative.items()},
+                    x=start,
+                    state={name: value[i] for name, value in states.items()} if goes_on else None,
+                )
+            )
+            if not visit.rows[-1].arrived:
+                self.moving.setdefault(kind, []).append(visit.rows[-1])
+                visit.moving += 1
+        return visit
 
-        moving = steps > 0
-        alpha, sigma = field.scale(times[:, 0])
-        start = torch.stack([self.first_noise(seed, tuple(x.shape[1:])) for seed in seeds]).to(self.device)
-        x = torch.where(field.column(moving), alpha * x + sigma * start, x.double()).float()
+    def _start(self, row: Mapping[str, Any], latents: Tensor) -> tuple[list[float], Tensor]:
+        """A row's times, and its latents, float32, at the first of them. Raises ValueError, RowError among them."""
+        self.scheduler(row["scheduler"])
+        path, shape = self.denoiser.path, tuple(latents.shape)
+        halfway = row.get("time")
+        strength = row["strength"] if halfway is None else 1.0
+        grid = grids.times(self.grid, path, row["steps"], strength, shape).tolist()
+        if halfway is not None:
+            if row["trajectory"].partition("/")[0] != path_hash(path):
+                raise RowError("the latents are half-way on a noise path that is not this denoiser's")
+            grid = [halfway, *(t for t in grid if t < halfway)]
+        times = grid[: next((k + 1 for k, t in enumerate(grid) if t < self.until), len(grid))]
+        if halfway is not None or len(grid) == 1:
+            return times, latents.to(torch.float32)
+        alpha, sigma = path.scale(torch.tensor(times[0], dtype=torch.float64))
+        start = self.first_noise(row["seed"], shape).to(self.device)
+        return times, (alpha * latents.double() + sigma * start.double()).to(torch.float32)
 
-        out = x.clone()
-        state: dict[str, Tensor] = {}
-        alive = torch.arange(size)  # the slots that are computed: all for ever if the shape is fixed
-        for i in range(longest - 1):
-            going = steps > i
-            if self.fixed is None and not bool(going[alive].all()):
-                keep = going[alive]
-                alive, x = alive[keep], x[keep.to(self.device)]
-                state = {name: value[keep.to(value.device)] for name, value in state.items()}
-                field = field.take(keep)
-            t, s = times[alive, i], times[alive, i + 1]
-            if self.fixed is not None:  # idle slots repeat some row's step, so that nothing in them is out of range
-                anyone = int(going.nonzero()[0])
-                t, s = (torch.where(going, time, time[anyone]) for time in (t, s))
-            if i == 0:
-                state = scheduler.init(field, x, t)
-            moved, state = scheduler.step(field, x, t, s, state)
-            x = moved.to(torch.float32)
-            arrived = (steps[alive] == i + 1).nonzero()[:, 0]
-            out[alive[arrived].to(self.device)] = x[arrived.to(self.device)]
-        return out[slots.to(self.device)].cpu()
+    @torch.inference_mode()
+    def advance(self) -> None:
+        """Move rows of one kind, as many as a call takes, by one step. The kind of which most can go goes."""
+        if self.moving:
+            each = [self._choose(kind) for kind in self.moving]
+            self._move(max(each, key=lambda going: sum(row.evaluations for row in going)))
+
+    def _choose(self, kind: Kind) -> list[Trajectory]:
+        if self.fixed is not None:
+            return self.moving[kind]
+        room, chosen = self.batch_size, []
+        for row in self.moving[kind]:
+            if row.evaluations <= room:
+                chosen.append(row)
+                room -= row.evaluations
+            if not room:
+                break
+        return chosen or self.moving[kind][:1]
+
+    def _move(self, going: Sequence[Trajectory]) -> None:
+        """Move these rows by one step; if that fails, find the row that it fails for. A step changes nothing until it is done."""
+        one = self.fixed is not None or len(going) == 1
+        try:
+            self._step(going)
+        except torch.OutOfMemoryError as error:
+            if one:
+                self._fail(going, error)
+                return
+            self.batch_size = max(1, sum(row.evaluations for row in going) // 2)
+            logger.warning(f"out of memory: from now on {self.batch_size} evaluations a call")
+        except Exception as error:
+            if one:
+                self._fail(going, error)
+                return
+            for half in (going[: len(going) // 2], going[len(going) // 2 :]):
+                if left := [row for row in half if row.visit.error is None]:
+                    self._move(left)
+
+    def _step(self, going: Sequence[Trajectory]) -> None:
+        kind = going[0].kind
+        scheduler = self.scheduler(kind[1])
+        company = self.companies.get(kind)
+        if company is None or company.rows != going:
+            if company is not None:
+                company.part()
+                del self.companies[kind]
+            company = Company(going, self.denoiser, scheduler, self.device, self.fixed)
+        company.step(scheduler)
+        self.companies[kind] = company
+        if any(row.arrived for row in going):
+            company.part()
+            del self.companies[kind]
+            for row in going:
+                row.visit.moving -= row.arrived
+            self._keep(kind, lambda row: not row.arrived)
+
+    def _fail(self, going: Sequence[Trajectory], error: Exception) -> None:
+        """The batches of these rows can't be done."""
+        for row in going:
+            row.visit.error = error
+        for kind in list(self.moving):
+            self._keep(kind, lambda row: row.visit.error is None)
+
+    def _keep(self, kind: Kind, stays: Callable[[Trajectory], bool]) -> None:
+        self.moving[kind] = [row for row in self.moving[kind] if stays(row)]
+        if not self.moving[kind]:
+            del self.moving[kind]
+            self.companies.pop(kind, None)
+
+    @torch.inference_mode()
+    def leave(self, visit: Visit) -> Iterator[pa.Table]:
+        """The rows of a visit that is done, a table for each scheduler. Raises what went wrong, if something did."""
+        if visit.error is not None:
+            raise visit.error
+        by_scheduler: dict[str, list[Trajectory]] = {}
+        for row in visit.rows:
+            if bool(row.x.isfinite().all()):
+                by_scheduler.setdefault(row.kind[1], []).append(row)
+            else:
+                visit.reject(row.index, f"the denoised latents are not finite (scheduler {row.kind[1]})")
+        for name, members in by_scheduler.items():
+            stays = [name for name in visit.batch.column_names if not is_passing(name)]
+            part = visit.batch.select(stays).take([row.index for row in members]).replace_schema_metadata(None)
+            about = part.schema.field("latents").metadata
+            latents = torch.stack([row.x for row in members]).cpu()
+            if not self.until:
+                latents = latents.to(tensors.from_arrow(visit.batch, "latents").dtype)
+            part = rows.with_latents(part, latents, rows.spec_from_json(about[rows.SPEC_KEY]))
+            yield self._halfway(part, name, members) if self.until else part
+
+    def _halfway(self, part: pa.Table, name: str, members: Sequence[Trajectory]) -> pa.Table:
+        for row in members:
+            if row.state is None:  # it had no step to make
+                Company([row], self.denoiser, self.scheduler(name), self.device, self.fixed).part()
+        values = ([row.times[-1] for row in members], [self._identity(name)] * len(members))
+        for column, each in zip(rows.HALFWAY, values):
+            part = part.append_column(column, pa.array(each, column.type))
+        for key in members[0].state or {}:
+            part = tensors.with_tensor(part, rows.STATE + key, torch.stack([(row.state or {})[key] for row in members]))
+        return part
+
+    def _identity(self, name: str) -> str:
+        """Of a trajectory: its noise path, without which its latents mean nothing, and what its state is of."""
+        scheduler = self.scheduler(name)
+        solver = type(scheduler).__qualname__, sorted(vars(scheduler).items()), scheduler.fingerprint()
+        text = repr((type(self.denoiser).__qualname__, self.denoiser.fingerprint(), solver))
+        return f"{path_hash(self.denoiser.path)}/{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
 
 
-class ModelField(Field):
-    """What a scheduler asks, answered by a denoiser: hides prediction type, conditioning and guidance.
-
-    Classifier-free guidance (Ho and Salimans 2022, eq. 6, in diffusers' form): ``negative + guidance_scale * (prompt -
-    negative)``. As in diffusers, a scale of 1 or less turns it off, and such a row costs one evaluation instead of two.
-    """
+class Company:
+    """Rows that are moved together, stacked, for as long as the same rows go."""
 
     def __init__(
         self,
+        going: Sequence[Trajectory],
         denoiser: Denoiser,
-        prompt: Conditioning,
-        negative: Conditioning,
-        guidance: Tensor,
-        seeds: list[int],
-        shape: torch.Size,
+        scheduler: Scheduler,
         device: torch.device,
-        fixed: bool,
+        fixed: rows.FixedShape | None,
     ) -> None:
-        self.denoiser, self.prompt, self.negative = denoiser, prompt, negative
-        self.guidance, self.seeds, self.shape, self.device, self.fixed = guidance, seeds, shape, device, fixed
+        self.denoiser, self.device, self.fixed = denoiser, device, fixed
+        self.rows = list(going)
+        self.seats, self.places = self.rows, list(range(len(going)))
+        if fixed is not None:  # idle slots repeat some row, so that nothing in them is out of range
+            by_slot = {row.slot: row for row in self.rows}
+            self.seats = [by_slot.get(slot, self.rows[0]) for slot in range(fixed.batch_size)]
+            self.places = [row.slot for row in self.rows]
+        fresh = [row for row in self.seats if row.state is None]
+        if fresh:
+            if fixed is not None:
+                fresh = self.seats
+            state = scheduler.init(self._field(fresh), torch.stack([row.x for row in fresh]), _times(fresh))
+            for k, row in enumerate(fresh):
+                if row.state is None:
+                    row.state = {name: value[k] for name, value in state.items()}
+        states = [row.state or {} for row in self.seats]
+        self.state = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+        self.x = torch.stack([row.x for row in self.seats])
+        self.field = self._field(self.seats)
 
-    def take(self, keep: Tensor) -> ModelField:
-        """The field of some of the rows."""
-        on_device = keep.to(self.device)
-        prompt, negative = ({n: v[on_device] for n, v in c.items()} for c in (self.prompt, self.negative))
-        seeds = [seed for seed, kept in zip(self.seeds, keep.tolist()) if kept]
+    def _field(self, seats: Sequence[Trajectory]) -> ModelField:
         return ModelField(
-            self.denoiser, prompt, negative, self.guidance[keep], seeds, self.shape, self.device, self.fixed
+            self.denoiser,
+            prompt={name: torch.stack([row.prompt[name] for row in seats]) for name in seats[0].prompt},
+            negative={name: torch.stack([row.negative[name] for row in seats]) for name in seats[0].negative},
+            guidance=[row.guidance for row in seats],
+            seeds=[row.seed for row in seats],
+            shape=seats[0].x.shape,
+            device=self.device,
+            fixed=self.fixed is not None,
         )
 
-    def column(self, values: Tensor) -> Tensor:
-        """``values[B]``, shaped to broadcast against the latents, where they are."""
-        return values.to(self.device).reshape(-1, *(1 for _ in self.shape))
+    def step(self, scheduler: Scheduler) -> None:
+        """Move all by one step."""
+        x, self.state = scheduler.step(self.field, self.x, _times(self.seats), _times(self.seats, 1), self.state)
+        self.x = x.to(torch.float32)
+        for row in self.rows:
+            row.at += 1
 
-    def scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, sigma = self.denoiser.path.scale(t)
-        return self.column(alpha), self.column(sigma)
-
-    def time(self, ratio: Tensor) -> Tensor:
-        return self.denoiser.path.time(ratio.flatten().cpu())
-
-    def clean(self, x: Tensor, t: Tensor) -> Tensor:
-        x = x.to(torch.float32)
-        guided = self.guidance > 1.0
-        if self.fixed:  # two evaluations of the one shape; neither's bits depend on who else is guided
-            predicted = self.denoiser.predict(x, t, self.prompt)
-            if bool(guided.any()):
-                predicted = self._guide(predicted, self.denoiser.predict(x, t, self.negative), guided)
-        elif not bool(guided.any()):
-            predicted = self.denoiser.predict(x, t, self.prompt)
-        else:
-            also = guided.nonzero()[:, 0].to(self.device)
-            both = {name: torch.cat([value, self.negative[name][also]]) for name, value in self.prompt.items()}
-            evaluated = self.denoiser.predict(torch.cat([x, x[also]]), torch.cat([t, t[also.cpu()]]), both)
-            predicted, negative = evaluated[: len(x)], evaluated[: len(x)].clone()
-            negative[also] = evaluated[len(x) :]
-            predicted = self._guide(predicted, negative, guided)
-        alpha, sigma = self.scale(t)
-        return to_clean(self.denoiser.prediction, predicted, x, alpha, sigma)
-
-    def noise(self, t: Tensor, s: Tensor) -> Tensor:
-        shape = tuple(self.shape)
-        drawn = [noise.between(seed, a, b, shape) for seed, a, b in zip(self.seeds, t.tolist(), s.tolist())]
-        return torch.stack(drawn).to(self.device)
-
-    def _guide(self, prompt: Tensor, negative: Tensor, guided: Tensor) -> Tensor:
-        scale = torch.where(self.column(guided), self.column(self.guidance), 1.0).to(prompt.dtype)
-        return torch.where(self.column(guided), negative + scale * (prompt - negative), prompt)
+    def part(self) -> None:
+        """Give the rows back what is theirs."""
+        for row, k in zip(self.rows, self.places):
+            row.x, row.state = self.x[k], {name: value[k] for name, value in self.state.items()}
 
 
-def to_clean(prediction: Prediction, predicted: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The clean latents that a prediction stands for, given ``x = alpha * x0 + sigma * noise``. Shapes broadcast.
-
-    epsilon: ``(x - sigma * noise) / alpha`` · sample: itself · v (Salimans and Ho 2022, ``alpha * noise - sigma * x0``):
-    ``(alpha * x - sigma * v) / (alpha² + sigma²)`` · flow (``noise - x0``): ``(x - sigma * flow) / (alpha + sigma)``.
-    """
-    if prediction == "epsilon":
-        return (x - sigma * predicted) / alpha
-    if prediction == "v":
-        return (alpha * x - sigma * predicted) / (alpha**2 + sigma**2)
-    if prediction == "flow":
-        return (x - sigma * predicted) / (alpha + sigma)
-    if prediction == "sample":
-        return predicted
-    raise ValueError(f"prediction {prediction!r}: expected epsilon, v, sample or flow")
+def _times(seats: Sequence[Trajectory], ahead: int = 0) -> Tensor:
+    return torch.tensor([row.times[row.at + ahead] for row in seats], dtype=torch.float64)
 
 
-def is_conditioning(name: str) -> bool:
-    """Whether a column holds conditioning."""
-    return name.startswith((rows.PROMPT, rows.NEGATIVE))
+def is_passing(name: str) -> bool:
+    """Whether a column is only for the way: conditioning, and the state of half-way latents."""
+    return name.startswith((rows.PROMPT, rows.NEGATIVE, rows.STATE)) or name in rows.HALFWAY.names
+
+
+def path_hash(path: NoisePath) -> str:
+    """Tells noise paths apart by their values."""
+    alpha, sigma = path.scale(torch.linspace(0.0, 1.0, 65, dtype=torch.float64))
+    values = [f"{value:.9g}" for value in (*alpha.tolist(), *sigma.tolist())]
+    return hashlib.blake2b(",".join(values).encode(), digest_size=8).hexdigest()

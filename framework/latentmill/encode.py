@@ -35,15 +35,17 @@ class Encode(Stage):
     @torch.inference_mode()
     def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
         groups = defaultdict(list)
-        for i, row in enumerate(batch.select(["prompt", "negative_prompt", "width", "height"]).to_pylist()):
+        columns = ["prompt", "negative_prompt", "scheduler", "width", "height"]
+        for i, row in enumerate(batch.select(columns).to_pylist()):
             try:
                 if self.text_encoder is not None:
                     self.text_encoder.check(row["prompt"])
                     self.text_encoder.check(row["negative_prompt"])
-                groups[self.vae.spec.shape(row["height"], row["width"])].append(i)
+                shape = self.vae.spec.shape(row["height"], row["width"])
+                groups[shape, row["scheduler"] if self.text_encoder is not None else ""].append(i)
             except RowError as error:
                 reject(i, str(error))
-        for shape, members in groups.items():
+        for (shape, scheduler), members in groups.items():
             part = batch if len(members) == len(batch) else batch.take(members)
             slots, size = rows.slots(part, self.fixed)
             latents = self._latents(part, shape, slots, size)
@@ -55,7 +57,8 @@ class Encode(Stage):
                 kept = [k for k, fine in enumerate(good) if fine]
                 part, slots, latents = part.take(kept), slots[kept], latents[kept]
             if len(part):
-                yield self._with_text(rows.with_latents(part, latents, self.vae.spec), slots, size)
+                part = self._with_text(rows.with_latents(part, latents, self.vae.spec), slots, size)
+                yield part.replace_schema_metadata({rows.SCHEDULER_KEY: scheduler} if scheduler else None)
 
     def _latents(self, part: pa.Table, shape: tuple[int, ...], slots: Tensor, size: int) -> Tensor:
         if "latents" in part.column_names:

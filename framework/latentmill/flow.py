@@ -34,6 +34,9 @@ class StageSpec:
     replicas: int = 1
     in_flight: int = 2
     """Batches given to a worker at a time: one that computes, and one that is ready when it has."""
+    kinds: int = 1
+    """Kinds of batches (of one shape, one scheduler) of which a worker may have ``in_flight`` each: more than 1 for a stage
+    that works on all its batches at once, and only on those of a kind together."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class Dispatch:
     shard: int = -1
     errors: list[dict[str, Any]] = field(default_factory=list)
     attempts: int = 0
+    group: Any = None
+    """Whose rows these are: the key of the queue that they come from."""
 
 
 @dataclass(frozen=True)
@@ -305,21 +310,26 @@ def _commits(state: State) -> Iterator[Dispatch]:
 
 
 def _batches(state: State, stage: int, partial: bool, room: bool = True) -> Iterator[Dispatch]:
-    size = state.stages[stage].batch_size
+    size, kinds = state.stages[stage].batch_size, state.stages[stage].kinds
     while True:
-        worker = _idle_worker(state, stage, empty=partial or _is_suspect(state.retries[stage]))
-        if worker is None:
-            return
         if state.retries[stage]:
+            worker = _idle_worker(state, stage, empty=partial or _is_suspect(state.retries[stage]))
+            if worker is None:
+                return
             retry = state.retries[stage].popleft()
             yield _give(state, Dispatch(-1, "batch", stage, worker, retry.rows, retry.pieces, attempts=retry.attempts))
             continue
-        key = _ready_group(state, stage, partial)
-        if key is None or (room and not _has_room(state, stage, size)):
+        if room and not _has_room(state, stage, size):
+            return
+        for key in _ready_groups(state, stage, partial):
+            worker = _idle_worker(state, stage, empty=partial and kinds == 1, group=key)
+            if worker is not None:
+                break
+        else:
             return
         pieces = _take(state.queues[stage], key, size)
         numbers = tuple(row for piece in pieces for row in piece.rows)
-        yield _give(state, Dispatch(-1, "batch", stage, worker, numbers, pieces))
+        yield _give(state, Dispatch(-1, "batch", stage, worker, numbers, pieces, group=key))
 
 
 def _reads(state: State, room: bool = True) -> Iterator[Dispatch]:
@@ -354,20 +364,16 @@ def _open_shard(state: State) -> bool:
     return True
 
 
-def _ready_group(state: State, stage: int, partial: bool) -> Any | None:
-    size = state.stages[stage].batch_size
+def _ready_groups(state: State, stage: int, partial: bool) -> list[Any]:
+    """The groups of which a batch can go: full ones, or else ``partial`` ones, the largest first."""
+    size, queues = state.stages[stage].batch_size, state.queues[stage]
+    waiting = {key: sum(p.stop - p.start for p in queue) for key, queue in queues.items()}
     if partial:
-        waiting = {key: sum(p.stop - p.start for p in queue) for key, queue in state.queues[stage].items()}
-        return max(waiting, key=waiting.__getitem__, default=None)
-    for key, queue in state.queues[stage].items():
-        if state.fixed:
-            shard, chunk = key[0], key[1]
-            whole = min(size, len(state.shard_rows(shard)) - chunk * size)
-            if state.accounted[stage][shard, chunk] == whole:
-                return key
-        elif sum(piece.stop - piece.start for piece in queue) >= size:
-            return key
-    return None
+        return sorted(waiting, key=waiting.__getitem__, reverse=True)
+    if not state.fixed:
+        return [key for key, count in waiting.items() if count >= size]
+    wholes = {key: min(size, len(state.shard_rows(key[0])) - key[1] * size) for key in queues}
+    return [key for key in queues if state.accounted[stage][key[0], key[1]] == wholes[key]]
 
 
 def _unstick(state: State) -> Iterator[Order]:
@@ -400,20 +406,25 @@ def _has_room(state: State, stage: int, rows: int) -> bool:
     return coming == 0 or coming + rows <= room
 
 
-def _idle_worker(state: State, stage: int, empty: bool = False) -> int | None:
-    """The ready worker with the fewest dispatches, if it may be given one more.
+def _idle_worker(state: State, stage: int, empty: bool = False, group: Any = None) -> int | None:
+    """The ready worker with the fewest dispatches, if it may be given one more, of ``group``.
 
     One that has a suspect is given no other: should it die again, it is clear of what.
     """
-    workers = {
-        worker: len(held)
-        for worker, held in state.workers[stage].items()
-        if not any(state.flying[id].attempts for id in held)
-    }
-    if not workers:
-        return None
-    worker = min(workers, key=lambda w: (workers[w], w))
-    return worker if workers[worker] < (1 if empty else state.stages[stage].in_flight) else None
+    spec, found = state.stages[stage], []
+    for worker, ids in state.workers[stage].items():
+        held = [state.flying[id] for id in ids]
+        if any(dispatch.attempts for dispatch in held):
+            continue
+        if spec.kinds == 1:
+            load, fits = len(held), len(held) < spec.in_flight
+        else:  # small batches of a kind are one to it
+            most = spec.in_flight * spec.batch_size
+            load = sum(len(dispatch.rows) for dispatch in held if dispatch.group == group)
+            fits = load < most and sum(len(dispatch.rows) for dispatch in held) < most * spec.kinds
+        if fits and not (empty and held):
+            found.append((load, len(held), worker))
+    return min(found)[-1] if found else None
 
 
 def _is_suspect(retries: deque[Retry]) -> bool:

@@ -6,29 +6,39 @@ from collections import deque
 from collections.abc import Sequence
 
 from latentmill.flow import Died, Dispatch, Event, Failed, Finished, Order, Start, Started, Stop
-from latentmill.worker import Block, StageWork, Worker
+from latentmill.worker import Block, Call, Outcome, StageWork, Worker
 
 
 class InlinePool:
-    """Does each order when its turn comes, one at a time; a stage's replicas share one worker."""
+    """Does each order when its turn comes, one at a time; a stage's replicas share one worker.
+
+    Rows that are being denoised are moved when there is nothing else to do: so others join them, as many as there can be.
+    """
 
     def __init__(self, stages: Sequence[StageWork]) -> None:
         self.stages = stages
         self.workers: dict[int, Worker] = {}
         self.orders: deque[Order] = deque()
+        self.calls: dict[int, tuple[Dispatch, Call]] = {}
+        """Batches that were begun, by the numbers of their orders."""
         self.blocks: dict[int, Block] = {}
 
     def submit(self, order: Order) -> None:
         if isinstance(order, Stop):  # what it held is given out anew, and the next worker is built afresh
             self.orders = deque(o for o in self.orders if o.worker != order.worker)
+            self.calls = {id: (o, call) for id, (o, call) in self.calls.items() if o.worker != order.worker}
             self.workers.pop(order.stage, None)
             return
         self.orders.append(order)
 
     def collect(self, timeout: float) -> list[Event]:
-        if not self.orders:
-            return []
-        order = self.orders.popleft()
+        if self.orders:
+            return self._begin(self.orders.popleft())
+        for stage in {order.stage for order, _ in self.calls.values()}:
+            self.workers[stage].advance()
+        return [self._end(order, call) for order, call in list(self.calls.values()) if call.done]
+
+    def _begin(self, order: Order) -> list[Event]:
         assert not isinstance(order, Stop)
         if isinstance(order, Start):
             work = self.stages[order.stage]
@@ -38,23 +48,29 @@ class InlinePool:
             except Exception as error:
                 return [Died(order.stage, order.worker, f"{type(error).__name__}: {error}", at_start=True)]
             return [Started(order.stage, order.worker)]
-        try:
-            return [self._work(order)]
-        except Exception as error:
-            return [Failed(order.id, "raised", f"{type(error).__name__}: {error}")]
-
-    def _work(self, order: Dispatch) -> Event:
         worker = self.workers[order.stage]
-        if order.kind == "read":
-            outcome, block = worker.read(order.rows)
-        else:
+        try:
+            if order.kind == "read":
+                return [self._finished(order, *worker.read(order.rows))]
             names = list(dict.fromkeys(piece.block for piece in order.pieces))
             cuts = [(names.index(p.block), p.part, p.start, p.stop) for p in order.pieces]
             blocks = [self.blocks[name] for name in names]
             if order.kind == "commit":
                 worker.commit(order.shard, order.errors, cuts, *blocks)
-                return Finished(order.id)
-            outcome, block = worker.batch(cuts, *blocks)
+                return [Finished(order.id)]
+            self.calls[order.id] = order, worker.begin(cuts, *blocks)
+            return []
+        except Exception as error:
+            return [_failed(order, error)]
+
+    def _end(self, order: Dispatch, call: Call) -> Event:
+        del self.calls[order.id]
+        try:
+            return self._finished(order, *self.workers[order.stage].result(call))
+        except Exception as error:
+            return _failed(order, error)
+
+    def _finished(self, order: Dispatch, outcome: Outcome, block: Block) -> Event:
         self.blocks[order.id] = block
         return Finished(order.id, outcome.parts, outcome.rejected)
 
@@ -63,4 +79,9 @@ class InlinePool:
 
     def close(self) -> None:
         self.workers.clear()
+        self.calls.clear()
         self.blocks.clear()
+
+
+def _failed(order: Dispatch, error: Exception) -> Failed:
+    return Failed(order.id, "raised", f"{type(error).__name__}: {error}")

@@ -40,6 +40,9 @@ class Sampling:
 
     steps: int = MISSING
     guidance_scale: float = MISSING
+    guidance_rescale: float = MISSING
+    guidance_from: float = MISSING
+    guidance_until: float = MISSING
     strength: float = MISSING
     width: int | None = None
     """Pixels. None: the picture's own."""
@@ -47,6 +50,8 @@ class Sampling:
     prompt: str = ""
     negative_prompt: str = ""
     first_noise: str = "latentmill"
+    until: float = 0.0
+    """Above 0: rows stop half-way, at the first of their times below it."""
 
 
 @dataclass
@@ -291,12 +296,17 @@ def _wrong(job: Job) -> Iterator[str]:
         yield "sampling.width and sampling.height must be given together, or neither"
     if not math.isfinite(sampling.guidance_scale):
         yield f"sampling.guidance_scale must be a finite number, not {sampling.guidance_scale}"
-    if not 0.0 <= sampling.strength <= 1.0:
-        yield f"sampling.strength must be from 0 to 1, not {sampling.strength}"
+    for key in ("guidance_rescale", "guidance_from", "guidance_until", "strength"):
+        if not 0.0 <= getattr(sampling, key) <= 1.0:
+            yield f"sampling.{key} must be from 0 to 1, not {getattr(sampling, key)}"
     if not job.output or Path(job.output).is_file():
         yield f"output must name a folder, not {job.output!r}"
     if sampling.first_noise not in FIRST_NOISE:
         yield f"sampling.first_noise must be {' or '.join(FIRST_NOISE)}, not {sampling.first_noise!r}"
+    if not 0.0 <= sampling.until < 1.0:
+        yield f"sampling.until must be a time from 0 to less than 1, not {sampling.until}"
+    if sampling.until and ("denoise" not in job.flow or job.flow[-2] != "denoise"):
+        yield f"sampling.until leaves latents half-way, so flow must end with denoise, write, not {list(job.flow)}"
     yield from _wrong_flow(job.flow)
     for name, stage in job.stages.items():
         if name not in job.flow and name not in STAGES:

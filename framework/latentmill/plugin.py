@@ -259,9 +259,10 @@ class Source(Plugin, ABC):
     def read(self, fragment: str, start: int, stop: int) -> Iterator[Mapping[str, Any] | RowError]:
         """Rows ``start`` to ``stop`` of a fragment, in order: exactly one item for each, a RowError for a bad one.
 
-        Keys that mean something: ``prompt``, ``negative_prompt``, ``seed``, ``steps``, ``guidance_scale``, ``width``,
-        ``height``, ``strength``, ``scheduler``; ``image``, a uint8 RGB array ``[H, W, 3]``; ``latents``, a float array
-        ``[C, h, w]`` of the space that ``latent_spec`` names. None stands for the job's value; others are left out.
+        Keys that mean something: ``prompt``, ``negative_prompt``, ``seed``, ``steps``, ``guidance_scale``,
+        ``guidance_rescale``, ``guidance_from``, ``guidance_until``, ``width``, ``height``, ``strength``, ``scheduler``; ``image``, a uint8 RGB array ``[H, W, 3]``; ``latents``, a float array
+        ``[C, h, w]`` of the space that ``latent_spec`` names, and with half-way ones ``time``, ``trajectory`` and ``state``
+        as our own job stored them. None stands for the job's value; others are left out.
         """
 
     def latent_spec(self) -> LatentSpec | None:

@@ -92,7 +92,7 @@ class RayPool:
             return
         if isinstance(order, Start):
             work = self.stages[order.stage]
-            options = _resources(work)
+            options = {**_resources(work), "max_concurrency": work.calls}
             if self.group is not None and self.free[order.stage]:
                 bundle = self.bundles[order.stage, order.worker] = self.free[order.stage].pop()
                 options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self.group, bundle)
@@ -186,7 +186,7 @@ class RayPool:
 
 
 class _Actor(Worker):
-    """Two threads, so that Ray unpacks and packs one batch while the stage computes the other."""
+    """As many threads as calls, so that Ray unpacks and packs batches while the stage computes another."""
 
     def __init__(self, folder: str, make: Callable[[], Stage], gpu: bool, threads: int | None) -> None:
         if os.path.isdir(folder):  # on a cluster that others started, workers begin elsewhere than the driver
@@ -197,8 +197,8 @@ class _Actor(Worker):
         return True
 
 
-_REMOTE: Any = cast(Any, ray.remote)(max_restarts=0, max_concurrency=2)(_Actor)
-"""Ray's own types know neither ``max_concurrency`` nor ``options``."""
+_REMOTE: Any = cast(Any, ray.remote)(max_restarts=0)(_Actor)
+"""Ray's own types don't know ``options``."""
 
 
 def _reserve(stages: Sequence[StageWork]) -> tuple[PlacementGroup | None, list[list[int]]]:

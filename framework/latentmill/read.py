@@ -59,13 +59,15 @@ class Read(Stage):
                 for i, _, _ in wanted:
                     reject(i, str(error))
                 continue
-            key = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in stored.items())
+            key = ("time" in values, *((name, tuple(value.shape), value.dtype) for name, value in stored.items()))
             for _, number, sample in wanted:
                 seed = self.plan.row_seed(number) if values["seed"] is None else (values["seed"] + sample) % 2**64
                 row = {**values, "row": number, "row_id": self.plan.row_id(number), "seed": seed}
                 groups[key].append((row, stored))
         for members in groups.values():
             table = rows.from_dicts([row for row, _ in members])
+            for column in rows.HALFWAY if "time" in members[0][0] else ():
+                table = table.append_column(column, pa.array([row[column.name] for row, _ in members], column.type))
             for name in members[0][1]:
                 stacked = torch.stack([stored[name] for _, stored in members])
                 if name == "latents":
@@ -116,15 +118,15 @@ class Read(Stage):
             "seed": None if found.get("seed") is None else whole("seed", found["seed"]),
             "steps": whole("steps", value("steps", job.steps), least=1),
             "guidance_scale": real("guidance_scale", value("guidance_scale", job.guidance_scale)),
-            "strength": real("strength", value("strength", job.strength)),
+            **{name: share(name, value(name, getattr(job, name))) for name in (*rows.PLAIN_GUIDANCE, "strength")},
             "width": None if width is None else whole("width", width, least=1),
             "height": None if height is None else whole("height", height, least=1),
         }
-        if not 0.0 <= values["strength"] <= 1.0:
-            raise RowError(f"strength must be from 0 to 1, not {values['strength']:g}")
         stored: dict[str, Tensor] = {}
         if found.get("latents") is not None:
             stored["latents"] = self._latents(found["latents"])
+            if found.get("time") is not None:
+                values |= self._halfway(found, stored)
             assert self.spec is not None
             values["height"], values["width"] = (side * self.spec.downscale for side in stored["latents"].shape[-2:])
         elif (values["width"] is None) != (values["height"] is None):
@@ -138,6 +140,15 @@ class Read(Stage):
         elif self.scheduler and values["strength"] < 1.0:
             raise RowError(f"strength {values['strength']:g} is for rows with a picture or latents, and there are none")
         return values, stored
+
+    def _halfway(self, found: Mapping[str, Any], stored: dict[str, Tensor]) -> dict[str, Any]:
+        time = share("time", found["time"])
+        if not self.scheduler:
+            if time > 0:
+                raise RowError(f"the latents are half-way, at time {time:g}: only a job with denoise can finish them")
+            return {}
+        stored |= {rows.STATE + name: torch.as_tensor(value) for name, value in (found.get("state") or {}).items()}
+        return {"time": time, "trajectory": text("trajectory", found.get("trajectory"))}
 
     def _latents(self, array: Any) -> Tensor:
         if self.spec is None:
@@ -216,4 +227,12 @@ def real(name: str, value: Any) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise RowError(f"{name} must be a finite number, not {number}")
+    return number
+
+
+def share(name: str, value: Any) -> float:
+    """``value`` as a float from 0 to 1. Raises RowError."""
+    number = real(name, value)
+    if not 0.0 <= number <= 1.0:
+        raise RowError(f"{name} must be from 0 to 1, not {number:g}")
     return number

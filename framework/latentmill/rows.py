@@ -9,10 +9,14 @@ prompt, negative_prompt  string                                read to the datas
 seed                     uint64                                read to the dataset: all noise of the row hangs on it
 steps                    int32                                 read to the dataset
 guidance_scale, strength float64                               read to the dataset
+guidance_rescale         float64, from 0 to 1                  read to the dataset
+guidance_from, _until    float64, times                        read to the dataset: guided where until < t <= from
 scheduler                string                                read to the dataset
 width, height            int32, pixels                         read to the dataset
 image                    tensor uint8 [H, W, 3], RGB           read to encode; decode to write
 latents                  tensor [C, h, w], scaled              encode to denoise to decode or write
+time, trajectory         float64, string                       beside half-way latents only: see HALFWAY
+state:NAME               tensor                                with them: what the scheduler remembers
 source_image             tensor uint8 [H, W, 3]                encode to decode, where a job has no denoise
 psnr                     float64, dB                           decode to the dataset, where there is a source_image
 prompt:NAME              tensor, a conditioning                encode to denoise
@@ -44,6 +48,9 @@ SCALARS = pa.schema(
         pa.field("seed", pa.uint64(), nullable=False),
         pa.field("steps", pa.int32(), nullable=False),
         pa.field("guidance_scale", pa.float64(), nullable=False),
+        pa.field("guidance_rescale", pa.float64(), nullable=False),
+        pa.field("guidance_from", pa.float64(), nullable=False),
+        pa.field("guidance_until", pa.float64(), nullable=False),
         pa.field("strength", pa.float64(), nullable=False),
         pa.field("scheduler", pa.string(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
@@ -52,21 +59,33 @@ SCALARS = pa.schema(
 )
 """The columns that every batch has, from read to write."""
 
-PROMPT, NEGATIVE = "prompt:", "negative:"
-"""Prefixes of conditioning columns."""
+PLAIN_GUIDANCE = {"guidance_rescale": 0.0, "guidance_from": 1.0, "guidance_until": 0.0}
+
+PROMPT, NEGATIVE, STATE = "prompt:", "negative:", "state:"
+"""Prefixes of columns of conditioning, and of what a scheduler remembers of half-way latents."""
+
+HALFWAY = pa.schema(
+    [pa.field("time", pa.float64(), nullable=False), pa.field("trajectory", pa.string(), nullable=False)]
+)
+"""Beside half-way latents: the time that they are at, and what their state can be continued with (see ``denoise``)."""
+
+SCHEDULER_KEY = b"latentmill.scheduler"
+"""Metadata key of a batch whose rows have all one scheduler: what can be moved together travels together."""
 
 SPEC_KEY = b"latentmill.latents"
 """Metadata key of the latent space, on the field of a ``latents`` column."""
 
 
 def from_dicts(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """A batch of the scalar columns of ``rows``."""
-    return pa.Table.from_pylist([{name: row[name] for name in SCALARS.names} for row in rows], schema=SCALARS)
+    """A batch of the scalar columns of ``rows``; guidance is plain, and at all times, where a row doesn't say otherwise."""
+    complete = ({**PLAIN_GUIDANCE, **row} for row in rows)
+    return pa.Table.from_pylist([{name: row[name] for name in SCALARS.names} for row in complete], schema=SCALARS)
 
 
 def shape_key(batch: pa.Table) -> str:
     """Names what must agree for two batches to be stacked: the schema. Rows of one key can share a batch."""
     text = "|".join(f"{f.name}:{f.type}:{sorted((f.metadata or {}).items())}" for f in batch.schema)
+    text += str((batch.schema.metadata or {}).get(SCHEDULER_KEY))
     shape = next((f.type.shape for f in batch.schema if f.name in ("latents", "image") and tensors.is_tensor(f)), ())
     return "x".join(map(str, shape)) + "#" + hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 

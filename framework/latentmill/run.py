@@ -20,6 +20,9 @@ from latentmill.plan import Plan
 from latentmill.worker import StageWork, make_stage
 from latentmill.write import copy_errors, done_shards, errors_path
 
+KINDS = 4
+"""Shapes and schedulers of which a denoise worker holds rows at a time, so that the calls of each are full."""
+
 
 class RunError(RuntimeError):
     """The job had to stop before its end; one line. The same command continues it."""
@@ -105,8 +108,13 @@ def _result(job: Job, state: flow.State, seconds: float, interrupted: bool = Fal
 def begin(job: Job, plan: Plan) -> flow.State:
     """The flow's state at the start of a run: all shards that are not in the dataset yet."""
     planning.compare(plan, job.output)
-    stages = tuple(flow.StageSpec(name, job.stages[name].batch_size, job.stages[name].replicas) for name in job.flow)
+    stages = tuple(_spec(job, name) for name in job.flow)
     return flow.State(stages, plan.rows, plan.rows_per_shard, done_shards(job.output), fixed=job.deterministic)
+
+
+def _spec(job: Job, name: str) -> flow.StageSpec:
+    kinds = KINDS if name == "denoise" and not job.deterministic else 1
+    return flow.StageSpec(name, job.stages[name].batch_size, job.stages[name].replicas, kinds=kinds)
 
 
 def make_pool(job: Job, plan: Plan) -> Pool:
@@ -201,6 +209,7 @@ def _work(job: Job, plan: Plan, name: str) -> StageWork:
         resources=stage.resources,
         accelerator_type=stage.accelerator_type,
         threads=threads,
+        calls=(spec := _spec(job, name)).in_flight * spec.kinds,
     )
 
 

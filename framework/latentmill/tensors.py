@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 DTYPE_KEY = b"latentmill.dtype"
+PLAIN_KEY = b"latentmill.plain"
+"""Of a tensor of one axis: a number a row, which Arrow keeps as a tensor of shape ``[1]``."""
 
 
 def to_arrow(tensor: Tensor) -> pa.FixedShapeTensorArray:
@@ -33,7 +35,8 @@ def to_arrow(tensor: Tensor) -> pa.FixedShapeTensorArray:
 def field_of(name: str, tensor: Tensor) -> pa.Field:
     """The schema field of ``to_arrow(tensor)``, with the logical dtype and no ``dim_names``, so that types compare equal."""
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return pa.field(name, to_arrow(tensor[:0]).type, nullable=False, metadata={DTYPE_KEY: dtype.encode()})
+    metadata = {DTYPE_KEY: dtype.encode(), **({PLAIN_KEY: b""} if tensor.ndim == 1 else {})}
+    return pa.field(name, to_arrow(tensor[:0]).type, nullable=False, metadata=metadata)
 
 
 def with_tensor(table: pa.Table, name: str, tensor: Tensor) -> pa.Table:
@@ -57,7 +60,7 @@ def from_arrow(table: pa.Table, name: str) -> Tensor:
         tensor = tensor.view(torch.bfloat16)
     elif logical == b"bool":
         tensor = tensor.to(torch.bool)
-    return tensor
+    return tensor[:, 0] if PLAIN_KEY in (field.metadata or {}) else tensor
 
 
 def is_tensor(field: pa.Field) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
@@ -12,7 +14,7 @@ import torch
 
 from latentmill import registry, rows
 from latentmill.decode import Decode
-from latentmill.denoise import Denoise
+from latentmill.denoise import Denoise, Visit
 from latentmill.encode import Encode
 from latentmill.job import Job
 from latentmill.plan import Plan, parts, stage_choice
@@ -37,6 +39,8 @@ class StageWork:
     memory: int | None = None
     resources: Mapping[str, float] = field(default_factory=dict)
     accelerator_type: str | None = None
+    calls: int = 2
+    """Calls that may be under way at a time: one computes, others unpack, pack or wait."""
     threads: int | None = None
     """torch's threads in a worker; None leaves torch's own choice."""
 
@@ -49,47 +53,109 @@ class Outcome:
     rejected: list[tuple[int, str]]
 
 
+@dataclass(eq=False)
+class Call:
+    """A batch that a worker was given, until it hands it back."""
+
+    batch: pa.Table
+    rejected: dict[int, str] = field(default_factory=dict)
+    visit: Visit | None = None
+    block: Block | None = None
+    error: Exception | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.block is not None or self.error is not None
+
+    def reject(self, i: int, reason: str) -> None:
+        self.rejected.setdefault(self.batch.column("row")[i].as_py(), reason)
+
+
 class Worker:
     """A stage, built and loaded, and the few verbs that a pool calls.
 
-    Two calls may come at once: one batch is unpacked or packed while another is computed, one at a time.
+    Several calls may come at once, each in a thread: batches are unpacked and packed while another is computed. Whoever
+    waits for a batch works on, whosever batch it is, unless another already does: one at a time.
     """
 
     def __init__(self, make: Callable[[], Stage], gpu: bool, threads: int | None) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         self.threads = threads
-        self.turn = threading.Lock()
         self.stage = make()
         self.stage.load(torch.device("cuda" if gpu else "cpu"))
+        self.waiting: deque[Call] = deque()
+        self.inside: list[Call] = []
+        """Denoise only: batches of which some rows are on their way."""
+        self.turn = threading.Condition()
+        self.taken = False
 
     def read(self, numbers: Sequence[int]) -> tuple[Outcome, Block]:
         """Read rows by number."""
-        return self._call(pa.table({"row": pa.array(numbers, pa.int64())}))
+        return self._finish(self._begin(pa.table({"row": pa.array(numbers, pa.int64())})))
 
     def batch(self, cuts: Sequence[Cut], *blocks: Block) -> tuple[Outcome, Block]:
         """Work on one batch."""
-        return self._call(rows.concat(_gather(cuts, blocks)))
+        return self._finish(self.begin(cuts, *blocks))
+
+    def begin(self, cuts: Sequence[Cut], *blocks: Block) -> Call:
+        """Take in one batch, to be worked on by ``advance``."""
+        return self._begin(rows.concat(_gather(cuts, blocks)))
 
     def commit(self, shard: int, errors: list[dict[str, Any]], cuts: Sequence[Cut], *blocks: Block) -> bool:
         """Publish a shard; False if another driver had."""
         return cast(Write, self.stage).commit(shard, _gather(cuts, blocks), errors)
 
-    def _call(self, batch: pa.Table) -> tuple[Outcome, Block]:
-        numbers = batch.column("row").to_pylist()
-        rejected: dict[int, str] = {}
+    def advance(self) -> None:
+        """Do the next piece of work: a batch, or, of those that are being denoised, a step of as many rows as go at a time."""
+        if self.threads is not None and torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)  # each thread has its own, and stages in one process share one
+        if not isinstance(self.stage, Denoise):
+            call = self.waiting.popleft()
+            with _noting(call):
+                result = self.stage(call.batch, call.reject)
+                call.block = [result] if isinstance(result, pa.Table) else list(result)
+            return
+        while self.waiting:
+            call = self.waiting.popleft()
+            with _noting(call):
+                call.visit = self.stage.enter(call.batch, call.reject)
+                self.inside.append(call)
+        self.stage.advance()
+        for call in [call for call in self.inside if call.visit and call.visit.done]:
+            self.inside.remove(call)
+            with _noting(call):
+                assert call.visit is not None
+                call.block = list(self.stage.leave(call.visit))
 
-        def reject(i: int, reason: str) -> None:
-            rejected.setdefault(numbers[i], reason)
+    def result(self, call: Call) -> tuple[Outcome, Block]:
+        """What became of a call that is done, every row accounted for. Raises what the stage raised."""
+        if call.error is not None:
+            raise call.error
+        assert call.block is not None
+        outcome = [(rows.shape_key(table), tuple(table.column("row").to_pylist())) for table in call.block]
+        self._account(call.batch.column("row").to_pylist(), outcome, call.rejected)
+        return Outcome(outcome, list(call.rejected.items())), call.block
 
-        with self.turn:
-            if self.threads is not None and torch.get_num_threads() != self.threads:
-                torch.set_num_threads(self.threads)  # each thread has its own, and stages in one process share one
-            result = self.stage(batch, reject)
-            block = [result] if isinstance(result, pa.Table) else list(result)
-        outcome = [(rows.shape_key(table), tuple(table.column("row").to_pylist())) for table in block]
-        self._account(numbers, outcome, rejected)
-        return Outcome(outcome, list(rejected.items())), block
+    def _begin(self, batch: pa.Table) -> Call:
+        call = Call(batch)
+        self.waiting.append(call)
+        return call
+
+    def _finish(self, call: Call) -> tuple[Outcome, Block]:
+        while True:
+            with self.turn:
+                self.turn.wait_for(lambda: call.done or not self.taken)
+                if call.done:
+                    break
+                self.taken = True
+            try:
+                self.advance()
+            finally:
+                with self.turn:
+                    self.taken = False
+                    self.turn.notify_all()
+        return self.result(call)
 
     def _account(self, given: list[int], outcome: list[tuple[str, tuple[int, ...]]], rejected: dict[int, str]) -> None:
         returned = [number for _, part in outcome for number in part]
@@ -99,6 +165,14 @@ class Worker:
                 f"{name} was given {len(given)} rows, returned {len(returned)} and rejected {len(rejected)}: "
                 "each row must come back once or be rejected"
             )
+
+
+@contextmanager
+def _noting(call: Call) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        call.error = error
 
 
 def _gather(cuts: Sequence[Cut], blocks: Sequence[Block]) -> list[pa.Table]:
@@ -134,9 +208,9 @@ def _encode(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
 def _denoise(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
     built = parts(job)
     assert built.denoiser is not None and job.scheduler is not None
-    return Denoise(
-        built.denoiser, built.scheduler, job.scheduler.get("grid", "trailing"), fixed, job.sampling.first_noise
-    )
+    grid = job.scheduler.get("grid", "trailing")
+    sampling, batch_size = job.sampling, job.stages["denoise"].batch_size
+    return Denoise(built.denoiser, built.scheduler, grid, batch_size, fixed, sampling.first_noise, sampling.until)
 
 
 def _decode(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:

@@ -88,7 +88,10 @@ class Write(Stage):
             spec, sampling = self.plan.spec, self.plan.config["sampling"]
             height, width = (sampling[side] or spec.downscale for side in ("height", "width"))
             shape = spec.channels, height // spec.downscale, width // spec.downscale
-            batch = rows.with_latents(batch, torch.zeros(0, *shape, dtype=getattr(torch, spec.dtype)), spec)
+            dtype = torch.float32 if sampling["until"] else getattr(torch, spec.dtype)
+            batch = rows.with_latents(batch, torch.zeros(0, *shape, dtype=dtype), spec)
+            for column in rows.HALFWAY if sampling["until"] else ():
+                batch = batch.append_column(column, pa.array([], column.type))
         return batch
 
 

@@ -12,7 +12,7 @@ import diffusers
 import pytest
 import torch
 
-from latentmill.denoise import to_clean
+from latentmill.guidance import to_clean
 from latentmill.plugin import Field
 from latentmill.schedulers import noise
 from latentmill.schedulers.consistency import LCM

@@ -21,6 +21,18 @@ EXTENSIONS = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 FEATURES = {"info": {"features": {"image": {"_type": "Image"}}}}
 """Without it ``datasets`` gives a dict of bytes and path. Columns that it doesn't name keep their Arrow types."""
+STATE = pa.list_(
+    pa.struct(
+        [
+            ("name", pa.string()),
+            ("dtype", pa.string()),
+            ("shape", pa.list_(pa.int32())),
+            ("values", pa.list_(pa.float64())),
+        ]
+    )
+)
+"""What a scheduler remembers of a row. One type whatever the scheduler is, so that all shards have one schema; float64 holds
+float32 and less to the bit."""
 ROW_GROUP = 16 << 20
 """Bytes of a row group, about: what reading one row at random costs."""
 
@@ -31,7 +43,7 @@ class Parquet(Sink):
     ``image`` becomes a struct of file ``bytes`` and ``path``; ``latents`` a list of numbers, with its ``shape`` beside.
     Latents are float16 or float32; bfloat16 is stored as float32, and the field's metadata remembers. The list is never of
     fixed size, since another shard's latents may be of another, and ``datasets`` wants one type. The space of the latents stands in the file's metadata.
-    Other tensors are left out, all other columns kept. The same rows give the same bytes.
+    What a scheduler remembers of half-way latents becomes the column ``state``. Other tensors are left out, all other columns kept. The same rows give the same bytes.
     """
 
     suffix = ".parquet"
@@ -69,6 +81,9 @@ class Parquet(Sink):
                 columns += [lists, pa.array([list(latents.shape[1:])] * len(latents), pa.list_(pa.int32()))]
                 if rows.SPEC_KEY in about:
                     metadata[rows.SPEC_KEY] = about[rows.SPEC_KEY]
+        if rows.HALFWAY.names[0] in batch.column_names:
+            fields.append(pa.field("state", STATE))
+            columns.append(_states(batch))
         return pa.Table.from_arrays(columns, schema=pa.schema(fields, metadata=metadata))
 
     def _pictures(self, row_ids: list[str], images: Tensor) -> pa.StructArray:
@@ -111,6 +126,20 @@ class Parquet(Sink):
     def metadata(self, path: str) -> dict[str, str]:
         found = pq.read_schema(path).metadata or {}
         return {key.decode(): value.decode() for key, value in found.items()}
+
+
+def _states(batch: pa.Table) -> pa.Array:
+    named = [(n, tensors.from_arrow(batch, n)) for n in batch.column_names if n.startswith(rows.STATE)]
+    dtypes = [str(tensor.dtype).removeprefix("torch.") for _, tensor in named]
+    about = [
+        {"name": name.removeprefix(rows.STATE), "dtype": dtype, "shape": list(tensor.shape[1:])}
+        for (name, tensor), dtype in zip(named, dtypes)
+    ]
+    values = [
+        tensor.double().flatten(1).numpy() if tensor.ndim > 1 else tensor.double()[:, None].numpy()
+        for _, tensor in named
+    ]
+    return pa.array([[{**a, "values": v[i]} for a, v in zip(about, values)] for i in range(len(batch))], STATE)
 
 
 def _bytes(shard: pa.Table) -> int:

@@ -14,18 +14,19 @@ from latentmill import rows, tensors
 from latentmill.plugin import Fragment, LatentSpec, RowError, Source
 from latentmill.sources import ParquetRows, find, fingerprint, is_small, locate, root
 
-SAMPLING = ("steps", "guidance_scale", "strength", "scheduler")
+SAMPLING = ("steps", "guidance_scale", *rows.PLAIN_GUIDANCE, "strength", "scheduler")
 
 
 class Latents(Source):
     """The rows of a job's output folder that holds latents, each shard a fragment; or of Parquet files of its ``data``.
 
-    A row keeps its prompts and seed; its size is the latent's. It keeps its sampling values only if it names a
-    scheduler: one that names none was never denoised, and the job's values are used.
+    A row keeps its prompts and seed; its size is the latent's. It keeps its steps, guidance, strength and scheduler only
+    if it names a scheduler: one that names none was never denoised, and the job's values are used. With ``keep_sampling:
+    false`` the job's are used for all. Half-way latents bring their time, and what the scheduler remembers.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, keep_sampling: bool = True) -> None:
+        self.path, self.keep_sampling = path, keep_sampling
         self._files: dict[str, ParquetRows] = {}
 
     def latent_spec(self) -> LatentSpec:
@@ -49,7 +50,8 @@ class Latents(Source):
     def read(self, fragment: str, start: int, stop: int) -> Iterator[Mapping[str, Any] | RowError]:
         """``latents`` is an array, or a tensor where the space's dtype is bfloat16, which numpy lacks."""
         file = self._file(fragment)
-        kept = [name for name in rows.SCALARS.names if name in file.schema.names and name not in DROPPED]
+        names = [*rows.SCALARS.names, *rows.HALFWAY.names, "state"]
+        kept = [name for name in names if name in file.schema.names and name not in DROPPED]
         dtype = (file.schema.field("latents").metadata or {}).get(tensors.DTYPE_KEY)
         table = file.read(start, stop, [*kept, "latents", "shape"])
         column = table.column("latents").combine_chunks()
@@ -62,8 +64,10 @@ class Latents(Source):
             if values.size != np.prod(shape):
                 yield RowError(f"{values.size} latent values can't be of shape {shape}")
                 continue
-            if not row.get("scheduler"):
+            if not (self.keep_sampling and row.get("scheduler")):
                 row = {name: value for name, value in row.items() if name not in SAMPLING}
+            if "state" in row:
+                row["state"] = {s["name"]: _tensor(s["values"], s["dtype"], s["shape"]) for s in row["state"] or ()}
             latents = values.reshape(shape)
             row["latents"] = torch.tensor(latents).bfloat16() if dtype == b"bfloat16" else latents
             yield row
@@ -89,6 +93,10 @@ class Latents(Source):
         if text is None or "latents" not in schema.names:
             raise ValueError(f"{self.path}: {name} holds no latents of ours")
         return rows.spec_from_json(text)
+
+
+def _tensor(values: list[float], dtype: str, shape: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64).reshape(shape).to(getattr(torch, dtype))
 
 
 DROPPED = ("row", "row_id", "width", "height")

@@ -20,7 +20,7 @@ from latentmill.sources.images import decode, read_picture
 
 TEXTS = ("prompt", "negative_prompt", "scheduler")
 WHOLE = ("seed", "steps", "width", "height")
-REAL = ("guidance_scale", "strength")
+REAL = ("guidance_scale", "guidance_rescale", "guidance_from", "guidance_until", "strength")
 COLUMNS = (*TEXTS, *WHOLE, *REAL, "image")
 """The columns that mean something. ``image`` is a path below the file's folder; in Parquet it may be bytes as well."""
 

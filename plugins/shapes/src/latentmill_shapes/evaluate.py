@@ -75,7 +75,7 @@ def generate(
         built: Scheduler = registry.build("scheduler", {"name": name})
         return built
 
-    stages = [Encode(vae, ShapesTextEncoder()), Denoise(ShapesDenoiser(), build, grid), Decode(vae)]
+    stages = [Encode(vae, ShapesTextEncoder()), Denoise(ShapesDenoiser(), build, grid, batch), Decode(vae)]
     for stage in stages:
         stage.load(cpu)
 

@@ -1,0 +1,193 @@
+"""How full the network's calls are, and what it costs to think in steps.
+
+    python benchmarks/denoise.py
+
+*Full*: 2,000 rows with 8 to 50 steps each, half of them with guidance, through the flow in one process, 16 evaluations a
+call, with a network that does nothing: evaluations / (calls x 16), for one scheduler and for four mixed. Beside it the same
+rows in plain batches, which last as long as their longest row.
+
+*Overhead*: rows that are all alike, on the shapes model: the stage against a loop that does no more than stack a batch and
+step it, taking turns, the median of the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from latentmill import flow, registry, rows, tensors
+from latentmill.denoise import Denoise
+from latentmill.encode import Encode
+from latentmill.guidance import Guidance, ModelField
+from latentmill.inline import InlinePool
+from latentmill.plugin import Denoiser, LatentSpec, Reject, Stage
+from latentmill.run import KINDS, drive
+from latentmill.schedulers import grids, noise
+from latentmill.schedulers.paths import VP
+from latentmill.worker import StageWork
+
+CALL = 16
+SPEC = LatentSpec(channels=1, downscale=8, scale=1.0, shift=0.0, dtype="float32", fingerprint="nothing")
+
+
+class Idle(Denoiser):
+    """Predicts what it sees; counts calls and evaluations."""
+
+    prediction = "sample"
+    path = VP()
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def predict(self, x: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        self.calls.append(len(x))
+        return x
+
+
+class Start(Stage):
+    """Latents for rows that have only a number."""
+
+    def __init__(self, given: Sequence[Mapping[str, Any]]) -> None:
+        self.given = given
+
+    def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
+        by_scheduler: dict[str, list[Mapping[str, Any]]] = {}
+        for number in batch.column("row").to_pylist():
+            by_scheduler.setdefault(self.given[number]["scheduler"], []).append(self.given[number])
+        for name, members in by_scheduler.items():
+            table = rows.with_latents(rows.from_dicts(members), torch.zeros(len(members), 1, 2, 2), SPEC)
+            yield table.replace_schema_metadata({rows.SCHEDULER_KEY: name})
+
+
+class End(Stage):
+    """Takes rows, and commits nothing."""
+
+    def __call__(self, batch: pa.Table, reject: Reject) -> pa.Table:
+        return batch.select(["row"])
+
+    def commit(self, shard: int, packed: list[pa.Table], errors: list[dict[str, object]]) -> bool:
+        return True
+
+
+def mixed(count: int, schedulers: Sequence[str], seed: int = 0) -> list[dict[str, Any]]:
+    """Rows with 8 to 50 steps, every other one, by chance, with guidance."""
+    choose = np.random.default_rng(seed)
+    return [
+        {
+            "row": n, "row_id": str(n), "prompt": "", "negative_prompt": "", "seed": n, "steps": int(choose.integers(8, 51)),
+            "guidance_scale": float(choose.choice([1.0, 4.0])), "strength": 1.0, "width": 16, "height": 16,
+            "scheduler": str(choose.choice(schedulers)),
+        }
+        for n in range(count)
+    ]  # fmt: skip
+
+
+def fullness(given: Sequence[Mapping[str, Any]]) -> float:
+    """Evaluations done / (calls x places), when the rows go through the flow."""
+    denoiser = Idle()
+    schedulers = {name: registry.build("scheduler", {"name": name}) for name in {row["scheduler"] for row in given}}
+    makers = {
+        "read": lambda: Start(given),
+        "denoise": lambda: Denoise(denoiser, schedulers.__getitem__, "trailing", CALL),
+        "write": End,
+    }
+    specs = [flow.StageSpec(name, CALL, kinds=KINDS if name == "denoise" else 1) for name in makers]
+    pool = InlinePool([StageWork(name, make) for name, make in makers.items()])
+    drive(flow.State(tuple(specs), len(given), rows_per_shard=256), pool, lambda: None)
+    return sum(denoiser.calls) / (len(denoiser.calls) * CALL)
+
+
+def plain_fullness(given: Sequence[Mapping[str, Any]]) -> float:
+    """The same for plain batches: each of as many rows as fit if all are guided, until its longest is done."""
+    done = calls = 0
+    for start in range(0, len(given), CALL // 2):
+        batch = given[start : start + CALL // 2]
+        done += sum(row["steps"] * (2 if row["guidance_scale"] > 1 else 1) for row in batch)
+        calls += max(row["steps"] for row in batch)
+    return done / (calls * CALL)
+
+
+def overhead(repeats: int) -> list[float]:
+    """Time of the stage / time of a plain loop over the same batches of 8 guided rows, 20 steps, on the shapes model."""
+    vae, text, denoiser = (registry.build(kind, {"name": "shapes"}) for kind in ("vae", "text_encoder", "denoiser"))
+    scheduler, cpu = registry.build("scheduler", {"name": "dpmpp_2m"}), torch.device("cpu")
+    encode, stage = Encode(vae, text), Denoise(denoiser, {"dpmpp_2m": scheduler}.__getitem__, "trailing", CALL)
+    encode.load(cpu)
+    stage.load(cpu)
+    prompt = "a red star above a blue ring on a yellow background"
+    alike = {"prompt": prompt, "steps": 20, "guidance_scale": 4.0, "width": 64, "height": 64, "scheduler": "dpmpp_2m"}
+    given = rows.from_dicts([{**row, **alike} for row in mixed(CALL, ["dpmpp_2m"])])
+
+    def refuse(i: int, reason: str) -> None:
+        raise ValueError(reason)
+
+    [table] = encode(given, refuse)
+    times = grids.times("trailing", denoiser.path, 20).repeat(CALL // 2, 1)
+
+    @torch.inference_mode()
+    def loop() -> Tensor:
+        out = []
+        for start in (0, CALL // 2):
+            batch = table.slice(start, CALL // 2)
+            x, prompts, negatives = (
+                {
+                    name[len(prefix) :]: tensors.from_arrow(batch, name)
+                    for name in batch.column_names
+                    if name.startswith(prefix)
+                }
+                for prefix in ("latents", rows.PROMPT, rows.NEGATIVE)
+            )
+            seeds = batch.column("seed").to_pylist()
+            shape = x[""].shape[1:]
+            field = ModelField(denoiser, prompts, negatives, [Guidance(4.0)] * len(seeds), seeds, shape, cpu, False)
+            (alpha, sigma), start_noise = (
+                field.scale(times[:, 0]),
+                torch.stack([noise.start(s, tuple(shape)) for s in seeds]),
+            )
+            moved = (alpha * x[""] + sigma * start_noise).float()
+            state = scheduler.init(field, moved, times[:, 0])
+            for i in range(20):
+                moved, state = scheduler.step(field, moved, times[:, i], times[:, i + 1], state)
+                moved = moved.float()
+            out.append(moved)
+        return torch.cat(out)
+
+    ratios = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        plain = loop()
+        middle = time.perf_counter()
+        [part] = stage(table, refuse)
+        ratios.append((time.perf_counter() - middle) / (middle - began))
+        assert torch.equal(tensors.from_arrow(part, "latents"), plain)
+    return ratios
+
+
+def main() -> None:
+    """Print the shares and the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=25)
+    repeats = parser.parse_args().repeats
+    torch.set_num_threads(1)
+    print(f"{os.cpu_count()} CPUs, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}")
+    for names in (["euler"], ["euler", "dpmpp_2m", "unipc", "ddpm"]):
+        given = mixed(2000, names)
+        print(
+            f"{len(names)} scheduler(s): {fullness(given):.3f} of the places used; plain batches {plain_fullness(given):.3f}"
+        )
+    ratios = sorted(overhead(repeats))
+    print(f"uniform rows: {statistics.median(ratios):.3f} of a plain loop's time ({ratios[0]:.3f} to {ratios[-1]:.3f})")
+
+
+if __name__ == "__main__":
+    main()
