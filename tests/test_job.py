@@ -162,7 +162,7 @@ def test_batch_sizes_mean_something_in_a_deterministic_job_in_its_own_stages():
         ("flow=[read,decode,encode,write]", r"flow must keep the order read, encode, denoise, decode, write, not .*"),
         ("flow=[read,encode,encode,write]", r"flow has encode twice"),
         # what isn't there
-        ("output=", r"output must name a folder, not ''"),
+        ("output=", r"output must name a folder or a URL, not ''"),
         ("output=???", r"output has no value; set it in the job, or as output=\.\.\."),
         ("source.path=???", r"source\.path has no value; set it in the job, or as source\.path=\.\.\."),
         ("~seed", r"seed has no value; set it in the job, or as seed=\.\.\."),
@@ -225,7 +225,7 @@ def test_a_job_that_is_not_there_is_one_line_and_what_is_there(tmp_path):
     for path in (tmp_path / "no.yaml", tmp_path, tmp_path / "no"):
         assert refused(path) == f"there is no job file {path}; shipped jobs are chosen by name: {JOBS}"
     assert refused(path := file(tmp_path, HEAD, "mine.yml")) == f"{path}: a job file's name ends in .yaml"
-    assert refused("txt2img", f"output={path}") == f"txt2img: output must name a folder, not '{path}'"
+    assert refused("txt2img", f"output={path}") == f"txt2img: output must name a folder or a URL, not '{path}'"
 
 
 @pytest.mark.parametrize("name", ["job", "schema"])

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from latentmill import plan as planning
+from latentmill import storage
 from latentmill.plan import Plan, PlanError
 from latentmill.plugin import Fragment
 
@@ -61,33 +62,33 @@ def test_row_ids_and_seeds_are_the_row_s_own_for_ever():
     ],
 )
 def test_whatever_changes_the_dataset_changes_the_hash_and_is_refused(change, tmp_path):
-    planning.publish(PLAN, str(tmp_path))
+    planning.publish(PLAN, storage.at(str(tmp_path)))
     other = dataclasses.replace(PLAN, **change)
     assert other.hash != PLAN.hash
     with pytest.raises(PlanError, match="holds another job's dataset"):
-        planning.publish(other, str(tmp_path))
+        planning.publish(other, storage.at(str(tmp_path)))
     assert json.loads((tmp_path / "plan.json").read_text())["hash"] == PLAN.hash
 
 
 def test_the_same_plan_goes_on_and_its_name_does_not_matter(tmp_path):
-    planning.publish(PLAN, str(tmp_path))
-    planning.publish(dataclasses.replace(PLAN, name="another"), str(tmp_path))
+    planning.publish(PLAN, storage.at(str(tmp_path)))
+    planning.publish(dataclasses.replace(PLAN, name="another"), storage.at(str(tmp_path)))
 
 
 def test_the_difference_is_said(tmp_path):
-    planning.publish(PLAN, str(tmp_path))
+    planning.publish(PLAN, storage.at(str(tmp_path)))
     other = dataclasses.replace(PLAN, config={"sampling": {"steps": 21}, "seed": 0})
     with pytest.raises(PlanError, match=r"sampling\.steps: 20 -> 21\. Choose another output"):
-        planning.compare(other, str(tmp_path))
+        planning.compare(other, storage.at(str(tmp_path)))
 
 
 def test_a_broken_plan_is_said_in_one_line(tmp_path):
     (tmp_path / "plan.json").write_text("{not json")
     with pytest.raises(PlanError, match="can't be read as a plan"):
-        planning.compare(PLAN, str(tmp_path))
+        planning.compare(PLAN, storage.at(str(tmp_path)))
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(PlanError, match="can't be read as a plan"):
-        planning.read(str(tmp_path))
+        planning.read(storage.at(str(tmp_path)))
     for nowhere in ("nowhere", "plan.json"):
         with pytest.raises(PlanError, match="has no plan.json"):
-            planning.read(str(tmp_path / nowhere))
+            planning.read(storage.at(str(tmp_path / nowhere)))

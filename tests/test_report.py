@@ -1,6 +1,7 @@
 import io
 import json
 import re
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -8,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageFont
 
-from latentmill import report
+from latentmill import report, storage
 from latentmill.report import Live, Pace, StageView, View
 
 COLOURS = [(200, 30, 30), (30, 160, 60), (40, 70, 210), (240, 200, 40), (120, 40, 160), (20, 20, 20)]
@@ -31,15 +32,20 @@ def dataset(root, rows, *, shard=4, errors=()):
         features = {name: {"dtype": "string", "_type": "Value"} for name in ("row_id", "prompt")}
         features["image"] = {"_type": "Image"}
         schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    for number, start in enumerate(range(0, len(rows), shard)):
+    ended = [*rows, *errors]
+    for number, start in enumerate(range(0, len(ended), shard)):
+        here = ended[start : start + shard]
         table = [
-            {"row_id": row_id, "prompt": prompt, last.name: picture(colour) if pictures else [0.0] * 4}
-            for row_id, prompt, colour in rows[start : start + shard]
+            {"row_id": row[0], "prompt": row[1], last.name: picture(row[2]) if pictures else [0.0] * 4}
+            for row in here
+            if isinstance(row, tuple)
         ]
         pq.write_table(pa.Table.from_pylist(table, schema), root / "data" / f"{number:05d}.parquet")
-    (root / "errors" / "00000.jsonl").write_text("".join(json.dumps(error) + "\n" for error in errors))
+        failed = "".join(json.dumps(error) + "\n" for error in here if not isinstance(error, tuple))
+        if failed:
+            (root / "errors" / f"{number:05d}.jsonl").write_text(failed)
     plugin = {"name": "shapes", "distribution": "latentmill-shapes", "version": "0.1.0", "fingerprint": "9f2c"}
-    plan = {"name": "test & try", "hash": "c0ffee", "rows": len(rows) + len(errors), "config": {"seed": 7}}
+    plan = {"name": "test & try", "hash": "c0ffee", "rows": len(ended), "rows_per_shard": shard, "config": {"seed": 7}}
     (root / "plan.json").write_text(json.dumps({**plan, "plugins": {"vae": plugin}, "latents": None}))
     return str(root)
 
@@ -54,8 +60,19 @@ def six_prompts(samples=4):
     return [(f"{p}-{s}", f"prompt {p}", COLOURS[p]) for p in range(6) for s in range(samples)]
 
 
+def html(output, pace=None):
+    report.finish(storage.at(output), pace)
+    return Path(output, "report.html").read_text()
+
+
+def contact_sheet(output):
+    report.finish(storage.at(output))
+    path = Path(output, "contact_sheet.png")
+    return path if path.exists() else None
+
+
 def captions(output):
-    return re.findall(r"<figcaption>(.*?)</figcaption>", report.html(output).read_text())
+    return re.findall(r"<figcaption>(.*?)</figcaption>", html(output))
 
 
 # ------------------------------------------------------------------------------------------------------- a run
@@ -154,7 +171,7 @@ def test_lines_need_no_view_before():
 def test_summary_of_a_whole_run_says_where_everything_is(tmp_path):
     errors = [{"row": 24, "row_id": "24", "stage": "encode", "reason": "no such word"}]
     output = dataset(tmp_path / "out", six_prompts(), errors=errors)
-    report.finish(output)
+    report.finish(storage.at(output))
     text = report.summary("job", output, planned=25, ok=24, failed=1, made=25, seconds=100.0)
     assert text.splitlines() == [
         "job: 25 of 25 rows, in 1 min 40 s (0.25 rows/s)",
@@ -198,7 +215,7 @@ def test_pictures_without_prompts_come_from_all_over(tmp_path):
 
 
 def test_contact_sheet_shows_each_picture_enlarged_by_a_whole_factor(tmp_path):
-    path = report.contact_sheet(dataset(tmp_path / "out", six_prompts(samples=2)))
+    path = contact_sheet(dataset(tmp_path / "out", six_prompts(samples=2)))
     assert path == tmp_path / "out" / "contact_sheet.png"
     sheet = Image.open(path).convert("RGB")
     counts = {colour: number for number, colour in sheet.getcolors(maxcolors=1 << 24)}
@@ -211,15 +228,15 @@ def test_contact_sheet_shows_each_picture_enlarged_by_a_whole_factor(tmp_path):
 
 def test_contact_sheet_of_latents_is_none(tmp_path):
     output = dataset(tmp_path / "out", [("0", "a prompt", None)])
-    assert report.contact_sheet(output) is None
-    report.finish(output)
+    assert contact_sheet(output) is None
+    report.finish(storage.at(output))
     assert not (tmp_path / "out" / "contact_sheet.png").exists()
     assert "contact_sheet" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_dataset_of_nothing_but_errors_has_a_report(tmp_path):
     errors = [{"row": 0, "row_id": "0", "stage": "encode", "reason": "no such word"}]
-    report.finish(dataset(tmp_path / "out", [], errors=errors))
+    report.finish(storage.at(dataset(tmp_path / "out", [], errors=errors)))
     assert "no such word" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -243,7 +260,7 @@ def test_pictures_keep_their_proportions(size, shown):
 
 def test_datasets_loads_the_folder_by_its_card(tmp_path):
     output = dataset(tmp_path / "out", six_prompts())
-    report.finish(output)
+    report.finish(storage.at(output))
     loaded = datasets.load_dataset(output, split="train", cache_dir=str(tmp_path / "cache"))
     assert len(loaded) == 24
     assert loaded[23]["image"].getpixel((5, 5)) == COLOURS[5]
@@ -256,7 +273,7 @@ def test_the_report_needs_no_other_file_and_escapes_what_rows_say(tmp_path):
     pace = Pace()
     pace.add(view(0.0, 0, 0, planned=2))
     pace.add(view(4.0, 2, 2, finished=2, planned=2))
-    page = report.html(dataset(tmp_path / "out", rows, errors=errors), pace).read_text()
+    page = html(dataset(tmp_path / "out", rows, errors=errors), pace)
     assert "<script" not in page and "&lt;script&gt;" in page
     assert "word &lt;b&gt;zebra" in page
     assert "<title>test &amp; try</title>" in page

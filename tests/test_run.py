@@ -17,6 +17,7 @@ from PIL import Image
 
 import latentmill
 from latentmill import plan as planning
+from latentmill import storage
 from latentmill.cli import main
 from latentmill.job import load_job
 from latentmill.plan import PlanError
@@ -220,7 +221,33 @@ def test_a_run_in_which_no_row_succeeded_is_no_success(tmp_path, capsys):
 def test_the_view_counts_rows_of_earlier_runs_without_looking_at_each_shard(tmp_path, prompts):
     job = load_job("txt2img", [*SMALL, prompts, f"output={tmp_path / 'out'}"])
     plan = planning.plan(job, planning.parts(job))
-    state = begin(job, plan)
+    state = begin(job, plan, storage.at(job.output))
     for done in ({0}, {2}, {0, 2}, {0, 1, 2}):  # of 18 rows in shards of 8
         state.done = done
         assert view(state, plan, 0.0).finished == sum(len(plan.shard_rows(shard)) for shard in done)
+
+
+def test_a_job_on_an_s3_server_is_the_job_on_a_disk(tmp_path, prompts, bucket, capsys):
+    """Over HTTP, from the workers of a Ray cluster, where an earlier run did one of the shards."""
+    settings = [*SMALL, prompts, "deterministic=true"]
+    latentmill.run("txt2img", [*settings, "cluster=inline", f"output={tmp_path / 'out'}"])
+    store = storage.at(f"{bucket}/some/out")
+    for name in ("plan.json", "data/00001.parquet"):  # as if a run that did one shard had been killed
+        store.create(name, str(tmp_path / "out" / name))
+    result = latentmill.run("txt2img", [*settings, f"output={bucket}/some/out"])
+    assert (result.ok, result.failed) == (18, 0) and f"{bucket}/some/out/contact_sheet.png" in result.text
+    ours = storage.at(str(tmp_path / "out"))
+    for folder in ("", "data", "errors"):
+        assert sorted(store.names(folder)) == sorted(ours.names(folder))
+        for name in (f"{folder}/{last}".lstrip("/") for last in store.names(folder)):
+            if name != "report.html":  # in it are the run's rates
+                assert store.read(name) == ours.read(name), name
+    assert main(["status", f"{bucket}/some/out"]) == 0
+    assert "18 of 18 rows: 18 ok, 0 failed" in capsys.readouterr().out
+    assert "nothing to do" in latentmill.run("txt2img", [*settings, f"output={bucket}/some/out"]).text
+
+
+def test_a_bucket_that_is_not_there_is_one_line_before_anything_starts(bucket, capsys):
+    assert main(["run", "txt2img", "output=s3://elsewhere/out", "cluster=inline"]) != 0
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("latentmill: s3://elsewhere/out/") and "bucket does not exist" in said[-1]

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from latentmill import rows, tensors
+from latentmill import rows, storage, tensors
 from latentmill.plugin import LatentSpec
 from latentmill.sinks.parquet import Parquet
 from latentmill.write import Write, copy_errors, done_shards
@@ -68,7 +68,7 @@ def failed(row, reason="no", stage="read"):
 
 
 def commit(output, shard, batches, errors=(), plan=None):
-    write = Write(Parquet(), str(output), plan or Plan(), {"latentmill.plan": "abc"})
+    write = Write(Parquet(), storage.at(str(output)), plan or Plan(), {"latentmill.plan": "abc"})
     return write.commit(shard, [write(batch, None) for batch in batches], list(errors))
 
 
@@ -148,8 +148,8 @@ def test_errors_lost_between_the_two_files_are_made_again(tmp_path):
     commit(tmp_path, 2, [pictures([8, 9])])
     before = errors_of(tmp_path, 0)
     (tmp_path / "errors" / "00000.jsonl").unlink()
-    for shard in done_shards(str(tmp_path)):
-        copy_errors(str(tmp_path), shard, Parquet())
+    for shard in done_shards(storage.at(str(tmp_path))):
+        copy_errors(storage.at(str(tmp_path)), shard, Parquet())
     assert errors_of(tmp_path, 0) == before
     assert shown(tmp_path) == ["data/00000.parquet", "data/00002.parquet", "errors/00000.jsonl"]
 
@@ -190,12 +190,12 @@ def test_latents_whose_size_only_the_pictures_know_can_all_fail(tmp_path):
 
 
 def test_done_is_what_lies_in_data(tmp_path):
-    assert done_shards(str(tmp_path)) == set()
+    assert done_shards(storage.at(str(tmp_path))) == set()
     commit(tmp_path, 2, [pictures([8, 9])])
     (tmp_path / "data" / "00123456.parquet").touch()
     (tmp_path / "data" / "notes.txt").touch()
     (tmp_path / "data" / ".00001.parquet.swp").touch()
-    assert done_shards(str(tmp_path)) == {2, 123456}
+    assert done_shards(storage.at(str(tmp_path))) == {2, 123456}
 
 
 class Forgetful(Parquet):
@@ -220,7 +220,7 @@ class Damaging(Parquet):
 
 @pytest.mark.parametrize("sink", [Forgetful(), Damaging()])
 def test_what_does_not_read_back_is_never_published(tmp_path, sink):
-    write = Write(sink, str(tmp_path), Plan(), {})
+    write = Write(sink, storage.at(str(tmp_path)), Plan(), {})
     with pytest.raises((RuntimeError, OSError)):
         write.commit(0, [write(pictures([0, 1, 2, 3]), None)], [])
     assert shown(tmp_path) == []
@@ -230,7 +230,7 @@ def test_of_racing_threads_one_commits_and_its_errors_are_the_errors(tmp_path):
     barrier, outcomes = threading.Barrier(4), {}
 
     def race(me):
-        write = Write(Parquet(), str(tmp_path), Plan(), {})
+        write = Write(Parquet(), storage.at(str(tmp_path)), Plan(), {})
         packed = [write(pictures([row for row in range(4) if row != me]), None)]
         barrier.wait()
         outcomes[me] = write.commit(0, packed, [failed(me, f"driver {me}")])
@@ -251,12 +251,12 @@ def test_of_racing_threads_one_commits_and_its_errors_are_the_errors(tmp_path):
 DRIVER = """
 import sys
 sys.path[:0] = sys.argv[1:3]
-from test_write import Parquet, Plan, Write, failed, pictures
+from test_write import Parquet, Plan, Write, failed, pictures, storage
 output, me = sys.argv[3], int(sys.argv[4])
 class Long(Plan):
     def shard_rows(self, shard):
         return range(shard * 4, shard * 4 + 4)
-write = Write(Parquet(), output, Long(), {})
+write = Write(Parquet(), storage.at(output), Long(), {})
 print("ready", flush=True)
 sys.stdin.readline()
 for shard in range(20):
@@ -286,9 +286,9 @@ def test_of_racing_processes_one_commits_each_shard_and_one_killed_does_no_harm(
     drivers[1].kill()
     outputs = [drivers[0].communicate()[0], printed + drivers[1].communicate()[0]]
     assert drivers[0].returncode == 0
-    assert done_shards(str(tmp_path)) == set(range(20))
+    assert done_shards(storage.at(str(tmp_path))) == set(range(20))
     for shard in range(20):
-        copy_errors(str(tmp_path), shard, Parquet())
+        copy_errors(storage.at(str(tmp_path)), shard, Parquet())
         [error] = errors_of(tmp_path, shard)
         winner = error["row"] - shard * 4
         assert error["reason"] == f"driver {winner}"
@@ -302,7 +302,7 @@ def test_of_racing_processes_one_commits_each_shard_and_one_killed_does_no_harm(
 def test_a_full_disk_leaves_nothing_but_the_error(tmp_path):
     """A limit on the size of files stands for it."""
     noise = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    write = Write(Parquet(), str(tmp_path), Plan(), {})
+    write = Write(Parquet(), storage.at(str(tmp_path)), Plan(), {})
     packed = [write(tensors.with_tensor(scalars([0, 1, 2, 3]), "image", noise), None)]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from latentmill import plan as planning
-from latentmill import registry
+from latentmill import registry, storage
 from latentmill.job import JobError, load_job, shipped
 from latentmill.plan import PlanError
 from latentmill.plugin import Scheduler
@@ -70,8 +70,9 @@ def _run(options: Any) -> int:
 def _plan(options: Any) -> int:
     job = load_job(options.job, options.overrides)
     plan = planning.plan(job, planning.parts(job))
-    planning.compare(plan, job.output)
-    done = len(done_shards(job.output))
+    store = storage.at(job.output)
+    planning.compare(plan, store)
+    done = len(done_shards(store))
     if options.json:
         print(plan.to_json(), end="")
         return 0
@@ -184,7 +185,9 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("--cfg", choices=["job"], help="print the whole composed config, and run nothing")
     plans.add_argument("--json", action="store_true", help="print the plan as it would be written to plan.json")
     states = add("status", _status, "Say how far a dataset is, from its folder alone.")
-    states.add_argument("output", metavar="OUT", type=lambda text: str(Path(text).expanduser()))
+    states.add_argument(
+        "output", metavar="OUT", type=lambda text: text if "://" in text else str(Path(text).expanduser())
+    )
     states.add_argument("--json", action="store_true")
     plugins = add("plugins", _plugins, "List all installed plugins.")
     plugins.add_argument("--json", action="store_true")

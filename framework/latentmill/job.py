@@ -88,6 +88,7 @@ class Schema:
     """The keys of a job and their types. Defaults are in conf/job.yaml, for people to read."""
 
     output: str = MISSING
+    single_writer: bool = False
     seed: int = MISSING
     samples_per_row: int = MISSING
     deterministic: bool = MISSING
@@ -112,6 +113,7 @@ class Job:
     config: str
     """YAML of everything, environment variables left as ``${oc.env:...}``: what ``--cfg job`` prints."""
     output: str
+    single_writer: bool
     seed: int
     samples_per_row: int
     deterministic: bool
@@ -249,7 +251,7 @@ def _checked(name: str, config: DictConfig) -> Job:
         **{
             **values,
             "flow": flow,
-            "output": values["output"] and str(Path(values["output"]).expanduser()),
+            "output": _place(values["output"] or ""),
             "sampling": Sampling(**values["sampling"]),
             "stages": {key: StageSettings(**stage) for key, stage in values["stages"].items()},
             "cluster": Cluster(**values["cluster"]),
@@ -258,6 +260,10 @@ def _checked(name: str, config: DictConfig) -> Job:
     for wrong in _wrong(job):
         raise JobError(f"{name}: {wrong}")
     return job
+
+
+def _place(output: str) -> str:
+    return output if "://" in output else output and str(Path(output).expanduser())
 
 
 def _keys(node: Any, at: str = "") -> Iterator[str]:
@@ -300,7 +306,7 @@ def _wrong(job: Job) -> Iterator[str]:
         if not 0.0 <= getattr(sampling, key) <= 1.0:
             yield f"sampling.{key} must be from 0 to 1, not {getattr(sampling, key)}"
     if not job.output or Path(job.output).is_file():
-        yield f"output must name a folder, not {job.output!r}"
+        yield f"output must name a folder or a URL, not {job.output!r}"
     if sampling.first_noise not in FIRST_NOISE:
         yield f"sampling.first_noise must be {' or '.join(FIRST_NOISE)}, not {sampling.first_noise!r}"
     if not 0.0 <= sampling.until < 1.0:

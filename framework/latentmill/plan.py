@@ -13,10 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
-from latentmill import registry, storage
+from latentmill import registry
 from latentmill.job import Job
 from latentmill.plugin import (
     VAE,
@@ -31,6 +30,7 @@ from latentmill.plugin import (
     TextEncoder,
 )
 from latentmill.schedulers import grids
+from latentmill.storage import Storage
 
 
 class PlanError(ValueError):
@@ -211,36 +211,32 @@ def stage_choice(job: Job, name: str) -> dict[str, Any]:
     return {"name": name, **job.stages[name].settings}
 
 
-def publish(plan: Plan, output: str) -> None:
+def publish(plan: Plan, store: Storage) -> None:
     """Write ``plan.json`` if there is none; raise PlanError, with the differences, if another plan's is there."""
-    path = Path(output) / "plan.json"
-    if not path.exists():
-        with storage.aside(output, "plan.json") as temporary:
-            Path(temporary).write_text(plan.to_json(), encoding="utf-8")
-            if storage.publish(temporary, str(path)):
-                return
-    compare(plan, output)
+    if not store.create("plan.json", plan.to_json().encode()):
+        compare(plan, store)
 
 
-def compare(plan: Plan, output: str) -> None:
-    """Raise PlanError if the folder holds another plan's dataset. Writes nothing."""
-    path = Path(output) / "plan.json"
-    if not path.exists():
+def compare(plan: Plan, store: Storage) -> None:
+    """Raise PlanError if another plan's dataset is there. Writes nothing."""
+    if not store.exists("plan.json"):
         return
-    there = read(output)
+    there = read(store)
     if there.get("hash") != plan.hash:
         shown = list(dict.fromkeys(differences(there, json.loads(plan.to_json()))))
         more = f" and {len(shown) - 6} more" if len(shown) > 6 else ""
-        raise PlanError(f"{output} holds another job's dataset: {'; '.join(shown[:6])}{more}. Choose another output.")
+        raise PlanError(
+            f"{store.url} holds another job's dataset: {'; '.join(shown[:6])}{more}. Choose another output."
+        )
 
 
-def read(output: str) -> dict[str, Any]:
+def read(store: Storage) -> dict[str, Any]:
     """What ``plan.json`` says. Raises PlanError if there is none or it can't be read."""
-    path = Path(output) / "plan.json"
+    path = f"{store.url.rstrip('/')}/plan.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(store.read("plan.json").decode())
     except (FileNotFoundError, NotADirectoryError):
-        raise PlanError(f"{output} holds no dataset of ours: it has no plan.json") from None
+        raise PlanError(f"{store.url} holds no dataset of ours: it has no plan.json") from None
     except ValueError as error:
         raise PlanError(f"{path} can't be read as a plan ({error}): move the folder away or choose another") from error
     if not isinstance(found, dict) or not {"hash", "name", "rows", "shards", "rows_per_shard"} <= found.keys():

@@ -20,7 +20,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, BinaryIO, ClassVar, Literal, TypeAlias
 
 import pyarrow as pa
 import torch
@@ -297,9 +297,9 @@ class Sink(Plugin, ABC):
         """Write all packed rows of a shard, in order, and ``metadata`` into the new file ``path``, and close it."""
 
     @abstractmethod
-    def row_ids(self, path: str) -> Sequence[str]:
-        """Read a written file back whole and list its row ids, in order. Raise if it is damaged."""
+    def row_ids(self, file: BinaryIO) -> Sequence[str]:
+        """Read a written file back whole and list its row ids, in order. Raise if it is damaged. Leave it open."""
 
     @abstractmethod
-    def metadata(self, path: str) -> Mapping[str, str]:
+    def metadata(self, file: BinaryIO) -> Mapping[str, str]:
         """What ``write`` was given as metadata; there may be more. A shard's error rows are in it."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import sys
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
@@ -28,6 +26,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from latentmill import storage
+from latentmill.storage import Storage
 
 # ---------------------------------------------------------------------------------------------- while a job runs
 
@@ -209,40 +208,26 @@ def summary(
     if interrupted:
         lines[0] = lines[0].replace(f"{name}: ", f"{name}: stopped after ", 1)
         lines.append("  to go on      run the same command again; finished shards stay as they are")
-    root = Path(output)
-    places = {
-        "dataset": (root / "data", f"{ok:,} rows"),
-        "failed": (root / "errors", f"{_count(failed, 'row')}, each with its reason"),
-        "pictures": (root / "contact_sheet.png", ""),
-        "report": (root / "report.html", ""),
-    }
-    for label, (path, note) in places.items():
-        if path.exists() and not (label == "failed" and not failed):
-            lines.append(f"  {label:<13} {path}" + (f" ({note})" if note else ""))
+    store = storage.at(output)
+    if store.names("data"):
+        lines.append(f"  dataset       {output}/data ({ok:,} rows)")
+    if failed and store.names("errors"):
+        lines.append(f"  failed        {output}/errors ({_count(failed, 'row')}, each with its reason)")
+    for label, name in (("pictures", "contact_sheet.png"), ("report", "report.html")):
+        if store.exists(name):
+            lines.append(f"  {label:<13} {output}/{name}")
     return "\n".join(lines)
 
 
-def finish(output: str, pace: Pace | None = None) -> None:
-    """Make contact sheet, card and report of a dataset. ``pace`` brings the rates of the run that just ended."""
-    dataset = _Dataset(Path(output))
+def finish(store: Storage, pace: Pace | None = None) -> None:
+    """Make ``contact_sheet.png``, the card ``README.md``, which Hugging Face reads, and ``report.html`` of a dataset.
+
+    ``pace`` brings the rates of the run that just ended.
+    """
+    dataset = _Dataset(store)
     _contact_sheet(dataset)
     _card(dataset)
     _html(dataset, pace)
-
-
-def contact_sheet(output: str) -> Path | None:
-    """Make ``contact_sheet.png``: pictures from all over the dataset with their prompts. None if it has no pictures."""
-    return _contact_sheet(_Dataset(Path(output)))
-
-
-def card(output: str) -> Path:
-    """Make ``README.md``, the dataset card that Hugging Face's hub and ``datasets.load_dataset(output)`` read."""
-    return _card(_Dataset(Path(output)))
-
-
-def html(output: str, pace: Pace | None = None) -> Path:
-    """Make ``report.html``, one file that needs no other: counts, rates, pictures, errors, config."""
-    return _html(_Dataset(Path(output)), pace)
 
 
 # ------------------------------------------------------------------------------------------ what a folder holds
@@ -256,9 +241,9 @@ class _Tile:
 
 @dataclass
 class _Dataset:
-    """A dataset read back from its folder."""
+    """A dataset read back from where it lies."""
 
-    root: Path
+    store: Storage
     most: int = 24
     """Pictures drawn from it at most."""
     errors: list[dict[str, Any]] = field(init=False, default_factory=list)
@@ -267,18 +252,21 @@ class _Dataset:
     failed_in: Counter[str] = field(init=False, default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self.plan: Mapping[str, Any] = json.loads((self.root / "plan.json").read_text(encoding="utf-8"))
-        self.files = sorted(self.root.glob("data/*.parquet"))
-        self.ok = sum(pq.read_metadata(path).num_rows for path in self.files)
-        self.columns: list[str] = pq.read_schema(self.files[0]).names if self.files else []
-        for path in sorted(self.root.glob("errors/*.jsonl")):
-            with path.open(encoding="utf-8") as lines:
-                for line in lines:
-                    error = json.loads(line)
-                    self.failed += 1
-                    self.failed_in[error["stage"]] += 1
-                    if len(self.errors) < 200:
-                        self.errors.append(error)
+        self.plan: Mapping[str, Any] = json.loads(self.store.read("plan.json"))
+        self.files = sorted(name for name in self.store.names("data") if name.endswith(".parquet"))
+        self.columns: list[str] = []
+        if self.files:
+            with self.store.open(f"data/{self.files[0]}") as file:
+                self.columns = pq.read_schema(file).names
+        for name in sorted(self.store.names("errors")):
+            for line in self.store.read(f"errors/{name}").splitlines():
+                error = json.loads(line)
+                self.failed += 1
+                self.failed_in[error["stage"]] += 1
+                if len(self.errors) < 200:
+                    self.errors.append(error)
+        shards, size = [int(name.partition(".")[0]) for name in self.files], self.plan["rows_per_shard"]
+        self.ok = sum(min(size, self.plan["rows"] - shard * size) for shard in shards) - self.failed
 
     @property
     def name(self) -> str:
@@ -290,19 +278,18 @@ class _Dataset:
         if "image" not in self.columns:
             return []
         files = [self.files[at] for at in _evenly(len(self.files), self.most)]
-        places: dict[str, list[tuple[Path, int]]] = {}
-        for path in files:
-            for at, prompt in enumerate(pq.read_table(path, columns=["prompt"]).column("prompt").to_pylist()):
-                places.setdefault(prompt, []).append((path, at))
+        places: dict[str, list[tuple[str, int]]] = {}
+        for name in files:
+            with self.store.open(f"data/{name}") as file:
+                prompts = pq.read_table(file, columns=["prompt"]).column("prompt").to_pylist()
+            for at, prompt in enumerate(prompts):
+                places.setdefault(prompt, []).append((name, at))
         chosen = sorted(place for group in _choose(list(places.values()), self.most) for place in group)
-        return [_tile(row) for path in files for row in _read(path, [at for file, at in chosen if file == path])]
-
-    def write(self, name: str, content: bytes) -> Path:
-        """Put a file in place whole; one of that name is replaced."""
-        with storage.aside(str(self.root), name) as temporary:
-            Path(temporary).write_bytes(content)
-            os.replace(temporary, self.root / name)
-        return self.root / name
+        found = []
+        for name in files:
+            with self.store.open(f"data/{name}") as file:
+                found += [_tile(row) for row in _read(file, [at for other, at in chosen if other == name])]
+        return found
 
 
 def _evenly(count: int, most: int) -> list[int]:
@@ -325,17 +312,17 @@ def _choose(groups: Sequence[list[Any]], most: int) -> Iterator[list[Any]]:
         yield [group[at] for at in _evenly(len(group), count)]
 
 
-def _read(path: Path, wanted: Sequence[int]) -> Iterator[dict[str, Any]]:
+def _read(file: BinaryIO, wanted: Sequence[int]) -> Iterator[dict[str, Any]]:
     """The rows ``wanted`` of a file, of which no other row group is read."""
-    with pq.ParquetFile(path) as file:
-        columns = [name for name in ("image", "prompt", "row_id", "psnr") if name in file.schema_arrow.names]
-        start = 0
-        for group in range(file.num_row_groups):
-            stop = start + file.metadata.row_group(group).num_rows
-            here = [at - start for at in wanted if start <= at < stop]
-            if here:
-                yield from file.read_row_group(group, columns=columns).take(here).to_pylist()
-            start = stop
+    stored = pq.ParquetFile(file)
+    columns = [name for name in ("image", "prompt", "row_id", "psnr") if name in stored.schema_arrow.names]
+    start = 0
+    for group in range(stored.num_row_groups):
+        stop = start + stored.metadata.row_group(group).num_rows
+        here = [at - start for at in wanted if start <= at < stop]
+        if here:
+            yield from stored.read_row_group(group, columns=columns).take(here).to_pylist()
+        start = stop
 
 
 def _tile(row: Mapping[str, Any]) -> _Tile:
@@ -353,9 +340,9 @@ SIDE, GAP, MARGIN = 192, 20, 32
 """Pixels: a picture's longer side, between pictures, around the sheet."""
 
 
-def _contact_sheet(dataset: _Dataset) -> Path | None:
+def _contact_sheet(dataset: _Dataset) -> None:
     if not dataset.tiles:
-        return None
+        return
     pictures = [_fit(tile.image) for tile in dataset.tiles]
     text, title = ImageFont.load_default(14), ImageFont.load_default(24)
     width, height = max(p.width for p in pictures), max(p.height for p in pictures)
@@ -385,7 +372,7 @@ def _contact_sheet(dataset: _Dataset) -> Path | None:
             draw.text((x, y + height + 8 + number * line), words, INK, text)
     content = io.BytesIO()
     sheet.save(content, "PNG", optimize=True)
-    return dataset.write("contact_sheet.png", content.getvalue())
+    dataset.store.put("contact_sheet.png", content.getvalue())
 
 
 def _fit(image: Image.Image) -> Image.Image:
@@ -447,7 +434,7 @@ MEANING = {
 }
 
 
-def _card(dataset: _Dataset) -> Path:
+def _card(dataset: _Dataset) -> None:
     sizes = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
     size = next((label for most, label in sizes.items() if dataset.ok < most), "n>10M")
     parts = [
@@ -470,7 +457,7 @@ def _card(dataset: _Dataset) -> Path:
         facts = ", ".join(f"{key} {value}" for key, value in dataset.plan["latents"].items())
         parts.append(f"Latent space: {facts}. Stored latents are scaled: `(z - shift) * scale`.")
     parts.append(f"## Config\n\n```json\n{json.dumps(dataset.plan['config'], indent=1)}\n```\n")
-    return dataset.write("README.md", "\n\n".join(parts).encode())
+    dataset.store.put("README.md", "\n\n".join(parts).encode())
 
 
 def _identity(plugin: Mapping[str, Any]) -> list[str]:
@@ -500,7 +487,7 @@ code, pre { font: .82rem/1.45 ui-monospace, monospace; overflow-wrap: anywhere; 
 """
 
 
-def _html(dataset: _Dataset, pace: Pace | None) -> Path:
+def _html(dataset: _Dataset, pace: Pace | None) -> None:
     counts = {"rows": dataset.ok, "failed": dataset.failed, "planned": dataset.plan["rows"]}
     figures = "".join(f"<div><b>{value:,}</b>{label}</div>" for label, value in counts.items())
     sections = []
@@ -535,7 +522,7 @@ def _html(dataset: _Dataset, pace: Pace | None) -> Path:
         f'<h1>{escape(dataset.name)}</h1><div class="faint">plan <code>{dataset.plan["hash"]}</code></div>'
         f'<div class="counts">{figures}</div>{"".join(sections)}</html>\n'
     )
-    return dataset.write("report.html", page.encode())
+    dataset.store.put("report.html", page.encode())
 
 
 def _data_uri(image: Image.Image) -> str:

@@ -6,10 +6,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
@@ -17,8 +17,9 @@ from latentmill import flow, report, storage
 from latentmill import plan as planning
 from latentmill.job import Job, load_job
 from latentmill.plan import Plan
+from latentmill.storage import Storage
 from latentmill.worker import StageWork, make_stage
-from latentmill.write import copy_errors, done_shards, errors_path
+from latentmill.write import copy_errors, done_shards, failed_rows
 
 KINDS = 4
 """Shapes and schedulers of which a denoise worker holds rows at a time, so that the calls of each are full."""
@@ -64,8 +65,9 @@ def run(job: Job | str, overrides: Sequence[str] = ()) -> Result:
     job = load_job(job, overrides) if isinstance(job, str) else job
     parts = planning.parts(job)
     plan = planning.plan(job, parts)
-    state = begin(job, plan)
-    if flow.finished(state) and (Path(job.output) / "_SUCCESS").exists():
+    store = storage.at(job.output, job.single_writer)
+    state = begin(job, plan, store)
+    if flow.finished(state) and store.exists("_SUCCESS"):
         return _result(job, state, seconds=0.0)
     pool: Pool | None = None
     started, interrupted = time.monotonic(), False
@@ -73,16 +75,17 @@ def run(job: Job | str, overrides: Sequence[str] = ()) -> Result:
         with interruptible(), report.live(job.name) as live:
             if not flow.finished(state):
                 pool = make_pool(job, plan)
-            planning.publish(plan, job.output)
-            storage.sweep(job.output)
+            store.check()
+            planning.publish(plan, store)
+            store.sweep()
             if pool is not None:
                 drive(state, pool, lambda: live.show(view(state, plan, time.monotonic() - started)))
-            for shard in done_shards(job.output):
-                copy_errors(job.output, shard, parts.sink)
-            report.finish(job.output, live.pace)
-            (Path(job.output) / "_SUCCESS").touch()
+            with ThreadPoolExecutor(16) as threads:  # a store answers in its own time; all at once is one time
+                list(threads.map(lambda shard: copy_errors(store, shard, parts.sink), done_shards(store)))
+            report.finish(store, live.pace)
+            store.put("_SUCCESS", b"")
     except KeyboardInterrupt:
-        if not (Path(job.output) / "plan.json").exists():
+        if not store.exists("plan.json"):
             raise
         interrupted = True
     finally:
@@ -105,11 +108,11 @@ def _result(job: Job, state: flow.State, seconds: float, interrupted: bool = Fal
     return Result(job.output, **counts, seconds=seconds, text=text, interrupted=interrupted)
 
 
-def begin(job: Job, plan: Plan) -> flow.State:
+def begin(job: Job, plan: Plan, store: Storage) -> flow.State:
     """The flow's state at the start of a run: all shards that are not in the dataset yet."""
-    planning.compare(plan, job.output)
+    planning.compare(plan, store)
     stages = tuple(_spec(job, name) for name in job.flow)
-    return flow.State(stages, plan.rows, plan.rows_per_shard, done_shards(job.output), fixed=job.deterministic)
+    return flow.State(stages, plan.rows, plan.rows_per_shard, done_shards(store), fixed=job.deterministic)
 
 
 def _spec(job: Job, name: str) -> flow.StageSpec:
@@ -218,14 +221,11 @@ def status(output: str) -> dict[str, Any]:
 
     Keys: ``output``, ``name``, ``planned``, ``ok``, ``failed`` (rows), ``shards``, ``shards_done``, ``success``.
     """
-    found = planning.read(output)
-    done = done_shards(output)
+    store = storage.at(output)
+    found = planning.read(store)
+    done = done_shards(store)
     size, rows = found["rows_per_shard"], found["rows"]
-    failed = 0
-    for shard in done:
-        if (path := errors_path(output, shard)).exists():
-            with path.open("rb") as lines:
-                failed += sum(1 for _ in lines)
+    failed = sum(failed_rows(store).values())
     return {
         "output": output,
         "name": found["name"],
@@ -234,5 +234,5 @@ def status(output: str) -> dict[str, Any]:
         "failed": failed,
         "shards": found["shards"],
         "shards_done": len(done),
-        "success": (Path(output) / "_SUCCESS").exists(),
+        "success": store.exists("_SUCCESS"),
     }

@@ -1,53 +1,309 @@
-"""The folder of an output: files appear in it whole or not at all, and the first of a name stays."""
+"""Where a dataset lies: a folder, or a prefix of an object store. Files appear in it whole or not at all, and the first stays.
+
+Names are relative, with slashes: ``data/00007.parquet``. A dataset rests on one promise, ``create``: of any number of
+processes that create one name exactly one succeeds, and what it created stays. On a disk that is a hard link, which fails
+if the name exists; on an object store a conditional put. Where neither is to be had, ``single_writer`` does without, for
+people who know that nobody else writes there.
+"""
 
 from __future__ import annotations
 
+import io
 import os
+import re
+import tempfile
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 
-@contextmanager
-def aside(output: str, name: str) -> Iterator[str]:
-    """A path in the output's ``.tmp`` to write a file at that ``publish`` is to move; what is left there is removed."""
-    folder = Path(output, ".tmp")
-    _make(folder)
-    temporary = folder / f"{uuid.uuid4().hex}-{name}"
-    try:
-        yield str(temporary)
-    finally:
-        temporary.unlink(missing_ok=True)
+class StorageError(OSError):
+    """The store refuses or fails; one line that names it and the file."""
 
 
-def sweep(output: str) -> None:
-    """Remove what processes that were killed left in ``.tmp``, a day ago or longer: younger files may be in use."""
-    for file in Path(output, ".tmp").glob("*"):
-        try:
-            if file.stat().st_mtime < time.time() - 86_400:
-                file.unlink()
-        except FileNotFoundError:  # another driver sweeps, too
-            pass
+def at(output: str, single_writer: bool = False) -> Storage:
+    """The storage that ``output`` names: a path, or a URL such as ``s3://bucket/prefix``. Touches nothing yet.
 
-
-def publish(temporary: str, final: str) -> bool:
-    """Give a whole file its name, durably. False if the name is taken; the temporary file is gone either way.
-
-    The name is created by a link, which fails if it exists: of any number of processes exactly one gets True. When this
-    returns True, contents and name have been synced.
+    Credentials and endpoint of an object store are taken from the environment, as its own tools do (``AWS_ACCESS_KEY_ID``,
+    ``AWS_ENDPOINT_URL``, ...), and never from a job.
     """
-    _make(Path(final).parent)
-    _sync(temporary)
-    try:
-        os.link(temporary, final)
-        first = True
-    except FileExistsError:
-        first = False
-    _sync(str(Path(final).parent))  # the loser too: whoever goes on relies on what the winner may not have synced yet
-    os.unlink(temporary)
-    return first
+    return Bucket(output, single_writer) if "://" in output else Folder(output, single_writer)
+
+
+class Storage(ABC):
+    """A dataset's files by name."""
+
+    def __init__(self, url: str, single_writer: bool = False) -> None:
+        self.url, self.single_writer = url, single_writer
+
+    @abstractmethod
+    def aside(self, name: str) -> Any:
+        """A context with a local path at which to write what ``create`` is to publish; it is removed at the end."""
+
+    @abstractmethod
+    def create(self, name: str, content: str | bytes) -> bool:
+        """Publish bytes, or the local file of that path, durably, under a name that is free. False if it is taken."""
+
+    @abstractmethod
+    def put(self, name: str, content: bytes) -> None:
+        """Put a small file in place whole; one of that name is replaced."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """All of a file. Raises FileNotFoundError."""
+
+    @abstractmethod
+    def open(self, name: str) -> BinaryIO:
+        """A file to read and seek in. Raises FileNotFoundError."""
+
+    @abstractmethod
+    def names(self, folder: str) -> list[str]:
+        """Names of the files right in a folder, without it; none if it is not there."""
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Remove a file, if it is there."""
+
+    @abstractmethod
+    def sweep(self) -> None:
+        """Remove what processes that were killed left aside, a day ago or longer: younger files may be in use."""
+
+    @abstractmethod
+    def exists(self, name: str) -> bool:
+        """Whether a file is there."""
+
+    def check(self) -> None:
+        """Raise StorageError unless ``create`` can keep its promise here. Leaves nothing behind."""
+        if self.single_writer:
+            return
+        probe = f".tmp/{uuid.uuid4().hex}-probe"
+        try:
+            kept = self.create(probe, b"first") and not self.create(probe, b"second") and self.read(probe) == b"first"
+            why = "a second create of one name succeeded"
+        except NotImplementedError as error:
+            kept, why = False, str(error)
+        finally:
+            self.delete(probe)
+        if not kept:
+            raise StorageError(
+                f"{self.url} can't create a file only if its name is free ({why}), on which exactly-once rests; "
+                "set single_writer=true if no other driver writes there"
+            )
+
+
+class Folder(Storage):
+    """A folder of a file system with hard links."""
+
+    def __init__(self, url: str, single_writer: bool = False) -> None:
+        super().__init__(url, single_writer)
+        self.root = Path(url)
+
+    @contextmanager
+    def aside(self, name: str) -> Iterator[str]:
+        folder = self.root / ".tmp"
+        _make(folder)
+        temporary = folder / f"{uuid.uuid4().hex}-{name.rpartition('/')[2]}"
+        try:
+            yield str(temporary)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def create(self, name: str, content: str | bytes) -> bool:
+        if isinstance(content, bytes):
+            with self.aside(name) as temporary:
+                Path(temporary).write_bytes(content)
+                return self.create(name, temporary)
+        final = self.root / name
+        _make(final.parent)
+        _sync(content)
+        first = self._link(content, final)
+        _sync(str(final.parent))  # the loser too: whoever goes on relies on what the winner may not have synced yet
+        return first
+
+    def _link(self, source: str, final: Path) -> bool:
+        try:
+            os.link(source, final)
+            return True
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if not self.single_writer and error.errno not in _LINKLESS:
+                raise
+            if not self.single_writer:
+                raise NotImplementedError(f"this file system has no hard links: {error.strerror}") from error
+        if final.exists():
+            return False
+        os.rename(source, final)
+        return True
+
+    def put(self, name: str, content: bytes) -> None:
+        with self.aside(name) as temporary:
+            Path(temporary).write_bytes(content)
+            _make((self.root / name).parent)
+            os.replace(temporary, self.root / name)
+
+    def read(self, name: str) -> bytes:
+        return (self.root / name).read_bytes()
+
+    def open(self, name: str) -> BinaryIO:
+        return (self.root / name).open("rb")
+
+    def exists(self, name: str) -> bool:
+        return (self.root / name).is_file()
+
+    def names(self, folder: str) -> list[str]:
+        try:
+            with os.scandir(self.root / folder) as entries:
+                return [entry.name for entry in entries if entry.is_file()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def delete(self, name: str) -> None:
+        with suppress(NotADirectoryError):
+            (self.root / name).unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        for file in (self.root / ".tmp").glob("*"):
+            with suppress(FileNotFoundError):  # another driver sweeps, too
+                if file.stat().st_mtime < time.time() - 86_400:
+                    file.unlink()
+
+
+class Bucket(Storage):
+    """A prefix of an object store, through obstore: S3 and what speaks its protocol, Google Cloud Storage, Azure."""
+
+    def __init__(self, url: str, single_writer: bool = False) -> None:
+        super().__init__(url, single_writer)
+        try:
+            from obstore import exceptions
+            from obstore.store import from_url
+        except ImportError as error:
+            raise StorageError(f"{url}: an object store needs obstore: pip install 'latentmill[s3]'") from error
+        self._errors = exceptions
+        options: dict[str, Any] = {"client_options": {"timeout": "600s", "allow_http": True}}
+        if url.startswith("s3"):
+            options["config"] = {"checksum_algorithm": "sha256"}  # the store compares what it got with what was sent
+        try:
+            self.store: Any = from_url(url.rstrip("/"), **options)
+        except Exception as error:
+            raise StorageError(f"{url}: {_one_line(error)}") from error
+
+    @contextmanager
+    def aside(self, name: str) -> Iterator[str]:
+        with tempfile.TemporaryDirectory(prefix="latentmill-") as folder:
+            yield str(Path(folder, name.rpartition("/")[2]))
+
+    def create(self, name: str, content: str | bytes) -> bool:
+        import obstore
+
+        given = content if isinstance(content, bytes) else Path(content)
+        if self.single_writer:
+            if self.exists(name):
+                return False
+            with self._said(name, writes=True):
+                obstore.put(self.store, name, given)
+            return True
+        with self._said(name, writes=True):
+            try:
+                obstore.put(self.store, name, given, mode="create", use_multipart=False)
+                return True
+            except self._errors.AlreadyExistsError:
+                return False
+            except self._errors.NotSupportedError as error:
+                raise NotImplementedError(_one_line(error)) from error
+
+    def put(self, name: str, content: bytes) -> None:
+        import obstore
+
+        with self._said(name, writes=True):
+            obstore.put(self.store, name, content)
+
+    def read(self, name: str) -> bytes:
+        import obstore
+
+        with self._said(name):
+            return bytes(obstore.get(self.store, name).bytes())
+
+    def open(self, name: str) -> BinaryIO:
+        import obstore
+
+        with self._said(name):
+            return cast(BinaryIO, io.BufferedReader(_Remote(obstore.open_reader(self.store, name)), 1 << 20))
+
+    def exists(self, name: str) -> bool:
+        import obstore
+
+        with self._said(name):
+            try:
+                obstore.head(self.store, name)
+                return True
+            except FileNotFoundError:
+                return False
+
+    def names(self, folder: str) -> list[str]:
+        import obstore
+
+        with self._said(folder):
+            found = obstore.list_with_delimiter(self.store, folder or None)["objects"]
+            return [str(entry["path"]).rpartition("/")[2] for entry in found]
+
+    def delete(self, name: str) -> None:
+        import obstore
+
+        with self._said(name), suppress(FileNotFoundError):
+            obstore.delete(self.store, name)
+
+    def sweep(self) -> None:
+        """Nothing is written aside in the store."""
+
+    @contextmanager
+    def _said(self, name: str, writes: bool = False) -> Iterator[None]:
+        """An object store's many-lined errors, as one line of ours."""
+        try:
+            yield
+        except (self._errors.BaseError, OSError) as error:  # for some it raises Python's own
+            if isinstance(error, FileNotFoundError) and not writes:
+                raise FileNotFoundError(f"{self.url.rstrip('/')}/{name} is not there") from error
+            raise StorageError(f"{self.url.rstrip('/')}/{name}: {_one_line(error)}") from error
+
+
+class _Remote(io.RawIOBase):
+    """An object of a store as a file: read by ranges, as it is asked for."""
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        got = memoryview(self.reader.read(len(buffer)))
+        buffer[: len(got)] = got
+        return len(got)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self.reader.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self.reader.tell())
+
+
+_LINKLESS = (1, 18, 31, 38, 95)
+"""EPERM, EXDEV, EMLINK, ENOSYS, EOPNOTSUPP: what file systems without hard links answer."""
+
+
+def _one_line(error: BaseException) -> str:
+    """The store's own message, or what obstore says before it goes into detail."""
+    text = str(error).partition("\n\nDebug source")[0]
+    said = re.search(r"<Message>(.*?)</Message>", text, re.DOTALL)
+    return " ".join((said.group(1) if said else text).split())[:300]
 
 
 def _make(folder: Path) -> None:

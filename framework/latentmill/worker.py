@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, cast
 import pyarrow as pa
 import torch
 
-from latentmill import registry, rows
+from latentmill import registry, rows, storage
 from latentmill.decode import Decode
 from latentmill.denoise import Denoise, Visit
 from latentmill.encode import Encode
@@ -221,7 +221,7 @@ def _decode(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
 
 def _write(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
     metadata = {"latentmill.plan": plan.hash}
-    return Write(parts(job).sink, job.output, plan, metadata)
+    return Write(parts(job).sink, storage.at(job.output, job.single_writer), plan, metadata)
 
 
 MAKERS: dict[str, Callable[[Job, Plan, rows.FixedShape | None], Stage]] = {

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
 import torch
 
-from latentmill import rows, storage, tensors
+from latentmill import rows, tensors
 from latentmill.plugin import LatentSpec, Reject, Sink, Stage
+from latentmill.storage import Storage
 
 ERRORS_KEY = "latentmill.errors"
 """Metadata key of a shard's error rows, JSON."""
@@ -40,8 +40,8 @@ class Shards(Protocol):
 class Write(Stage):
     """Packs batches as the sink stores them; ``commit`` publishes a whole shard."""
 
-    def __init__(self, sink: Sink, output: str, plan: Shards, metadata: Mapping[str, str]) -> None:
-        self.sink, self.output, self.plan, self.metadata = sink, output, plan, metadata
+    def __init__(self, sink: Sink, store: Storage, plan: Shards, metadata: Mapping[str, str]) -> None:
+        self.sink, self.store, self.plan, self.metadata = sink, store, plan, metadata
 
     def __call__(self, batch: pa.Table, reject: Reject) -> pa.Table:
         return self.sink.pack(batch)
@@ -64,16 +64,17 @@ class Write(Stage):
             table = pa.concat_tables([table.slice(at, 1) for at in order])
         table = table.drop_columns(["row"])
 
-        final = data_path(self.output, shard, self.sink)
-        with storage.aside(self.output, final.name) as temporary:
+        name = data_name(shard, self.sink)
+        with self.store.aside(name) as temporary:
             about = {**self.metadata, ERRORS_KEY: json.dumps(failed)}
             self.sink.write(temporary, table, about)
-            if list(self.sink.row_ids(temporary)) != [self.plan.row_id(number) for number in sorted(numbers)]:
-                raise RuntimeError(f"shard {shard}: the file just written has not the rows that were written")
-            if self.sink.metadata(temporary).get(ERRORS_KEY) != about[ERRORS_KEY]:
-                raise RuntimeError(f"shard {shard}: the file just written has not the errors that were written")
-            first = storage.publish(temporary, str(final))
-        copy_errors(self.output, shard, self.sink)
+            with open(temporary, "rb") as file:
+                if list(self.sink.row_ids(file)) != [self.plan.row_id(number) for number in sorted(numbers)]:
+                    raise RuntimeError(f"shard {shard}: the file just written has not the rows that were written")
+                if self.sink.metadata(file).get(ERRORS_KEY) != about[ERRORS_KEY]:
+                    raise RuntimeError(f"shard {shard}: the file just written has not the errors that were written")
+            first = self.store.create(name, temporary)
+        copy_errors(self.store, shard, self.sink)
         return first
 
     def _empty(self) -> pa.Table:
@@ -95,42 +96,47 @@ class Write(Stage):
         return batch
 
 
-def data_path(output: str, shard: int, sink: Sink) -> Path:
+def data_name(shard: int, sink: Sink) -> str:
     """Where a shard's data is, or will be."""
-    return Path(output, "data", f"{shard:05d}{sink.suffix}")
+    return f"data/{shard:05d}{sink.suffix}"
 
 
-def errors_path(output: str, shard: int) -> Path:
+def errors_name(shard: int) -> str:
     """Where a shard's errors are, if it has any."""
-    return Path(output, "errors", f"{shard:05d}.jsonl")
+    return f"errors/{shard:05d}.jsonl"
 
 
-def done_shards(output: str) -> set[int]:
+def done_shards(store: Storage) -> set[int]:
     """The shards that are committed: what is in ``data/`` is the progress, and nothing else is."""
-    folder = Path(output, "data")
-    if not folder.is_dir():
-        return set()
-    names = (file.name.partition(".")[0] for file in folder.iterdir())
+    return _numbers(store, "data")
+
+
+def failed_rows(store: Storage) -> dict[int, int]:
+    """How many rows failed in each committed shard that has such."""
+    both = done_shards(store) & _numbers(store, "errors")
+    return {shard: store.read(errors_name(shard)).count(b"\n") for shard in sorted(both)}
+
+
+def _numbers(store: Storage, folder: str) -> set[int]:
+    names = (name.partition(".")[0] for name in store.names(folder))
     return {int(name) for name in names if name.isdecimal()}
 
 
-def copy_errors(output: str, shard: int, sink: Sink) -> None:
+def copy_errors(store: Storage, shard: int, sink: Sink) -> None:
     """Make ``errors/NNNNN.jsonl`` of a committed shard, if it has errors and the file isn't there.
 
     A driver may have died between the two, so call it for each done shard before saying that a dataset is complete.
     Drivers that do so at the same time write the same.
     """
-    final = errors_path(output, shard)
-    if final.exists():
+    if store.exists(errors_name(shard)):
         return
-    errors = json.loads(sink.metadata(str(data_path(output, shard, sink))).get(ERRORS_KEY, "[]"))
+    with store.open(data_name(shard, sink)) as file:
+        errors = json.loads(sink.metadata(file).get(ERRORS_KEY, "[]"))
     if errors:
-        with storage.aside(output, final.name) as temporary:
-            lines = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)
-            Path(temporary).write_bytes(
-                lines.encode("utf-8", "backslashreplace")
-            )  # JSON's own escape, of half a surrogate
-            storage.publish(temporary, str(final))
+        lines = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)
+        store.create(
+            errors_name(shard), lines.encode("utf-8", "backslashreplace")
+        )  # JSON's own escape, of half a surrogate
 
 
 def _require_planned(shard: int, planned: range, found: Sequence[int]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -116,15 +116,15 @@ class Parquet(Sink):
                 group = shard.slice(start, size).combine_chunks()
                 writer.write_table(group.replace_schema_metadata(schema.metadata), row_group_size=size)
 
-    def row_ids(self, path: str) -> list[str]:
+    def row_ids(self, file: BinaryIO) -> list[str]:
         ids: list[str] = []
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            for group in range(file.num_row_groups):
-                ids += file.read_row_group(group).column("row_id").to_pylist()
+        stored = pq.ParquetFile(file, page_checksum_verification=True)
+        for group in range(stored.num_row_groups):
+            ids += stored.read_row_group(group).column("row_id").to_pylist()
         return ids
 
-    def metadata(self, path: str) -> dict[str, str]:
-        found = pq.read_schema(path).metadata or {}
+    def metadata(self, file: BinaryIO) -> dict[str, str]:
+        found = pq.read_schema(file).metadata or {}
         return {key.decode(): value.decode() for key, value in found.items()}
 
 

@@ -1,0 +1,26 @@
+"""What tests of several modules share: an S3 server, spoken to over HTTP."""
+
+import urllib.request
+
+import pytest
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """The URL of an empty bucket on a server of its own; the environment says where it is and who may enter."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    for name, value in {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/bucket", method="PUT"))
+    yield "s3://bucket"
+    server.stop()
