@@ -21,6 +21,7 @@ def bucket(monkeypatch):
         "AWS_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(name, value)
-    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/bucket", method="PUT"))
+    for path, method in (("moto-api/reset", "POST"), ("bucket", "PUT")):  # what it stores outlives it in the process
+        urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{path}", method=method))
     yield "s3://bucket"
     server.stop()

@@ -10,7 +10,7 @@ ORDER = """
     plugin registry schedulers tensors rows job storage plan
     sources sinks
     read encode guidance denoise decode write
-    flow worker pool inline simulate report run cli
+    flow leases worker pool inline simulate report run cli
     testing
 """.split()
 DOOR = {"job", "plan", "registry", "run"}

@@ -10,7 +10,7 @@ row numbers in it. A *piece* is a run of rows of one part, on its way into a sta
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -84,6 +84,13 @@ class Stop:
     worker: int
 
 
+@dataclass(frozen=True)
+class Claim:
+    """An order to whoever keeps the leases: try to get this shard for us."""
+
+    shard: int
+
+
 Order: TypeAlias = "Start | Stop | Dispatch"
 
 
@@ -125,7 +132,23 @@ class Died:
     """It raised while it was being built or loaded: the next one would too, so the job ends."""
 
 
-Event: TypeAlias = "Started | Finished | Failed | Died"
+@dataclass(frozen=True)
+class Claimed:
+    """What became of a claim: the shard is ours to do, another driver has taken it, or it is in the dataset already."""
+
+    shard: int
+    outcome: Literal["ours", "taken", "done"]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Of the shards that others had taken: those that are in the dataset now, and those that nobody works on any more."""
+
+    done: frozenset[int]
+    free: frozenset[int]
+
+
+Event: TypeAlias = "Started | Finished | Failed | Died | Claimed | Seen"
 
 
 @dataclass
@@ -166,13 +189,22 @@ class State:
     stages: tuple[StageSpec, ...]
     rows: int
     rows_per_shard: int
-    done: Set[int] = frozenset()
-    """Shards that were committed before."""
+    done: set[int] = field(default_factory=set)
+    """Shards that were committed before, or by other drivers."""
+    shared: bool = False
+    """Other drivers may work on this dataset: a shard is claimed before it is opened."""
     fixed: bool = False
     """Deterministic: batches are cut by row number, never by who arrives first."""
 
     cursor: int = 0
-    """The next shard to open."""
+    """The next shard to open or to claim."""
+    claiming: set[int] = field(default_factory=set)
+    claimed: deque[int] = field(default_factory=deque)
+    """Shards that are ours and not open yet."""
+    elsewhere: set[int] = field(default_factory=set)
+    """Shards that other drivers have taken."""
+    free: deque[int] = field(default_factory=deque)
+    """Shards that they have not finished, and nobody works on."""
     shards: dict[int, Shard] = field(default_factory=dict)
     to_read: deque[Sequence[int]] = field(default_factory=deque)
     queues: list[dict[Any, deque[Piece]]] = field(default_factory=list)
@@ -250,16 +282,17 @@ class State:
 
 
 def finished(state: State) -> bool:
-    """Whether every shard is committed."""
-    return state.cursor >= state.shard_count and not state.shards
+    """Whether every shard is committed, by whomever."""
+    left = state.shards or state.claiming or state.claimed or state.elsewhere or state.free
+    return state.cursor >= state.shard_count and not left
 
 
 # ------------------------------------------------------------------------------------------------------- decide
 
 
-def decide(state: State) -> list[Order]:
+def decide(state: State) -> list[Order | Claim]:
     """What to start and to dispatch now. What it returns counts as given out."""
-    orders: list[Order] = list(state.to_start)
+    orders: list[Order | Claim] = list(state.to_start)
     state.starting.update((order.stage, order.worker) for order in state.to_start if isinstance(order, Start))
     state.to_start.clear()
     if state.failed:
@@ -273,6 +306,7 @@ def decide(state: State) -> list[Order]:
         orders.extend(_reads(state))
         if len(orders) == given:
             break
+    orders.extend(_claims(state))
     # A group that no full batch will come of goes as it is, once nothing before it can add to it.
     if not state.fixed:
         for stage in range(1, last + 1):
@@ -353,15 +387,45 @@ def _reads(state: State, room: bool = True) -> Iterator[Dispatch]:
 
 def _open_shard(state: State) -> bool:
     """Begin the next shard that isn't done, unless so many are open that their finished rows would pile up."""
-    capacity = sum(_limit(state, stage) for stage in range(1, len(state.stages)))
-    if state.cursor >= state.shard_count or len(state.shards) >= 2 + capacity // state.rows_per_shard:
+    if len(state.shards) >= _most_shards(state):
         return False
-    rows = state.shard_rows(state.cursor)
-    state.shards[state.cursor] = Shard(open=set(rows))
+    if state.shared:
+        if not state.claimed:
+            return False
+        shard = state.claimed.popleft()
+    elif state.cursor < state.shard_count:
+        shard = _next_shard(state)
+    else:
+        return False
+    rows = state.shard_rows(shard)
+    state.shards[shard] = Shard(open=set(rows))
     state.to_read.append(rows)
+    return True
+
+
+def _claims(state: State) -> Iterator[Claim]:
+    """Claim as many shards as may be open, and one more, so that nobody waits for a lease."""
+    while state.shared and len(state.shards) + len(state.claiming) + len(state.claimed) <= _most_shards(state):
+        if state.cursor < state.shard_count:
+            shard = _next_shard(state)
+        elif state.free:
+            shard = state.free.popleft()
+        else:
+            return
+        state.claiming.add(shard)
+        yield Claim(shard)
+
+
+def _next_shard(state: State) -> int:
+    shard = state.cursor
     state.cursor += 1
     state._skip()
-    return True
+    return shard
+
+
+def _most_shards(state: State) -> int:
+    """Shards that may be open at a time: the rows of all stages, and what waits for the rest of its shard."""
+    return 2 + sum(_limit(state, stage) for stage in range(1, len(state.stages))) // state.rows_per_shard
 
 
 def _ready_groups(state: State, stage: int, partial: bool) -> list[Any]:
@@ -470,6 +534,16 @@ def apply(state: State, event: Event) -> State:
             state.workers[event.stage][event.worker] = []
     elif isinstance(event, Died):
         _died(state, event)
+    elif isinstance(event, Claimed):
+        state.claiming.discard(event.shard)
+        if event.outcome == "ours":
+            state.claimed.append(event.shard)
+        else:
+            (state.done if event.outcome == "done" else state.elsewhere).add(event.shard)
+    elif isinstance(event, Seen):
+        state.done |= event.done & state.elsewhere
+        state.free.extend(sorted(event.free & state.elsewhere))
+        state.elsewhere -= event.done | event.free
     elif event.id in state.flying:
         dispatch = state.flying.pop(event.id)
         held = state.workers[dispatch.stage].get(dispatch.worker)

@@ -60,6 +60,8 @@ class View:
     """Since the run began."""
     shards_done: int
     shards: int
+    elsewhere: int = 0
+    """Shards that other drivers work on."""
 
 
 class Pace:
@@ -148,6 +150,7 @@ class Live:
         parts.append(" ".join(f"{stage.name} {stage.done:,}" for stage in view.stages))
         parts.append(f"{_rate(self.pace.rate(-1))} rows/s")
         parts.append("starting" if left is None else f"{_duration(round(left))} left")
+        parts += [f"{_count(view.elsewhere, 'shard')} with other drivers"] * bool(view.elsewhere)
         return " | ".join(parts)
 
     def table(self) -> RenderableType:
@@ -170,6 +173,8 @@ class Live:
             workers = f"{stage.busy} of {stage.workers}" if stage.workers else "starting"
             stages.add_row(stage.name, f"{stage.done:,}", f"{stage.queued:,}", _rate(self.pace.rate(at)), workers)
         parts: list[RenderableType] = [head, stages]
+        if view.elsewhere:
+            parts.append(f"{_count(view.elsewhere, 'shard')} with other drivers")
         if view.failed:
             parts.append(f"[yellow]{_count(view.failed, 'row')} failed; the reasons are in errors/[/]")
         return Group(*parts)

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
@@ -16,10 +16,11 @@ from typing import Any, Protocol
 from latentmill import flow, report, storage
 from latentmill import plan as planning
 from latentmill.job import Job, load_job
+from latentmill.leases import Leases
 from latentmill.plan import Plan
 from latentmill.storage import Storage
 from latentmill.worker import StageWork, make_stage
-from latentmill.write import copy_errors, done_shards, failed_rows
+from latentmill.write import copy_errors, data_name, done_shards, failed_rows
 
 KINDS = 4
 """Shapes and schedulers of which a denoise worker holds rows at a time, so that the calls of each are full."""
@@ -79,7 +80,9 @@ def run(job: Job | str, overrides: Sequence[str] = ()) -> Result:
             planning.publish(plan, store)
             store.sweep()
             if pool is not None:
-                drive(state, pool, lambda: live.show(view(state, plan, time.monotonic() - started)))
+                with nullcontext() if job.single_writer else Leases(store) as leases:
+                    show = partial(_show, live, state, plan, started)
+                    drive(state, pool, show, leases, lambda shard: data_name(shard, parts.sink))
             with ThreadPoolExecutor(16) as threads:  # a store answers in its own time; all at once is one time
                 list(threads.map(lambda shard: copy_errors(store, shard, parts.sink), done_shards(store)))
             report.finish(store, live.pace)
@@ -92,6 +95,10 @@ def run(job: Job | str, overrides: Sequence[str] = ()) -> Result:
         if pool is not None:
             pool.close()
     return _result(job, state, time.monotonic() - started, interrupted)
+
+
+def _show(live: report.Live, state: flow.State, plan: Plan, started: float) -> None:
+    live.show(view(state, plan, time.monotonic() - started))
 
 
 def _result(job: Job, state: flow.State, seconds: float, interrupted: bool = False) -> Result:
@@ -112,7 +119,14 @@ def begin(job: Job, plan: Plan, store: Storage) -> flow.State:
     """The flow's state at the start of a run: all shards that are not in the dataset yet."""
     planning.compare(plan, store)
     stages = tuple(_spec(job, name) for name in job.flow)
-    return flow.State(stages, plan.rows, plan.rows_per_shard, done_shards(store), fixed=job.deterministic)
+    return flow.State(
+        stages,
+        plan.rows,
+        plan.rows_per_shard,
+        done_shards(store),
+        shared=not job.single_writer,
+        fixed=job.deterministic,
+    )
 
 
 def _spec(job: Job, name: str) -> flow.StageSpec:
@@ -138,13 +152,33 @@ def make_pool(job: Job, plan: Plan) -> Pool:
         raise
 
 
-def drive(state: flow.State, pool: Pool, show: Callable[[], None]) -> None:
+def drive(
+    state: flow.State,
+    pool: Pool,
+    show: Callable[[], None],
+    leases: Leases | None = None,
+    data: Callable[[int], str] = str,
+) -> None:
     """The loop. Raises RunError if the flow says that the job can't go on."""
     while not flow.finished(state):
+        claimed = False
         for order in flow.decide(state):
-            pool.submit(order)
+            if isinstance(order, flow.Claim):
+                assert leases is not None
+                flow.apply(state, leases.claim(order.shard, data(order.shard)))
+                claimed = True
+            else:
+                pool.submit(order)
+        if claimed:
+            continue
         for event in pool.collect(timeout=0.5):
             flow.apply(state, event)
+        if leases is not None:
+            leases.keep({*state.shards, *state.claimed})
+            if news := leases.news(state.elsewhere):
+                flow.apply(state, news)
+            elif not state.flying and not state.starting:
+                time.sleep(0.2)  # there is nothing to do but to wait for other drivers
         for block in state.released:
             pool.release(block)
         state.released.clear()
@@ -193,6 +227,7 @@ def view(state: flow.State, plan: Plan, seconds: float) -> report.View:
         seconds=seconds,
         shards_done=len(state.done) + state.committed_shards,
         shards=plan.shards,
+        elsewhere=len(state.elsewhere),
     )
 
 

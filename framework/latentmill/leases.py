@@ -1,0 +1,135 @@
+"""Who works on which shard, where several drivers work on one dataset: to save work, and for nothing else.
+
+A lease is a file, ``leases/00007``, with the name of the driver that created it. A driver says that it is alive by a
+file of its own that it changes every few seconds; one whose file stays the same for a minute, by the clock of whoever
+looks, has lost its leases. No two clocks are compared. A driver that was stopped for an hour and goes on may work on what
+another has taken over by then: both commit, and the commit decides.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Set
+from contextlib import suppress
+from pathlib import Path
+
+from latentmill.flow import Claimed, Seen
+from latentmill.storage import Storage
+from latentmill.write import done_shards
+
+EVERY = 10.0
+"""Seconds between two signs of life, and between two looks at the others'."""
+PATIENCE = 60.0
+"""Seconds without a sign of life after which a driver counts as gone."""
+
+
+class Leases:
+    """This driver's leases, and what it knows of the others'. Its heart beats from ``with`` to the end."""
+
+    def __init__(self, store: Storage) -> None:
+        self.store = store
+        self.me = f"{_here()}/{os.getpid()}/{uuid.uuid4().hex}"
+        self.held: set[int] = set()
+        self.lives: dict[str, tuple[bytes, float]] = {}
+        """Of each other driver its last sign of life, and when that was new to us."""
+        self._looked = time.monotonic()
+        self._stop = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="leases", daemon=True)
+
+    def __enter__(self) -> Leases:
+        self.store.put(_life(self.me), b"0")
+        self._heart.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._heart.join()
+        with suppress(OSError):  # else they are gone in a minute
+            self.keep(set())
+            self.store.delete(_life(self.me))
+
+    def claim(self, shard: int, data: str) -> Claimed:
+        """Try to get a shard whose file would be ``data``; it may turn out to be done."""
+        name = f"leases/{shard:05d}"
+        ours = self.store.create(name, self.me.encode())
+        if not ours:
+            try:
+                owner = self.store.read(name).decode()
+            except FileNotFoundError:  # given back just now
+                ours = self.store.create(name, self.me.encode())
+            else:
+                if self._is_gone(owner):
+                    self.store.put(name, self.me.encode())
+                    ours = True
+        if ours:
+            self.held.add(shard)
+        if self.store.exists(data):
+            self.keep(self.held - {shard})
+            return Claimed(shard, "done")
+        return Claimed(shard, "ours" if ours else "taken")
+
+    def keep(self, shards: Set[int]) -> None:
+        """Give back all leases but these. One that another has taken over is not ours to give back."""
+        for shard in self.held - shards:
+            name = f"leases/{shard:05d}"
+            with suppress(FileNotFoundError):
+                if self.store.read(name).decode() == self.me:
+                    self.store.delete(name)
+        self.held &= shards
+
+    def news(self, elsewhere: Set[int]) -> Seen | None:
+        """Every few seconds, what has become of the shards that others hold; None if it isn't time to look."""
+        now = time.monotonic()
+        if not elsewhere or now < self._looked + EVERY:
+            return None
+        done = done_shards(self.store) & elsewhere
+        names = {int(name) for name in self.store.names("leases") if name.isdecimal()}
+        owners = {}
+        for shard in sorted(elsewhere - done):
+            owners[shard] = ""
+            if shard in names:
+                with suppress(FileNotFoundError):
+                    owners[shard] = self.store.read(f"leases/{shard:05d}").decode()
+        self._looked = time.monotonic() + 20 * (time.monotonic() - now)  # a store that is slow is asked less often
+        return Seen(frozenset(done), frozenset(shard for shard, owner in owners.items() if self._is_gone(owner)))
+
+    def _is_gone(self, owner: str) -> bool:
+        if not owner:
+            return True
+        if owner == self.me:
+            return False
+        where, _, rest = owner.rpartition("/")[0].rpartition("/")
+        if where == _here() and not Path("/proc", rest).exists():  # killed on this machine: no need to wait
+            return True
+        try:
+            sign = self.store.read(_life(owner))
+        except FileNotFoundError:
+            sign = b""
+        now = time.monotonic()
+        if self.lives.get(owner, (None,))[0] != sign:
+            self.lives[owner] = sign, now
+        return now - self.lives[owner][1] >= PATIENCE
+
+    def _beat(self) -> None:
+        beats = 0
+        while not self._stop.wait(EVERY):
+            beats += 1
+            with suppress(OSError):  # a store that fails for a while costs the leases, at worst
+                self.store.put(_life(self.me), str(beats).encode())
+
+
+def _life(driver: str) -> str:
+    return f"leases/{driver.rpartition('/')[2]}.alive"
+
+
+def _here() -> str:
+    """Names the set of processes that this one can see: the machine's, or the container's; "" where there is no /proc."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()}-{boot}-{os.readlink('/proc/self/ns/pid')}".replace("/", "-")
+    except OSError:
+        return f"{socket.gethostname()}-{uuid.uuid4().hex}"

@@ -1,0 +1,95 @@
+"""Leases: one driver a shard, as long as it lives; and nobody waits for one that is gone."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from latentmill import leases, storage
+from latentmill.flow import Claimed, Seen
+from latentmill.leases import Leases
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def store(request, tmp_path):
+    output = str(tmp_path / "out") if request.param == "folder" else request.getfixturevalue("bucket")
+    return storage.at(output)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass when a test says so."""
+    now = [0.0]
+    monkeypatch.setattr(leases.time, "monotonic", lambda: now[0])
+    return now
+
+
+def claim(driver, shard):
+    return driver.claim(shard, f"data/{shard:05d}.parquet").outcome
+
+
+def test_a_shard_is_one_driver_s_until_it_gives_it_back(store):
+    with Leases(store) as a, Leases(store) as b:
+        assert (claim(a, 1), claim(b, 1), claim(b, 2), claim(a, 2)) == ("ours", "taken", "ours", "taken")
+        assert a.held == {1} and b.held == {2}
+        a.keep(set())
+        assert claim(b, 1) == "ours" and b.held == {1, 2}
+    assert store.names("leases") == []
+
+
+def test_what_is_in_the_dataset_is_not_done_again(store):
+    store.create("data/00003.parquet", b"")
+    with Leases(store) as a:
+        assert claim(a, 3) == "done" and a.held == set()
+
+
+def test_the_others_shards_are_looked_at_now_and_then(store, clock):
+    with Leases(store) as a, Leases(store) as b:
+        for shard in (1, 2, 3):
+            claim(a, shard)
+        assert b.news({1, 2, 3}) is None  # it looked when it began
+        clock[0] += leases.EVERY
+        assert b.news(set()) is None
+        store.create("data/00001.parquet", b"")
+        a.keep({2})
+        assert b.news({1, 2, 3}) == Seen(frozenset({1}), frozenset({3}))
+        assert b.news({2}) is None
+
+
+def test_one_that_gives_no_sign_for_a_minute_is_gone(store, clock, monkeypatch):
+    monkeypatch.setattr(Leases, "_beat", lambda self: None)  # it lives, and is stopped
+    with Leases(store) as a, Leases(store) as b:
+        assert claim(a, 1) == "ours"
+        assert claim(b, 1) == "taken"
+        clock[0] += leases.PATIENCE - 1
+        assert claim(b, 1) == "taken"
+        store.put(f"leases/{a.me.rpartition('/')[2]}.alive", b"7")  # one sign, and the minute begins anew
+        clock[0] += leases.PATIENCE - 1
+        assert claim(b, 1) == "taken"
+        clock[0] += leases.PATIENCE - 1
+        assert b.news({1}) == Seen(frozenset(), frozenset())
+        clock[0] += 2 * leases.EVERY
+        assert b.news({1}) == Seen(frozenset(), frozenset({1}))
+        assert claim(b, 1) == "ours"
+        a.keep(set())  # it wakes up, is done with the shard, and leaves alone what is not its own any more
+        assert claim(Leases(store), 1) == "taken"
+
+
+KILLED = """
+import os, sys
+from latentmill import storage
+from latentmill.leases import Leases
+driver = Leases(storage.at(sys.argv[1]))
+driver.__enter__()
+print(driver.claim(1, "data/00001.parquet").outcome, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/ns/pid"), reason="needs /proc")
+def test_one_that_was_killed_on_this_machine_is_not_waited_for(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout == "ours\n" and done.returncode == -9
+    with Leases(storage.at(str(tmp_path))) as mine:
+        assert mine.claim(1, "data/00001.parquet") == Claimed(1, "ours")
