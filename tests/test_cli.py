@@ -127,7 +127,7 @@ def test_plan_says_what_a_job_would_make_and_makes_nothing(made, here, capsys):
 
 def test_a_changed_job_on_a_dataset_is_refused_with_what_differs(made, here, capsys):
     same = ["txt2img", *TINY, f"source.path={made}/prompts.txt", f"output={made}/out"]
-    line = f"{made}/out holds another job's dataset: sampling.prompt:  -> x. Choose another output."
+    line = f"{made}/out holds another job's dataset: sampling.prompt:  -> x. Choose another output; --fork begins one."
     for command in ("run", "plan"):
         assert said(capsys, command, *same, "sampling.prompt=x", code=2) == line
 

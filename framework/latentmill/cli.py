@@ -1,4 +1,4 @@
-"""The command line: ``latentmill run | plan | status | plugins | schedulers``."""
+"""The command line: ``latentmill run | plan | status | verify | plugins | schedulers``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from latentmill import plan as planning
-from latentmill import registry, storage
+from latentmill import registry, storage, verify
 from latentmill.job import JobError, load_job, shipped
 from latentmill.plan import PlanError
 from latentmill.plugin import Scheduler
@@ -60,6 +60,12 @@ def _run(options: Any) -> int:
     if options.cfg:
         print(load_job(options.job, options.overrides).config, end="")
         return 0
+    if options.fork:
+        if storage.at(options.fork).exists("plan.json"):
+            raise PlanError(
+                f"--fork {options.fork}: there is a dataset already; a fork begins anew, in a place of its own"
+            )
+        options.overrides.append(f"output={options.fork}")
     result = run(options.job, options.overrides)
     print(result.text)
     if result.interrupted:
@@ -106,6 +112,25 @@ def _status(options: Any) -> int:
     print(f"{made:,} of {now['planned']:,} rows: {now['ok']:,} ok, {now['failed']:,} failed")
     print(f"{now['shards_done']:,} of {now['shards']:,} shards")
     return 0
+
+
+def _verify(options: Any) -> int:
+    store = storage.at(options.output)
+    verdict = verify.verify(store)
+    plan = verdict.plan
+    print(f"{options.output}: job {plan.name}, {plan.rows:,} rows planned in {plan.shards:,} shards")
+    print(f"{verdict.ok:,} rows ok, {verdict.failed:,} failed with a reason, each once")
+    if verdict.missing:
+        print(f"{len(verdict.missing):,} shards are not done yet")
+    for shard, wrong in verdict.damaged.items():
+        print(f"shard {shard} {wrong}")
+    for line in verdict.strange:
+        print(line)
+    if options.repair:
+        for line in verify.repair(store, verdict):
+            print(f"moved {line}; the next run does it again")
+    print("sound" if verdict.sound else "NOT SOUND" + ("" if options.repair else "; --repair takes damaged shards out"))
+    return 0 if verdict.sound else 1
 
 
 def _plugins(options: Any) -> int:
@@ -160,6 +185,10 @@ def _schedulers(options: Any) -> int:
     return 0
 
 
+def _place(text: str) -> str:
+    return text if "://" in text else str(Path(text).expanduser())
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="latentmill",
@@ -183,12 +212,18 @@ def _parser() -> argparse.ArgumentParser:
             "overrides", metavar="key=value", nargs="*", help="a value of the job, as sampling.steps=10"
         )
     runs.add_argument("--cfg", choices=["job"], help="print the whole composed config, and run nothing")
+    runs.add_argument(
+        "--fork", metavar="OUT2", type=_place, help="begin anew in OUT2, for a job that has changed; nothing is reused"
+    )
     plans.add_argument("--json", action="store_true", help="print the plan as it would be written to plan.json")
     states = add("status", _status, "Say how far a dataset is, from its folder alone.")
-    states.add_argument(
-        "output", metavar="OUT", type=lambda text: text if "://" in text else str(Path(text).expanduser())
-    )
+    states.add_argument("output", metavar="OUT", type=_place)
     states.add_argument("--json", action="store_true")
+    checks = add("verify", _verify, "Read a dataset back whole: checksums, and each planned row exactly once.")
+    checks.add_argument("output", metavar="OUT", type=_place)
+    checks.add_argument(
+        "--repair", action="store_true", help="take damaged shards out, so that the next run does them again"
+    )
     plugins = add("plugins", _plugins, "List all installed plugins.")
     plugins.add_argument("--json", action="store_true")
     schedulers = add("schedulers", _schedulers, "Say of each scheduler its order, what a step costs, and the paper.")

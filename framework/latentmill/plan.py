@@ -226,7 +226,7 @@ def compare(plan: Plan, store: Storage) -> None:
         shown = list(dict.fromkeys(differences(there, json.loads(plan.to_json()))))
         more = f" and {len(shown) - 6} more" if len(shown) > 6 else ""
         raise PlanError(
-            f"{store.url} holds another job's dataset: {'; '.join(shown[:6])}{more}. Choose another output."
+            f"{store.url} holds another job's dataset: {'; '.join(shown[:6])}{more}. Choose another output; --fork begins one."
         )
 
 
@@ -242,6 +242,29 @@ def read(store: Storage) -> dict[str, Any]:
     if not isinstance(found, dict) or not {"hash", "name", "rows", "shards", "rows_per_shard"} <= found.keys():
         raise PlanError(f"{path} can't be read as a plan: move the folder away or choose another")
     return found
+
+
+def load(store: Storage) -> Plan:
+    """The plan of a dataset, without its job. Raises PlanError if there is none or it can't be read."""
+    found = read(store)
+    try:
+        plan = Plan(
+            name=found["name"],
+            config=found["config"],
+            plugins=found["plugins"],
+            fragments=tuple(Fragment(*fragment) for fragment in found["fragments"]),
+            samples_per_row=found["samples_per_row"],
+            rows_per_shard=found["rows_per_shard"],
+            seed=found["seed"],
+            spec=LatentSpec(**found["latents"]) if found["latents"] else None,
+        )
+    except (KeyError, TypeError) as error:
+        raise PlanError(f"{store.url}/plan.json can't be read as a plan: {error}") from error
+    if plan.hash != found["hash"]:
+        raise PlanError(
+            f"{store.url}/plan.json was changed: its hash is {found['hash']}, and its contents' {plan.hash}"
+        )
+    return plan
 
 
 def differences(old: Any, new: Any, at: str = "") -> Iterator[str]:

@@ -69,6 +69,10 @@ class Storage(ABC):
         """Remove a file, if it is there."""
 
     @abstractmethod
+    def move(self, name: str, to: str) -> None:
+        """Give a file another name; one of that name is replaced."""
+
+    @abstractmethod
     def sweep(self) -> None:
         """Remove what processes that were killed left aside, a day ago or longer: younger files may be in use."""
 
@@ -166,6 +170,11 @@ class Folder(Storage):
         with suppress(NotADirectoryError):
             (self.root / name).unlink(missing_ok=True)
 
+    def move(self, name: str, to: str) -> None:
+        _make((self.root / to).parent)
+        os.replace(self.root / name, self.root / to)
+        _sync(str((self.root / name).parent))
+
     def sweep(self) -> None:
         for file in (self.root / ".tmp").glob("*"):
             with suppress(FileNotFoundError):  # another driver sweeps, too
@@ -256,6 +265,12 @@ class Bucket(Storage):
 
         with self._said(name), suppress(FileNotFoundError):
             obstore.delete(self.store, name)
+
+    def move(self, name: str, to: str) -> None:
+        import obstore
+
+        with self._said(name):
+            obstore.rename(self.store, name, to)
 
     def sweep(self) -> None:
         """Nothing is written aside in the store."""

@@ -1,0 +1,146 @@
+"""Whatever is done to a dataset's files is found, and repaired by doing the shard again: the same bytes."""
+
+import json
+import re
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+import latentmill
+from latentmill import storage
+from latentmill.cli import main
+from latentmill.plan import PlanError
+from latentmill.verify import verify
+
+PROMPTS = [f"a {colour} star on a white background" for colour in ("red", "blue", "green", "black", "yellow")]
+PROMPTS.insert(2, "a zebra")  # a word that the model doesn't know
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Six rows in three shards, one of them failed; and the command that made them."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    command = [
+        "txt2img", f"source.path={folder / 'prompts.txt'}", "samples_per_row=1", "rows_per_shard=2", "cluster=inline",
+        "sampling.steps=2", "deterministic=true", "stages.denoise.batch_size=2",
+    ]  # fmt: skip
+    latentmill.run(command[0], [*command[1:], f"output={folder / 'out'}"])
+    return command, {p.relative_to(folder / "out"): p.read_bytes() for p in (folder / "out").rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def out(made, tmp_path):
+    for name, content in made[1].items():
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_bytes(content)
+    return tmp_path / "out"
+
+
+def flip(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 0xFF
+    path.write_bytes(content)
+
+
+def change(path, table=lambda table: table, **metadata):
+    changed = table(pq.read_table(path))
+    pq.write_table(
+        changed.replace_schema_metadata({**changed.schema.metadata, **{k.encode(): v for k, v in metadata.items()}}),
+        path,
+    )
+
+
+def test_a_sound_dataset_is_sound(out, capsys):
+    assert main(["verify", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{out}: job txt2img, 6 rows planned in 3 shards",
+        "5 rows ok, 1 failed with a reason, each once",
+        "sound",
+    ]
+
+
+DAMAGE = {
+    "a bit of a picture": (lambda p: flip(p, 2000), "can't be read: OSError: .*CRC"),
+    "the footer": (lambda p: flip(p, -20), "can't be read"),
+    "cut off": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "can't be read"),
+    "empty": (lambda p: p.write_bytes(b""), "can't be read"),
+    "a row too few": (lambda p: change(p, lambda t: t.slice(1)), "has not the planned rows: 1 missing, 0 twice, 0 foreign"),
+    "a row twice": (lambda p: change(p, lambda t: t.take([0, 0, 1])), "has not the planned rows: 0 missing, 1 twice, 0 foreign"),
+    "another's rows": (lambda p: p.write_bytes(p.with_name("00002.parquet").read_bytes()), "2 missing, 0 twice, 2 foreign"),
+    "another order": (lambda p: change(p, lambda t: t.take([1, 0])), "has its rows in another order"),
+    "another plan": (lambda p: change(p, **{"latentmill.plan": "0123"}), "was made by another plan, 0123"),
+    "errors that are none": (lambda p: change(p, **{"latentmill.errors": "[1"}), "has errors in it that can't be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damage_is_found_and_repaired(how, out, made, capsys):
+    command, before = made
+    damage, said = DAMAGE[how]
+    damage(out / "data" / "00000.parquet")
+    verdict = verify(storage.at(str(out)))
+    assert verdict.damaged.keys() == {0} and verdict.strange == ["_SUCCESS is there, and not all rows are"]
+    assert (verdict.ok, verdict.failed) == (3, 1)
+    assert main(["verify", str(out)]) == 1
+    assert re.search(f"shard 0 .*{said}", capsys.readouterr().out)
+    assert main(["verify", str(out), "--repair"]) == 1
+    [moved] = (out / "quarantine").iterdir()
+    assert f"moved data/00000.parquet -> quarantine/{moved.name}" in capsys.readouterr().out
+    assert not (out / "_SUCCESS").exists()
+    assert main(["verify", str(out)]) == 0 and "1 shards are not done yet" in capsys.readouterr().out
+    assert main(["run", *command, f"output={out}"]) == 0
+    for name, content in before.items():
+        if name.name != "report.html":
+            assert (out / name).read_bytes() == content, name
+
+
+def test_errors_that_were_changed_and_files_that_are_not_ours_are_found(out):
+    errors = out / "errors" / "00001.jsonl"
+    errors.write_text(json.dumps({**json.loads(errors.read_text()), "row_id": "000000003-000"}) + "\n")
+    (out / "data" / "00003.parquet").write_bytes((out / "data" / "00002.parquet").read_bytes())
+    verdict = verify(storage.at(str(out)))
+    assert verdict.damaged == {1: "is not what errors/00001.jsonl says"}
+    assert verdict.strange[0] == "data/00003.parquet is no shard of this plan"
+
+
+def test_a_plan_that_was_changed_is_found(out):
+    text = (out / "plan.json").read_text()
+    (out / "plan.json").write_text(text.replace('"seed": 0', '"seed": 1', 1))
+    with pytest.raises(PlanError, match=r"plan\.json was changed: its hash is \w+, and its contents' \w+"):
+        verify(storage.at(str(out)))
+
+
+def test_an_unfinished_dataset_may_be_sound(out, capsys):
+    (out / "data" / "00001.parquet").unlink()
+    (out / "_SUCCESS").unlink()
+    assert main(["verify", str(out)]) == 0
+    assert "1 shards are not done yet" in capsys.readouterr().out
+
+
+def test_in_a_bucket_as_on_a_disk(out, bucket, capsys):
+    store = storage.at(f"{bucket}/out")
+    for path in out.rglob("*"):
+        if path.is_file():
+            store.put(str(path.relative_to(out)), path.read_bytes())
+    assert main(["verify", f"{bucket}/out"]) == 0
+    store.put("data/00002.parquet", b"PAR1")
+    assert main(["verify", f"{bucket}/out", "--repair"]) == 1
+    assert sorted(store.names("data")) == ["00000.parquet", "00001.parquet"] and len(store.names("quarantine")) == 1
+
+
+def test_a_changed_job_begins_anew_elsewhere(out, made, tmp_path, capsys):
+    command, before = made
+    changed = [*command, f"output={out}", "sampling.steps=3"]
+    assert main(["run", *changed]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith("sampling.steps: 2 -> 3. Choose another output; --fork begins one.")
+    assert main(["run", *changed, "--fork", str(tmp_path / "fork")]) == 0
+    assert {name for name in before} == {
+        p.relative_to(tmp_path / "fork") for p in (tmp_path / "fork").rglob("*") if p.is_file()
+    }
+    assert all((out / name).read_bytes() == content for name, content in before.items())
+    assert main(["run", *changed, "--fork", str(tmp_path / "fork")]) == 2
+    assert "there is a dataset already" in capsys.readouterr().err.splitlines()[-1]
+    assert Path(tmp_path / "fork" / "_SUCCESS").exists()
