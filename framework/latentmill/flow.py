@@ -404,8 +404,8 @@ def _open_shard(state: State) -> bool:
 
 
 def _claims(state: State) -> Iterator[Claim]:
-    """Claim as many shards as may be open, and one more, so that nobody waits for a lease."""
-    while state.shared and len(state.shards) + len(state.claiming) + len(state.claimed) <= _most_shards(state):
+    """Claim one shard ahead, so that nobody waits for a lease; more would keep other drivers from them."""
+    while state.shared and not state.claiming and not state.claimed:
         if state.cursor < state.shard_count:
             shard = _next_shard(state)
         elif state.free:

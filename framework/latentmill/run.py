@@ -13,7 +13,7 @@ from functools import partial
 from types import FrameType
 from typing import Any, Protocol
 
-from latentmill import flow, report, storage
+from latentmill import failpoints, flow, report, storage
 from latentmill import plan as planning
 from latentmill.job import Job, load_job
 from latentmill.leases import Leases
@@ -78,6 +78,7 @@ def run(job: Job | str, overrides: Sequence[str] = ()) -> Result:
                 pool = make_pool(job, plan)
             store.check()
             planning.publish(plan, store)
+            failpoints.reach("planning")
             store.sweep()
             if pool is not None:
                 with nullcontext() if job.single_writer else Leases(store) as leases:
@@ -86,6 +87,7 @@ def run(job: Job | str, overrides: Sequence[str] = ()) -> Result:
             with ThreadPoolExecutor(16) as threads:  # a store answers in its own time; all at once is one time
                 list(threads.map(lambda shard: copy_errors(store, shard, parts.sink), done_shards(store)))
             report.finish(store, live.pace)
+            failpoints.reach("finishing")
             store.put("_SUCCESS", b"")
     except KeyboardInterrupt:
         if not store.exists("plan.json"):

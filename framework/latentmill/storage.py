@@ -20,6 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from latentmill import failpoints
+
 
 class StorageError(OSError):
     """The store refuses or fails; one line that names it and the file."""
@@ -124,6 +126,7 @@ class Folder(Storage):
         final = self.root / name
         _make(final.parent)
         _sync(content)
+        failpoints.reach(f"{name.partition('/')[0]} synced")
         first = self._link(content, final)
         _sync(str(final.parent))  # the loser too: whoever goes on relies on what the winner may not have synced yet
         return first
@@ -210,6 +213,7 @@ class Bucket(Storage):
         import obstore
 
         given = content if isinstance(content, bytes) else Path(content)
+        failpoints.reach(f"{name.partition('/')[0]} synced")
         if self.single_writer:
             if self.exists(name):
                 return False

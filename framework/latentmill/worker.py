@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, cast
 import pyarrow as pa
 import torch
 
-from latentmill import registry, rows, storage
+from latentmill import failpoints, registry, rows, storage
 from latentmill.decode import Decode
 from latentmill.denoise import Denoise, Visit
 from latentmill.encode import Encode
@@ -110,15 +110,18 @@ class Worker:
         """Do the next piece of work: a batch, or, of those that are being denoised, a step of as many rows as go at a time."""
         if self.threads is not None and torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)  # each thread has its own, and stages in one process share one
+        name = type(self.stage).__name__.lower()
         if not isinstance(self.stage, Denoise):
             call = self.waiting.popleft()
             with _noting(call):
+                failpoints.reach(name)
                 result = self.stage(call.batch, call.reject)
                 call.block = [result] if isinstance(result, pa.Table) else list(result)
             return
         while self.waiting:
             call = self.waiting.popleft()
             with _noting(call):
+                failpoints.reach(name)
                 call.visit = self.stage.enter(call.batch, call.reject)
                 self.inside.append(call)
         self.stage.advance()

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import torch
 
-from latentmill import rows, tensors
+from latentmill import failpoints, rows, tensors
 from latentmill.plugin import LatentSpec, Reject, Sink, Stage
 from latentmill.storage import Storage
 
@@ -74,6 +74,7 @@ class Write(Stage):
                 if self.sink.metadata(file).get(ERRORS_KEY) != about[ERRORS_KEY]:
                     raise RuntimeError(f"shard {shard}: the file just written has not the errors that were written")
             first = self.store.create(name, temporary)
+            failpoints.reach("published")
         copy_errors(self.store, shard, self.sink)
         return first
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentmill import rows, tensors
+from latentmill import failpoints, rows, tensors
 from latentmill.plugin import Sink
 
 EXTENSIONS = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
@@ -115,6 +115,7 @@ class Parquet(Sink):
                 # One chunk, whatever batches the rows came in: the writer cuts its pages at chunks.
                 group = shard.slice(start, size).combine_chunks()
                 writer.write_table(group.replace_schema_metadata(schema.metadata), row_group_size=size)
+                failpoints.reach("writing")
 
     def row_ids(self, file: BinaryIO) -> list[str]:
         ids: list[str] = []
