@@ -90,9 +90,12 @@ class World:
         return {error["row"]: error["reason"] for _, errors in self.committed.values() for error in errors}
 
 
-def state(rows=100, rows_per_shard=16, sizes=(8, 4, 6, 4, 8), replicas=(1, 2, 3, 1, 1), kinds=1, **settings):
+def state(rows=100, rows_per_shard=16, sizes=(8, 4, 6, 4, 8), replicas=(1, 2, 3, 1, 1), kinds=1, retries=1, **settings):
     names = ("read", "encode", "denoise", "decode", "write")
-    stages = [StageSpec(*spec, kinds=kinds if spec[0] == "denoise" else 1) for spec in zip(names, sizes, replicas)]
+    stages = [
+        StageSpec(*spec, kinds=kinds if spec[0] == "denoise" else 1, retries=retries)
+        for spec in zip(names, sizes, replicas)
+    ]
     return State(tuple(stages), rows, rows_per_shard, **settings)
 
 
@@ -163,6 +166,40 @@ def test_one_row_that_kills_is_found_in_a_batch_of_any_size():
     for row in (0, 37, 63):
         world = World(state(rows=128, rows_per_shard=64, sizes=sizes, replicas=(1,) * 5), fatal={row}).run()
         assert not world.state.failed and set(world.failed()) == {row}
+
+
+@pytest.mark.parametrize("retries", [0, 1, 3])
+def test_a_batch_is_tried_again_as_often_as_the_stage_says(retries):
+    world = World(state(rows=6, replicas=(1,) * 5, retries=retries), poison={2})
+    tried = Counter()
+
+    def carry_out(order, given=world.carry_out):
+        if isinstance(order, Dispatch) and order.stage == 2:
+            tried[tuple(order.rows)] += 1
+        return given(order)
+
+    world.carry_out = carry_out
+    world.run()
+    assert set(world.failed()) == {2}
+    assert tried[0, 1, 2, 3, 4, 5] == 1 + retries and tried[0, 1, 2] == 1  # then halves, once each, down to the row
+    assert tried[2,] == 1
+
+
+def test_the_first_row_that_fails_ends_a_job_that_is_to_stop():
+    world = World(state(stop_on_error=True, row_name=lambda row: f"{row:03d}"), poison={33}).run()
+    assert world.state.failed == "row 033 failed in denoise, and on_error is stop: boom"
+    assert not world.failed()
+
+
+def test_a_job_of_which_too_much_fails_is_stopped():
+    world = World(state(rows=2000, max_error_rate=0.5), seed=1, reject=range(400, 2000)).run()
+    assert "rows failed, more than max_error_rate=0.5 allows; the last was row " in world.state.failed
+    quarantined, ended = (int(world.state.failed.split()[k]) for k in (0, 2))
+    assert quarantined == ended // 2 + 1  # at once
+    ok = World(state(rows=2000, max_error_rate=0.5), seed=1, reject=range(1200, 2000)).run()
+    assert not ok.state.failed and len(ok.failed()) == 800
+    few = World(state(rows=60, max_error_rate=0.5), seed=1, reject=range(50)).run()  # of 60 rows a share says little
+    assert not few.state.failed and len(few.failed()) == 50
 
 
 def test_many_shapes_don_t_take_turns():

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from functools import partial
 from pathlib import Path
 
@@ -24,15 +25,17 @@ class Read(Stage):
 
 
 class Double(Stage):
-    """Doubles latents; its process dies at the row `kill`, raises at the row `raises`, rejects the row `rejects`."""
+    """Doubles latents; its process dies at the row `kill`, hangs at `hangs`, raises at `raises`, and it rejects `rejects`."""
 
-    def __init__(self, kill=-1, raises=-1, rejects=-1):
-        self.kill, self.raises, self.rejects = kill, raises, rejects
+    def __init__(self, kill=-1, raises=-1, rejects=-1, hangs=-1):
+        self.kill, self.raises, self.rejects, self.hangs = kill, raises, rejects, hangs
 
     def __call__(self, batch, reject):
         numbers = batch.column("row").to_pylist()
         if self.kill in numbers:
             os._exit(1)
+        while self.hangs in numbers:
+            time.sleep(1)
         if self.raises in numbers:
             raise RuntimeError("no such luck")
         if self.rejects in numbers:
@@ -83,10 +86,10 @@ def cluster():
         there.shutdown()
 
 
-def run(folder, double, rows=24, replicas=2):
+def run(folder, double, rows=24, replicas=2, timeout=None):
     work = [
         StageWork("read", Read, num_cpus=0.1),
-        StageWork("double", double, replicas, num_cpus=0.1),
+        StageWork("double", double, replicas, num_cpus=0.1, timeout=timeout),
         StageWork("write", partial(Write, folder), num_cpus=0.1),
     ]
     specs = (flow.StageSpec("read", 6), flow.StageSpec("double", 4, replicas), flow.StageSpec("write", 4))
@@ -113,6 +116,12 @@ def test_a_row_that_raises_is_found_and_the_others_of_its_batch_arrive(tmp_path)
 def test_a_worker_that_dies_is_replaced_and_the_row_that_kills_it_is_found(tmp_path):
     rows, failed = run(tmp_path, partial(Double, kill=7))
     assert list(failed) == [7] and "worker died" in failed[7]
+    assert rows == {row: 512.0 for row in range(24) if row != 7}
+
+
+def test_a_worker_that_hangs_is_replaced_and_the_row_at_which_it_does_is_found(tmp_path):
+    rows, failed = run(tmp_path, partial(Double, hangs=7), timeout=1.5)
+    assert failed == {7: "its worker died: it finished nothing for 1.5 s (stages.double.timeout)"}
     assert rows == {row: 512.0 for row in range(24) if row != 7}
 
 

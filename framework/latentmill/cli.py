@@ -20,7 +20,7 @@ from latentmill.job import JobError, load_job, shipped
 from latentmill.plan import PlanError
 from latentmill.plugin import Scheduler
 from latentmill.registry import PluginError
-from latentmill.run import RunError, run, status
+from latentmill.run import OutputError, RunError, run, status
 from latentmill.write import done_shards
 
 WRONG = (JobError, PluginError, PlanError)
@@ -30,7 +30,11 @@ MANY_SHARDS = 20_000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The ``latentmill`` command. Returns 0 if all is well, 1 if a run stopped or no row succeeded, 2 if the job is wrong, 130 after Ctrl-C."""
+    """The ``latentmill`` command.
+
+    Returns 0 if all is well, 1 if a run stopped or no row succeeded, 2 if the job is wrong, 3 if the output can't be
+    written, 130 after Ctrl-C.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if hasattr(options, "overrides"):  # argparse takes no more of them once an option has come
@@ -53,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug or not ours:
             raise
         print(f"latentmill: {error}", file=sys.stderr)
-        return 1 if isinstance(error, (RunError, OSError)) else 2
+        if isinstance(error, (OutputError, OSError)):
+            return 3
+        return 1 if isinstance(error, RunError) else 2
 
 
 def _run(options: Any) -> int:

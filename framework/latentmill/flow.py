@@ -10,17 +10,17 @@ row numbers in it. A *piece* is a run of rows of one part, on its way into a sta
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-RETRIES = 1
-"""How often a batch that failed is tried again as it is, before it is split to find the row."""
 LOSSES = 5
 """How often a row may be read again because a node took its data away."""
 DEATHS = 3
 """Deaths of a stage's workers, for each replica, over rows that have none in common and with no batch finished in between,
 that end the job. One row that kills, in smaller and smaller batches until it is found, counts once."""
+ENOUGH = 100
+"""Rows from which on a share of them says something about the rest."""
 STRIKES = 3
 """Batches that have no row in common and fail on one worker in a row: then it is the worker, and not the rows."""
 
@@ -37,6 +37,8 @@ class StageSpec:
     kinds: int = 1
     """Kinds of batches (of one shape, one scheduler) of which a worker may have ``in_flight`` each: more than 1 for a stage
     that works on all its batches at once, and only on those of a kind together."""
+    retries: int = 1
+    """How often a batch that failed is tried again as it is, before it is split to find the row."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,12 @@ class State:
     """Other drivers may work on this dataset: a shard is claimed before it is opened."""
     fixed: bool = False
     """Deterministic: batches are cut by row number, never by who arrives first."""
+    stop_on_error: bool = False
+    """The first row that fails ends the job."""
+    max_error_rate: float = 1.0
+    """A larger share of failed rows ends it, once the share says something."""
+    row_name: Callable[[int], str] = str
+    """How people are told of a row."""
 
     cursor: int = 0
     """The next shard to open or to claim."""
@@ -232,8 +240,14 @@ class State:
     committed_ok: int = 0
     committed_failed: int = 0
     committed_shards: int = 0
+    arrived: int = 0
+    """Rows that have left the last stage, committed or not."""
+    quarantined: int = 0
+    """Rows that failed, committed or not."""
     failed: str = ""
     """Why the job can't go on, if it can't."""
+    output_failed: bool = False
+    """That is because a shard can't be committed."""
 
     def __post_init__(self) -> None:
         count = len(self.stages)
@@ -616,33 +630,45 @@ def _arrive(state: State, piece: Piece) -> None:
             shard, cut = state.shards[number], _cut(piece, start, at)
             shard.open.difference_update(cut.rows)
             shard.packed.append(cut)
+            state.arrived += len(cut.rows)
             start = at
 
 
 def _quarantine(state: State, row: int, stage: int, reason: str) -> None:
-    shard = state.shards[row // state.rows_per_shard]
+    shard, name = state.shards[row // state.rows_per_shard], state.stages[stage].name
     shard.open.discard(row)
-    shard.errors.append({"row": row, "stage": state.stages[stage].name, "reason": reason})
+    shard.errors.append({"row": row, "stage": name, "reason": reason})
     if state.fixed:
         for later in range(stage + 1, len(state.stages)):
             state.accounted[later][state.chunk(later, row)] += 1
+    state.quarantined += 1
+    ended = state.quarantined + state.arrived
+    if state.failed:
+        return
+    if state.stop_on_error:
+        state.failed = f"row {state.row_name(row)} failed in {name}, and on_error is stop: {reason}"
+    elif state.quarantined > state.max_error_rate * max(ended, ENOUGH):
+        state.failed = (
+            f"{state.quarantined} of {ended} rows failed, more than max_error_rate={state.max_error_rate:g} allows; "
+            f"the last was row {state.row_name(row)}, in {name}: {reason}"
+        )
 
 
 def _failed(state: State, dispatch: Dispatch, reason: str) -> None:
-    attempts = dispatch.attempts + 1
+    attempts, retries = dispatch.attempts + 1, state.stages[dispatch.stage].retries
     if dispatch.kind == "commit":
         shard = state.shards[dispatch.shard]
         shard.attempts += 1
-        if shard.attempts > RETRIES:
-            state.failed = f"shard {dispatch.shard} can't be committed: {reason}"
+        if shard.attempts > retries:
+            state.failed, state.output_failed = f"shard {dispatch.shard} can't be committed: {reason}", True
         _again(state, dispatch, attempts)
-    elif attempts <= RETRIES:
+    elif attempts <= retries:
         _again(state, dispatch, attempts)
     elif len(dispatch.rows) > 1:
         half = len(dispatch.rows) // 2
         for side in (slice(half, None), slice(None, half)):
             pieces = _slice(dispatch.pieces, side)
-            state.retries[dispatch.stage].appendleft(Retry(dispatch.rows[side], pieces, RETRIES))
+            state.retries[dispatch.stage].appendleft(Retry(dispatch.rows[side], pieces, max(retries, 1)))
     elif dispatch.worker in state.workers[dispatch.stage]:
         state.records.setdefault(dispatch.worker, Record()).verdicts.append((dispatch, reason))
     else:  # its worker died, and it was all that the worker held
@@ -722,7 +748,7 @@ def _replace(state: State, stage: int, worker: int, rows: set[int], reason: str)
     """Start another worker in the place of one that is gone, because of ``rows`` if of any. It tries what the first condemned."""
     spec = state.stages[stage]
     for dispatch, _ in state.records.pop(worker, Record()).verdicts:
-        _again(state, dispatch, RETRIES)
+        _again(state, dispatch, max(spec.retries, 1))
     if all(rows.isdisjoint(before) for before in state.deaths[stage]):
         state.deaths[stage].append(rows)
     if len(state.deaths[stage]) > DEATHS * spec.replicas:

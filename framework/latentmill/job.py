@@ -66,6 +66,10 @@ class StageSettings:
     """Bytes."""
     resources: dict[str, float] = field(default_factory=dict)
     accelerator_type: str | None = None
+    retries: int = 1
+    """How often a batch that failed is tried again as it is, before it is split to find the row."""
+    timeout: float | None = None
+    """Seconds in which a worker that has work must finish some of it; else it counts as hanging and is replaced."""
     settings: dict[str, Any] = field(default_factory=dict)
     """A plugin stage's own."""
 
@@ -93,6 +97,8 @@ class Schema:
     samples_per_row: int = MISSING
     deterministic: bool = MISSING
     rows_per_shard: int = MISSING
+    on_error: str = MISSING
+    max_error_rate: float = MISSING
     flow: list[str] = MISSING
     source: dict[str, Any] = MISSING
     sink: dict[str, Any] = MISSING
@@ -118,6 +124,8 @@ class Job:
     samples_per_row: int
     deterministic: bool
     rows_per_shard: int
+    on_error: str
+    max_error_rate: float
     flow: tuple[str, ...]
     source: dict[str, Any]
     sink: dict[str, Any]
@@ -161,6 +169,7 @@ class Job:
 STAGES = ("read", "encode", "denoise", "decode", "write")
 """Our own stages, in the order in which they can stand in a flow."""
 FIRST_NOISE = ("latentmill", "diffusers")
+ON_ERROR = ("quarantine", "stop")
 CLUSTERS = ("local", "inline", "ray")
 SHIPPED = "latentmill.jobs"
 
@@ -307,6 +316,10 @@ def _wrong(job: Job) -> Iterator[str]:
             yield f"sampling.{key} must be from 0 to 1, not {getattr(sampling, key)}"
     if not job.output or Path(job.output).is_file():
         yield f"output must name a folder or a URL, not {job.output!r}"
+    if job.on_error not in ON_ERROR:
+        yield f"on_error must be {' or '.join(ON_ERROR)}, not {job.on_error!r}"
+    if not 0.0 <= job.max_error_rate <= 1.0:
+        yield f"max_error_rate must be from 0 to 1, not {job.max_error_rate}"
     if sampling.first_noise not in FIRST_NOISE:
         yield f"sampling.first_noise must be {' or '.join(FIRST_NOISE)}, not {sampling.first_noise!r}"
     if not 0.0 <= sampling.until < 1.0:
@@ -320,6 +333,10 @@ def _wrong(job: Job) -> Iterator[str]:
         for key in ("replicas", "batch_size"):
             if getattr(stage, key) < 1:
                 yield f"stages.{name}.{key} must be 1 or more, not {getattr(stage, key)}"
+        if stage.retries < 0:
+            yield f"stages.{name}.retries must be 0 or more, not {stage.retries}"
+        if stage.timeout is not None and not stage.timeout > 0:
+            yield f"stages.{name}.timeout must be more than 0 seconds, or null, not {stage.timeout}"
         for key in ("num_gpus", "num_cpus", "memory"):
             number = getattr(stage, key)
             if number is not None and not (math.isfinite(number) and number >= 0):

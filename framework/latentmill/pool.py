@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -81,6 +82,8 @@ class RayPool:
         self.starting: dict[Any, Start] = {}
         self.flying: dict[Any, Dispatch] = {}
         self.blocks: dict[int, Any] = {}
+        self.heard: dict[tuple[int, int], float] = {}
+        """When a worker that has work last finished some, or was given its first."""
         check_placement(stages, [node["Resources"] for node in cast(Any, ray).nodes() if node["Alive"]])
         self.group, self.free = _reserve(stages)
         self.bundles: dict[tuple[int, int], int] = {}
@@ -101,6 +104,7 @@ class RayPool:
             self.starting[actor.ready.remote()] = order
             return
         actor = self.actors[order.stage, order.worker]
+        self.heard.setdefault((order.stage, order.worker), time.monotonic())
         if order.kind == "read":
             outcome, block = actor.read.options(num_returns=2).remote(list(order.rows))
         else:
@@ -150,9 +154,24 @@ class RayPool:
                 del self.flying[reference]
                 parts, rejected = ((), ()) if order.kind == "commit" else (outcome.parts, outcome.rejected)
                 events.append(Finished(order.id, parts, rejected))
+            self.heard[order.stage, order.worker] = time.monotonic()
         for (stage, worker), death in dead.items():
             self._bury(stage, worker)
             events.append(Died(stage, worker, _cause(death), at_start=getattr(death, "actor_init_failed", False)))
+        return events + self._hanging()
+
+    def _hanging(self) -> list[Event]:
+        """End workers that have work and have finished none for as long as their stage gives them."""
+        busy = {(order.stage, order.worker) for order in self.flying.values()}
+        self.heard = {key: when for key, when in self.heard.items() if key in busy}
+        events: list[Event] = []
+        for (stage, index), when in list(self.heard.items()):
+            timeout = self.stages[stage].timeout
+            if timeout is not None and time.monotonic() - when > timeout:
+                ray.kill(self.actors[stage, index])
+                self._bury(stage, index)
+                reason = f"it finished nothing for {timeout:g} s (stages.{self.stages[stage].name}.timeout)"
+                events.append(Died(stage, index, reason))
         return events
 
     def release(self, block: int) -> None:
@@ -177,6 +196,7 @@ class RayPool:
 
     def _bury(self, stage: int, worker: int) -> None:
         self.actors.pop((stage, worker), None)
+        self.heard.pop((stage, worker), None)
         if (stage, worker) in self.bundles:
             self.free[stage].append(self.bundles.pop((stage, worker)))
         for reference, order in list(self.flying.items()):

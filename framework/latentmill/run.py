@@ -30,6 +30,10 @@ class RunError(RuntimeError):
     """The job had to stop before its end; one line. The same command continues it."""
 
 
+class OutputError(RunError):
+    """It had to stop because its output can't be written: a full disk, a permission, a store that fails."""
+
+
 class Pool(Protocol):
     """Where the work is done: Ray's actors, this process, or a simulation."""
 
@@ -128,12 +132,15 @@ def begin(job: Job, plan: Plan, store: Storage) -> flow.State:
         done_shards(store),
         shared=not job.single_writer,
         fixed=job.deterministic,
+        stop_on_error=job.on_error == "stop",
+        max_error_rate=job.max_error_rate,
+        row_name=plan.row_id,
     )
 
 
 def _spec(job: Job, name: str) -> flow.StageSpec:
-    kinds = KINDS if name == "denoise" and not job.deterministic else 1
-    return flow.StageSpec(name, job.stages[name].batch_size, job.stages[name].replicas, kinds=kinds)
+    kinds, stage = KINDS if name == "denoise" and not job.deterministic else 1, job.stages[name]
+    return flow.StageSpec(name, stage.batch_size, stage.replicas, kinds=kinds, retries=stage.retries)
 
 
 def make_pool(job: Job, plan: Plan) -> Pool:
@@ -186,7 +193,7 @@ def drive(
         state.released.clear()
         show()
         if state.failed:
-            raise RunError(state.failed)
+            raise (OutputError if state.output_failed else RunError)(state.failed)
 
 
 @contextmanager
@@ -249,6 +256,7 @@ def _work(job: Job, plan: Plan, name: str) -> StageWork:
         resources=stage.resources,
         accelerator_type=stage.accelerator_type,
         threads=threads,
+        timeout=stage.timeout,
         calls=(spec := _spec(job, name)).in_flight * spec.kinds,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,10 @@ from latentmill.plan import Plan, parts, stage_choice
 from latentmill.plugin import Stage
 from latentmill.read import Read
 from latentmill.write import Write
+
+logger = logging.getLogger("latentmill")
+
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 Block: TypeAlias = list[pa.Table]
 Cut: TypeAlias = tuple[int, int, int, int]
@@ -43,6 +48,8 @@ class StageWork:
     """Calls that may be under way at a time: one computes, others unpack, pack or wait."""
     threads: int | None = None
     """torch's threads in a worker; None leaves torch's own choice."""
+    timeout: float | None = None
+    """Seconds without an answer after which a worker that has work counts as hanging. A process can't tell of itself."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,8 @@ class Worker:
         """Denoise only: batches of which some rows are on their way."""
         self.turn = threading.Condition()
         self.taken = False
+        self.most: int | None = None
+        """Rows that the stage is given at once, since more were too many for its memory."""
 
     def read(self, numbers: Sequence[int]) -> tuple[Outcome, Block]:
         """Read rows by number."""
@@ -115,8 +124,7 @@ class Worker:
             call = self.waiting.popleft()
             with _noting(call):
                 failpoints.reach(name)
-                result = self.stage(call.batch, call.reject)
-                call.block = [result] if isinstance(result, pa.Table) else list(result)
+                call.block = self._in_memory(call)
             return
         while self.waiting:
             call = self.waiting.popleft()
@@ -130,6 +138,30 @@ class Worker:
             with _noting(call):
                 assert call.visit is not None
                 call.block = list(self.stage.leave(call.visit))
+
+    def _in_memory(self, call: Call) -> Block:
+        """The stage's answer; in smaller and smaller pieces where it runs out of memory. It remembers how small."""
+        block: Block = []
+        start = 0
+        while start < len(call.batch):
+            count = min(self.most or len(call.batch), len(call.batch) - start)
+            rejected: dict[int, str] = {}
+            try:
+                result = self.stage(call.batch.slice(start, count), rejected.__setitem__)
+                block += [result] if isinstance(result, pa.Table) else list(result)
+            except OUT_OF_MEMORY:
+                if count == 1:
+                    raise
+                self.most = count // 2
+                logger.warning(
+                    f"{type(self.stage).__name__}: out of memory with {count} rows; from now on {self.most} at a time"
+                )
+                torch.cuda.empty_cache()
+                continue
+            for i, reason in rejected.items():
+                call.reject(start + i, reason)
+            start += count
+        return block
 
     def result(self, call: Call) -> tuple[Outcome, Block]:
         """What became of a call that is done, every row accounted for. Raises what the stage raised."""

@@ -1,0 +1,46 @@
+"""What a worker does around its stage."""
+
+import pyarrow as pa
+import pytest
+import torch
+
+from latentmill.plugin import Stage
+from latentmill.worker import Worker
+
+
+class Narrow(Stage):
+    """Has memory for so many rows; rejects rows that are multiples of 5."""
+
+    def __init__(self, memory, error=torch.OutOfMemoryError):
+        self.memory, self.error, self.given = memory, error, []
+
+    def __call__(self, batch, reject):
+        numbers = batch.column("row").to_pylist()
+        self.given.append(len(numbers))
+        for i, number in enumerate(numbers):  # what was rejected before the memory ran out is not told twice
+            if number % 5 == 0:
+                reject(i, f"{number} is a multiple of five")
+        if len(numbers) > self.memory:
+            raise self.error("no room")
+        return batch.filter(pa.array([number % 5 != 0 for number in numbers]))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_out_of_memory_halves_the_batch_and_the_stage_remembers(error, caplog):
+    worker = Worker(lambda: Narrow(3, error), gpu=False, threads=None)
+    outcome, block = worker.read(range(100, 112))
+    assert [number for table in block for number in table["row"].to_pylist()] == [n for n in range(100, 112) if n % 5]
+    assert dict(outcome.rejected) == {n: f"{n} is a multiple of five" for n in (100, 105, 110)}
+    assert worker.stage.given == [12, 6, 3, 3, 3, 3]
+    worker.read(range(4))
+    assert worker.stage.given[6:] == [3, 1]
+    assert [record.message for record in caplog.records] == [
+        "Narrow: out of memory with 12 rows; from now on 6 at a time",
+        "Narrow: out of memory with 6 rows; from now on 3 at a time",
+    ]
+
+
+def test_a_row_for_which_there_is_no_memory_alone_fails():
+    worker = Worker(lambda: Narrow(0), gpu=False, threads=None)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        worker.read(range(4))
