@@ -1,10 +1,12 @@
-# Everything below makes .venv on first use. PYTHON=python3.12 make test chooses another interpreter.
+# Everything below makes .venv on first use. PYTHON=python3.12 make test chooses another interpreter; SEEDS=10000 make simulate
+# runs as many worlds.
 PYTHON ?= python3
+SEEDS ?= 1000
 BIN := .venv/bin
 INSTALLED := .venv/installed
 PROJECTS := pyproject.toml plugins/shapes/pyproject.toml plugins/example/pyproject.toml
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench simulate
 
 demo: $(INSTALLED)
 	$(BIN)/latentmill run txt2img
@@ -16,6 +18,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+simulate: $(INSTALLED)
+	$(BIN)/python -m latentmill.simulate --seeds $(SEEDS)
 
 bench: $(INSTALLED)
 	@for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

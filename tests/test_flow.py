@@ -130,6 +130,13 @@ def test_workers_that_die_are_replaced_and_the_row_that_kills_is_found(seed):
     assert "killed" in world.failed()[41]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_what_a_dying_worker_only_held_is_not_condemned_with_it(seed):
+    """Even where the stage asks for no second try: of the batches that it held any may be the one."""
+    world = World(state(sizes=(1,) * 5, retries=0), seed, fatal={41}).run()
+    assert set(world.failed()) == {41}
+
+
 def test_a_stage_whose_workers_always_die_ends_the_job():
     world = World(state(), deaths=1.0).run()
     assert "fail one after another" in world.state.failed

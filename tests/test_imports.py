@@ -10,7 +10,7 @@ ORDER = """
     failpoints plugin registry schedulers tensors rows job storage plan
     sources sinks
     read encode guidance denoise decode write verify
-    flow leases worker pool inline simulate report run cli
+    flow leases worker pool inline report run simulate cli
     testing
 """.split()
 DOOR = {"job", "plan", "registry", "run"}

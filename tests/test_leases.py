@@ -18,11 +18,9 @@ def store(request, tmp_path):
 
 
 @pytest.fixture
-def clock(monkeypatch):
+def clock():
     """Seconds that pass when a test says so."""
-    now = [0.0]
-    monkeypatch.setattr(leases.time, "monotonic", lambda: now[0])
-    return now
+    return [0.0]
 
 
 def claim(driver, shard):
@@ -45,7 +43,7 @@ def test_what_is_in_the_dataset_is_not_done_again(store):
 
 
 def test_the_others_shards_are_looked_at_now_and_then(store, clock):
-    with Leases(store) as a, Leases(store) as b:
+    with Leases(store) as a, Leases(store, clock=lambda: clock[0]) as b:
         for shard in (1, 2, 3):
             claim(a, shard)
         assert b.news({1, 2, 3}) is None  # it looked when it began
@@ -59,7 +57,7 @@ def test_the_others_shards_are_looked_at_now_and_then(store, clock):
 
 def test_one_that_gives_no_sign_for_a_minute_is_gone(store, clock, monkeypatch):
     monkeypatch.setattr(Leases, "_beat", lambda self: None)  # it lives, and is stopped
-    with Leases(store) as a, Leases(store) as b:
+    with Leases(store, clock=lambda: clock[0]) as a, Leases(store, clock=lambda: clock[0]) as b:
         assert claim(a, 1) == "ours"
         assert claim(b, 1) == "taken"
         clock[0] += leases.PATIENCE - 1

@@ -654,8 +654,8 @@ def _quarantine(state: State, row: int, stage: int, reason: str) -> None:
         )
 
 
-def _failed(state: State, dispatch: Dispatch, reason: str) -> None:
-    attempts, retries = dispatch.attempts + 1, state.stages[dispatch.stage].retries
+def _failed(state: State, dispatch: Dispatch, reason: str, least: int = 0) -> None:
+    attempts, retries = dispatch.attempts + 1, max(state.stages[dispatch.stage].retries, least)
     if dispatch.kind == "commit":
         shard = state.shards[dispatch.shard]
         shard.attempts += 1
@@ -740,8 +740,8 @@ def _died(state: State, event: Died) -> None:
         return
     held = [state.flying.pop(id) for id in state.workers[event.stage].pop(event.worker, [])]
     _replace(state, event.stage, event.worker, {row for dispatch in held for row in dispatch.rows}, event.reason)
-    for dispatch in held:
-        _failed(state, dispatch, f"its worker died: {event.reason}")
+    for dispatch in held:  # of several it may have been any: each is tried again alone, whatever the stage's retries
+        _failed(state, dispatch, f"its worker died: {event.reason}", least=len(held) > 1)
 
 
 def _replace(state: State, stage: int, worker: int, rows: set[int], reason: str) -> None:

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Set
+from collections.abc import Callable, Set
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,18 +30,20 @@ PATIENCE = 60.0
 class Leases:
     """This driver's leases, and what it knows of the others'. Its heart beats from ``with`` to the end."""
 
-    def __init__(self, store: Storage) -> None:
-        self.store = store
-        self.me = f"{_here()}/{os.getpid()}/{uuid.uuid4().hex}"
+    def __init__(self, store: Storage, me: str | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.store, self.clock = store, clock
+        self.me = me or f"{_here()}/{os.getpid()}/{uuid.uuid4().hex}"
+        """Machine, process and a name that nobody else has."""
         self.held: set[int] = set()
         self.lives: dict[str, tuple[bytes, float]] = {}
         """Of each other driver its last sign of life, and when that was new to us."""
-        self._looked = time.monotonic()
+        self._looked = clock()
+        self._beats = 0
         self._stop = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="leases", daemon=True)
 
     def __enter__(self) -> Leases:
-        self.store.put(_life(self.me), b"0")
+        self.beat()
         self._heart.start()
         return self
 
@@ -83,7 +85,7 @@ class Leases:
 
     def news(self, elsewhere: Set[int]) -> Seen | None:
         """Every few seconds, what has become of the shards that others hold; None if it isn't time to look."""
-        now = time.monotonic()
+        now = self.clock()
         if not elsewhere or now < self._looked + EVERY:
             return None
         done = done_shards(self.store) & elsewhere
@@ -94,7 +96,7 @@ class Leases:
             if shard in names:
                 with suppress(FileNotFoundError):
                     owners[shard] = self.store.read(f"leases/{shard:05d}").decode()
-        self._looked = time.monotonic() + 20 * (time.monotonic() - now)  # a store that is slow is asked less often
+        self._looked = self.clock() + 20 * (self.clock() - now)  # a store that is slow is asked less often
         return Seen(frozenset(done), frozenset(shard for shard, owner in owners.items() if self._is_gone(owner)))
 
     def _is_gone(self, owner: str) -> bool:
@@ -109,17 +111,20 @@ class Leases:
             sign = self.store.read(_life(owner))
         except FileNotFoundError:
             sign = b""
-        now = time.monotonic()
+        now = self.clock()
         if self.lives.get(owner, (None,))[0] != sign:
             self.lives[owner] = sign, now
         return now - self.lives[owner][1] >= PATIENCE
 
+    def beat(self) -> None:
+        """Show that this driver lives."""
+        self.store.put(_life(self.me), str(self._beats).encode())
+        self._beats += 1
+
     def _beat(self) -> None:
-        beats = 0
         while not self._stop.wait(EVERY):
-            beats += 1
             with suppress(OSError):  # a store that fails for a while costs the leases, at worst
-                self.store.put(_life(self.me), str(beats).encode())
+                self.beat()
 
 
 def _life(driver: str) -> str:

@@ -170,6 +170,17 @@ def drive(
 ) -> None:
     """The loop. Raises RunError if the flow says that the job can't go on."""
     while not flow.finished(state):
+        turn(state, pool, leases, data)
+        show()
+        if state.failed:
+            raise (OutputError if state.output_failed else RunError)(state.failed)
+        if state.elsewhere and not state.flying and not state.starting:
+            time.sleep(0.2)  # there is nothing to do but to wait for other drivers
+
+
+def turn(state: flow.State, pool: Pool, leases: Leases | None = None, data: Callable[[int], str] = str) -> None:
+    """Decide, dispatch, collect, once. ``data`` names a shard's file."""
+    while True:
         claimed = False
         for order in flow.decide(state):
             if isinstance(order, flow.Claim):
@@ -178,22 +189,17 @@ def drive(
                 claimed = True
             else:
                 pool.submit(order)
-        if claimed:
-            continue
-        for event in pool.collect(timeout=0.5):
-            flow.apply(state, event)
-        if leases is not None:
-            leases.keep({*state.shards, *state.claimed})
-            if news := leases.news(state.elsewhere):
-                flow.apply(state, news)
-            elif not state.flying and not state.starting:
-                time.sleep(0.2)  # there is nothing to do but to wait for other drivers
-        for block in state.released:
-            pool.release(block)
-        state.released.clear()
-        show()
-        if state.failed:
-            raise (OutputError if state.output_failed else RunError)(state.failed)
+        if not claimed:
+            break
+    for event in pool.collect(timeout=0.5):
+        flow.apply(state, event)
+    if leases is not None:
+        leases.keep({*state.shards, *state.claimed})
+        if news := leases.news(state.elsewhere):
+            flow.apply(state, news)
+    for block in state.released:
+        pool.release(block)
+    state.released.clear()
 
 
 @contextmanager

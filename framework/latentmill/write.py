@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -65,16 +65,16 @@ class Write(Stage):
         table = table.drop_columns(["row"])
 
         name = data_name(shard, self.sink)
-        with self.store.aside(name) as temporary:
-            about = {**self.metadata, ERRORS_KEY: json.dumps(failed)}
-            self.sink.write(temporary, table, about)
+        about = {**self.metadata, ERRORS_KEY: json.dumps(failed)}
+
+        def check(temporary: str) -> None:
             with open(temporary, "rb") as file:
                 if list(self.sink.row_ids(file)) != [self.plan.row_id(number) for number in sorted(numbers)]:
                     raise RuntimeError(f"shard {shard}: the file just written has not the rows that were written")
                 if self.sink.metadata(file).get(ERRORS_KEY) != about[ERRORS_KEY]:
                     raise RuntimeError(f"shard {shard}: the file just written has not the errors that were written")
-            first = self.store.create(name, temporary)
-            failpoints.reach("published")
+
+        first = publish(self.store, name, lambda temporary: self.sink.write(temporary, table, about), check)
         copy_errors(self.store, shard, self.sink)
         return first
 
@@ -95,6 +95,19 @@ class Write(Stage):
             for column in rows.HALFWAY if sampling["until"] else ():
                 batch = batch.append_column(column, pa.array([], column.type))
         return batch
+
+
+def publish(store: Storage, name: str, write: Callable[[str], None], check: Callable[[str], None]) -> bool:
+    """Write a file aside, check what is there, and give it its name if that is free; False if another was first.
+
+    In this order: what has a name is right. ``write`` and ``check`` are given the temporary file's path.
+    """
+    with store.aside(name) as temporary:
+        write(temporary)
+        check(temporary)
+        first = store.create(name, temporary)
+        failpoints.reach("published")
+    return first
 
 
 def data_name(shard: int, sink: Sink) -> str:
