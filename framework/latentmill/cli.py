@@ -21,6 +21,7 @@ from latentmill.plan import PlanError
 from latentmill.plugin import Scheduler
 from latentmill.registry import PluginError
 from latentmill.run import OutputError, RunError, run, status
+from latentmill.worker import OUT_OF_MEMORY
 from latentmill.write import done_shards
 
 WRONG = (JobError, PluginError, PlanError)
@@ -53,13 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         # What is our own is one line. PlacementError's class is Ray's side of the house: known by being a ValueError
         # with a module of ours, so that Ray is not imported to look at it.
-        ours = isinstance(error, (*WRONG, RunError, OSError)) or type(error).__module__.startswith("latentmill.")
+        ours = isinstance(error, (*WRONG, RunError, OSError, *OUT_OF_MEMORY)) or type(error).__module__.startswith(
+            "latentmill."
+        )
         if options.debug or not ours:
             raise
-        print(f"latentmill: {error}", file=sys.stderr)
+        said = f"out of memory: {error}" if isinstance(error, OUT_OF_MEMORY) else str(error)
+        print(f"latentmill: {said}", file=sys.stderr)
         if isinstance(error, (OutputError, OSError)):
             return 3
-        return 1 if isinstance(error, RunError) else 2
+        return 1 if isinstance(error, (RunError, *OUT_OF_MEMORY)) else 2
 
 
 def _run(options: Any) -> int:

@@ -90,7 +90,6 @@ class RayPool:
 
     def submit(self, order: Order) -> None:
         if isinstance(order, Stop):
-            ray.kill(self.actors[order.stage, order.worker])
             self._bury(order.stage, order.worker)
             return
         if isinstance(order, Start):
@@ -168,7 +167,6 @@ class RayPool:
         for (stage, index), when in list(self.heard.items()):
             timeout = self.stages[stage].timeout
             if timeout is not None and time.monotonic() - when > timeout:
-                ray.kill(self.actors[stage, index])
                 self._bury(stage, index)
                 reason = f"it finished nothing for {timeout:g} s (stages.{self.stages[stage].name}.timeout)"
                 events.append(Died(stage, index, reason))
@@ -195,7 +193,9 @@ class RayPool:
         return Failed(order.id, cause, f"{type(error).__name__}: {error}".splitlines()[0])
 
     def _bury(self, stage: int, worker: int) -> None:
-        self.actors.pop((stage, worker), None)
+        """Forget a worker, and end it if it lives: one that was only out of reach would keep its place."""
+        if actor := self.actors.pop((stage, worker), None):
+            ray.kill(actor)
         self.heard.pop((stage, worker), None)
         if (stage, worker) in self.bundles:
             self.free[stage].append(self.bundles.pop((stage, worker)))

@@ -1,0 +1,65 @@
+"""A process with torch and latentmill imported, that forks one for each run: a run in a process of its own, in no time."""
+
+import json
+import os
+import subprocess
+import sys
+
+SERVER = """
+import ctypes, json, os, signal, sys
+import latentmill.cli, latentmill.inline, latentmill.sinks.parquet, latentmill_shapes.plugin
+
+for line in sys.stdin:
+    asked = json.loads(line)
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    os.environ.update(asked["environment"])
+    log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1), os.dup2(log, 2)
+    if asked["obeys"] and os.geteuid() == 0:  # root loses CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, with which it may all
+        header, capabilities = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        assert ctypes.CDLL(None).capget(header, capabilities) == 0
+        capabilities[0] &= ~0b110
+        assert ctypes.CDLL(None).capset(header, capabilities) == 0
+    signal.alarm(120)  # whatever hangs ends
+    try:
+        code = latentmill.cli.main(asked["arguments"])
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        code = 99
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
+"""
+
+
+class Forks:
+    """``begin`` starts ``latentmill ARGUMENTS`` and returns its process number; ``end`` waits, and returns the exit code.
+
+    ``obeys``: permissions are for it, too, though it be root.
+    """
+
+    def __init__(self):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.server = subprocess.Popen([sys.executable, "-c", SERVER], **pipes, text=True, env=environment)
+
+    def begin(self, arguments, log, obeys=False, **environment):
+        asked = {"arguments": arguments, "log": str(log), "obeys": obeys, "environment": environment}
+        self.server.stdin.write(json.dumps(asked) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def end(self):
+        return int(self.server.stdout.readline())
+
+    def run(self, *arguments, **settings):
+        self.begin(*arguments, **settings)
+        return self.end()
+
+    def close(self):
+        self.server.stdin.close()
+        self.server.wait()

@@ -1,0 +1,120 @@
+"""Runs that are killed three times at random moments, and end as if nobody had touched them.
+
+RUNS=50 .venv/bin/python -m pytest tests/faults/test_soak.py        # as docs/reliability.md says; without RUNS three
+"""
+
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from tests.faults.forks import Forks
+
+import latentmill
+from latentmill import pool, storage
+from latentmill.verify import verify
+
+RUNS = int(os.environ.get("RUNS", 3))
+KILLS = 3
+PROMPTS = [
+    f"a {colour} {shape} on a white background" for shape in ("star", "ring") for colour in ("red", "blue", "green")
+]
+
+
+@pytest.fixture(scope="module")
+def forks():
+    server = Forks()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def job(forks, tmp_path_factory):
+    """A job of 48 rows in 12 shards, the files that it makes undisturbed, and the seconds that this takes."""
+    alone = tmp_path_factory.mktemp("alone")
+    (alone / "prompts.txt").write_text("\n".join(PROMPTS))
+    settings = [
+        f"source.path={alone / 'prompts.txt'}", "samples_per_row=8", "rows_per_shard=4", "sampling.steps=8", "deterministic=true",
+        *(f"stages.{name}.batch_size=4" for name in ("read", "encode", "denoise", "decode", "write")),
+    ]  # fmt: skip
+    begun = time.monotonic()
+    assert forks.run(command(settings, alone / "out"), alone / "log") == 0, (alone / "log").read_text()
+    return settings, shards(alone / "out"), time.monotonic() - begun
+
+
+def command(settings, output):
+    return ["run", "txt2img", *settings, "cluster=inline", f"output={output}"]
+
+
+def shards(output):
+    return {path.name: path.read_bytes() for path in sorted(Path(output, "data").glob("*"))}
+
+
+def whole(output, alone):
+    assert shards(output) == alone and (output / "_SUCCESS").exists()
+    verdict = verify(storage.at(str(output)))
+    assert verdict.sound and verdict.ok == 48
+
+
+@pytest.mark.parametrize("seed", range(RUNS))
+def test_a_driver_killed_three_times(seed, job, forks, tmp_path):
+    settings, alone, seconds = job
+    dice, killed = random.Random(seed), 0
+    for _ in range(KILLS):
+        process = forks.begin(command(settings, tmp_path / "out"), tmp_path / "log")
+        timer = threading.Timer(dice.uniform(0, seconds / 2), lambda process=process: os.kill(process, signal.SIGKILL))
+        timer.start()
+        code = forks.end()
+        timer.cancel()
+        killed += code == -signal.SIGKILL
+        assert code in (0, -signal.SIGKILL), (tmp_path / "log").read_text()
+        assert shards(tmp_path / "out").items() <= alone.items()
+    assert killed
+    assert forks.run(command(settings, tmp_path / "out"), tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    whole(tmp_path / "out", alone)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    there = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    try:
+        pool.connect(there.address)
+        yield there
+    finally:
+        ray.shutdown()
+        there.shutdown()
+
+
+@pytest.mark.parametrize("seed", range(max(1, RUNS // 3)))
+def test_workers_killed_three_times(seed, job, cluster, tmp_path):
+    """Whichever worker it hits, as soon as there are some; the run goes on by itself."""
+    settings, alone, _ = job
+    dice, victims, ended = random.Random(seed), [], threading.Event()
+
+    def hunt():
+        while len(victims) < KILLS and not ended.wait(dice.uniform(0.5, 4)):
+            workers = [
+                process
+                for process in psutil.Process().children(recursive=True)
+                if process.name().startswith("ray::_Actor") and process.pid not in victims
+            ]
+            if workers:
+                victims.append(dice.choice(workers).pid)
+                os.kill(victims[-1], signal.SIGKILL)
+
+    hunter = threading.Thread(target=hunt)
+    hunter.start()
+    try:
+        place = ["cluster=ray", f"cluster.address={cluster.address}", f"output={tmp_path / 'out'}"]
+        result = latentmill.run("txt2img", [*settings, *place, "stages.write.retries=5"])
+    finally:
+        ended.set()
+        hunter.join()
+    assert victims and (result.ok, result.failed) == (48, 0)
+    whole(tmp_path / "out", alone)
