@@ -307,16 +307,23 @@ def mixed():
     table = rows.concat([part.replace_schema_metadata(None) for part in of_each_scheduler])
     denoiser.load(torch.device("cpu"))
 
-    def run(numbers, fixed=None):
-        stage = Denoise(denoiser, schedulers.__getitem__, "trailing", 16, fixed)
-        parts = stage(table.take(numbers), lambda i, reason: pytest.fail(reason))
-        return {
-            number: tensors.from_arrow(part, "latents")[i]
-            for part in parts
-            for i, number in enumerate(part.column("row").to_pylist())
-        }
+    def parts(given, fixed=None, until=0.0):
+        stage = Denoise(denoiser, schedulers.__getitem__, "trailing", 16, fixed, until=until)
+        return list(stage(given, lambda i, reason: pytest.fail(reason)))
 
+    def run(numbers, fixed=None):
+        return latents_of(parts(table.take(numbers), fixed))
+
+    run.table, run.parts = table, parts
     return run
+
+
+def latents_of(parts):
+    return {
+        number: tensors.from_arrow(part, "latents")[i]
+        for part in parts
+        for i, number in enumerate(part.column("row").to_pylist())
+    }
 
 
 def test_sixty_four_mixed_rows_each_as_if_alone(mixed):
@@ -330,4 +337,24 @@ def test_mixed_rows_bit_for_bit_where_the_shape_is_fixed(mixed):
     fixed = rows.FixedShape(batch_size=16, rows_per_shard=64)
     together = mixed(list(range(16)), fixed)
     for n, latents in mixed([14, 3, 7, 0, 9], fixed).items():
+        assert torch.equal(latents, together[n]), n
+
+
+def test_mixed_rows_saved_in_the_middle_reordered_and_resumed(mixed):
+    """Half-way rows are values: in Arrow, in another order, with what their scheduler remembers, they go on as if never stopped."""
+    fixed = rows.FixedShape(batch_size=8, rows_per_shard=64)
+    together = mixed(list(range(8)), fixed)
+    halves = mixed.parts(mixed.table.take(list(range(8))), fixed, until=0.5)
+    told = [name for name in mixed.table.column_names if name.startswith((rows.PROMPT, rows.NEGATIVE))]
+    shuffled = []
+    for half in halves:
+        assert min(half["time"].to_pylist()) > 0 and max(half["time"].to_pylist()) < 0.5
+        half = half.take(list(range(len(half)))[::-1])
+        again = mixed.table.take(half["row"].to_pylist())  # the row of number n stands at n
+        for name in told:
+            half = half.append_column(again.schema.field(name), again.column(name))
+        shuffled.append(half.combine_chunks())
+    found = latents_of(part for half in shuffled[::-1] for part in mixed.parts(half, fixed))
+    assert found.keys() == together.keys()
+    for n, latents in found.items():
         assert torch.equal(latents, together[n]), n
