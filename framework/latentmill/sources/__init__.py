@@ -6,15 +6,19 @@ installed package brings.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.resources
 import os
+import stat
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from latentmill.plugin import RowError
 
 SMALL = 64 << 20
 """Bytes up to which a source is fingerprinted by its contents; beyond, by sizes and times of modification."""
@@ -66,6 +70,36 @@ def find(path: str, suffixes: Collection[str]) -> list[str]:
     return known
 
 
+def open_file(folder: Path, name: str, follow_links: bool = False) -> BinaryIO:
+    """Open the plain file ``name`` below ``folder``. Raises RowError if there is none, or it would lie outside.
+
+    With ``follow_links`` a symbolic link may lead out of the folder.
+    """
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        raise RowError("the path must lead to a file below the source's folder")
+    try:
+        path = folder / name
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever, and a device may never end
+            raise RowError("not a file")
+        if not follow_links and not path.resolve().is_relative_to(folder.resolve()):
+            raise RowError("a link out of the source's folder, which only follow_links: true follows")
+        return path.open("rb")
+    except RowError:
+        raise
+    except ValueError as error:  # a NUL in the name, or what the file system can't spell
+        raise RowError(f"not a file name: {error}") from error
+    except OSError as error:
+        if error.errno not in NO_FILE:  # the storage's, and may be gone at the next attempt
+            raise
+        raise RowError((error.strerror or str(error)).lower()) from error
+
+
+NO_FILE = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
+)
+"""What the operating system says of a path that is wrong, and will be wrong at the next attempt."""
+
+
 def is_small(folder: Path, names: Iterable[str]) -> bool:
     """Whether the files are small enough, in all, to be fingerprinted by their contents."""
     return sum((folder / name).stat().st_size for name in names) <= SMALL
@@ -77,11 +111,11 @@ def fingerprint(folder: Path, names: Iterable[str], contents: bool) -> str:
     for name in names:
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
         try:
-            if contents:
+            found = (folder / name).stat()
+            if contents and stat.S_ISREG(found.st_mode):
                 digest.update(hashlib.blake2b((folder / name).read_bytes()).digest())
             else:
-                stat = (folder / name).stat()
-                digest.update(b"%d %d\0" % (stat.st_size, stat.st_mtime_ns))
+                digest.update(b"%d %d\0" % (found.st_size, found.st_mtime_ns))
         except OSError as error:  # a broken link, say: its row will end in the error table
             digest.update(b"%d\0" % (error.errno or 0))
     return digest.hexdigest()

@@ -8,6 +8,7 @@ import os
 import warnings
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from itertools import islice
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT, TiffImageFile
 
 from latentmill.plugin import Fragment, RowError, Source
-from latentmill.sources import SMALL, fingerprint, locate
+from latentmill.sources import SMALL, fingerprint, locate, open_file
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 """RGB, ``[H, W, 3]``."""
@@ -32,6 +34,9 @@ SUFFIXES = frozenset(
 )
 """A file with one of these is a row, so that a picture of a kind that we don't decode is an error to see, not a gap."""
 
+MAX_PIXELS = 89_478_485
+"""What a picture may have unless a job says otherwise: a quarter of a gibibyte in RGB, as Pillow warns from on."""
+
 RUN = 1000
 """Pictures in a fragment."""
 
@@ -40,11 +45,14 @@ class Images(Source):
     """The pictures below a folder, sorted by path; ``cat.txt`` beside ``cat.png`` is its prompt.
 
     A picture is a file with a picture's suffix. Hidden files and all others are passed over, and links to folders are
-    not followed. A fragment is a run of at most 1000 pictures, named after its first.
+    not followed; links to files outside the folder only with ``follow_links``, since a folder that came from elsewhere
+    may hold links to what is nobody's business. A fragment is a run of at most 1000 pictures, named after its first.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, max_pixels: int = MAX_PIXELS, follow_links: bool = False) -> None:
+        if max_pixels < 1:
+            raise ValueError(f"max_pixels must be 1 or more, not {max_pixels}")
+        self.path, self.max_pixels, self.follow_links = path, max_pixels, follow_links
 
     def fragments(self) -> list[Fragment]:
         """Raises ValueError if the folder is missing or has no pictures."""
@@ -70,41 +78,35 @@ class Images(Source):
     def read(self, fragment: str, start: int, stop: int) -> Iterator[Mapping[str, Any] | RowError]:
         folder = locate(self.path)
         for name in _run(str(folder), fragment)[start:stop]:
+            at = name
             try:
-                row: dict[str, Any] = {"image": read_picture(folder, name)}
-                caption = folder / _caption(name)
-                if caption.is_file():
-                    row["prompt"] = caption.read_bytes().decode("utf-8-sig").strip()
+                row: dict[str, Any] = {"image": read_picture(folder, name, self.max_pixels, self.follow_links)}
+                at = _caption(name)
+                if os.path.lexists(folder / at):
+                    row["prompt"] = self._prompt(folder, at)
                 yield row
-            except UnicodeDecodeError:
-                yield RowError(f"{_shown(_caption(name))} is not UTF-8")
             except RowError as error:
-                yield RowError(f"{_shown(name)}: {error}")
+                yield RowError(f"{_shown(at)}: {error}")
+
+    def _prompt(self, folder: Path, name: str) -> str:
+        with open_file(folder, name, self.follow_links) as file:
+            try:
+                return file.read().decode("utf-8-sig").strip()
+            except UnicodeDecodeError as error:
+                raise RowError(f"not UTF-8, at byte {error.start}") from error
 
 
-def read_picture(folder: Path, name: str) -> Pixels:
+def read_picture(folder: Path, name: str, max_pixels: int = MAX_PIXELS, follow_links: bool = False) -> Pixels:
     """Decode the file ``name`` inside ``folder``. Raises RowError if it can't be, or would lie outside."""
-    if os.path.isabs(name) or ".." in Path(name).parts:
-        raise RowError("a picture's path must lead to a file below the source's folder")
-    try:
-        file = (folder / name).open("rb")
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        raise RowError((error.strerror or str(error)).lower()) from error
-    except ValueError as error:  # a NUL in the name, or what the file system can't spell
-        raise RowError(f"not a file name: {error}") from error
-    except OSError as error:
-        if len(os.fsencode(Path(name).name)) > 255 or len(os.fsencode(name)) > 4000:
-            raise RowError("the file name is too long") from error
-        raise
-    with file:
-        return decode(file)
+    with open_file(folder, name, follow_links) as file:
+        return decode(file, max_pixels)
 
 
-def decode(file: BinaryIO | bytes) -> Pixels:
-    """A picture's pixels: frame 0, turned as its EXIF says, transparency laid on white, 16 bits scaled to 8.
+def decode(file: BinaryIO | bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """A picture's pixels: frame 0, turned as its EXIF says, transparency laid on white, samples scaled to 8 bits.
 
-    Raises RowError for anything that isn't a whole picture of the FORMATS, or has more pixels than
-    ``PIL.Image.MAX_IMAGE_PIXELS``. CMYK goes through the picture's ICC profile if it has one.
+    Raises RowError for anything that isn't a whole picture of the FORMATS, or has more than ``max_pixels``. CMYK goes
+    through the picture's ICC profile if it has one; other profiles are ignored.
     """
     if isinstance(file, bytes):
         file = io.BytesIO(file)
@@ -112,18 +114,17 @@ def decode(file: BinaryIO | bytes) -> Pixels:
         raise RowError("the file is empty")
     file.seek(0)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as image:
-                image.load()  # verify() passes a truncated JPEG
-                return np.array(_rgb(ImageOps.exif_transpose(image)))
+        with _no_more_than(max_pixels), Image.open(file, formats=FORMATS) as image:
+            layout = str(image.tile[0][3]) if image.tile else ""  # of the samples in the file; gone after load()
+            image.load()  # verify() passes a truncated JPEG
+            ImageOps.exif_transpose(image, in_place=True)
+            return np.array(_rgb(image, layout))
     except (MemoryError, RowError):
         raise
     except UnidentifiedImageError as error:
         raise RowError(f"not a picture in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise RowError(f"more than {Image.MAX_IMAGE_PIXELS} pixels: a decompression bomb?") from error
+        raise RowError(f"more than {max_pixels} pixels (max_pixels): a decompression bomb?") from error
     except Exception as error:
         # Broken files end in SyntaxError, struct.error, IndexError and what not, in Pillow. Only an error with a number
         # comes from the storage, and may be gone at the next attempt.
@@ -132,21 +133,63 @@ def decode(file: BinaryIO | bytes) -> Pixels:
         raise RowError(f"can't be decoded: {str(error) or type(error).__name__}") from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+@contextmanager
+def _no_more_than(max_pixels: int) -> Iterator[None]:
+    """Let Pillow raise DecompressionBombWarning beyond so many pixels, and warn of nothing else."""
+    before = Image.MAX_IMAGE_PIXELS
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        Image.MAX_IMAGE_PIXELS = max_pixels
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def _rgb(image: Image.Image, layout: str) -> Image.Image:
+    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    if image.mode in ("I", "F") or tags.get(SAMPLEFORMAT, (1,))[0] not in (1, 4):  # 4: undefined, which is unsigned
+        raise RowError("32-bit or signed samples, whose range nobody knows")
     if image.mode.startswith("I;16"):
-        wide = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise RowError("32-bit samples, whose range nobody knows")
+        return _narrowed(image, tags)
+    if "transparency" in image.info and layout in ("L;2", "L;4", "RGB;16B"):
+        # Pillow compares the colour, as it is in the file, with pixels that are 8 bits by now.
+        raise RowError("a transparent colour among samples of 2, 4 or 16 bits")
+    if image.mode == "P":
+        _require_palette(image)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     profile = image.info.get("icc_profile")
     if image.mode == "CMYK" and profile:
-        converted = ImageCms.profileToProfile(image, io.BytesIO(profile), _srgb(), outputMode="RGB")
+        try:
+            converted = ImageCms.profileToProfile(image, io.BytesIO(profile), _srgb(), outputMode="RGB")
+        except ImageCms.PyCMSError as error:
+            raise RowError(f"its colour profile is not one of CMYK: {error}") from error
         assert converted is not None
         return converted
     return image.convert("RGB")
+
+
+def _narrowed(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
+    """Gray samples of 9 to 16 bits as 8: scaled, where ``convert`` would cut off what is above 255."""
+    top = (1 << tags.get(BITSPERSAMPLE, (16,))[0]) - 1
+    wide = np.asarray(image).astype(np.uint32)
+    gray = (wide * 255 + top // 2) // top
+    if tags.get(PHOTOMETRIC_INTERPRETATION) == 0:  # white is zero, which Pillow heeds in up to 8 bits
+        gray = 255 - gray
+    gray[wide == image.info.get("transparency", -1)] = 255
+    return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
+
+
+def _require_palette(image: Image.Image) -> None:
+    """Raise RowError if a pixel that can be seen has a number that the palette has no colour for: Pillow makes it black."""
+    palette = image.palette
+    colours = len(palette.palette) // len(palette.mode) if palette is not None else 0
+    seen = {number for number, count in enumerate(image.histogram()) if count} - {image.info.get("transparency")}
+    if max(seen, default=0) >= colours:
+        raise RowError(f"a pixel of colour {max(seen)} in a palette of {colours}")
 
 
 @cache
@@ -209,4 +252,5 @@ def _size(path: Path) -> int:
 
 
 def _shown(name: str) -> str:
-    return name.encode("utf-8", "backslashreplace").decode()
+    """A file's name in a line for people, whatever bytes it has."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from latentmill.plugin import Fragment, RowError, Source
 from latentmill.sources import ParquetRows, find, fingerprint, is_small, root
-from latentmill.sources.images import decode, read_picture
+from latentmill.sources.images import MAX_PIXELS, decode, read_picture
 
 TEXTS = ("prompt", "negative_prompt", "scheduler")
 WHOLE = ("seed", "steps", "width", "height")
@@ -31,10 +31,13 @@ class Prompts(Source):
     A line of text is a prompt, without the white space around it; blank lines are no rows, in text, CSV and JSON lines
     alike. An empty field of a CSV file stands for the job's value, but an empty prompt is an empty prompt; null is the
     job's value everywhere except in ``prompt``, where it is an error. A table must have a ``prompt`` or an ``image``.
+    ``max_pixels`` and ``follow_links`` are for pictures, as in the source ``images``.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, max_pixels: int = MAX_PIXELS, follow_links: bool = False) -> None:
+        if max_pixels < 1:
+            raise ValueError(f"max_pixels must be 1 or more, not {max_pixels}")
+        self.path, self.max_pixels, self.follow_links = path, max_pixels, follow_links
         self._files: dict[str, _File] = {}
 
     def fragments(self) -> list[Fragment]:
@@ -77,12 +80,12 @@ class Prompts(Source):
             image = image.get("path") if image.get("bytes") is None else image["bytes"]
         if isinstance(image, str):
             try:
-                row["image"] = read_picture(folder, image)
+                row["image"] = read_picture(folder, image, self.max_pixels, self.follow_links)
             except RowError as error:
                 raise RowError(f"image {image!r}: {error}") from error
         elif isinstance(image, bytes):
             try:
-                row["image"] = decode(image)
+                row["image"] = decode(image, self.max_pixels)
             except RowError as error:
                 raise RowError(f"image: {error}") from error
         elif image is not None:
