@@ -116,6 +116,50 @@ def test_a_vae_refuses_another_s_latents():
         call(Decode(Other()), part)
 
 
+@pytest.mark.parametrize("fixed", [None, rows.FixedShape(batch_size=6, rows_per_shard=6)])
+def test_conditioning_that_is_not_finite_is_rejected_and_names_the_text_encoder(fixed):
+    class Overflowing(Lengths):
+        def encode(self, prompts):
+            lengths = torch.tensor([[float(len(p))] for p in prompts])
+            lengths[torch.tensor(["huge" in p for p in prompts])] = float("inf")
+            return {"length": torch.full((len(prompts), 2), 1, dtype=torch.int64), "embeds": lengths}
+
+    table = batch(["a", "huge", "bad", "c", "d", "e"])
+    negative = ["no", "no", "no", "huge", "no", "no"]
+    at = table.schema.get_field_index("negative_prompt")
+    table = table.set_column(at, table.schema.field(at), [negative])
+    [part], rejected = call(Encode(Lossless(), Overflowing(), fixed), table)
+    assert part.column("row").to_pylist() == [0, 4, 5]
+    assert rejected == {
+        1: "the text encoder's embeds of the prompt are not finite",
+        2: "unknown word 'bad'",
+        3: "the text encoder's embeds of the negative prompt are not finite",
+    }
+    parts, rejected = call(Encode(Lossless(), Overflowing(), fixed), batch(["huge"] * 2))
+    assert parts == [] and sorted(rejected) == [0, 1]
+
+
+def test_latents_of_a_picture_that_are_not_finite_are_rejected_and_the_next_row_keeps_its_number():
+    class Broken(Lossless):
+        def encode(self, images):
+            return torch.where(images[:, :1, :1, :1] > 0, float("nan"), super().encode(images))
+
+    class Overflowing(Lengths):
+        def encode(self, prompts):
+            return {"embeds": torch.tensor([[float("inf" if p == "huge" else 1)] for p in prompts])}
+
+    images = torch.zeros(3, 4, 6, 3, dtype=torch.uint8)
+    images[0] = 255
+    [part], rejected = call(Encode(Broken(), Overflowing()), batch(["a", "b", "huge"], images=images))
+    assert part.column("row").to_pylist() == [1]
+    assert rejected == {
+        0: "the VAE's latents of this picture are not finite",
+        2: "the text encoder's embeds of the prompt are not finite",
+    }
+    parts, rejected = call(Encode(Broken(), None), batch(["a"], images=images[:1]))
+    assert parts == [] and rejected == {0: "the VAE's latents of this picture are not finite"}
+
+
 def test_pictures_that_are_not_finite_are_rejected():
     [part], _ = call(Encode(Lossless(), None), batch(["a", "b"]))
     latents = tensors.from_arrow(part, "latents").clone()

@@ -54,10 +54,17 @@ class Encode(Stage):
                 if not fine:
                     reject(i, "the VAE's latents of this picture are not finite")
             if not all(good):
-                kept = [k for k, fine in enumerate(good) if fine]
-                part, slots, latents = part.take(kept), slots[kept], latents[kept]
+                kept = torch.tensor(good)
+                part, slots, latents = part.filter(pa.array(good)), slots[kept], latents[kept]
+                members = [i for i, fine in zip(members, good) if fine]
             if len(part):
                 part = self._with_text(rows.with_latents(part, latents, self.vae.spec), slots, size)
+                wrong = not_finite(part)
+                for k, reason in wrong.items():
+                    reject(members[k], reason)
+                if wrong:
+                    part = part.filter(pa.array([k not in wrong for k in range(len(part))]))
+            if len(part):
                 yield part.replace_schema_metadata({rows.SCHEDULER_KEY: scheduler} if scheduler else None)
 
     def _latents(self, part: pa.Table, shape: tuple[int, ...], slots: Tensor, size: int) -> Tensor:
@@ -99,6 +106,20 @@ class Encode(Stage):
         index = {prompt: i for i, prompt in enumerate(unique)}
         order = torch.tensor([index[prompt] for prompt in prompts])
         return {name: tensor.cpu()[order] for name, tensor in self.text_encoder.encode(unique).items()}
+
+
+def not_finite(part: pa.Table) -> dict[int, str]:
+    """Rows whose conditioning has NaN or infinity in it, with the reason: no picture that is made of it would be right."""
+    wrong: dict[int, str] = {}
+    for prefix, prompt in ((rows.PROMPT, "prompt"), (rows.NEGATIVE, "negative prompt")):
+        for column in part.column_names:
+            if column.startswith(prefix):
+                fine = tensors.from_arrow(part, column).isfinite().flatten(1).all(1)
+                for k in (~fine).nonzero()[:, 0].tolist():
+                    wrong.setdefault(
+                        k, f"the text encoder's {column.removeprefix(prefix)} of the {prompt} are not finite"
+                    )
+    return wrong
 
 
 def stored_dtype(spec: LatentSpec) -> torch.dtype:
