@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "framework" / "latentmill"
 ORDER = """
-    failpoints plugin registry schedulers tensors rows job storage plan
+    failpoints plugin weights registry schedulers tensors rows job storage plan
     sources sinks
     read encode guidance denoise decode write verify
     flow leases worker pool inline report run simulate cli
@@ -84,7 +84,7 @@ def test_the_door_opens_only_public_rooms():
 def test_plugins_import_the_contract_and_what_goes_with_it():
     for path in sorted(ROOT.parents[1].glob("plugins/*/src/*/*.py")):
         if path.name != "evaluate.py":  # measures whole stages, as a user would
-            allowed = {"plugin", "tensors", "rows", "schedulers", "testing"}  # schedulers: its noise paths
+            allowed = {"plugin", "weights", "tensors", "rows", "schedulers", "testing"}  # schedulers: its noise paths
             assert units(imports(path, path.parents[1])) <= allowed, path
 
 

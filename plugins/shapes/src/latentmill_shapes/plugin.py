@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from latentmill import weights
 from latentmill.plugin import VAE, Conditioning, Denoiser, LatentSpec, TextEncoder
 from latentmill.schedulers.paths import VP
 from latentmill_shapes.autoencoder import Autoencoder
@@ -37,8 +37,7 @@ def metadata(part: str) -> dict[str, str]:
 
 def _filled(model: nn.Module, part: str, device: torch.device) -> None:
     """Give `model` its float32 weights, and put it on `device`, ready for use."""
-    state = {name: tensor.float() for name, tensor in load_file(WEIGHTS / f"{part}.safetensors").items()}
-    model.load_state_dict(state)
+    model.load_state_dict(weights.load(WEIGHTS / f"{part}.safetensors", model.state_dict()))
     model.eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
