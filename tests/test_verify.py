@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 import latentmill
 from latentmill import storage
@@ -59,6 +60,16 @@ def test_a_sound_dataset_is_sound(out, capsys):
         "5 rows ok, 1 failed with a reason, each once",
         "sound",
     ]
+
+
+def test_rows_are_in_the_plan_s_order_which_is_not_that_of_their_names(tmp_path):
+    """The thousandth sample's name has a digit more."""
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "in" / "a.png")
+    settings = [f"source.path={tmp_path / 'in'}", "samples_per_row=1002", "rows_per_shard=2000", "cluster=inline"]
+    latentmill.run("encode", [*settings, f"output={tmp_path / 'out'}"])
+    verdict = verify(storage.at(str(tmp_path / "out")))
+    assert verdict.sound and verdict.ok == 1002
 
 
 DAMAGE = {
