@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageCms
 
@@ -306,10 +307,12 @@ def test_the_table_in_the_docs_is_what_happens():
 
 
 def test_a_job_over_odd_files_ends_with_each_of_them_encoded_or_quarantined(folder, tmp_path):
-    settings = [f"source.path={folder}", f"output={tmp_path / 'out'}", "sampling.width=16", "sampling.height=16"]
-    result = latentmill.run("encode", [*settings, "cluster=inline"])
+    settings = [f"source.path={folder}", "source.id_column=path", "sampling.width=16", "sampling.height=16"]
+    result = latentmill.run("encode", [*settings, "cluster=inline", f"output={tmp_path / 'out'}"])
     good = sum(isinstance(verdict, tuple) for verdict in VERDICTS.values())
     assert (result.planned, result.ok, result.failed) == (len(VERDICTS), good, len(VERDICTS) - good)
+    encoded = pq.read_table(tmp_path / "out" / "data").column("id").to_pylist()
+    assert len(encoded) == len(set(encoded)) == good and {"rgb.png", "é.png", r"\udcff\udcfe.png"} <= set(encoded)
     made = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert made and not any(b"the key to the house" in content for content in made)
 

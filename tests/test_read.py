@@ -42,6 +42,9 @@ class Plan:
     def row_id(self, row):
         return f"{row:09d}"
 
+    def id_seed(self, id, sample):
+        return 100 * len(id) + sample
+
     def row_seed(self, row):
         return 1000 + row
 
@@ -165,6 +168,19 @@ def test_samples_share_their_source_row_and_differ_in_seed():
     assert [found[n]["prompt"] for n in range(9)] == ["a"] * 3 + ["b"] * 3 + ["c"] * 3
     assert [found[n]["seed"] for n in range(9)] == [1000, 1001, 1002, 2**64 - 2, 2**64 - 1, 0, 2**64 - 1, 0, 1]
     assert source.asked == [("0", 0, 3)]
+
+
+def test_a_declared_id_travels_and_the_seed_hangs_on_it_unless_there_is_one():
+    class Declaring(Given):
+        id_column = "name"
+
+    source = Declaring({"id": "cat", "prompt": "a"}, {"id": "horse", "seed": 7}, {"prompt": "no id"})
+    found, rejected, [table] = read(source, samples=2)
+    assert table.schema.names == [*rows.SCALARS.names, "id"]
+    assert table.column("id").to_pylist() == ["cat", "cat", "horse", "horse"]
+    assert [found[n]["seed"] for n in range(4)] == [300, 301, 7, 8]
+    assert rejected == {4: "id must be text, not None", 5: "id must be text, not None"}
+    assert read(Given({"id": "cat"}, {}, {}))[2][0].schema == rows.SCALARS  # not declared: any other column
 
 
 def test_runs_of_rows_are_read_in_one_call_each_and_any_order_will_do():

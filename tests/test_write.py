@@ -34,6 +34,7 @@ class Plan:
     def __post_init__(self):
         self.config = {
             "flow": list(self.flow),
+            "source": {"name": "prompts"},
             "sampling": {"until": 0.0, "width": self.size[0], "height": self.size[1]},
         }
 

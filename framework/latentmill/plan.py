@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-from latentmill import registry
+from latentmill import ids, registry
 from latentmill.job import Job
 from latentmill.plugin import (
     VAE,
@@ -80,8 +80,11 @@ class Plan:
 
     def row_seed(self, row: int) -> int:
         """The seed of a row that brings none: 63 bits of a hash of the job's seed and the row's id."""
-        digest = hashlib.blake2b(f"{self.seed}/{self.row_id(row)}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") >> 1
+        return _seed(f"{self.seed}/{self.row_id(row)}")
+
+    def id_seed(self, id: str, sample: int) -> int:
+        """The same of a row with an id of its own: it stays when rows come and go before it in the source."""
+        return _seed(f"{self.seed}/id/{sample:03d}/{id}")
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -173,13 +176,16 @@ def parts(job: Job) -> Parts:
 
 
 def plan(job: Job, built: Parts) -> Plan:
-    """The plan of a job. Raises PlanError if the source is missing, empty or unreadable."""
+    """The plan of a job. Raises PlanError if the source is missing, empty, unreadable, or has an id twice."""
     try:
         fragments = tuple(built.source.fragments())
+        twice = ids.find_twice(built.source, fragments) if built.source.id_column is not None else None
     except (ValueError, OSError) as error:
         raise PlanError(f"source {job.source['name']}: {error}") from error
     if not sum(fragment.rows for fragment in fragments):
         raise PlanError(f"source {job.source['name']} has no rows")
+    if twice is not None:
+        raise PlanError(f"source {job.source['name']}: {twice}")
     plugins = {}
     for kind in ("source", "sink", "vae", "text_encoder", "denoiser"):
         plugin: Plugin | None = getattr(built, kind)
@@ -284,6 +290,10 @@ def _unlike(old: list[Any], new: list[Any]) -> tuple[Any, Any]:
         if a != b:
             return a, b
     return f"{len(old)} items", f"{len(new)} items"
+
+
+def _seed(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def _build(job: Job, kind: str) -> Any:

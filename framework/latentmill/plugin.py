@@ -251,6 +251,9 @@ class Fragment:
 class Source(Plugin, ABC):
     """Where rows come from."""
 
+    id_column: str | None = None
+    """The column with the rows' own ids, if the job declares one (by a setting of this name, as a rule)."""
+
     @abstractmethod
     def fragments(self) -> Sequence[Fragment]:
         """All fragments, in an order that never changes. Called once, in the driver, before anything starts."""
@@ -262,8 +265,17 @@ class Source(Plugin, ABC):
         Keys that mean something: ``prompt``, ``negative_prompt``, ``seed``, ``steps``, ``guidance_scale``,
         ``guidance_rescale``, ``guidance_from``, ``guidance_until``, ``width``, ``height``, ``strength``, ``scheduler``; ``image``, a uint8 RGB array ``[H, W, 3]``; ``latents``, a float array
         ``[C, h, w]`` of the space that ``latent_spec`` names, and with half-way ones ``time``, ``trajectory`` and ``state``
-        as our own job stored them. None stands for the job's value; others are left out.
+        as our own job stored them; with ``id_column``, ``id``, text that no other row has, from which the row's seed is
+        hashed. None stands for the job's value; others are left out.
         """
+
+    def ids(self, fragment: Fragment) -> Iterator[str | None]:
+        """The ids of a fragment's rows, in order; None for a row that will be an error.
+
+        Asked in the driver, of sources with an ``id_column``, to find ids that are there twice. Better than to read whole rows.
+        """
+        for row in self.read(fragment.name, 0, fragment.rows):
+            yield None if isinstance(row, RowError) else row["id"]
 
     def latent_spec(self) -> LatentSpec | None:
         """The space of the latents that this source reads, or None if it reads none."""

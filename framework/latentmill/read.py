@@ -32,6 +32,8 @@ class Rows(Protocol):
 
     def row_seed(self, row: int) -> int: ...
 
+    def id_seed(self, id: str, sample: int) -> int: ...
+
 
 class Read(Stage):
     """Takes a table of row numbers (``row``) and returns the rows, a table for each shape of tensor.
@@ -61,12 +63,17 @@ class Read(Stage):
                 continue
             key = ("time" in values, *((name, tuple(value.shape), value.dtype) for name, value in stored.items()))
             for _, number, sample in wanted:
-                seed = self.plan.row_seed(number) if values["seed"] is None else (values["seed"] + sample) % 2**64
+                if values["seed"] is not None:
+                    seed = (values["seed"] + sample) % 2**64
+                elif "id" in values:
+                    seed = self.plan.id_seed(values["id"], sample)
+                else:
+                    seed = self.plan.row_seed(number)
                 row = {**values, "row": number, "row_id": self.plan.row_id(number), "seed": seed}
                 groups[key].append((row, stored))
         for members in groups.values():
             table = rows.from_dicts([row for row, _ in members])
-            for column in rows.HALFWAY if "time" in members[0][0] else ():
+            for column in [column for column in (rows.ID, *rows.HALFWAY) if column.name in members[0][0]]:
                 table = table.append_column(column, pa.array([row[column.name] for row, _ in members], column.type))
             for name in members[0][1]:
                 stacked = torch.stack([stored[name] for _, stored in members])
@@ -122,6 +129,8 @@ class Read(Stage):
             "width": None if width is None else whole("width", width, least=1),
             "height": None if height is None else whole("height", height, least=1),
         }
+        if self.source.id_column is not None:
+            values["id"] = text("id", found.get("id"))
         stored: dict[str, Tensor] = {}
         if found.get("latents") is not None:
             stored["latents"] = self._latents(found["latents"])

@@ -435,6 +435,7 @@ MEANING = {
     "height": "pixels",
     "row": "the row's number in the plan",
     "row_id": "the row's name, which never changes",
+    "id": "the row's own name in the source",
     "psnr": "PSNR of the reconstruction against the source picture, in dB",
 }
 

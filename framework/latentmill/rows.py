@@ -5,6 +5,7 @@ column                   type                                  from, to
 =======================  ====================================  ==================================================
 row                      int64                                 its number in the plan; read to write
 row_id                   string                                its name for ever; read to the dataset
+id                       string                                its name in the source, where that declares one
 prompt, negative_prompt  string                                read to the dataset
 seed                     uint64                                read to the dataset: all noise of the row hangs on it
 steps                    int32                                 read to the dataset
@@ -68,6 +69,9 @@ HALFWAY = pa.schema(
     [pa.field("time", pa.float64(), nullable=False), pa.field("trajectory", pa.string(), nullable=False)]
 )
 """Beside half-way latents: the time that they are at, and what their state can be continued with (see ``denoise``)."""
+
+ID = pa.field("id", pa.string(), nullable=False)
+"""The row's own id, where the source has an ``id_column``; read to the dataset."""
 
 SCHEDULER_KEY = b"latentmill.scheduler"
 """Metadata key of a batch whose rows have all one scheduler: what can be moved together travels together."""

@@ -82,6 +82,8 @@ class Write(Stage):
         """No rows, with the columns of this job's rows: a shard in which all failed must fit beside the others."""
         flow = self.plan.config["flow"]
         batch = rows.SCALARS.empty_table()
+        if self.plan.config["source"].get("id_column") is not None:
+            batch = batch.append_column(rows.ID, pa.array([], rows.ID.type))
         if "decode" in flow:
             if "encode" in flow and "denoise" not in flow:
                 batch = batch.append_column("psnr", pa.array([], pa.float64()))

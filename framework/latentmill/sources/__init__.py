@@ -11,7 +11,7 @@ import hashlib
 import importlib.resources
 import os
 import stat
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -100,6 +100,19 @@ NO_FILE = frozenset(
 """What the operating system says of a path that is wrong, and will be wrong at the next attempt."""
 
 
+def as_id(value: Any) -> str:
+    """What an id column holds, text or a whole number, as text. Raises RowError."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise RowError(
+            "the id is null" if value is None else f"an id must be text or a whole number, not {value!r:.80}"
+        )
+    if not value:
+        raise RowError("the id is empty")
+    return value
+
+
 def is_small(folder: Path, names: Iterable[str]) -> bool:
     """Whether the files are small enough, in all, to be fingerprinted by their contents."""
     return sum((folder / name).stat().st_size for name in names) <= SMALL
@@ -130,6 +143,7 @@ class ParquetRows:
             self.file = pq.ParquetFile(path, page_checksum_verification=True)
         except pa.ArrowInvalid as error:
             raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+        self.path = path
         self.schema: pa.Schema = self.file.schema_arrow
         self.rows: int = self.file.metadata.num_rows
         self._ends = [0]
@@ -146,11 +160,48 @@ class ParquetRows:
                 pieces.append(self._group(group, columns).slice(first - self._ends[group], last - first))
         return pa.concat_tables(pieces) if pieces else self.schema.empty_table().select(columns)
 
+    def require_ids(self, column: str | None) -> None:
+        """Raise ValueError if there is no such column of text or whole numbers; None asks for none."""
+        if column is None:
+            return
+        if column not in self.schema.names:
+            raise ValueError(
+                f"{self.path} has no column {column} (id_column), only {', '.join(self.schema.names)[:200]}"
+            )
+        type = self.schema.field(column).type
+        if not is_text(type) and not pa.types.is_integer(type):
+            raise ValueError(f"{self.path}: column {column} is {type}, and ids are text or whole numbers")
+
+    def ids(self, column: str) -> Iterator[str | None]:
+        """The ids of all rows, in order; None for one that is null, empty or not UTF-8."""
+        for batch in self.file.iter_batches(columns=[column]):
+            for value in plain(batch.column(0)).to_pylist():
+                try:
+                    yield as_id(value.decode() if isinstance(value, bytes) else value)
+                except (RowError, UnicodeDecodeError):
+                    yield None
+
     def _group(self, group: int, columns: list[str]) -> pa.Table:
         key = group, tuple(columns)
         if self._kept is None or self._kept[0] != key:
             self._kept = key, self.file.read_row_group(group, columns=columns)
         return self._kept[1]
+
+
+def is_text(type: pa.DataType) -> bool:
+    """Whether a column holds text, in any of Arrow's ways to."""
+    if pa.types.is_dictionary(type):
+        type = type.value_type
+    return bool(pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_string_view(type))
+
+
+def plain(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """Text as bytes: a string column may hold bytes that are no UTF-8, and only that row is to fail."""
+    if not is_text(column.type):
+        return column
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    return column.cast(pa.large_binary())
 
 
 def _is_glob(path: str) -> bool:

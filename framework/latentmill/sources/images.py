@@ -46,13 +46,18 @@ class Images(Source):
 
     A picture is a file with a picture's suffix. Hidden files and all others are passed over, and links to folders are
     not followed; links to files outside the folder only with ``follow_links``, since a folder that came from elsewhere
-    may hold links to what is nobody's business. A fragment is a run of at most 1000 pictures, named after its first.
+    may hold links to what is nobody's business. With ``id_column: path`` a row's id is its path below the folder. A
+    fragment is a run of at most 1000 pictures, named after its first.
     """
 
-    def __init__(self, path: str, max_pixels: int = MAX_PIXELS, follow_links: bool = False) -> None:
+    def __init__(
+        self, path: str, max_pixels: int = MAX_PIXELS, follow_links: bool = False, id_column: str | None = None
+    ) -> None:
         if max_pixels < 1:
             raise ValueError(f"max_pixels must be 1 or more, not {max_pixels}")
-        self.path, self.max_pixels, self.follow_links = path, max_pixels, follow_links
+        if id_column not in (None, "path"):
+            raise ValueError(f"id_column must be path, the only one that pictures have, not {id_column!r}")
+        self.path, self.max_pixels, self.follow_links, self.id_column = path, max_pixels, follow_links, id_column
 
     def fragments(self) -> list[Fragment]:
         """Raises ValueError if the folder is missing or has no pictures."""
@@ -84,9 +89,14 @@ class Images(Source):
                 at = _caption(name)
                 if os.path.lexists(folder / at):
                     row["prompt"] = self._prompt(folder, at)
+                if self.id_column is not None:
+                    row["id"] = _shown(name)
                 yield row
             except RowError as error:
                 yield RowError(f"{_shown(at)}: {error}")
+
+    def ids(self, fragment: Fragment) -> Iterator[str]:
+        return map(_shown, _run(str(locate(self.path)), fragment.name))
 
     def _prompt(self, folder: Path, name: str) -> str:
         with open_file(folder, name, self.follow_links) as file:

@@ -12,7 +12,7 @@ import torch
 
 from latentmill import rows, tensors
 from latentmill.plugin import Fragment, LatentSpec, RowError, Source
-from latentmill.sources import ParquetRows, find, fingerprint, is_small, locate, root
+from latentmill.sources import ParquetRows, as_id, find, fingerprint, is_small, locate, root
 
 SAMPLING = ("steps", "guidance_scale", *rows.PLAIN_GUIDANCE, "strength", "scheduler")
 
@@ -22,11 +22,12 @@ class Latents(Source):
 
     A row keeps its prompts and seed; its size is the latent's. It keeps its steps, guidance, strength and scheduler only
     if it names a scheduler: one that names none was never denoised, and the job's values are used. With ``keep_sampling:
-    false`` the job's are used for all. Half-way latents bring their time, and what the scheduler remembers.
+    false`` the job's are used for all. Half-way latents bring their time, and what the scheduler remembers. ``id_column``
+    may be ``id``, if the job that made them declared one, or ``row_id``.
     """
 
-    def __init__(self, path: str, keep_sampling: bool = True) -> None:
-        self.path, self.keep_sampling = path, keep_sampling
+    def __init__(self, path: str, keep_sampling: bool = True, id_column: str | None = None) -> None:
+        self.path, self.keep_sampling, self.id_column = path, keep_sampling, id_column
         self._files: dict[str, ParquetRows] = {}
 
     def latent_spec(self) -> LatentSpec:
@@ -42,6 +43,7 @@ class Latents(Source):
         for name in names:
             if self._spec(name) != spec:
                 raise ValueError(f"{self.path}: {names[0]} and {name} hold latents of different spaces")
+            self._file(name).require_ids(self.id_column)
             found.append(Fragment(name, self._file(name).rows, fingerprint(self._root, [name], contents)))
         if not any(fragment.rows for fragment in found):
             raise ValueError(f"{self.path} has no rows")
@@ -53,10 +55,18 @@ class Latents(Source):
         names = [*rows.SCALARS.names, *rows.HALFWAY.names, "state"]
         kept = [name for name in names if name in file.schema.names and name not in DROPPED]
         dtype = (file.schema.field("latents").metadata or {}).get(tensors.DTYPE_KEY)
+        if self.id_column is not None and self.id_column not in kept:
+            kept.append(self.id_column)
         table = file.read(start, stop, [*kept, "latents", "shape"])
         column = table.column("latents").combine_chunks()
         for i, row in enumerate(table.drop_columns(["latents"]).to_pylist()):
             shape = row.pop("shape")
+            if self.id_column is not None:
+                try:
+                    row["id"] = as_id(row[self.id_column])
+                except RowError as error:
+                    yield error
+                    continue
             if column[i].values is None or shape is None:
                 yield RowError("latents are null")
                 continue
@@ -71,6 +81,10 @@ class Latents(Source):
             latents = values.reshape(shape)
             row["latents"] = torch.tensor(latents).bfloat16() if dtype == b"bfloat16" else latents
             yield row
+
+    def ids(self, fragment: Fragment) -> Iterator[str | None]:
+        assert self.id_column is not None
+        return self._file(fragment.name).ids(self.id_column)
 
     @cached_property
     def _data(self) -> str:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Protocol
 import pyarrow as pa
 
 from latentmill.plugin import Fragment, RowError, Source
-from latentmill.sources import ParquetRows, find, fingerprint, is_small, root
+from latentmill.sources import ParquetRows, as_id, find, fingerprint, is_small, is_text, plain, root
 from latentmill.sources.images import MAX_PIXELS, decode, read_picture
 
 TEXTS = ("prompt", "negative_prompt", "scheduler")
@@ -31,13 +31,16 @@ class Prompts(Source):
     A line of text is a prompt, without the white space around it; blank lines are no rows, in text, CSV and JSON lines
     alike. An empty field of a CSV file stands for the job's value, but an empty prompt is an empty prompt; null is the
     job's value everywhere except in ``prompt``, where it is an error. A table must have a ``prompt`` or an ``image``.
-    ``max_pixels`` and ``follow_links`` are for pictures, as in the source ``images``.
+    ``max_pixels`` and ``follow_links`` are for pictures, as in the source ``images``. ``id_column`` names the column, of
+    text or whole numbers, that tells the rows apart.
     """
 
-    def __init__(self, path: str, max_pixels: int = MAX_PIXELS, follow_links: bool = False) -> None:
+    def __init__(
+        self, path: str, max_pixels: int = MAX_PIXELS, follow_links: bool = False, id_column: str | None = None
+    ) -> None:
         if max_pixels < 1:
             raise ValueError(f"max_pixels must be 1 or more, not {max_pixels}")
-        self.path, self.max_pixels, self.follow_links = path, max_pixels, follow_links
+        self.path, self.max_pixels, self.follow_links, self.id_column = path, max_pixels, follow_links, id_column
         self._files: dict[str, _File] = {}
 
     def fragments(self) -> list[Fragment]:
@@ -60,6 +63,9 @@ class Prompts(Source):
             except RowError as error:
                 yield error
 
+    def ids(self, fragment: Fragment) -> Iterator[str | None]:
+        return self._file(fragment.name).ids()
+
     @cached_property
     def _root(self) -> Path:
         return root(self.path)
@@ -67,7 +73,7 @@ class Prompts(Source):
     def _file(self, name: str) -> _File:
         if name not in self._files:
             self._files.clear()  # one file's marks, or its footer and a row group, are enough to keep
-            self._files[name] = FORMATS[os.path.splitext(name)[1].lower()](self._root / name)
+            self._files[name] = FORMATS[os.path.splitext(name)[1].lower()](self._root / name, self.id_column)
         return self._files[name]
 
     def _row(self, row: dict[str, Any], folder: Path) -> Mapping[str, Any]:
@@ -98,6 +104,8 @@ class _File(Protocol):
 
     def read(self, start: int, stop: int) -> Iterator[dict[str, Any] | RowError]: ...
 
+    def ids(self) -> Iterator[str | None]: ...
+
 
 class _Lines:
     """A text file, a row a line. Marks every few hundred kilobytes say which row starts where.
@@ -107,8 +115,8 @@ class _Lines:
 
     MARK = 1 << 19
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, id_column: str | None = None) -> None:
+        self.path, self.id_column = path, id_column
         with path.open("rb") as file:
             start = 3 if file.read(3) == b"\xef\xbb\xbf" else 0
             file.seek(start)
@@ -118,6 +126,8 @@ class _Lines:
 
     def begin(self, file: BinaryIO) -> None:
         """Read what comes before the rows."""
+        if self.id_column is not None:
+            raise ValueError(f"{self.path}: lines of text have no columns, and id_column is {self.id_column}")
 
     def measure(self, file: BinaryIO) -> int:
         """Read on, to the end of a row, and say how many rows that was."""
@@ -149,6 +159,9 @@ class _Lines:
                 except RowError as error:
                     yield error
 
+    def ids(self) -> Iterator[str | None]:
+        return (None if isinstance(row, RowError) else row["id"] for row in self.read(0, self.count()))
+
     def _mark(self, file: BinaryIO) -> None:
         file.seek(self.offsets[-1])
         rows = self.measure(file)
@@ -159,6 +172,9 @@ class _Lines:
 
 
 class _JSONLines(_Lines):
+    def begin(self, file: BinaryIO) -> None:
+        pass
+
     def parse(self, item: bytes) -> dict[str, Any]:
         try:
             row = json.loads(_text(item).rstrip("\r\n"))
@@ -168,7 +184,8 @@ class _JSONLines(_Lines):
             raise RowError(f"not JSON that can be read: {error}") from error
         if not isinstance(row, dict):
             raise RowError("the line is JSON, but no object in braces")
-        return {name: row[name] for name in COLUMNS if name in row}
+        kept = {name: row[name] for name in COLUMNS if name in row}
+        return kept if self.id_column is None else {**kept, "id": as_id(row.get(self.id_column))}
 
 
 class _CSV(_Lines):
@@ -180,6 +197,9 @@ class _CSV(_Lines):
         _require_columns(self.path, self.header)
         if twice := [name for name in COLUMNS if self.header.count(name) > 1]:
             raise ValueError(f"{self.path}: there are two columns {twice[0]}")
+        if self.id_column is not None and self.header.count(self.id_column) != 1:
+            there = f"only {', '.join(self.header)[:200]}"
+            raise ValueError(f"{self.path} has no one column {self.id_column} (id_column), {there}")
 
     def measure(self, file: BinaryIO) -> int:
         start = file.tell()
@@ -205,6 +225,8 @@ class _CSV(_Lines):
             raise RowError(f"the row has {len(item)} fields, the header {len(self.header)}")
         row: dict[str, Any] = {}
         for name, text in zip(self.header, item):
+            if name == self.id_column:
+                row["id"] = as_id(_text(text.encode("utf-8", "surrogateescape"), "the id"))
             if name in COLUMNS and (text or name == "prompt"):
                 text = _text(text.encode("utf-8", "surrogateescape"), name)
                 row[name] = text if name in (*TEXTS, "image") else _number(name, text)
@@ -214,8 +236,9 @@ class _CSV(_Lines):
 class _Parquet:
     """A Parquet file."""
 
-    def __init__(self, path: Path) -> None:
-        self.table = ParquetRows(path)
+    def __init__(self, path: Path, id_column: str | None = None) -> None:
+        self.table, self.id_column = ParquetRows(path), id_column
+        self.table.require_ids(id_column)
         _require_columns(path, self.table.schema.names)
         self.columns = [name for name in COLUMNS if name in self.table.schema.names]
         for name in self.columns:
@@ -227,18 +250,27 @@ class _Parquet:
         return self.table.rows
 
     def read(self, start: int, stop: int) -> Iterator[dict[str, Any] | RowError]:
-        table = self.table.read(start, stop, self.columns)
-        columns = {name: _plain(table.column(name)) for name in self.columns}
+        also = [] if self.id_column is None or self.id_column in self.columns else [self.id_column]
+        table = self.table.read(start, stop, [*self.columns, *also])
+        columns = {name: plain(table.column(name)) for name in [*self.columns, *also]}
         for i in range(len(table)):
             row: dict[str, Any] = {}
             try:
                 for name, column in columns.items():
                     value = column[i].as_py()
-                    is_text = _is_text(table.schema.field(name).type)
-                    row[name] = _text(value, name) if is_text and value is not None else value
+                    text = is_text(table.schema.field(name).type)
+                    row[name] = _text(value, name) if text and value is not None else value
+                if self.id_column is not None:
+                    row["id"] = as_id(row[self.id_column])
+                    for name in also:
+                        del row[name]
                 yield row
             except RowError as error:
                 yield error
+
+    def ids(self) -> Iterator[str | None]:
+        assert self.id_column is not None
+        return self.table.ids(self.id_column)
 
 
 FORMATS: Mapping[str, type[_Lines | _Parquet]] = {
@@ -247,12 +279,6 @@ FORMATS: Mapping[str, type[_Lines | _Parquet]] = {
     ".jsonl": _JSONLines,
     ".parquet": _Parquet,
 }
-
-
-def _is_text(type: pa.DataType) -> bool:
-    if pa.types.is_dictionary(type):
-        type = type.value_type
-    return bool(pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_string_view(type))
 
 
 def _is_binary(type: pa.DataType) -> bool:
@@ -264,19 +290,10 @@ def _is_picture(type: pa.DataType) -> bool:
 
 
 _TYPES: dict[str, Sequence[Any]] = {
-    **{name: (_is_text,) for name in TEXTS},
+    **{name: (is_text,) for name in TEXTS},
     **{name: (pa.types.is_integer, pa.types.is_floating, pa.types.is_null) for name in (*WHOLE, *REAL)},
-    "image": (_is_text, _is_binary, _is_picture),
+    "image": (is_text, _is_binary, _is_picture),
 }
-
-
-def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Text as bytes: a string column may hold bytes that are no UTF-8, and only that row is to fail."""
-    if not _is_text(column.type):
-        return column
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    return column.cast(pa.large_binary())
 
 
 def _require_columns(path: Path, names: Sequence[str]) -> None:
