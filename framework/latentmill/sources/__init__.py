@@ -174,12 +174,13 @@ class ParquetRows:
 
     def ids(self, column: str) -> Iterator[str | None]:
         """The ids of all rows, in order; None for one that is null, empty or not UTF-8."""
-        for batch in self.file.iter_batches(columns=[column]):
-            for value in plain(batch.column(0)).to_pylist():
-                try:
-                    yield as_id(value.decode() if isinstance(value, bytes) else value)
-                except (RowError, UnicodeDecodeError):
-                    yield None
+        for group in range(self.file.num_row_groups):  # one by one: Arrow would keep more and more of all at once
+            for batch in self.file.iter_batches(row_groups=[group], columns=[column]):
+                for value in plain(batch.column(0)).to_pylist():
+                    try:
+                        yield as_id(value.decode() if isinstance(value, bytes) else value)
+                    except (RowError, UnicodeDecodeError):
+                        yield None
 
     def _group(self, group: int, columns: list[str]) -> pa.Table:
         key = group, tuple(columns)
