@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, cast
 
 import ray
@@ -54,8 +57,20 @@ def connect(address: str | None) -> bool:
                 f"no Ray cluster at cluster.address={address}: start one, or give HOST:PORT"
             ) from error
         return False
+    _make_token()
     ray.init(address="local", include_dashboard=False, **quiet)  # without it Ray joins any cluster that it finds
     return True
+
+
+def _make_token() -> None:
+    """Make the token that Ray will ask for, if there is none. Ray's own could be read by everyone on the machine."""
+    wanted = os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
+    if not wanted or os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    path.parent.mkdir(exist_ok=True)
+    with suppress(FileExistsError), open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
 
 
 def _knock(address: str) -> None:
