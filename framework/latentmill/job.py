@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import math
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -194,6 +195,8 @@ def load_job(job: str, overrides: Sequence[str] = ()) -> Job:
         for hides in (path.with_name("job.yaml"), path.with_name("schema.yaml")):
             if hides.is_file():  # a file's own folder comes first
                 raise JobError(f"{hides} must have another name: it hides the {hides.stem} that all jobs begin with")
+        if "hydra" in _raw(path):  # its searchpath imports what it names
+            raise JobError(f"{job}: hydra is refused; where config is looked for is not the job's to say")
         where, config_name = initialize_config_dir(str(path.parent), version_base="1.3"), path.stem
     else:
         if job not in shipped():
@@ -210,10 +213,13 @@ def load_job(job: str, overrides: Sequence[str] = ()) -> Job:
         raise JobError(f"{name}: {_one_line(error)}") from error
     if OmegaConf.get_type(config) is not Schema:
         raise JobError(f"{job}: its defaults must begin with job, as in: defaults: [job, model: shapes, ..., _self_]")
+    text = OmegaConf.to_yaml(config)
     try:
-        return _checked(name, config)
+        return _checked(name, config, text)
     except OmegaConfBaseException as error:
-        raise JobError(f"{name}: {_one_line(error)}") from error
+        raise JobError(without_secrets(f"{name}: {_one_line(error)}", text)) from None
+    except (JobError, registry.PluginError) as error:
+        raise type(error)(without_secrets(str(error), text)) from None
 
 
 def _override(override: str) -> str:
@@ -222,11 +228,33 @@ def _override(override: str) -> str:
         raise JobError(f"{override!r} is no override: key=value is expected, as in sampling.steps=10")
     if "_target_" in override:
         raise JobError(f"{override!r}: _target_ is refused; plugins are chosen by name")
+    if re.match(r"[~+]*hydra\b", override):
+        raise JobError(f"{override!r}: hydra is refused; where config is looked for is not the job's to say")
     groups = "|".join((*registry.KINDS, "cluster", "model", "stages"))
     if chosen := re.fullmatch(rf"({groups})=(null|true|false|[-+.\d]*)", override):
         raise JobError(f"{override}: a name is expected; ~{chosen[1]} leaves it out")
     plugin = re.match(rf"({'|'.join(registry.KINDS)})\.\w|stages\.\w+\.settings\.\w", override)
     return f"++{override}" if plugin else override
+
+
+def without_secrets(text: str, config: str) -> str:
+    """``text`` with the values of environment variables that ``config`` names taken out: others may read an error.
+
+    Those of at least 8 characters, lest a number or a word be taken for a secret.
+    """
+    for name in re.findall(r"oc\.env:\s*([A-Za-z_]\w*)", config):
+        value = os.environ.get(name, "")
+        if len(value) >= 8:
+            text = text.replace(value, f"${{oc.env:{name}}}")
+    return text
+
+
+def _raw(path: Path) -> Any:
+    """What is at the top of a YAML file; nothing, if it can't be read, since Hydra then says why."""
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except Exception:
+        return ()
 
 
 def _is_file(job: str) -> bool:
@@ -236,17 +264,15 @@ def _is_file(job: str) -> bool:
 # ------------------------------------------------------------------------------------------------------- checks
 
 
-def _checked(name: str, config: DictConfig) -> Job:
-    text = OmegaConf.to_yaml(config)
-    for key in _keys(OmegaConf.to_container(config)):
-        if key.rpartition(".")[2] == "_target_":
-            raise JobError(f"{name}: {key} is refused; plugins are chosen by name")
+def _checked(name: str, config: DictConfig, text: str) -> Job:
+    _refuse_targets(name, OmegaConf.to_container(config))
     try:
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         key = str(error.full_key)
         raise JobError(f"{name}: {key} has no value; set it in the job, or as {key}=...") from error
     assert isinstance(values, dict)
+    _refuse_targets(name, values)  # an interpolation may bring one in
     for key in get_type_hints(Schema):
         if key not in values:  # ~key takes it away
             raise JobError(f"{name}: {key} has no value; set it in the job, or as {key}=...")
@@ -269,6 +295,12 @@ def _checked(name: str, config: DictConfig) -> Job:
     for wrong in _wrong(job):
         raise JobError(f"{name}: {wrong}")
     return job
+
+
+def _refuse_targets(name: str, values: Any) -> None:
+    for key in _keys(values):
+        if key.rpartition(".")[2] == "_target_":
+            raise JobError(f"{name}: {key} is refused; plugins are chosen by name")
 
 
 def _place(output: str) -> str:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 from itertools import accumulate
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from latentmill import ids, registry
-from latentmill.job import Job
+from latentmill.job import Job, without_secrets
 from latentmill.plugin import (
     VAE,
     Denoiser,
@@ -31,6 +31,9 @@ from latentmill.plugin import (
 )
 from latentmill.schedulers import grids
 from latentmill.storage import Storage
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class PlanError(ValueError):
@@ -135,6 +138,23 @@ class Parts:
         return self.schedulers[name]
 
 
+def _discreet(function: Callable[Concatenate[Job, P], T]) -> Callable[Concatenate[Job, P], T]:
+    """Its errors without the secrets that the job takes from the environment."""
+
+    @wraps(function)
+    def wrapped(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(job, *args, **kwargs)
+        except (PlanError, registry.PluginError) as error:
+            said = without_secrets(str(error), job.config)
+            if said == str(error):
+                raise
+            raise type(error)(said) from None
+
+    return wrapped
+
+
+@_discreet
 def parts(job: Job) -> Parts:
     """Build what the job's flow needs, and check that the pieces fit together. Loads no weights onto a device."""
     built = Parts(source=_build(job, "source"), sink=_build(job, "sink"))
@@ -175,6 +195,7 @@ def parts(job: Job) -> Parts:
     return built
 
 
+@_discreet
 def plan(job: Job, built: Parts) -> Plan:
     """The plan of a job. Raises PlanError if the source is missing, empty, unreadable, or has an id twice."""
     try:

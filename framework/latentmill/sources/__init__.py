@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.resources
+import importlib.util
 import os
 import stat
 from collections.abc import Collection, Iterable, Iterator
@@ -30,12 +30,17 @@ def locate(path: str) -> Path:
         return Path(path).expanduser()
     package, _, inside = path.removeprefix("pkg://").partition("/")
     try:
-        found = importlib.resources.files(package).joinpath(inside)
-    except ModuleNotFoundError as error:
+        spec = importlib.util.find_spec(package)  # and no import: a job says what to read, never what to run
+    except (ImportError, ValueError) as error:
         raise ValueError(f"{path}: there is no package {package}") from error
-    if not isinstance(found, Path):
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"{path}: there is no package {package}")
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    if not folder.is_dir():
         raise ValueError(f"{path}: the package {package} is not installed as plain files")
-    return found
+    if ".." in Path(inside).parts or os.path.isabs(inside):
+        raise ValueError(f"{path} leads out of the package {package}")
+    return folder / inside
 
 
 def root(path: str) -> Path:
