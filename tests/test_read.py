@@ -146,6 +146,9 @@ def test_numbers_may_come_as_tables_make_them():
         ({"strength": -0.1}, "strength must be from 0 to 1, not -0.1"),
         ({"width": -8}, "width must be from 1 to 65536, not -8"),
         ({"prompt": 5}, "prompt must be text, not 5"),
+        ({"prompt": "\0a\0b"}, "prompt holds a NUL, at character 0: is it text in UTF-8?"),
+        ({"negative_prompt": "ab\0"}, "negative_prompt holds a NUL, at character 2: is it text in UTF-8?"),
+        ({"prompt": "a" * 1_000_001}, "prompt has 1000001 characters, and 1000000 are the most"),
         ({"negative_prompt": ["a"]}, "negative_prompt must be text, not ['a']"),
         ({"prompt": "a \ud800"}, "prompt holds half a surrogate pair, at character 2"),
         ({"scheduler": 1}, "scheduler must be text, not 1"),
@@ -160,6 +163,15 @@ def test_a_bad_row_is_rejected_with_its_reason_and_its_neighbours_are_not(row, r
     found, rejected, _ = read(Given({"prompt": "before"}, row, {"prompt": "after"}), samples=2)
     assert rejected == {2: reason, 3: reason}
     assert [found[n]["prompt"] for n in (0, 1, 4, 5)] == ["before", "before", "after", "after"]
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", " ", "a " * 50_000, "a\x1b[2J\r\n\x7f\u202e\ufeff", "a" * 1_000_000, "\U0001f999"]
+)
+def test_prompts_of_any_text_pass_as_they_are(prompt):
+    """What a model makes of them its text encoder says."""
+    found, rejected, _ = read(Given({"prompt": prompt}, {}, {}))
+    assert found[0]["prompt"] == prompt and not rejected
 
 
 def test_samples_share_their_source_row_and_differ_in_seed():

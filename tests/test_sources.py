@@ -1,5 +1,6 @@
 """Rows out of real files, the bad ones with a reason; and pictures of every kind, upright and in 8-bit RGB."""
 
+import gzip
 import io
 import json
 import os
@@ -43,6 +44,20 @@ def picture(mode="RGB", size=(4, 3), color=None, format="PNG", **options):
     file = io.BytesIO()
     image = Image.new(mode, size, color) if color is not None else Image.new(mode, size)
     image.save(file, format, **options)
+    return file.getvalue()
+
+
+def parquet(rename=None, **columns):
+    """A Parquet file."""
+    file = io.BytesIO()
+    table = pa.table(columns)
+    pq.write_table(
+        table.rename_columns(rename) if rename else table,
+        file,
+        row_group_size=10,
+        compression="none",
+        use_dictionary=False,
+    )
     return file.getvalue()
 
 
@@ -156,6 +171,15 @@ def test_parquet_text_of_every_arrow_kind(tmp_path):
         ("p.txt", " \n\n", "has no rows"),
         ("p.jsonl", "", "has no rows"),
         ("p.parquet", b"PAR1 it is not", "p.parquet: Parquet"),
+        ("p.parquet", b"", "p.parquet: Parquet file size is 0 bytes"),
+        ("p.parquet", parquet(prompt=["a"])[:-9], "p.parquet: Parquet magic bytes not found"),
+        ("p.parquet", parquet(prompt=[["a"]]), "column prompt is list<.*>, which it can't be"),
+        ("p.parquet", parquet(prompt=pa.array([], pa.string())), "has no rows"),
+        ("p.parquet", parquet(prompt=["a"], b=["b"], rename=["prompt", "prompt"]), "there are two columns prompt"),
+        ("p.csv", gzip.compress(b"prompt\na\n"), "p.csv: the header is not UTF-8"),
+        ("p.csv", "prompt\na\n".encode("utf-16"), "p.csv: the header is not UTF-8"),
+        ("p.csv", "a\x1b[2J\n", r"has no column prompt or image, only a\\x1b\[2J"),
+        ("p.csv", "prompt\ra\r", "the header can't be read: new-line character"),
         ("p.docx", "a", "no .txt, .csv, .jsonl, .parquet file there"),
     ],
 )
@@ -260,6 +284,30 @@ def test_a_parquet_row_group_is_decoded_once(tmp_path):
     kept = source._files["p.parquet"].table._kept[1]
     assert [row["prompt"] for row in source.read("p.parquet", 205, 210)] == [str(i) for i in range(205, 210)]
     assert source._files["p.parquet"].table._kept[1] is kept
+
+
+@pytest.mark.parametrize("checksums", [False, True])
+def test_damage_in_parquet_costs_the_rows_of_its_group(tmp_path, checksums):
+    path = tmp_path / "p.parquet"
+    prompts = [f"prompt {i:03d}" for i in range(40)]
+    pq.write_table(
+        pa.table({"prompt": prompts}), path, row_group_size=10, compression="none", use_dictionary=False,
+        write_page_checksum=checksums,
+    )  # fmt: skip
+    content = bytearray(path.read_bytes())
+    at = content.index(b"prompt 015") - 4
+    content[at : at + 4] = b"\xff\xff\xff\x7f"  # the length of a text
+    path.write_bytes(content)
+    found = all_rows(Prompts(str(path)))
+    assert [row["prompt"] for row in found[:10] + found[20:]] == prompts[:10] + prompts[20:]
+    for reason in found[10:20]:
+        assert reason.startswith("row group 1 of p.parquet is damaged: ") and "\n" not in reason
+    assert list(Prompts(str(path)).read("p.parquet", 8, 11))[1]["prompt"] == "prompt 009"
+
+
+def test_text_in_another_encoding_is_an_error_and_no_prompt(tmp_path):
+    path = written(tmp_path / "p.jsonl", gzip.compress(b"{}"))
+    assert all_rows(Prompts(path)) == ["the line is not UTF-8, at byte 1"]
 
 
 def test_images_of_rows_lie_below_the_file(tmp_path):

@@ -17,7 +17,7 @@ import torch
 from latentmill import rows, storage, tensors
 from latentmill.plugin import LatentSpec
 from latentmill.sinks.parquet import Parquet
-from latentmill.write import Write, copy_errors, done_shards
+from latentmill.write import Write, copy_errors, done_shards, in_a_line
 
 SPEC = LatentSpec(channels=4, downscale=4, scale=0.5, shift=0.25, dtype="float16", fingerprint="abc")
 
@@ -107,7 +107,7 @@ def test_failed_rows_are_in_the_error_table_with_stage_and_reason(tmp_path):
     assert commit(tmp_path, 1, [pictures([4, 6])], errors) is True
     assert shown(tmp_path) == ["data/00001.parquet", "errors/00001.jsonl"]
     assert errors_of(tmp_path, 1) == [
-        {"row": 5, "row_id": "000000005", "stage": "read", "reason": "the word \u2728 is not known, \ud800"},
+        {"row": 5, "row_id": "000000005", "stage": "read", "reason": "the word \u2728 is not known, \\ud800"},
         {"row": 7, "row_id": "000000007", "stage": "decode", "reason": "late"},
     ]
     assert "\u2728" in (tmp_path / "errors" / "00001.jsonl").read_text(encoding="utf-8")
@@ -153,6 +153,12 @@ def test_errors_lost_between_the_two_files_are_made_again(tmp_path):
         copy_errors(storage.at(str(tmp_path)), shard, Parquet())
     assert errors_of(tmp_path, 0) == before
     assert shown(tmp_path) == ["data/00000.parquet", "data/00002.parquet", "errors/00000.jsonl"]
+
+
+def test_a_reason_is_one_line_and_not_a_long_one():
+    assert in_a_line("  said\nthe plugin\x1b[2J \udcff, ö\n") == r"said the plugin\x1b[2J \udcff, ö"
+    assert in_a_line("x" * 1000) == "x" * 1000
+    assert in_a_line("x" * 3_000_000) == "x" * 990 + " [cut off]"
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 LIMITS = {"steps": 100_000, "width": 1 << 16, "height": 1 << 16}
 """The most that a row may ask for: beyond, it is a slip, and would take the worker with it."""
 
+MAX_TEXT = 1_000_000
+"""Characters of a prompt; a longer one is a file that was taken for a line."""
+
 
 class Rows(Protocol):
     """What a plan knows of a row by its number."""
@@ -204,6 +207,10 @@ def text(name: str, value: Any) -> str:
     """``value``, if it is text that can be stored as UTF-8. Raises RowError."""
     if not isinstance(value, str):
         raise RowError(f"{name} must be text, not {value!r:.80}")
+    if len(value) > MAX_TEXT:
+        raise RowError(f"{name} has {len(value)} characters, and {MAX_TEXT} are the most")
+    if "\0" in value:
+        raise RowError(f"{name} holds a NUL, at character {value.index(chr(0))}: is it text in UTF-8?")
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -53,7 +53,12 @@ class Write(Stage):
         Raises RuntimeError unless these are the shard's planned rows, each once, or if they don't read back so.
         """
         failed = [
-            {"row": e["row"], "row_id": self.plan.row_id(e["row"]), "stage": e["stage"], "reason": e["reason"]}
+            {
+                "row": e["row"],
+                "row_id": self.plan.row_id(e["row"]),
+                "stage": e["stage"],
+                "reason": in_a_line(e["reason"]),
+            }
             for e in sorted(errors, key=lambda e: int(e["row"]))
         ]
         numbers = [number for table in packed for number in table.column("row").to_pylist()]
@@ -110,6 +115,12 @@ def publish(store: Storage, name: str, write: Callable[[str], None], check: Call
         first = store.create(name, temporary)
         failpoints.reach("published")
     return first
+
+
+def in_a_line(reason: str) -> str:
+    """A reason as people can read it: whatever a plugin or a row put in, one line of at most 1000 characters."""
+    line = "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in reason.strip())
+    return line if len(line) <= 1000 else f"{line[:990]} [cut off]"
 
 
 def data_name(shard: int, sink: Sink) -> str:

@@ -105,6 +105,11 @@ NO_FILE = frozenset(
 """What the operating system says of a path that is wrong, and will be wrong at the next attempt."""
 
 
+def shown(text: str) -> str:
+    """A name out of a file or of one, in a line for people, whatever bytes it has."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def as_id(value: Any) -> str:
     """What an id column holds, text or a whole number, as text. Raises RowError."""
     if isinstance(value, int) and not isinstance(value, bool):
@@ -156,14 +161,20 @@ class ParquetRows:
             self._ends.append(self._ends[-1] + self.file.metadata.row_group(group).num_rows)
         self._kept: tuple[Any, pa.Table] | None = None
 
-    def read(self, start: int, stop: int, columns: list[str]) -> pa.Table:
-        """Rows ``start`` to ``stop`` of some columns."""
-        pieces = []
+    def read(self, start: int, stop: int, columns: list[str]) -> Iterator[pa.Table | list[RowError]]:
+        """Rows ``start`` to ``stop`` of some columns, a piece of each row group: a table, or an error for each row."""
         for group in range(self.file.num_row_groups):
             first, last = max(start, self._ends[group]), min(stop, self._ends[group + 1])
             if first < last:
-                pieces.append(self._group(group, columns).slice(first - self._ends[group], last - first))
-        return pa.concat_tables(pieces) if pieces else self.schema.empty_table().select(columns)
+                try:
+                    table = self._group(group, columns)
+                except (pa.ArrowInvalid, OSError) as error:
+                    if isinstance(error, OSError) and error.errno is not None:  # the storage's, and may be gone soon
+                        raise
+                    reason = f"row group {group} of {self.path.name} is damaged: {str(error).splitlines()[0]:.200}"
+                    yield [RowError(reason)] * (last - first)
+                else:
+                    yield table.slice(first - self._ends[group], last - first)
 
     def require_ids(self, column: str | None) -> None:
         """Raise ValueError if there is no such column of text or whole numbers; None asks for none."""

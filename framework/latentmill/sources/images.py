@@ -20,7 +20,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT, TiffImageFile
 
 from latentmill.plugin import Fragment, RowError, Source
-from latentmill.sources import SMALL, fingerprint, locate, open_file
+from latentmill.sources import SMALL, fingerprint, locate, open_file, shown
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 """RGB, ``[H, W, 3]``."""
@@ -90,13 +90,13 @@ class Images(Source):
                 if os.path.lexists(folder / at):
                     row["prompt"] = self._prompt(folder, at)
                 if self.id_column is not None:
-                    row["id"] = _shown(name)
+                    row["id"] = shown(name)
                 yield row
             except RowError as error:
-                yield RowError(f"{_shown(at)}: {error}")
+                yield RowError(f"{shown(at)}: {error}")
 
     def ids(self, fragment: Fragment) -> Iterator[str]:
-        return map(_shown, _run(str(locate(self.path)), fragment.name))
+        return map(shown, _run(str(locate(self.path)), fragment.name))
 
     def _prompt(self, folder: Path, name: str) -> str:
         with open_file(folder, name, self.follow_links) as file:
@@ -222,7 +222,7 @@ def _run(folder: str, fragment: str) -> Sequence[str]:
     *folders, name = first.split("/")
     names = list(islice(_walk(folder, [*(f"{part}/" for part in folders), name]), int(count)))
     if not names or _run_name(names) != fragment:
-        raise RuntimeError(f"pictures came or went in {folder} since the job began, at {_shown(first)}")
+        raise RuntimeError(f"pictures came or went in {folder} since the job began, at {shown(first)}")
     return names
 
 
@@ -259,8 +259,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
-
-
-def _shown(name: str) -> str:
-    """A file's name in a line for people, whatever bytes it has."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from latentmill import rows, tensors
@@ -57,7 +58,10 @@ class Latents(Source):
         dtype = (file.schema.field("latents").metadata or {}).get(tensors.DTYPE_KEY)
         if self.id_column is not None and self.id_column not in kept:
             kept.append(self.id_column)
-        table = file.read(start, stop, [*kept, "latents", "shape"])
+        for piece in file.read(start, stop, [*kept, "latents", "shape"]):
+            yield from piece if isinstance(piece, list) else self._rows(piece, dtype)
+
+    def _rows(self, table: pa.Table, dtype: bytes | None) -> Iterator[Mapping[str, Any] | RowError]:
         column = table.column("latents").combine_chunks()
         for i, row in enumerate(table.drop_columns(["latents"]).to_pylist()):
             shape = row.pop("shape")

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Protocol
 import pyarrow as pa
 
 from latentmill.plugin import Fragment, RowError, Source
-from latentmill.sources import ParquetRows, as_id, find, fingerprint, is_small, is_text, plain, root
+from latentmill.sources import ParquetRows, as_id, find, fingerprint, is_small, is_text, plain, root, shown
 from latentmill.sources.images import MAX_PIXELS, decode, read_picture
 
 TEXTS = ("prompt", "negative_prompt", "scheduler")
@@ -176,8 +176,9 @@ class _JSONLines(_Lines):
         pass
 
     def parse(self, item: bytes) -> dict[str, Any]:
+        text = _text(item).rstrip("\r\n")
         try:
-            row = json.loads(_text(item).rstrip("\r\n"))
+            row = json.loads(text)
         except json.JSONDecodeError as error:
             raise RowError(f"not JSON: {error.msg} at character {error.pos}") from error
         except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets thousands deep
@@ -193,7 +194,7 @@ class _CSV(_Lines):
         header = next(_records(file), [])
         if isinstance(header, csv.Error):
             raise ValueError(f"{self.path}: the header can't be read: {header}")
-        self.header = [name.strip() for name in header]
+        self.header = [_name(self.path, name.strip()) for name in header]
         _require_columns(self.path, self.header)
         if twice := [name for name in COLUMNS if self.header.count(name) > 1]:
             raise ValueError(f"{self.path}: there are two columns {twice[0]}")
@@ -238,20 +239,26 @@ class _Parquet:
 
     def __init__(self, path: Path, id_column: str | None = None) -> None:
         self.table, self.id_column = ParquetRows(path), id_column
-        self.table.require_ids(id_column)
-        _require_columns(path, self.table.schema.names)
+        names = self.table.schema.names
+        _require_columns(path, names)
+        if twice := [name for name in (*COLUMNS, id_column) if names.count(name) > 1]:
+            raise ValueError(f"{path}: there are two columns {twice[0]}")
         self.columns = [name for name in COLUMNS if name in self.table.schema.names]
         for name in self.columns:
             type = self.table.schema.field(name).type
             if not any(fits(type) for fits in _TYPES[name]):
                 raise ValueError(f"{path}: column {name} is {type}, which it can't be")
+        self.table.require_ids(id_column)
 
     def count(self) -> int:
         return self.table.rows
 
     def read(self, start: int, stop: int) -> Iterator[dict[str, Any] | RowError]:
         also = [] if self.id_column is None or self.id_column in self.columns else [self.id_column]
-        table = self.table.read(start, stop, [*self.columns, *also])
+        for piece in self.table.read(start, stop, [*self.columns, *also]):
+            yield from piece if isinstance(piece, list) else self._rows(piece, also)
+
+    def _rows(self, table: pa.Table, also: list[str]) -> Iterator[dict[str, Any] | RowError]:
         columns = {name: plain(table.column(name)) for name in [*self.columns, *also]}
         for i in range(len(table)):
             row: dict[str, Any] = {}
@@ -298,8 +305,16 @@ _TYPES: dict[str, Sequence[Any]] = {
 
 def _require_columns(path: Path, names: Sequence[str]) -> None:
     if not {"prompt", "image"} & set(names):
-        there = f"only {', '.join(names)[:200]}" if any(names) else "none"
+        there = f"only {shown(', '.join(names)[:200])}" if any(names) else "none"
         raise ValueError(f"{path} has no column prompt or image, {there}")
+
+
+def _name(path: Path, name: str) -> str:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{path}: the header is not UTF-8") from None
+    return name
 
 
 def _count_lines(chunk: bytes) -> int:
