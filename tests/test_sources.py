@@ -17,7 +17,7 @@ from PIL import Image, ImageCms
 
 from latentmill import rows
 from latentmill.plugin import LatentSpec, RowError
-from latentmill.sinks.parquet import Parquet
+from latentmill.sinks.parquet import STATE, Parquet
 from latentmill.sources.images import RUN, Images, decode
 from latentmill.sources.latents import Latents
 from latentmill.sources.prompts import Prompts, _Lines
@@ -620,6 +620,70 @@ def test_a_shape_that_does_not_fit_is_that_row_s_error(tmp_path):
     found = all_rows(Latents(str(tmp_path)))
     assert found[0] == "24 latent values can't be of shape [4, 2, 4]"
     assert found[1]["latents"].shape == (4, 2, 3)
+
+
+def changed(path, name, values, type=None):
+    """The column with other values."""
+    table = pq.read_table(path)
+    at = table.schema.get_field_index(name)
+    column = pa.array(values, type or table.schema.field(at).type)
+    pq.write_table(
+        table.set_column(at, pa.field(name, column.type, metadata=table.schema.field(at).metadata), column), path
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ([-4, -2, 3], "24 latent values can't be of shape [-4, -2, 3]"),
+        ([0, 2, 3], "24 latent values can't be of shape [0, 2, 3]"),
+        ([4, 6, None], "24 latent values can't be of shape [4, 6, None]"),
+        (None, "latents are null"),
+    ],
+)
+def test_a_shape_that_can_t_be_is_that_row_s_error(tmp_path, shape, reason):
+    shard(tmp_path, "a.parquet", [0, 1])
+    changed(tmp_path / "a.parquet", "shape", [[4, 2, 3], shape])
+    found = all_rows(Latents(str(tmp_path)))
+    assert found[0]["latents"].shape == (4, 2, 3) and found[1] == reason
+
+
+def test_a_state_that_can_t_be_read_is_that_row_s_error(tmp_path):
+    shard(tmp_path, "a.parquet", [0, 1, 2, 3])
+    good = {"name": "history", "dtype": "float32", "shape": [2], "values": [1.0, 2.0]}
+    bad = [{**good, "dtype": "load"}, {**good, "dtype": "nothing"}, {**good, "shape": [3]}]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pq.read_table(path).append_column("state", pa.array([[s] for s in (good, *bad)], STATE)), path)
+    found = all_rows(Latents(str(tmp_path)))
+    assert found[0]["state"]["history"].tolist() == [1.0, 2.0]
+    assert found[1] == "the state can't be read: load is no dtype"
+    assert [str(row).partition(":")[0] for row in found[2:]] == ["the state can't be read"] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: changed(path, "latents", ["x"], pa.string()), "column latents is string, which it can't be"),
+        (lambda path: changed(path, "shape", [3.0], pa.float32()), "column shape is float, which it can't be"),
+        (lambda path: pq.write_table(pq.read_table(path).drop_columns(["shape"]), path), "holds no latents of ours"),
+        (lambda path: said(path, "{"), "says of its latents what can't be read"),
+        (lambda path: said(path, '{"channels": 4}'), "says of its latents what can't be read"),
+        (lambda path: said(path, "[]"), "says of its latents what can't be read"),
+        (lambda path: said(path, json.dumps({**vars(SPEC), "dtype": "load"})), "says of its latents what can't be"),
+    ],
+)
+def test_a_file_that_is_no_latents_of_ours_is_refused_before_the_start(tmp_path, change, message):
+    shard(tmp_path, "a.parquet", [0])
+    change(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=message) as error:
+        Latents(str(tmp_path)).latent_spec()
+    assert "\n" not in str(error.value)
+
+
+def said(path, text):
+    """The file, with another text about its latent space."""
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, rows.SPEC_KEY: text.encode()}), path)
 
 
 def test_many_files_don_t_stay_open(tmp_path):

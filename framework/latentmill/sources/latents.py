@@ -75,13 +75,17 @@ class Latents(Source):
                 yield RowError("latents are null")
                 continue
             values = column[i].values.to_numpy(zero_copy_only=False)
-            if values.size != np.prod(shape):
+            if any(not side or side < 0 for side in shape) or values.size != np.prod(shape):
                 yield RowError(f"{values.size} latent values can't be of shape {shape}")
                 continue
             if not (self.keep_sampling and row.get("scheduler")):
                 row = {name: value for name, value in row.items() if name not in SAMPLING}
             if "state" in row:
-                row["state"] = {s["name"]: _tensor(s["values"], s["dtype"], s["shape"]) for s in row["state"] or ()}
+                try:
+                    row["state"] = {s["name"]: _tensor(s["values"], s["dtype"], s["shape"]) for s in row["state"] or ()}
+                except (TypeError, KeyError, AttributeError, RuntimeError) as error:
+                    yield RowError(f"the state can't be read: {str(error).splitlines()[0]}")
+                    continue
             latents = values.reshape(shape)
             row["latents"] = torch.tensor(latents).bfloat16() if dtype == b"bfloat16" else latents
             yield row
@@ -108,13 +112,27 @@ class Latents(Source):
     def _spec(self, name: str) -> LatentSpec:
         schema = self._file(name).schema
         text = (schema.metadata or {}).get(rows.SPEC_KEY)
-        if text is None or "latents" not in schema.names:
+        if text is None or not {"latents", "shape"} <= {*schema.names}:
             raise ValueError(f"{self.path}: {name} holds no latents of ours")
-        return rows.spec_from_json(text)
+        for column, fits in (("latents", pa.types.is_floating), ("shape", pa.types.is_integer)):
+            type = schema.field(column).type
+            lists = pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type)
+            if not lists or not fits(type.value_type):
+                raise ValueError(f"{self.path}: {name}: column {column} is {type}, which it can't be")
+        try:
+            spec = rows.spec_from_json(text)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.path}: {name} says of its latents what can't be read: {error}") from error
+        if not isinstance(spec.channels, int) or spec.dtype not in ("float32", "float16", "bfloat16"):
+            raise ValueError(f"{self.path}: {name} says of its latents what can't be: {spec}")
+        return spec
 
 
 def _tensor(values: list[float], dtype: str, shape: list[int]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64).reshape(shape).to(getattr(torch, dtype))
+    kind = getattr(torch, dtype)
+    if not isinstance(kind, torch.dtype):
+        raise TypeError(f"{dtype} is no dtype")
+    return torch.tensor(values, dtype=torch.float64).reshape(shape).to(kind)
 
 
 DROPPED = ("row", "row_id", "width", "height")
