@@ -223,6 +223,38 @@ def test_a_folder_and_a_glob_are_several_files_in_order(tmp_path):
     assert all_rows(Prompts(str(tmp_path / "odd[1].txt"))) == [{"prompt": "literal"}]
 
 
+def test_a_link_to_nothing_is_no_gap(tmp_path):
+    written(tmp_path / "a.txt", "a")
+    (tmp_path / "b.md").symlink_to("nowhere")
+    (tmp_path / "folder.txt").mkdir()
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert [f.name for f in Prompts(str(tmp_path)).fragments()] == ["a.txt"]
+    (tmp_path / "c.txt").symlink_to("nowhere")
+    with pytest.raises(ValueError, match="c.txt is a link to nothing"):
+        Prompts(str(tmp_path)).fragments()
+    with pytest.raises(ValueError, match="there is no file or folder"):
+        Prompts(str(tmp_path / "pipe.txt")).fragments()
+
+
+def test_pictures_of_prompts_obey_the_source_s_limits(tmp_path):
+    written(tmp_path / "red.png", picture(color="red"))
+    written(tmp_path / "in" / "p.jsonl", '{"image": "red.png"}')
+    (tmp_path / "in" / "red.png").symlink_to("../red.png")
+    path = str(tmp_path / "in" / "p.jsonl")
+    assert all_rows(Prompts(path)) == [
+        "image 'red.png': a link out of the source's folder, which only follow_links: true follows"
+    ]
+    assert all_rows(Prompts(path, follow_links=True))[0]["image"][0, 0].tolist() == [255, 0, 0]
+    limited = all_rows(Prompts(path, follow_links=True, max_pixels=11))
+    assert limited == ["image 'red.png': more than 11 pixels (max_pixels): a decompression bomb?"]
+    pq.write_table(pa.table({"image": [picture(color="red")]}), tmp_path / "p.parquet")
+    [reason] = all_rows(Prompts(str(tmp_path / "p.parquet"), max_pixels=11))
+    assert reason == "image: more than 11 pixels (max_pixels): a decompression bomb?"
+    for source in (Prompts, Images):
+        with pytest.raises(ValueError, match="max_pixels must be 1 or more, not 0"):
+            source(path, max_pixels=0)
+
+
 def test_paths_are_relative_to_the_working_directory_or_in_a_package(tmp_path, monkeypatch):
     written(tmp_path / "here.txt", "here")
     written(tmp_path / "some_package_of_data" / "__init__.py", "")

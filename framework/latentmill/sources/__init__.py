@@ -69,6 +69,10 @@ def find(path: str, suffixes: Collection[str]) -> list[str]:
         names = [match.relative_to(folder).as_posix() for match in matches if match.is_file()]
     else:
         raise ValueError(f"there is no file or folder {path}")
+    if at.is_dir():
+        dangling = [entry.name for entry in at.iterdir() if entry.is_symlink() and not entry.exists()]
+        if lost := [name for name in dangling if os.path.splitext(name)[1].lower() in suffixes]:
+            raise ValueError(f"{path}: {shown(min(lost))} is a link to nothing")
     known = sorted(name for name in names if os.path.splitext(name)[1].lower() in suffixes)
     if not known:
         raise ValueError(f"{path}: no {', '.join(suffixes)} file there")
