@@ -3,7 +3,12 @@
 import dataclasses
 import hashlib
 import json
+import subprocess
+import sys
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from latentmill import plan as planning
@@ -38,6 +43,38 @@ def test_a_row_is_found_in_its_fragment():
 def test_ten_million_rows_cost_nothing():
     big = dataclasses.replace(PLAN, fragments=(Fragment("a", 10**8),))
     assert big.shards == -(-4 * 10**8 // 6) and big.row_id(4 * 10**8 - 1) == "099999999-003"
+
+
+MEASURE = """
+import sys, time
+from pathlib import Path
+from latentmill import flow, plan, storage
+from latentmill.job import load_job
+from latentmill.run import begin
+
+def memory(key):
+    return int(dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())[key].split()[0])
+
+job = load_job("txt2img", [f"source.path={sys.argv[1]}", "samples_per_row=1", "output=nowhere", "cluster=inline"])
+parts = plan.parts(job)
+Path("/proc/self/clear_refs").write_text("5")
+before, started = memory("VmRSS"), time.monotonic()
+made = plan.plan(job, parts)
+flow.decide(begin(job, made, storage.at(job.output)))
+print(made.rows, time.monotonic() - started, memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_hundred_million_rows_are_planned_in_seconds_and_little_memory(tmp_path):
+    size = 1_000_000
+    prompts = pa.DictionaryArray.from_arrays(np.zeros(size, np.int32), ["a red star"]).cast(pa.string())
+    with pq.ParquetWriter(tmp_path / "p.parquet", pa.schema([("prompt", pa.string())])) as writer:
+        for _ in range(100):
+            writer.write_table(pa.table({"prompt": prompts}))
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "p.parquet")]
+    rows, seconds, kilobytes = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert int(rows) == 10**8 and float(seconds) < 10 and int(kilobytes) < 200_000
 
 
 def test_row_ids_and_seeds_are_the_row_s_own_for_ever():

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import random
 import sys
 import zlib
 from pathlib import Path
@@ -172,6 +173,7 @@ def test_parquet_text_of_every_arrow_kind(tmp_path):
         ("p.jsonl", "", "has no rows"),
         ("p.parquet", b"PAR1 it is not", "p.parquet: Parquet"),
         ("p.parquet", b"", "p.parquet: Parquet file size is 0 bytes"),
+        ("p.parquet", b"PAR1" + b"\xff" * 99 + (99).to_bytes(4, "little") + b"PAR1", "p.parquet: .*deserialize thrift"),
         ("p.parquet", parquet(prompt=["a"])[:-9], "p.parquet: Parquet magic bytes not found"),
         ("p.parquet", parquet(prompt=[["a"]]), "column prompt is list<.*>, which it can't be"),
         ("p.parquet", parquet(prompt=pa.array([], pa.string())), "has no rows"),
@@ -569,6 +571,34 @@ def test_every_truncation_is_a_row_error():
         for length in range(0, len(whole) * 3 // 4, max(1, len(whole) // 40)):
             with pytest.raises(RowError):
                 decode(whole[:length])
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
+def test_whatever_is_wrong_with_a_file_it_is_a_picture_or_a_row_error(format):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8))
+    file = io.BytesIO()
+    image.save(file, format)
+    chance = random.Random(0)
+    for _ in range(300):
+        content = bytearray(file.getvalue())
+        for _ in range(chance.randint(1, 6)):
+            content[chance.randrange(chance.choice([len(content), 300]))] = chance.randrange(256)
+        try:
+            assert decode(bytes(content)).shape[2] == 3
+        except RowError as error:
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("orientation", [2, 6])
+def test_orientation_is_applied_once_to_tiff_and_to_16_bits(orientation):
+    upright = Image.fromarray(np.array([[60_000, 300], [0, 0], [9000, 0]], np.uint16))
+    undo = {2: Image.Transpose.FLIP_LEFT_RIGHT, 6: Image.Transpose.ROTATE_90}
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for format in ("TIFF", "PNG"):
+        file = io.BytesIO()
+        upright.transpose(undo[orientation]).save(file, format, exif=exif)
+        assert decode(file.getvalue())[..., 0].tolist() == [[233, 1], [0, 0], [35, 0]]
 
 
 # ------------------------------------------------------------------------------------------------------- latents

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 import shutil
 
 import pytest
@@ -128,6 +129,22 @@ def test_pickles_are_refused_unless_allowed_and_then_hold_weights_alone(tmp_path
     with pytest.raises(ValueError, match="a pickle of more than weights"):
         weights.load(tmp_path / "w.ckpt", allow_pickle=True)
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("save", [safetensors.torch.save_file, torch.save])
+def test_whatever_is_wrong_with_a_file_it_is_weights_or_one_line(tmp_path, save):
+    path = tmp_path / "w"
+    save(GOOD, path)
+    whole, chance = path.read_bytes(), random.Random(0)
+    for _ in range(300):
+        content = bytearray(whole)
+        for _ in range(chance.randint(1, 4)):
+            content[chance.randrange(chance.choice([len(content), 200]))] = chance.randrange(256)
+        path.write_bytes(content)
+        try:
+            weights.load(path, allow_pickle=True)
+        except ValueError as error:
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
 
 
 def test_a_pickle_by_another_name_is_a_pickle(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -71,9 +70,11 @@ def _unpickled(path: str | os.PathLike[str], head: bytes, allow_pickle: bool) ->
         raise ValueError(f"{path}: a pickle, which may run code when it is read: convert it to safetensors")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: a pickle of more than weights, or a damaged one: {said}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a broken pickle ends in whatever its bytes lead to
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: a pickle of more than weights, or a damaged one: {said:.200}") from error
     if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
         found = found["state_dict"]
     if not isinstance(found, Mapping) or not all(isinstance(tensor, Tensor) for tensor in found.values()):

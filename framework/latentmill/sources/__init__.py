@@ -155,7 +155,9 @@ class ParquetRows:
         """Raises ValueError if it is no Parquet file."""
         try:
             self.file = pq.ParquetFile(path, page_checksum_verification=True)
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
             raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
         self.path = path
         self.schema: pa.Schema = self.file.schema_arrow
