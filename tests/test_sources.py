@@ -19,7 +19,7 @@ from PIL import Image, ImageCms
 from latentmill import rows
 from latentmill.plugin import LatentSpec, RowError
 from latentmill.sinks.parquet import STATE, Parquet
-from latentmill.sources.images import RUN, Images, decode
+from latentmill.sources.images import DEPTH, RUN, Images, decode
 from latentmill.sources.latents import Latents
 from latentmill.sources.prompts import Prompts, _Lines
 
@@ -424,6 +424,16 @@ def test_a_picture_that_comes_while_a_job_runs_never_shifts_the_rows(tmp_path):
     assert fresh.fragments()[0].fingerprint != fragment.fingerprint
     with pytest.raises(RuntimeError, match="pictures came or went"):
         list(fresh.read(fragment.name, 0, 1))
+
+
+def test_folders_in_folders_are_walked_into_but_not_for_ever(tmp_path):
+    deep = tmp_path.joinpath(*"a" * DEPTH)
+    written(deep / "x.png", picture())
+    [fragment] = Images(str(tmp_path)).fragments()
+    assert len(all_rows(Images(str(tmp_path)))) == 1 and fragment.name.startswith("a/" * DEPTH + "x.png")
+    written(deep / "a" / "x.png", picture())
+    with pytest.raises(ValueError, match="folders in folders, more than 100 deep"):
+        Images(str(tmp_path)).fragments()
 
 
 def test_a_caption_is_part_of_the_fingerprint(tmp_path):

@@ -40,6 +40,9 @@ MAX_PIXELS = 89_478_485
 RUN = 1000
 """Pictures in a fragment."""
 
+DEPTH = 100
+"""Folders in folders that are walked into."""
+
 
 class Images(Source):
     """The pictures below a folder, sorted by path; ``cat.txt`` beside ``cat.png`` is its prompt.
@@ -60,7 +63,7 @@ class Images(Source):
         self.path, self.max_pixels, self.follow_links, self.id_column = path, max_pixels, follow_links, id_column
 
     def fragments(self) -> list[Fragment]:
-        """Raises ValueError if the folder is missing or has no pictures."""
+        """Raises ValueError if the folder is missing, has no pictures, or folders in folders without end."""
         folder = locate(self.path)
         if not folder.is_dir():
             raise ValueError(f"there is no folder {self.path}")
@@ -226,14 +229,16 @@ def _run(folder: str, fragment: str) -> Sequence[str]:
     return names
 
 
-def _walk(folder: str, first: Sequence[str] = ()) -> Iterator[str]:
+def _walk(folder: str, first: Sequence[str] = (), depth: int = 0) -> Iterator[str]:
     """Pictures below a folder, as relative paths in the order of their parts; from ``first`` on if that is given."""
+    if depth > DEPTH:
+        raise ValueError(f"{shown(folder[:200])}...: folders in folders, more than {DEPTH} deep")
     entries = _entries(folder)
     at = bisect_left(entries, first[0]) if first else 0
     for name in islice(entries, at, None):
         if name.endswith("/"):
             below = first[1:] if first and name == first[0] else ()
-            for deeper in _walk(folder + "/" + name[:-1], below):
+            for deeper in _walk(folder + "/" + name[:-1], below, depth + 1):
                 yield name + deeper
         else:
             yield name
