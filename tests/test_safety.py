@@ -88,6 +88,17 @@ def test_what_came_from_the_environment_is_in_no_file_and_no_line(job, tmp_path,
     assert "${oc.env:FOLDER}/p.txt" in (tmp_path / "out" / "plan.json").read_text()
 
 
+def test_nor_is_it_in_what_a_plugin_says_when_a_run_fails(job, tmp_path, monkeypatch, capsys):
+    def read(self, fragment, start, stop):
+        raise RuntimeError(f"can't reach {self.path}")
+
+    monkeypatch.setattr(Prompts, "read", read)
+    assert main(["run", job]) == 1
+    said = "".join(capsys.readouterr())
+    errors = "".join(path.read_text() for path in (tmp_path / "out").rglob("*.jsonl"))
+    assert FOLDER not in said + errors and "can't reach ${oc.env:FOLDER}/p.txt" in said + errors
+
+
 @pytest.mark.parametrize(
     "override",
     [

@@ -155,6 +155,16 @@ def test_errors_lost_between_the_two_files_are_made_again(tmp_path):
     assert shown(tmp_path) == ["data/00000.parquet", "data/00002.parquet", "errors/00000.jsonl"]
 
 
+def test_a_reason_holds_nothing_that_the_job_took_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "hunter2-and-more")
+    plan = Plan()
+    plan.config["vae"] = {"name": "remote", "token": "${oc.env:SECRET}"}
+    commit(tmp_path, 1, [pictures([4, 5, 6])], [failed(7, "401 for hunter2-and-more")], plan)
+    [error] = errors_of(tmp_path, 1)
+    assert error["reason"] == "401 for ${oc.env:SECRET}"
+    assert not any(b"hunter2" in path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file())
+
+
 def test_a_reason_is_one_line_and_not_a_long_one():
     assert in_a_line("  said\nthe plugin\x1b[2J \udcff, ö\n") == r"said the plugin\x1b[2J \udcff, ö"
     assert in_a_line("x" * 1000) == "x" * 1000

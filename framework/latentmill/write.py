@@ -16,6 +16,7 @@ import pyarrow as pa
 import torch
 
 from latentmill import failpoints, rows, tensors
+from latentmill.job import without_secrets
 from latentmill.plugin import LatentSpec, Reject, Sink, Stage
 from latentmill.storage import Storage
 
@@ -57,7 +58,7 @@ class Write(Stage):
                 "row": e["row"],
                 "row_id": self.plan.row_id(e["row"]),
                 "stage": e["stage"],
-                "reason": in_a_line(e["reason"]),
+                "reason": self._reason(e["reason"]),
             }
             for e in sorted(errors, key=lambda e: int(e["row"]))
         ]
@@ -82,6 +83,9 @@ class Write(Stage):
         first = publish(self.store, name, lambda temporary: self.sink.write(temporary, table, about), check)
         copy_errors(self.store, shard, self.sink)
         return first
+
+    def _reason(self, reason: str) -> str:
+        return in_a_line(without_secrets(reason, json.dumps(self.plan.config)))
 
     def _empty(self) -> pa.Table:
         """No rows, with the columns of this job's rows: a shard in which all failed must fit beside the others."""
