@@ -125,6 +125,20 @@ def test_a_worker_that_hangs_is_replaced_and_the_row_at_which_it_does_is_found(t
     assert rows == {row: 512.0 for row in range(24) if row != 7}
 
 
+def test_a_worker_that_is_not_ready_for_long_is_told_of_once(caplog):
+    workers = pool.RayPool([StageWork("read", Read, num_cpus=0.1)])
+    try:
+        workers.submit(flow.Start(0, 0))
+        [reference] = workers.asked
+        workers.asked[reference] -= pool.PATIENCE
+        for _ in range(2):
+            assert workers.collect(timeout=0) == []
+    finally:
+        workers.close()
+    said = [record.message for record in caplog.records if record.name == "latentmill"]
+    assert said == ["a worker of read has not been ready for 60 s; is there a place for it?"]
+
+
 def test_a_stage_that_loses_rows_without_a_reason_is_found_out(tmp_path):
     """It is the stage that is broken, and not its rows: the job ends, and condemns none of them."""
     with pytest.raises(RunError, match="double: its workers fail .* each row must come back once or be rejected"):

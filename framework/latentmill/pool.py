@@ -30,6 +30,8 @@ from latentmill.flow import Died, Dispatch, Event, Failed, Finished, Order, Star
 from latentmill.plugin import Stage
 from latentmill.worker import StageWork, Worker
 
+logger = logging.getLogger("latentmill")
+
 GONE = (RayActorError, OutOfMemoryError, WorkerCrashedError, NodeDiedError, LocalRayletDiedError)
 """What Ray raises for a call whose worker is no more. OutOfMemoryError: Ray's memory monitor killed it."""
 PATIENCE = 60.0
@@ -95,6 +97,8 @@ class RayPool:
         self.stages, self.owns_cluster = stages, owns_cluster
         self.actors: dict[tuple[int, int], Any] = {}
         self.starting: dict[Any, Start] = {}
+        self.asked: dict[Any, float] = {}
+        """When those were asked for of which nobody has been told that they take long."""
         self.flying: dict[Any, Dispatch] = {}
         self.blocks: dict[int, Any] = {}
         self.heard: dict[tuple[int, int], float] = {}
@@ -115,7 +119,8 @@ class RayPool:
                 options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self.group, bundle)
             actor = _REMOTE.options(**options).remote(os.getcwd(), work.make, work.num_gpus > 0, work.threads)
             self.actors[order.stage, order.worker] = actor
-            self.starting[actor.ready.remote()] = order
+            ready = actor.ready.remote()
+            self.starting[ready], self.asked[ready] = order, time.monotonic()
             return
         actor = self.actors[order.stage, order.worker]
         self.heard.setdefault((order.stage, order.worker), time.monotonic())
@@ -145,6 +150,7 @@ class RayPool:
         for reference in ready:
             if reference in self.starting:
                 start = self.starting.pop(reference)
+                self.asked.pop(reference, None)
                 try:
                     ray.get(reference)
                     events.append(Started(start.stage, start.worker))
@@ -172,7 +178,15 @@ class RayPool:
         for (stage, worker), death in dead.items():
             self._bury(stage, worker)
             events.append(Died(stage, worker, _cause(death), at_start=getattr(death, "actor_init_failed", False)))
+        self._warn()
         return events + self._hanging()
+
+    def _warn(self) -> None:
+        """Say once of a worker that it isn't ready: its model is large, or its node is gone and no other has come."""
+        for reference in [ref for ref, when in self.asked.items() if time.monotonic() - when > PATIENCE]:
+            name = self.stages[self.starting[reference].stage].name
+            logger.warning(f"a worker of {name} has not been ready for {PATIENCE:g} s; is there a place for it?")
+            del self.asked[reference]
 
     def _hanging(self) -> list[Event]:
         """End workers that have work and have finished none for as long as their stage gives them."""
