@@ -11,8 +11,9 @@ PROJECTS := pyproject.toml plugins/shapes/pyproject.toml plugins/example/pyproje
 demo: $(INSTALLED)
 	$(BIN)/latentmill run txt2img
 
+# Two files of tests at a time, each in one thread: they are many small ones, and two cores are what there is everywhere.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

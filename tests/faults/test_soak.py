@@ -65,17 +65,15 @@ def whole(output, alone):
 @pytest.mark.parametrize("seed", range(RUNS))
 def test_a_driver_killed_three_times(seed, job, forks, tmp_path):
     settings, alone, seconds = job
-    dice, killed = random.Random(seed), 0
+    dice = random.Random(seed)
     for _ in range(KILLS):
         process = forks.begin(command(settings, tmp_path / "out"), tmp_path / "log")
-        timer = threading.Timer(dice.uniform(0, seconds / 2), lambda process=process: os.kill(process, signal.SIGKILL))
+        timer = threading.Timer(dice.uniform(0, seconds / 5), lambda process=process: os.kill(process, signal.SIGKILL))
         timer.start()
         code = forks.end()
         timer.cancel()
-        killed += code == -signal.SIGKILL
-        assert code in (0, -signal.SIGKILL), (tmp_path / "log").read_text()
+        assert code == -signal.SIGKILL, (tmp_path / "log").read_text()
         assert shards(tmp_path / "out").items() <= alone.items()
-    assert killed
     assert forks.run(command(settings, tmp_path / "out"), tmp_path / "log") == 0, (tmp_path / "log").read_text()
     whole(tmp_path / "out", alone)
 
@@ -98,7 +96,7 @@ def test_workers_killed_three_times(seed, job, cluster, tmp_path):
     dice, victims, ended = random.Random(seed), [], threading.Event()
 
     def hunt():
-        while len(victims) < KILLS and not ended.wait(dice.uniform(0.5, 4)):
+        while len(victims) < KILLS and not ended.wait(dice.uniform(0.2, 2)):
             workers = [
                 process
                 for process in psutil.Process().children(recursive=True)
@@ -116,5 +114,5 @@ def test_workers_killed_three_times(seed, job, cluster, tmp_path):
     finally:
         ended.set()
         hunter.join()
-    assert victims and (result.ok, result.failed) == (48, 0)
+    assert len(victims) == KILLS and (result.ok, result.failed) == (48, 0)
     whole(tmp_path / "out", alone)
