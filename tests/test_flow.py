@@ -209,6 +209,89 @@ def test_a_job_of_which_too_much_fails_is_stopped():
     assert not few.state.failed and len(few.failed()) == 50
 
 
+def test_rows_under_way_are_not_taken_for_failed_ones():
+    """Those that fail are known long before those that succeed have arrived."""
+
+    class Slow(World):
+        def pick(self):  # of the last stages nothing is done as long as there is something else
+            return min(range(len(self.orders)), key=lambda i: self.orders[i].stage)
+
+    many = state(rows=2000, rows_per_shard=2000, sizes=(8, 8, 400, 8, 8), max_error_rate=0.5)
+    world = Slow(many, seed=1, reject=range(0, 2000, 4)).run()
+    assert not world.state.failed and len(world.failed()) == 500
+
+
+def test_one_replacement_that_finds_no_place_does_not_hold_up_the_others():
+    """Its node went, and none came: the rest is done without it, the verdict that waits for a success included."""
+
+    class Homeless(World):
+        def pick(self):
+            choices = [
+                i for i, o in enumerate(self.orders) if not (isinstance(o, Start) and o.stage == 2 and o.worker > lost)
+            ]
+            assert choices, "everybody waits for the one that never comes"
+            return self.random.choice(choices)
+
+    world = Homeless(state(rows=8, replicas=(1, 1, 2, 1, 1)), seed=1, poison={7})
+    denoisers = [order.worker for order in world.state.to_start if order.stage == 2]
+    lost = denoisers[0]
+    assert set(world.run().failed()) == {7} and len(world.ok()) == 7
+
+
+def test_a_node_that_goes_takes_nobody_s_rows_with_it():
+    """Of a batch of one row, as often as machines are taken away."""
+    world = World(state(sizes=(1,) * 5, retries=0), seed=3)
+    carry_out, gone = world.carry_out, Counter()
+
+    def preempted(order):
+        if isinstance(order, Dispatch) and order.kind == "batch" and order.stage == 2 and gone[order.rows[0]] < 4:
+            gone[order.rows[0]] += 1
+            world.orders = [o for o in world.orders if not (isinstance(o, Dispatch) and o.worker == order.worker)]
+            return Died(order.stage, order.worker, "its node has died", with_node=True)
+        return carry_out(order)
+
+    world.carry_out = preempted
+    world.run()
+    assert not world.state.failed and not world.failed() and len(world.ok()) == 100
+
+
+def test_one_row_alone_is_not_condemned_for_a_death_or_two():
+    world = World(state(sizes=(1,) * 5, retries=0), seed=3)
+    carry_out, deaths = world.carry_out, Counter()
+
+    def killed(order):
+        if isinstance(order, Dispatch) and order.stage == 2 and 41 in order.rows and deaths[41] < 2:
+            deaths[41] += 1
+            world.orders = [o for o in world.orders if not (isinstance(o, Dispatch) and o.worker == order.worker)]
+            return Died(order.stage, order.worker, "killed: out of memory")
+        return carry_out(order)
+
+    world.carry_out = killed
+    assert not world.run().failed() and deaths[41] == 2
+
+
+def test_a_replacement_that_cannot_start_does_not_end_a_stage_that_works():
+    """The first of a stage that can't shows that none can; a later one, that something is wrong with it."""
+    world = World(state(replicas=(1, 1, 2, 1, 1)), seed=1)
+    carry_out, events = world.carry_out, []
+
+    def no_gpu(order):
+        if isinstance(order, Start) and order.worker > 5 and len(events) == 1:
+            events.append(Died(order.stage, order.worker, "No CUDA GPUs are available", at_start=True))
+            return events[-1]
+        if isinstance(order, Dispatch) and order.stage == 2 and not events:
+            world.orders = [o for o in world.orders if not (isinstance(o, Dispatch) and o.worker == order.worker)]
+            events.append(Died(order.stage, order.worker, "killed"))
+            return events[-1]
+        return carry_out(order)
+
+    world.carry_out = no_gpu
+    assert len(world.run().ok()) == 100 and len(events) == 2
+    first = World(state(), seed=1)
+    first.carry_out = lambda order: Died(order.stage, order.worker, "no weights", at_start=True)
+    assert first.run().state.failed.endswith("can't start: no weights")
+
+
 def test_many_shapes_don_t_take_turns():
     """Fifty groups of which none fills: while no more may come, no worker waits for what is not to come."""
 

@@ -91,3 +91,54 @@ def test_one_that_was_killed_on_this_machine_is_not_waited_for(tmp_path):
     assert done.stdout == "ours\n" and done.returncode == -9
     with Leases(storage.at(str(tmp_path))) as mine:
         assert mine.claim(1, "data/00001.parquet") == Claimed(1, "ours")
+
+
+class Mishears:
+    """A store whose answer is lost on the way: the request is made again, and the name is taken, by ourselves."""
+
+    def __init__(self, store):
+        self.store = store
+
+    def __getattr__(self, name):
+        return getattr(self.store, name)
+
+    def create(self, name, content):
+        self.store.create(name, content)
+        return False
+
+
+def test_a_lease_that_we_got_without_hearing_of_it_is_ours(store):
+    a, b = Leases(Mishears(store)), Leases(store)
+    a.beat()
+    assert claim(a, 1) == "ours" and a.held == {1}
+    assert claim(b, 1) == "taken"
+
+
+class Fails:
+    """A store that fails so many times."""
+
+    def __init__(self, store, times):
+        self.store, self.times = store, times
+
+    def __getattr__(self, name):
+        if name in ("create", "read", "exists", "names") and self.times:
+            self.times -= 1
+            raise OSError(116, "Stale file handle")
+        return getattr(self.store, name)
+
+
+def test_a_store_that_fails_once_costs_a_lease_and_no_more(store, clock):
+    driver = Leases(Fails(store, 2), clock=lambda: clock[0])
+    assert [claim(driver, shard) for shard in (1, 2, 3)] == ["taken", "taken", "ours"]
+    driver.store.times = 1
+    driver.keep(set())
+    assert driver.held == {3}  # given back the next time
+    driver.store.times = 1
+    clock[0] += leases.EVERY
+    assert driver.news({1, 2}) is None
+    clock[0] += leases.EVERY
+    assert driver.news({1, 2}) == Seen(frozenset(), frozenset({1, 2}))
+    driver.store.times = 99
+    with pytest.raises(OSError, match="Stale"):
+        for shard in range(9):
+            claim(driver, shard)

@@ -17,7 +17,7 @@ def test_a_seed_is_the_same_story_each_time():
     stories = [[], []]
     for story in stories:
         World(18, story.append).run()
-    assert stories[0] == stories[1] and len(stories[0]) >= 10
+    assert stories[0] == stories[1] and len(stories[0]) > 4
 
 
 def commit_before_verify(monkeypatch):
@@ -121,9 +121,8 @@ def a_lease_given_back_that_is_another_s(monkeypatch):
 )
 def test_a_planted_bug_is_found(plant, monkeypatch):
     says = plant(monkeypatch)
-    found = next((wrong for seed in SEEDS if (wrong := trial(seed))), None)
-    assert found is not None, "not found"
-    assert says in found
+    found = (wrong for seed in SEEDS if (wrong := trial(seed)))
+    assert any(says in wrong for wrong in found), "not found"
 
 
 def test_leases_decide_nothing(monkeypatch):

@@ -105,6 +105,16 @@ def test_csv_overrides_row_by_row(tmp_path):
     ]
 
 
+def test_a_lone_carriage_return_in_csv_is_counted_as_it_is_read(tmp_path):
+    (tmp_path / "p.csv").write_bytes(b"prompt\na\n \r \nb\nc\n")
+    source = Prompts(str(tmp_path / "p.csv"))
+    [fragment] = source.fragments()
+    together = [
+        getattr(row, "get", lambda key: "error")("prompt") for row in source.read(fragment.name, 0, fragment.rows)
+    ]
+    assert together == ["a", "error", "b", "c"]
+
+
 def test_bad_bytes_and_bad_quotes_in_csv_cost_one_row(tmp_path):
     lines = [b"prompt", b"a \xff cat", b"a\rb", b'5" nail', b'"' + b"x" * 200_000 + b'"', b"last"]
     path = written(tmp_path / "p.csv", b"\n".join(lines))
@@ -178,7 +188,7 @@ def test_parquet_text_of_every_arrow_kind(tmp_path):
         ("p.parquet", parquet(prompt=[["a"]]), "column prompt is list<.*>, which it can't be"),
         ("p.parquet", parquet(prompt=pa.array([], pa.string())), "has no rows"),
         ("p.parquet", parquet(prompt=["a"], b=["b"], rename=["prompt", "prompt"]), "there are two columns prompt"),
-        ("p.csv", gzip.compress(b"prompt\na\n"), "p.csv: the header is not UTF-8"),
+        ("p.csv", gzip.compress(b"prompt\na\n", mtime=0), "p.csv: the header is not UTF-8"),
         ("p.csv", "prompt\na\n".encode("utf-16"), "p.csv: the header is not UTF-8"),
         ("p.csv", "a\x1b[2J\n", r"has no column prompt or image, only a\\x1b\[2J"),
         ("p.csv", "prompt\ra\r", "the header can't be read: new-line character"),
@@ -340,7 +350,7 @@ def test_damage_in_parquet_costs_the_rows_of_its_group(tmp_path, checksums):
 
 
 def test_text_in_another_encoding_is_an_error_and_no_prompt(tmp_path):
-    path = written(tmp_path / "p.jsonl", gzip.compress(b"{}"))
+    path = written(tmp_path / "p.jsonl", gzip.compress(b"{}", mtime=0))
     assert all_rows(Prompts(path)) == ["the line is not UTF-8, at byte 1"]
 
 

@@ -12,7 +12,7 @@ import latentmill
 from latentmill import storage
 from latentmill.cli import main
 from latentmill.plan import PlanError
-from latentmill.verify import verify
+from latentmill.verify import repair, verify
 
 PROMPTS = [f"a {colour} star on a white background" for colour in ("red", "blue", "green", "black", "yellow")]
 PROMPTS.insert(2, "a zebra")  # a word that the model doesn't know
@@ -112,8 +112,44 @@ def test_errors_that_were_changed_and_files_that_are_not_ours_are_found(out):
     errors.write_text(json.dumps({**json.loads(errors.read_text()), "row_id": "000000003-000"}) + "\n")
     (out / "data" / "00003.parquet").write_bytes((out / "data" / "00002.parquet").read_bytes())
     verdict = verify(storage.at(str(out)))
-    assert verdict.damaged == {1: "is not what errors/00001.jsonl says"}
-    assert verdict.strange[0] == "data/00003.parquet is no shard of this plan"
+    assert not verdict.damaged
+    assert verdict.strange == [
+        "data/00003.parquet is no shard of this plan",
+        "errors/00001.jsonl is not what data/00001.parquet says",
+    ]
+
+
+def test_error_files_are_copies_and_are_made_again(out, made):
+    """One that was changed, and one beside a shard of which no row failed."""
+    right = (out / "errors" / "00001.jsonl").read_bytes()
+    (out / "errors" / "00001.jsonl").write_bytes(right + right)
+    (out / "errors" / "00000.jsonl").write_bytes(right)
+    store = storage.at(str(out))
+    assert list(repair(store, verify(store))) == ["made errors/00000.jsonl again", "made errors/00001.jsonl again"]
+    assert [path.read_bytes() for path in (out / "errors").iterdir()] == [right] and verify(store).sound
+
+
+def test_a_shard_taken_out_by_hand_is_done_again_and_nothing_says_complete_before(out, made):
+    """What is in data/ is the progress, whatever else lies there."""
+    command, files = made
+    (out / "data" / "00000.parquet").unlink()
+    (out / "errors" / "00000.jsonl").write_bytes(files[Path("errors/00001.jsonl")])  # of another time
+    seen = []
+    write = Path(out, "_SUCCESS")
+
+    class Watched(latentmill.run.__globals__["Leases"]):
+        def __enter__(self):
+            seen.append(write.exists())
+            return super().__enter__()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(latentmill.run.__globals__, "Leases", Watched)
+        result = latentmill.run(command[0], [*command[1:], f"output={out}"])
+    assert seen == [False] and (result.ok, result.failed) == (5, 1)
+    assert {p.relative_to(out): p.read_bytes() for p in (out / "data").iterdir()} == {
+        name: content for name, content in files.items() if name.parts[0] == "data"
+    }
+    assert write.exists() and not (out / "errors" / "00000.jsonl").exists()
 
 
 def test_a_plan_that_was_changed_is_found(out):

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from latentmill import plan as planning
 from latentmill import registry, storage, verify
-from latentmill.job import JobError, load_job, shipped, without_secrets
+from latentmill.job import JobError, load_job, shipped
 from latentmill.plan import PlanError
 from latentmill.plugin import Scheduler
 from latentmill.registry import PluginError
@@ -76,10 +76,7 @@ def _run(options: Any) -> int:
                 f"--fork {options.fork}: there is a dataset already; a fork begins anew, in a place of its own"
             )
         options.overrides.append(f"output={options.fork}")
-    try:
-        result = run(options.job, options.overrides)
-    except RunError as error:  # it may quote a plugin
-        raise RunError(without_secrets(str(error), load_job(options.job, options.overrides).config)) from error
+    result = run(options.job, options.overrides)
     print(result.text)
     if result.interrupted:
         return 130
@@ -141,7 +138,7 @@ def _verify(options: Any) -> int:
         print(line)
     if options.repair:
         for line in verify.repair(store, verdict):
-            print(f"moved {line}; the next run does it again")
+            print(line)
     print("sound" if verdict.sound else "NOT SOUND" + ("" if options.repair else "; --repair takes damaged shards out"))
     return 0 if verdict.sound else 1
 

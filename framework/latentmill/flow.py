@@ -3,6 +3,12 @@
 ``decide(state)`` says what to dispatch; ``apply(state, event)`` takes what happened. Both change the state that they are
 given and touch nothing else, so the same events give the same decisions: on a cluster, in one process, in a simulation.
 
+What goes wrong climbs a ladder. A batch that raised is tried again as the stage's retries say, then in halves, down to the
+row. A row that fails alone is a *verdict* of the worker that it failed on: it is quarantined once that worker does something
+else right. Batches without a common row that fail on one worker are *strikes*: after three it is the worker, which is
+stopped, and its verdicts are tried elsewhere. A worker's *death* makes all that it held suspects, tried one at a time, unless
+its node went with it. Deaths over different rows with nothing done in between end the job: then it is the stage.
+
 A stage's output is a *block*: a list of tables (*parts*), one for each tensor shape. The flow never sees it; it knows the
 row numbers in it. A *piece* is a run of rows of one part, on its way into a stage's next batch.
 """
@@ -14,8 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-LOSSES = 5
-"""How often a row may be read again because a node took its data away."""
+LOSSES = 20
+"""How often a node may take a row's data or its worker away."""
 DEATHS = 3
 """Deaths of a stage's workers, for each replica, over rows that have none in common and with no batch finished in between,
 that end the job. One row that kills, in smaller and smaller batches until it is found, counts once."""
@@ -131,7 +137,9 @@ class Died:
     worker: int
     reason: str = ""
     at_start: bool = False
-    """It raised while it was being built or loaded: the next one would too, so the job ends."""
+    """It raised while it was being built or loaded. If no worker of its stage has ever been ready, none will be."""
+    with_node: bool = False
+    """Its node went, and all that was on it: no row is to blame."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +230,8 @@ class State:
     workers: list[dict[int, list[int]]] = field(default_factory=list)
     """For each stage, each ready worker's dispatches, oldest first."""
     starting: set[tuple[int, int]] = field(default_factory=set)
+    proven: set[int] = field(default_factory=set)
+    """Stages of which a worker has been ready."""
     to_start: list[Start | Stop] = field(default_factory=list)
     records: dict[int, Record] = field(default_factory=dict)
     """Of each worker that has failed at something and not succeeded since."""
@@ -334,7 +344,7 @@ def decide(state: State) -> list[Order | Claim]:
             for stage in range(last, 0, -1):
                 if not _has_room(state, stage - 1, state.stages[stage - 1].batch_size):
                     orders.extend(_batches(state, stage, partial=True))
-    if not orders and not state.flying and not state.starting:
+    if not orders and not state.flying and all(state.workers[stage] for stage, _ in state.starting):
         orders.extend(_unstick(state))
         if not orders and state.records:  # nobody is left to show that it was the rows
             for worker in list(state.records):
@@ -545,6 +555,7 @@ def apply(state: State, event: Event) -> State:
     if isinstance(event, Started):
         if (event.stage, event.worker) in state.starting:
             state.starting.discard((event.stage, event.worker))
+            state.proven.add(event.stage)
             state.workers[event.stage][event.worker] = []
     elif isinstance(event, Died):
         _died(state, event)
@@ -642,7 +653,9 @@ def _quarantine(state: State, row: int, stage: int, reason: str) -> None:
         for later in range(stage + 1, len(state.stages)):
             state.accounted[later][state.chunk(later, row)] += 1
     state.quarantined += 1
-    ended = state.quarantined + state.arrived
+    ended = max(
+        state.finished_rows[0], state.quarantined + state.arrived
+    )  # those under way are not the failed ones' fault
     if state.failed:
         return
     if state.stop_on_error:
@@ -735,21 +748,33 @@ def _lost(state: State, dispatch: Dispatch, reason: str) -> None:
 
 def _died(state: State, event: Died) -> None:
     state.starting.discard((event.stage, event.worker))
-    if event.at_start:
+    if event.at_start and event.stage not in state.proven:
         state.failed = f"stage {state.stages[event.stage].name} can't start: {event.reason}"
         return
     held = [state.flying.pop(id) for id in state.workers[event.stage].pop(event.worker, [])]
-    _replace(state, event.stage, event.worker, {row for dispatch in held for row in dispatch.rows}, event.reason)
-    for dispatch in held:  # of several it may have been any: each is tried again alone, whatever the stage's retries
-        _failed(state, dispatch, f"its worker died: {event.reason}", least=len(held) > 1)
+    if event.with_node:
+        state.losses.update(row for dispatch in held for row in dispatch.rows)
+    rows = {row for dispatch in held for row in dispatch.rows}
+    _replace(state, event.stage, event.worker, rows, event.reason, counts=not event.with_node)
+    for dispatch in held:
+        if event.with_node and max(state.losses[row] for row in dispatch.rows) <= LOSSES:
+            _again(state, dispatch, dispatch.attempts)
+            continue
+        # Of several it may have been any: each is tried again alone, whatever the stage's retries. And one row alone
+        # twice more, since workers die for other reasons, too.
+        least = 2 if len(dispatch.rows) == 1 else int(len(held) > 1)
+        _failed(state, dispatch, f"its worker died: {event.reason}", least)
 
 
-def _replace(state: State, stage: int, worker: int, rows: set[int], reason: str) -> None:
-    """Start another worker in the place of one that is gone, because of ``rows`` if of any. It tries what the first condemned."""
+def _replace(state: State, stage: int, worker: int, rows: set[int], reason: str, counts: bool = True) -> None:
+    """Start another worker in the place of one that is gone, because of ``rows`` if of any. It tries what the first condemned.
+
+    If it ``counts``, it is one of the deaths that end a job.
+    """
     spec = state.stages[stage]
     for dispatch, _ in state.records.pop(worker, Record()).verdicts:
         _again(state, dispatch, max(spec.retries, 1))
-    if all(rows.isdisjoint(before) for before in state.deaths[stage]):
+    if counts and all(rows.isdisjoint(before) for before in state.deaths[stage]):
         state.deaths[stage].append(rows)
     if len(state.deaths[stage]) > DEATHS * spec.replicas:
         state.failed = f"stage {spec.name}: its workers fail one after another: {reason}"

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 from latentmill.flow import Died, Dispatch, Event, Failed, Finished, Order, Start, Started, Stop
 from latentmill.worker import Block, Call, Outcome, StageWork, Worker
+from latentmill.write import in_a_line
 
 
 class InlinePool:
-    """Does each order when its turn comes, one at a time; a stage's replicas share one worker.
+    """Does each order when its turn comes, one at a time. A stage has one worker.
 
     Rows that are being denoised are moved when there is nothing else to do: so others join them, as many as there can be.
     """
@@ -46,7 +47,7 @@ class InlinePool:
                 if order.stage not in self.workers:
                     self.workers[order.stage] = Worker(work.make, work.num_gpus > 0, work.threads)
             except Exception as error:
-                return [Died(order.stage, order.worker, f"{type(error).__name__}: {error}", at_start=True)]
+                return [Died(order.stage, order.worker, in_a_line(f"{type(error).__name__}: {error}"), at_start=True)]
             return [Started(order.stage, order.worker)]
         worker = self.workers[order.stage]
         try:
@@ -84,4 +85,4 @@ class InlinePool:
 
 
 def _failed(order: Dispatch, error: Exception) -> Failed:
-    return Failed(order.id, "raised", f"{type(error).__name__}: {error}")
+    return Failed(order.id, "raised", in_a_line(f"{type(error).__name__}: {error}"))

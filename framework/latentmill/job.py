@@ -242,7 +242,7 @@ def without_secrets(text: str, config: str) -> str:
 
     Those of at least 8 characters, lest a number or a word be taken for a secret.
     """
-    for name in re.findall(r"oc\.env:\s*([A-Za-z_]\w*)", config):
+    for name in re.findall(r"""oc\.env:[\s'"\\]*([A-Za-z_]\w*)""", config):
         value = os.environ.get(name, "")
         if len(value) >= 8:
             text = text.replace(value, f"${{oc.env:{name}}}")

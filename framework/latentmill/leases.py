@@ -26,6 +26,9 @@ EVERY = 10.0
 PATIENCE = 60.0
 """Seconds without a sign of life after which a driver counts as gone."""
 
+FAILURES = 2
+"""Claims in a row that the store may fail before it is taken for broken."""
+
 
 class Leases:
     """This driver's leases, and what it knows of the others'. Its heart beats from ``with`` to the end."""
@@ -39,6 +42,8 @@ class Leases:
         """Of each other driver its last sign of life, and when that was new to us."""
         self._looked = clock()
         self._beats = 0
+        self.failures = 0
+        """Claims that the store failed, one after another."""
         self._stop = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="leases", daemon=True)
 
@@ -55,57 +60,79 @@ class Leases:
             self.store.delete(_life(self.me))
 
     def claim(self, shard: int, data: str) -> Claimed:
-        """Try to get a shard whose file would be ``data``; it may turn out to be done."""
-        name = f"leases/{shard:05d}"
-        ours = self.store.create(name, self.me.encode())
-        if not ours:
-            try:
-                owner = self.store.read(name).decode()
-            except FileNotFoundError:  # given back just now
-                ours = self.store.create(name, self.me.encode())
-            else:
-                if self._is_gone(owner):
-                    self.store.put(name, self.me.encode())
-                    ours = True
+        """Try to get a shard whose file would be ``data``; it may turn out to be done.
+
+        Where the store fails once, the shard counts as taken, and is looked at again. Raises OSError if it goes on failing.
+        """
+        try:
+            ours = self._take(f"leases/{shard:05d}")
+            done = self.store.exists(data)
+        except OSError:
+            self.failures += 1
+            if self.failures > FAILURES:
+                raise
+            return Claimed(shard, "taken")
+        self.failures = 0
         if ours:
             self.held.add(shard)
-        if self.store.exists(data):
+        if done:
             self.keep(self.held - {shard})
             return Claimed(shard, "done")
         return Claimed(shard, "ours" if ours else "taken")
+
+    def _take(self, name: str) -> bool:
+        for _ in range(2):
+            if self.store.create(name, self.me.encode()):
+                return True
+            with suppress(FileNotFoundError):  # given back just now
+                owner = self.store.read(name).decode()
+                if owner == self.me:  # we have it, and never heard that we got it
+                    return True
+                if self._is_gone(owner):
+                    self.store.put(name, self.me.encode())
+                    return True
+                return False
+        return False
 
     def keep(self, shards: Set[int]) -> None:
         """Give back all leases but these. One that another has taken over is not ours to give back."""
         for shard in self.held - shards:
             name = f"leases/{shard:05d}"
-            with suppress(FileNotFoundError):
+            try:
                 if self.store.read(name).decode() == self.me:
                     self.store.delete(name)
-        self.held &= shards
+            except FileNotFoundError:
+                pass
+            except OSError:  # the next time
+                continue
+            self.held.discard(shard)
 
     def news(self, elsewhere: Set[int]) -> Seen | None:
-        """Every few seconds, what has become of the shards that others hold; None if it isn't time to look."""
+        """Every few seconds, what has become of the shards that others hold; None if it isn't time to look, or nobody answers."""
         now = self.clock()
         if not elsewhere or now < self._looked + EVERY:
             return None
-        done = done_shards(self.store) & elsewhere
-        names = {int(name) for name in self.store.names("leases") if name.isdecimal()}
-        owners = {}
-        for shard in sorted(elsewhere - done):
-            owners[shard] = ""
-            if shard in names:
-                with suppress(FileNotFoundError):
-                    owners[shard] = self.store.read(f"leases/{shard:05d}").decode()
+        try:
+            done = done_shards(self.store) & elsewhere
+            names = {int(name) for name in self.store.names("leases") if name.isdecimal()}
+            owners = {}
+            for shard in sorted(elsewhere - done):
+                owners[shard] = ""
+                if shard in names:
+                    with suppress(FileNotFoundError):
+                        owners[shard] = self.store.read(f"leases/{shard:05d}").decode()
+            gone = {owner for owner in set(owners.values()) if owner == self.me or self._is_gone(owner)}
+        except OSError:
+            self._looked = now
+            return None
         self._looked = self.clock() + 20 * (self.clock() - now)  # a store that is slow is asked less often
-        return Seen(frozenset(done), frozenset(shard for shard, owner in owners.items() if self._is_gone(owner)))
+        return Seen(frozenset(done), frozenset(shard for shard, owner in owners.items() if owner in gone))
 
     def _is_gone(self, owner: str) -> bool:
         if not owner:
             return True
-        if owner == self.me:
-            return False
-        where, _, rest = owner.rpartition("/")[0].rpartition("/")
-        if where == _here() and not Path("/proc", rest).exists():  # killed on this machine: no need to wait
+        where, _, process = owner.rpartition("/")[0].rpartition("/")
+        if where == _here() and not _runs(int(process)):  # killed on this machine: no need to wait
             return True
         try:
             sign = self.store.read(_life(owner))
@@ -129,6 +156,16 @@ class Leases:
 
 def _life(driver: str) -> str:
     return f"leases/{driver.rpartition('/')[2]}.alive"
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
 
 
 def _here() -> str:

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import ray
 from ray.exceptions import (
+    ActorUnavailableError,
     LocalRayletDiedError,
     NodeDiedError,
     ObjectLostError,
@@ -29,6 +30,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from latentmill.flow import Died, Dispatch, Event, Failed, Finished, Order, Start, Started, Stop
 from latentmill.plugin import Stage
 from latentmill.worker import StageWork, Worker
+from latentmill.write import in_a_line
 
 logger = logging.getLogger("latentmill")
 
@@ -177,7 +179,8 @@ class RayPool:
             self.heard[order.stage, order.worker] = time.monotonic()
         for (stage, worker), death in dead.items():
             self._bury(stage, worker)
-            events.append(Died(stage, worker, _cause(death), at_start=getattr(death, "actor_init_failed", False)))
+            at_start = getattr(death, "actor_init_failed", False)
+            events.append(Died(stage, worker, _cause(death), at_start, with_node=_with_node(death)))
         self._warn()
         return events + self._hanging()
 
@@ -219,7 +222,7 @@ class RayPool:
     def _failed(self, reference: Any, cause: Any, error: BaseException) -> Failed:
         order = self.flying.pop(reference)
         self.blocks.pop(order.id, None)
-        return Failed(order.id, cause, f"{type(error).__name__}: {error}".splitlines()[0])
+        return Failed(order.id, cause, in_a_line(f"{type(error).__name__}: {error}"))
 
     def _bury(self, stage: int, worker: int) -> None:
         """Forget a worker, and end it if it lives: one that was only out of reach would keep its place."""
@@ -320,7 +323,21 @@ def _resources(work: StageWork) -> dict[str, Any]:
     return options
 
 
+def _with_node(error: RayError) -> bool:
+    """Whether a worker was lost with its node, or with the way to it: of a process that died Ray hears at once.
+
+    Of a node's death Ray tells in words alone, unless the autoscaler drained it.
+    """
+    gone = isinstance(error, (NodeDiedError, ActorUnavailableError)) or getattr(error, "preempted", False)
+    return gone or "its node has died" in str(error)
+
+
 def _cause(error: RayError) -> str:
-    text = str(getattr(error, "cause", None) or error).strip()
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    """Why a worker is gone: what it raised while it was built, or the last thing that Ray says of its end."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, RayTaskError):
+        cause = cause.cause
+    if cause is not None:
+        return in_a_line(f"{type(cause).__name__}: {cause}")
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return in_a_line(lines[-1]) if lines else type(error).__name__

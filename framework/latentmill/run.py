@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from latentmill import failpoints, flow, report, storage
 from latentmill import plan as planning
-from latentmill.job import Job, load_job
+from latentmill.job import Job, load_job, without_secrets
 from latentmill.leases import Leases
 from latentmill.plan import Plan
 from latentmill.storage import Storage
@@ -85,6 +85,7 @@ def run(job: Job | str, overrides: Sequence[str] = ()) -> Result:
             failpoints.reach("planning")
             store.sweep()
             if pool is not None:
+                store.delete("_SUCCESS")  # somebody has taken shards out
                 with nullcontext() if job.single_writer else Leases(store) as leases:
                     show = partial(_show, live, state, plan, started)
                     drive(state, pool, show, leases, lambda shard: data_name(shard, parts.sink))
@@ -97,6 +98,8 @@ def run(job: Job | str, overrides: Sequence[str] = ()) -> Result:
         if not store.exists("plan.json"):
             raise
         interrupted = True
+    except RunError as error:  # it may quote a plugin
+        raise type(error)(without_secrets(str(error), job.config)) from error
     finally:
         if pool is not None:
             pool.close()
@@ -140,7 +143,8 @@ def begin(job: Job, plan: Plan, store: Storage) -> flow.State:
 
 def _spec(job: Job, name: str) -> flow.StageSpec:
     kinds, stage = KINDS if name == "denoise" and not job.deterministic else 1, job.stages[name]
-    return flow.StageSpec(name, stage.batch_size, stage.replicas, kinds=kinds, retries=stage.retries)
+    replicas = 1 if job.cluster.kind == "inline" else stage.replicas
+    return flow.StageSpec(name, stage.batch_size, replicas, kinds=kinds, retries=stage.retries)
 
 
 def make_pool(job: Job, plan: Plan) -> Pool:

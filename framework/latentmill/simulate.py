@@ -84,7 +84,7 @@ class Settings:
             )
             for name in NAMES
         ]
-        often = ("torn", "dies before", "dies after", "zombie")
+        often = ("torn", "dies before", "dies after", "zombie", "misheard")
         seldom = ("raise", "die", "hang", "node", "late", "store", "driver", "pause")
         bad = dice.sample(range(rows), min(rows, dice.choice((0, 0, 1, 3))))
         kinds_of_bad: list[set[int]] = [set(), set(), set(), set()]
@@ -165,7 +165,7 @@ class World:
         bad = settings.rejected | settings.raising | settings.killing | settings.hanging
         if bad - failed:
             raise Wrong(f"rows {sorted(bad - failed)} can't be done, and are in the dataset")
-        chance = any(settings.rates[name] for name in ("raise", "die", "hang", "node"))
+        chance = any(settings.rates[name] for name in ("raise", "die", "hang"))
         if failed - bad and not chance:
             raise Wrong(f"rows {sorted(failed - bad)} are in the errors, and nothing is wrong with them")
 
@@ -197,7 +197,9 @@ class Store(Storage):
         if name in self.files:
             return False
         self.publish(name, content if isinstance(content, bytes) else self.temporary[content])
-        return True
+        return not self.world.trouble(
+            "misheard"
+        )  # the answer was lost, the request made again, and the name taken: by us
 
     def publish(self, name: str, content: bytes) -> None:
         """Let a file appear, under the eyes of the world."""
@@ -496,21 +498,22 @@ class Pool:
         if world.trouble("dies after"):
             raise Gone
 
-    def _die(self, actor: Actor, why: str) -> None:
+    def _die(self, actor: Actor, why: str, with_node: bool = False) -> None:
         if self.actors.pop((actor.stage, actor.id), None):
             self.world.say(f"driver {self.driver.number}: a worker of {NAMES[actor.stage]} dies: {why}")
-            self.inbox.append(Died(actor.stage, actor.id, why))
+            self.inbox.append(Died(actor.stage, actor.id, why, with_node=with_node))
 
     def _node_dies(self, node: int) -> None:
         self.world.say(f"driver {self.driver.number}: node {node} dies")
         self.nodes.remove(node)
         for actor in [actor for actor in self.actors.values() if actor.node == node]:
-            self._die(actor, "its node is gone")
+            self._die(actor, "its node is gone", with_node=True)
         gone = {block for block, (where, _) in self.blocks.items() if where == node}
         self.lost |= gone
         for block in gone:
             del self.blocks[block]
-        self.driver._while_alive(self.world.dice.uniform(0, 60), self._node_comes)
+        if not self.nodes or self.world.dice.random() < 0.7:  # or none comes in its place
+            self.driver._while_alive(self.world.dice.uniform(0, 60), self._node_comes)
 
     def _node_comes(self) -> None:
         self.nodes.append(self.next_node)
@@ -546,7 +549,7 @@ def check(state: State) -> None:
         raise Wrong(f"rows {sorted(wrong)} are in {[places[row] for row in sorted(wrong)]} places")
     for stage, spec in enumerate(state.stages[1:], start=1):
         before = state.stages[stage - 1]
-        most = flow._limit(state, stage) + before.batch_size * (before.replicas * before.in_flight + 1)
+        most = flow._limit(state, stage) + before.batch_size * (before.replicas * before.in_flight + 2)
         most += spec.batch_size * spec.replicas * spec.in_flight * spec.kinds  # what its own workers gave back
         if state.queued(stage) > most:
             raise Wrong(f"{state.queued(stage)} rows wait for {spec.name}, and {most} is the most")

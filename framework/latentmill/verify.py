@@ -13,7 +13,7 @@ from latentmill import registry
 from latentmill.plan import Plan
 from latentmill.plugin import Sink
 from latentmill.storage import Storage
-from latentmill.write import ERRORS_KEY, data_name, done_shards, errors_name
+from latentmill.write import ERRORS_KEY, copy_errors, data_name, done_shards, errors_name, errors_of
 
 
 @dataclass
@@ -29,6 +29,8 @@ class Verdict:
     """Shards that are not done yet."""
     damaged: dict[int, str] = field(default_factory=dict)
     """Shards that are not what was planned, with the reason."""
+    copies: list[int] = field(default_factory=list)
+    """Shards that are right, with an error file that isn't."""
     strange: list[str] = field(default_factory=list)
     """What else is wrong, a line each."""
 
@@ -57,22 +59,29 @@ def verify(store: Storage) -> Verdict:
             else:
                 verdict.ok += len(plan.shard_rows(shard)) - failed
                 verdict.failed += failed
+                name = errors_name(shard)
+                if store.exists(name) and store.read(name) != errors_of(store, shard, sink):
+                    verdict.copies.append(shard)
+                    verdict.strange.append(f"{name} is not what {data_name(shard, sink)} says")
     if store.exists("_SUCCESS") and (verdict.missing or verdict.damaged):
         verdict.strange.append("_SUCCESS is there, and not all rows are")
     return verdict
 
 
 def repair(store: Storage, verdict: Verdict) -> Iterator[str]:
-    """Take damaged shards out of the dataset, into ``quarantine/``, so that the next run does them again. Says what it moves."""
+    """Take damaged shards out of the dataset, into ``quarantine/``, so that the next run does them again. And make error files what those say. Tells what it does."""
     sink: Sink = registry.build("sink", verdict.plan.config["sink"])
     if verdict.damaged or verdict.missing:
         store.delete("_SUCCESS")
     for shard in verdict.damaged:
         name = data_name(shard, sink)
+        store.delete(errors_name(shard))
         to = f"quarantine/{name.removeprefix('data/')}-{uuid.uuid4().hex[:8]}"
         store.move(name, to)
-        store.delete(errors_name(shard))
-        yield f"{name} -> {to}"
+        yield f"moved {name} -> {to}; the next run does it again"
+    for shard in verdict.copies:
+        copy_errors(store, shard, sink)
+        yield f"made {errors_name(shard)} again"
 
 
 def _check(store: Storage, plan: Plan, sink: Sink, shard: int) -> tuple[int, str]:
@@ -99,8 +108,4 @@ def _check(store: Storage, plan: Plan, sink: Sink, shard: int) -> tuple[int, str
     there = set(found)
     if found != [row_id for row_id in planned if row_id in there]:
         return 0, "has its rows in another order"
-    if failed and store.exists(errors_name(shard)):
-        lines = store.read(errors_name(shard)).splitlines()
-        if [json.loads(line)["row_id"] for line in lines] != failed:
-            return 0, f"is not what {errors_name(shard)} says"
     return len(failed), ""

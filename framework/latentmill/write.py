@@ -154,20 +154,24 @@ def _numbers(store: Storage, folder: str) -> set[int]:
 
 
 def copy_errors(store: Storage, shard: int, sink: Sink) -> None:
-    """Make ``errors/NNNNN.jsonl`` of a committed shard, if it has errors and the file isn't there.
+    """Make ``errors/NNNNN.jsonl`` of a committed shard what its data file says; no file, if no row failed.
 
     A driver may have died between the two, so call it for each done shard before saying that a dataset is complete.
     Drivers that do so at the same time write the same.
     """
-    if store.exists(errors_name(shard)):
-        return
+    name, content = errors_name(shard), errors_of(store, shard, sink)
+    if not content:
+        store.delete(name)
+    elif not store.create(name, content) and store.read(name) != content:  # of a file that was there before
+        store.put(name, content)
+
+
+def errors_of(store: Storage, shard: int, sink: Sink) -> bytes:
+    """The error rows that a committed shard's file holds, a line of JSON each."""
     with store.open(data_name(shard, sink)) as file:
         errors = json.loads(sink.metadata(file).get(ERRORS_KEY, "[]"))
-    if errors:
-        lines = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)
-        store.create(
-            errors_name(shard), lines.encode("utf-8", "backslashreplace")
-        )  # JSON's own escape, of half a surrogate
+    lines = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)
+    return lines.encode("utf-8", "backslashreplace")  # JSON's own escape, of half a surrogate
 
 
 def _require_planned(shard: int, planned: range, found: Sequence[int]) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import os
 import stat
+import sys
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,13 +30,17 @@ def locate(path: str) -> Path:
     if not path.startswith("pkg://"):
         return Path(path).expanduser()
     package, _, inside = path.removeprefix("pkg://").partition("/")
+    loaded = package.rpartition(".")[0] in sys.modules
+    top, *below = [package] if loaded else package.split(".")
     try:
-        spec = importlib.util.find_spec(package)  # and no import: a job says what to read, never what to run
+        spec = importlib.util.find_spec(
+            top
+        )  # imports the parents, and no more: a job says what to read, never what to run
     except (ImportError, ValueError) as error:
         raise ValueError(f"{path}: there is no package {package}") from error
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"{path}: there is no package {package}")
-    folder = Path(next(iter(spec.submodule_search_locations)))
+    folder = Path(next(iter(spec.submodule_search_locations)), *below)
     if not folder.is_dir():
         raise ValueError(f"{path}: the package {package} is not installed as plain files")
     if ".." in Path(inside).parts or os.path.isabs(inside):

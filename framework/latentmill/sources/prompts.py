@@ -205,12 +205,12 @@ class _CSV(_Lines):
     def measure(self, file: BinaryIO) -> int:
         start = file.tell()
         chunk = file.read(self.MARK) + file.readline()
-        if b'"' not in chunk:
+        if b'"' not in chunk and b"\r" not in chunk.replace(b"\r\n", b""):
             return _count_lines(chunk)
         end = file.tell()
         file.seek(start)
         rows = 0
-        for _ in self.items(file):  # between quotes, a record goes on over the end of a line
+        for _ in self.items(file):  # between quotes a record goes on over the end of a line, and a lone CR is an error
             rows += 1
             if file.tell() >= end:
                 break
