@@ -54,6 +54,15 @@ def test_the_shipped_jobs_load(name, flow, source):
     assert shipped() == JOBS.split(", ")
 
 
+def test_what_the_parts_of_a_model_share_is_said_once_and_is_part_of_the_meaning(tmp_path):
+    path = file(tmp_path, HEAD + "model: {path: /one}\nvae: {folder: '${model.path}'}\n")
+    job = load_job(str(path), ["model.path=/two"])
+    assert job.model == {"path": "/two"} and job.vae == {"name": "shapes", "folder": "/two"}
+    assert job.meaning()["model"] == {"path": "/two"} and "model" not in load_job("txt2img").meaning()
+    said = refused(path, "model.paths=/two")
+    assert said == "mine: there is no key model.paths (did you mean 'path'?): no part of the model reads it"
+
+
 def test_overrides_reach_every_part_of_a_job(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     job = load_job(

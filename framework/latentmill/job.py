@@ -103,6 +103,7 @@ class Schema:
     flow: list[str] = MISSING
     source: dict[str, Any] = MISSING
     sink: dict[str, Any] = MISSING
+    model: dict[str, Any] = field(default_factory=dict)
     vae: dict[str, Any] | None = None
     denoiser: dict[str, Any] | None = None
     text_encoder: dict[str, Any] | None = None
@@ -130,6 +131,8 @@ class Job:
     flow: tuple[str, ...]
     source: dict[str, Any]
     sink: dict[str, Any]
+    model: dict[str, Any]
+    """What the parts of one model share, for their configs to point at: ``vae.path: ${model.path}``."""
     vae: dict[str, Any] | None
     denoiser: dict[str, Any] | None
     text_encoder: dict[str, Any] | None
@@ -152,6 +155,7 @@ class Job:
             "rows_per_shard": self.rows_per_shard,
             "flow": list(self.flow),
             "sampling": vars(self.sampling),
+            **({"model": config["model"]} if config["model"] else {}),
             **{kind: config[kind] for kind in registry.KINDS if kind in config},
         }
         stages: dict[str, Any] = {}
@@ -233,7 +237,7 @@ def _override(override: str) -> str:
     groups = "|".join((*registry.KINDS, "cluster", "model", "stages"))
     if chosen := re.fullmatch(rf"({groups})=(null|true|false|[-+.\d]*)", override):
         raise JobError(f"{override}: a name is expected; ~{chosen[1]} leaves it out")
-    plugin = re.match(rf"({'|'.join(registry.KINDS)})\.\w|stages\.\w+\.settings\.\w", override)
+    plugin = re.match(rf"(model|{'|'.join(registry.KINDS)})\.\w|stages\.\w+\.settings\.\w", override)
     return f"++{override}" if plugin else override
 
 
@@ -389,6 +393,10 @@ def _wrong(job: Job) -> Iterator[str]:
             yield f"{kind}.name must be the name of a plugin, not {choice.get('name')!r}"
         else:
             registry.find(kind, choice["name"])
+    for key in job.model:
+        if not re.search(rf"\bmodel\.{re.escape(key)}\b", job.config):
+            used = re.findall(r"\bmodel\.(\w+)", job.config)
+            yield f"there is no key model.{key}{near(key, used)}: no part of the model reads it"
     if job.scheduler is not None:
         grid = job.scheduler.get("grid", "trailing")
         if not isinstance(grid, (str, Mapping)):
