@@ -1,0 +1,1 @@
+"""Models: which VAE, denoiser and text encoder go together."""

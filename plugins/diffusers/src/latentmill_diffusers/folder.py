@@ -1,0 +1,169 @@
+"""Where a model lies: a folder as ``save_pretrained`` writes it, or a repository of the Hugging Face Hub at one revision.
+
+A model's folder holds ``model_index.json``, which names the class of each part, and a folder for each part: ``config.json``
+and weights as safetensors. Everything here reads small files, and no weights but a sample of them, for the fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+INDEX = "model_index.json"
+DTYPES = ("float32", "float16", "bfloat16")
+SAMPLES, SAMPLE = 64, 4096
+"""How many pieces of each file of weights are hashed, evenly spread, and their bytes."""
+
+
+class Folder:
+    """A model's folder. Raises ValueError, in one line that says what to do, if there is none at ``path``.
+
+    ``path`` is a local folder, or ``org/name`` on the Hub, which needs ``revision``: a commit, or a tag that stays.
+    """
+
+    def __init__(self, path: str, revision: str | None = None) -> None:
+        if not path:
+            raise ValueError("model.path must be a model's folder, or org/name on the Hugging Face Hub")
+        self.root = locate(path, revision)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.root / name
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """``model_index.json``. Raises ValueError if the folder has none."""
+        if not (self.root / INDEX).is_file():
+            raise ValueError(
+                f"{self.root} holds no {INDEX}: a folder in diffusers' layout is expected, as save_pretrained writes it"
+            )
+        return read_json(self.root / INDEX)
+
+    @property
+    def pipeline(self) -> str:
+        """The name of the pipeline's class."""
+        return str(self.index.get("_class_name"))
+
+    def class_of(self, part: str) -> tuple[str, str] | None:
+        """``(library, class)`` of a part, as ``("diffusers", "AutoencoderKL")``; None if the model has no such part."""
+        found = self.index.get(part)
+        if not isinstance(found, list) or len(found) != 2 or None in found:
+            return None
+        return str(found[0]), str(found[1])
+
+    def config(self, part: str) -> dict[str, Any]:
+        """A part's config. Raises ValueError if there is none."""
+        for name in ("config.json", "scheduler_config.json"):
+            if (self.root / part / name).is_file():
+                return read_json(self.root / part / name)
+        raise ValueError(
+            f"{self.root / part} holds no config.json: the download is not complete, or it is another folder"
+        )
+
+    def load(self, cls: Any, part: str, dtype: torch.dtype, **options: Any) -> Any:
+        """A part with its weights, of the class ``cls`` of diffusers, to be used and not trained. Raises ValueError."""
+        self.require_weights(part)
+        model = cls.from_pretrained(self.root / part, torch_dtype=dtype, use_safetensors=True, **options)
+        return model.eval().requires_grad_(False)
+
+    def require_weights(self, part: str) -> None:
+        """Raise ValueError unless a part has weights that are no pickles."""
+        if not any((self.root / part).glob("*.safetensors")):
+            raise ValueError(
+                f"{self.root / part} holds no .safetensors: weights as pickles are refused, "
+                "and save_pretrained(..., safe_serialization=True) writes them anew"
+            )
+
+    def fingerprint(self, *parts: str) -> str:
+        """16 hex digits over the configs and weights of these parts."""
+        digest = hashlib.blake2b(digest_size=8)
+        for part in parts:
+            for file in sorted(
+                path for path in (self.root / part).glob("*") if path.suffix in (".json", ".safetensors")
+            ):
+                digest.update(
+                    f"{part}/{file.name}".encode() + _digest(file, file.stat().st_size, file.stat().st_mtime_ns)
+                )
+        return digest.hexdigest()
+
+
+def locate(path: str, revision: str | None = None) -> Path:
+    """The local folder of a model, downloaded first where ``path`` is ``org/name``. Raises ValueError."""
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local.resolve()
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
+        raise ValueError(f"there is no folder {path}, and it is no org/name of the Hugging Face Hub either")
+    if revision is None:
+        raise ValueError(
+            f"there is no folder {path}; for the Hub's model of that name give model.revision too, a commit, so that it stays the same"
+        )
+    return _from_hub(path, revision)
+
+
+@cache
+def _from_hub(repository: str, revision: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = {
+        "repo_id": repository,
+        "revision": revision,
+        "allow_patterns": ["*.json", "*.txt", "*.model", "*.safetensors"],
+    }
+    try:
+        return Path(snapshot_download(**wanted, local_files_only=True))
+    except Exception:  # not here yet: the cache has many ways to say so
+        pass
+    try:
+        return Path(snapshot_download(**wanted))
+    except Exception as error:  # the network's, the Hub's
+        raise ValueError(
+            f"{repository} at {revision} is not in the local cache and can't be downloaded ({type(error).__name__}): "
+            f"`hf download {repository} --revision {revision}` where there is a network, or give a folder as model.path"
+        ) from error
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of that name. Raises ValueError."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be {', '.join(DTYPES)}, not {name!r}")
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object out of a file. Raises ValueError, naming the file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return found
+
+
+@cache
+def _digest(path: Path, size: int, changed: int) -> bytes:
+    """Of a file: all of a small one; the size and evenly spread pieces, the first with the header, of weights."""
+    digest = hashlib.blake2b(str(size).encode(), digest_size=8)
+    for piece in _pieces(path, size):
+        digest.update(piece)
+    return digest.digest()
+
+
+def _pieces(path: Path, size: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        if size <= SAMPLES * SAMPLE:
+            yield file.read()
+            return
+        if path.suffix == ".safetensors":
+            yield file.read(8 + int.from_bytes(file.read(8), "little"))
+        for i in range(SAMPLES):
+            file.seek((size - SAMPLE) * i // (SAMPLES - 1))
+            yield file.read(SAMPLE)

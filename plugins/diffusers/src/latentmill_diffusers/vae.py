@@ -1,0 +1,152 @@
+"""The autoencoders of diffusers: pictures to scaled latents and back."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from latentmill.plugin import VAE, LatentSpec
+from latentmill_diffusers.folder import Folder, dtype_of
+
+PART = "vae"
+
+
+class DiffusersVAE(VAE):
+    """The VAE of the model at ``path``, or a VAE alone, if ``path`` is its own folder.
+
+    Latents are scaled as the model's denoiser sees them. Where that is more than one scale and one shift (statistics of
+    each channel, as Qwen-Image's and Wan's; FLUX.2's batch norm over 2x2 patches) it is part of encode and decode, and the
+    spec says scale 1 and shift 0. Autoencoders of video take and give a single frame.
+
+    ``slicing`` decodes picture by picture and ``tiling`` in tiles that overlap, both to save memory. With ``dtype`` float16 a
+    VAE that its config calls unsafe in it (``force_upcast``) stays in float32.
+    """
+
+    contract = 1
+
+    def __init__(
+        self,
+        path: str = "",
+        revision: str | None = None,
+        dtype: str = "float32",
+        slicing: bool = False,
+        tiling: bool = False,
+        compile: bool = False,
+    ) -> None:
+        self.folder = Folder(path, revision)
+        self.part = "" if (self.folder / "config.json").is_file() else PART
+        self.dtype, self.slicing, self.tiling, self.compile = dtype, slicing, tiling, compile
+        self.logical = dtype_of(dtype)
+        self.config = self.folder.config(self.part)
+        self._model: Any = None
+        self._device = torch.device("cpu")
+
+    @property
+    def spec(self) -> LatentSpec:
+        config, patch = self._complete(), self.patch
+        scaled = config.get("latents_mean") is None and patch == 1
+        return LatentSpec(
+            channels=self._channels(config) * patch**2,
+            downscale=_downscale(config) * patch,
+            scale=float(config.get("scaling_factor") or 1.0) if scaled else 1.0,
+            shift=float(config.get("shift_factor") or 0.0) if scaled else 0.0,
+            dtype=self.dtype,
+            fingerprint=self.folder.fingerprint(self.part),
+        )
+
+    @property
+    def patch(self) -> int:
+        """FLUX.2's latents travel as 2x2 patches: its batch norm is over them."""
+        return 2 if self.config.get("_class_name") == "AutoencoderKLFlux2" else 1
+
+    def load(self, device: torch.device) -> None:
+        cls = self._class()
+        unsafe = self.logical == torch.float16 and self._complete().get("force_upcast")
+        self._model = self.folder.load(cls, self.part, torch.float32 if unsafe else self.logical).to(device)
+        self._device = device
+        if self.slicing:
+            self._model.enable_slicing()
+        if self.tiling:
+            self._model.enable_tiling()
+        if self.compile:
+            self._model.compile_repeated_blocks(
+                fullgraph=True
+            ) if self._model._repeated_blocks else self._model.compile()
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.posterior(images)[0]
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        images = images.to(self._model.dtype)
+        encoded = self._model.encode(images[:, :, None] if self._frames else images)
+        if "latent_dist" in encoded:
+            mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+        else:
+            mean = encoded["latents"] if "latents" in encoded else encoded["latent"]
+            std = torch.zeros_like(mean)
+        if self._frames:
+            mean, std = mean[:, :, 0], std[:, :, 0]
+        if self.patch > 1:
+            mean, std = pixel_unshuffle(mean, self.patch), pixel_unshuffle(std, self.patch)
+        gain, offset = self._affine()
+        return (mean.float() - offset) / gain, std.float() / gain
+
+    def decode(self, latents: Tensor) -> Tensor:
+        gain, offset = self._affine()
+        z = (latents * gain + offset).to(self._model.dtype)
+        if self.patch > 1:
+            z = pixel_shuffle(z, self.patch)
+        if self.config["_class_name"] == "ConsistencyDecoderVAE":  # it draws noise: the same for every picture
+            drawn = [torch.Generator(z.device).manual_seed(0) for _ in z]
+            return torch.cat([self._model.decode(one[None], g).sample for one, g in zip(z, drawn)]).float()
+        images = self._model.decode(z[:, :, None] if self._frames else z).sample.float()
+        return images[:, :, 0] if self._frames else images
+
+    @property
+    def _frames(self) -> bool:
+        """Whether it is an autoencoder of video."""
+        return "temperal_downsample" in self._complete()
+
+    def _affine(self) -> tuple[Tensor, Tensor]:
+        """``(gain, offset)``, float32 ``[1, C, 1, 1]`` or numbers: what the VAE knows is ``latents * gain + offset``."""
+        config = self._complete()
+        if self.patch > 1:
+            statistics = self._model.bn
+            spread = torch.sqrt(statistics.running_var.float() + config["batch_norm_eps"])
+            return spread.reshape(1, -1, 1, 1), statistics.running_mean.float().reshape(1, -1, 1, 1)
+        scale = float(config.get("scaling_factor") or 1.0)
+        if config.get("latents_mean") is not None:
+            std, mean = (torch.tensor(config[name], device=self._device) for name in ("latents_std", "latents_mean"))
+            return std.reshape(1, -1, 1, 1) / scale, mean.reshape(1, -1, 1, 1)
+        return torch.tensor(1.0 / scale), torch.tensor(float(config.get("shift_factor") or 0.0))
+
+    def _class(self) -> Any:
+        import diffusers
+
+        name = str(self.config.get("_class_name"))
+        found = getattr(diffusers, name, None)
+        if found is None:
+            raise ValueError(f"{self.folder / self.part}: the installed diffusers has no {name}")
+        return found
+
+    def _complete(self) -> dict[str, Any]:
+        """The config, with the class's defaults for what an old one leaves out."""
+        parameters = inspect.signature(self._class()).parameters.values()
+        return {**{p.name: p.default for p in parameters if p.default is not p.empty}, **self.config}
+
+    @staticmethod
+    def _channels(config: dict[str, Any]) -> int:
+        return int(config.get("z_dim") or config.get("vq_embed_dim") or config["latent_channels"])
+
+
+def _downscale(config: dict[str, Any]) -> int:
+    if "temperal_downsample" in config:
+        return int(config.get("scale_factor_spatial") or 2 ** len(config["temperal_downsample"]))
+    for name in ("down_block_out_channels", "encoder_block_out_channels", "block_out_channels"):
+        if name in config:
+            return int(2 ** (len(config[name]) - 1))
+    raise ValueError(f"{config['_class_name']} is no autoencoder of pictures")
