@@ -358,3 +358,42 @@ def test_mixed_rows_saved_in_the_middle_reordered_and_resumed(mixed):
     assert found.keys() == together.keys()
     for n, latents in found.items():
         assert torch.equal(latents, together[n]), n
+
+
+class Particular(Gaussian):
+    """Has a grid of its own, starts with unit variance, and guides itself; remembers what it was told."""
+
+    guidance_embedded = True
+
+    def times(self, steps, shape):
+        return torch.linspace(0.8, 0.0, steps + 1, dtype=torch.float64) * (1.0 if shape == (2, 4, 3) else torch.nan)
+
+    def start_scale(self, t):
+        return torch.ones_like(t)
+
+    def predict(self, x, t, conditioning):
+        self.told = conditioning["guidance_scale"].tolist(), t.tolist(), x
+        return super().predict(x, t, conditioning)
+
+
+def test_a_denoiser_may_say_its_grid_its_start_and_that_it_guides_itself():
+    """Grid model is ``times``, after which strength counts; an empty latent starts from noise of ``start_scale``."""
+    stage = Denoise(Particular(), SCHEDULERS.__getitem__, "model", 16)
+    table = batch([0], steps=4, guidance_scale=3.5, strength=1.0, scheduler="euler")
+    visit = stage.enter(rows.with_latents(table, torch.zeros(1, 2, 4, 3), SPEC), lambda i, reason: pytest.fail(reason))
+    assert visit.rows[0].times == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
+    stage.advance()
+    scale, times, x = stage.denoiser.told
+    assert (scale, times) == ([3.5], [pytest.approx(0.8)]) and stage.denoiser.evaluated == [1]
+    torch.testing.assert_close(x[0], noise.start(1000, (2, 4, 3)), rtol=1e-6, atol=1e-6)
+    half = stage.enter(batch([3], steps=4, strength=0.5, scheduler="euler"), lambda i, reason: pytest.fail(reason))
+    assert half.rows[0].times == pytest.approx([0.4, 0.2, 0.0])
+    alpha, sigma = (float(a) for a in VP().scale(torch.tensor(0.4, dtype=torch.float64)))
+    torch.testing.assert_close(half.rows[0].x, alpha * 3.0 + sigma * noise.start(1003, (2, 4, 3)))
+
+
+def test_a_denoiser_without_a_grid_says_so():
+    reasons = []
+    stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "model", 16)
+    list(stage(batch([0]), lambda i, reason: reasons.append(reason)))
+    assert reasons == ["this denoiser has no grid of its own: choose one by its name"]

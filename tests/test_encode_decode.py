@@ -172,3 +172,27 @@ def test_pictures_that_are_not_finite_are_rejected():
 def test_psnr_is_the_textbook_s():
     black = torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
     assert psnr(black, black + 16)[0] == pytest.approx(24.0485, abs=1e-3)  # 20 log10(255 / 16)
+
+
+def test_negative_prompts_may_be_encoded_otherwise():
+    class Zeros(Lengths):
+        def encode_negative(self, prompts):
+            return {name: 0 * value for name, value in self.encode(prompts).items()}
+
+    [part], _ = call(Encode(Lossless(), Zeros()), batch(["aa", "b"]))
+    assert tensors.from_arrow(part, "prompt:length").flatten().tolist() == [2, 1]
+    assert tensors.from_arrow(part, "negative:length").flatten().tolist() == [0, 0]
+
+
+def test_the_posterior_s_standard_deviation_beside_the_latents():
+    class Wide(Lossless):
+        def posterior(self, images):
+            return self.encode(images), self.encode(images) * 0 + images[:, :1, :1, :1].abs()
+
+    images = torch.stack([torch.zeros(4, 6, 3), torch.full((4, 6, 3), 255.0)]).to(torch.uint8)
+    [part], _ = call(Encode(Wide(), None, latents_std=True), batch(["", ""], images=images))
+    assert torch.equal(tensors.from_arrow(part, "latents_std"), torch.ones(2, 12, 2, 3))
+    [part], _ = call(Encode(Lossless(), None, latents_std=True), batch(["", ""], images=images))
+    assert not tensors.from_arrow(part, "latents_std").any() and tensors.from_arrow(part, "latents")[1].eq(1).all()
+    [part], _ = call(Encode(Wide(), None), batch(["", ""], images=images))
+    assert "latents_std" not in part.column_names

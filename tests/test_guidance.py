@@ -82,3 +82,16 @@ def test_every_prediction_stands_for_the_same_clean_latents(prediction):
     torch.testing.assert_close(
         to_clean(prediction, said, alpha * x0 + sigma * eps, alpha, sigma), x0, rtol=1e-6, atol=1e-6
     )
+
+
+def test_a_denoiser_may_guide_by_a_formula_of_its_own():
+    class Further(Pointing):
+        def guide(self, prompt, negative, scale):
+            return prompt + scale * (prompt - negative)
+
+    field = ModelField(
+        Further(), {"answer": PROMPT}, {"answer": NEGATIVE}, [Guidance(2.0)] * 3 + [Guidance(1.0)], [0] * 4,
+        PROMPT.shape[1:], torch.device("cpu"), False,
+    )  # fmt: skip
+    found = field.clean(torch.zeros(4, 2, 8, 8), T)
+    assert torch.equal(found[:3], (PROMPT + 2.0 * (PROMPT - NEGATIVE))[:3]) and torch.equal(found[3], PROMPT[3])

@@ -63,6 +63,15 @@ def test_what_the_parts_of_a_model_share_is_said_once_and_is_part_of_the_meaning
     assert said == "mine: there is no key model.paths (did you mean 'path'?): no part of the model reads it"
 
 
+def test_the_posterior_s_standard_deviation_may_be_asked_for():
+    assert load_job("encode", ["latents_std=true"]).meaning()["latents_std"] is True
+    assert "latents_std" not in load_job("encode").meaning()
+    said = refused("txt2img", "latents_std=true")
+    assert said.startswith(
+        "txt2img: latents_std is of latents as they were encoded, so flow must end with encode, write"
+    )
+
+
 def test_overrides_reach_every_part_of_a_job(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     job = load_job(

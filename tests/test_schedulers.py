@@ -212,6 +212,10 @@ def test_every_solver_is_finite_where_alpha_ends_at_zero():
     assert float(path.scale(double(1.0))[0]) == 0.0
     field = GaussianField(path, double(0.7), 0.5, [3])
     for entry in registry.entries("scheduler"):
+        if (
+            entry.distribution == "latentmill-diffusers"
+        ):  # those are a model's, or wrap others, and have their own tests
+            continue
         scheduler = registry.build("scheduler", {"name": f"{entry.distribution}:{entry.name}"})
         times = torch.linspace(1, 0, 6, dtype=torch.float64)[None]
         assert bool(follow(scheduler, field, field.start(times[:, 0]), times).isfinite().all()), entry

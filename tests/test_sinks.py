@@ -119,6 +119,16 @@ def test_datasets_opens_latents_as_lists_with_their_shape(tmp_path, dtype):
     assert schema.field("latents").metadata[tensors.DTYPE_KEY].decode() == str(dtype).removeprefix("torch.")
 
 
+def test_the_posterior_s_standard_deviation_is_stored_as_its_mean_is(tmp_path):
+    batch = rows.with_latents(scalars([0, 1]), latents([0, 1]), SPEC)
+    batch = tensors.with_tensor(batch, "latents_std", 1 + latents([0, 1]))
+    path = stored(tmp_path / "x.parquet", Parquet(), [batch])
+    opened = datasets.load_dataset("parquet", data_files=str(path), split="train")
+    for n in (0, 1):
+        mean, std = (np.reshape(opened[n][name], opened[n]["shape"]) for name in ("latents", "latents_std"))
+        np.testing.assert_array_equal(std, 1 + mean)
+
+
 def test_latents_of_two_sizes_share_a_shard(tmp_path):
     sink = Parquet()
     small = rows.with_latents(scalars([0]), latents([0]), SPEC)

@@ -134,6 +134,9 @@ class Denoise(Stage):
                 continue
             kind = (rows.shape_key(batch), row["scheduler"], id(visit) if self.fixed else 0)
             goes_on = row.get("trajectory") == self._identity(row["scheduler"])
+            scale, told = row["guidance_scale"], {}
+            if self.denoiser.guidance_embedded:
+                told, scale = {"guidance_scale": torch.tensor(scale, device=self.device)}, 1.0
             visit.rows.append(
                 Trajectory(
                     visit=visit,
@@ -142,10 +145,8 @@ class Denoise(Stage):
                     slot=int(slots[i]),
                     times=times,
                     seed=row["seed"],
-                    guidance=Guidance(
-                        row["guidance_scale"], row["guidance_rescale"], row["guidance_from"], row["guidance_until"]
-                    ),
-                    prompt={name: value[i] for name, value in prompt.items()},
+                    guidance=Guidance(scale, row["guidance_rescale"], row["guidance_from"], row["guidance_until"]),
+                    prompt={**{name: value[i] for name, value in prompt.items()}, **told},
                     negative={name: value[i] for name, value in negative.items()},
                     x=start,
                     state={name: value[i] for name, value in states.items()} if goes_on else None,
@@ -162,7 +163,7 @@ class Denoise(Stage):
         path, shape = self.denoiser.path, tuple(latents.shape)
         halfway = row.get("time")
         strength = row["strength"] if halfway is None else 1.0
-        grid = grids.times(self.grid, path, row["steps"], strength, shape).tolist()
+        grid = grids.times(self.grid, path, row["steps"], strength, shape, self.denoiser.times).tolist()
         if halfway is not None:
             if row["trajectory"].partition("/")[0] != path_hash(path):
                 raise RowError("the latents are half-way on a noise path that is not this denoiser's")
@@ -170,7 +171,10 @@ class Denoise(Stage):
         times = grid[: next((k + 1 for k, t in enumerate(grid) if t < self.until), len(grid))]
         if halfway is not None or len(grid) == 1:
             return times, latents.to(torch.float32)
-        alpha, sigma = path.scale(torch.tensor(times[0], dtype=torch.float64))
+        first = torch.tensor(times[0], dtype=torch.float64)
+        alpha, sigma = path.scale(first)
+        if not bool(latents.any()):  # of a row without picture and latents
+            sigma = self.denoiser.start_scale(first)
         start = self.first_noise(row["seed"], shape).to(self.device)
         return times, (alpha * latents.double() + sigma * start.double()).to(torch.float32)
 

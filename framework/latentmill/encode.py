@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
 import torch
@@ -17,13 +17,20 @@ class Encode(Stage):
     """Adds ``latents``, and ``prompt:*`` and ``negative:*`` where there is a text encoder.
 
     A picture becomes the mean of the VAE's posterior. A row without picture and latents starts from an empty latent of
-    its width and height. ``keep_image`` passes the picture on as ``source_image``, to measure a reconstruction against.
+    its width and height. ``keep_image`` passes the picture on as ``source_image``, to measure a reconstruction against;
+    ``latents_std`` adds the posterior's standard deviation, which is 0 where there was no picture.
     """
 
     def __init__(
-        self, vae: VAE, text_encoder: TextEncoder | None, fixed: rows.FixedShape | None = None, keep_image: bool = False
+        self,
+        vae: VAE,
+        text_encoder: TextEncoder | None,
+        fixed: rows.FixedShape | None = None,
+        keep_image: bool = False,
+        latents_std: bool = False,
     ) -> None:
         self.vae, self.text_encoder, self.fixed, self.keep_image = vae, text_encoder, fixed, keep_image
+        self.latents_std = latents_std
         self.device = torch.device("cpu")
         self.vae_loaded = False
 
@@ -48,16 +55,19 @@ class Encode(Stage):
         for (shape, scheduler), members in groups.items():
             part = batch if len(members) == len(batch) else batch.take(members)
             slots, size = rows.slots(part, self.fixed)
-            latents = self._latents(part, shape, slots, size)
+            latents, std = self._latents(part, shape, slots, size)
             good = latents.isfinite().flatten(1).all(1).tolist()
             for i, fine in zip(members, good):
                 if not fine:
                     reject(i, "the VAE's latents of this picture are not finite")
             if not all(good):
                 kept = torch.tensor(good)
-                part, slots, latents = part.filter(pa.array(good)), slots[kept], latents[kept]
+                part, slots = part.filter(pa.array(good)), slots[kept]
+                latents, std = latents[kept], std[kept]
                 members = [i for i, fine in zip(members, good) if fine]
             if len(part):
+                if self.latents_std:
+                    part = tensors.with_tensor(part, "latents_std", std)
                 part = self._with_text(rows.with_latents(part, latents, self.vae.spec), slots, size)
                 wrong = not_finite(part)
                 for k, reason in wrong.items():
@@ -67,17 +77,21 @@ class Encode(Stage):
             if len(part):
                 yield part.replace_schema_metadata({rows.SCHEDULER_KEY: scheduler} if scheduler else None)
 
-    def _latents(self, part: pa.Table, shape: tuple[int, ...], slots: Tensor, size: int) -> Tensor:
+    def _latents(self, part: pa.Table, shape: tuple[int, ...], slots: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Latents and the posterior's standard deviation, both ``[B, C, h, w]``; the latter is made only if asked for."""
         if "latents" in part.column_names:
-            return tensors.from_arrow(part, "latents")
+            latents = tensors.from_arrow(part, "latents")
+            return latents, torch.zeros_like(latents)
         if "image" not in part.column_names:
-            return torch.zeros(len(part), *shape)
+            return torch.zeros(len(part), *shape), torch.zeros(len(part), *shape)
         if not self.vae_loaded:  # a text-to-image job's encode workers never need the VAE's weights
             self.vae.load(self.device)
             self.vae_loaded = True
         images = tensors.spread(tensors.from_arrow(part, "image"), slots, size).to(self.device)
         images = images.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0
-        return self.vae.encode(images)[slots].to(stored_dtype(self.vae.spec))
+        both = self.vae.posterior(images) if self.latents_std else (self.vae.encode(images),) * 2
+        mean, std = (values[slots].to(stored_dtype(self.vae.spec)) for values in both)
+        return mean, std
 
     def _with_text(self, part: pa.Table, slots: Tensor, size: int) -> pa.Table:
         if "image" in part.column_names:
@@ -88,24 +102,29 @@ class Encode(Stage):
                 part = part.remove_column(at)
         if self.text_encoder is None:
             return part
-        for prefix, column in ((rows.PROMPT, "prompt"), (rows.NEGATIVE, "negative_prompt")):
+        encoder = self.text_encoder
+        for prefix, column, encode in (
+            (rows.PROMPT, "prompt", encoder.encode),
+            (rows.NEGATIVE, "negative_prompt", encoder.encode_negative),
+        ):
             texts = part.column(column).to_pylist()
-            for name, tensor in self._conditioning(texts, slots, size).items():
+            for name, tensor in self._conditioning(encode, texts, slots, size).items():
                 part = tensors.with_tensor(part, prefix + name, tensor)
         return part
 
-    def _conditioning(self, prompts: Sequence[str], slots: Tensor, size: int) -> Conditioning:
-        assert self.text_encoder is not None
+    def _conditioning(
+        self, encode: Callable[[Sequence[str]], Conditioning], prompts: Sequence[str], slots: Tensor, size: int
+    ) -> Conditioning:
         if self.fixed is not None:
             padded = [""] * size
             for slot, prompt in zip(slots.tolist(), prompts):
                 padded[slot] = prompt
-            return {name: tensor[slots] for name, tensor in self.text_encoder.encode(padded).items()}
+            return {name: tensor[slots] for name, tensor in encode(padded).items()}
         # Samples of one prompt stand side by side and negative prompts are mostly empty: encode each text once.
         unique = list(dict.fromkeys(prompts))
         index = {prompt: i for i, prompt in enumerate(unique)}
         order = torch.tensor([index[prompt] for prompt in prompts])
-        return {name: tensor.cpu()[order] for name, tensor in self.text_encoder.encode(unique).items()}
+        return {name: tensor.cpu()[order] for name, tensor in encode(unique).items()}
 
 
 def not_finite(part: pa.Table) -> dict[int, str]:
@@ -114,7 +133,7 @@ def not_finite(part: pa.Table) -> dict[int, str]:
     for prefix, prompt in ((rows.PROMPT, "prompt"), (rows.NEGATIVE, "negative prompt")):
         for column in part.column_names:
             if column.startswith(prefix):
-                fine = tensors.from_arrow(part, column).isfinite().flatten(1).all(1)
+                fine = tensors.from_arrow(part, column).reshape(len(part), -1).isfinite().all(1)
                 for k in (~fine).nonzero()[:, 0].tolist():
                     wrong.setdefault(
                         k, f"the text encoder's {column.removeprefix(prefix)} of the {prompt} are not finite"

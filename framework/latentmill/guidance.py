@@ -17,7 +17,7 @@ class Guidance:
     """How a row is guided. A row's times run from 1, noise, to 0, clean."""
 
     scale: float
-    """``negative + scale * (prompt - negative)`` (Ho and Salimans 2022, eq. 6, in diffusers' form); 1 or less is none."""
+    """As ``Denoiser.guide`` takes it: ``negative + scale * (prompt - negative)``, as a rule; 1 or less is none."""
     rescale: float = 0.0
     """How far the guided prediction is brought back to the spread of the unguided one (Lin et al. 2024, eq. 15 and 16)."""
     start: float = 1.0
@@ -92,7 +92,7 @@ class ModelField(Field):
         return torch.stack(drawn).to(self.device)
 
     def _guide(self, prompt: Tensor, negative: Tensor, guided: Tensor) -> Tensor:
-        result = negative + self.guidance_scale.to(prompt.dtype) * (prompt - negative)
+        result = self.denoiser.guide(prompt, negative, self.guidance_scale.to(prompt.dtype))
         if self.rescales:
             axes = tuple(range(1, prompt.ndim))
             share = self.guidance_rescale.to(prompt.dtype)

@@ -101,6 +101,7 @@ class Schema:
     on_error: str = MISSING
     max_error_rate: float = MISSING
     flow: list[str] = MISSING
+    latents_std: bool = False
     source: dict[str, Any] = MISSING
     sink: dict[str, Any] = MISSING
     model: dict[str, Any] = field(default_factory=dict)
@@ -129,6 +130,7 @@ class Job:
     on_error: str
     max_error_rate: float
     flow: tuple[str, ...]
+    latents_std: bool
     source: dict[str, Any]
     sink: dict[str, Any]
     model: dict[str, Any]
@@ -156,6 +158,7 @@ class Job:
             "flow": list(self.flow),
             "sampling": vars(self.sampling),
             **({"model": config["model"]} if config["model"] else {}),
+            **({"latents_std": True} if self.latents_std else {}),
             **{kind: config[kind] for kind in registry.KINDS if kind in config},
         }
         stages: dict[str, Any] = {}
@@ -362,6 +365,8 @@ def _wrong(job: Job) -> Iterator[str]:
         yield f"sampling.until must be a time from 0 to less than 1, not {sampling.until}"
     if sampling.until and ("denoise" not in job.flow or job.flow[-2] != "denoise"):
         yield f"sampling.until leaves latents half-way, so flow must end with denoise, write, not {list(job.flow)}"
+    if job.latents_std and job.flow[-2] != "encode":
+        yield f"latents_std is of latents as they were encoded, so flow must end with encode, write, not {list(job.flow)}"
     yield from _wrong_flow(job.flow)
     for name, stage in job.stages.items():
         if name not in job.flow and name not in STAGES:

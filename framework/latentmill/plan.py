@@ -175,7 +175,8 @@ def parts(job: Job) -> Parts:
         except ValueError as error:
             raise PlanError(f"denoiser {job.denoiser['name']} and VAE {job.vae['name']} don't fit: {error}") from error  # type: ignore[index]
         try:
-            grids.times(job.scheduler.get("grid", "trailing"), built.denoiser.path, job.sampling.steps)
+            grid = job.scheduler.get("grid", "trailing")
+            grids.times(grid, built.denoiser.path, job.sampling.steps, model=built.denoiser.times)
         except ValueError as error:
             raise PlanError(f"{job.name}: scheduler.grid: {error}") from error
     elif set(job.flow) & {"encode", "decode"} and built.vae is None:

@@ -198,6 +198,11 @@ class VAE(Plugin, ABC):
     def encode(self, images: Tensor) -> Tensor:
         """Pictures ``[B, 3, H, W]``, float32 RGB in [-1, 1], to the posterior's mean ``[B, C, h, w]``, scaled."""
 
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the posterior, both as ``encode``'s result and scaled. Without one, 0 is the latter."""
+        mean = self.encode(images)
+        return mean, torch.zeros_like(mean)
+
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents ``[B, C, h, w]`` to pictures ``[B, 3, H, W]`` in [-1, 1]; what lies outside is clipped later."""
@@ -213,6 +218,10 @@ class TextEncoder(Plugin, ABC):
         Called for prompts that ``check`` has passed. Shapes behind the batch axis are the same for all prompts.
         """
 
+    def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning of what a picture is guided away from: ``encode``'s, unless the model treats it otherwise."""
+        return self.encode(prompts)
+
     def check(self, prompt: str) -> None:
         """Raise RowError, naming the cause, for a prompt that can't be encoded. Needs no weights."""
 
@@ -222,9 +231,27 @@ class Denoiser(Plugin, ABC):
 
     prediction: Prediction
     path: NoisePath
+    guidance_embedded: bool = False
+    """Whether the network is told a row's guidance scale, as conditioning ``guidance_scale[B]``, and so guides itself: one
+    evaluation, without the negative prompt."""
 
     def check(self, spec: LatentSpec) -> None:
         """Raise ValueError, saying what was expected, if the network was not trained on latents of this space."""
+
+    def times(self, steps: int, shape: Sequence[int]) -> Tensor:
+        """The grid that the model's authors intended, which ``scheduler.grid: model`` asks for.
+
+        Float64, descending, ``[steps + 1]``, for latents of ``shape``. Raises ValueError where there is none.
+        """
+        raise ValueError("this denoiser has no grid of its own: choose one by its name")
+
+    def start_scale(self, t: Tensor) -> Tensor:
+        """Standard deviation of the noise that a row without picture or latents starts from, at times ``t``: the path's sigma."""
+        return self.path.scale(t)[1]
+
+    def guide(self, prompt: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
+        """The guided prediction out of two ``[B, ...]``; ``scale`` broadcasts against them (Ho and Salimans 2022, eq. 6)."""
+        return negative + scale * (prompt - negative)
 
     @abstractmethod
     def predict(self, x: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:

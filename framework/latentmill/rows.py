@@ -16,6 +16,7 @@ scheduler                string                                read to the datas
 width, height            int32, pixels                         read to the dataset
 image                    tensor uint8 [H, W, 3], RGB           read to encode; decode to write
 latents                  tensor [C, h, w], scaled              encode to denoise to decode or write
+latents_std              tensor as latents                     encode to write, where the job asks for it
 time, trajectory         float64, string                       beside half-way latents only: see HALFWAY
 state:NAME               tensor                                with them: what the scheduler remembers
 source_image             tensor uint8 [H, W, 3]                encode to decode, where a job has no denoise

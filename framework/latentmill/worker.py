@@ -237,7 +237,7 @@ def _encode(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
     built = parts(job)
     assert built.vae is not None
     keep_image = "decode" in job.flow and "denoise" not in job.flow
-    return Encode(built.vae, built.text_encoder, fixed, keep_image)
+    return Encode(built.vae, built.text_encoder, fixed, keep_image, job.latents_std)
 
 
 def _denoise(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:

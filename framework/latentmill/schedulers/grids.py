@@ -16,6 +16,7 @@ linear_quadratic    small equal steps, then growing ones (Polyak et al. 2024, ar
                     ``threshold`` 0.025
 align_your_steps    the optimised times of Sabour et al. 2024 (arXiv:2404.14507); ``model`` sd, sdxl or svd
 times               the list ``times`` itself, descending, for rows of just so many steps
+model               what the denoiser says (``Denoiser.times``), which follows its authors' config
 ==================  =================================================================================================
 
 Sigma in the lower half of the table is in units of alpha, from ``sigma_min`` to ``sigma_max``; on a flow path it is t
@@ -48,22 +49,33 @@ FIRST = 1e-3
 """The time of the first of 1000 timesteps."""
 
 
-def times(grid: Grid, path: NoisePath, steps: int, strength: float = 1.0, shape: Sequence[int] = (1, 64, 64)) -> Tensor:
+Times: TypeAlias = Callable[[int, Sequence[int]], Tensor]
+"""The times ``[steps + 1]`` for a number of steps and a latent's shape."""
+
+
+def times(
+    grid: Grid,
+    path: NoisePath,
+    steps: int,
+    strength: float = 1.0,
+    shape: Sequence[int] = (1, 64, 64),
+    model: Times | None = None,
+) -> Tensor:
     """The times of a row: float64, descending, ``[n + 1]`` for n steps.
 
     ``strength`` below 1 keeps the last ``steps * strength`` of the steps, as diffusers' image-to-image pipelines do, and at
-    least one. Strength 0 is no step at all: ``[0.0]``. ``shape`` is the latent's, for ``shift: dynamic``. Raises ValueError
-    for settings that make no sense together, and for more steps than the path has timesteps.
+    least one. Strength 0 is no step at all: ``[0.0]``. ``shape`` is the latent's, for ``shift: dynamic``; ``model`` is what grid
+    model asks. Raises ValueError for settings that make no sense together, and for more steps than the path has timesteps.
     """
     name, settings = resolve(grid)
     if isinstance(path, VP) and steps > path.steps:
         raise ValueError(f"{steps} steps are more than the {path.steps} timesteps of the noise path")
-    end, shift = settings.pop("end", "zero"), settings.pop("shift", 1.0)
-    spaced = GRIDS[name](path, steps + (end == "sigma_min"), **settings)
-    if shift != 1.0:
-        spaced = _shifted(path, spaced, shift, shape)
-    if end == "zero":
-        spaced = torch.cat([spaced, torch.zeros(1, dtype=torch.float64)])
+    if name == "model":
+        if model is None:
+            raise ValueError("grid model is what a denoiser says, and there is none")
+        spaced = model(steps, shape)
+    else:
+        spaced = _spaced(name, settings, path, steps, shape)
     if len(spaced) != steps + 1:
         raise ValueError(f"grid {name} has {len(spaced) - 1} steps, and {steps} were asked for")
     if not bool((spaced.diff() < 0).all() and spaced[0] <= 1 and spaced[-1] >= 0):
@@ -75,16 +87,26 @@ def times(grid: Grid, path: NoisePath, steps: int, strength: float = 1.0, shape:
     return spaced[steps - kept :]
 
 
+def _spaced(name: str, settings: dict[str, Any], path: NoisePath, steps: int, shape: Sequence[int]) -> Tensor:
+    end, shift = settings.pop("end", "zero"), settings.pop("shift", 1.0)
+    spaced = GRIDS[name](path, steps + (end == "sigma_min"), **settings)
+    if shift != 1.0:
+        spaced = _shifted(path, spaced, shift, shape)
+    return torch.cat([spaced, torch.zeros(1, dtype=torch.float64)]) if end == "zero" else spaced
+
+
 def resolve(grid: Grid) -> tuple[str, dict[str, Any]]:
     """A grid's name and settings. Raises ValueError, with the nearest right one, for names that there are not."""
     settings = {} if isinstance(grid, str) else dict(grid)
     name = grid if isinstance(grid, str) else str(settings.pop("name", "times" if "times" in settings else None))
-    if name not in GRIDS:
-        raise ValueError(f"there is no grid {name!r}{_near(name, GRIDS)}; there are {', '.join(GRIDS)}")
-    known = {**SETTINGS.get(name, {}), **COMMON}
+    there = [*GRIDS, "model"]
+    if name not in there:
+        raise ValueError(f"there is no grid {name!r}{_near(name, there)}; there are {', '.join(there)}")
+    known = {} if name == "model" else {**SETTINGS.get(name, {}), **COMMON}
     for key, value in settings.items():
         if key not in known:
-            raise ValueError(f"grid {name} has no setting {key!r}{_near(key, known)}; it has {', '.join(known)}")
+            has = ", ".join(known) or "none"
+            raise ValueError(f"grid {name} has no setting {key!r}{_near(key, known)}; it has {has}")
         choices, number = known[key], not isinstance(value, bool) and isinstance(value, (int, float))
         if isinstance(value, list) or value in choices or (float in choices and number and 0 <= value < math.inf):
             continue

@@ -41,7 +41,7 @@ class Parquet(Sink):
     """A Parquet file a shard.
 
     ``image`` becomes a struct of file ``bytes`` and ``path``; ``latents`` a list of numbers, with its ``shape`` beside.
-    Latents are float16 or float32; bfloat16 is stored as float32, and the field's metadata remembers. The list is never of
+    ``latents_std`` are stored likewise. Latents are float16 or float32; bfloat16 is stored as float32, and the field's metadata remembers. The list is never of
     fixed size, since another shard's latents may be of another, and ``datasets`` wants one type. The space of the latents stands in the file's metadata.
     What a scheduler remembers of half-way latents becomes the column ``state``. Other tensors are left out, all other columns kept. The same rows give the same bytes.
     """
@@ -69,18 +69,15 @@ class Parquet(Sink):
                 columns.append(self._pictures(batch.column("row_id").to_pylist(), tensors.from_arrow(batch, "image")))
                 metadata[b"huggingface"] = json.dumps(FEATURES).encode()
             elif field.name == "latents":
-                latents = tensors.from_arrow(batch, "latents")
-                if latents.dtype == torch.bfloat16:
-                    latents = latents.float()
-                about = field.metadata or {}
-                values = pa.array(latents.flatten().numpy())
-                ends = torch.arange(len(latents) + 1) * latents.shape[1:].numel()
-                lists = pa.LargeListArray.from_arrays(pa.array(ends.numpy()), values)
-                dtype = {tensors.DTYPE_KEY: about[tensors.DTYPE_KEY]}
+                latents, about = tensors.from_arrow(batch, "latents"), field.metadata or {}
+                lists, dtype = _lists(latents), {tensors.DTYPE_KEY: about[tensors.DTYPE_KEY]}
                 fields += [pa.field("latents", lists.type, metadata=dtype), pa.field("shape", pa.list_(pa.int32()))]
                 columns += [lists, pa.array([list(latents.shape[1:])] * len(latents), pa.list_(pa.int32()))]
                 if rows.SPEC_KEY in about:
                     metadata[rows.SPEC_KEY] = about[rows.SPEC_KEY]
+            elif field.name == "latents_std":
+                columns.append(_lists(tensors.from_arrow(batch, "latents_std")))
+                fields.append(pa.field("latents_std", columns[-1].type))
         if rows.HALFWAY.names[0] in batch.column_names:
             fields.append(pa.field("state", STATE))
             columns.append(_states(batch))
@@ -129,6 +126,14 @@ class Parquet(Sink):
         return {key.decode(): value.decode() for key, value in found.items()}
 
 
+def _lists(latents: Tensor) -> pa.LargeListArray:
+    """Each of ``latents[B, ...]`` as a list of numbers, bfloat16 as float32."""
+    if latents.dtype == torch.bfloat16:
+        latents = latents.float()
+    ends = torch.arange(len(latents) + 1) * latents.shape[1:].numel()
+    return pa.LargeListArray.from_arrays(pa.array(ends.numpy()), pa.array(latents.flatten().numpy()))
+
+
 def _states(batch: pa.Table) -> pa.Array:
     named = [(n, tensors.from_arrow(batch, n)) for n in batch.column_names if n.startswith(rows.STATE)]
     dtypes = [str(tensor.dtype).removeprefix("torch.") for _, tensor in named]
@@ -148,7 +153,9 @@ def _bytes(shard: pa.Table) -> int:
     total = 0
     if "image" in shard.column_names:
         total += pc.sum(pc.binary_length(pc.struct_field(shard.column("image"), "bytes"))).as_py() or 0
-    if "latents" in shard.column_names:
-        column = shard.column("latents")
+    for name in ("latents", "latents_std"):
+        if name not in shard.column_names:
+            continue
+        column = shard.column(name)
         total += (pc.sum(pc.list_value_length(column)).as_py() or 0) * column.type.value_type.bit_width // 8
     return total
