@@ -69,8 +69,25 @@ class Folder:
     def load(self, cls: Any, part: str, dtype: torch.dtype, **options: Any) -> Any:
         """A part with its weights, of the class ``cls`` of diffusers, to be used and not trained. Raises ValueError."""
         self.require_weights(part)
-        model = cls.from_pretrained(self.root / part, torch_dtype=dtype, use_safetensors=True, **options)
+        model = cls.from_pretrained(self.root / part, dtype=dtype, use_safetensors=True, **options)
         return model.eval().requires_grad_(False)
+
+    @property
+    def downscale(self) -> int:
+        """Pixels of the picture per pixel of the VAE's latents, on each side."""
+        return downscale_of(self.config("vae"))
+
+    def load_pipeline(self, prefixes: tuple[str, ...], dtype: torch.dtype) -> Any:
+        """The model's pipeline with its scheduler and the parts whose names begin so, and none of the others."""
+        import diffusers
+
+        cls = getattr(diffusers, self.pipeline)
+        parts = [name for name in self.index if self.class_of(name)]
+        without = {name: None for name in parts if not name.startswith((*prefixes, "scheduler"))}
+        for name in parts:
+            if name.startswith("text_encoder") and name not in without:
+                self.require_weights(name)
+        return cls.from_pretrained(self.root, dtype=dtype, use_safetensors=True, local_files_only=True, **without)
 
     def require_weights(self, part: str) -> None:
         """Raise ValueError unless a part has weights that are no pickles."""
@@ -135,6 +152,16 @@ def dtype_of(name: str) -> torch.dtype:
         raise ValueError(f"dtype must be {', '.join(DTYPES)}, not {name!r}")
     found: torch.dtype = getattr(torch, name)
     return found
+
+
+def downscale_of(config: dict[str, Any]) -> int:
+    """Pixels of the picture per latent pixel, on each side, by a VAE's config."""
+    if "temperal_downsample" in config:
+        return int(config.get("scale_factor_spatial") or 2 ** len(config["temperal_downsample"]))
+    for name in ("down_block_out_channels", "encoder_block_out_channels", "block_out_channels"):
+        if name in config:
+            return int(2 ** (len(config[name]) - 1))
+    raise ValueError(f"{config.get('_class_name')} is no autoencoder of pictures")
 
 
 def read_json(path: Path) -> dict[str, Any]:

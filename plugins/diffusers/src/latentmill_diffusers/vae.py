@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from latentmill.plugin import VAE, LatentSpec
-from latentmill_diffusers.folder import Folder, dtype_of
+from latentmill_diffusers.folder import Folder, downscale_of, dtype_of
 
 PART = "vae"
 
@@ -51,7 +51,7 @@ class DiffusersVAE(VAE):
         scaled = config.get("latents_mean") is None and patch == 1
         return LatentSpec(
             channels=self._channels(config) * patch**2,
-            downscale=_downscale(config) * patch,
+            downscale=downscale_of(config) * patch,
             scale=float(config.get("scaling_factor") or 1.0) if scaled else 1.0,
             shift=float(config.get("shift_factor") or 0.0) if scaled else 0.0,
             dtype=self.dtype,
@@ -141,12 +141,3 @@ class DiffusersVAE(VAE):
     @staticmethod
     def _channels(config: dict[str, Any]) -> int:
         return int(config.get("z_dim") or config.get("vq_embed_dim") or config["latent_channels"])
-
-
-def _downscale(config: dict[str, Any]) -> int:
-    if "temperal_downsample" in config:
-        return int(config.get("scale_factor_spatial") or 2 ** len(config["temperal_downsample"]))
-    for name in ("down_block_out_channels", "encoder_block_out_channels", "block_out_channels"):
-        if name in config:
-            return int(2 ** (len(config[name]) - 1))
-    raise ValueError(f"{config['_class_name']} is no autoencoder of pictures")

@@ -1,0 +1,81 @@
+"""The text encoders of diffusers' image models, through the pipelines' own ``encode_prompt``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentmill.plugin import Conditioning, TextEncoder
+from latentmill_diffusers.families import Family, family_of
+from latentmill_diffusers.folder import Folder, dtype_of
+
+
+class DiffusersTextEncoder(TextEncoder):
+    """Tokenizers and text encoders of the model at ``path``, and nothing else of it.
+
+    What a prompt becomes is what the model's pipeline makes of it: templates, lengths, layers, pooled embeddings, masks.
+    An empty negative prompt is none: a model that has zeros for that gets them.
+    """
+
+    contract = 1
+
+    def __init__(self, path: str = "", revision: str | None = None, dtype: str = "float32") -> None:
+        self.folder = Folder(path, revision)
+        self.logical = dtype_of(dtype)
+        self.family: Family = family_of(self.folder.pipeline)
+        self.parts = [
+            name for name in self.folder.index if name.startswith("text_encoder") and self.folder.class_of(name)
+        ]
+        self._pipeline: Any = None
+        self._device = torch.device("cpu")
+
+    def fingerprint(self) -> str:
+        tokenizers = [name for name in self.folder.index if name.startswith("tokenizer") and self.folder.class_of(name)]
+        return self.folder.fingerprint(*self.parts, *tokenizers)
+
+    def load(self, device: torch.device) -> None:
+        self._pipeline = self.folder.load_pipeline(("text_encoder", "tokenizer"), self.logical).to(device)
+        self._device = device
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        return self._encoded(list(prompts), negative=False)
+
+    def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
+        negative = any("-" in returned for returned in self.family.encoded)
+        encoded = self._encoded(list(prompts), negative)
+        if self.folder.index.get("force_zeros_for_empty_prompt"):
+            told = torch.tensor([prompt != "" for prompt in prompts], device=self._device)
+            encoded = {name: value * told.reshape(-1, *(1 for _ in value.shape[1:])) for name, value in encoded.items()}
+        return encoded
+
+    def _encoded(self, prompts: list[str], negative: bool) -> Conditioning:
+        conditioning: Conditioning = {}
+        for returned, more in zip(self.family.encoded, self.family.with_each):
+            arguments = {**self._defaults(), **more, "device": self._device}
+            arguments |= (
+                {"prompt": [""] * len(prompts), "negative_prompt": prompts} if negative else {"prompt": prompts}
+            )
+            arguments["do_classifier_free_guidance"] = negative
+            known = inspect.signature(self._pipeline.encode_prompt).parameters
+            found = self._pipeline.encode_prompt(**{name: value for name, value in arguments.items() if name in known})
+            for name, value in zip(returned.split(), found, strict=True):
+                if name.startswith("-") == negative and name != "_":
+                    conditioning[name.removeprefix("-")] = value
+        return conditioning
+
+    def _defaults(self) -> dict[str, Any]:
+        """What the pipeline's own call hands to ``encode_prompt`` if nobody says otherwise."""
+        given = inspect.signature(type(self._pipeline).__call__).parameters
+        taken = inspect.signature(self._pipeline.encode_prompt).parameters
+        told = {name: given[name].default for name in taken if name in given}
+        required = {name: None for name, p in taken.items() if p.default is p.empty}
+        return required | {name: value for name, value in told.items() if value not in (None, inspect.Parameter.empty)}
+
+
+def _padded(value: Tensor, length: int) -> Tensor:
+    """``value[B, L, D]`` with zeros behind, ``[B, length, D]``."""
+    return torch.nn.functional.pad(value, (0, 0, 0, length - value.shape[1]))

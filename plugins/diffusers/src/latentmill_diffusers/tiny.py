@@ -1,0 +1,326 @@
+"""Tiny models of every family, random weights in the real classes, to test with: nothing is downloaded.
+
+    latentmill_diffusers.tiny.build("StableDiffusionPipeline", folder)
+
+writes what ``save_pretrained`` writes of a model of that pipeline's class. A second or two and a few megabytes each.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " \n"
+
+
+def build(pipeline: str, folder: Path, seed: int = 0) -> Path:
+    """Write a model of that pipeline's class into ``folder``, and return it. Raises KeyError for one without a builder."""
+    import diffusers
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = BUILDERS[pipeline]()
+    for part in parts.values():
+        if isinstance(part, nn.Module):
+            _nowhere_zero(part, seed)
+    getattr(diffusers, pipeline)(**parts).save_pretrained(folder)
+    return folder
+
+
+def _nowhere_zero(model: nn.Module, seed: int) -> None:
+    """Fill what starts at 0, as gates of transformer blocks do: a network that ignores its inputs tests nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1, generator=generator)
+
+
+def tokenizer(
+    length: int,
+    begin: str | None = "<s>",
+    end: str | None = "</s>",
+    pad: str = "<pad>",
+    side: str = "right",
+    template: str | None = None,
+) -> Any:
+    """A token a character, between ``begin`` and ``end``."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", "<pad>", "<s>", "</s>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *CHARACTERS])}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inner.decoder = decoders.Fuse()
+    around = " ".join(token for token in (begin, "$A", end) if token)
+    used = [(token, vocabulary[token]) for token in (begin, end) if token]
+    inner.post_processor = processors.TemplateProcessing(single=around, special_tokens=used)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token=pad,
+        padding_side=side,
+        model_max_length=length,
+        chat_template=template,
+    )
+
+
+VOCABULARY = 4 + len(CHARACTERS)
+TEXT = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 1, "vocab_size": VOCABULARY}
+
+
+def clip(width: int = 32, projection: int | None = None, length: int = 77) -> Any:
+    """A CLIP text model, with a projection if its width is given."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        **TEXT,
+        hidden_size=width,
+        intermediate_size=37,
+        num_attention_heads=4,
+        num_hidden_layers=3,
+        max_position_embeddings=length,
+        projection_dim=projection or width,
+    )
+    return CLIPTextModelWithProjection(config).eval() if projection else CLIPTextModel(config).eval()
+
+
+def autoencoder(channels: int = 4, **settings: Any) -> Any:
+    """An AutoencoderKL that halves the sides."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        **{
+            "block_out_channels": (8, 16),
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "latent_channels": channels,
+            "norm_num_groups": 4,
+            "sample_size": 32,
+            **settings,
+        }
+    )
+
+
+def t5(width: int = 32) -> Any:
+    """The encoder of a T5."""
+    from transformers import T5Config, T5EncoderModel
+
+    sizes = {"d_model": width, "d_ff": 37, "d_kv": 8, "num_heads": 4, "num_layers": 2}
+    return T5EncoderModel(T5Config(vocab_size=VOCABULARY, pad_token_id=1, eos_token_id=3, **sizes)).eval()
+
+
+def gemma(width: int = 16) -> Any:
+    """A Gemma 2."""
+    from transformers import Gemma2Config, Gemma2Model
+
+    return Gemma2Model(
+        Gemma2Config(
+            **TEXT,
+            hidden_size=width,
+            intermediate_size=37,
+            head_dim=8,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_hidden_layers=2,
+        )
+    ).eval()
+
+
+def deep_compression() -> Any:
+    """An AutoencoderDC that halves the sides."""
+    from diffusers import AutoencoderDC
+
+    halves = {
+        f"{half}_{name}": value
+        for half in ("encoder", "decoder")
+        for name, value in {
+            "block_types": ("ResBlock", "EfficientViTBlock"),
+            "block_out_channels": (8, 8),
+            "qkv_multiscales": ((), (5,)),
+            "layers_per_block": (1, 1),
+        }.items()
+    }
+    return AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        **halves,
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        scaling_factor=0.41407,
+    )
+
+
+SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def _stable_diffusion() -> dict[str, Any]:
+    from diffusers import PNDMScheduler, UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        sample_size=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    return {
+        "unet": unet,
+        "scheduler": PNDMScheduler(**SD_BETAS, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False),
+        "vae": autoencoder(),
+        "text_encoder": clip(),
+        "tokenizer": tokenizer(77, pad="</s>"),
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+
+
+def _stable_diffusion_xl() -> dict[str, Any]:
+    from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        sample_size=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=64,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=(1, 2),
+        projection_class_embeddings_input_dim=6 * 8 + 32,
+        norm_num_groups=4,
+    )
+    return {
+        "unet": unet,
+        "scheduler": EulerDiscreteScheduler(**SD_BETAS, steps_offset=1, timestep_spacing="leading"),
+        "vae": autoencoder(scaling_factor=0.13025),
+        "text_encoder": clip(),
+        "tokenizer": tokenizer(77, pad="</s>"),
+        "text_encoder_2": clip(projection=32),
+        "tokenizer_2": tokenizer(77),
+    }
+
+
+def _stable_diffusion_3() -> dict[str, Any]:
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=32,
+        out_channels=4,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    return {
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "vae": autoencoder(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+        "text_encoder": clip(16, projection=16),
+        "tokenizer": tokenizer(77, pad="</s>"),
+        "text_encoder_2": clip(16, projection=16),
+        "tokenizer_2": tokenizer(77),
+        "text_encoder_3": t5(),
+        "tokenizer_3": tokenizer(256, begin=None),
+    }
+
+
+def _flux() -> dict[str, Any]:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    )
+    return {
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        "vae": autoencoder(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        "text_encoder": clip(),
+        "tokenizer": tokenizer(77, pad="</s>"),
+        "text_encoder_2": t5(),
+        "tokenizer_2": tokenizer(512, begin=None),
+    }
+
+
+def _pixart(sample_size: int, scaling_factor: float) -> dict[str, Any]:
+    from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
+
+    transformer = PixArtTransformer2DModel(
+        sample_size=sample_size,
+        num_layers=2,
+        attention_head_dim=12,
+        num_attention_heads=2,
+        caption_channels=32,
+        cross_attention_dim=24,
+    )
+    return {
+        "transformer": transformer,
+        "scheduler": DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
+        "vae": autoencoder(scaling_factor=scaling_factor),
+        "text_encoder": t5(),
+        "tokenizer": tokenizer(300, begin=None),
+    }
+
+
+def _sana() -> dict[str, Any]:
+    from diffusers import DPMSolverMultistepScheduler, SanaTransformer2DModel
+
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=32,
+    )
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    return {
+        "transformer": transformer,
+        "scheduler": DPMSolverMultistepScheduler(**flow),
+        "vae": deep_compression(),
+        "text_encoder": gemma(),
+        "tokenizer": tokenizer(300, end=None),
+    }
+
+
+BUILDERS: dict[str, Callable[[], dict[str, Any]]] = {
+    "StableDiffusionPipeline": _stable_diffusion,
+    "StableDiffusionXLPipeline": _stable_diffusion_xl,
+    "StableDiffusion3Pipeline": _stable_diffusion_3,
+    "FluxPipeline": _flux,
+    "PixArtAlphaPipeline": lambda: _pixart(128, 0.18215),
+    "PixArtSigmaPipeline": lambda: _pixart(32, 0.13025),
+    "SanaPipeline": _sana,
+}
