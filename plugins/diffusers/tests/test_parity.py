@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import json
 
 import diffusers
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 import latentmill
 from latentmill_diffusers import tiny
+from latentmill_diffusers.families import unpatched
 
 PROMPTS = [("a red fox", ""), ("two houses by the sea, at night", "blurry"), ("x", "y")]
 SIZE = (32, 64)
@@ -31,68 +33,87 @@ def model(tmp_path_factory):
     return folder
 
 
-def ours(tmp_path, folder, flow, *overrides):
-    """The rows of a job over PROMPTS."""
-    rows = "\n".join(f'{{"prompt": "{p}", "negative_prompt": "{n}", "seed": {i}}}' for i, (p, n) in enumerate(PROMPTS))
-    (tmp_path / "prompts.jsonl").write_text(rows)
-    output = tmp_path / flow.replace(",", "-")
-    result = latentmill.run(
-        "txt2img",
-        [
-            "model=diffusers",
-            "scheduler=model",
-            f"model.path={folder}",
-            "cluster=inline",
-            f"flow=[{flow}]",
-            f"output={output}",
-            f"source.path={tmp_path / 'prompts.jsonl'}",
-            "samples_per_row=1",
-            "sampling.first_noise=diffusers",
-            f"sampling.steps={STEPS}",
-            f"sampling.guidance_scale={GUIDANCE}",
-            f"sampling.height={SIZE[0]}",
-            f"sampling.width={SIZE[1]}",
-            *overrides,
-        ],
-    )
+def rows_of(job, output, *overrides):
+    """The rows that a job makes of PROMPTS, or of whatever it reads."""
+    result = latentmill.run(job, [f"output={output}", "cluster=inline", *overrides])
     assert (result.ok, result.failed) == (len(PROMPTS), 0), (output / "errors/00000.jsonl").read_text()
     return [row for path in sorted((output / "data").iterdir()) for row in pq.read_table(path).to_pylist()]
 
 
-def theirs(folder, name, kind):
-    """What the pipeline makes of PROMPTS, one after another: latents as a tensor, or pictures."""
+def denoised(tmp_path, folder, prompts=PROMPTS, *overrides):
+    rows = [{"prompt": p, "negative_prompt": n, "seed": i} for i, (p, n) in enumerate(prompts)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return rows_of(
+        "denoise",
+        tmp_path / "latents",
+        "model=diffusers",
+        "scheduler=model",
+        f"model.path={folder}",
+        f"source.path={tmp_path / 'prompts.jsonl'}",
+        "sampling.first_noise=diffusers",
+        f"sampling.steps={STEPS}",
+        f"sampling.guidance_scale={GUIDANCE}",
+        f"sampling.height={SIZE[0]}",
+        f"sampling.width={SIZE[1]}",
+        *overrides,
+    )
+
+
+def theirs(folder, name, prompts):
+    """What the pipeline makes of prompts, one after another: its last latents, as it has them, and pictures."""
     pipeline = getattr(diffusers, name).from_pretrained(folder, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     known = inspect.signature(pipeline.__call__).parameters
-    more = {"use_resolution_binning": False} if "use_resolution_binning" in known else {}
+    last = {}
+    told = {
+        "num_inference_steps": STEPS,
+        "guidance_scale": GUIDANCE,
+        "true_cfg_scale": GUIDANCE,
+        "height": SIZE[0],
+        "width": SIZE[1],
+        "use_resolution_binning": False,
+        "callback_on_step_end": lambda pipeline, i, t, found: last.update(found) or {},
+        "callback": lambda i, t, latents: last.update(latents=latents),
+    }
+    if "callback_on_step_end" in known:
+        del told["callback"]
     made = []
-    for i, (prompt, negative) in enumerate(PROMPTS):
-        if "negative_prompt" in known and name != "FluxPipeline":
-            more["negative_prompt"] = negative or ("" if name != "StableDiffusionXLPipeline" else None)
-        made.append(
-            pipeline(
-                prompt,
-                num_inference_steps=STEPS,
-                guidance_scale=GUIDANCE,
-                height=SIZE[0],
-                width=SIZE[1],
-                generator=torch.Generator().manual_seed(i),
-                output_type=kind,
-                **more,
-            ).images[0]
-        )
+    for i, (prompt, negative) in enumerate(prompts):
+        if name != "FluxPipeline":  # without one it has the guidance that the network was told
+            told["negative_prompt"] = None if name == "StableDiffusionXLPipeline" and not negative else negative
+        given = {key: value for key, value in told.items() if key in known}
+        picture = pipeline(prompt=prompt, generator=torch.Generator().manual_seed(i), **given).images[0]
+        made.append((last["latents"][0].clone(), np.asarray(picture).astype(int)))
     return made
+
+
+def unpacked(latents, shape):
+    """A pipeline's latents ``[C, h, w]``: some are tokens, of one place or of 2x2."""
+    if latents.ndim == 3:
+        return latents
+    if latents.shape[-1] == shape[0]:
+        return latents.T.unflatten(1, shape[1:])
+    return unpatched(latents[None], shape[1] // 2, shape[2] // 2)[0]
 
 
 @pytest.mark.parametrize("name", tiny.BUILDERS)
 def test_the_same_latents_and_pictures_as_the_pipeline(name, model, tmp_path):
-    rows = ours(tmp_path, model(name), "read,encode,denoise,write")
-    for row, wanted in zip(rows, theirs(model(name), name, "latent"), strict=True):
+    negative = "negative_prompt" in inspect.signature(getattr(diffusers, name).__call__).parameters
+    prompts = [(p, n if negative else "") for p, n in PROMPTS]
+    wanted = theirs(model(name), name, prompts)
+    rows = denoised(tmp_path, model(name), prompts)
+    for row, (latents, _) in zip(rows, wanted, strict=True):
         found = torch.tensor(np.reshape(row["latents"], row["shape"]))
-        if wanted.ndim == 2:  # a pipeline that packs its latents returns them so
-            wanted = unpatched(wanted[None], found.shape[1] // 2, found.shape[2] // 2)[0]
-        assert float((found - wanted).norm() / wanted.norm()) <= 1e-4
-    rows = ours(tmp_path, model(name), "read,encode,denoise,decode,write")
-    for row, wanted in zip(rows, theirs(model(name), name, "pil"), strict=True):
+        latents = unpacked(latents, row["shape"])
+        error = float((found - latents).norm() / latents.norm())
+        assert error <= 1e-4, f"row {row['row_id']}: latents differ by {error:.1e}"
+    rows = rows_of(
+        "decode",
+        tmp_path / "pictures",
+        "vae=diffusers",
+        f"vae.path={model(name)}",
+        f"source.path={tmp_path / 'latents'}",
+    )
+    for row, (_, picture) in zip(rows, wanted, strict=True):
         found = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))).astype(int)
-        assert (np.abs(found - np.asarray(wanted).astype(int)) <= 1).mean() >= 0.999
+        assert (np.abs(found - picture) <= 1).mean() >= 0.999

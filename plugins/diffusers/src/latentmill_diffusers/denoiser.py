@@ -32,7 +32,11 @@ class DiffusersDenoiser(Denoiser):
         self.logical = dtype_of(dtype)
         self.family: Family = family_of(self.folder.pipeline)
         self.config = self.folder.config(self.family.network)
-        self.guidance_embedded = bool(self.config.get("guidance_embeds") or self.config.get("time_cond_proj_dim"))
+        self.guidance_embedded = bool(
+            self.config.get("guidance_embeds")
+            or self.config.get("time_cond_proj_dim")
+            or self.folder.index.get("is_distilled")
+        )
         self._network: Network | None = None
 
     @cached_property
@@ -80,8 +84,20 @@ class DiffusersDenoiser(Denoiser):
     def predict(self, x: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         assert self._network is not None, "load() comes first"
         told = {n: v.to(self.logical) if v.is_floating_point() else v for n, v in conditioning.items()}
-        timestep = told_of(self.scheduler, self.path.timestep(t)).to(x.device, torch.float32)
-        predicted = self.family.call(self._network, x.to(self.logical), timestep, told)
+        timestep = told_of(self.scheduler, self.path.timestep(t))
+        if self.family.told is not None:
+            timestep = self.family.told(self.scheduler.config, timestep, x.shape[1:])
+        predicted = self._called(self._network, x.to(self.logical), timestep.to(x.device, torch.float32), told)
         if predicted.shape[1] == 2 * x.shape[1]:  # the network learned a variance, too
             predicted = predicted.chunk(2, dim=1)[0]
         return predicted.float()
+
+    def _called(self, network: Network, x: Tensor, timestep: Tensor, told: Mapping[str, Tensor]) -> Tensor:
+        if not self.family.pad:
+            return self.family.call(network, x, timestep, told)
+        each = []
+        for i, length in enumerate(told["length"].tolist()):
+            one = {name: value[i : i + 1] for name, value in told.items() if name != "length"}
+            one["embeds"] = one["embeds"][:, :length]
+            each.append(self.family.call(network, x[i : i + 1], timestep[i : i + 1], one))
+        return torch.cat(each)

@@ -6,6 +6,7 @@ scheduler. All else (path, prediction, grid, solver, sizes) is in the model's ow
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,9 +51,12 @@ class Family:
     packed: int = 1
     """Latent pixels, on each side, that the network takes as one, with a channel for every value."""
     pad: int = 0
-    """Prompts that come out of different lengths are padded to so many tokens, and ``length`` says how many there are."""
+    """Above 0: prompts come out of different lengths, which the network sees. They travel padded to so many tokens, with
+    ``length`` beside, and each row is encoded and called for alone, so that it hangs on no other."""
     schedule: Callable[[Any, int, Sequence[int]], dict[str, Any]] = field(default=lambda scheduler, steps, shape: {})
     """``schedule(config, steps, shape)``: what the pipeline hands to ``set_timesteps`` of a scheduler of this config."""
+    told: Callable[[Any, Tensor, Sequence[int]], Tensor] | None = None
+    """``told(config, timestep, shape)``: the timestep that the network is told, where that is another than the scheduler's."""
     guide: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     """``guide(prompt, negative, scale)``, where it is another formula than everyone's."""
 
@@ -68,6 +72,13 @@ def unet(network: Network, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor])
         ids = [*size, 0, 0, *size]  # original size, crop, target size
         ids_of_rows = torch.tensor(ids, dtype=x.dtype, device=x.device).repeat(len(x), 1)
         more["added_cond_kwargs"] = {"text_embeds": c["pooled"], "time_ids": ids_of_rows}
+    if width := network.config.time_cond_proj_dim:  # LCM: the network is told the guidance scale
+        from diffusers import StableDiffusionPipeline
+
+        embedded = StableDiffusionPipeline.get_guidance_scale_embedding(
+            None, c["guidance_scale"].cpu().float() - 1, width
+        )
+        more["timestep_cond"] = embedded.to(x)
     return first(network.model(x, timestep, encoder_hidden_states=c["embeds"], **more, return_dict=False))
 
 
@@ -114,7 +125,99 @@ def sana(network: Network, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor])
     return first(network.model(x, timestep=timestep * network.config.timestep_scale, **told, return_dict=False))
 
 
-def first(result: tuple[Tensor, ...]) -> Tensor:
+def lumina_2(network: Network, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor]) -> Tensor:
+    """Lumina 2: its time runs from noise to picture, and so does what it predicts."""
+    told = {"encoder_hidden_states": c["embeds"], "encoder_attention_mask": c["mask"]}
+    return -first(network.model(hidden_states=x, timestep=1 - timestep / 1000, **told, return_dict=False))
+
+
+def aura_flow(network: Network, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor]) -> Tensor:
+    """AuraFlow."""
+    told = {"encoder_hidden_states": c["embeds"], "timestep": timestep / 1000}
+    return first(network.model(x, **told, return_dict=False))
+
+
+def hunyuan_dit(network: Network, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor]) -> Tensor:
+    """HunyuanDiT: two text encoders side by side, the size of the picture, and places in a square of 512 pixels."""
+    from diffusers.models.embeddings import get_2d_rotary_pos_embed
+    from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
+
+    patch = network.config.patch_size
+    grid = x.shape[-2] // patch, x.shape[-1] // patch
+    crops = get_resize_crop_region_for_grid(grid, 64 // patch)
+    width = network.model.inner_dim // network.model.num_heads
+    places = get_2d_rotary_pos_embed(width, crops, grid, device=x.device, output_type="pt")
+    size = [1024, 1024, x.shape[-2] * network.downscale, x.shape[-1] * network.downscale, 0, 0]
+    return first(
+        network.model(
+            x,
+            timestep.to(x.dtype),
+            encoder_hidden_states=c["embeds"],
+            text_embedding_mask=c["mask"],
+            encoder_hidden_states_t5=c["embeds_2"],
+            text_embedding_mask_t5=c["mask_2"],
+            image_meta_size=x.new_tensor(size).repeat(len(x), 1),
+            style=torch.zeros(len(x), dtype=torch.long, device=x.device),
+            image_rotary_emb=places,
+            return_dict=False,
+        )
+    )
+
+
+def cogview_4(network: Network, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor]) -> Tensor:
+    """CogView 4."""
+    size = x.new_tensor([[x.shape[-2] * network.downscale, x.shape[-1] * network.downscale]])
+    told = {"original_size": size, "target_size": size, "crop_coords": torch.zeros_like(size)}
+    embeds = c["embeds"]
+    return first(
+        network.model(hidden_states=x, encoder_hidden_states=embeds, timestep=timestep, **told, return_dict=False)
+    )
+
+
+def qwen_image(network: Network, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor]) -> Tensor:
+    """Qwen-Image: patches of 2x2 latent pixels as tokens of a single frame."""
+    height, width = x.shape[-2] // 2, x.shape[-1] // 2
+    predicted = first(
+        network.model(
+            hidden_states=patches(x),
+            timestep=timestep / 1000,
+            guidance=c.get("guidance_scale"),
+            encoder_hidden_states_mask=None,
+            encoder_hidden_states=c["embeds"],
+            img_shapes=[[(1, height, width)]] * len(x),
+            return_dict=False,
+        )
+    )
+    return unpatched(predicted, height, width)
+
+
+def z_image(network: Network, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor]) -> Tensor:
+    """Z-Image: lists of pictures of one frame; its time and prediction run from noise to picture."""
+    return -torch.stack(
+        first(network.model(list(x[:, :, None]), (1000 - timestep) / 1000, list(c["embeds"]), return_dict=False))
+    )[:, :, 0]
+
+
+def flux_2(network: Network, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor]) -> Tensor:
+    """FLUX.2: latents are patches already; dev is told the guidance scale."""
+    height, width = x.shape[-2:]
+    one = torch.arange(1)
+    places = torch.cartesian_prod(one, torch.arange(height), torch.arange(width), one)
+    predicted = first(
+        network.model(
+            hidden_states=x.flatten(2).transpose(1, 2),
+            timestep=timestep / 1000,
+            guidance=c["guidance_scale"] if network.config.guidance_embeds else None,
+            encoder_hidden_states=c["embeds"],
+            txt_ids=torch.cartesian_prod(one, one, one, torch.arange(c["embeds"].shape[1])).to(x.device),
+            img_ids=places.to(x.device),
+            return_dict=False,
+        )
+    )
+    return predicted.transpose(1, 2).unflatten(2, (height, width))
+
+
+def first(result: tuple[Any, ...]) -> Any:
     """What a network returns with ``return_dict=False``."""
     return result[0]
 
@@ -143,6 +246,59 @@ def flux_schedule(config: Any, steps: int, shape: Sequence[int]) -> dict[str, An
     return {"sigmas": np.linspace(1.0, 1 / steps, steps), "mu": shift(config, tokens)}
 
 
+def lumina_2_schedule(config: Any, steps: int, shape: Sequence[int]) -> dict[str, Any]:
+    """As Flux's, but the pipeline takes the number of channels for that of the tokens."""
+    return {"sigmas": np.linspace(1.0, 1 / steps, steps), "mu": shift(config, shape[-3])}
+
+
+def cogview_4_schedule(config: Any, steps: int, shape: Sequence[int]) -> dict[str, Any]:
+    """Whole timesteps, equally spaced with both ends, and a shift that grows with the root of the number of tokens."""
+    whole = np.linspace(config.num_train_timesteps, 1.0, steps).astype(np.int64).astype(np.float32)
+    return {"sigmas": whole / config.num_train_timesteps, "mu": cogview_4_shift(config, shape)}
+
+
+def cogview_4_shift(config: Any, shape: Sequence[int]) -> float:
+    """``mu``, for patches of 2x2 latent pixels."""
+    tokens = shape[-2] * shape[-1] // 4
+    root = math.sqrt(tokens / config.get("base_image_seq_len", 256))
+    return float(root * config.get("max_shift", 0.75) + config.get("base_shift", 0.25))
+
+
+def cogview_4_told(config: Any, timestep: Tensor, shape: Sequence[int]) -> Tensor:
+    """The timestep before the shift: the sigmas are shifted, and the network is not told."""
+    mu, sigma = cogview_4_shift(config, shape), timestep.double() / 1000
+    return 1000 * sigma / (mu * (1 - sigma) + sigma)
+
+
+def flux_2_schedule(config: Any, steps: int, shape: Sequence[int]) -> dict[str, Any]:
+    """Equal steps, and a shift that follows tokens and steps."""
+    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+    return {"sigmas": np.linspace(1.0, 1 / steps, steps), "mu": compute_empirical_mu(shape[-2] * shape[-1], steps)}
+
+
+# -------------------------------------------------------------------------------------------------------- guidance
+
+
+def lumina_2_guide(prompt: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
+    """Everyone's formula, each line of pixels brought back to the length of the prompt's."""
+    guided = negative + scale * (prompt - negative)
+    return guided * (prompt.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+
+def qwen_image_guide(prompt: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
+    """Everyone's formula, each token brought back to the length of the prompt's."""
+    height, width = prompt.shape[-2] // 2, prompt.shape[-1] // 2
+    prompt, negative, scale = patches(prompt), patches(negative), scale.flatten(1)[:, :, None]
+    guided = negative + scale * (prompt - negative)
+    return unpatched(guided * (prompt.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)), height, width)
+
+
+def z_image_guide(prompt: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
+    """As much again: by everyone's formula the scale would be one more."""
+    return prompt + scale * (prompt - negative)
+
+
 def shift(config: Any, tokens: int, most: float = 1.15) -> float:
     """``mu``: linear in the number of tokens, through two points of the config (``calculate_shift`` of diffusers)."""
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
@@ -168,6 +324,41 @@ FAMILIES: dict[str, Family] = {
     "PixArtAlphaPipeline": Family("PixArt-alpha", pixart, encoded=("embeds mask -embeds -mask",)),
     "PixArtSigmaPipeline": Family("PixArt-sigma", pixart, encoded=("embeds mask -embeds -mask",)),
     "SanaPipeline": Family("Sana", sana, encoded=("embeds mask -embeds -mask",)),
+    "Lumina2Pipeline": Family(
+        "Lumina 2",
+        lumina_2,
+        encoded=("embeds mask -embeds -mask",),
+        schedule=lumina_2_schedule,
+        guide=lumina_2_guide,
+    ),
+    "AuraFlowPipeline": Family("AuraFlow", aura_flow, encoded=("embeds _ -embeds _",)),
+    "HunyuanDiTPipeline": Family(
+        "HunyuanDiT",
+        hunyuan_dit,
+        encoded=("embeds -embeds mask -mask", "embeds_2 -embeds_2 mask_2 -mask_2"),
+        with_each=(
+            {"max_sequence_length": 77, "text_encoder_index": 0},
+            {"max_sequence_length": 256, "text_encoder_index": 1},
+        ),
+    ),
+    "CogView4Pipeline": Family(
+        "CogView 4", cogview_4, encoded=("embeds -embeds",), pad=1024, schedule=cogview_4_schedule, told=cogview_4_told
+    ),
+    "KolorsPipeline": Family("Kolors", unet, network="unet", encoded=("embeds -embeds pooled -pooled",)),
+    "QwenImagePipeline": Family(
+        "Qwen-Image",
+        qwen_image,
+        encoded=("embeds _",),
+        packed=2,
+        pad=512,
+        schedule=flux_schedule,
+        guide=qwen_image_guide,
+    ),
+    "ZImagePipeline": Family(
+        "Z-Image", z_image, encoded=("embeds -embeds",), pad=512, schedule=flux_schedule, guide=z_image_guide
+    ),
+    "Flux2Pipeline": Family("FLUX.2", flux_2, encoded=("embeds _",), schedule=flux_2_schedule),
+    "Flux2KleinPipeline": Family("FLUX.2 klein", flux_2, encoded=("embeds _",), schedule=flux_2_schedule),
 }
 
 

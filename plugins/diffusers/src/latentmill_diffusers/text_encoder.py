@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.nn.functional import pad
 
 from latentmill.plugin import Conditioning, TextEncoder
 from latentmill_diffusers.families import Family, family_of
@@ -42,15 +42,25 @@ class DiffusersTextEncoder(TextEncoder):
         self._device = device
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        return self._encoded(list(prompts), negative=False)
+        return self._all(prompts, negative=False)
 
     def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
         negative = any("-" in returned for returned in self.family.encoded)
-        encoded = self._encoded(list(prompts), negative)
+        encoded = self._all(prompts, negative)
         if self.folder.index.get("force_zeros_for_empty_prompt"):
             told = torch.tensor([prompt != "" for prompt in prompts], device=self._device)
             encoded = {name: value * told.reshape(-1, *(1 for _ in value.shape[1:])) for name, value in encoded.items()}
         return encoded
+
+    def _all(self, prompts: Sequence[str], negative: bool) -> Conditioning:
+        if not self.family.pad:
+            return self._encoded(list(prompts), negative)
+        each = [self._encoded([prompt], negative)["embeds"] for prompt in prompts]
+        embeds = [found[0] for found in each]  # [length, D]
+        return {
+            "embeds": torch.stack([pad(value, (0, 0, 0, self.family.pad - len(value))) for value in embeds]),
+            "length": torch.tensor([len(value) for value in embeds]),
+        }
 
     def _encoded(self, prompts: list[str], negative: bool) -> Conditioning:
         conditioning: Conditioning = {}
@@ -74,8 +84,3 @@ class DiffusersTextEncoder(TextEncoder):
         told = {name: given[name].default for name in taken if name in given}
         required = {name: None for name, p in taken.items() if p.default is p.empty}
         return required | {name: value for name, value in told.items() if value not in (None, inspect.Parameter.empty)}
-
-
-def _padded(value: Tensor, length: int) -> Tensor:
-    """``value[B, L, D]`` with zeros behind, ``[B, length, D]``."""
-    return torch.nn.functional.pad(value, (0, 0, 0, length - value.shape[1]))

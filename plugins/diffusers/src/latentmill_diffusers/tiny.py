@@ -92,15 +92,15 @@ def clip(width: int = 32, projection: int | None = None, length: int = 77) -> An
     return CLIPTextModelWithProjection(config).eval() if projection else CLIPTextModel(config).eval()
 
 
-def autoencoder(channels: int = 4, **settings: Any) -> Any:
-    """An AutoencoderKL that halves the sides."""
+def autoencoder(channels: int = 4, blocks: int = 2, **settings: Any) -> Any:
+    """An AutoencoderKL that halves the sides between two blocks."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
         **{
-            "block_out_channels": (8, 16),
-            "down_block_types": ("DownEncoderBlock2D",) * 2,
-            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "block_out_channels": (8, 16, 16, 16)[:blocks],
+            "down_block_types": ("DownEncoderBlock2D",) * blocks,
+            "up_block_types": ("UpDecoderBlock2D",) * blocks,
             "latent_channels": channels,
             "norm_num_groups": 4,
             "sample_size": 32,
@@ -315,6 +315,319 @@ def _sana() -> dict[str, Any]:
     }
 
 
+def _lumina_2() -> dict[str, Any]:
+    from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Transformer2DModel
+
+    transformer = Lumina2Transformer2DModel(
+        in_channels=4,
+        hidden_size=24,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(300, 64, 64),
+        cap_feat_dim=16,
+    )
+    return {
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=6.0),
+        "vae": autoencoder(blocks=4, scaling_factor=0.3611, shift_factor=0.1159),
+        "text_encoder": gemma(),
+        "tokenizer": tokenizer(256, end=None),
+    }
+
+
+def _aura_flow() -> dict[str, Any]:
+    from diffusers import AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=32,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pos_embed_max_size=256,
+    )
+    return {
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=1.73),
+        "vae": autoencoder(scaling_factor=0.13025),
+        "text_encoder": t5(),
+        "tokenizer": tokenizer(256, begin=None),
+    }
+
+
+def _hunyuan_dit() -> dict[str, Any]:
+    from diffusers import DDIMScheduler, HunyuanDiT2DModel
+    from transformers import BertConfig, BertModel
+
+    transformer = HunyuanDiT2DModel(
+        sample_size=16,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        in_channels=4,
+        cross_attention_dim=32,
+        cross_attention_dim_t5=32,
+        pooled_projection_dim=16,
+        hidden_size=24,
+        activation_fn="gelu-approximate",
+    )
+    bert = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2
+    )
+    betas = {"beta_start": 0.00085, "beta_end": 0.03, "beta_schedule": "scaled_linear"}
+    return {
+        "transformer": transformer,
+        # Its own is DDPM, whose noise nobody could compare.
+        "scheduler": DDIMScheduler(
+            **betas, prediction_type="v_prediction", steps_offset=1, clip_sample=False, set_alpha_to_one=False
+        ),
+        "vae": autoencoder(blocks=4),  # the pipeline takes 8 for the downscale
+        "text_encoder": BertModel(bert).eval(),
+        "tokenizer": tokenizer(77),
+        "text_encoder_2": t5(),
+        "tokenizer_2": tokenizer(256, begin=None),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+
+
+def _cogview_4() -> dict[str, Any]:
+    from diffusers import CogView4Transformer2DModel, FlowMatchEulerDiscreteScheduler
+    from transformers import GlmConfig, GlmModel
+
+    transformer = CogView4Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        text_embed_dim=32,
+        time_embed_dim=8,
+        condition_dim=4,
+        rope_axes_dim=(64, 64),
+    )
+    glm = GlmConfig(
+        **TEXT,
+        hidden_size=32,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    dynamic = {"use_dynamic_shifting": True, "time_shift_type": "linear", "base_shift": 0.25, "max_shift": 0.75}
+    return {
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(**dynamic),
+        "vae": autoencoder(),
+        "text_encoder": GlmModel(glm).eval(),
+        "tokenizer": tokenizer(1024, end=None, side="left"),
+    }
+
+
+def _kolors() -> dict[str, Any]:
+    from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+    from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer
+    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
+
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        sample_size=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 32,
+        encoder_hid_dim=32,
+        encoder_hid_dim_type="text_proj",
+        norm_num_groups=4,
+    )
+    text = ChatGLMConfig(
+        num_layers=2,
+        padded_vocab_size=VOCABULARY + 100,
+        hidden_size=32,
+        ffn_hidden_size=37,
+        kv_channels=8,
+        num_attention_heads=4,
+        seq_length=256,
+        multi_query_attention=True,
+        multi_query_group_num=2,
+        add_qkv_bias=True,
+        original_rope=True,
+    )
+    text_encoder = ChatGLMModel(text).eval()
+    for name, parameter in text_encoder.named_parameters():
+        if "norm" in name:
+            nn.init.ones_(parameter)
+        else:  # it leaves some as the memory was
+            nn.init.normal_(parameter, std=0.1)
+    betas = {"beta_start": 0.00085, "beta_end": 0.014, "beta_schedule": "scaled_linear", "num_train_timesteps": 1100}
+    return {
+        "unet": unet,
+        "scheduler": EulerDiscreteScheduler(**betas, steps_offset=1, timestep_spacing="leading"),
+        "vae": autoencoder(scaling_factor=0.13025),
+        "text_encoder": text_encoder,
+        "tokenizer": ChatGLMTokenizer(str(_sentencepiece())),
+    }
+
+
+def _sentencepiece() -> Path:
+    """The file of a sentencepiece model of single characters."""
+    import tempfile
+
+    from sentencepiece import SentencePieceTrainer
+
+    stem = Path(tempfile.mkdtemp()) / "tokenizer"
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(CHARACTERS.split()),
+        model_prefix=str(stem),
+        model_type="char",
+        vocab_size=VOCABULARY,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return stem.with_suffix(".model")
+
+
+def _qwen_image() -> dict[str, Any]:
+    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=3,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+    )
+    text = {
+        **TEXT,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1000000.0},
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, vocab_size=VOCABULARY)
+    dynamic = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192}
+    return {
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(**dynamic, shift_terminal=0.02),
+        "vae": video_autoencoder(AutoencoderKLQwenImage),
+        "text_encoder": Qwen2_5_VLForConditionalGeneration(config).eval(),
+        "tokenizer": tokenizer(1024, begin=None, end=None),
+    }
+
+
+def video_autoencoder(cls: Any) -> Any:
+    """An autoencoder of video, Qwen-Image's or Wan's, that makes a quarter of the sides."""
+    statistics = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.0, 2.0, 0.5, 1.5]}
+    return cls(
+        base_dim=8, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True], **statistics
+    )
+
+
+CHAT = "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{{ m.content[0].text }}{% endif %}|{% endfor %}"
+
+
+def _z_image() -> dict[str, Any]:
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+    from transformers import Qwen3Config, Qwen3Model
+
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[8, 4, 4],
+        axes_lens=[1024, 64, 64],
+    )
+    return {
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "vae": autoencoder(scaling_factor=0.3611, shift_factor=0.1159),
+        "text_encoder": Qwen3Model(Qwen3Config(**QWEN_3)).eval(),
+        "tokenizer": tokenizer(512, begin=None, end=None, template=CHAT),
+    }
+
+
+QWEN_3 = {
+    **TEXT,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "head_dim": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+def _flux_2(**settings: Any) -> dict[str, Any]:
+    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        axes_dims_rope=(4, 4, 4, 4),
+        **settings,
+    )
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    vae.bn.running_mean.normal_(std=0.3)
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return {
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        "vae": vae,
+        "tokenizer": tokenizer(512, begin=None, end=None, template=CHAT),
+    }
+
+
+def _flux_2_dev() -> dict[str, Any]:
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    text = {"model_type": "mistral", **QWEN_3, "num_hidden_layers": 31}
+    vision = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 16, "head_dim": 8}
+    config = Mistral3Config(text_config=text, vision_config=vision)
+    return {**_flux_2(), "text_encoder": Mistral3ForConditionalGeneration(config).eval()}
+
+
+def _flux_2_klein() -> dict[str, Any]:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    text = Qwen3ForCausalLM(Qwen3Config(**{**QWEN_3, "num_hidden_layers": 28})).eval()
+    return {**_flux_2(guidance_embeds=False), "text_encoder": text, "is_distilled": False}
+
+
 BUILDERS: dict[str, Callable[[], dict[str, Any]]] = {
     "StableDiffusionPipeline": _stable_diffusion,
     "StableDiffusionXLPipeline": _stable_diffusion_xl,
@@ -323,4 +636,13 @@ BUILDERS: dict[str, Callable[[], dict[str, Any]]] = {
     "PixArtAlphaPipeline": lambda: _pixart(128, 0.18215),
     "PixArtSigmaPipeline": lambda: _pixart(32, 0.13025),
     "SanaPipeline": _sana,
+    "Lumina2Pipeline": _lumina_2,
+    "AuraFlowPipeline": _aura_flow,
+    "HunyuanDiTPipeline": _hunyuan_dit,
+    "CogView4Pipeline": _cogview_4,
+    "KolorsPipeline": _kolors,
+    "QwenImagePipeline": _qwen_image,
+    "ZImagePipeline": _z_image,
+    "Flux2Pipeline": _flux_2_dev,
+    "Flux2KleinPipeline": _flux_2_klein,
 }
