@@ -157,7 +157,7 @@ def dtype_of(name: str) -> torch.dtype:
 def downscale_of(config: dict[str, Any]) -> int:
     """Pixels of the picture per latent pixel, on each side, by a VAE's config."""
     if "temperal_downsample" in config:
-        return int(config.get("scale_factor_spatial") or 2 ** len(config["temperal_downsample"]))
+        return int(2 ** len(config["temperal_downsample"]) * (config.get("patch_size") or 1))
     for name in ("down_block_out_channels", "encoder_block_out_channels", "block_out_channels"):
         if name in config:
             return int(2 ** (len(config[name]) - 1))

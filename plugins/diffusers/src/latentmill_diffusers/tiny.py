@@ -158,6 +158,77 @@ def deep_compression() -> Any:
     )
 
 
+def _asymmetric() -> Any:
+    from diffusers import AsymmetricAutoencoderKL
+
+    return AsymmetricAutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        down_block_out_channels=(8, 16),
+        layers_per_down_block=1,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        up_block_out_channels=(8, 24),
+        layers_per_up_block=1,
+        norm_num_groups=4,
+        scaling_factor=0.18215,
+    )
+
+
+def _tiny() -> Any:
+    from diffusers import AutoencoderTiny
+
+    blocks = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
+    return AutoencoderTiny(**blocks, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1))
+
+
+def _quantized() -> Any:
+    from diffusers import VQModel
+
+    return VQModel(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=3,
+        norm_num_groups=4,
+    )
+
+
+def _flux_2_autoencoder() -> Any:
+    from diffusers import AutoencoderKLFlux2
+
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    vae.bn.running_mean.normal_(std=0.3)
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return vae
+
+
+def video_autoencoder(name: str) -> Any:
+    """An autoencoder of video, Qwen-Image's or Wan's, that makes a quarter of the sides."""
+    import diffusers
+
+    statistics = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.0, 2.0, 0.5, 1.5]}
+    sizes = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1}
+    return getattr(diffusers, name)(**sizes, temperal_downsample=[False, True], **statistics)
+
+
+def _consistency() -> Any:
+    from diffusers import ConsistencyDecoderVAE
+
+    return ConsistencyDecoderVAE(
+        encoder_block_out_channels=(8, 8, 8, 8),
+        encoder_layers_per_block=1,
+        encoder_norm_num_groups=4,
+        decoder_block_out_channels=(8, 8, 8, 8),
+        decoder_layers_per_block=1,
+        decoder_norm_num_groups=4,
+    )
+
+
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -352,6 +423,8 @@ def _aura_flow() -> dict[str, Any]:
         caption_projection_dim=32,
         pos_embed_max_size=256,
     )
+    for parameter in transformer.parameters():  # else what a prompt says is lost in its padding
+        parameter.data *= 1.7
     return {
         "transformer": transformer,
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=1.73),
@@ -502,7 +575,7 @@ def _sentencepiece() -> Path:
 
 
 def _qwen_image() -> dict[str, Any]:
-    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     transformer = QwenImageTransformer2DModel(
@@ -529,18 +602,10 @@ def _qwen_image() -> dict[str, Any]:
     return {
         "transformer": transformer,
         "scheduler": FlowMatchEulerDiscreteScheduler(**dynamic, shift_terminal=0.02),
-        "vae": video_autoencoder(AutoencoderKLQwenImage),
+        "vae": video_autoencoder("AutoencoderKLQwenImage"),
         "text_encoder": Qwen2_5_VLForConditionalGeneration(config).eval(),
         "tokenizer": tokenizer(1024, begin=None, end=None),
     }
-
-
-def video_autoencoder(cls: Any) -> Any:
-    """An autoencoder of video, Qwen-Image's or Wan's, that makes a quarter of the sides."""
-    statistics = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.0, 2.0, 0.5, 1.5]}
-    return cls(
-        base_dim=8, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True], **statistics
-    )
 
 
 CHAT = "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{{ m.content[0].text }}{% endif %}|{% endfor %}"
@@ -582,7 +647,7 @@ QWEN_3 = {
 
 
 def _flux_2(**settings: Any) -> dict[str, Any]:
-    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 
     transformer = Flux2Transformer2DModel(
         in_channels=16,
@@ -594,19 +659,10 @@ def _flux_2(**settings: Any) -> dict[str, Any]:
         axes_dims_rope=(4, 4, 4, 4),
         **settings,
     )
-    vae = AutoencoderKLFlux2(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-    )
-    vae.bn.running_mean.normal_(std=0.3)
-    vae.bn.running_var.uniform_(0.5, 2.0)
     return {
         "transformer": transformer,
         "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
-        "vae": vae,
+        "vae": _flux_2_autoencoder(),
         "tokenizer": tokenizer(512, begin=None, end=None, template=CHAT),
     }
 
@@ -646,3 +702,29 @@ BUILDERS: dict[str, Callable[[], dict[str, Any]]] = {
     "Flux2Pipeline": _flux_2_dev,
     "Flux2KleinPipeline": _flux_2_klein,
 }
+
+VAES: dict[str, Callable[[], Any]] = {
+    "AutoencoderKL": autoencoder,
+    "AutoencoderKL with a shift": lambda: autoencoder(
+        shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
+    ),
+    "AutoencoderKL with statistics": lambda: autoencoder(
+        latents_mean=[0.5, -1.0, 0.2, 0.0], latents_std=[1.0, 2.0, 0.5, 1.5], scaling_factor=0.5
+    ),
+    "AsymmetricAutoencoderKL": _asymmetric,
+    "AutoencoderTiny": _tiny,
+    "AutoencoderDC": deep_compression,
+    "VQModel": _quantized,
+    "AutoencoderKLFlux2": _flux_2_autoencoder,
+    "AutoencoderKLQwenImage": lambda: video_autoencoder("AutoencoderKLQwenImage"),
+    "AutoencoderKLWan": lambda: video_autoencoder("AutoencoderKLWan"),
+    "ConsistencyDecoderVAE": _consistency,
+}
+
+
+def build_vae(name: str, folder: Path, seed: int = 0) -> Path:
+    """Write one of VAES into ``folder``, and return it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        VAES[name]().save_pretrained(folder)
+    return folder

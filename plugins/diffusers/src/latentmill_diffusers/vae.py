@@ -73,9 +73,8 @@ class DiffusersVAE(VAE):
         if self.tiling:
             self._model.enable_tiling()
         if self.compile:
-            self._model.compile_repeated_blocks(
-                fullgraph=True
-            ) if self._model._repeated_blocks else self._model.compile()
+            self._model.encoder.compile()
+            self._model.decoder.compile()
 
     def encode(self, images: Tensor) -> Tensor:
         return self.posterior(images)[0]
