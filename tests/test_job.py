@@ -16,7 +16,10 @@ defaults: [job, model: shapes, scheduler: euler, source: prompts, sink: parquet,
 output: out/mine
 source: {path: p.txt}
 """
-JOBS = "decode, denoise, encode, img2img, reconstruct, txt2img"
+JOBS = (
+    "cache_latents_sdxl, decode, denoise, encode, flux_txt2img, img2img, reconstruct, "
+    "sd15_img2img, sd15_txt2img, sdxl_txt2img, txt2img"
+)
 
 
 def refused(job, *overrides):

@@ -126,6 +126,17 @@ def test_the_examples_vae_and_scheduler_are_selected_by_name_and_their_pictures_
     assert (tmp_path / "scheduler" / "contact_sheet.png").exists()
 
 
+@pytest.mark.parametrize("job", ["sd15_txt2img", "sdxl_txt2img", "flux_txt2img", "sd15_img2img", "cache_latents_sdxl"])
+def test_a_shipped_job_that_needs_another_plugin_says_which(installed, tmp_path, job):
+    done = subprocess.run(
+        [str(installed / "latentmill"), "run", job, "model.path=x"], cwd=tmp_path, capture_output=True, text=True
+    )
+    group = "vae" if job == "cache_latents_sdxl" else "model"
+    wanted = f"latentmill: {job}: there is no {group} 'diffusers'; there are: "
+    assert done.returncode == 2 and done.stderr.startswith(wanted)
+    assert done.stderr.endswith("; pip install latentmill-diffusers brings it\n") and done.stderr.count("\n") == 1
+
+
 def test_the_module_and_its_types_are_usable_from_the_wheel(installed, tmp_path):
     code = "import latentmill, sys; print(latentmill.__file__); print(callable(latentmill.run), 'ray' in sys.modules)"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -180,6 +180,8 @@ FIRST_NOISE = ("latentmill", "diffusers")
 ON_ERROR = ("quarantine", "stop")
 CLUSTERS = ("local", "inline", "ray")
 SHIPPED = "latentmill.jobs"
+OUR_PLUGINS = ("shapes", "diffusers")
+"""Groups of this name come with the distribution ``latentmill-NAME``, which a shipped job may need."""
 
 
 def shipped() -> list[str]:
@@ -483,7 +485,8 @@ def _one_line(error: BaseException) -> str:
         group, _, wanted = missing.rpartition("/")
         there = sorted(error.options or ([] if group else ["job"]))
         what = group or "config"
-        return f"there is no {what} {wanted!r}{near(wanted, there)}; there are: {', '.join(there) or 'none'}"
+        said = f"there is no {what} {wanted!r}{near(wanted, there)}; there are: {', '.join(there) or 'none'}"
+        return f"{said}; pip install latentmill-{wanted} brings it" if wanted in OUR_PLUGINS else said
     key = _found(r"Could not override '([^']+)'", text) or _found(r"full_key: (\S+)", text)
     if key:
         if re.search(r"Key '[^']*' (is )?not in", text):

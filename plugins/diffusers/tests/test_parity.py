@@ -27,19 +27,6 @@ SIZE = (32, 64)
 STEPS, GUIDANCE = 8, 4.0
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    """The folder of a tiny model, by its pipeline's name; built once."""
-    root, built = tmp_path_factory.mktemp("models"), {}
-
-    def folder(name):
-        if name not in built:
-            built[name] = tiny.build(name, root / name)
-        return built[name]
-
-    return folder
-
-
 def rows_of(job, output, *overrides):
     """The rows that a job makes of PROMPTS, or of whatever it reads."""
     result = latentmill.run(job, [f"output={output}", "cluster=inline", *overrides])
