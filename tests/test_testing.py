@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from latentmill.plugin import VAE, LatentSpec
+from latentmill.plugin import VAE, Denoiser, LatentSpec
 from latentmill.schedulers.euler import Euler, EulerAncestral
-from latentmill.testing import SchedulerSuite, VAESuite
+from latentmill.schedulers.paths import VP
+from latentmill.testing import DenoiserSuite, SchedulerSuite, VAESuite
 
 
 def failures(suite):
@@ -158,3 +159,69 @@ def test_a_wrong_vae_is_found_and_told(wrong, test, says):
 def test_a_right_one_passes():
     assert failures(type("Suite", (VAESuite,), {"vae": Plain, "min_psnr": 100.0})) == {}
     assert failures(type("Suite", (SchedulerSuite,), {"scheduler": Euler})) == {}
+
+
+class Linear(Denoiser):
+    """A network that adds what it is told."""
+
+    prediction = "epsilon"
+    path = VP()
+
+    def predict(self, x, t, conditioning):
+        return 0.5 * x + (t + conditioning["embeds"]).reshape(-1, 1, 1, 1).float()
+
+
+class Nameless(Linear):
+    prediction = "noise"
+
+
+class Flat(Linear):
+    def predict(self, x, t, conditioning):
+        return super().predict(x, t, conditioning).flatten(1)
+
+
+class Mixes(Linear):
+    def predict(self, x, t, conditioning):
+        return super().predict(x, t.mean().expand_as(t), conditioning)
+
+
+class Deaf(Linear):
+    def predict(self, x, t, conditioning):
+        return super().predict(x, t, {"embeds": torch.zeros(len(x))})
+
+
+class Writes(Linear):
+    def predict(self, x, t, conditioning):
+        return x.mul_(0.5) + (t + conditioning["embeds"]).reshape(-1, 1, 1, 1).float()
+
+
+class Climbs(Linear):
+    def times(self, steps, shape):
+        return torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "test", "says"),
+    [
+        (Nameless, "test_path_and_prediction_are_known_before_loading", "prediction 'noise'"),
+        (Flat, "test_predictions_are_finite_and_shaped_as_the_latents", "a prediction of shape (3, 1024) of latents"),
+        (Mixes, "test_rows_do_not_touch_each_other", "row 0 depends on its company"),
+        (Deaf, "test_latents_times_and_prompts_count", "the prompts change nothing"),
+        (Writes, "test_predictions_are_finite_and_shaped_as_the_latents", "an input was written into"),
+        (Climbs, "test_its_grid_descends_from_noise_to_clean", "times must descend from 1 at most to 0 at least"),
+        (Linear, "test_its_grid_descends_from_noise_to_clean", None),
+    ],
+)
+def test_a_wrong_denoiser_is_found_and_told(wrong, test, says):
+    class Suite(DenoiserSuite):
+        denoiser = wrong
+        has_grid = wrong is Climbs
+
+        def conditioning(self):
+            return {"embeds": torch.tensor([0.0, 1.0, 2.0])}
+
+    said = failures(Suite)
+    if says is None:
+        assert said == {}
+    else:
+        assert said[test].startswith(says)

@@ -131,8 +131,8 @@ def test_a_shipped_job_that_needs_another_plugin_says_which(installed, tmp_path,
     done = subprocess.run(
         [str(installed / "latentmill"), "run", job, "model.path=x"], cwd=tmp_path, capture_output=True, text=True
     )
-    group = "vae" if job == "cache_latents_sdxl" else "model"
-    wanted = f"latentmill: {job}: there is no {group} 'diffusers'; there are: "
+    missing = "vae 'diffusers'" if job == "cache_latents_sdxl" else "scheduler 'model'"
+    wanted = f"latentmill: {job}: there is no {missing}; there are: "
     assert done.returncode == 2 and done.stderr.startswith(wanted)
     assert done.stderr.endswith("; pip install latentmill-diffusers brings it\n") and done.stderr.count("\n") == 1
 

@@ -180,8 +180,8 @@ FIRST_NOISE = ("latentmill", "diffusers")
 ON_ERROR = ("quarantine", "stop")
 CLUSTERS = ("local", "inline", "ray")
 SHIPPED = "latentmill.jobs"
-OUR_PLUGINS = ("shapes", "diffusers")
-"""Groups of this name come with the distribution ``latentmill-NAME``, which a shipped job may need."""
+OURS = {"shapes": "latentmill-shapes", "diffusers": "latentmill-diffusers", "scheduler/model": "latentmill-diffusers"}
+"""Which of our distributions brings what a shipped job may name."""
 
 
 def shipped() -> list[str]:
@@ -486,7 +486,8 @@ def _one_line(error: BaseException) -> str:
         there = sorted(error.options or ([] if group else ["job"]))
         what = group or "config"
         said = f"there is no {what} {wanted!r}{near(wanted, there)}; there are: {', '.join(there) or 'none'}"
-        return f"{said}; pip install latentmill-{wanted} brings it" if wanted in OUR_PLUGINS else said
+        brings = OURS.get(missing) or OURS.get(wanted)
+        return f"{said}; pip install {brings} brings it" if brings else said
     key = _found(r"Could not override '([^']+)'", text) or _found(r"full_key: (\S+)", text)
     if key:
         if re.search(r"Key '[^']*' (is )?not in", text):

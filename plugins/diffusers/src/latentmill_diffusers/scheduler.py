@@ -94,7 +94,8 @@ def times_of(scheduler: Any, path: NoisePath, steps: int, told: dict[str, Any]) 
     scheduler.set_timesteps(**{"num_inference_steps": steps, **told})
     sigmas = getattr(scheduler, "sigmas", None)
     if isinstance(path, Flow):
-        return sigmas.double().unique_consecutive().clamp(max=1.0)
+        # A single step stretched to end at shift_terminal is 0/0.
+        return sigmas.double().nan_to_num(nan=1.0).unique_consecutive().clamp(max=1.0)
     assert isinstance(path, VP)
     if sigmas is not None and type(scheduler).__name__ not in ("DDPMScheduler", "PNDMScheduler"):
         times = path.time(sigmas.double().unique_consecutive())
