@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from latentmill.plugin import Denoiser, LatentSpec, NoisePath, Prediction
+from latentmill_diffusers import lora
 from latentmill_diffusers.families import Family, Network, family_of
 from latentmill_diffusers.folder import Folder, dtype_of
+from latentmill_diffusers.lora import loras_of
 from latentmill_diffusers.scheduler import (
     path_of,
     prediction_of,
@@ -23,12 +25,34 @@ from latentmill_diffusers.scheduler import (
 
 
 class DiffusersDenoiser(Denoiser):
-    """The network of the model at ``path``: its UNet or transformer, with noise path, prediction and grid as its config says."""
+    """The network of the model at ``path``: its UNet or transformer, with noise path, prediction and grid as its config says.
+
+    ``loras`` are added to the weights: ``[{path: FILE.safetensors, weight: 0.8}]``. ``attention`` is a backend of diffusers
+    (``flash``, ``sage``, ...); ``storage`` a dtype, float8_e4m3fn say, that the weights are kept in and cast from; ``offload``
+    keeps them in the host's memory and brings each group to the device when it is its turn; ``quantization`` is what
+    diffusers' quantisers take, ``{quant_method: bitsandbytes, load_in_4bit: true}`` say, for weights that are not quantised yet.
+    """
 
     contract = 1
 
-    def __init__(self, path: str = "", revision: str | None = None, dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        path: str = "",
+        revision: str | None = None,
+        dtype: str = "float32",
+        loras: Sequence[Mapping[str, Any]] = (),
+        attention: str | None = None,
+        compile: bool = False,
+        offload: bool = False,
+        storage: str | None = None,
+        quantization: Mapping[str, Any] | None = None,
+    ) -> None:
         self.folder = Folder(path, revision)
+        self.loras = loras_of(loras)
+        self.attention, self.compile, self.offload, self.quantization = attention, compile, offload, quantization
+        if storage is not None and not isinstance(getattr(torch, storage, None), torch.dtype):
+            raise ValueError(f"storage must be a dtype of torch, as float8_e4m3fn, not {storage!r}")
+        self.storage: torch.dtype | None = getattr(torch, storage) if storage else None
         self.logical = dtype_of(dtype)
         self.family: Family = family_of(self.folder.pipeline)
         self.config = self.folder.config(self.family.network)
@@ -53,7 +77,7 @@ class DiffusersDenoiser(Denoiser):
         return prediction_of(self.scheduler)
 
     def fingerprint(self) -> str:
-        return self.folder.fingerprint(self.family.network, "scheduler")
+        return self.folder.fingerprint(self.family.network, "scheduler") + lora.fingerprint(self.loras)
 
     def times(self, steps: int, shape: Sequence[int]) -> Tensor:
         scheduler = scheduler_of(self.folder)  # of its own: it keeps what it is told
@@ -77,8 +101,28 @@ class DiffusersDenoiser(Denoiser):
     def load(self, device: torch.device) -> None:
         import diffusers
 
+        part = self.family.network
         cls = getattr(diffusers, self.config["_class_name"])
-        model = self.folder.load(cls, self.family.network, self.logical).to(device)
+        more = {}
+        if self.quantization is not None:
+            from diffusers.quantizers.auto import DiffusersAutoQuantizer
+
+            more["quantization_config"] = DiffusersAutoQuantizer.from_dict(dict(self.quantization))
+        model = self.folder.load(cls, part, self.logical, **more)
+        unet = self.config if part == "unet" else None
+        lora.fuse(model, part, getattr(diffusers, self.folder.pipeline), self.loras, unet)
+        if self.storage is not None:
+            model.enable_layerwise_casting(storage_dtype=self.storage, compute_dtype=self.logical)
+        if self.offload:
+            model.enable_group_offload(
+                onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda"
+            )
+        elif self.quantization is None:  # quantised weights have their place
+            model.to(device)
+        if self.attention is not None:
+            model.set_attention_backend(self.attention)
+        if self.compile:
+            model.compile_repeated_blocks() if model._repeated_blocks else model.compile()
         self._network = Network(model, self.folder.downscale)
 
     def predict(self, x: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 
 INDEX = "model_index.json"
 DTYPES = ("float32", "float16", "bfloat16")
+HASHED = (".json", ".txt", ".model", ".safetensors")
 SAMPLES, SAMPLE = 64, 4096
 """How many pieces of each file of weights are hashed, evenly spread, and their bytes."""
 
@@ -101,12 +102,8 @@ class Folder:
         """16 hex digits over the configs and weights of these parts."""
         digest = hashlib.blake2b(digest_size=8)
         for part in parts:
-            for file in sorted(
-                path for path in (self.root / part).glob("*") if path.suffix in (".json", ".safetensors")
-            ):
-                digest.update(
-                    f"{part}/{file.name}".encode() + _digest(file, file.stat().st_size, file.stat().st_mtime_ns)
-                )
+            for file in sorted(path for path in (self.root / part).glob("*") if path.suffix in HASHED):
+                digest.update(f"{part}/{file.name}".encode() + digest_of(file))
         return digest.hexdigest()
 
 
@@ -173,6 +170,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no JSON object")
     return found
+
+
+def digest_of(path: Path) -> bytes:
+    """Identifies a file: by all of it, or, where it is large, by its size and pieces."""
+    return _digest(path, path.stat().st_size, path.stat().st_mtime_ns)
 
 
 @cache

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
 from latentmill.plugin import Conditioning, TextEncoder
+from latentmill_diffusers import lora
 from latentmill_diffusers.families import Family, family_of
 from latentmill_diffusers.folder import Folder, dtype_of
+from latentmill_diffusers.lora import loras_of
 
 
 class DiffusersTextEncoder(TextEncoder):
@@ -19,12 +21,26 @@ class DiffusersTextEncoder(TextEncoder):
 
     What a prompt becomes is what the model's pipeline makes of it: templates, lengths, layers, pooled embeddings, masks.
     An empty negative prompt is none: a model that has zeros for that gets them.
+
+    ``clip_skip`` takes CLIP's output so many layers before its last; ``max_length`` is in tokens, where the pipeline lets one
+    choose (its ``max_sequence_length``). ``loras`` are the denoiser's: some change text encoders, too.
     """
 
     contract = 1
 
-    def __init__(self, path: str = "", revision: str | None = None, dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        path: str = "",
+        revision: str | None = None,
+        dtype: str = "float32",
+        loras: Sequence[Mapping[str, Any]] = (),
+        clip_skip: int | None = None,
+        max_length: int | None = None,
+    ) -> None:
         self.folder = Folder(path, revision)
+        self.loras = loras_of(loras)
+        self.asked = {"clip_skip": clip_skip, "max_sequence_length": max_length}
+        self.asked = {name: value for name, value in self.asked.items() if value is not None}
         self.logical = dtype_of(dtype)
         self.family: Family = family_of(self.folder.pipeline)
         self.parts = [
@@ -35,10 +51,19 @@ class DiffusersTextEncoder(TextEncoder):
 
     def fingerprint(self) -> str:
         tokenizers = [name for name in self.folder.index if name.startswith("tokenizer") and self.folder.class_of(name)]
-        return self.folder.fingerprint(*self.parts, *tokenizers)
+        return self.folder.fingerprint(*self.parts, *tokenizers) + lora.fingerprint(self.loras)
 
     def load(self, device: torch.device) -> None:
-        self._pipeline = self.folder.load_pipeline(("text_encoder", "tokenizer"), self.logical).to(device)
+        self._pipeline = self.folder.load_pipeline(("text_encoder", "tokenizer"), self.logical)
+        taken = inspect.signature(self._pipeline.encode_prompt).parameters
+        for asked in self.asked:
+            if asked not in taken:
+                name = "max_length" if asked == "max_sequence_length" else asked
+                raise ValueError(f"text_encoder.{name}: {self.folder.pipeline} has no {asked}")
+        unet = self.folder.config("unet") if self.family.network == "unet" else None
+        for part in self.parts:
+            lora.fuse(getattr(self._pipeline, part), part, self._pipeline, self.loras, unet)
+        self._pipeline.to(device)
         self._device = device
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -56,16 +81,16 @@ class DiffusersTextEncoder(TextEncoder):
         if not self.family.pad:
             return self._encoded(list(prompts), negative)
         each = [self._encoded([prompt], negative)["embeds"] for prompt in prompts]
-        embeds = [found[0] for found in each]  # [length, D]
+        embeds, longest = [found[0] for found in each], self.asked.get("max_sequence_length", self.family.pad)
         return {
-            "embeds": torch.stack([pad(value, (0, 0, 0, self.family.pad - len(value))) for value in embeds]),
+            "embeds": torch.stack([pad(value, (0, 0, 0, longest - len(value))) for value in embeds]),
             "length": torch.tensor([len(value) for value in embeds]),
         }
 
     def _encoded(self, prompts: list[str], negative: bool) -> Conditioning:
         conditioning: Conditioning = {}
         for returned, more in zip(self.family.encoded, self.family.with_each):
-            arguments = {**self._defaults(), **more, "device": self._device}
+            arguments = {**self._defaults(), **more, **self.asked, "device": self._device}
             arguments |= (
                 {"prompt": [""] * len(prompts), "negative_prompt": prompts} if negative else {"prompt": prompts}
             )
