@@ -1,10 +1,14 @@
 """Denoisers and text encoders of each family by the framework's suite; rows in mixed company; what they load."""
 
+import json
+import shutil
 from functools import partial
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+import latentmill
 from latentmill.testing import DenoiserSuite
 from latentmill_diffusers import tiny
 from latentmill_diffusers.denoiser import DiffusersDenoiser
@@ -50,3 +54,111 @@ class TestSuite(DenoiserSuite):
 
     def conditioning(self):
         return dict(type(self).told)
+
+
+def rows_of(tmp_path, folder, prompts, *overrides):
+    """The latents of a job over rows, by seed."""
+    output = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+    source = output.with_suffix(".jsonl")
+    source.write_text("\n".join(map(json.dumps, prompts)))
+    told = ["model=diffusers", "scheduler=model", "cluster=inline", f"model.path={folder}", f"source.path={source}"]
+    result = latentmill.run("denoise", [*told, f"output={output}", *overrides])
+    assert (result.ok, result.failed) == (len(prompts), 0), (output / "errors/00000.jsonl").read_text()
+    rows = [row for path in sorted((output / "data").iterdir()) for row in pq.read_table(path).to_pylist()]
+    return {row["seed"]: torch.tensor(row["latents"]).reshape(row["shape"]) for row in rows}
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "FluxPipeline", "CogView4Pipeline"])
+def test_rows_of_one_batch_have_their_own_steps_guidance_size_and_prompts(name, model, tmp_path):
+    each = [
+        {"prompt": PROMPTS[i % 3], "negative_prompt": "x" * i, "seed": i, "steps": 2 + i, "width": 32 * (1 + i % 2),
+         "height": 32, "guidance_scale": [1.0, 3.0, 7.5][i % 3]}
+        for i in range(6)
+    ]  # fmt: skip
+    together = rows_of(tmp_path, model(name), each)
+    for row in each[::2]:
+        alone = rows_of(tmp_path, model(name), [row])[row["seed"]]
+        found = together[row["seed"]]
+        assert float((found - alone).norm() / alone.norm()) <= 1e-5, row
+
+
+def test_each_stage_loads_what_is_its_own(model):
+    folder = str(model("StableDiffusionXLPipeline"))
+    encoder = DiffusersTextEncoder(folder)
+    encoder.load(CPU)
+    there = {name for name, part in encoder._pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    assert there == {"text_encoder", "text_encoder_2"}
+    denoiser = DiffusersDenoiser(folder)
+    denoiser.load(CPU)
+    assert type(denoiser._network.model).__name__ == "UNet2DConditionModel"
+
+
+def test_negative_prompts_are_what_the_model_takes_them_for(model, tmp_path):
+    """SDXL has zeros for an empty one; a model that has not encodes it as any other."""
+    folder = shutil.copytree(model("StableDiffusionXLPipeline"), tmp_path / "model")
+    found = {}
+    for zeros in (True, False):
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": zeros}))
+        encoder = DiffusersTextEncoder(str(folder))
+        encoder.load(CPU)
+        with torch.inference_mode():
+            found[zeros] = encoder.encode_negative(["", "blurry"])
+    for name in ("embeds", "pooled"):
+        assert not found[True][name][0].any() and found[False][name][0].any()
+        assert torch.equal(found[True][name][1], found[False][name][1])
+
+
+@torch.inference_mode()
+def test_clip_skip_and_length_reach_the_pipeline_s_encode_prompt(model):
+    folder = str(model("StableDiffusionPipeline"))
+    plain, skipping = DiffusersTextEncoder(folder), DiffusersTextEncoder(folder, clip_skip=1)
+    plain.load(CPU)
+    skipping.load(CPU)
+    wanted = skipping._pipeline.encode_prompt("a fox", CPU, 1, False, clip_skip=1)[0]
+    found = skipping.encode(["a fox"])["embeds"]
+    assert torch.equal(found, wanted) and not torch.equal(found, plain.encode(["a fox"])["embeds"])
+
+    short = DiffusersTextEncoder(str(model("FluxPipeline")), max_length=32)
+    short.load(CPU)
+    assert short.encode(["a fox"])["embeds"].shape[1] == 32
+    padded = DiffusersTextEncoder(str(model("QwenImagePipeline")), max_length=700)
+    padded.load(CPU)
+    assert padded.encode(["a fox"])["embeds"].shape[1] == 700
+    with pytest.raises(
+        ValueError, match=r"text_encoder\.max_length: StableDiffusionPipeline has no max_sequence_length"
+    ):
+        DiffusersTextEncoder(folder, max_length=32).load(CPU)
+
+
+@torch.inference_mode()
+def test_precision_storage_attention_and_compilation(model, encoded):
+    """What each setting does to the network, and that it still predicts the same, as far as its numbers go."""
+    folder, told = str(model("FluxPipeline")), {**encoded("FluxPipeline"), "guidance_scale": torch.full((3,), 3.5)}
+    x = torch.randn(3, 4, 8, 16, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
+    predicted = {}
+    for name, settings in {
+        "plain": {},
+        "bfloat16": {"dtype": "bfloat16"},
+        "float8": {"storage": "float8_e4m3fn"},
+        "native": {"attention": "native"},
+        "offload": {"offload": True},
+    }.items():
+        denoiser = DiffusersDenoiser(folder, **settings)
+        denoiser.load(CPU)
+        predicted[name] = denoiser.predict(x, t, told)
+        assert predicted[name].dtype == torch.float32
+        dtypes = {parameter.dtype for parameter in denoiser._network.model.parameters()}
+        assert (torch.float8_e4m3fn in dtypes) == (name == "float8") and (torch.bfloat16 in dtypes) == (
+            name == "bfloat16"
+        )
+    scale = predicted["plain"].abs().mean()
+    for name, tolerance in {"bfloat16": 0.05, "float8": 0.3, "native": 1e-5, "offload": 1e-5}.items():
+        error = float((predicted[name] - predicted["plain"]).abs().mean() / scale)
+        assert error <= tolerance, (name, error)
+        assert (error > 1e-4) == (name in ("bfloat16", "float8"))
+    denoiser = DiffusersDenoiser(folder, compile=True)
+    denoiser.load(CPU)
+    blocks = [m for m in denoiser._network.model.modules() if type(m).__name__ == "FluxTransformerBlock"]
+    assert blocks and all(block._compiled_call_impl is not None for block in blocks)

@@ -56,6 +56,7 @@ class DiffusersDenoiser(Denoiser):
         self.logical = dtype_of(dtype)
         self.family: Family = family_of(self.folder.pipeline)
         self.config = self.folder.config(self.family.network)
+        self.folder.require_weights(self.family.network)
         self.guidance_embedded = bool(
             self.config.get("guidance_embeds")
             or self.config.get("time_cond_proj_dim")

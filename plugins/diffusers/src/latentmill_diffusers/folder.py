@@ -68,8 +68,7 @@ class Folder:
         )
 
     def load(self, cls: Any, part: str, dtype: torch.dtype, **options: Any) -> Any:
-        """A part with its weights, of the class ``cls`` of diffusers, to be used and not trained. Raises ValueError."""
-        self.require_weights(part)
+        """A part with its weights, of the class ``cls`` of diffusers, to be used and not trained."""
         model = cls.from_pretrained(self.root / part, dtype=dtype, use_safetensors=True, **options)
         return model.eval().requires_grad_(False)
 
@@ -85,9 +84,6 @@ class Folder:
         cls = getattr(diffusers, self.pipeline)
         parts = [name for name in self.index if self.class_of(name)]
         without = {name: None for name in parts if not name.startswith((*prefixes, "scheduler"))}
-        for name in parts:
-            if name.startswith("text_encoder") and name not in without:
-                self.require_weights(name)
         return cls.from_pretrained(self.root, dtype=dtype, use_safetensors=True, local_files_only=True, **without)
 
     def require_weights(self, part: str) -> None:

@@ -46,6 +46,8 @@ class DiffusersTextEncoder(TextEncoder):
         self.parts = [
             name for name in self.folder.index if name.startswith("text_encoder") and self.folder.class_of(name)
         ]
+        for part in self.parts:
+            self.folder.require_weights(part)
         self._pipeline: Any = None
         self._device = torch.device("cpu")
 
@@ -62,7 +64,10 @@ class DiffusersTextEncoder(TextEncoder):
                 raise ValueError(f"text_encoder.{name}: {self.folder.pipeline} has no {asked}")
         unet = self.folder.config("unet") if self.family.network == "unet" else None
         for part in self.parts:
-            lora.fuse(getattr(self._pipeline, part), part, self._pipeline, self.loras, unet)
+            encoder = getattr(self._pipeline, part)
+            if hasattr(encoder, "final_layer_norm"):  # transformers 5 has it here, and clip_skip looks for it inside
+                encoder.__dict__["text_model"] = encoder
+            lora.fuse(encoder, part, self._pipeline, self.loras, unet)
         self._pipeline.to(device)
         self._device = device
 

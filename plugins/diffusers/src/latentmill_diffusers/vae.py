@@ -42,6 +42,7 @@ class DiffusersVAE(VAE):
         self.dtype, self.slicing, self.tiling, self.compile = dtype, slicing, tiling, compile
         self.logical = dtype_of(dtype)
         self.config = self.folder.config(self.part)
+        self.folder.require_weights(self.part)
         self._model: Any = None
         self._device = torch.device("cpu")
 

@@ -1,0 +1,118 @@
+"""Where models lie: folders, the Hub's cache, and one line for whatever is wrong."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from latentmill.job import load_job
+from latentmill.plan import PlanError, parts
+from latentmill.registry import PluginError
+from latentmill_diffusers import tiny
+from latentmill_diffusers.folder import Folder
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+def refused(folder, *overrides):
+    """The one line that the driver says before it starts anything."""
+    with pytest.raises((PluginError, PlanError)) as caught:
+        parts(load_job("txt2img", ["model=diffusers", "scheduler=model", f"model.path={folder}", *overrides]))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def copy(model, tmp_path):
+    """A copy of Stable Diffusion's folder, to be damaged."""
+    return shutil.copytree(model("StableDiffusionPipeline"), tmp_path / "model")
+
+
+def test_a_folder_that_is_not_there_or_is_none_of_a_model(tmp_path):
+    nowhere = f"there is no folder {tmp_path / 'no'}, and it is no org/name of the Hugging Face Hub either"
+    assert refused(tmp_path / "no") == f"vae diffusers: {nowhere}"
+    assert refused(tmp_path).startswith(f"vae diffusers: {tmp_path / 'vae'} holds no config.json: ")
+    with pytest.raises(ValueError, match=r"holds no model_index\.json: a folder in diffusers' layout is expected"):
+        _ = Folder(str(tmp_path)).index
+
+
+def test_weights_that_are_missing_or_pickles_are_refused_before_anything_starts(copy):
+    for part, who in (("vae", "vae"), ("unet", "denoiser"), ("text_encoder", "text_encoder")):
+        for file in (copy / part).glob("*.safetensors"):
+            file.rename(file.with_suffix(".bin"))
+        said = refused(copy)
+        assert said.startswith(f"{who} diffusers: {copy / part} holds no .safetensors: weights as pickles are refused")
+        for file in (copy / part).glob("*.bin"):
+            file.rename(file.with_suffix(".safetensors"))
+
+
+def test_a_family_that_we_don_t_know_is_named_with_those_that_we_do(copy):
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps({**index, "_class_name": "LTXPipeline"}))
+    assert refused(copy).startswith(
+        "denoiser diffusers: LTXPipeline is none of the families that run on our schedulers: "
+    )
+
+
+def test_a_config_that_can_t_be_read(copy):
+    (copy / "unet" / "config.json").write_text("{")
+    assert refused(copy).startswith(f"denoiser diffusers: {copy / 'unet' / 'config.json'} can't be read: ")
+
+
+def test_a_vae_of_other_channels_does_not_fit(model):
+    said = refused(model("StableDiffusionPipeline"), f"vae.path={model('Flux2Pipeline')}")
+    assert said.endswith("don't fit: the network takes latents of 4 channels, and the VAE's have 16")
+
+
+def test_settings_that_are_wrong(model, tmp_path):
+    folder = model("StableDiffusionPipeline")
+    assert refused(folder, "model.dtype=float8").endswith("dtype must be float32, float16, bfloat16, not 'float8'")
+    assert "storage must be a dtype of torch" in refused(folder, "denoiser.storage=float7")
+    assert "has no setting 'atention' (did you mean 'attention'?)" in refused(folder, "denoiser.atention=flash")
+    assert "there is no file /no.safetensors" in refused(folder, "model.loras=[{path: /no.safetensors}]")
+    assert "expected {path: a .safetensors file" in refused(folder, "model.loras=[{file: x}]")
+
+
+def test_a_scheduler_that_has_no_counterpart_says_what_to_do(copy):
+    config = json.loads((copy / "scheduler" / "scheduler_config.json").read_text())
+    for name, more, said in (
+        ("PNDMScheduler", {"skip_prk_steps": False}, "PNDMScheduler with Runge-Kutta steps"),
+        ("DDIMScheduler", {"clip_sample": True}, "DDIMScheduler clips its estimates, which our solvers don't"),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3}, "of order 3, dpmsolver++: choose one of ours"),
+        ("RePaintScheduler", {}, "RePaintScheduler has no counterpart among our solvers"),
+    ):
+        (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps({**config, "_class_name": name, **more}))
+        index = json.loads((copy / "model_index.json").read_text())
+        (copy / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", name]}))
+        assert said in refused(copy)
+
+
+def latentmill(tmp_path, *arguments):
+    """Run the command without a network, with a cache of its own."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    command = [sys.executable, "-m", "latentmill.cli", *arguments]
+    return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+
+
+def test_the_hub_s_models_come_from_the_cache_or_one_line_says_how_to_get_them(model, tmp_path):
+    assert "give model.revision too, a commit, so that it stays the same" in refused("org/name")
+    job = ["plan", "txt2img", "model=diffusers", "scheduler=model", "model.path=org/name", f"model.revision={REVISION}"]
+    said = latentmill(tmp_path, *job).stderr
+    assert said.count("\n") == 1 and f"`hf download org/name --revision {REVISION}` where there is a network" in said
+    cached = tmp_path / "hf" / "hub" / "models--org--name" / "snapshots" / REVISION
+    shutil.copytree(model("StableDiffusionPipeline"), cached)
+    done = latentmill(tmp_path, *job)
+    assert done.returncode == 0, done.stderr
+
+
+def test_each_part_is_fingerprinted_by_what_it_reads(model, tmp_path):
+    same = tiny.build("StableDiffusionPipeline", tmp_path / "same")
+    other = tiny.build("StableDiffusionPipeline", tmp_path / "other", seed=1)
+    folders = [Folder(str(path)) for path in (model("StableDiffusionPipeline"), same, other)]
+    for part in ("vae", "unet", "text_encoder"):
+        first, second, third = (folder.fingerprint(part) for folder in folders)
+        assert first == second != third
+    assert folders[0].fingerprint("vae") != folders[0].fingerprint("unet")
