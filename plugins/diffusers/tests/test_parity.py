@@ -3,6 +3,7 @@
 import inspect
 import io
 import json
+import shutil
 
 import diffusers
 import numpy as np
@@ -26,6 +27,8 @@ PROMPTS = [
 ]
 SIZE = (32, 64)
 STEPS, GUIDANCE = 8, 4.0
+ELSEWHERE = ("StableDiffusionXLImg2ImgPipeline", "LatentConsistencyModelPipeline")
+"""Families with tests of their own: one has no text-to-image, the other draws noise at every step, which is ours."""
 
 
 def rows_of(job, output, *overrides):
@@ -98,7 +101,7 @@ def difference(row, latents):
     return float((torch.tensor(np.reshape(row["latents"], row["shape"])) - latents).norm() / latents.norm())
 
 
-@pytest.mark.parametrize("name", tiny.BUILDERS)
+@pytest.mark.parametrize("name", [name for name in tiny.BUILDERS if name not in ELSEWHERE])
 def test_the_same_latents_and_pictures_as_the_pipeline(name, model, tmp_path):
     negative = "negative_prompt" in inspect.signature(getattr(diffusers, name).__call__).parameters
     prompts = [(p, n if negative else "") for p, n in PROMPTS]
@@ -161,3 +164,79 @@ def test_two_loras_with_weights_of_their_own(name, model, tmp_path):
     rows = denoised(tmp_path, model(name), prompts, f"model.loras=[{loras}]")
     for row, (latents, _), (without, _) in zip(rows, wanted, plain, strict=True):
         assert difference(row, latents) <= 1e-5 < 1e-3 < difference(row, without)
+
+
+def test_a_latent_consistency_model_is_told_the_guidance_scale(model, tmp_path):
+    """One step: what follows is noise of the row's own."""
+    name = "LatentConsistencyModelPipeline"
+    pipeline = getattr(diffusers, name).from_pretrained(model(name))
+    told = {"num_inference_steps": 1, "guidance_scale": GUIDANCE, "height": SIZE[0], "width": SIZE[1]}
+    rows = denoised(tmp_path, model(name), [(p, "") for p, _ in PROMPTS], "sampling.steps=1")
+    for i, (row, (prompt, _)) in enumerate(zip(rows, PROMPTS, strict=True)):
+        generator = torch.Generator().manual_seed(i)
+        wanted = pipeline(prompt, generator=generator, output_type="latent", **told).images[0]
+        assert difference(row, wanted) <= 1e-5
+
+
+PICTURES = torch.randint(0, 256, (3, *SIZE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"])
+def test_pictures_redone_after_a_prompt(name, strength, model, tmp_path):
+    """The pipeline is given the mean of the VAE's posterior, which is where we begin; itself it would draw from it."""
+    rows = []
+    for i, ((prompt, negative), pixels) in enumerate(zip(PROMPTS, PICTURES)):
+        Image.fromarray(pixels.numpy()).save(tmp_path / f"{i}.png")
+        rows.append({"prompt": prompt, "negative_prompt": negative, "seed": i, "image": f"{i}.png"})
+    (tmp_path / "edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = rows_of(
+        "sd15_img2img",
+        tmp_path / "out",
+        "stages=cpu",
+        "flow=[read,encode,denoise,write]",
+        f"model.path={model(name)}",
+        "model.dtype=float32",
+        f"source.path={tmp_path / 'edits.jsonl'}",
+        "sampling.first_noise=diffusers",
+        f"sampling.steps={STEPS}",
+        f"sampling.guidance_scale={GUIDANCE}",
+        f"sampling.strength={strength}",
+        f"sampling.height={SIZE[0]}",
+        f"sampling.width={SIZE[1]}",
+    )
+    pipeline = diffusers.StableDiffusionXLImg2ImgPipeline.from_pretrained(model(name))
+    with torch.inference_mode():
+        encoded = pipeline.vae.encode(PICTURES.permute(0, 3, 1, 2) / 127.5 - 1.0)
+        latents = encoded.latent_dist.mean * pipeline.vae.config.scaling_factor
+    for i, (row, (prompt, negative)) in enumerate(zip(found, PROMPTS, strict=True)):
+        wanted = pipeline(
+            prompt,
+            image=latents[i : i + 1],
+            negative_prompt=negative or None,
+            strength=strength,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            generator=torch.Generator().manual_seed(i),
+            output_type="latent",
+        ).images[0]
+        assert difference(row, wanted) <= 1e-5
+
+
+def test_the_refiner_goes_on_where_the_base_model_stopped(model, tmp_path):
+    base = model("StableDiffusionXLPipeline")
+    refiner = shutil.copytree(model("StableDiffusionXLImg2ImgPipeline"), tmp_path / "refiner")
+    shutil.rmtree(refiner / "vae")
+    shutil.copytree(base / "vae", refiner / "vae")
+    denoised(tmp_path, base, PROMPTS, "sampling.until=0.2")
+    told = [f"sampling.steps={STEPS}", f"sampling.guidance_scale={GUIDANCE}", f"source.path={tmp_path / 'latents'}"]
+    job = ["model=diffusers", "scheduler=model", "source=latents", f"model.path={refiner}", *told]
+    found = rows_of("denoise", tmp_path / "refined", *job)
+    first = diffusers.StableDiffusionXLPipeline.from_pretrained(base)
+    second = diffusers.StableDiffusionXLImg2ImgPipeline.from_pretrained(refiner)
+    told = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "latent"}
+    for i, (row, (prompt, negative)) in enumerate(zip(found, PROMPTS, strict=True)):
+        given = {**told, "negative_prompt": negative or None, "generator": torch.Generator().manual_seed(i)}
+        half = first(prompt, height=SIZE[0], width=SIZE[1], denoising_end=0.8, **given).images
+        wanted = second(prompt, image=half, denoising_start=0.8, **given).images[0]
+        assert difference(row, wanted) <= 1e-5

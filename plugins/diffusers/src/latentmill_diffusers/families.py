@@ -65,13 +65,13 @@ class Family:
 
 
 def unet(network: Network, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor]) -> Tensor:
-    """Stable Diffusion 1 and 2, and SDXL's relatives where there is a pooled embedding."""
+    """Stable Diffusion 1 and 2, and SDXL's relatives where there is a pooled embedding; the refiner has a score besides."""
     more: dict[str, Any] = {}
     if "pooled" in c:
         size = [x.shape[-2] * network.downscale, x.shape[-1] * network.downscale]
-        ids = [*size, 0, 0, *size]  # original size, crop, target size
-        ids_of_rows = torch.tensor(ids, dtype=x.dtype, device=x.device).repeat(len(x), 1)
-        more["added_cond_kwargs"] = {"text_embeds": c["pooled"], "time_ids": ids_of_rows}
+        last = c["score"][:, None] if "score" in c else x.new_tensor([size]).expand(len(x), 2)
+        ids = torch.cat([x.new_tensor([[*size, 0, 0]]).expand(len(x), 4), last.to(x)], 1)  # size, crop, size or score
+        more["added_cond_kwargs"] = {"text_embeds": c["pooled"], "time_ids": ids}
     if width := network.config.time_cond_proj_dim:  # LCM: the network is told the guidance scale
         from diffusers import StableDiffusionPipeline
 
@@ -314,6 +314,10 @@ FAMILIES: dict[str, Family] = {
     "StableDiffusionXLPipeline": Family(
         "Stable Diffusion XL", unet, network="unet", encoded=("embeds -embeds pooled -pooled",)
     ),
+    "StableDiffusionXLImg2ImgPipeline": Family(
+        "Stable Diffusion XL refiner", unet, network="unet", encoded=("embeds -embeds pooled -pooled",)
+    ),
+    "LatentConsistencyModelPipeline": Family("Latent consistency models", unet, network="unet"),
     "StableDiffusion3Pipeline": Family(
         "Stable Diffusion 3 and 3.5",
         stable_diffusion_3,

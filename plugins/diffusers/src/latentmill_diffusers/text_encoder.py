@@ -15,6 +15,9 @@ from latentmill_diffusers.families import Family, family_of
 from latentmill_diffusers.folder import Folder, dtype_of
 from latentmill_diffusers.lora import loras_of
 
+SCORES = {False: 6.0, True: 2.5}
+"""What SDXL's refiner is told of a picture's beauty, of those wanted and of those to be guided away from, as its pipeline does."""
+
 
 class DiffusersTextEncoder(TextEncoder):
     """Tokenizers and text encoders of the model at ``path``, and nothing else of it.
@@ -79,12 +82,16 @@ class DiffusersTextEncoder(TextEncoder):
         encoded = self._all(prompts, negative)
         if self.folder.index.get("force_zeros_for_empty_prompt"):
             told = torch.tensor([prompt != "" for prompt in prompts], device=self._device)
-            encoded = {name: value * told.reshape(-1, *(1 for _ in value.shape[1:])) for name, value in encoded.items()}
+            for name in ("embeds", "pooled"):
+                encoded[name] = encoded[name] * told.reshape(-1, *(1 for _ in encoded[name].shape[1:]))
         return encoded
 
     def _all(self, prompts: Sequence[str], negative: bool) -> Conditioning:
         if not self.family.pad:
-            return self._encoded(list(prompts), negative)
+            encoded = self._encoded(list(prompts), negative)
+            if self.folder.index.get("requires_aesthetics_score"):
+                encoded["score"] = torch.full((len(prompts),), SCORES[negative])
+            return encoded
         each = [self._encoded([prompt], negative)["embeds"] for prompt in prompts]
         embeds, longest = [found[0] for found in each], self.asked.get("max_sequence_length", self.family.pad)
         return {

@@ -256,6 +256,24 @@ def _stable_diffusion() -> dict[str, Any]:
     }
 
 
+def _latent_consistency() -> dict[str, Any]:
+    from diffusers import LCMScheduler, UNet2DConditionModel
+
+    parts = _stable_diffusion()
+    network = UNet2DConditionModel.from_config(parts["unet"].config, time_cond_proj_dim=16)
+    return {**parts, "unet": network, "scheduler": LCMScheduler(**SD_BETAS, clip_sample=False)}
+
+
+def _refiner() -> dict[str, Any]:
+    from diffusers import UNet2DConditionModel
+
+    parts = _stable_diffusion_xl()
+    sizes = {"cross_attention_dim": 32, "projection_class_embeddings_input_dim": 5 * 8 + 32}
+    network = UNet2DConditionModel.from_config(parts["unet"].config, **sizes)
+    first = {"text_encoder": None, "tokenizer": None}
+    return {**parts, **first, "unet": network, "requires_aesthetics_score": True}
+
+
 def _stable_diffusion_xl() -> dict[str, Any]:
     from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 
@@ -687,6 +705,8 @@ def _flux_2_klein() -> dict[str, Any]:
 BUILDERS: dict[str, Callable[[], dict[str, Any]]] = {
     "StableDiffusionPipeline": _stable_diffusion,
     "StableDiffusionXLPipeline": _stable_diffusion_xl,
+    "StableDiffusionXLImg2ImgPipeline": _refiner,
+    "LatentConsistencyModelPipeline": _latent_consistency,
     "StableDiffusion3Pipeline": _stable_diffusion_3,
     "FluxPipeline": _flux,
     "PixArtAlphaPipeline": lambda: _pixart(128, 0.18215),
