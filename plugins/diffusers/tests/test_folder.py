@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 
+import pyarrow.parquet as pq
 import pytest
 
+import latentmill
 from latentmill.job import load_job
 from latentmill.plan import PlanError, parts
 from latentmill.registry import PluginError
@@ -90,21 +92,21 @@ def test_a_scheduler_that_has_no_counterpart_says_what_to_do(copy):
         assert said in refused(copy)
 
 
-def latentmill(tmp_path, *arguments):
+def command(tmp_path, *arguments):
     """Run the command without a network, with a cache of its own."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
-    command = [sys.executable, "-m", "latentmill.cli", *arguments]
-    return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    line = [sys.executable, "-m", "latentmill.cli", *arguments]
+    return subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True)
 
 
 def test_the_hub_s_models_come_from_the_cache_or_one_line_says_how_to_get_them(model, tmp_path):
     assert "give model.revision too, a commit, so that it stays the same" in refused("org/name")
     job = ["plan", "txt2img", "model=diffusers", "scheduler=model", "model.path=org/name", f"model.revision={REVISION}"]
-    said = latentmill(tmp_path, *job).stderr
+    said = command(tmp_path, *job).stderr
     assert said.count("\n") == 1 and f"`hf download org/name --revision {REVISION}` where there is a network" in said
     cached = tmp_path / "hf" / "hub" / "models--org--name" / "snapshots" / REVISION
     shutil.copytree(model("StableDiffusionPipeline"), cached)
-    done = latentmill(tmp_path, *job)
+    done = command(tmp_path, *job)
     assert done.returncode == 0, done.stderr
 
 
@@ -116,3 +118,28 @@ def test_each_part_is_fingerprinted_by_what_it_reads(model, tmp_path):
         first, second, third = (folder.fingerprint(part) for folder in folders)
         assert first == second != third
     assert folders[0].fingerprint("vae") != folders[0].fingerprint("unet")
+
+
+def test_a_single_file_of_weights_with_the_configs_of_a_model_of_its_kind(model, tmp_path):
+    """Network and VAE from files of their own make what the folder makes that they are from."""
+    folder = model("StableDiffusionPipeline")
+    configs = shutil.copytree(folder, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
+    alone = [f"model.path={folder}"]
+    for part, kind in (("unet", "denoiser"), ("vae", "vae")):
+        shutil.copy(next((folder / part).glob("*.safetensors")), tmp_path / f"{part}.safetensors")
+        alone += [f"{kind}.path={tmp_path / part}.safetensors", f"{kind}.config={configs}"]
+    found = {}
+    for name, told in {"folder": [f"model.path={folder}"], "files": alone}.items():
+        output = tmp_path / name
+        job = ["model=diffusers", "scheduler=model", "cluster=inline", "samples_per_row=1", "sampling.steps=2"]
+        job += ["source.path=pkg://latentmill.jobs/data/prompts.txt", "sampling.width=16", "sampling.height=16"]
+        assert latentmill.run("txt2img", [*job, *told, f"output={output}"]).failed == 0
+        found[name] = pq.read_table(output / "data").column("image").to_pylist()
+    assert found["files"] == found["folder"]
+
+
+def test_a_single_file_that_is_no_safetensors_or_says_nothing_of_itself(tmp_path):
+    assert "there is no file /no.safetensors" in refused("/no.safetensors")
+    assert "/no.ckpt is a pickle, or may be one" in refused("/no.ckpt")
+    (tmp_path / "x.safetensors").write_bytes(b"")
+    assert "x.safetensors holds weights alone: give model.config too" in refused(tmp_path / "x.safetensors")

@@ -44,6 +44,7 @@ def test_a_job_is_for_one_gpu_and_asks_for_the_model(name, model):
         "name": "diffusers",
         "path": str(model(JOBS[name])),
         "revision": None,
+        "config": None,
         "dtype": job.model["dtype"],
     }
     with pytest.raises(JobError, match=rf"^{name}: model\.path has no value; set it in the job, or as model\.path="):

@@ -39,6 +39,7 @@ class DiffusersDenoiser(Denoiser):
         self,
         path: str = "",
         revision: str | None = None,
+        config: str | None = None,
         dtype: str = "float32",
         loras: Sequence[Mapping[str, Any]] = (),
         attention: str | None = None,
@@ -47,7 +48,7 @@ class DiffusersDenoiser(Denoiser):
         storage: str | None = None,
         quantization: Mapping[str, Any] | None = None,
     ) -> None:
-        self.folder = Folder(path, revision)
+        self.folder = Folder(path, revision, config)
         self.loras = loras_of(loras)
         self.attention, self.compile, self.offload, self.quantization = attention, compile, offload, quantization
         if storage is not None and not isinstance(getattr(torch, storage, None), torch.dtype):

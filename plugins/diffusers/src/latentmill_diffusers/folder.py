@@ -26,13 +26,18 @@ SAMPLES, SAMPLE = 64, 4096
 class Folder:
     """A model's folder. Raises ValueError, in one line that says what to do, if there is none at ``path``.
 
-    ``path`` is a local folder, or ``org/name`` on the Hub, which needs ``revision``: a commit, or a tag that stays.
+    ``path`` is a local folder, or ``org/name`` on the Hub, which needs ``revision``: a commit, or a tag that stays. It may
+    also be a single file of weights, ``.safetensors``; then ``config`` is such a folder or name, of a model of the same kind,
+    from which all but the weights is taken.
     """
 
-    def __init__(self, path: str, revision: str | None = None) -> None:
+    def __init__(self, path: str, revision: str | None = None, config: str | None = None) -> None:
         if not path:
             raise ValueError("model.path must be a model's folder, or org/name on the Hugging Face Hub")
-        self.root = locate(path, revision)
+        self.weights: Path | None = None
+        if Path(path).suffix in (".safetensors", ".ckpt", ".pt", ".bin"):
+            self.weights = _single_file(path, config)
+        self.root = locate(path if self.weights is None else str(config), revision)
 
     def __truediv__(self, name: str) -> Path:
         return self.root / name
@@ -69,7 +74,11 @@ class Folder:
 
     def load(self, cls: Any, part: str, dtype: torch.dtype, **options: Any) -> Any:
         """A part with its weights, of the class ``cls`` of diffusers, to be used and not trained."""
-        model = cls.from_pretrained(self.root / part, dtype=dtype, use_safetensors=True, **options)
+        if self.weights is not None:
+            told = {"config": str(self.root), "subfolder": part, "local_files_only": True}
+            model = cls.from_single_file(str(self.weights), dtype=dtype, **told, **options)
+        else:
+            model = cls.from_pretrained(self.root / part, dtype=dtype, use_safetensors=True, **options)
         return model.eval().requires_grad_(False)
 
     @property
@@ -84,11 +93,14 @@ class Folder:
         cls = getattr(diffusers, self.pipeline)
         parts = [name for name in self.index if self.class_of(name)]
         without = {name: None for name in parts if not name.startswith((*prefixes, "scheduler"))}
-        return cls.from_pretrained(self.root, dtype=dtype, use_safetensors=True, local_files_only=True, **without)
+        told: dict[str, Any] = {"dtype": dtype, "local_files_only": True, **without}
+        if self.weights is not None:
+            return cls.from_single_file(str(self.weights), config=str(self.root), **told)
+        return cls.from_pretrained(self.root, use_safetensors=True, **told)
 
     def require_weights(self, part: str) -> None:
         """Raise ValueError unless a part has weights that are no pickles."""
-        if not any((self.root / part).glob("*.safetensors")):
+        if self.weights is None and not any((self.root / part).glob("*.safetensors")):
             raise ValueError(
                 f"{self.root / part} holds no .safetensors: weights as pickles are refused, "
                 "and save_pretrained(..., safe_serialization=True) writes them anew"
@@ -97,10 +109,27 @@ class Folder:
     def fingerprint(self, *parts: str) -> str:
         """16 hex digits over the configs and weights of these parts."""
         digest = hashlib.blake2b(digest_size=8)
+        if self.weights is not None:
+            digest.update(digest_of(self.weights))
         for part in parts:
             for file in sorted(path for path in (self.root / part).glob("*") if path.suffix in HASHED):
                 digest.update(f"{part}/{file.name}".encode() + digest_of(file))
         return digest.hexdigest()
+
+
+def _single_file(path: str, config: str | None) -> Path:
+    """The file of weights. Raises ValueError if there is none, it is a pickle, or nothing says what is in it."""
+    file = Path(path).expanduser()
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{path} is a pickle, or may be one: such weights are refused; convert it to .safetensors")
+    if not file.is_file():
+        raise ValueError(f"there is no file {path}")
+    if config is None:
+        raise ValueError(
+            f"{path} holds weights alone: give model.config too, the folder of a model of the same kind, or org/name and "
+            "model.revision, for its configs and tokenizers"
+        )
+    return file.resolve()
 
 
 def locate(path: str, revision: str | None = None) -> Path:

@@ -188,8 +188,8 @@ class ModelScheduler(Scheduler):
 
     contract = 1
 
-    def __init__(self, path: str = "", revision: str | None = None) -> None:
-        folder = Folder(path, revision)
+    def __init__(self, path: str = "", revision: str | None = None, config: str | None = None) -> None:
+        folder = Folder(path, revision, config)
         found = folder.class_of(PART)
         self.solver, settings = solver_of(found[1] if found else "None", folder.config(PART))
         self.settings = tuple(sorted(settings.items()))

@@ -35,12 +35,13 @@ class DiffusersTextEncoder(TextEncoder):
         self,
         path: str = "",
         revision: str | None = None,
+        config: str | None = None,
         dtype: str = "float32",
         loras: Sequence[Mapping[str, Any]] = (),
         clip_skip: int | None = None,
         max_length: int | None = None,
     ) -> None:
-        self.folder = Folder(path, revision)
+        self.folder = Folder(path, revision, config)
         self.loras = loras_of(loras)
         self.asked = {"clip_skip": clip_skip, "max_sequence_length": max_length}
         self.asked = {name: value for name, value in self.asked.items() if value is not None}

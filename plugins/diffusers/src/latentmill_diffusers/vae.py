@@ -32,12 +32,13 @@ class DiffusersVAE(VAE):
         self,
         path: str = "",
         revision: str | None = None,
+        config: str | None = None,
         dtype: str = "float32",
         slicing: bool = False,
         tiling: bool = False,
         compile: bool = False,
     ) -> None:
-        self.folder = Folder(path, revision)
+        self.folder = Folder(path, revision, config)
         self.part = "" if (self.folder / "config.json").is_file() else PART
         self.dtype, self.slicing, self.tiling, self.compile = dtype, slicing, tiling, compile
         self.logical = dtype_of(dtype)
