@@ -162,3 +162,28 @@ def test_precision_storage_attention_and_compilation(model, encoded):
     denoiser.load(CPU)
     blocks = [m for m in denoiser._network.model.modules() if type(m).__name__ == "FluxTransformerBlock"]
     assert blocks and all(block._compiled_call_impl is not None for block in blocks)
+
+
+def test_a_size_that_the_network_can_t_take_is_its_row_s_error(model, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "width": 36}\n{"prompt": "b", "width": 34}\n')
+    told = ["model=diffusers", "scheduler=model", "cluster=inline", f"model.path={model('FluxPipeline')}"]
+    told += [
+        f"source.path={tmp_path / 'rows.jsonl'}",
+        f"output={tmp_path / 'out'}",
+        "sampling.height=32",
+        "sampling.steps=1",
+    ]
+    result = latentmill.run("denoise", told)
+    assert (result.ok, result.failed) == (1, 1)
+    [error] = [json.loads(line) for line in (tmp_path / "out/errors/00000.jsonl").read_text().splitlines()]
+    assert error["reason"] == "the sides of a picture must be multiples of 4 pixels, as the network needs"
+
+
+def test_parts_that_nobody_needs_are_not_missed(model, tmp_path):
+    """Stable Diffusion's safety checker, named in the index as on the Hub, is not there, and nothing asks for it."""
+    folder = shutil.copytree(model("StableDiffusionPipeline"), tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
+    index["feature_extractor"] = ["transformers", "CLIPFeatureExtractor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert len(rows_of(tmp_path, folder, [{"prompt": "a", "seed": 0, "width": 32, "height": 32, "steps": 1}])) == 1

@@ -55,7 +55,7 @@ def test_a_family_that_we_don_t_know_is_named_with_those_that_we_do(copy):
     index = json.loads((copy / "model_index.json").read_text())
     (copy / "model_index.json").write_text(json.dumps({**index, "_class_name": "LTXPipeline"}))
     assert refused(copy).startswith(
-        "denoiser diffusers: LTXPipeline is none of the families that run on our schedulers: "
+        "denoiser diffusers: LTXPipeline is none of the families that run on our schedulers ("
     )
 
 

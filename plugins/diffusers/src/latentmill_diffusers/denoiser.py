@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentmill.plugin import Denoiser, LatentSpec, NoisePath, Prediction
+from latentmill.plugin import Denoiser, LatentSpec, NoisePath, Prediction, RowError
 from latentmill_diffusers import lora
 from latentmill_diffusers.families import Family, Network, family_of
 from latentmill_diffusers.folder import Folder, dtype_of
@@ -82,8 +82,17 @@ class DiffusersDenoiser(Denoiser):
         return self.folder.fingerprint(self.family.network, "scheduler") + lora.fingerprint(self.loras)
 
     def times(self, steps: int, shape: Sequence[int]) -> Tensor:
+        if shape[-2] % self.multiple or shape[-1] % self.multiple:
+            pixels = self.multiple * self.folder.downscale
+            raise RowError(f"the sides of a picture must be multiples of {pixels} pixels, as the network needs")
         scheduler = scheduler_of(self.folder)  # of its own: it keeps what it is told
         return times_of(scheduler, self.path, steps, self.family.schedule(scheduler.config, steps, shape))
+
+    @property
+    def multiple(self) -> int:
+        """What the sides of latents must be multiples of: a transformer takes patches."""
+        patch = self.config.get("patch_size") or self.config.get("all_patch_size", [1])[0]
+        return max(self.family.packed, int(patch))
 
     def start_scale(self, t: Tensor) -> Tensor:
         if starts_with_unit_variance(self.scheduler):

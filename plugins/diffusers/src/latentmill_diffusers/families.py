@@ -57,6 +57,8 @@ class Family:
     """``schedule(config, steps, shape)``: what the pipeline hands to ``set_timesteps`` of a scheduler of this config."""
     told: Callable[[Any, Tensor, Sequence[int]], Tensor] | None = None
     """``told(config, timestep, shape)``: the timestep that the network is told, where that is another than the scheduler's."""
+    note: str = ""
+    """What a user should know; it stands in the README's table."""
     guide: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     """``guide(prompt, negative, scale)``, where it is another formula than everyone's."""
 
@@ -309,25 +311,43 @@ def shift(config: Any, tokens: int, most: float = 1.15) -> float:
 
 # ------------------------------------------------------------------------------------------------------- the table
 
+BINS = "sizes are taken as they are (use_resolution_binning: false)"
 FAMILIES: dict[str, Family] = {
     "StableDiffusionPipeline": Family("Stable Diffusion 1 and 2", unet, network="unet"),
     "StableDiffusionXLPipeline": Family(
-        "Stable Diffusion XL", unet, network="unet", encoded=("embeds -embeds pooled -pooled",)
+        "Stable Diffusion XL",
+        unet,
+        network="unet",
+        encoded=("embeds -embeds pooled -pooled",),
+        note="turbo: guidance_scale 1",
     ),
     "StableDiffusionXLImg2ImgPipeline": Family(
-        "Stable Diffusion XL refiner", unet, network="unet", encoded=("embeds -embeds pooled -pooled",)
+        "Stable Diffusion XL refiner",
+        unet,
+        network="unet",
+        encoded=("embeds -embeds pooled -pooled",),
+        note="from pictures, or from a base model's half-way latents",
     ),
-    "LatentConsistencyModelPipeline": Family("Latent consistency models", unet, network="unet"),
+    "LatentConsistencyModelPipeline": Family(
+        "Latent consistency models", unet, network="unet", note="the network is told the guidance_scale"
+    ),
     "StableDiffusion3Pipeline": Family(
         "Stable Diffusion 3 and 3.5",
         stable_diffusion_3,
         encoded=("embeds -embeds pooled -pooled",),
         schedule=sd3_schedule,
     ),
-    "FluxPipeline": Family("FLUX.1", flux, encoded=("embeds pooled _",), packed=2, schedule=flux_schedule),
-    "PixArtAlphaPipeline": Family("PixArt-alpha", pixart, encoded=("embeds mask -embeds -mask",)),
-    "PixArtSigmaPipeline": Family("PixArt-sigma", pixart, encoded=("embeds mask -embeds -mask",)),
-    "SanaPipeline": Family("Sana", sana, encoded=("embeds mask -embeds -mask",)),
+    "FluxPipeline": Family(
+        "FLUX.1",
+        flux,
+        encoded=("embeds pooled _",),
+        packed=2,
+        schedule=flux_schedule,
+        note="dev is told the guidance_scale; schnell: guidance_scale 1",
+    ),
+    "PixArtAlphaPipeline": Family("PixArt-alpha", pixart, encoded=("embeds mask -embeds -mask",), note=BINS),
+    "PixArtSigmaPipeline": Family("PixArt-sigma", pixart, encoded=("embeds mask -embeds -mask",), note=BINS),
+    "SanaPipeline": Family("Sana", sana, encoded=("embeds mask -embeds -mask",), note=BINS),
     "Lumina2Pipeline": Family(
         "Lumina 2",
         lumina_2,
@@ -344,9 +364,16 @@ FAMILIES: dict[str, Family] = {
             {"max_sequence_length": 77, "text_encoder_index": 0},
             {"max_sequence_length": 256, "text_encoder_index": 1},
         ),
+        note=f"{BINS}; its own scheduler draws noise, which is ours",
     ),
     "CogView4Pipeline": Family(
-        "CogView 4", cogview_4, encoded=("embeds -embeds",), pad=1024, schedule=cogview_4_schedule, told=cogview_4_told
+        "CogView 4",
+        cogview_4,
+        encoded=("embeds -embeds",),
+        pad=1024,
+        schedule=cogview_4_schedule,
+        told=cogview_4_told,
+        note="a row at a time",
     ),
     "KolorsPipeline": Family("Kolors", unet, network="unet", encoded=("embeds -embeds pooled -pooled",)),
     "QwenImagePipeline": Family(
@@ -357,17 +384,34 @@ FAMILIES: dict[str, Family] = {
         pad=512,
         schedule=flux_schedule,
         guide=qwen_image_guide,
+        note="guidance_scale is the pipeline's true_cfg_scale; a row at a time",
     ),
     "ZImagePipeline": Family(
-        "Z-Image", z_image, encoded=("embeds -embeds",), pad=512, schedule=flux_schedule, guide=z_image_guide
+        "Z-Image",
+        z_image,
+        encoded=("embeds -embeds",),
+        pad=512,
+        schedule=flux_schedule,
+        guide=z_image_guide,
+        note="guidance_scale is the pipeline's, one less than everyone's; turbo: 1; a row at a time",
     ),
-    "Flux2Pipeline": Family("FLUX.2", flux_2, encoded=("embeds _",), schedule=flux_2_schedule),
-    "Flux2KleinPipeline": Family("FLUX.2 klein", flux_2, encoded=("embeds _",), schedule=flux_2_schedule),
+    "Flux2Pipeline": Family(
+        "FLUX.2", flux_2, encoded=("embeds _",), schedule=flux_2_schedule, note="dev is told the guidance_scale"
+    ),
+    "Flux2KleinPipeline": Family(
+        "FLUX.2 klein",
+        flux_2,
+        encoded=("embeds _",),
+        schedule=flux_2_schedule,
+        note="negative prompts count, which its pipeline has none of",
+    ),
 }
 
 
 def family_of(pipeline: str) -> Family:
     """The row of a pipeline's class. Raises ValueError if there is none."""
     if pipeline not in FAMILIES:
-        raise ValueError(f"{pipeline} is none of the families that run on our schedulers: {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"{pipeline} is none of the families that run on our schedulers ({', '.join(FAMILIES)}); model=pipeline runs others"
+        )
     return FAMILIES[pipeline]

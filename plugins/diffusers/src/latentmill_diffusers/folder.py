@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Folder:
     def __truediv__(self, name: str) -> Path:
         return self.root / name
 
-    @property
+    @cached_property
     def index(self) -> dict[str, Any]:
         """``model_index.json``. Raises ValueError if the folder has none."""
         if not (self.root / INDEX).is_file():
@@ -92,7 +92,9 @@ class Folder:
 
         cls = getattr(diffusers, self.pipeline)
         parts = [name for name in self.index if self.class_of(name)]
-        without = {name: None for name in parts if not name.startswith((*prefixes, "scheduler"))}
+        without: dict[str, Any] = {name: None for name in parts if not name.startswith((*prefixes, "scheduler"))}
+        if "requires_safety_checker" in self.index:
+            without["requires_safety_checker"] = False  # it would say at each start that there is none
         told: dict[str, Any] = {"dtype": dtype, "local_files_only": True, **without}
         if self.weights is not None:
             return cls.from_single_file(str(self.weights), config=str(self.root), **told)
