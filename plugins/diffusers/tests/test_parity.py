@@ -240,3 +240,57 @@ def test_the_refiner_goes_on_where_the_base_model_stopped(model, tmp_path):
         half = first(prompt, height=SIZE[0], width=SIZE[1], denoising_end=0.8, **given).images
         wanted = second(prompt, image=half, denoising_start=0.8, **given).images[0]
         assert difference(row, wanted) <= 1e-5
+
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+LEADING = {**SD, "timestep_spacing": "leading", "steps_offset": 1}
+PLAIN = {"clip_sample": False, "set_alpha_to_one": False}
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+SCHEDULERS = {
+    "ddim, sd 1": ("DDIMScheduler", {**LEADING, **PLAIN}),
+    "ddim, v, zero snr, trailing": (
+        "DDIMScheduler",
+        {
+            **SD,
+            **PLAIN,
+            "timestep_spacing": "trailing",
+            "rescale_betas_zero_snr": True,
+            "prediction_type": "v_prediction",
+        },
+    ),
+    "ddim, sample": ("DDIMScheduler", {**LEADING, **PLAIN, "prediction_type": "sample"}),
+    "pndm": ("PNDMScheduler", {**LEADING, "skip_prk_steps": True}),
+    "euler, leading": ("EulerDiscreteScheduler", LEADING),
+    "euler, linspace": ("EulerDiscreteScheduler", SD),
+    "euler, trailing, v": (
+        "EulerDiscreteScheduler",
+        {**SD, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+    ),
+    "heun": ("HeunDiscreteScheduler", LEADING),
+    "lms": ("LMSDiscreteScheduler", LEADING),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {**LEADING, "final_sigmas_type": "zero"}),
+    "dpmpp_2m, karras": ("DPMSolverMultistepScheduler", {**SD, "use_karras_sigmas": True}),
+    "dpmpp_2m, flow": ("DPMSolverMultistepScheduler", FLOW),
+    "unipc": ("UniPCMultistepScheduler", {**SD, "final_sigmas_type": "zero"}),
+    "euler, karras": ("EulerDiscreteScheduler", {**SD, "use_karras_sigmas": True}),
+    "euler, beta": ("EulerDiscreteScheduler", {**SD, "use_beta_sigmas": True}),
+    "unipc, sigma_min": (
+        "UniPCMultistepScheduler",
+        {**SD, "final_sigmas_type": "sigma_min", "lower_order_final": False},
+    ),
+    "deis": ("DEISMultistepScheduler", {**SD, "solver_order": 2, "lower_order_final": False}),
+    "kdpm2": ("KDPM2DiscreteScheduler", LEADING),
+}
+
+
+@pytest.mark.parametrize("case", SCHEDULERS)
+def test_path_prediction_grid_and_solver_are_what_the_scheduler_config_says(case, model, tmp_path):
+    """The same network under each: what it was trained for is nothing that random weights would mind."""
+    name, settings = SCHEDULERS[case]
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(model("StableDiffusionPipeline"))
+    pipeline.scheduler = getattr(diffusers, name)(**settings)
+    pipeline.save_pretrained(tmp_path / "model")
+    rows = denoised(tmp_path, tmp_path / "model", PROMPTS)
+    wanted = theirs(tmp_path / "model", "StableDiffusionPipeline", PROMPTS)
+    for row, (latents, _) in zip(rows, wanted, strict=True):
+        assert difference(row, latents) <= 1e-5

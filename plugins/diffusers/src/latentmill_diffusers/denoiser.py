@@ -64,6 +64,7 @@ class DiffusersDenoiser(Denoiser):
             or self.folder.index.get("is_distilled")
         )
         self._network: Network | None = None
+        self._times: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
     @cached_property
     def scheduler(self) -> Any:
@@ -85,8 +86,12 @@ class DiffusersDenoiser(Denoiser):
         if shape[-2] % self.multiple or shape[-1] % self.multiple:
             pixels = self.multiple * self.folder.downscale
             raise RowError(f"the sides of a picture must be multiples of {pixels} pixels, as the network needs")
-        scheduler = scheduler_of(self.folder)  # of its own: it keeps what it is told
-        return times_of(scheduler, self.path, steps, self.family.schedule(scheduler.config, steps, shape))
+        key = steps, tuple(shape)
+        if key not in self._times:  # rows ask one by one, and mostly for the same
+            scheduler = scheduler_of(self.folder)  # of its own: it keeps what it is told
+            told = self.family.schedule(scheduler.config, steps, shape)
+            self._times[key] = times_of(scheduler, self.path, steps, told)
+        return self._times[key]
 
     @property
     def multiple(self) -> int:

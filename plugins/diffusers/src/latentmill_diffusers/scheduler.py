@@ -131,6 +131,8 @@ def solver_of(name: str, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         raise ValueError(
             f"{name} of order {config.get('solver_order', 2)}, {algorithm}: choose one of ours, as scheduler=dpmpp_2m"
         )
+    if name == "DEISMultistepScheduler":
+        return "deis", {"max_order": config.get("solver_order", 2)}
     if name == "UniPCMultistepScheduler":
         return "unipc", {"max_order": config.get("solver_order", 2), "variant": config.get("solver_type", "bh2")}
     if name == "PNDMScheduler" and not config.get("skip_prk_steps"):
@@ -145,7 +147,6 @@ def solver_of(name: str, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 NAMES = {
     "DDIMScheduler": "euler",
     "DDPMScheduler": "euler_ancestral",
-    "DEISMultistepScheduler": "deis",
     "DPMSolverSDEScheduler": "dpmpp_sde",
     "EulerAncestralDiscreteScheduler": "euler_ancestral",
     "EulerDiscreteScheduler": "euler",
