@@ -157,15 +157,15 @@ def _discreet(function: Callable[Concatenate[Job, P], T]) -> Callable[Concatenat
 @_discreet
 def parts(job: Job) -> Parts:
     """Build what the job's flow needs, and check that the pieces fit together. Loads no weights onto a device."""
-    built = Parts(source=_build(job, "source"), sink=_build(job, "sink"))
+    built = Parts(source=plugin_of(job, "source"), sink=plugin_of(job, "sink"))
     if job.vae and set(job.flow) & {"encode", "denoise", "decode"}:
-        built.vae = _build(job, "vae")
+        built.vae = plugin_of(job, "vae")
     if "denoise" in job.flow:
         for kind in ("vae", "denoiser", "text_encoder", "scheduler"):
             if not getattr(job, kind):
                 raise PlanError(f"{job.name}: denoise is in the flow, so the job needs {kind}.name")
-        built.denoiser = _build(job, "denoiser")
-        built.text_encoder = _build(job, "text_encoder")
+        built.denoiser = plugin_of(job, "denoiser")
+        built.text_encoder = plugin_of(job, "text_encoder")
         assert job.scheduler is not None
         settings = {key: value for key, value in job.scheduler.items() if key != "grid"}
         built.schedulers[job.scheduler["name"]] = registry.build("scheduler", settings)
@@ -318,7 +318,9 @@ def _seed(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def _build(job: Job, kind: str) -> Any:
+@_discreet
+def plugin_of(job: Job, kind: str) -> Any:
+    """One of a job's plugins, built and not yet loaded."""
     return registry.build(kind, getattr(job, kind))
 
 

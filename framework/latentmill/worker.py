@@ -18,7 +18,7 @@ from latentmill.decode import Decode
 from latentmill.denoise import Denoise, Visit
 from latentmill.encode import Encode
 from latentmill.job import Job
-from latentmill.plan import Plan, parts, stage_choice
+from latentmill.plan import Plan, parts, plugin_of, stage_choice
 from latentmill.plugin import Stage
 from latentmill.read import Read
 from latentmill.write import Write
@@ -219,7 +219,7 @@ def _gather(cuts: Sequence[Cut], blocks: Sequence[Block]) -> list[pa.Table]:
 
 
 def make_stage(job: Job, plan: Plan, name: str) -> Stage:
-    """Build a stage by its name in the job's flow. Loads nothing onto a device."""
+    """Build a stage by its name in the job's flow, with its own plugins and no others. Loads nothing onto a device."""
     if name not in MAKERS:
         stage: Stage = registry.build("stage", stage_choice(job, name))
         return stage
@@ -228,16 +228,14 @@ def make_stage(job: Job, plan: Plan, name: str) -> Stage:
 
 
 def _read(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
-    built = parts(job)
     scheduler = job.scheduler["name"] if job.scheduler else ""
-    return Read(built.source, plan, job.sampling, scheduler, plan.spec.downscale if plan.spec else 1)
+    return Read(plugin_of(job, "source"), plan, job.sampling, scheduler, plan.spec.downscale if plan.spec else 1)
 
 
 def _encode(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
-    built = parts(job)
-    assert built.vae is not None
+    text_encoder = plugin_of(job, "text_encoder") if "denoise" in job.flow else None
     keep_image = "decode" in job.flow and "denoise" not in job.flow
-    return Encode(built.vae, built.text_encoder, fixed, keep_image, job.latents_std)
+    return Encode(plugin_of(job, "vae"), text_encoder, fixed, keep_image, job.latents_std)
 
 
 def _denoise(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
@@ -249,14 +247,12 @@ def _denoise(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
 
 
 def _decode(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
-    built = parts(job)
-    assert built.vae is not None
-    return Decode(built.vae, fixed)
+    return Decode(plugin_of(job, "vae"), fixed)
 
 
 def _write(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
     metadata = {"latentmill.plan": plan.hash}
-    return Write(parts(job).sink, storage.at(job.output, job.single_writer), plan, metadata)
+    return Write(plugin_of(job, "sink"), storage.at(job.output, job.single_writer), plan, metadata)
 
 
 MAKERS: dict[str, Callable[[Job, Plan, rows.FixedShape | None], Stage]] = {

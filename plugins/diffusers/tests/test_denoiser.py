@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from functools import partial
 
 import pyarrow.parquet as pq
@@ -91,6 +93,40 @@ def test_each_stage_loads_what_is_its_own(model):
     denoiser = DiffusersDenoiser(folder)
     denoiser.load(CPU)
     assert type(denoiser._network.model).__name__ == "UNet2DConditionModel"
+
+
+def test_workers_of_other_stages_never_see_diffusers(model, tmp_path):
+    folder = model("StableDiffusionPipeline")
+    rows_of(tmp_path, folder, [{"prompt": "a", "seed": 0, "width": 32, "height": 32, "steps": 1}])
+    [output] = tmp_path.glob("out-*[0-9]")
+    told = [
+        "model=diffusers",
+        "scheduler=model",
+        f"model.path={folder}",
+        f"source.path={output}.jsonl",
+        f"output={output}",
+    ]
+    code = f"""
+import sys
+from latentmill import job, plan, storage, worker
+job = job.load_job("denoise", {told!r})
+plan = plan.load(storage.at(job.output, False))
+for name in ("read", "write"):
+    worker.make_stage(job, plan, name)
+    print(name, "diffusers" in sys.modules)
+worker.make_stage(job, plan, "denoise")
+print("diffusers" in sys.modules)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["read", "False", "write", "False", "True"]
+
+
+def test_weights_in_halves_are_found_by_their_names(model, tmp_path):
+    folder = shutil.copytree(model("StableDiffusionPipeline"), tmp_path / "model")
+    for part in ("unet", "vae", "text_encoder"):
+        for file in (folder / part).glob("*.safetensors"):
+            file.rename(file.with_suffix(".fp16.safetensors"))
+    assert len(rows_of(tmp_path, folder, [{"prompt": "a", "seed": 0, "width": 32, "height": 32, "steps": 1}])) == 1
 
 
 def test_negative_prompts_are_what_the_model_takes_them_for(model, tmp_path):

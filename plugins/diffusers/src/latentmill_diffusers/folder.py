@@ -18,6 +18,8 @@ import torch
 
 INDEX = "model_index.json"
 DTYPES = ("float32", "float16", "bfloat16")
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts of pipelines that no job asks for."""
 HASHED = (".json", ".txt", ".model", ".safetensors")
 SAMPLES, SAMPLE = 64, 4096
 """How many pieces of each file of weights are hashed, evenly spread, and their bytes."""
@@ -78,7 +80,8 @@ class Folder:
             told = {"config": str(self.root), "subfolder": part, "local_files_only": True}
             model = cls.from_single_file(str(self.weights), dtype=dtype, **told, **options)
         else:
-            model = cls.from_pretrained(self.root / part, dtype=dtype, use_safetensors=True, **options)
+            told = {"use_safetensors": True, "variant": self._variant(part)}
+            model = cls.from_pretrained(self.root / part, dtype=dtype, **told, **options)
         return model.eval().requires_grad_(False)
 
     @property
@@ -98,7 +101,13 @@ class Folder:
         told: dict[str, Any] = {"dtype": dtype, "local_files_only": True, **without}
         if self.weights is not None:
             return cls.from_single_file(str(self.weights), config=str(self.root), **told)
-        return cls.from_pretrained(self.root, use_safetensors=True, **told)
+        loaded = [name for name in parts if name.startswith("text_encoder")]
+        return cls.from_pretrained(self.root, use_safetensors=True, variant=self._variant(*loaded), **told)
+
+    def _variant(self, *parts: str) -> str | None:
+        """``fp16`` where weights lie in halves only: their files have it in their names."""
+        files = [file.name for part in parts for file in (self.root / part).glob("*.safetensors")]
+        return "fp16" if files and all(".fp16" in name for name in files) else None
 
     def require_weights(self, part: str) -> None:
         """Raise ValueError unless a part has weights that are no pickles."""
@@ -152,17 +161,22 @@ def locate(path: str, revision: str | None = None) -> Path:
 def _from_hub(repository: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = {
-        "repo_id": repository,
-        "revision": revision,
-        "allow_patterns": ["*.json", "*.txt", "*.model", "*.safetensors"],
-    }
+    wanted = {"repo_id": repository, "revision": revision}
     try:
         return Path(snapshot_download(**wanted, local_files_only=True))
     except Exception:  # not here yet: the cache has many ways to say so
         pass
     try:
-        return Path(snapshot_download(**wanted))
+        folder = Path(snapshot_download(**wanted, allow_patterns=["*.json", "*.txt", "*.model"]))
+        # Of weights, those of the parts: beside them many a repository has the same again, in one file or in halves.
+        parts = (
+            [name for name, value in read_json(folder / INDEX).items() if isinstance(value, list)]
+            if (folder / INDEX).is_file()
+            else [""]
+        )
+        needed = [f"{name}/*.safetensors".lstrip("/") for name in parts if name not in UNUSED]
+        snapshot_download(**wanted, allow_patterns=needed, ignore_patterns=["*.fp16*", "*.non_ema*"])
+        return folder
     except Exception as error:  # the network's, the Hub's
         raise ValueError(
             f"{repository} at {revision} is not in the local cache and can't be downloaded ({type(error).__name__}): "
