@@ -1,6 +1,7 @@
 """Where models lie: folders, the Hub's cache, and one line for whatever is wrong."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -8,13 +9,18 @@ import sys
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import latentmill
 from latentmill.job import load_job
 from latentmill.plan import PlanError, parts
 from latentmill.registry import PluginError
 from latentmill_diffusers import tiny
+from latentmill_diffusers.denoiser import DiffusersDenoiser
 from latentmill_diffusers.folder import Folder
+from latentmill_diffusers.text_encoder import DiffusersTextEncoder
+from latentmill_diffusers.vae import DiffusersVAE
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -143,3 +149,32 @@ def test_a_single_file_that_is_no_safetensors_or_says_nothing_of_itself(tmp_path
     assert "/no.ckpt is a pickle, or may be one" in refused("/no.ckpt")
     (tmp_path / "x.safetensors").write_bytes(b"")
     assert "x.safetensors holds weights alone: give model.config too" in refused(tmp_path / "x.safetensors")
+
+
+def damaged(path, how):
+    """Rewrite a file of weights: without its first tensor, with a NaN in it, or cut short."""
+    if how == "short":
+        path.write_bytes(path.read_bytes()[:-100])
+        return
+    weights = load_file(path)
+    first = sorted(name for name, value in weights.items() if value.is_floating_point())[0]
+    if how == "missing":
+        del weights[first]
+    else:
+        weights[first].view(-1)[0] = math.nan
+    save_file(weights, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("part", ["vae", "unet", "text_encoder"])
+@pytest.mark.parametrize("how", ["missing", "nan", "short"])
+def test_damaged_weights_are_one_line_when_they_are_loaded(part, how, copy):
+    """transformers makes up what is missing in a text encoder, and says so in its log alone."""
+    damaged(next((copy / part).glob("*.safetensors")), how)
+    built = {"vae": DiffusersVAE, "unet": DiffusersDenoiser, "text_encoder": DiffusersTextEncoder}[part](str(copy))
+    if part == "text_encoder" and how == "missing":
+        return
+    with pytest.raises(ValueError, match=r"can't be loaded: ") as caught:
+        built.load(torch.device("cpu"))
+    said = str(caught.value)
+    assert "\n" not in said and said.startswith(str(copy))
+    assert {"missing": ": it has no ", "nan": " is not finite: ", "short": ""}[how] in said

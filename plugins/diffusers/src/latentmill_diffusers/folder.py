@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -75,13 +76,23 @@ class Folder:
         )
 
     def load(self, cls: Any, part: str, dtype: torch.dtype, **options: Any) -> Any:
-        """A part with its weights, of the class ``cls`` of diffusers, to be used and not trained."""
-        if self.weights is not None:
-            told = {"config": str(self.root), "subfolder": part, "local_files_only": True}
-            model = cls.from_single_file(str(self.weights), dtype=dtype, **told, **options)
-        else:
-            told = {"use_safetensors": True, "variant": self._variant(part)}
-            model = cls.from_pretrained(self.root / part, dtype=dtype, **told, **options)
+        """A part with its weights, of the class ``cls`` of diffusers, to be used and not trained.
+
+        Raises ValueError if they can't be read, some are missing, which diffusers would make up, or some are not finite.
+        """
+        told: dict[str, Any] = {"dtype": dtype, "local_files_only": True, **options}
+        with _naming(self.weights or self.root / part):
+            if self.weights is not None:
+                model = cls.from_single_file(str(self.weights), config=str(self.root), subfolder=part, **told)
+                missing = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+            else:
+                more = {"use_safetensors": True, "variant": self._variant(part), "output_loading_info": True}
+                model, found = cls.from_pretrained(self.root / part, **told, **more)
+                missing = found["missing_keys"]
+            if missing:
+                others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+                raise ValueError(f"it has no {sorted(missing)[0]}{others}")
+            _require_finite(model)
         return model.eval().requires_grad_(False)
 
     @property
@@ -99,10 +110,15 @@ class Folder:
         if "requires_safety_checker" in self.index:
             without["requires_safety_checker"] = False  # it would say at each start that there is none
         told: dict[str, Any] = {"dtype": dtype, "local_files_only": True, **without}
-        if self.weights is not None:
-            return cls.from_single_file(str(self.weights), config=str(self.root), **told)
         loaded = [name for name in parts if name.startswith("text_encoder")]
-        return cls.from_pretrained(self.root, use_safetensors=True, variant=self._variant(*loaded), **told)
+        with _naming(self.weights or self.root):
+            if self.weights is not None:
+                pipeline = cls.from_single_file(str(self.weights), config=str(self.root), **told)
+            else:
+                pipeline = cls.from_pretrained(self.root, use_safetensors=True, variant=self._variant(*loaded), **told)
+            for name in loaded:
+                _require_finite(getattr(pipeline, name))
+        return pipeline
 
     def _variant(self, *parts: str) -> str | None:
         """``fp16`` where weights lie in halves only: their files have it in their names."""
@@ -126,6 +142,25 @@ class Folder:
             for file in sorted(path for path in (self.root / part).glob("*") if path.suffix in HASHED):
                 digest.update(f"{part}/{file.name}".encode() + digest_of(file))
         return digest.hexdigest()
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Whatever goes wrong with weights, as a ValueError of one line that says where."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # what diffusers, transformers, accelerate and safetensors raise is of all kinds
+        raise ValueError(f"{path} can't be loaded: {' '.join(str(error).split())}") from error
+
+
+def _require_finite(model: torch.nn.Module) -> None:
+    for name, tensor in model.named_parameters():
+        if tensor.dtype in (torch.float32, torch.float16, torch.bfloat16) and tensor.numel():
+            low, high = tensor.aminmax()
+            if not (low.isfinite() and high.isfinite()):
+                raise ValueError(f"{name} is not finite: the file is damaged, or its training failed")
 
 
 def _single_file(path: str, config: str | None) -> Path:
