@@ -223,3 +223,19 @@ def test_parts_that_nobody_needs_are_not_missed(model, tmp_path):
     index["feature_extractor"] = ["transformers", "CLIPFeatureExtractor"]
     (folder / "model_index.json").write_text(json.dumps(index))
     assert len(rows_of(tmp_path, folder, [{"prompt": "a", "seed": 0, "width": 32, "height": 32, "steps": 1}])) == 1
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "QwenImagePipeline"])
+def test_a_deterministic_job_does_a_shard_again_to_the_same_bytes(name, model, tmp_path):
+    rows = [{"prompt": PROMPTS[i % 3], "steps": 1 + i, "guidance_scale": 1.0 + i} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    output = tmp_path / "out"
+    told = ["model=diffusers", "scheduler=model", "cluster=inline", f"model.path={model(name)}", f"output={output}"]
+    told += [f"source.path={tmp_path / 'rows.jsonl'}", "sampling.width=32", "sampling.height=32"]
+    told += ["samples_per_row=1", "deterministic=true", "rows_per_shard=3", "stages.denoise.batch_size=3"]
+    assert latentmill.run("txt2img", told).ok == 4
+    first = (output / "data" / "00000.parquet").read_bytes()
+    (output / "data" / "00000.parquet").unlink()
+    (output / "_SUCCESS").unlink()
+    assert latentmill.run("txt2img", told).ok == 4
+    assert (output / "data" / "00000.parquet").read_bytes() == first
