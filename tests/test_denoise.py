@@ -397,3 +397,29 @@ def test_a_denoiser_without_a_grid_says_so():
     stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "model", 16)
     list(stage(batch([0]), lambda i, reason: reasons.append(reason)))
     assert reasons == ["this denoiser has no grid of its own: choose one by its name"]
+
+
+def test_a_mask_keeps_the_picture_where_it_is_dark():
+    """At every step the picture's latents with the row's first noise; at the end the latents themselves."""
+    mask = torch.tensor([1, 0], dtype=torch.uint8).repeat(2, 1, 4, 6)[..., :3]  # light in the first and third column
+    table = tensors.with_tensor(batch([3, 5], strength=0.8, steps=5, scheduler="dpmpp_2m"), "mask", mask)
+    found, plain = denoise(table), denoise(batch([3, 5], strength=0.8, steps=5, scheduler="dpmpp_2m"))
+    for n in (3, 5):
+        assert torch.equal(found[n][..., 1], torch.full((2, 4), float(n)))
+        assert torch.equal(found[n][..., 0], plain[n][..., 0])  # this denoiser looks at each number alone
+    stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16)
+    visit = stage.enter(table, lambda i, reason: pytest.fail(reason))
+    stage.advance()
+    [company] = stage.companies.values()
+    for row, x in zip(company.rows, company.x):
+        alpha, sigma = VP().scale(torch.tensor(row.times[1], dtype=torch.float64))
+        wanted = float(alpha) * float(row.seed - 1000) + float(sigma) * noise.start(row.seed, (2, 4, 3))
+        torch.testing.assert_close(x[..., 1], wanted[..., 1])
+    assert not visit.done
+    reasons = []
+    list(
+        Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16, until=0.5)(
+            table, lambda i, reason: reasons.append(reason)
+        )
+    )
+    assert reasons == ["a row with a mask can't stop half-way: its picture would be lost"] * 2

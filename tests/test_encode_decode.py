@@ -196,3 +196,11 @@ def test_the_posterior_s_standard_deviation_beside_the_latents():
     assert not tensors.from_arrow(part, "latents_std").any() and tensors.from_arrow(part, "latents")[1].eq(1).all()
     [part], _ = call(Encode(Wide(), None), batch(["", ""], images=images))
     assert "latents_std" not in part.column_names
+
+
+def test_a_mask_comes_to_the_size_of_the_latents():
+    mask = torch.zeros(2, 4, 6, dtype=torch.uint8)
+    mask[0, :2, 2:4], mask[1] = 1, 1
+    table = tensors.with_tensor(batch(["", ""], images=torch.zeros(2, 4, 6, 3, dtype=torch.uint8)), "mask", mask)
+    [part], _ = call(Encode(Lossless(), None), table)
+    assert tensors.from_arrow(part, "mask").tolist() == [[[[0, 1, 0], [0, 0, 0]]], [[[1, 1, 1], [1, 1, 1]]]]

@@ -312,3 +312,15 @@ def test_strength_needs_something_to_begin_from():
     found, rejected, _ = read(Given({"strength": 0.5}, {"strength": 0.5, "image": picture}, {}))
     assert rejected == {0: "strength 0.5 is for rows with a picture or latents, and there are none"}
     assert sorted(found) == [1, 2]
+
+
+def test_a_mask_is_cut_as_its_picture_is_and_becomes_ones_and_zeros():
+    mask = np.zeros((40, 64, 3), np.uint8)
+    mask[:, 32:] = 200
+    image = {"image": gradient(40, 64)}
+    source = Given({**image, "mask": mask}, image, {**image, "mask": mask[:, 1:]})
+    found, rejected, tables = read(source, sampling=Sampling(width=16, height=16))
+    assert found.keys() == {0, 1} and rejected == {2: "the mask is of another size than the picture"}
+    [masked] = [table for table in tables if "mask" in table.column_names]
+    wanted = [[0] * 8 + [1] * 8] * 16
+    assert masked["row"].to_pylist() == [0] and tensors.from_arrow(masked, "mask").tolist() == [wanted]

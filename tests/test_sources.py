@@ -777,3 +777,14 @@ def test_many_files_don_t_stay_open(tmp_path):
         [row] = source.read(fragment.name, 0, 1)
         assert row["prompt"] == str(int(fragment.name[:2]))
     assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+def test_masks_of_prompts_are_pictures_beside_the_picture(tmp_path):
+    for name, color in (("red.png", "red"), ("mask.png", "white")):
+        written(tmp_path / name, picture(color=color))
+    path = written(
+        tmp_path / "p.jsonl", '{"prompt": "a", "image": "red.png", "mask": "mask.png"}\n{"prompt": "b", "mask": 7}\n'
+    )
+    first, second = all_rows(Prompts(path))
+    assert first["image"][0, 0].tolist() == [255, 0, 0] and first["mask"][0, 0].tolist() == [255, 255, 255]
+    assert second == "mask must be a path, not 7"

@@ -45,6 +45,22 @@ class Visit:
         return self.moving == 0 or self.error is not None
 
 
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What a row keeps of its picture where its mask is 0: at every time the clean latents with the row's first noise.
+
+    The latents of a masked row stay those of its picture there, as in diffusers' inpainting with a model that was not trained for it.
+    """
+
+    mask: Tensor
+    clean: Tensor
+    noise: Tensor
+
+    def around(self, x: Tensor, alpha: float, sigma: float) -> Tensor:
+        """``x`` where the mask is 1, and the picture elsewhere."""
+        return torch.where(self.mask.bool(), x, alpha * self.clean + sigma * self.noise)
+
+
 @dataclass(eq=False)
 class Trajectory:
     """A row on its way. Tensors are without the batch axis."""
@@ -65,6 +81,7 @@ class Trajectory:
     """None before the first step."""
     at: int = 0
     """Steps done."""
+    kept: Kept | None = None
 
     @property
     def arrived(self) -> bool:
@@ -124,11 +141,14 @@ class Denoise(Stage):
             }
             for prefix in (rows.PROMPT, rows.NEGATIVE, rows.STATE)
         )
+        masks = tensors.from_arrow(batch, "mask").to(self.device) if "mask" in batch.column_names else None
         slots, _ = rows.slots(batch, self.fixed)
         columns = [n for n in batch.column_names if n in rows.SCALARS.names or n in rows.HALFWAY.names]
         for i, row in enumerate(batch.select(columns).to_pylist()):
             try:
                 times, start = self._start(row, x[i])
+                if masks is not None and self.until:
+                    raise RowError("a row with a mask can't stop half-way: its picture would be lost")
             except ValueError as error:
                 reject(i, str(error))
                 continue
@@ -150,12 +170,17 @@ class Denoise(Stage):
                     negative={name: value[i] for name, value in negative.items()},
                     x=start,
                     state={name: value[i] for name, value in states.items()} if goes_on else None,
+                    kept=None if masks is None else self._kept(masks[i], x[i], row["seed"]),
                 )
             )
             if not visit.rows[-1].arrived:
                 self.moving.setdefault(kind, []).append(visit.rows[-1])
                 visit.moving += 1
         return visit
+
+    def _kept(self, mask: Tensor, latents: Tensor, seed: int) -> Kept:
+        noise = self.first_noise(seed, tuple(latents.shape)).to(self.device)
+        return Kept(mask, latents.to(torch.float32), noise)
 
     def _start(self, row: Mapping[str, Any], latents: Tensor) -> tuple[list[float], Tensor]:
         """A row's times, and its latents, float32, at the first of them. Raises ValueError, RowError among them."""
@@ -334,6 +359,13 @@ class Company:
         """Move all by one step."""
         x, self.state = scheduler.step(self.field, self.x, _times(self.seats), _times(self.seats, 1), self.state)
         self.x = x.to(torch.float32)
+        if any(row.kept is not None for row in self.seats):
+            alpha, sigma = self.denoiser.path.scale(_times(self.seats, 1))
+            for k, row in enumerate(self.seats):
+                if row.at + 2 == len(row.times):  # some grids end a little before t = 0, and the picture is clean
+                    alpha[k], sigma[k] = 1.0, 0.0
+            each = zip(self.seats, self.x, alpha.tolist(), sigma.tolist())
+            self.x = torch.stack([row.kept.around(x, a, s) if row.kept is not None else x for row, x, a, s in each])
         for row in self.rows:
             row.at += 1
 
@@ -348,8 +380,8 @@ def _times(seats: Sequence[Trajectory], ahead: int = 0) -> Tensor:
 
 
 def is_passing(name: str) -> bool:
-    """Whether a column is only for the way: conditioning, and the state of half-way latents."""
-    return name.startswith((rows.PROMPT, rows.NEGATIVE, rows.STATE)) or name in rows.HALFWAY.names
+    """Whether a column is only for the way: conditioning, masks, and the state of half-way latents."""
+    return name == "mask" or name.startswith((rows.PROMPT, rows.NEGATIVE, rows.STATE)) or name in rows.HALFWAY.names
 
 
 def path_hash(path: NoisePath) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pyarrow as pa
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from latentmill import rows, tensors
 from latentmill.plugin import VAE, Conditioning, LatentSpec, Reject, RowError, Stage, TextEncoder
@@ -66,6 +67,9 @@ class Encode(Stage):
                 latents, std = latents[kept], std[kept]
                 members = [i for i, fine in zip(members, good) if fine]
             if len(part):
+                if "mask" in part.column_names:
+                    mask = tensors.from_arrow(part, "mask")[:, None]
+                    part = tensors.with_tensor(part, "mask", interpolate(mask, latents.shape[-2:], mode="nearest"))
                 if self.latents_std:
                     part = tensors.with_tensor(part, "latents_std", std)
                 part = self._with_text(rows.with_latents(part, latents, self.vae.spec), slots, size)

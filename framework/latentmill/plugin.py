@@ -290,8 +290,9 @@ class Source(Plugin, ABC):
         """Rows ``start`` to ``stop`` of a fragment, in order: exactly one item for each, a RowError for a bad one.
 
         Keys that mean something: ``prompt``, ``negative_prompt``, ``seed``, ``steps``, ``guidance_scale``,
-        ``guidance_rescale``, ``guidance_from``, ``guidance_until``, ``width``, ``height``, ``strength``, ``scheduler``; ``image``, a uint8 RGB array ``[H, W, 3]``; ``latents``, a float array
-        ``[C, h, w]`` of the space that ``latent_spec`` names, and with half-way ones ``time``, ``trajectory`` and ``state``
+        ``guidance_rescale``, ``guidance_from``, ``guidance_until``, ``width``, ``height``, ``strength``, ``scheduler``; ``image``,
+        a uint8 RGB array ``[H, W, 3]``; ``mask``, one of its size, light where the picture is to be painted anew;
+        ``latents``, a float array ``[C, h, w]`` of the space that ``latent_spec`` names, and with half-way ones ``time``, ``trajectory`` and ``state``
         as our own job stored them; with ``id_column``, ``id``, text that no other row has, from which the row's seed is
         hashed. None stands for the job's value; others are left out.
         """

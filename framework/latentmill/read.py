@@ -146,6 +146,11 @@ class Read(Stage):
         elif found.get("image") is not None:
             picture = self._picture(found["image"], values["width"], values["height"])
             stored["image"] = picture
+            if found.get("mask") is not None and self.scheduler:
+                if np.shape(found["mask"])[:2] != np.shape(found["image"])[:2]:
+                    raise RowError("the mask is of another size than the picture")
+                painted = self._picture(found["mask"], values["width"], values["height"])
+                stored["mask"] = (painted.float().mean(-1) >= 127.5).to(torch.uint8)
             values["height"], values["width"] = picture.shape[:2]
         elif values["width"] is None:
             raise RowError("a row without a picture needs width and height")

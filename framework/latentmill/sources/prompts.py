@@ -16,13 +16,14 @@ import pyarrow as pa
 
 from latentmill.plugin import Fragment, RowError, Source
 from latentmill.sources import ParquetRows, as_id, find, fingerprint, is_small, is_text, plain, root, shown
-from latentmill.sources.images import MAX_PIXELS, decode, read_picture
+from latentmill.sources.images import MAX_PIXELS, Pixels, decode, read_picture
 
 TEXTS = ("prompt", "negative_prompt", "scheduler")
 WHOLE = ("seed", "steps", "width", "height")
 REAL = ("guidance_scale", "guidance_rescale", "guidance_from", "guidance_until", "strength")
-COLUMNS = (*TEXTS, *WHOLE, *REAL, "image")
-"""The columns that mean something. ``image`` is a path below the file's folder; in Parquet it may be bytes as well."""
+PICTURES = ("image", "mask")
+COLUMNS = (*TEXTS, *WHOLE, *REAL, *PICTURES)
+"""The columns that mean something. Pictures are paths below the file's folder; in Parquet they may be bytes as well."""
 
 
 class Prompts(Source):
@@ -79,24 +80,27 @@ class Prompts(Source):
     def _row(self, row: dict[str, Any], folder: Path) -> Mapping[str, Any]:
         if "prompt" in row and row["prompt"] is None:
             raise RowError("prompt is null")
-        image = row.get("image")
-        if "prompt" not in row and image is None:
+        if "prompt" not in row and row.get("image") is None:
             raise RowError("the row has neither prompt nor image")
-        if isinstance(image, Mapping):  # as Hugging Face datasets stores pictures
-            image = image.get("path") if image.get("bytes") is None else image["bytes"]
-        if isinstance(image, str):
-            try:
-                row["image"] = read_picture(folder, image, self.max_pixels, self.follow_links)
-            except RowError as error:
-                raise RowError(f"image {image!r}: {error}") from error
-        elif isinstance(image, bytes):
-            try:
-                row["image"] = decode(image, self.max_pixels)
-            except RowError as error:
-                raise RowError(f"image: {error}") from error
-        elif image is not None:
-            raise RowError(f"image must be a path, not {image!r:.80}")
+        for name in PICTURES:
+            if row.get(name) is not None:
+                row[name] = self._picture(name, row[name], folder)
         return row
+
+    def _picture(self, name: str, value: Any, folder: Path) -> Pixels:
+        if isinstance(value, Mapping):  # as Hugging Face datasets stores pictures
+            value = value.get("path") if value.get("bytes") is None else value["bytes"]
+        if isinstance(value, str):
+            try:
+                return read_picture(folder, value, self.max_pixels, self.follow_links)
+            except RowError as error:
+                raise RowError(f"{name} {value!r}: {error}") from error
+        if isinstance(value, bytes):
+            try:
+                return decode(value, self.max_pixels)
+            except RowError as error:
+                raise RowError(f"{name}: {error}") from error
+        raise RowError(f"{name} must be a path, not {value!r:.80}")
 
 
 class _File(Protocol):
@@ -230,7 +234,7 @@ class _CSV(_Lines):
                 row["id"] = as_id(_text(text.encode("utf-8", "surrogateescape"), "the id"))
             if name in COLUMNS and (text or name == "prompt"):
                 text = _text(text.encode("utf-8", "surrogateescape"), name)
-                row[name] = text if name in (*TEXTS, "image") else _number(name, text)
+                row[name] = text if name in (*TEXTS, *PICTURES) else _number(name, text)
         return row
 
 
@@ -299,7 +303,7 @@ def _is_picture(type: pa.DataType) -> bool:
 _TYPES: dict[str, Sequence[Any]] = {
     **{name: (is_text,) for name in TEXTS},
     **{name: (pa.types.is_integer, pa.types.is_floating, pa.types.is_null) for name in (*WHOLE, *REAL)},
-    "image": (is_text, _is_binary, _is_picture),
+    **{name: (is_text, _is_binary, _is_picture) for name in PICTURES},
 }
 
 

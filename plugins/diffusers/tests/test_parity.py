@@ -294,3 +294,46 @@ def test_path_prediction_grid_and_solver_are_what_the_scheduler_config_says(case
     wanted = theirs(tmp_path / "model", "StableDiffusionPipeline", PROMPTS)
     for row, (latents, _) in zip(rows, wanted, strict=True):
         assert difference(row, latents) <= 1e-5
+
+
+def test_a_picture_painted_anew_where_its_mask_is_light(model, tmp_path):
+    """Stable Diffusion's pipeline for inpainting, with a network that was not trained for it."""
+    pipeline = diffusers.StableDiffusionInpaintPipeline.from_pretrained(
+        model("StableDiffusionPipeline"), safety_checker=None
+    )
+    pipeline.scheduler = diffusers.DDIMScheduler(**LEADING, **PLAIN)
+    pipeline.save_pretrained(tmp_path / "model")
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    index["_class_name"] = "StableDiffusionPipeline"
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
+    mask = torch.zeros(*SIZE)
+    mask[8:, 20:50] = 1
+    Image.fromarray((mask * 255).to(torch.uint8).numpy()).save(tmp_path / "mask.png")
+    rows = []
+    for i, ((prompt, negative), pixels) in enumerate(zip(PROMPTS, PICTURES)):
+        Image.fromarray(pixels.numpy()).save(tmp_path / f"{i}.png")
+        rows.append({"prompt": prompt, "negative_prompt": negative, "seed": i, "image": f"{i}.png", "mask": "mask.png"})
+    (tmp_path / "edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    told = ["sampling.first_noise=diffusers", f"sampling.steps={STEPS}", f"sampling.guidance_scale={GUIDANCE}"]
+    told += ["sampling.strength=0.75", f"sampling.height={SIZE[0]}", f"sampling.width={SIZE[1]}", "model.dtype=float32"]
+    told += ["stages=cpu", f"model.path={tmp_path / 'model'}", f"source.path={tmp_path / 'edits.jsonl'}"]
+    found = rows_of("sd15_img2img", tmp_path / "out", "flow=[read,encode,denoise,write]", *told)
+    with torch.inference_mode():
+        encoded = pipeline.vae.encode(PICTURES.permute(0, 3, 1, 2) / 127.5 - 1.0)
+        latents = encoded.latent_dist.mean * pipeline.vae.config.scaling_factor
+    for i, (row, (prompt, negative)) in enumerate(zip(found, PROMPTS, strict=True)):
+        wanted = pipeline(
+            prompt,
+            image=latents[i : i + 1],
+            mask_image=mask[None, None],
+            masked_image_latents=latents[i : i + 1],
+            negative_prompt=negative,
+            strength=0.75,
+            height=SIZE[0],
+            width=SIZE[1],
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            generator=torch.Generator().manual_seed(i),
+            output_type="latent",
+        ).images[0]
+        assert difference(row, wanted) <= 1e-5
