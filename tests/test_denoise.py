@@ -12,7 +12,7 @@ import torch
 from latentmill import registry, rows, tensors
 from latentmill.denoise import Denoise
 from latentmill.encode import Encode
-from latentmill.plugin import Denoiser, LatentSpec
+from latentmill.plugin import Denoiser, LatentSpec, Scheduler, Start
 from latentmill.schedulers import grids, noise
 from latentmill.schedulers.dpmpp import DPMpp2M
 from latentmill.schedulers.euler import Euler, EulerAncestral
@@ -95,6 +95,59 @@ def test_the_first_noise_may_be_that_of_diffusers():
         found[name] = tensors.from_arrow(part, "latents")[0]
         np.testing.assert_allclose(found[name], 2.5 + gain * (x - alpha * 2.5), rtol=1e-5)
     assert not torch.equal(found["latentmill"], found["diffusers"])
+
+
+class Halves(Scheduler):
+    """On a grid of its own: two steps, of which each keeps what its row's state says, and no network."""
+
+    def start(self, path, steps, kept, shape):
+        if steps != 2:
+            raise ValueError("two steps, not more")
+        times = torch.tensor([1.0, 0.25, 0.0], dtype=torch.float64)[2 - kept :]
+        return Start(times, {"keep": torch.tensor(0.5)}, alpha=0.1 * kept, sigma=3.0, scale=5.0)
+
+    def step(self, field, x, t, s, state):
+        return x * state["keep"].reshape(-1, 1, 1, 1), {"keep": state["keep"] / 2}
+
+
+def test_a_scheduler_may_have_a_grid_of_its_own(monkeypatch):
+    """It says where a row begins, in times, state and scale; a row that it can't begin is rejected, and the others go on."""
+    monkeypatch.setitem(SCHEDULERS, "halves", Halves())
+    table = pa.concat_tables(
+        [
+            batch([0, 2], steps=2, scheduler="halves", strength=1.0),
+            batch([3], steps=2, scheduler="halves", strength=0.5),
+            batch([5], steps=3, scheduler="halves", strength=1.0),
+            batch([6], steps=2, scheduler="halves", strength=0.0),
+        ]
+    )
+    stage, rejected = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16), {}
+    [part] = stage(table, rejected.__setitem__)
+    assert rejected == {3: "two steps, not more"} and part.column("row").to_pylist() == [0, 2, 3, 6]
+    found = tensors.from_arrow(part, "latents")
+    for n, at, kept in ((0, 0, 2), (2, 1, 2), (3, 2, 1)):
+        x = (0.1 * kept * n + (3.0 if n else 5.0) * noise.start(1000 + n, (2, 4, 3)).double()) * (
+            0.5 * 0.25 if kept == 2 else 0.5
+        )
+        np.testing.assert_allclose(found[at], x, rtol=1e-6)
+    assert torch.equal(found[3], torch.full((2, 4, 3), 6.0))
+
+
+def test_half_way_latents_of_another_scheduler_can_not_begin_on_such_a_grid(monkeypatch):
+    monkeypatch.setitem(SCHEDULERS, "halves", Halves())
+    plain = {"strength": 1.0, "guidance_scale": 1.0, "steps": 2}
+    for name in ("euler", "halves"):
+        stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16, until=0.6)
+        [half] = stage(batch([1], **plain, scheduler=name), lambda i, reason: pytest.fail(reason))
+        half = half.set_column(half.column_names.index("scheduler"), "scheduler", [["halves"]])
+        for column in ("prompt:mean", "negative:mean"):
+            half = tensors.with_tensor(half, column, torch.ones(1))
+        rejected = {}
+        [*parts] = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16)(half, rejected.__setitem__)
+        said = "the latents are half-way by another scheduler, and halves can begin only on its own grid"
+        assert rejected == ({0: said} if name == "euler" else {}) and len(parts) == (name == "halves")
+    whole = denoise(batch([1], **plain, scheduler="halves"))[1]
+    assert torch.equal(tensors.from_arrow(parts[0], "latents")[0], whole)
 
 
 def test_the_seed_decides():

@@ -146,14 +146,14 @@ class Denoise(Stage):
         columns = [n for n in batch.column_names if n in rows.SCALARS.names or n in rows.HALFWAY.names]
         for i, row in enumerate(batch.select(columns).to_pylist()):
             try:
-                times, start = self._start(row, x[i])
+                goes_on = row.get("trajectory") == self._identity(row["scheduler"])
+                times, start, state = self._start(row, x[i], goes_on)
                 if masks is not None and self.until:
                     raise RowError("a row with a mask can't stop half-way: its picture would be lost")
             except ValueError as error:
                 reject(i, str(error))
                 continue
             kind = (rows.shape_key(batch), row["scheduler"], id(visit) if self.fixed else 0)
-            goes_on = row.get("trajectory") == self._identity(row["scheduler"])
             scale, told = row["guidance_scale"], {}
             if self.denoiser.guidance_embedded:
                 told, scale = {"guidance_scale": torch.tensor(scale, device=self.device)}, 1.0
@@ -169,7 +169,7 @@ class Denoise(Stage):
                     prompt={**{name: value[i] for name, value in prompt.items()}, **told},
                     negative={name: value[i] for name, value in negative.items()},
                     x=start,
-                    state={name: value[i] for name, value in states.items()} if goes_on else None,
+                    state={name: value[i] for name, value in states.items()} if goes_on else state,
                     kept=None if masks is None else self._kept(masks[i], x[i], row["seed"]),
                 )
             )
@@ -182,26 +182,39 @@ class Denoise(Stage):
         noise = self.first_noise(seed, tuple(latents.shape)).to(self.device)
         return Kept(mask, latents.to(torch.float32), noise)
 
-    def _start(self, row: Mapping[str, Any], latents: Tensor) -> tuple[list[float], Tensor]:
-        """A row's times, and its latents, float32, at the first of them. Raises ValueError, RowError among them."""
-        self.scheduler(row["scheduler"])
+    def _start(
+        self, row: Mapping[str, Any], latents: Tensor, goes_on: bool
+    ) -> tuple[list[float], Tensor, State | None]:
+        """A row's times, its latents, float32, at the first of them, and its state if the scheduler says how it begins.
+
+        Raises ValueError, RowError among them.
+        """
         path, shape = self.denoiser.path, tuple(latents.shape)
         halfway = row.get("time")
         strength = row["strength"] if halfway is None else 1.0
-        grid = grids.times(self.grid, path, row["steps"], strength, shape, self.denoiser.times).tolist()
+        kept, scheduler = grids.kept(path, row["steps"], strength), self.scheduler(row["scheduler"])
+        own = scheduler.start(path, row["steps"], kept, shape) if kept else None
+        grid = (
+            own.times if own else grids.times(self.grid, path, row["steps"], strength, shape, self.denoiser.times)
+        ).tolist()
         if halfway is not None:
             if row["trajectory"].partition("/")[0] != path_hash(path):
                 raise RowError("the latents are half-way on a noise path that is not this denoiser's")
+            if own and not goes_on:
+                raise RowError(
+                    f"the latents are half-way by another scheduler, and {row['scheduler']} can begin only on its own grid"
+                )
             grid = [halfway, *(t for t in grid if t < halfway)]
         times = grid[: next((k + 1 for k, t in enumerate(grid) if t < self.until), len(grid))]
         if halfway is not None or len(grid) == 1:
-            return times, latents.to(torch.float32)
+            return times, latents.to(torch.float32), None
         first = torch.tensor(times[0], dtype=torch.float64)
-        alpha, sigma = path.scale(first)
+        alpha, sigma = (own.alpha, own.sigma) if own else path.scale(first)
         if not bool(latents.any()):  # of a row without picture and latents
-            sigma = self.denoiser.start_scale(first)
+            sigma = own.scale if own else self.denoiser.start_scale(first)
         start = self.first_noise(row["seed"], shape).to(self.device)
-        return times, (alpha * latents.double() + sigma * start.double()).to(torch.float32)
+        x = (alpha * latents.double() + sigma * start.double()).to(torch.float32)
+        return times, x, {name: value.to(self.device) for name, value in own.state.items()} if own else None
 
     @torch.inference_mode()
     def advance(self) -> None:

@@ -174,11 +174,7 @@ def parts(job: Job) -> Parts:
             built.denoiser.check(built.vae.spec)
         except ValueError as error:
             raise PlanError(f"denoiser {job.denoiser['name']} and VAE {job.vae['name']} don't fit: {error}") from error  # type: ignore[index]
-        try:
-            grid = job.scheduler.get("grid", "trailing")
-            grids.times(grid, built.denoiser.path, job.sampling.steps, model=built.denoiser.times)
-        except ValueError as error:
-            raise PlanError(f"{job.name}: scheduler.grid: {error}") from error
+        _check_grid(job, built)
     elif set(job.flow) & {"encode", "decode"} and built.vae is None:
         raise PlanError(
             f"{job.name}: {'encode' if 'encode' in job.flow else 'decode'} is in the flow, so it needs vae.name"
@@ -194,6 +190,23 @@ def parts(job: Job) -> Parts:
     if job.flow[1] == "decode" and stored is None:
         raise PlanError(f"{job.name}: decode needs a source of latents; source {job.source['name']} has none")
     return built
+
+
+def _check_grid(job: Job, built: Parts) -> None:
+    assert job.scheduler is not None and built.denoiser is not None and built.vae is not None
+    name, grid = job.scheduler["name"], job.scheduler.get("grid", "trailing")
+    path, steps = built.denoiser.path, job.sampling.steps
+    try:
+        own = built.scheduler(name).start(path, steps, steps, (built.vae.spec.channels, 64, 64))
+    except ValueError as error:
+        raise PlanError(f"{job.name}: scheduler {name}: {error}") from error
+    if own is not None and grid != "trailing":
+        raise PlanError(f"{job.name}: scheduler {name} has a grid of its own: leave scheduler.grid out")
+    try:
+        if own is None:
+            grids.times(grid, path, steps, model=built.denoiser.times)
+    except ValueError as error:
+        raise PlanError(f"{job.name}: scheduler.grid: {error}") from error
 
 
 @_discreet

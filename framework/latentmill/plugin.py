@@ -42,6 +42,7 @@ __all__ = [
     "Sink",
     "Source",
     "Stage",
+    "Start",
     "State",
     "TextEncoder",
     "VAE",
@@ -129,6 +130,21 @@ class Field(ABC):
         """Unit normal noise shaped as x, fixed for each row by (the row's seed, t, s): asked twice, the same twice."""
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a row begins, as a scheduler that has a grid of its own says."""
+
+    times: Tensor
+    """Float64, descending, ``[n + 1]`` for n steps."""
+    state: State
+    """Of this row alone: without the batch axis."""
+    alpha: float
+    sigma: float
+    """The row's latent at its first time is ``alpha * x0 + sigma * noise``."""
+    scale: float
+    """Standard deviation of the noise that a row without picture or latents starts from."""
+
+
 class Scheduler(Plugin, ABC):
     """Moves latents ``x[B, ...]`` from times ``t[B]`` to earlier times ``s[B]``.
 
@@ -149,6 +165,14 @@ class Scheduler(Plugin, ABC):
     def init(self, field: Field, x: Tensor, t: Tensor) -> State:
         """The state before the first step from ``x[B, ...]`` at ``t[B]``."""
         return {}
+
+    def start(self, path: NoisePath, steps: int, kept: int, shape: Sequence[int]) -> Start | None:
+        """How a row of latents of ``shape`` begins that makes the last ``kept`` (1 or more) of ``steps`` steps.
+
+        None: at the job's grid's times, with the state of ``init``, as all do that can move latents between any two times.
+        Raises ValueError, saying why, if the row can't be made: it ends in the error table.
+        """
+        return None
 
     @abstractmethod
     def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:

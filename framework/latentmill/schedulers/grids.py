@@ -80,11 +80,15 @@ def times(
         raise ValueError(f"grid {name} has {len(spaced) - 1} steps, and {steps} were asked for")
     if not bool((spaced.diff() < 0).all() and spaced[0] <= 1 and spaced[-1] >= 0):
         raise ValueError(f"grid {name}: times must descend from 1 at most to 0 at least: {spaced.tolist()}"[:200])
+    return spaced[steps - kept(path, steps, strength) :]
+
+
+def kept(path: NoisePath, steps: int, strength: float) -> int:
+    """How many of a row's steps are left with ``strength``: 0 only if that is 0."""
     # diffusers rounds down in Stable Diffusion's pipelines, and up in those of flow models.
     share = steps * strength
-    kept = steps - int(max(steps - share, 0)) if isinstance(path, Flow) else int(share)
-    kept = max(1, min(kept, steps)) if strength > 0 else 0
-    return spaced[steps - kept :]
+    found = steps - int(max(steps - share, 0)) if isinstance(path, Flow) else int(share)
+    return max(1, min(found, steps)) if strength > 0 else 0
 
 
 def _spaced(name: str, settings: dict[str, Any], path: NoisePath, steps: int, shape: Sequence[int]) -> Tensor:
