@@ -194,6 +194,10 @@ def test_batch_sizes_mean_something_in_a_deterministic_job_in_its_own_stages():
         ("~cluster", r"cluster\.kind has no value; set it in the job, or as cluster\.kind=\.\.\."),
         ("source.path=${oc.env:NOT_SET}", r"source\.path: .*Environment variable 'NOT_SET' not found.*"),
         ("seed=${nothing}", r"seed: Interpolation key 'nothing' not found"),
+        (
+            "vae=shapes:shape",
+            r"there is no vae 'shapes:shape' \(did you mean 'shapes'\?\); there are: [^:]*shapes[^:]*",
+        ),
         ("vae=shape", r"there is no vae 'shape' \(did you mean 'shapes'\?\); there are: .*shapes.*"),
         ("model=shape", r"there is no model 'shape' \(did you mean 'shapes'\?\); there are: .*shapes.*"),
         ("cluster=moon", r"there is no cluster 'moon'; there are: inline, local, ray"),
@@ -268,6 +272,7 @@ ASKED = {
     "by name": ["vae=plain", "scheduler=solver"],
     "twice": ["vae=twice"],
     "chosen": ["vae=broken-conf:twice"],
+    "ours": ["vae=shapes:shapes"],
     "stage": ["flow=[read,encode,blur,write]"],
 }
 
@@ -313,7 +318,7 @@ def test_a_distribution_s_config_makes_its_plugins_selectable_with_their_setting
 
 def test_a_plugin_without_config_is_selectable_by_its_name(answers):
     assert answers["by name"][:2] == [{"name": "plain"}, {"name": "solver", "grid": "trailing"}]
-    assert answers["chosen"][0] == {"name": "broken-conf:twice"}
+    assert answers["chosen"][0] == {"name": "broken-conf:twice"} and answers["ours"][0] == {"name": "shapes:shapes"}
     said = "vae 'twice' is in broken-conf 1.5 and theirs 1.5: write broken-conf:twice or theirs:twice"
     assert answers["twice"] == f"PluginError: {said}"
 

@@ -113,6 +113,7 @@ def test_a_name_taken_twice_is_chosen_with_its_distribution(tmp_path, monkeypatc
     assert registry.load("vae", "acme:both").__module__ == "acme_both"
     assert registry.load("vae", "zenith_tools:both").__name__ == "Anything"
     assert registry.provenance("vae", "Zenith-Tools:both") == {"distribution": "zenith_tools", "version": "2.1"}
+    assert registry.find("vae", "shapes:shapes").distribution == "latentmill-shapes"
 
 
 @pytest.mark.parametrize(

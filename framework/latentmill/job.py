@@ -441,9 +441,9 @@ def _prepare() -> None:
     Plugins.instance().register(_SearchPath)
     packages = [package for _, package in _packages()]
     for kind in registry.KINDS:
-        there = [entry.name for entry in registry.entries(kind)]
-        twice = [f"{e.distribution}:{e.name}" for e in registry.entries(kind) if there.count(e.name) > 1]
-        for name in {*there, *twice}:
+        found = registry.entries(kind)
+        whole = [f"{e.distribution}:{e.name}" for e in found]
+        for name in {*(e.name for e in found), *whole, *(name.removeprefix("latentmill-") for name in whole)}:
             if not any((files(package) / kind / f"{name}.yaml").is_file() for package in packages):
                 grid = {"grid": "trailing"} if kind == "scheduler" else {}
                 store.store(group=kind, name=name, node={"name": name, **grid})
@@ -483,9 +483,9 @@ def _one_line(error: BaseException) -> str:
         return f"line {mark.line + 1}: {error.problem}"  # type: ignore[attr-defined]  # a yaml.MarkedYAMLError
     if isinstance(error, MissingConfigException) and (missing := _found(r"Could not (?:find|load) '([^']+)'", text)):
         group, _, wanted = missing.rpartition("/")
-        there = sorted(error.options or ([] if group else ["job"]))
+        there = sorted(name for name in error.options or ([] if group else ["job"]) if ":" not in name)
         what = group or "config"
-        said = f"there is no {what} {wanted!r}{near(wanted, there)}; there are: {', '.join(there) or 'none'}"
+        said = f"there is no {what} {wanted!r}{near(wanted.rpartition(':')[2], there)}; there are: {', '.join(there) or 'none'}"
         brings = OURS.get(missing) or OURS.get(wanted)
         return f"{said}; pip install {brings} brings it" if brings else said
     key = _found(r"Could not override '([^']+)'", text) or _found(r"full_key: (\S+)", text)

@@ -87,14 +87,17 @@ def _scan(path: tuple[str, ...]) -> list[Entry]:
 
 
 def find(kind: str, name: str) -> Entry:
-    """The plugin that ``name`` or ``distribution:name`` chooses. Raises PluginError if that isn't exactly one."""
+    """The plugin that ``name`` or ``distribution:name`` chooses. Raises PluginError if that isn't exactly one.
+
+    The ``latentmill-`` that a distribution's name begins with may be left out: ``diffusers:DDIMScheduler``.
+    """
     distribution, _, short = name.rpartition(":")
+    wanted = {canonicalize_name(distribution), canonicalize_name(f"latentmill-{distribution}")}
     there = entries(kind)
     found = [
         entry
         for entry in there
-        if entry.name == short
-        and (not distribution or canonicalize_name(entry.distribution) == canonicalize_name(distribution))
+        if entry.name == short and (not distribution or canonicalize_name(entry.distribution) in wanted)
     ]
     if not found:
         names = sorted({entry.name for entry in there})
