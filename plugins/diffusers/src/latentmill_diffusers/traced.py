@@ -1,0 +1,451 @@
+"""diffusers' own schedulers, read off as numbers, so that rows of any steps, strengths and seeds share a batch.
+
+What ``step`` of most of diffusers' schedulers computes is linear in the latents, the network's outputs and the noise, with
+weights that hang on the timesteps alone. So the real class is run once for each number of steps, on vectors of a basis in
+place of latents; what comes out is its weights. Its memory (earlier outputs, a corrected sample) is whatever tensors of the
+latents' shape it keeps: before each call they are made vectors of the basis, too, and so a call is a matrix that takes
+(sample, output, noise, memory) to (sample, memory). What no later call reads is left out.
+
+A row's state is its place, ``at[B, 3]``: steps, first call and next group, and its ``memory[B, H, ...]``. Calls at one timestep
+belong together, a *group*, and are one step of ours: Heun's, for one, evaluates twice at each timestep but the first.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.overrides import TorchFunctionMode
+
+from latentmill.plugin import Field, NoisePath, Scheduler, Start, State
+from latentmill_diffusers.folder import Folder
+
+TRACED: dict[str, tuple[int, int, bool]] = {
+    "CogVideoXDDIMScheduler": (1, 1, False),
+    "CogVideoXDPMScheduler": (1, 1, True),
+    "DDIMParallelScheduler": (1, 1, False),
+    "DDIMScheduler": (1, 1, False),
+    "DDPMParallelScheduler": (1, 1, True),
+    "DDPMScheduler": (1, 1, True),
+    "DDPMWuerstchenScheduler": (1, 1, True),
+    "DEISMultistepScheduler": (2, 1, False),
+    "DPMSolverMultistepScheduler": (2, 1, False),
+    "DPMSolverSinglestepScheduler": (2, 1, False),
+    "EDMDPMSolverMultistepScheduler": (2, 1, False),
+    "EDMEulerScheduler": (1, 1, False),
+    "EulerAncestralDiscreteScheduler": (1, 1, True),
+    "EulerDiscreteScheduler": (1, 1, False),
+    "FlowMapEulerDiscreteScheduler": (1, 1, False),
+    "FlowMatchEulerDiscreteScheduler": (1, 1, False),
+    "FlowMatchHeunDiscreteScheduler": (2, 2, False),
+    "FlowMatchLCMScheduler": (1, 1, True),
+    "HeunDiscreteScheduler": (2, 2, False),
+    "KDPM2AncestralDiscreteScheduler": (2, 2, True),
+    "KDPM2DiscreteScheduler": (2, 1, False),
+    "LCMScheduler": (1, 1, True),
+    "LMSDiscreteScheduler": (4, 1, False),
+    "LTXEulerAncestralRFScheduler": (1, 1, True),
+    "PNDMScheduler": (4, 1, False),
+    "SASolverScheduler": (2, 1, True),
+    "TCDScheduler": (1, 1, True),
+    "UnCLIPScheduler": (1, 1, True),
+    "UniPCMultistepScheduler": (2, 1, False),
+}
+"""Order, evaluations in a step, and whether noise is drawn, with a class's default settings."""
+
+TOKENS = "it moves tokens and no latents"
+BROWNIAN = "its noise is a Brownian tree of torchsde, and no noise of single steps; dpmpp_sde is the same solver"
+REFUSED: dict[str, str] = {
+    "AmusedScheduler": TOKENS,
+    "BlockRefinementScheduler": TOKENS,
+    "CMStochasticIterativeScheduler": "it is of consistency models of pixels",
+    "CosineDPMSolverMultistepScheduler": "it is of models of sound, with the noise of torchsde's Brownian tree",
+    "DDIMInverseScheduler": "it goes from clean to noise",
+    "DPMSolverMultistepInverseScheduler": "it goes from clean to noise",
+    "DPMSolverSDEScheduler": BROWNIAN,
+    "DiscreteDDIMScheduler": TOKENS,
+    "EntropyBoundScheduler": TOKENS,
+    "HeliosDMDScheduler": "its stages change the latents' size on the way; of one model of video",
+    "HeliosScheduler": "its stages change the latents' size on the way; of one model of video",
+    "IPNDMScheduler": "it is of models of sound, on a path of its own; ipndm is the same solver",
+    "KarrasVeScheduler": "it is of models of pixels, and takes sigmas and two samples a step; deprecated",
+    "MiniMaxH3Scheduler": "its timesteps count from 0, noise, to 1; of one model of video and sound",
+    "PiflowScheduler": "its network answers a whole policy of several predictions; of one model of video",
+    "RFD4ProteinaScheduler": "it is of models of proteins",
+    "RePaintScheduler": "it goes back and forth, and takes a picture and a mask each step",
+    "SCMScheduler": "it is of Sana Sprint alone, which the pipeline tier runs",
+    "ScoreSdeVeScheduler": "it is of models of pixels, and a predictor and a corrector that are called apart; deprecated",
+    "VQDiffusionScheduler": TOKENS,
+}
+"""Why the others of diffusers' schedulers are none of ours."""
+
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample", "flow_prediction": "flow"}
+"""Their names of what a network predicts, and ours."""
+BETAS = {"beta_start", "beta_end", "beta_schedule", "trained_betas", "snr_shift_scale", "rescale_betas_zero_snr"}
+"""Settings that say what the noise path is."""
+Scale: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""alpha and sigma at times: a path's or a field's."""
+REFERENCE = 20
+"""Steps of the run that says how much a scheduler remembers at most."""
+UNIT = 1024.0
+"""What latents are multiplied with to see whether a scheduler is linear: a power of two, so that nothing is rounded."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a scheduler does in a run: n calls in G groups. Samples are in the scale of what the network is given."""
+
+    timesteps: Tensor
+    """``[G]``, float64."""
+    mixed: Tensor
+    """``[G, 2]``: alpha and sigma that the scheduler takes the sample for; NaN if it doesn't say."""
+    calls: list[int]
+    """``[G + 1]``: group g is the calls from ``calls[g]`` to ``calls[g + 1]``."""
+    weights: Tensor
+    """``[n, 1 + H, 3 + H]``: (sample, output, noise, memory) to (sample, memory)."""
+    scale: float
+    """Standard deviation of the noise that a run from nothing else begins with."""
+
+    @property
+    def memory(self) -> int:
+        """H: how many latents are remembered."""
+        return self.weights.shape[1] - 1
+
+    def call(self, group: int, k: int, memory: int) -> Tensor:
+        """The weights ``[1 + memory, 3 + memory]`` of a group's k-th call; of one that it doesn't have, no change."""
+        at = self.calls[group] + k
+        if at >= self.calls[group + 1]:
+            same = torch.eye(3 + memory, dtype=torch.float64)
+            return same[[0, *range(3, 3 + memory)]]
+        return pad(self.weights[at], (0, memory - self.memory, 0, memory - self.memory))
+
+
+class Traced(Scheduler):
+    """A scheduler of diffusers, on the grid that it makes itself.
+
+    Settings are those of the class in diffusers; ``path`` (and ``revision``) is a model's folder whose scheduler's settings
+    are taken where none is given, as ``from_config`` does. A parameter of ``step`` (``eta``, say) is a setting, too, and
+    ``sigmas: trailing`` gives ``set_timesteps`` the sigmas 1 to 1/n, as the pipelines of FLUX and its like do. ``clip_sample``
+    is false unless it is given: latents have no range. Settings with which a step isn't linear (clipping, thresholding) are
+    refused. With neither ``path`` nor settings of betas, they are those of the denoiser's noise path; otherwise the two have
+    to be the same.
+    """
+
+    contract = 1
+    diffusers_class: ClassVar[str]
+
+    def __init__(self, path: str = "", revision: str | None = None, **settings: Any) -> None:
+        taken = Folder(path, revision).config("scheduler") if path else {}
+        self.settings = json.dumps({"config": taken, **settings}, sort_keys=True)
+        config = _make(self.diffusers_class, self.settings)[0].config
+        self.steps = (
+            0 if taken or BETAS & set(settings) or "trained_betas" not in config else config["num_train_timesteps"]
+        )
+        self.dynamic = bool(config.get("use_dynamic_shifting"))
+        self.prediction = _prediction(self.diffusers_class, config)
+        self.memory = _trace(
+            self.diffusers_class, self.settings, REFERENCE, 0, 64 * 64 if self.dynamic else 0, b""
+        ).memory
+
+    def fingerprint(self) -> str:
+        import diffusers
+
+        return f"diffusers {diffusers.__version__}"
+
+    def start(self, path: NoisePath, steps: int, kept: int, shape: Sequence[int]) -> Start:
+        table = self._table(path.scale, steps, steps - kept, shape)
+        times = _times(path, table.timesteps, table.mixed)
+        wanted = torch.stack(path.scale(times), 1)
+        if not bool((table.mixed.isnan() | torch.isclose(table.mixed, wanted, rtol=0.01, atol=0.01)).all()):
+            raise ValueError(
+                f"{self.diffusers_class} has another noise path than the denoiser: give scheduler.path, the model's folder, "
+                "or beta_schedule, beta_start and beta_end as it was trained"
+            )
+        alpha, sigma = wanted[0] if bool(table.mixed[0].isnan().any()) else table.mixed[0]
+        state = {"at": torch.tensor([steps, steps - kept, 0])}
+        if self.memory:
+            state["memory"] = torch.zeros(self.memory, *shape)
+        times = torch.cat([times, torch.zeros(1, dtype=torch.float64)])
+        return Start(times, state, float(alpha), float(sigma), table.scale if kept == steps else float(sigma))
+
+    def init(self, field: Field, x: Tensor, t: Tensor) -> State:
+        raise ValueError(f"{self.diffusers_class} has a grid of its own: its rows begin as `start` says")
+
+    def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:
+        dtype, (alpha, sigma) = x.dtype, field.scale(t)
+        memory = list(state["memory"].unbind(1)) if self.memory else []
+        at = state["at"].tolist()
+        runs = [(self._table(field.scale, steps, begin, x.shape[1:]), group) for steps, begin, group in at]
+        for k in range(max(table.calls[group + 1] - table.calls[group] for table, group in runs)):
+            weights = torch.stack([table.call(group, k, self.memory) for table, group in runs])
+            noise = field.noise(t, s) if bool(weights[:, :, 2].any()) else None
+            output = _output(self.prediction, x, field.clean(x, t), alpha, sigma)
+            x, *memory = (_sum(row, [x, output, noise, *memory]) for row in weights.to(x.device).unbind(1))
+        moved = {"at": state["at"] + torch.tensor([0, 0, 1], device=state["at"].device)}
+        if self.memory:
+            moved["memory"] = torch.stack(memory, 1).to(dtype)
+        return x.to(dtype), moved
+
+    def _table(self, scale: Scale, steps: int, begin: int, shape: Sequence[int]) -> Table:
+        betas = _betas(scale, self.steps) if self.steps else b""
+        area = math.prod(shape[-2:]) if self.dynamic else 0
+        table = _trace(self.diffusers_class, self.settings, steps, begin, area, betas)
+        if table.memory > self.memory:
+            raise ValueError(
+                f"{self.diffusers_class} remembers more in {steps} steps than in {REFERENCE}: it isn't traced"
+            )
+        return table
+
+
+def _betas(scale: Scale, steps: int) -> bytes:
+    """The betas of a noise path of so many timesteps, as float64; none for a path that isn't variance preserving."""
+    alpha, sigma = (value.flatten() for value in scale(torch.arange(1, steps + 1, dtype=torch.float64) / steps))
+    bars = torch.cat([torch.ones_like(alpha[:1]), alpha**2])
+    preserves = torch.allclose(alpha**2 + sigma**2, torch.ones_like(alpha))
+    return (1 - bars[1:] / bars[:-1]).cpu().numpy().tobytes() if preserves else b""
+
+
+def _times(path: NoisePath, timesteps: Tensor, mixed: Tensor) -> Tensor:
+    """The times at which networks are told these timesteps; of a path whose timesteps aren't linear in t, by sigma / alpha."""
+    first, last = path.timestep(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    times = (timesteps - first) / (last - first)
+    if not torch.allclose(path.timestep(times), timesteps):
+        times = path.time(mixed[:, 1] / mixed[:, 0])
+    return times.clamp(max=1.0)
+
+
+def _output(prediction: str, x: Tensor, clean: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """What a network that predicts ``prediction`` has answered where the clean latents are ``clean``."""
+    if prediction == "sample":
+        return clean
+    noise = (x - alpha * clean) / sigma
+    if prediction == "epsilon":
+        return noise
+    return alpha * noise - sigma * clean if prediction == "v" else noise - clean
+
+
+def _sum(weights: Tensor, vectors: Sequence[Tensor | None]) -> Tensor:
+    """Of ``weights[B, V]`` and V latents ``[B, ...]``. One after another, so that a row's bits don't hang on its company."""
+    total: Tensor | float = 0.0
+    for weight, vector in zip(weights.unbind(1), vectors):
+        if vector is not None:
+            total = total + weight.reshape(-1, *(1 for _ in vector.shape[1:])) * vector
+    assert isinstance(total, Tensor)
+    return total
+
+
+# ------------------------------------------------------------------------------------------------------ the trace
+
+
+@lru_cache(maxsize=1024)
+def _trace(name: str, settings: str, steps: int, begin: int, area: int, betas: bytes) -> Table:
+    """The table of a class's last ``steps - begin`` of ``steps`` steps, for latents of ``area`` pixels where the grid asks."""
+    scheduler, in_step, trailing = _make(name, settings, betas)
+    grid: dict[str, Any] = {"mu": _mu(scheduler.config, area / 4)} if area else {}
+    grid |= {"sigmas": np.linspace(1, 1 / steps, steps).tolist()} if trailing else {"num_inference_steps": steps}
+    try:
+        scheduler.set_timesteps(**grid)
+    except Exception as error:  # numpy's, torch's, diffusers' own
+        raise ValueError(f"{name} has no grid of {steps} steps: {' '.join(str(error).split())}") from error
+    begin *= getattr(scheduler, "order", 1)
+    timesteps = scheduler.timesteps[begin:]
+    if name == "DDPMWuerstchenScheduler":
+        timesteps = timesteps[:-1]  # the last is clean, and its pipelines leave it out, too
+    mixed = _mix(scheduler, timesteps)
+    again = copy.deepcopy(scheduler)
+    for each in (scheduler, again):
+        if hasattr(each, "set_begin_index"):
+            each.set_begin_index(begin)
+    scales, calls = _calls(scheduler, timesteps, in_step, 1.0)
+    for one, other in zip(calls, _calls(again, timesteps, in_step, UNIT)[1]):
+        if not torch.equal(one, other):
+            on = [key for key in ("thresholding", "clip_sample") if scheduler.config.get(key)]
+            raise ValueError(
+                f"{name} isn't linear in the latents{' with ' + ' and '.join(on) if on else ''}, "
+                f"and so can't move rows of a mixed batch: {'leave that out' if on else 'choose another'}"
+            )
+    if not all(bool(call.isfinite().all()) for call in calls):
+        raise ValueError(f"{name} is not finite in {steps} steps with these settings")
+    near_by = 1e-5 * float(timesteps.abs().max())  # KDPM2Ancestral's two of a step differ by rounding
+    ends = [0]
+    for k in range(1, len(calls)):
+        if abs(float(timesteps[k] - timesteps[ends[-1]])) > near_by:
+            ends.append(k)
+    first = timesteps[ends].double()
+    if not bool((first.diff() < 0).all()):
+        raise ValueError(f"{name} has timesteps that don't descend in {steps} steps with these settings")
+    scale = torch.tensor(scales, dtype=torch.float64)
+    weights = _packed(calls, scale)
+    for start, stop in zip(ends, [*ends[1:], len(calls)]):
+        if int(weights[start:stop, :, 2].any(1).sum()) > 1:
+            raise ValueError(f"{name} adds noise twice at one timestep: it isn't traced")
+    noise = float(getattr(scheduler, "init_noise_sigma", 1.0)) * scales[0]
+    return Table(first, mixed[ends] * scale[ends, None], [*ends, len(calls)], weights, noise)
+
+
+def _make(name: str, settings: str, betas: bytes = b"") -> tuple[Any, dict[str, Any], bool]:
+    """The scheduler, the settings of its ``step``, and whether its grid is that of trailing sigmas."""
+    import diffusers
+
+    cls = getattr(diffusers, name)
+    options = json.loads(settings)
+    config = options.pop("config")
+    known, in_step, in_grid = (
+        set(inspect.signature(function).parameters) for function in (cls.__init__, cls.step, cls.set_timesteps)
+    )
+    for_step = {key: options.pop(key) for key in list(options) if key in in_step - known}
+    trailing = "sigmas" in in_grid and options.pop("sigmas", None) == "trailing"
+    for key in options:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            raise ValueError(f"{name} has no setting {key!r}{f' (did you mean {close[0]!r}?)' if close else ''}")
+    if betas:
+        options |= {"trained_betas": np.frombuffer(betas).tolist()}
+        options |= {"snr_shift_scale": 1.0} if "snr_shift_scale" in known else {}
+    if "clip_sample" in known - set(config):
+        options = {"clip_sample": False, **options}
+    return cls.from_config(config, **options) if config else cls(**options), for_step, trailing
+
+
+def _prediction(name: str, config: Any) -> str:
+    if name.startswith(("FlowM", "LTX")):
+        return "flow"
+    if name.startswith("EDM"):
+        return "sample"  # what preconditioning makes of the output: see _calls
+    return PREDICTIONS[config.get("prediction_type", "epsilon")]
+
+
+def _mu(config: Any, tokens: float) -> float:
+    """The shift of a latent of so many 2x2 patches (Esser et al. 2024), as the pipelines of FLUX and its like compute it."""
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return float(base + (top - base) * (tokens - low) / (high - low))
+
+
+def _mix(scheduler: Any, timesteps: Tensor) -> Tensor:
+    """Alpha and sigma ``[n, 2]`` of the sample at each timestep, float64."""
+    one = torch.ones(len(timesteps), 1, 1, 1, dtype=torch.float64)
+    wrong = type(scheduler).__name__ == "SASolverScheduler" and scheduler.config.use_flow_sigmas  # it forgets the flow
+    if hasattr(scheduler, "add_noise") and not wrong:
+        alpha = scheduler.add_noise(one, 0 * one, timesteps)
+        sigma = scheduler.add_noise(0 * one, one, timesteps)
+    elif hasattr(scheduler, "scale_noise"):
+        # Each asks a copy, since FlowMatchHeun's keeps the first timestep that it was asked for.
+        each = list(zip(timesteps[:, None], one[:1].expand(len(timesteps), 1, 1, 1, 1)))
+        alpha = torch.cat([copy.deepcopy(scheduler).scale_noise(x, t, 0 * x) for t, x in each])
+        sigma = torch.cat([copy.deepcopy(scheduler).scale_noise(0 * x, t, x) for t, x in each])
+    else:
+        alpha = sigma = torch.nan * one
+    mixed = torch.stack([alpha.flatten(), sigma.flatten()], 1).double()
+    if getattr(scheduler, "order", 1) > 1:  # between two steps, KDPM2's gives the sigma of another timestep
+        mixed[torch.arange(len(mixed)) % scheduler.order > 0] = torch.nan
+    return mixed
+
+
+def _calls(scheduler: Any, timesteps: Tensor, in_step: dict[str, Any], unit: float) -> tuple[list[float], list[Tensor]]:
+    """The scale of what the network is given, and the weights of (sample, output, noise, memory), call by call."""
+    scales, calls = [], []
+    for k, timestep in enumerate(timesteps):
+        slots = list(_slots(scheduler))
+        sample, output, *noises = unit * torch.eye(4 + len(slots), dtype=torch.float64)[:, None, None, None, :]
+        noises, memory = noises[:2], noises[2:]
+        for (place, key), vector in zip(slots, memory):
+            place[key] = vector
+        given = scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
+        if hasattr(scheduler, "precondition_outputs"):  # ours is told what that makes of an output
+            sigma = scheduler.sigmas[k - len(timesteps) - 1]
+            skip, out = (scheduler.precondition_outputs(*pair, sigma) for pair in ((1.0, 0.0), (0.0, 1.0)))
+            given, output = sample, (output - skip * sample) / out
+        with _Draw(noises):
+            try:
+                moved = _step(scheduler, timesteps, k, output, sample, in_step)
+            except Exception as error:  # whatever a class has against its settings
+                raise ValueError(f"{type(scheduler).__name__}: {' '.join(str(error).split())}") from error
+        after = torch.stack([moved, *(place[key] for place, key in _slots(scheduler))]).double().flatten(1) / unit
+        if bool(after[:, 2].any() and after[:, 3].any()):
+            raise ValueError(f"{type(scheduler).__name__} adds noise twice in a step: it isn't traced")
+        after[:, 2] += after[:, 3]
+        scales.append(float(given.flatten()[0]) / unit)
+        calls.append(after[:, [0, 1, 2, *range(4, 4 + len(slots))]])
+    return scales, calls
+
+
+def _step(scheduler: Any, timesteps: Tensor, k: int, output: Tensor, sample: Tensor, given: dict[str, Any]) -> Tensor:
+    """One call of ``step``, as the pipelines call it."""
+    t = timesteps[k]
+    parameters = inspect.signature(scheduler.step).parameters
+    if "old_pred_original_sample" in parameters:
+        before = timesteps[k - 1] if k else None
+        old = vars(scheduler).get("old_pred_original_sample")
+        moved, scheduler.old_pred_original_sample = scheduler.step(
+            output, old, t, before, sample, **given, return_dict=False
+        )
+        return moved
+    if type(scheduler).__name__ == "DDPMWuerstchenScheduler":
+        t = t[None]
+    if "prev_timestep" in parameters:
+        given = {**given, "prev_timestep": timesteps[k + 1] if k + 1 < len(timesteps) else None}
+    return scheduler.step(output, t, sample, **given, return_dict=False)[0]
+
+
+def _slots(scheduler: Any) -> Iterator[tuple[Any, Any]]:
+    """Where a scheduler keeps what is shaped as latents: ``(list or dict, key)``."""
+    for name, value in vars(scheduler).items():
+        if isinstance(value, list):
+            yield from ((value, i) for i, each in enumerate(value) if isinstance(each, Tensor) and each.ndim == 4)
+        elif isinstance(value, Tensor) and value.ndim == 4:
+            yield vars(scheduler), name
+
+
+class _Draw(TorchFunctionMode):
+    """Gives ``noises``, one after another, to whoever draws in this thread."""
+
+    def __init__(self, noises: Sequence[Tensor]) -> None:
+        self.noises = iter(noises)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.randn, torch.randn_like):
+            return next(self.noises).to((kwargs or {}).get("dtype") or torch.float64)
+        return func(*args, **(kwargs or {}))
+
+
+def _packed(calls: list[Tensor], scale: Tensor) -> Tensor:
+    """The calls' weights ``[n, 1 + H, 3 + H]``, with what no later call reads left out, in the network's scale."""
+    read: list[int] = []
+    out: list[Tensor] = []
+    for k in reversed(range(len(calls))):
+        weights = calls[k][[0, *(1 + i for i in read)]]
+        read = [i for i in range(weights.shape[1] - 3) if bool(weights[:, 3 + i].any())]
+        weights = weights[:, [0, 1, 2, *(3 + i for i in read)]]
+        weights[:, 0] /= scale[k]
+        weights[0] *= scale[k + 1] if k + 1 < len(calls) else 1.0
+        out.append(weights)
+    most = max(max(w.shape[0] - 1, w.shape[1] - 3) for w in out)
+    return torch.stack([pad(w, (0, most - w.shape[1] + 3, 0, most - w.shape[0] + 1)) for w in reversed(out)])
+
+
+for _name, (_order, _evaluations, _stochastic) in TRACED.items():
+    globals()[_name] = type(
+        _name,
+        (Traced,),
+        {
+            "__doc__": f"``{_name}`` of diffusers.",
+            "__module__": __name__,
+            "contract": 1,
+            "diffusers_class": _name,
+            "order": _order,
+            "evaluations": _evaluations,
+            "stochastic": _stochastic,
+        },
+    )
