@@ -94,10 +94,11 @@ def test_ours_come_by_the_same_door():
 
 
 def test_an_unknown_name_is_answered_with_what_is_installed_and_the_nearest(tmp_path, monkeypatch):
-    assert refusal(registry.find, "stage", "blur") == "no stage plugin 'blur' is installed; there are: none"
+    ours = [entry.name for entry in registry.entries("stage")]
+    assert refusal(registry.find, "stage", "blur").startswith("no stage plugin 'blur' is installed; there are: ")
     distribution(tmp_path, "filters", "1", ["[latentmill.stages]", "sharpen = nowhere:S", "blur = nowhere:B"])
     monkeypatch.syspath_prepend(tmp_path)
-    there = "there are: blur, sharpen"
+    there = f"there are: {', '.join(sorted(['blur', 'sharpen', *ours]))}"
     said = f"no stage plugin 'blurr' is installed (did you mean 'blur'?); {there}"
     assert refusal(registry.find, "stage", "blurr") == said
     assert refusal(registry.find, "stage", "xyz") == f"no stage plugin 'xyz' is installed; {there}"

@@ -228,7 +228,7 @@ def make_stage(job: Job, plan: Plan, name: str) -> Stage:
 
 
 def _read(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
-    scheduler = job.scheduler["name"] if job.scheduler else ""
+    scheduler = job.scheduler["name"] if job.scheduler and "denoise" in job.flow else ""
     return Read(plugin_of(job, "source"), plan, job.sampling, scheduler, plan.spec.downscale if plan.spec else 1)
 
 

@@ -1,0 +1,407 @@
+"""Any text-to-image pipeline of diffusers, with its own loop: two stages in place of encode and denoise.
+
+    flow: [read, pipeline_encode, pipeline_denoise, decode, write]
+
+A pipeline is called as everyone calls it, twice, and each time with only some of its parts. In ``pipeline_encode`` it has text
+encoders and no network: what its ``encode_prompt`` returns is noted, and when the network is first called, the call ends. In
+``pipeline_denoise`` it has the network and no text encoders: ``encode_prompt`` returns what was noted. So what a pipeline
+calls its inputs, how it pads, guides and packs latents, is its own affair and in no table here.
+
+Prompts are encoded one by one, and each row draws with a generator of its seed, so a row depends on itself alone. Rows that
+agree in steps, guidance and size go together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NoReturn
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from latentmill import rows, tensors
+from latentmill.plugin import LatentSpec, Reject, RowError, Stage
+from latentmill_diffusers.folder import Folder, dtype_of
+from latentmill_diffusers.vae import DiffusersVAE
+
+NETWORKS = ("transformer", "unet", "unconditional_transformer")
+DECODERS = ("vae", "movq", "vqgan")
+"""How the names of the parts begin that are the network, and that make pictures of latents."""
+SKIPPED = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts that no latents of a prompt need."""
+OFF = ("use_resolution_binning", "enable_prompt_rewrite", "use_pe", "prompt_upsampling")
+"""Parameters that are false here: they change the size that was asked for, or the prompt."""
+REFUSED = {
+    "Flux2KleinPipeline": "it undoes the VAE's batch norm before it returns latents; model=diffusers runs it",
+    "IFPipeline": "it makes pixels and no latents",
+    "PRXPixelPipeline": "it makes pixels and no latents",
+}
+"""Pipelines that can't be run so, by name, and why."""
+NOTED = b"latentmill_diffusers.noted"
+"""Metadata key, on the first column of conditioning, of how ``encode_prompt`` returned it."""
+
+
+class Pipeline(Stage):
+    """What both stages have in common: the pipeline of the model at ``path``, called with some of its parts.
+
+    ``call`` holds more arguments for the pipeline, for all rows: ``{max_sequence_length: 128}``, say.
+    """
+
+    contract = 1
+
+    def __init__(
+        self, path: str = "", revision: str | None = None, dtype: str = "float32", call: dict[str, Any] | None = None
+    ) -> None:
+        self.folder = Folder(path, revision)
+        self.logical = dtype_of(dtype)
+        self.call = call or {}
+        self.parameters = inspect.signature(self.cls.__call__).parameters
+        for name in self.call:
+            if name not in self.parameters:
+                close = difflib.get_close_matches(name, self.parameters, n=1)
+                meant = f" (did you mean {close[0]!r}?)" if close else ""
+                raise ValueError(f"call: {self.folder.pipeline} takes no {name!r}{meant}")
+        if reason := refused(self.cls):
+            raise ValueError(f"{self.folder.pipeline} can't be run by its parts: {reason}")
+        self.guidance = next((n for n in ("guidance_scale", "true_cfg_scale") if n in self.parameters), None)
+        self.device = torch.device("cpu")
+
+    @cached_property
+    def cls(self) -> Any:
+        """The pipeline's class. Raises ValueError if diffusers has none of the name."""
+        import diffusers
+
+        found = getattr(diffusers, self.folder.pipeline, None)
+        if found is None:
+            raise ValueError(f"{self.folder.root}: the installed diffusers has no {self.folder.pipeline}")
+        return found
+
+    def fingerprint(self) -> str:
+        import diffusers
+
+        return f"diffusers {diffusers.__version__} {self.folder.fingerprint(*filter(self.needs, self.folder.index))}"
+
+    def needs(self, part: str) -> bool:
+        """Whether the stage loads this part."""
+        raise NotImplementedError
+
+    def load(self, device: torch.device) -> None:
+        given: dict[str, Any] = {}
+        for name in inspect.signature(self.cls.__init__).parameters:
+            if name in self.folder.index:
+                value = self.folder.index[name]
+                part = isinstance(value, list) and all(isinstance(each, (str, type(None))) for each in value)
+                given[name] = self._part(name, device) if part else value
+        self.device, self.pipeline = device, self.cls(**given)
+        self.pipeline.set_progress_bar_config(disable=True)
+
+    def _part(self, name: str, device: torch.device) -> Any:
+        found = self.folder.class_of(name)
+        if found is None or name.startswith(SKIPPED):
+            return None
+        cls = _class(*found)
+        if not issubclass(cls, torch.nn.Module):
+            return cls.from_pretrained(self.folder / name) if self.needs(name) or name == "scheduler" else None
+        if self.needs(name):
+            return self.folder.load(cls, name, self.logical).to(device)
+        absent = Network if name.startswith(NETWORKS) else Absent
+        return absent(_config(cls, self.folder, name), self.logical)
+
+    def run(self, given: Sequence[Mapping[str, Any]], encode_prompt: Callable[..., Any], prompts: Sequence[str]) -> Any:
+        """Call the pipeline for rows that agree in steps, guidance and size, with another ``encode_prompt``."""
+        first, known = given[0], self.parameters
+        arguments = {name: False for name in OFF if name in known} | {
+            **self.call,
+            "prompt": list(prompts),
+            "height": first["height"],
+            "width": first["width"],
+            "num_inference_steps": first["steps"],
+            "generator": [torch.Generator("cpu").manual_seed(row["seed"]) for row in given],
+            "output_type": "latent",
+            "return_dict": False,
+        }
+        if self.guidance:
+            arguments[self.guidance] = first["guidance_scale"]
+        if "negative_prompt" in known and first["guidance_scale"] > 1:
+            arguments["negative_prompt"] = [row["negative_prompt"] for row in given]
+        self.pipeline.encode_prompt = encode_prompt
+        try:
+            return self.pipeline(**arguments)[0]
+        finally:
+            del self.pipeline.encode_prompt
+
+
+class PipelineEncode(Pipeline):
+    """Adds ``prompt:*``: what the pipeline's ``encode_prompt`` returns for the row's prompt and negative prompt."""
+
+    def needs(self, part: str) -> bool:
+        return self.folder.class_of(part) is not None and not part.startswith((*NETWORKS, *DECODERS, *SKIPPED))
+
+    @torch.inference_mode()
+    def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
+        noted: dict[tuple[Any, ...], dict[str, Any]] = {}
+        groups: dict[str, list[tuple[int, list[Tensor]]]] = {}
+        columns = [name for name in rows.SCALARS.names if name in batch.column_names]
+        for i, row in enumerate(batch.select(columns).to_pylist()):
+            try:
+                _check(row, self.folder.pipeline)
+                key = tuple(row[n] for n in ("prompt", "negative_prompt", "guidance_scale", "width", "height"))
+                if key not in noted:
+                    noted[key] = self._note(row)
+            except ValueError as error:
+                reject(i, " ".join(str(error).split()))
+                continue
+            shapes = [[list(leaf.shape), str(leaf.dtype)] for leaf in noted[key]["leaves"]]
+            group = json.dumps([noted[key]["form"], shapes])
+            groups.setdefault(group, []).append((i, noted[key]["leaves"]))
+        for group, members in groups.items():
+            part = batch.take([i for i, _ in members])
+            for k in range(len(members[0][1])):
+                part = tensors.with_tensor(part, f"{rows.PROMPT}{k}", torch.stack([leaves[k] for _, leaves in members]))
+            at = part.schema.get_field_index(f"{rows.PROMPT}0")
+            field = part.schema.field(at)
+            about = {**field.metadata, NOTED: json.dumps(json.loads(group)[0]).encode()}
+            yield part.set_column(at, field.with_metadata(about), part.column(at))
+
+    def _note(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What ``encode_prompt`` returns for a row: its tensors, on the CPU, and its form."""
+        single, double = self._returned([row]), self._returned([row, row])
+        leaves: list[Tensor] = []
+        form = [_form(one, two, leaves) for one, two in zip(single, double)]
+        if not leaves:
+            raise ValueError(f"{self.folder.pipeline} calls no encode_prompt before its network")
+        return {"form": form, "leaves": leaves}
+
+    def _returned(self, given: Sequence[Mapping[str, Any]]) -> list[Any]:
+        returned = []
+        original = self.pipeline.encode_prompt
+
+        def encode_prompt(*positional: Any, **named: Any) -> Any:
+            returned.append(original(*positional, **named))
+            for part in self.pipeline.components.values():
+                if isinstance(part, Network):
+                    part.near = True
+            return returned[-1]
+
+        try:
+            self.run(given, encode_prompt, [row["prompt"] for row in given])
+        except _Reached:
+            return returned
+        raise RuntimeError(f"{self.folder.pipeline} made latents without calling its network")
+
+
+class PipelineDenoise(Pipeline):
+    """Replaces ``prompt:*`` by ``latents``, clean and scaled as the VAE of the job, ``vae``, expects them."""
+
+    def __init__(
+        self,
+        path: str = "",
+        revision: str | None = None,
+        dtype: str = "float32",
+        call: dict[str, Any] | None = None,
+        vae: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(path, revision, dtype, call)
+        settings = dict(vae or {})
+        if str(settings.pop("name", None)).rpartition(":")[2] != "diffusers":
+            raise ValueError("vae must be the job's (vae: ${vae}), and that the pipeline's own: vae=diffusers")
+        self.spec: LatentSpec = DiffusersVAE(**settings).spec
+
+    def needs(self, part: str) -> bool:
+        return self.folder.class_of(part) is not None and part.startswith(NETWORKS)
+
+    @torch.inference_mode()
+    def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
+        names = [f"{rows.PROMPT}{k}" for k in range(sum(n.startswith(rows.PROMPT) for n in batch.column_names))]
+        form = json.loads(batch.schema.field(names[0]).metadata[NOTED])
+        leaves = [tensors.from_arrow(batch, name) for name in names]
+        shared = [k for k in _shared(form)]
+        given = batch.select(rows.SCALARS.names).to_pylist()
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for i, row in enumerate(given):
+            told = tuple(tuple(leaves[k][i].flatten().tolist()) for k in shared)
+            groups.setdefault((row["steps"], row["guidance_scale"], row["height"], row["width"], told), []).append(i)
+        for members in groups.values():
+            try:
+                shape = self.spec.shape(given[members[0]]["height"], given[members[0]]["width"])
+            except RowError as error:
+                for i in members:
+                    reject(i, str(error))
+                continue
+            noted = iter([_filled(each, [leaf[members].to(self.device) for leaf in leaves]) for each in form])
+            made = self.run(
+                [given[i] for i in members], lambda *a, _noted=noted, **k: next(_noted), [""] * len(members)
+            )
+            latents = self._unpacked(made, *shape).float().cpu()
+            if tuple(latents.shape[1:]) != shape:
+                for i in members:
+                    reject(
+                        i,
+                        f"{self.folder.pipeline} makes no latents of this size: {tuple(latents.shape[1:])}, not {shape}",
+                    )
+                continue
+            part = batch.drop_columns(names).take(members)
+            good = latents.isfinite().flatten(1).all(1).tolist()
+            for i, fine in zip(members, good):
+                if not fine:
+                    reject(i, f"the latents of {self.folder.pipeline} are not finite")
+            latents = latents.to(getattr(torch, self.spec.dtype))
+            yield rows.with_latents(part, latents, self.spec).filter(pa.array(good))
+
+    def _unpacked(self, made: Tensor, channels: int, height: int, width: int) -> Tensor:
+        """``[B, C, h, w]`` of what the pipeline made, by its own ``_unpack_latents`` if those are patches."""
+        if tuple(made.shape) == (len(made), height * width, channels):  # tokens of a pixel each
+            made = made.transpose(1, 2).unflatten(2, (height, width))
+        elif made.ndim == 3 and hasattr(self.pipeline, "_unpack_latents"):
+            size = {"height": height * self.spec.downscale, "width": width * self.spec.downscale}
+            if "vae_scale_factor" in inspect.signature(self.pipeline._unpack_latents).parameters:
+                size["vae_scale_factor"] = self.pipeline.vae_scale_factor
+            made = self.pipeline._unpack_latents(made, **size)
+        if made.ndim == 5:  # of video, with one frame
+            made = made.squeeze(1 if made.shape[1] == 1 else 2)
+        if tuple(made.shape) == (len(made), height, width, channels):
+            made = made.permute(0, 3, 1, 2)
+        return made
+
+
+def refused(cls: Any) -> str | None:
+    """Why a pipeline's class can't be run by its parts, or None if nothing is known against it."""
+    if cls.__name__ in REFUSED:
+        return REFUSED[cls.__name__]
+    parameters = inspect.signature(cls.__call__).parameters
+    if "prompt" not in parameters or "output_type" not in parameters:
+        return "it doesn't make pictures out of prompts"
+    if not hasattr(cls, "encode_prompt"):
+        return "it has no encode_prompt"
+    return None
+
+
+def _check(row: Mapping[str, Any], pipeline: str) -> None:
+    """Raise RowError for what a pipeline's own loop doesn't do."""
+    plain = {**rows.PLAIN_GUIDANCE, "strength": 1.0, "scheduler": ""}
+    for name, value in plain.items():
+        if row[name] != value:
+            raise RowError(f"{pipeline} runs its own loop, without {name}: {value!r} is expected, not {row[name]!r}")
+
+
+class _Reached(BaseException):
+    """The pipeline has come to its network."""
+
+
+class Absent:
+    """Stands in a pipeline for a part that this stage doesn't load. It knows the part's config."""
+
+    def __init__(self, config: Any, dtype: torch.dtype) -> None:
+        self.config, self.dtype = config, dtype
+
+    def __getattr__(self, name: str) -> Any:
+        config = self.__dict__.get("config", {})
+        if isinstance(config, Mapping) and name in config:
+            return config[name]
+        raise AttributeError(name)
+
+
+class Network(Absent):
+    """The network, where prompts are encoded: the call ends when it comes here, and has encoded what it wants."""
+
+    near = False
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if self.near and not name.startswith("_"):
+                raise _Reached from None
+            raise
+
+    def __call__(self, *positional: Any, **named: Any) -> NoReturn:
+        raise _Reached
+
+
+def _class(library: str, name: str) -> Any:
+    """A part's class, as ``model_index.json`` names it. Raises ValueError if it isn't diffusers' or transformers'."""
+    import diffusers
+    import transformers
+
+    home = {"diffusers": diffusers, "transformers": transformers}.get(library)
+    found = getattr(home or getattr(diffusers.pipelines, library, None), name, None)
+    if found is None:
+        raise ValueError(f"model_index.json names {library}.{name}, which is neither in diffusers nor in transformers")
+    return found
+
+
+def _config(cls: Any, folder: Folder, part: str) -> Any:
+    """A model's config without the model."""
+    if hasattr(cls, "config_class") and cls.config_class is not None:
+        return cls.config_class.from_pretrained(folder / part)
+    from diffusers.configuration_utils import FrozenDict
+
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return FrozenDict({**defaults, **folder.config(part)})
+
+
+# ----------------------------------------------------------------------------------------- what encode_prompt returns
+
+
+def _form(single: Any, double: Any, leaves: list[Tensor]) -> Any:
+    """The form of what came back for one row, whose tensors go to ``leaves``; for the same row twice ``double`` came back.
+
+    JSON: null; ``{leaf, axis}``, with null for the axis of what both rows share, "list" for a list of each row's own, "ends" for
+    ends of tokens, counted on; ``{number}``, of a leaf; ``[...]``.
+    """
+    if single is None:
+        return None
+    if isinstance(single, Tensor):
+        axes = [k for k, (one, two) in enumerate(zip(single.shape, double.shape)) if one != two]
+        if single.ndim == 1 and (len(single), len(double)) == (
+            2,
+            3,
+        ):  # where each row's tokens begin, one after another
+            leaves.append(single[1].cpu())
+            return {"leaf": len(leaves) - 1, "axis": "ends"}
+        if axes and (len(axes), single.shape[axes[0]], double.shape[axes[0]]) != (1, 1, 2):
+            raise ValueError(
+                f"encode_prompt returned a tensor {tuple(single.shape)} for a row, {tuple(double.shape)} for two"
+            )
+        leaves.append((single.squeeze(axes[0]) if axes else single).cpu())
+        return {"leaf": len(leaves) - 1, "axis": axes[0] if axes else None}
+    if isinstance(single, (bool, int, float)):
+        leaves.append(torch.tensor(single))
+        return {"number": len(leaves) - 1}
+    if isinstance(single, (list, tuple)):
+        if len(double) == 2 * len(single) == 2 and isinstance(single[0], Tensor):
+            leaves.append(single[0].cpu())
+            return {"leaf": len(leaves) - 1, "axis": "list"}
+        return [_form(one, two, leaves) for one, two in zip(single, double)]
+    raise ValueError(f"encode_prompt returned a {type(single).__name__}, which can't travel")
+
+
+def _filled(form: Any, leaves: Sequence[Tensor]) -> Any:
+    """What ``encode_prompt`` would have returned for several rows, out of their ``leaves``, each ``[B, ...]``."""
+    if form is None:
+        return None
+    if isinstance(form, list):
+        return tuple(_filled(each, leaves) for each in form)
+    if "number" in form:
+        return leaves[form["number"]][0].item()
+    leaf = leaves[form["leaf"]]
+    if form["axis"] == "list":
+        return list(leaf)
+    if form["axis"] == "ends":
+        return torch.nn.functional.pad(leaf.cumsum(0), (1, 0)).to(leaf.dtype)
+    return leaf[0] if form["axis"] is None else leaf.movedim(0, form["axis"]).contiguous()
+
+
+def _shared(form: Any) -> Iterator[int]:
+    """The leaves that rows must agree in to go together."""
+    if isinstance(form, list):
+        for each in form:
+            yield from _shared(each)
+    elif isinstance(form, dict) and (form.get("axis", 0) is None or "number" in form):
+        yield form.get("leaf", form.get("number"))

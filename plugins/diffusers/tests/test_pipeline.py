@@ -1,0 +1,523 @@
+"""Pipelines run by their parts against the pipelines called directly, on tiny models of the real classes.
+
+``python plugins/diffusers/tests/test_pipeline.py`` writes the README's table of pipelines anew.
+"""
+
+import inspect
+import io
+import json
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+from PIL import Image
+
+import latentmill
+from latentmill import rows, tensors
+from latentmill.registry import PluginError
+from latentmill_diffusers import pipeline, tiny
+from latentmill_diffusers.pipeline import Absent, PipelineDenoise, PipelineEncode
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- pipelines, by tests/test_pipeline.py -->\n", "<!-- end of pipelines -->\n"
+PROMPTS = [("a red fox", ""), ("two houses by the sea", "blurry"), ("a red fox", "bad")]
+SIZES = {"HiDreamImagePipeline": (256, 256), "Kandinsky5T2IPipeline": (1024, 1024), "LuminaPipeline": (64, 128)}
+"""Height and width, where a pipeline has its own idea of them: an area, a list, a factor of 8."""
+CALLS = {"BriaPipeline": {"max_sequence_length": 128}, "SanaSprintPipeline": {"complex_human_instruction": None}}
+
+
+def flow(**settings):
+    return diffusers.FlowMatchEulerDiscreteScheduler(**settings)
+
+
+def packed_vae(channels=4):
+    """FLUX's kind of autoencoder: its latents are packed into 2x2 patches."""
+    return tiny.autoencoder(
+        channels, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
+    )
+
+
+def chroma():
+    transformer = diffusers.ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    )
+    t5 = {"text_encoder": tiny.t5(), "tokenizer": tiny.tokenizer(512, begin=None)}
+    return {"transformer": transformer, "vae": packed_vae(), "scheduler": flow(), **t5}
+
+
+def cogview_3_plus():
+    transformer = diffusers.CogView3PlusTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        text_embed_dim=32,
+        time_embed_dim=8,
+        condition_dim=4,
+        pos_embed_max_size=32,
+        sample_size=16,
+    )
+    scheduler = diffusers.CogVideoXDDIMScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    t5 = {"text_encoder": tiny.t5(), "tokenizer": tiny.tokenizer(224, begin=None)}
+    return {"transformer": transformer, "vae": tiny.autoencoder(), "scheduler": scheduler, **t5}
+
+
+def lumina():
+    transformer = diffusers.LuminaNextDiT2DModel(
+        sample_size=16,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=2,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        multiple_of=16,
+        cross_attention_dim=16,
+    )
+    gemma = {"text_encoder": tiny.gemma(), "tokenizer": tiny.tokenizer(256, end=None)}
+    return {"transformer": transformer, "vae": tiny.autoencoder(blocks=4), "scheduler": flow(), **gemma}
+
+
+def sana_sprint():
+    transformer = diffusers.SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=32,
+        qk_norm="rms_norm_across_heads",
+        guidance_embeds=True,
+    )
+    gemma = {"text_encoder": tiny.gemma(), "tokenizer": tiny.tokenizer(300, end=None)}
+    scheduler = diffusers.SCMScheduler()
+    return {"transformer": transformer, "vae": tiny.deep_compression(), "scheduler": scheduler, **gemma}
+
+
+def latent_consistency():
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        sample_size=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        time_cond_proj_dim=32,
+    )
+    clip = {"text_encoder": tiny.clip(), "tokenizer": tiny.tokenizer(77, pad="</s>")}
+    absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    scheduler = diffusers.LCMScheduler(**tiny.SD_BETAS)
+    return {"unet": unet, "vae": tiny.autoencoder(), "scheduler": scheduler, **clip, **absent}
+
+
+def bria():
+    transformer = diffusers.BriaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=[0, 4, 4],
+    )
+    t5 = {"text_encoder": tiny.t5(), "tokenizer": tiny.tokenizer(128, begin=None)}
+    return {"transformer": transformer, "vae": packed_vae(), "scheduler": flow(), **t5}
+
+
+def qwen_3(cls):
+    import transformers
+
+    return getattr(transformers, cls)(transformers.Qwen3Config(**tiny.QWEN_3)).eval()
+
+
+def ovis():
+    transformer = diffusers.OvisImageTransformer2DModel(
+        in_channels=16,
+        out_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 4, 8),
+    )
+    tokenizer = tiny.tokenizer(512, begin=None, end=None, template=tiny.CHAT)
+    qwen = {"text_encoder": qwen_3("Qwen3Model"), "tokenizer": tokenizer}
+    return {"transformer": transformer, "vae": packed_vae(), "scheduler": flow(), **qwen}
+
+
+def hidream():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    llama = LlamaForCausalLM(LlamaConfig(**tiny.TEXT, **sizes)).eval()
+    llama.config._attn_implementation = "eager"
+    transformer = diffusers.HiDreamImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_channels=[32, 16],
+        text_emb_dim=32,
+        axes_dims_rope=(4, 2, 2),
+        llama_layers=[0, 1],
+        force_inference_output=True,
+    )
+    return {
+        "transformer": transformer,
+        "vae": packed_vae(),
+        "scheduler": flow(),
+        "text_encoder": tiny.clip(16, projection=16, length=218),
+        "tokenizer": tiny.tokenizer(218, pad="</s>"),
+        "text_encoder_2": tiny.clip(16, projection=16, length=218),
+        "tokenizer_2": tiny.tokenizer(218),
+        "text_encoder_3": tiny.t5(),
+        "tokenizer_3": tiny.tokenizer(128, begin=None),
+        "text_encoder_4": llama,
+        "tokenizer_4": tiny.tokenizer(128, end=None),
+    }
+
+
+def qwen_2_5_vl():
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = {
+        **tiny.TEXT,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1000000.0},
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, vocab_size=tiny.VOCABULARY)
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def longcat():
+    transformer = diffusers.LongCatImageTransformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        axes_dims_rope=[4, 4, 8],
+    )
+    qwen = {"text_encoder": qwen_2_5_vl(), "tokenizer": tiny.tokenizer(512, begin=None, end=None)}
+    return {"transformer": transformer, "vae": packed_vae(16), "scheduler": flow(), **qwen, "text_processor": None}
+
+
+def krea_2():
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+
+    text = {**tiny.QWEN_3, "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default"}}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    encoder = Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)).eval()
+    transformer = diffusers.Krea2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        timestep_embed_dim=8,
+        text_hidden_dim=16,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=16,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return {
+        "transformer": transformer,
+        "vae": tiny.video_autoencoder("AutoencoderKLQwenImage"),
+        "scheduler": flow(use_dynamic_shifting=True),
+        "text_encoder": encoder,
+        "tokenizer": tiny.tokenizer(1024, begin=None, end=None),
+        "text_encoder_select_layers": (1, 2),
+    }
+
+
+def kandinsky_5():
+    transformer = diffusers.Kandinsky5Transformer3DModel(
+        in_visual_dim=4,
+        out_visual_dim=4,
+        in_text_dim=16,
+        in_text_dim2=32,
+        time_dim=8,
+        model_dim=16,
+        ff_dim=16,
+        num_text_blocks=1,
+        num_visual_blocks=1,
+        axes_dims=(4, 2, 2),
+        attention_type="regular",
+    )
+    return {
+        "transformer": transformer,
+        "vae": tiny.autoencoder(blocks=4),
+        "scheduler": flow(),
+        "text_encoder": qwen_2_5_vl(),
+        "tokenizer": tiny.tokenizer(1024, begin=None, end=None),
+        "text_encoder_2": tiny.clip(),
+        "tokenizer_2": tiny.tokenizer(77, pad="</s>"),
+    }
+
+
+BUILDERS = {
+    "BriaPipeline": bria,
+    "ChromaPipeline": chroma,
+    "CogView3PlusPipeline": cogview_3_plus,
+    "HiDreamImagePipeline": hidream,
+    "Kandinsky5T2IPipeline": kandinsky_5,
+    "Krea2Pipeline": krea_2,
+    "LatentConsistencyModelPipeline": latent_consistency,
+    "LongCatImagePipeline": longcat,
+    "LuminaPipeline": lumina,
+    "OvisImagePipeline": ovis,
+    "SanaSprintPipeline": sana_sprint,
+}
+
+
+TESTED = {**{name: build for name, build in tiny.BUILDERS.items() if name not in pipeline.REFUSED}, **BUILDERS}
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """The folder of a tiny model, by its pipeline's name; built once."""
+    root = tmp_path_factory.mktemp("pipelines")
+
+    def folder(name):
+        if not (root / name).exists():
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(tiny, "BUILDERS", TESTED)
+                tiny.build(name, root / name)
+        return root / name
+
+    return folder
+
+
+def table_of(prompts, steps=2, guidance=4.0, size=(32, 64), **changes):
+    return rows.from_dicts(
+        {
+            "row": i, "row_id": str(i), "prompt": prompt, "negative_prompt": negative, "seed": i, "steps": steps,
+            "guidance_scale": guidance, "strength": 1.0, "scheduler": "", "height": size[0], "width": size[1], **changes,
+        }
+        for i, (prompt, negative) in enumerate(prompts)
+    )  # fmt: skip
+
+
+def stages(folder, name):
+    """The two stages, loaded."""
+    call, device = CALLS.get(name), torch.device("cpu")
+    encode = PipelineEncode(str(folder), call=call)
+    denoise = PipelineDenoise(str(folder), call=call, vae={"name": "diffusers", "path": str(folder)})
+    encode.load(device)
+    denoise.load(device)
+    return encode, denoise
+
+
+def ours(encode, denoise, table):
+    """Latents by row number."""
+    made = {}
+    for part in encode(table, lambda i, reason: pytest.fail(reason)):
+        for out in denoise(part, lambda i, reason: pytest.fail(reason)):
+            numbers = out.column("row").to_pylist()
+            made |= zip(numbers, tensors.from_arrow(out, "latents"), strict=True)
+    return [made[number] for number in sorted(made)]
+
+
+def directly(folder, name):
+    """The pipeline itself, whole."""
+    index = json.loads((folder / "model_index.json").read_text())
+    absent = {part: None for part, value in index.items() if value == [None, None]}
+    made = getattr(diffusers, name).from_pretrained(folder, use_safetensors=True, **absent)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def theirs(whole, name, denoise, table, kind="latent"):
+    """Latents or pictures of the rows, one after another."""
+    known = inspect.signature(whole.__call__).parameters
+    made = []
+    for row in table.to_pylist():
+        told = {key: False for key in pipeline.OFF if key in known} | CALLS.get(name, {})
+        if "negative_prompt" in known and row["guidance_scale"] > 1:
+            told["negative_prompt"] = row["negative_prompt"]
+        one = whole(
+            prompt=row["prompt"],
+            num_inference_steps=row["steps"],
+            height=row["height"],
+            width=row["width"],
+            generator=torch.Generator().manual_seed(row["seed"]),
+            output_type=kind,
+            return_dict=False,
+            **{denoise.guidance: row["guidance_scale"]},
+            **told,
+        )[0]
+        if kind == "latent":
+            one = denoise._unpacked(one, *denoise.spec.shape(row["height"], row["width"]))
+        made.append(one[0])
+    return made
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_the_same_latents_as_the_pipeline(name, model):
+    encode, denoise = stages(model(name), name)
+    whole = directly(model(name), name)
+    for guidance in (4.0, 1.0):
+        table = table_of(PROMPTS, guidance=guidance, size=SIZES.get(name, (32, 64)))
+        for found, wanted in zip(ours(encode, denoise, table), theirs(whole, name, denoise, table), strict=True):
+            assert float((found - wanted).norm() / wanted.norm()) <= 2e-6
+
+
+@pytest.mark.parametrize("name", ["ChromaPipeline", "LongCatImagePipeline", "ZImagePipeline"])
+def test_each_stage_has_only_its_own_parts(name, model):
+    encode, denoise = stages(model(name), name)
+    assert isinstance(encode.pipeline.transformer, Absent) and isinstance(encode.pipeline.vae, Absent)
+    assert isinstance(denoise.pipeline.text_encoder, Absent) and isinstance(denoise.pipeline.vae, Absent)
+    assert isinstance(encode.pipeline.text_encoder, torch.nn.Module) and encode.pipeline.tokenizer is not None
+    assert isinstance(denoise.pipeline.transformer, torch.nn.Module) and denoise.pipeline.tokenizer is None
+    assert encode.fingerprint() != denoise.fingerprint()
+
+
+def test_a_row_does_not_depend_on_its_company(model):
+    """Prompts of one length and of others, with noise drawn on the way: LCM's scheduler does."""
+    name = "LatentConsistencyModelPipeline"
+    encode, denoise = stages(model(name), name)
+    table = table_of([("a", ""), ("b", ""), ("three", ""), ("a", "")], steps=3)
+    together = ours(encode, denoise, table)
+    for i in range(len(table)):
+        [alone] = ours(encode, denoise, table.slice(i, 1))
+        assert torch.allclose(alone, together[i], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(together[0], together[3], atol=0.1)  # one prompt, two seeds
+
+
+def test_a_job(model, tmp_path):
+    """Pictures, of rows with steps, guidance and sizes of their own; what its own loop can't do ends in the error table."""
+    name = "ChromaPipeline"
+    lines = [
+        {"prompt": "a red fox", "seed": 0, "steps": 2, "guidance_scale": 4.0},
+        {"prompt": "two houses", "negative_prompt": "dull", "seed": 1, "steps": 3, "guidance_scale": 4.0},
+        {"prompt": "a red fox", "seed": 2, "steps": 2, "guidance_scale": 1.0, "width": 32},
+        {"prompt": "a red fox", "seed": 3, "scheduler": "euler"},
+        {"prompt": "a red fox", "seed": 4, "guidance_rescale": 0.7},
+        {"prompt": "a red fox", "seed": 5, "steps": 2, "guidance_scale": 4.0},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = latentmill.run(
+        "txt2img",
+        [
+            "model=pipeline",
+            f"model.path={model(name)}",
+            "cluster=inline",
+            f"source.path={tmp_path / 'rows.jsonl'}",
+            "samples_per_row=1",
+            "sampling.height=32",
+            "sampling.width=64",
+            f"output={tmp_path / 'out'}",
+        ],
+    )
+    assert (result.ok, result.failed) == (4, 2)
+    said = [json.loads(line)["reason"] for line in (tmp_path / "out/errors/00000.jsonl").read_text().splitlines()]
+    assert said == [
+        "ChromaPipeline runs its own loop, without scheduler: '' is expected, not 'euler'",
+        "ChromaPipeline runs its own loop, without guidance_rescale: 0.0 is expected, not 0.7",
+    ]
+    made = pq.read_table(tmp_path / "out/data").to_pylist()
+    assert [row["seed"] for row in made] == [0, 1, 2, 5]
+    _, denoise = stages(model(name), name)
+    for row in made:
+        single = table_of([(row["prompt"], row["negative_prompt"])]).slice(0, 1).to_pylist()[0]
+        single |= {key: row[key] for key in ("seed", "steps", "guidance_scale", "height", "width")}
+        [wanted] = theirs(directly(model(name), name), name, denoise, rows.from_dicts([single]), "pil")
+        found = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))).astype(int)
+        assert (np.abs(found - np.asarray(wanted).astype(int)) <= 1).mean() >= 0.999
+
+
+def test_a_size_that_the_pipeline_does_not_make_is_the_row_s_error(model):
+    name = "Kandinsky5T2IPipeline"
+    encode, denoise = stages(model(name), name)
+    [part] = encode(table_of([("a red fox", "")], size=(64, 64)), lambda i, reason: pytest.fail(reason))
+    said = {}
+    assert not list(denoise(part, said.__setitem__))
+    assert said == {0: "Kandinsky5T2IPipeline makes no latents of this size: (128, 128, 4), not (4, 8, 8)"}
+
+
+@pytest.mark.parametrize(
+    ("index", "settings", "said"),
+    [
+        ("OmniGenPipeline", {}, "OmniGenPipeline can't be run by its parts: it has no encode_prompt"),
+        ("NobodysPipeline", {}, "the installed diffusers has no NobodysPipeline"),
+        (
+            "ChromaPipeline",
+            {"call": {"max_sequence_lenght": 3}},
+            r"ChromaPipeline takes no 'max_sequence_lenght' \(did",
+        ),
+    ],
+)
+def test_what_can_not_be_run_is_said_when_it_is_built(index, settings, said, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": index}))
+    with pytest.raises(PluginError, match=said):
+        latentmill.registry.build("stage", {"name": "pipeline_encode", "path": str(tmp_path), **settings})
+
+
+# ------------------------------------------------------------------------------------------------------- the list
+
+ALSO = """
+    BriaFiboPipeline BriaFibo2Pipeline BriaPipeline Cosmos2TextToImagePipeline DreamLitePipeline ErnieImagePipeline
+    HiDreamImagePipeline HunyuanImagePipeline Kandinsky5T2IPipeline LongCatImagePipeline OmniGenPipeline PRXPixelPipeline
+    SanaSprintPipeline
+""".split()
+"""Text-to-image pipelines that diffusers' own list of them leaves out."""
+OF_OTHER_INPUTS = ("Control", "PAG", "Kontext", "Inpaint", "Helios", "Omni", "Combined")
+
+
+def table():
+    """The README's table."""
+    names = {cls.__name__ for cls in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()}
+    names = {name for name in names if not any(word in name for word in OF_OTHER_INPUTS)} | set(ALSO)
+    lines = ["| pipeline of diffusers | |\n", "|---|---|\n"]
+    for name in sorted(names | set(TESTED)):
+        reason = pipeline.refused(getattr(diffusers, name))
+        verdict = "works" if name in TESTED else f"no: {reason}" if reason else "not tried"
+        lines.append(f"| {name} | {verdict} |\n")
+    return "".join(lines)
+
+
+def test_the_readme_has_the_table():
+    text = README.read_text(encoding="utf-8")
+    assert text.partition(BEGIN)[2].partition(END)[0] == table(), f"python {Path(__file__).name} writes it anew"
+
+
+if __name__ == "__main__":
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    README.write_text(before + BEGIN + table() + END + rest.partition(END)[2], encoding="utf-8")
