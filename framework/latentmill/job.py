@@ -180,7 +180,12 @@ FIRST_NOISE = ("latentmill", "diffusers")
 ON_ERROR = ("quarantine", "stop")
 CLUSTERS = ("local", "inline", "ray")
 SHIPPED = "latentmill.jobs"
-OURS = {"shapes": "latentmill-shapes", "diffusers": "latentmill-diffusers", "scheduler/model": "latentmill-diffusers"}
+OURS = {
+    "shapes": "latentmill-shapes",
+    "diffusers": "latentmill-diffusers",
+    "scheduler/model": "latentmill-diffusers",
+    "model/pipeline": "latentmill-diffusers",
+}
 """Which of our distributions brings what a shipped job may name."""
 
 
@@ -486,7 +491,7 @@ def _one_line(error: BaseException) -> str:
         there = sorted(name for name in error.options or ([] if group else ["job"]) if ":" not in name)
         what = group or "config"
         said = f"there is no {what} {wanted!r}{near(wanted.rpartition(':')[2], there)}; there are: {', '.join(there) or 'none'}"
-        brings = OURS.get(missing) or OURS.get(wanted)
+        brings = OURS.get(missing) or OURS.get(wanted.partition(":")[0])
         return f"{said}; pip install {brings} brings it" if brings else said
     key = _found(r"Could not override '([^']+)'", text) or _found(r"full_key: (\S+)", text)
     if key:
