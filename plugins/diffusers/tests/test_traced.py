@@ -462,6 +462,58 @@ def latents_of(folder):
     return [row for path in sorted(folder.glob("data/*")) for row in pq.read_table(path).to_pylist()]
 
 
+IN_PIPELINES = {
+    "DDIMScheduler": {"clip_sample": False},  # ours without being told, since latents have no range
+    "DPMSolverMultistepScheduler": {"use_karras_sigmas": True},
+    "EulerDiscreteScheduler": {"timestep_spacing": "trailing"},
+    "HeunDiscreteScheduler": {},
+    "LMSDiscreteScheduler": {},
+    "UniPCMultistepScheduler": {"timestep_spacing": "linspace"},
+}
+
+
+@pytest.mark.parametrize("name", IN_PIPELINES)
+def test_a_pipeline_with_that_scheduler_makes_the_same_latents(name, model, tmp_path):
+    """Rows of several steps and guidance in one batch of ours, against the pipeline, one after another."""
+    folder = model("StableDiffusionPipeline")
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, use_safetensors=True, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **IN_PIPELINES[name])
+    lines = [{"prompt": "a fox", "seed": n, "steps": 6 + n, "guidance_scale": [4.0, 1.0][n % 2]} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = [f"scheduler.{key}={value}" for key, value in IN_PIPELINES[name].items()]
+    result = latentmill.run(
+        "denoise",
+        [
+            "model=diffusers",
+            f"model.path={folder}",
+            f"scheduler=diffusers:{name}",
+            f"scheduler.path={folder}",
+            *settings,
+            "cluster=inline",
+            f"source.path={tmp_path / 'rows.jsonl'}",
+            "sampling.first_noise=diffusers",
+            "sampling.width=32",
+            "sampling.height=32",
+            f"output={tmp_path / 'out'}",
+        ],
+    )
+    assert result.ok == 4
+    for row, line in zip(latents_of(tmp_path / "out"), lines, strict=True):
+        wanted = pipeline(
+            line["prompt"],
+            negative_prompt="",
+            num_inference_steps=line["steps"],
+            guidance_scale=line["guidance_scale"],
+            generator=torch.Generator().manual_seed(line["seed"]),
+            height=32,
+            width=32,
+            output_type="latent",
+        ).images[0]
+        found = torch.tensor(np.reshape(row["latents"], row["shape"]))
+        assert error(found, wanted) <= 1e-4
+
+
 def test_a_job_that_can_not_be_is_refused_before_it_starts(tmp_path):
     pytest.importorskip("latentmill_shapes")
     on = ["cluster=inline", f"output={tmp_path}"]
