@@ -36,7 +36,10 @@ SKIPPED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts that no latents of a prompt need."""
 OFF = ("use_resolution_binning", "enable_prompt_rewrite", "use_pe", "prompt_upsampling")
 """Parameters that are false here: they change the size that was asked for, or the prompt."""
+GUIDANCE = ("guidance_scale", "true_cfg_scale", "distilled_guidance_scale")
+"""What pipelines call a row's guidance scale, the first that there is."""
 REFUSED = {
+    "Cosmos2TextToImagePipeline": "it makes a safety checker of its own, whatever it is given",
     "Flux2KleinPipeline": "it undoes the VAE's batch norm before it returns latents; model=diffusers runs it",
     "IFPipeline": "it makes pixels and no latents",
     "PRXPixelPipeline": "it makes pixels and no latents",
@@ -68,7 +71,7 @@ class Pipeline(Stage):
                 raise ValueError(f"call: {self.folder.pipeline} takes no {name!r}{meant}")
         if reason := refused(self.cls):
             raise ValueError(f"{self.folder.pipeline} can't be run by its parts: {reason}")
-        self.guidance = next((n for n in ("guidance_scale", "true_cfg_scale") if n in self.parameters), None)
+        self.guidance = next((n for n in GUIDANCE if n in self.parameters), None)
         self.device = torch.device("cpu")
 
     @cached_property
@@ -106,7 +109,10 @@ class Pipeline(Stage):
             return None
         cls = _class(*found)
         if not issubclass(cls, torch.nn.Module):
-            return cls.from_pretrained(self.folder / name) if self.needs(name) or name == "scheduler" else None
+            wanted = (
+                self.needs(name) or found[0] == "diffusers"
+            )  # schedulers and guiders are light, and tokenizers aren't
+            return cls.from_pretrained(self.folder / name) if wanted else None
         if self.needs(name):
             return self.folder.load(cls, name, self.logical).to(device)
         absent = Network if name.startswith(NETWORKS) else Absent
