@@ -282,6 +282,8 @@ def refused(cls: Any) -> str | None:
     parameters = inspect.signature(cls.__call__).parameters
     if "prompt" not in parameters or "output_type" not in parameters:
         return "it doesn't make pictures out of prompts"
+    if "strength" in parameters:
+        return "it begins from a picture"
     if not hasattr(cls, "encode_prompt"):
         return "it has no encode_prompt"
     return None
