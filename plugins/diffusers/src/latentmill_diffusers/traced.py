@@ -164,7 +164,7 @@ class Traced(Scheduler):
         return f"diffusers {diffusers.__version__}"
 
     def start(self, path: NoisePath, steps: int, kept: int, shape: Sequence[int]) -> Start:
-        table = self._table(path.scale, steps, steps - kept, shape)
+        table = self._table(self._betas(path.scale), steps, steps - kept, shape)
         times = _times(path, table.timesteps, table.mixed)
         wanted = torch.stack(path.scale(times), 1)
         if not bool((table.mixed.isnan() | torch.isclose(table.mixed, wanted, rtol=0.01, atol=0.01)).all()):
@@ -186,7 +186,8 @@ class Traced(Scheduler):
         dtype, (alpha, sigma) = x.dtype, field.scale(t)
         memory = list(state["memory"].unbind(1)) if self.memory else []
         at = state["at"].tolist()
-        runs = [(self._table(field.scale, steps, begin, x.shape[1:]), group) for steps, begin, group in at]
+        betas = self._betas(field.scale)
+        runs = [(self._table(betas, steps, begin, x.shape[1:]), group) for steps, begin, group in at]
         for k in range(max(table.calls[group + 1] - table.calls[group] for table, group in runs)):
             weights = torch.stack([table.call(group, k, self.memory) for table, group in runs])
             noise = field.noise(t, s) if bool(weights[:, :, 2].any()) else None
@@ -197,8 +198,10 @@ class Traced(Scheduler):
             moved["memory"] = torch.stack(memory, 1).to(dtype)
         return x.to(dtype), moved
 
-    def _table(self, scale: Scale, steps: int, begin: int, shape: Sequence[int]) -> Table:
-        betas = _betas(scale, self.steps) if self.steps else b""
+    def _betas(self, scale: Scale) -> bytes:
+        return _betas(scale, self.steps) if self.steps else b""
+
+    def _table(self, betas: bytes, steps: int, begin: int, shape: Sequence[int]) -> Table:
         area = math.prod(shape[-2:]) if self.dynamic else 0
         table = _trace(self.diffusers_class, self.settings, steps, begin, area, betas)
         if table.memory > self.memory:
@@ -235,13 +238,12 @@ def _output(prediction: str, x: Tensor, clean: Tensor, alpha: Tensor, sigma: Ten
     return alpha * noise - sigma * clean if prediction == "v" else noise - clean
 
 
-def _sum(weights: Tensor, vectors: Sequence[Tensor | None]) -> Tensor:
-    """Of ``weights[B, V]`` and V latents ``[B, ...]``. One after another, so that a row's bits don't hang on its company."""
-    total: Tensor | float = 0.0
+def _sum(weights: Tensor, vectors: Sequence[Any]) -> Tensor:
+    """Of ``weights[B, V]`` and V latents ``[B, ...]``, or None for one without weight. One after another, so that a row's bits don't hang on its company."""
+    total = torch.zeros_like(vectors[0], dtype=torch.float64)
     for weight, vector in zip(weights.unbind(1), vectors):
-        if vector is not None:
+        if vector is not None and bool(weight.any()):
             total = total + weight.reshape(-1, *(1 for _ in vector.shape[1:])) * vector
-    assert isinstance(total, Tensor)
     return total
 
 
