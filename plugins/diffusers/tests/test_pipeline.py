@@ -6,6 +6,7 @@
 import inspect
 import io
 import json
+from itertools import count
 from pathlib import Path
 
 import diffusers
@@ -513,13 +514,11 @@ def test_what_encode_prompt_returns_comes_back_for_several_rows():
         layers = [torch.stack(each), torch.stack(each) + 10, torch.stack(each) + 20]
         return torch.stack(each), torch.stack(each, 1), each, ends, 7, None, torch.arange(6), layers
 
-    leaves = []
-    form = pipeline._form(returned(1), returned(2), leaves)
-    other = []
+    form = pipeline._form(returned(1), returned(2), count())
     second = [v[1:] if k in (0, 2) else v for k, v in enumerate(returned(2))]
     second[1], second[3], second[7] = second[1][:, 1:], torch.tensor([0, 3]), [v[1:] for v in second[7]]
-    pipeline._form(second, returned(2), other)
-    found = pipeline._filled(form, [torch.stack(pair) for pair in zip(leaves, other, strict=True)])
+    both = zip(pipeline._leaves(returned(1), form), pipeline._leaves(second, form), strict=True)
+    found = pipeline._filled(form, [torch.stack(pair) for pair in both])
     wanted = returned(2)
     for k in (0, 1, 3, 6):
         assert torch.equal(found[k], wanted[k]), k

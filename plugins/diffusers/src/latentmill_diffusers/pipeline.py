@@ -18,6 +18,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import count
 from typing import Any, NoReturn
 
 import pyarrow as pa
@@ -145,6 +146,11 @@ class Pipeline(Stage):
 class PipelineEncode(Pipeline):
     """Adds ``prompt:*``: what the pipeline's ``encode_prompt`` returns for the row's prompt and negative prompt."""
 
+    def load(self, device: torch.device) -> None:
+        super().load(device)
+        self.forms: dict[str, Any] = {}
+        """Of what ``encode_prompt`` returned so far, by what they have in common."""
+
     def needs(self, part: str) -> bool:
         return self.folder.class_of(part) is not None and not part.startswith((*NETWORKS, *DECODERS, *SKIPPED))
 
@@ -175,10 +181,18 @@ class PipelineEncode(Pipeline):
             yield part.set_column(at, field.with_metadata(about), part.column(at))
 
     def _note(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """What ``encode_prompt`` returns for a row: its tensors, on the CPU, and its form."""
-        single, double = self._returned([row]), self._returned([row, row])
-        leaves: list[Tensor] = []
-        form = [_form(one, two, leaves) for one, two in zip(single, double)]
+        """What ``encode_prompt`` returns for a row: its tensors, on the CPU, and its form.
+
+        Which axis is the batch's is seen once for each form, by two of the row.
+        """
+        returned = self._returned([row])
+        kind = json.dumps([_kind(each) for each in returned])
+        if kind not in self.forms:
+            leaf = count()
+            twice = self._returned([row, row])
+            self.forms[kind] = [_form(one, two, leaf) for one, two in zip(returned, twice, strict=True)]
+        form = self.forms[kind]
+        leaves = [leaf.cpu() for one, each in zip(returned, form) for leaf in _leaves(one, each)]
         if not leaves:
             raise ValueError(f"{self.folder.pipeline} calls no encode_prompt before its network")
         return {"form": form, "leaves": leaves}
@@ -357,37 +371,51 @@ def _config(cls: Any, folder: Folder, part: str) -> Any:
 # ----------------------------------------------------------------------------------------- what encode_prompt returns
 
 
-def _form(single: Any, double: Any, leaves: list[Tensor]) -> Any:
-    """The form of what came back for one row, whose tensors go to ``leaves``; for the same row twice ``double`` came back.
+def _kind(value: Any) -> Any:
+    """What values of one form have in common, whatever the prompt: JSON."""
+    if isinstance(value, (list, tuple)):
+        return [_kind(each) for each in value]
+    return value.ndim if isinstance(value, Tensor) else type(value).__name__
+
+
+def _form(single: Any, double: Any, leaf: Iterator[int]) -> Any:
+    """The form of what came back for a row, which for the same row twice was ``double``; ``leaf`` numbers its tensors.
 
     JSON: null; ``{leaf, axis}``, with null for the axis of what both rows share, "list" for a list of each row's own, "ends" for
-    ends of tokens, counted on; ``{number}``, of a leaf; ``[...]``.
+    ends of tokens, counted on; ``{number}``, of a leaf; ``[...]``. Raises ValueError for what can't travel.
     """
     if single is None:
         return None
     if isinstance(single, Tensor):
+        if single.ndim == 1 and (len(single), len(double)) == (2, 3):
+            return {"leaf": next(leaf), "axis": "ends"}
         axes = [k for k, (one, two) in enumerate(zip(single.shape, double.shape)) if one != two]
-        if single.ndim == 1 and (len(single), len(double)) == (
-            2,
-            3,
-        ):  # where each row's tokens begin, one after another
-            leaves.append(single[1].cpu())
-            return {"leaf": len(leaves) - 1, "axis": "ends"}
         if axes and (len(axes), single.shape[axes[0]], double.shape[axes[0]]) != (1, 1, 2):
-            raise ValueError(
-                f"encode_prompt returned a tensor {tuple(single.shape)} for a row, {tuple(double.shape)} for two"
-            )
-        leaves.append((single.squeeze(axes[0]) if axes else single).cpu())
-        return {"leaf": len(leaves) - 1, "axis": axes[0] if axes else None}
+            shapes = f"{tuple(single.shape)} for a row and {tuple(double.shape)} for two"
+            raise ValueError(f"encode_prompt returned a tensor of {shapes}")
+        return {"leaf": next(leaf), "axis": axes[0] if axes else None}
     if isinstance(single, (bool, int, float)):
-        leaves.append(torch.tensor(single))
-        return {"number": len(leaves) - 1}
+        return {"number": next(leaf)}
     if isinstance(single, (list, tuple)):
         if len(double) == 2 * len(single) == 2 and isinstance(single[0], Tensor):
-            leaves.append(single[0].cpu())
-            return {"leaf": len(leaves) - 1, "axis": "list"}
-        return [_form(one, two, leaves) for one, two in zip(single, double)]
+            return {"leaf": next(leaf), "axis": "list"}
+        return [_form(one, two, leaf) for one, two in zip(single, double)]
     raise ValueError(f"encode_prompt returned a {type(single).__name__}, which can't travel")
+
+
+def _leaves(value: Any, form: Any) -> Iterator[Tensor]:
+    """The tensors of one row's value, without a batch axis, in the order of their numbers."""
+    if isinstance(form, list):
+        for one, each in zip(value, form):
+            yield from _leaves(one, each)
+    elif form is not None:
+        axis = form.get("axis")
+        if "number" in form:
+            yield torch.tensor(value)
+        elif isinstance(axis, str):
+            yield value[{"list": 0, "ends": 1}[axis]]
+        else:
+            yield value if axis is None else value.squeeze(axis)
 
 
 def _filled(form: Any, leaves: Sequence[Tensor]) -> Any:
