@@ -568,6 +568,14 @@ def test_a_job(model, tmp_path):
         assert (np.abs(found - np.asarray(wanted).astype(int)) <= 1).mean() >= 0.999
 
 
+def test_a_picture_is_not_passed_over(model):
+    encode, _ = stages(model("ChromaPipeline"), "ChromaPipeline")
+    pictures = tensors.with_tensor(table_of(PROMPTS), "image", torch.zeros(3, 32, 64, 3, dtype=torch.uint8))
+    said = {}
+    assert not list(encode(pictures, said.__setitem__))
+    assert said == dict.fromkeys(range(3), "ChromaPipeline begins from noise, and takes no image")
+
+
 def test_a_size_that_the_pipeline_does_not_make_is_the_row_s_error(model):
     name = "Kandinsky5T2IPipeline"
     encode, denoise = stages(model(name), name)

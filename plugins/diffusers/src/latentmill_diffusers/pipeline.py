@@ -159,9 +159,12 @@ class PipelineEncode(Pipeline):
         noted: dict[tuple[Any, ...], dict[str, Any]] = {}
         groups: dict[str, list[tuple[int, list[Tensor]]]] = {}
         columns = [name for name in rows.SCALARS.names if name in batch.column_names]
+        given = [name for name in ("image", "mask", "latents") if name in batch.column_names]
         for i, row in enumerate(batch.select(columns).to_pylist()):
             try:
                 _check(row, self.folder.pipeline)
+                if given:
+                    raise RowError(f"{self.folder.pipeline} begins from noise, and takes no {given[0]}")
                 key = tuple(row[n] for n in ("prompt", "negative_prompt", "guidance_scale", "width", "height"))
                 if key not in noted:
                     noted[key] = self._note(row)
