@@ -282,6 +282,66 @@ class Broken(Gaussian):
         return super().predict(x, t, conditioning)
 
 
+def test_rows_of_a_kind_that_others_are_always_added_to_do_not_keep_the_rest_waiting():
+    stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", 8)
+    plain = {"guidance_scale": 1.0, "strength": 1.0, "steps": 4}
+    few = stage.enter(batch([1, 2], scheduler="dpmpp_2m", **plain), pytest.fail)
+    many = [stage.enter(batch(range(n, n + 8), scheduler="euler", **plain), pytest.fail) for n in (10, 20)]
+    turns = 0
+    while not few.done and turns < 4 * 18:
+        turns += 1
+        stage.advance()
+        if many[0].done:
+            many = [many[1], stage.enter(batch(range(30, 38), scheduler="euler", **plain), pytest.fail)]
+    assert few.done and turns > 4 * 16 - 8  # it waits, and not for ever
+    while stage.moving:
+        stage.advance()
+    assert stage.moved_at == {}
+
+
+def test_kinds_of_which_as_many_can_go_take_turns():
+    stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", 8)
+    plain = {"guidance_scale": 1.0, "strength": 1.0, "steps": 4}
+    visits = [
+        stage.enter(batch(range(8), scheduler=name, **plain), pytest.fail) for name in ("euler", "euler_ancestral")
+    ]
+    at = []
+    while stage.moving:
+        stage.advance()
+        at.append([visit.rows[0].at for visit in visits])
+    assert at == [[1, 0], [1, 1], [2, 1], [2, 2], [3, 2], [3, 3], [4, 3], [4, 4]]
+
+
+class Recalls(Euler):
+    """Its state begins with the network's first answer; a step adds it to what comes."""
+
+    def init(self, field, x, t):
+        return {"first": field.clean(x, t)}
+
+
+class Placed(Gaussian):
+    """What it answers depends on the place in the batch, as a matrix product's last bits do."""
+
+    def predict(self, x, t, conditioning):
+        return super().predict(x, t, conditioning) + torch.arange(len(x)).reshape(-1, 1, 1, 1) / 64
+
+
+def test_a_state_begins_in_the_row_s_own_slot():
+    """Idle slots repeat a row: what the scheduler's init says of it there is not the row's."""
+    fixed = rows.FixedShape(batch_size=8, rows_per_shard=8)
+
+    def first(numbers):
+        stage = Denoise(Placed(), {"recalls": Recalls()}.__getitem__, "trailing", 8, fixed, until=0.5)
+        table = batch(numbers, scheduler="recalls", strength=1.0, steps=4)
+        [part] = stage(table, lambda i, reason: pytest.fail(reason))
+        return dict(zip(part["row"].to_pylist(), tensors.from_arrow(part, "state:first")))
+
+    company = first(range(8))
+    for numbers in ([5], [5, 7], [2, 5]):
+        for n, state in first(numbers).items():
+            assert torch.equal(state, company[n]), n
+
+
 def test_a_row_that_raises_fails_its_batch_and_no_other():
     stage = Denoise(Broken(refuses=6.5), SCHEDULERS.__getitem__, "trailing", 100)
     visits = [stage.enter(batch(numbers, strength=1.0), pytest.fail) for numbers in ([0, 1, 2], [5, 6, 7], [8, 9])]
@@ -336,6 +396,14 @@ def test_latents_that_are_not_finite_are_rejected():
     [part] = stage(broken, rejected.__setitem__)
     assert part.column("row").to_pylist() == [0, 2]
     assert rejected == {1: "the denoised latents are not finite (scheduler euler)"}
+
+
+def test_clean_latents_have_the_space_s_dtype_wherever_they_began():
+    half = LatentSpec(**{**vars(SPEC), "dtype": "float16"})
+    table = batch([1, 2], strength=1.0)
+    table = rows.with_latents(table, tensors.from_arrow(table, "latents").float(), half)
+    parts = list(Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16)(table, pytest.fail))
+    assert {tensors.from_arrow(part, "latents").dtype for part in parts} == {torch.float16}
 
 
 @pytest.fixture(scope="module")

@@ -76,6 +76,14 @@ def test_a_prompt_alone_gets_an_empty_latent_and_the_vae_s_weights_stay_unloaded
     assert vae.loads == 0 and not rejected
 
 
+def test_an_empty_latent_has_the_dtype_of_all_others():
+    class Half(Lossless):
+        spec = LatentSpec(**{**vars(Lossless().spec), "dtype": "float16"})
+
+    [part], _ = call(Encode(Half(), Lengths()), batch(["aa"]))
+    assert tensors.from_arrow(part, "latents").dtype == torch.float16
+
+
 def test_bad_rows_are_rejected_and_the_others_part_by_shape():
     parts, rejected = call(
         Encode(Lossless(), Lengths()), batch(["a", "bad", "c", "d"], [(4, 4), (4, 4), (5, 4), (4, 8)])

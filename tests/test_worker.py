@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from latentmill.plugin import Stage
+from latentmill.rows import FixedShape
 from latentmill.worker import Worker
 
 
@@ -44,3 +45,15 @@ def test_a_row_for_which_there_is_no_memory_alone_fails():
     worker = Worker(lambda: Narrow(0), gpu=False, threads=None)
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
         worker.read(range(4))
+
+
+def test_a_batch_of_fixed_shape_is_not_halved_since_that_would_not_help():
+    def make():
+        stage = Narrow(3)
+        stage.fixed = FixedShape(batch_size=12, rows_per_shard=12)
+        return stage
+
+    worker = Worker(make, gpu=False, threads=None)
+    with pytest.raises(torch.OutOfMemoryError, match="no room; in a deterministic job only a smaller batch_size helps"):
+        worker.read(range(12))
+    assert worker.stage.given == [12]

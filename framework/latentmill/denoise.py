@@ -11,6 +11,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeAlias
 
 import pyarrow as pa
@@ -23,6 +24,9 @@ from latentmill.plugin import Conditioning, Denoiser, NoisePath, Reject, RowErro
 from latentmill.schedulers import grids, noise
 
 logger = logging.getLogger("latentmill")
+
+PATIENCE = 16
+"""Steps of others for which rows of a kind may have to wait."""
 
 Kind: TypeAlias = tuple[Any, ...]
 """What rows must have in common to be moved together."""
@@ -117,6 +121,9 @@ class Denoise(Stage):
         self.moving: dict[Kind, list[Trajectory]] = {}
         """Rows on their way, by kind, the first that came first."""
         self.companies: dict[Kind, Company] = {}
+        self.turn = 0
+        self.moved_at: dict[Kind, int] = {}
+        """The turn at which a kind was last moved, or came."""
 
     def load(self, device: torch.device) -> None:
         self.device = device
@@ -144,16 +151,17 @@ class Denoise(Stage):
         masks = tensors.from_arrow(batch, "mask").to(self.device) if "mask" in batch.column_names else None
         slots, _ = rows.slots(batch, self.fixed)
         columns = [n for n in batch.column_names if n in rows.SCALARS.names or n in rows.HALFWAY.names]
+        shape_key, identity = rows.shape_key(batch), cache(self._identity)
         for i, row in enumerate(batch.select(columns).to_pylist()):
             try:
-                goes_on = row.get("trajectory") == self._identity(row["scheduler"])
+                goes_on = "trajectory" in row and row["trajectory"] == identity(row["scheduler"])
                 times, start, state = self._start(row, x[i], goes_on)
                 if masks is not None and self.until:
                     raise RowError("a row with a mask can't stop half-way: its picture would be lost")
             except ValueError as error:
                 reject(i, str(error))
                 continue
-            kind = (rows.shape_key(batch), row["scheduler"], id(visit) if self.fixed else 0)
+            kind = (shape_key, row["scheduler"], id(visit) if self.fixed else 0)
             scale, told = row["guidance_scale"], {}
             if self.denoiser.guidance_embedded:
                 told, scale = {"guidance_scale": torch.tensor(scale, device=self.device)}, 1.0
@@ -175,6 +183,7 @@ class Denoise(Stage):
             )
             if not visit.rows[-1].arrived:
                 self.moving.setdefault(kind, []).append(visit.rows[-1])
+                self.moved_at.setdefault(kind, self.turn)
                 visit.moving += 1
         return visit
 
@@ -218,10 +227,22 @@ class Denoise(Stage):
 
     @torch.inference_mode()
     def advance(self) -> None:
-        """Move rows of one kind, as many as a call takes, by one step. The kind of which most can go goes."""
-        if self.moving:
-            each = [self._choose(kind) for kind in self.moving]
-            self._move(max(each, key=lambda going: sum(row.evaluations for row in going)))
+        """Move rows of one kind, as many as a call takes, by one step.
+
+        The kind of which most can go goes, of equals the one that has waited longest; and any that has waited too long, or
+        one that others are always added to would keep it waiting for ever.
+        """
+        if not self.moving:
+            return
+        self.turn += 1
+
+        def urgency(going: Sequence[Trajectory]) -> tuple[bool, int, int]:
+            waited = self.turn - self.moved_at[going[0].kind]
+            return waited > PATIENCE, sum(row.evaluations for row in going), waited
+
+        going = max((self._choose(kind) for kind in self.moving), key=urgency)
+        self.moved_at[going[0].kind] = self.turn
+        self._move(going)
 
     def _choose(self, kind: Kind) -> list[Trajectory]:
         if self.fixed is not None:
@@ -282,7 +303,7 @@ class Denoise(Stage):
     def _keep(self, kind: Kind, stays: Callable[[Trajectory], bool]) -> None:
         self.moving[kind] = [row for row in self.moving[kind] if stays(row)]
         if not self.moving[kind]:
-            del self.moving[kind]
+            del self.moving[kind], self.moved_at[kind]
             self.companies.pop(kind, None)
 
     @torch.inference_mode()
@@ -300,10 +321,10 @@ class Denoise(Stage):
             stays = [name for name in visit.batch.column_names if not is_passing(name)]
             part = visit.batch.select(stays).take([row.index for row in members]).replace_schema_metadata(None)
             about = part.schema.field("latents").metadata
-            latents = torch.stack([row.x for row in members]).cpu()
-            if not self.until:
-                latents = latents.to(tensors.from_arrow(visit.batch, "latents").dtype)
-            part = rows.with_latents(part, latents, rows.spec_from_json(about[rows.SPEC_KEY]))
+            latents, spec = torch.stack([row.x for row in members]).cpu(), rows.spec_from_json(about[rows.SPEC_KEY])
+            if not self.until:  # of one dtype, wherever the rows began
+                latents = latents.to(getattr(torch, spec.dtype))
+            part = rows.with_latents(part, latents, spec)
             yield self._halfway(part, name, members) if self.until else part
 
     def _halfway(self, part: pa.Table, name: str, members: Sequence[Trajectory]) -> pa.Table:
@@ -348,8 +369,9 @@ class Company:
             if fixed is not None:
                 fresh = self.seats
             state = scheduler.init(self._field(fresh), torch.stack([row.x for row in fresh]), _times(fresh))
-            for k, row in enumerate(fresh):
-                if row.state is None:
+            for row in {id(row): row for row in fresh}.values():
+                if row.state is None:  # of a row that stands in idle slots, too, its own slot's
+                    k = row.slot if fixed is not None else fresh.index(row)
                     row.state = {name: value[k] for name, value in state.items()}
         states = [row.state or {} for row in self.seats]
         self.state = {name: torch.stack([state[name] for state in states]) for name in states[0]}

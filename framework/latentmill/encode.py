@@ -87,7 +87,7 @@ class Encode(Stage):
             latents = tensors.from_arrow(part, "latents")
             return latents, torch.zeros_like(latents)
         if "image" not in part.column_names:
-            return torch.zeros(len(part), *shape), torch.zeros(len(part), *shape)
+            return (torch.zeros(len(part), *shape, dtype=stored_dtype(self.vae.spec)),) * 2
         if not self.vae_loaded:  # a text-to-image job's encode workers never need the VAE's weights
             self.vae.load(self.device)
             self.vae_loaded = True

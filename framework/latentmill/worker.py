@@ -149,7 +149,9 @@ class Worker:
             try:
                 result = self.stage(call.batch.slice(start, count), rejected.__setitem__)
                 block += [result] if isinstance(result, pa.Table) else list(result)
-            except OUT_OF_MEMORY:
+            except OUT_OF_MEMORY as error:
+                if getattr(self.stage, "fixed", None) is not None:
+                    raise type(error)(f"{error}; in a deterministic job only a smaller batch_size helps") from error
                 if count == 1:
                     raise
                 self.most = count // 2
