@@ -19,6 +19,7 @@ from PIL import Image
 
 import latentmill
 from latentmill import rows, tensors
+from latentmill.job import load_job
 from latentmill.registry import PluginError
 from latentmill_diffusers import pipeline, tiny
 from latentmill_diffusers.pipeline import Absent, PipelineDenoise, PipelineEncode
@@ -566,6 +567,15 @@ def test_a_job(model, tmp_path):
         [wanted] = theirs(directly(model(name), name), name, denoise, rows.from_dicts([single]), "pil")
         found = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))).astype(int)
         assert (np.abs(found - np.asarray(wanted).astype(int)) <= 1).mean() >= 0.999
+
+
+def test_its_stages_have_the_workers_of_encode_and_denoise():
+    job = load_job("txt2img", ["model=pipeline", "model.path=x", "stages=gpu", "stages.denoise.replicas=3"])
+    for ours, theirs in (("pipeline_encode", "encode"), ("pipeline_denoise", "denoise")):
+        made, wanted = vars(job.stages[ours]), vars(job.stages[theirs])
+        assert {**made, "settings": {}} == wanted
+    assert job.stages["pipeline_denoise"].replicas == 3
+    assert job.stages["pipeline_denoise"].settings["vae"]["path"] == "x"
 
 
 def test_a_picture_is_not_passed_over(model):
