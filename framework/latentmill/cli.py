@@ -159,12 +159,13 @@ def _plugins(options: Any) -> int:
 
 
 def scheduler_table() -> list[dict[str, Any]]:
-    """What there is to say of each installed scheduler: keys name, order, evaluations, stochastic, paper, distribution.
+    """What there is to say of each installed scheduler, ours first: keys name, order, evaluations, stochastic, paper, distribution.
 
     ``paper`` is the first arXiv number in the class's docstring or those of its parents.
     """
     found = []
-    for entry in registry.entries("scheduler"):
+    there = registry.entries("scheduler")
+    for entry in sorted(there, key=lambda e: (e.distribution != "latentmill", e.distribution, e.name)):
         cls = registry.load("scheduler", f"{entry.distribution}:{entry.name}")
         assert issubclass(cls, Scheduler)
         texts = " ".join(parent.__doc__ or "" for parent in cls.__mro__ if parent.__module__ == cls.__module__)

@@ -275,7 +275,8 @@ def _trace(name: str, settings: str, steps: int, begin: int, area: int, betas: b
             on = [key for key in ("thresholding", "clip_sample") if scheduler.config.get(key)]
             raise ValueError(
                 f"{name} isn't linear in the latents{' with ' + ' and '.join(on) if on else ''}, "
-                f"and so can't move rows of a mixed batch: {'leave that out' if on else 'choose another'}"
+                f"and so can't move rows of a mixed batch: {'leave that out' if on else 'choose another'}, "
+                "or run the model's pipeline as it is (model=pipeline)"
             )
     if not all(bool(call.isfinite().all()) for call in calls):
         raise ValueError(f"{name} is not finite in {steps} steps with these settings")
