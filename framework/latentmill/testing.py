@@ -168,7 +168,7 @@ class SchedulerSuite:
                 check_moments(self.scheduler(), path(), name, steps=self.steps)
             else:
                 measured = measure_order(self.scheduler(), path())
-                promised = self.scheduler.order
+                promised = self.scheduler().order
                 assert measured >= 0.9 * promised, (
                     f"order {measured:.2f} on the {name} path, where {promised} was promised: a coefficient is wrong"
                 )

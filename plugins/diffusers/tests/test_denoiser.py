@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import latentmill
-from latentmill.testing import DenoiserSuite
+from latentmill.testing import DenoiserSuite, SchedulerSuite
 from latentmill_diffusers import tiny
 from latentmill_diffusers.denoiser import DiffusersDenoiser
+from latentmill_diffusers.scheduler import ModelScheduler
 from latentmill_diffusers.text_encoder import DiffusersTextEncoder
 
 CPU = torch.device("cpu")
@@ -56,6 +57,16 @@ class TestSuite(DenoiserSuite):
 
     def conditioning(self):
         return dict(type(self).told)
+
+
+class TestScheduler(SchedulerSuite):
+    """Those that the models name: PNDM, Euler on a VP and on a flow path, DPM-Solver++."""
+
+    @pytest.fixture(
+        autouse=True, params=["StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipeline", "SanaPipeline"]
+    )
+    def _of(self, request, model):
+        type(self).scheduler = staticmethod(partial(ModelScheduler, str(model(request.param))))
 
 
 def rows_of(tmp_path, folder, prompts, *overrides):

@@ -194,6 +194,8 @@ class ModelScheduler(Scheduler):
         found = folder.class_of(PART)
         self.solver, settings = solver_of(found[1] if found else "None", folder.config(PART))
         self.settings = tuple(sorted(settings.items()))
+        ours = _built(self.solver, self.settings)
+        self.order, self.evaluations, self.stochastic = ours.order, ours.evaluations, ours.stochastic  # type: ignore[misc]
 
     def init(self, field: Field, x: Tensor, t: Tensor) -> State:
         return _built(self.solver, self.settings).init(field, x, t)
