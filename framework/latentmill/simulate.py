@@ -549,9 +549,10 @@ def check(state: State) -> None:
         raise Wrong(f"rows {sorted(wrong)} are in {[places[row] for row in sorted(wrong)]} places")
     for stage, spec in enumerate(state.stages[1:], start=1):
         before = state.stages[stage - 1]
-        most = flow._limit(state, stage) + before.batch_size * (before.replicas * before.in_flight + 2)
+        most = flow._limit(state, stage) + before.batch_size * (before.replicas * before.in_flight + 1)
         most += spec.batch_size * spec.replicas * spec.in_flight * spec.kinds  # what its own workers gave back
-        if state.queued(stage) > most:
+        # Where batches are fixed, one may wait for rows that others have to pass: open shards bound them.
+        if state.queued(stage) > most and not state.fixed:
             raise Wrong(f"{state.queued(stage)} rows wait for {spec.name}, and {most} is the most")
     if len(state.shards) > flow._most_shards(state):
         raise Wrong(f"{len(state.shards)} shards are open")
