@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from latentmill import registry, rows, tensors
-from latentmill.denoise import Denoise
+from latentmill.denoise import PATIENCE, Denoise
 from latentmill.encode import Encode
 from latentmill.plugin import Denoiser, LatentSpec, Scheduler, Start
 from latentmill.schedulers import grids, noise
@@ -288,12 +288,12 @@ def test_rows_of_a_kind_that_others_are_always_added_to_do_not_keep_the_rest_wai
     few = stage.enter(batch([1, 2], scheduler="dpmpp_2m", **plain), pytest.fail)
     many = [stage.enter(batch(range(n, n + 8), scheduler="euler", **plain), pytest.fail) for n in (10, 20)]
     turns = 0
-    while not few.done and turns < 4 * 18:
+    while not few.done and turns < 4 * (PATIENCE + 2):
         turns += 1
         stage.advance()
         if many[0].done:
             many = [many[1], stage.enter(batch(range(30, 38), scheduler="euler", **plain), pytest.fail)]
-    assert few.done and turns > 4 * 16 - 8  # it waits, and not for ever
+    assert few.done and turns > 4 * PATIENCE - 8  # it waits, and not for ever
     while stage.moving:
         stage.advance()
     assert stage.moved_at == {}

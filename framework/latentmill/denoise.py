@@ -25,7 +25,7 @@ from latentmill.schedulers import grids, noise
 
 logger = logging.getLogger("latentmill")
 
-PATIENCE = 16
+PATIENCE = 64
 """Steps of others for which rows of a kind may have to wait."""
 
 Kind: TypeAlias = tuple[Any, ...]
