@@ -1,9 +1,17 @@
-"""A process with torch and latentmill imported, that forks one for each run: a run in a process of its own, in no time."""
+"""A process with torch and latentmill imported, that forks one for each run: a run in a process of its own, in no time.
+
+And the job that the tests of faults run, and what they compare.
+"""
 
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+PROMPTS = [
+    f"a {colour} {shape} on a white background" for shape in ("star", "ring") for colour in ("red", "blue", "green")
+]
 
 SERVER = """
 import ctypes, json, os, signal, sys
@@ -63,3 +71,11 @@ class Forks:
     def close(self):
         self.server.stdin.close()
         self.server.wait()
+
+
+def command(settings, output):
+    return ["run", "txt2img", *settings, "cluster=inline", f"output={output}"]
+
+
+def shards(output):
+    return {path.name: path.read_bytes() for path in sorted(Path(output, "data").glob("*"))}

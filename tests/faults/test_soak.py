@@ -8,13 +8,12 @@ import random
 import signal
 import threading
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from tests.faults.forks import Forks
+from tests.faults.forks import PROMPTS, Forks, command, shards
 
 import latentmill
 from latentmill import pool, storage
@@ -22,9 +21,6 @@ from latentmill.verify import verify
 
 RUNS = int(os.environ.get("RUNS", 3))
 KILLS = 3
-PROMPTS = [
-    f"a {colour} {shape} on a white background" for shape in ("star", "ring") for colour in ("red", "blue", "green")
-]
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +42,6 @@ def job(forks, tmp_path_factory):
     begun = time.monotonic()
     assert forks.run(command(settings, alone / "out"), alone / "log") == 0, (alone / "log").read_text()
     return settings, shards(alone / "out"), time.monotonic() - begun
-
-
-def command(settings, output):
-    return ["run", "txt2img", *settings, "cluster=inline", f"output={output}"]
-
-
-def shards(output):
-    return {path.name: path.read_bytes() for path in sorted(Path(output, "data").glob("*"))}
 
 
 def whole(output, alone):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from tests.faults.forks import Forks
+from tests.faults.forks import PROMPTS, Forks, command, shards
 
 import latentmill
 from latentmill import pool, storage
@@ -41,9 +41,6 @@ DRIVERS = {
     "storage error": "store EIO",
 }
 WORKERS = {"worker SIGKILL": "kill", "worker hangs": "hang", "node removed": "pause"}
-PROMPTS = [
-    f"a {colour} {shape} on a white background" for shape in ("star", "ring") for colour in ("red", "blue", "green")
-]
 
 outcomes = {}
 """What happened: (fault, place) -> words."""
@@ -73,14 +70,6 @@ def job(forks, tmp_path_factory):
     ]  # fmt: skip
     assert forks.run(command(settings, alone / "out"), alone / "log") == 0, (alone / "log").read_text()
     return settings, shards(alone / "out")
-
-
-def command(settings, output):
-    return ["run", "txt2img", *settings, "cluster=inline", f"output={output}"]
-
-
-def shards(output):
-    return {path.name: path.read_bytes() for path in sorted(Path(output, "data").glob("*"))}
 
 
 def in_words(code):
