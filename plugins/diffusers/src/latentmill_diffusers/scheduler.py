@@ -119,7 +119,8 @@ def solver_of(name: str, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Our solver, by its name in SOLVERS, and its settings, for diffusers' scheduler of that class name. Raises ValueError."""
     if config.get("thresholding") or (config.get("clip_sample") and name.startswith(("DDIM", "DDPM", "LCM", "TCD"))):
         raise ValueError(
-            f"{name} clips its estimates, which our solvers don't: choose one by its name, as scheduler=euler"
+            f"{name} clips its estimates, which our solvers don't: choose one of those, as scheduler=euler, or the class itself, "
+            f"scheduler=diffusers:{name} scheduler.path=..."
         )
     if name in ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"):
         algorithm = config.get("algorithm_type", "dpmsolver++")

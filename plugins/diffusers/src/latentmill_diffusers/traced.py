@@ -6,6 +6,9 @@ place of latents; what comes out is its weights. Its memory (earlier outputs, a 
 latents' shape it keeps: before each call they are made vectors of the basis, too, and so a call is a matrix that takes
 (sample, output, noise, memory) to (sample, memory). What no later call reads is left out.
 
+Clipping and thresholding aren't linear, but all else of their steps is: what they take is noted as a sum of the others, and what
+they give is one more vector of the basis. So a call is two sums, and between them the scheduler's own limit on each row.
+
 A row's state is its place, ``at[B, 3]``: steps, first call and next group, and its ``memory[B, H, ...]``. Calls at one timestep
 belong together, a *group*, and are one step of ours: Heun's, for one, evaluates twice at each timestep but the first.
 """
@@ -19,7 +22,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -96,6 +99,8 @@ BETAS = {"beta_start", "beta_end", "beta_schedule", "trained_betas", "snr_shift_
 """Settings that say what the noise path is."""
 Scale: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 """alpha and sigma at times: a path's or a field's."""
+Limit: TypeAlias = Callable[[Tensor], Tensor]
+"""What clipping or thresholding makes of latents, row by row."""
 REFERENCE = 20
 """Steps of the run that says how much a scheduler remembers at most."""
 UNIT = 1024.0
@@ -113,21 +118,24 @@ class Table:
     calls: list[int]
     """``[G + 1]``: group g is the calls from ``calls[g]`` to ``calls[g + 1]``."""
     weights: Tensor
-    """``[n, 1 + H, 3 + H]``: (sample, output, noise, memory) to (sample, memory)."""
+    """``[n, 2 + H, 4 + H]``: (sample, output, noise, limited, memory) to (sample, what is limited, memory)."""
+    limit: Limit | None
+    """Clips or thresholds latents ``[B, ...]``, each row by itself; None if the scheduler does neither."""
     scale: float
     """Standard deviation of the noise that a run from nothing else begins with."""
 
     @property
     def memory(self) -> int:
         """H: how many latents are remembered."""
-        return self.weights.shape[1] - 1
+        return self.weights.shape[1] - 2
 
     def call(self, group: int, k: int, memory: int) -> Tensor:
-        """The weights ``[1 + memory, 3 + memory]`` of a group's k-th call; of one that it doesn't have, no change."""
+        """The weights ``[2 + memory, 4 + memory]`` of a group's k-th call; of one that it doesn't have, no change."""
         at = self.calls[group] + k
         if at >= self.calls[group + 1]:
-            same = torch.eye(3 + memory, dtype=torch.float64)
-            return same[[0, *range(3, 3 + memory)]]
+            same = torch.eye(4 + memory, dtype=torch.float64)
+            same[3] = 0
+            return same[[0, 3, *range(4, 4 + memory)]]
         return pad(self.weights[at], (0, memory - self.memory, 0, memory - self.memory))
 
 
@@ -137,8 +145,7 @@ class Traced(Scheduler):
     Settings are those of the class in diffusers; ``path`` (and ``revision``) is a model's folder whose scheduler's settings
     are taken where none is given, as ``from_config`` does. A parameter of ``step`` (``eta``, say) is a setting, too, and
     ``sigmas: trailing`` gives ``set_timesteps`` the sigmas 1 to 1/n, as the pipelines of FLUX and its like do. ``clip_sample``
-    is false unless it is given: latents have no range. Settings with which a step isn't linear (clipping, thresholding) are
-    refused. With neither ``path`` nor settings of betas, they are those of the denoiser's noise path; otherwise the two have
+    is false unless it or a path is given: latents have no range. With neither ``path`` nor settings of betas, they are those of the denoiser's noise path; otherwise the two have
     to be the same.
     """
 
@@ -192,11 +199,15 @@ class Traced(Scheduler):
             weights = torch.stack([table.call(group, k, self.memory) for table, group in runs])
             noise = field.noise(t, s) if bool(weights[:, :, 2].any()) else None
             output = _output(self.prediction, x, field.clean(x, t), alpha, sigma)
-            x, *memory = (_sum(row, [x, output, noise, *memory]) for row in weights.to(x.device).unbind(1))
-        moved = {"at": state["at"] + torch.tensor([0, 0, 1], device=state["at"].device)}
+            moved, to_limit, *kept = weights.to(x.device).unbind(1)
+            vectors = [x, output, noise, None, *memory]
+            if limit := runs[0][0].limit:
+                vectors[3] = limit(_sum(to_limit, vectors))
+            x, *memory = (_sum(row, vectors) for row in (moved, *kept))
+        after = {"at": state["at"] + torch.tensor([0, 0, 1], device=state["at"].device)}
         if self.memory:
-            moved["memory"] = torch.stack(memory, 1).to(dtype)
-        return x.to(dtype), moved
+            after["memory"] = torch.stack(memory, 1).to(dtype)
+        return x.to(dtype), after
 
     def _betas(self, scale: Scale) -> bytes:
         return _betas(scale, self.steps) if self.steps else b""
@@ -269,14 +280,12 @@ def _trace(name: str, settings: str, steps: int, begin: int, area: int, betas: b
     for each in (scheduler, again):
         if hasattr(each, "set_begin_index"):
             each.set_begin_index(begin)
-    scales, calls = _calls(scheduler, timesteps, in_step, 1.0)
+    scales, calls, limit = _calls(scheduler, timesteps, in_step, 1.0)
     for one, other in zip(calls, _calls(again, timesteps, in_step, UNIT)[1]):
         if not torch.equal(one, other):
-            on = [key for key in ("thresholding", "clip_sample") if scheduler.config.get(key)]
             raise ValueError(
-                f"{name} isn't linear in the latents{' with ' + ' and '.join(on) if on else ''}, "
-                f"and so can't move rows of a mixed batch: {'leave that out' if on else 'choose another'}, "
-                "or run the model's pipeline as it is (model=pipeline)"
+                f"{name} isn't linear in the latents with these settings, and so can't move rows of a mixed batch: "
+                "choose others, or run the model's pipeline as it is (model=pipeline)"
             )
     if not all(bool(call.isfinite().all()) for call in calls):
         raise ValueError(f"{name} is not finite in {steps} steps with these settings")
@@ -294,7 +303,7 @@ def _trace(name: str, settings: str, steps: int, begin: int, area: int, betas: b
         if int(weights[start:stop, :, 2].any(1).sum()) > 1:
             raise ValueError(f"{name} adds noise twice at one timestep: it isn't traced")
     noise = float(getattr(scheduler, "init_noise_sigma", 1.0)) * scales[0]
-    return Table(first, mixed[ends] * scale[ends, None], [*ends, len(calls)], weights, noise)
+    return Table(first, mixed[ends] * scale[ends, None], [*ends, len(calls)], weights, limit, noise)
 
 
 def _make(name: str, settings: str, betas: bytes = b"") -> tuple[Any, dict[str, Any], bool]:
@@ -356,13 +365,15 @@ def _mix(scheduler: Any, timesteps: Tensor) -> Tensor:
     return mixed
 
 
-def _calls(scheduler: Any, timesteps: Tensor, in_step: dict[str, Any], unit: float) -> tuple[list[float], list[Tensor]]:
-    """The scale of what the network is given, and the weights of (sample, output, noise, memory), call by call."""
-    scales, calls = [], []
+def _calls(
+    scheduler: Any, timesteps: Tensor, in_step: dict[str, Any], unit: float
+) -> tuple[list[float], list[Tensor], Limit | None]:
+    """The scale of what the network is given, and the weights of (sample, output, noise, limited, memory), call by call."""
+    scales, calls, limit = [], [], None
     for k, timestep in enumerate(timesteps):
         slots = list(_slots(scheduler))
-        sample, output, *noises = unit * torch.eye(4 + len(slots), dtype=torch.float64)[:, None, None, None, :]
-        noises, memory = noises[:2], noises[2:]
+        sample, output, *vectors = unit * torch.eye(5 + len(slots), dtype=torch.float64)[:, None, None, None, :]
+        noises, limited, memory = vectors[:2], vectors[2], vectors[3:]
         for (place, key), vector in zip(slots, memory):
             place[key] = vector
         given = scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
@@ -370,18 +381,20 @@ def _calls(scheduler: Any, timesteps: Tensor, in_step: dict[str, Any], unit: flo
             sigma = scheduler.sigmas[k - len(timesteps) - 1]
             skip, out = (scheduler.precondition_outputs(*pair, sigma) for pair in ((1.0, 0.0), (0.0, 1.0)))
             given, output = sample, (output - skip * sample) / out
-        with _Draw(noises):
+        with _Watch(scheduler, noises, limited) as watch:
             try:
                 moved = _step(scheduler, timesteps, k, output, sample, in_step)
             except Exception as error:  # whatever a class has against its settings
                 raise ValueError(f"{type(scheduler).__name__}: {' '.join(str(error).split())}") from error
-        after = torch.stack([moved, *(place[key] for place, key in _slots(scheduler))]).double().flatten(1) / unit
+        kept = [place[key] for place, key in _slots(scheduler)]
+        after = torch.stack([moved, watch.to_limit, *kept]).double().flatten(1) / unit
         if bool(after[:, 2].any() and after[:, 3].any()):
             raise ValueError(f"{type(scheduler).__name__} adds noise twice in a step: it isn't traced")
         after[:, 2] += after[:, 3]
         scales.append(float(given.flatten()[0]) / unit)
-        calls.append(after[:, [0, 1, 2, *range(4, 4 + len(slots))]])
-    return scales, calls
+        calls.append(after[:, [0, 1, 2, *range(4, 5 + len(slots))]])
+        limit = limit or watch.limit
+    return scales, calls, limit
 
 
 def _step(scheduler: Any, timesteps: Tensor, k: int, output: Tensor, sample: Tensor, given: dict[str, Any]) -> Tensor:
@@ -411,31 +424,54 @@ def _slots(scheduler: Any) -> Iterator[tuple[Any, Any]]:
             yield vars(scheduler), name
 
 
-class _Draw(TorchFunctionMode):
-    """Gives ``noises``, one after another, to whoever draws in this thread."""
+class _Watch(TorchFunctionMode):
+    """Gives ``noises``, one after another, to whoever draws in this thread, and ``limited`` for the latents that are limited."""
 
-    def __init__(self, noises: Sequence[Tensor]) -> None:
-        self.noises = iter(noises)
+    def __init__(self, scheduler: Any, noises: Sequence[Tensor], limited: Tensor) -> None:
+        self.scheduler, self.noises, self.limited = scheduler, iter(noises), limited
+        self.to_limit = torch.zeros_like(limited)
+        self.limit: Limit | None = None
+
+    def __enter__(self) -> _Watch:
+        if self.scheduler.config.get("thresholding"):
+            self.scheduler._threshold_sample = partial(
+                self._limited, partial(type(self.scheduler)._threshold_sample, self.scheduler)
+            )
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        vars(self.scheduler).pop("_threshold_sample", None)
+        super().__exit__(*raised)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func in (torch.randn, torch.randn_like):
-            return next(self.noises).to((kwargs or {}).get("dtype") or torch.float64)
-        return func(*args, **(kwargs or {}))
+            return next(self.noises).to(kwargs.get("dtype") or torch.float64)
+        if func in (torch.clamp, Tensor.clamp) and args[0].shape == self.limited.shape:
+            low, high = args[1:]
+            return self._limited(lambda x: x.clamp(low, high), args[0])
+        return func(*args, **kwargs)
+
+    def _limited(self, limit: Limit, sample: Tensor) -> Tensor:
+        if self.limit is not None:
+            raise ValueError("it limits latents twice in a step: it isn't traced")
+        self.limit, self.to_limit = limit, sample
+        return self.limited
 
 
 def _packed(calls: list[Tensor], scale: Tensor) -> Tensor:
-    """The calls' weights ``[n, 1 + H, 3 + H]``, with what no later call reads left out, in the network's scale."""
+    """The calls' weights ``[n, 2 + H, 4 + H]``, with what no later call reads left out, in the network's scale."""
     read: list[int] = []
     out: list[Tensor] = []
     for k in reversed(range(len(calls))):
-        weights = calls[k][[0, *(1 + i for i in read)]]
-        read = [i for i in range(weights.shape[1] - 3) if bool(weights[:, 3 + i].any())]
-        weights = weights[:, [0, 1, 2, *(3 + i for i in read)]]
+        weights = calls[k][[0, 1, *(2 + i for i in read)]]
+        read = [i for i in range(weights.shape[1] - 4) if bool(weights[:, 4 + i].any())]
+        weights = weights[:, [0, 1, 2, 3, *(4 + i for i in read)]]
         weights[:, 0] /= scale[k]
         weights[0] *= scale[k + 1] if k + 1 < len(calls) else 1.0
         out.append(weights)
-    most = max(max(w.shape[0] - 1, w.shape[1] - 3) for w in out)
-    return torch.stack([pad(w, (0, most - w.shape[1] + 3, 0, most - w.shape[0] + 1)) for w in reversed(out)])
+    most = max(max(w.shape[0] - 2, w.shape[1] - 4) for w in out)
+    return torch.stack([pad(w, (0, most - w.shape[1] + 4, 0, most - w.shape[0] + 2)) for w in reversed(out)])
 
 
 for _name, (_order, _evaluations, _stochastic) in TRACED.items():
