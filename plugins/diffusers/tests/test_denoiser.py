@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import latentmill
+from latentmill.plugin import RowError
 from latentmill.testing import DenoiserSuite, SchedulerSuite
 from latentmill_diffusers import tiny
 from latentmill_diffusers.denoiser import DiffusersDenoiser
 from latentmill_diffusers.scheduler import ModelScheduler
-from latentmill_diffusers.text_encoder import DiffusersTextEncoder
+from latentmill_diffusers.text_encoder import COMPEL, DiffusersTextEncoder
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red fox", "", "two houses by the sea, at night, and a boat that is longer than both of them"]
@@ -176,6 +177,93 @@ def test_clip_skip_and_length_reach_the_pipeline_s_encode_prompt(model):
         ValueError, match=r"text_encoder\.max_length: StableDiffusionPipeline has no max_sequence_length"
     ):
         DiffusersTextEncoder(folder, max_length=32).load(CPU)
+
+
+def weighted(folder, **settings):
+    encoder = DiffusersTextEncoder(str(folder), compel=True, **settings)
+    encoder.load(CPU)
+    return encoder
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", COMPEL)
+def test_prompts_with_weights(name, model):
+    """A prompt without weights is what it is to the pipeline; weighted words are moved away from nothing by as much."""
+    plain = DiffusersTextEncoder(str(model(name)))
+    plain.load(CPU)
+    encoder = weighted(model(name))
+    prompts = ["a red fox", "", "two houses by the sea"]
+    for found, wanted in (
+        (encoder.encode(prompts), plain.encode(prompts)),
+        (encoder.encode_negative(prompts), plain.encode_negative(prompts)),
+    ):
+        assert set(found) == set(wanted)
+        for key, value in wanted.items():
+            assert torch.allclose(found[key], value, atol=1e-6), key
+    [bare, nothing], [found] = plain.encode(["a red fox", ""])["embeds"], encoder.encode(["(a red fox)1.5"])["embeds"]
+    tokenizer = plain._pipeline.tokenizer_2 if name == "FluxPipeline" else plain._pipeline.tokenizer
+    begin = [tokenizer.bos_token_id] if tokenizer.bos_token else []
+    words = slice(len(begin), len(tokenizer("a red fox")["input_ids"]) - 1)  # between begin and end
+    wanted = bare.clone()
+    wanted[words] = nothing[words] + 1.5 * (bare[words] - nothing[words])
+    assert torch.allclose(found, wanted, atol=1e-5) and not torch.allclose(found, bare, atol=1e-2)
+
+
+@torch.inference_mode()
+def test_prompts_beyond_77_tokens(model):
+    """They are encoded in pieces, and all prompts of a job come to one length. Our tokenizers know no ends of words to split at."""
+    folder = model("StableDiffusionXLPipeline")
+    plain = DiffusersTextEncoder(str(folder))
+    plain.load(CPU)
+    encoder = weighted(folder, max_length=3 * 77)
+    text = "a red fox in deep snow at night, beside a river that is wide. a small house stands on the other bank."
+    first, second = text[:75], text[75:]
+    found = encoder.encode([text, first, ""])
+    one, two, nothing = plain.encode([first, second, ""])["embeds"]
+    assert found["embeds"].shape[1] == 3 * 77
+    for embeds, pieces in zip(found["embeds"], ([one, two, nothing], [one, nothing, nothing], [nothing] * 3)):
+        assert torch.allclose(embeds, torch.cat(pieces), atol=1e-5)
+    encoder.check(text)
+    with pytest.raises(RowError, match="a prompt of 154 tokens, by pieces of 77, and max_length is 77"):
+        weighted(folder).check(text)
+
+
+def test_prompts_that_compel_can_t_read(model, tmp_path):
+    """Each is its row's error; a job with the others goes through, long ones among them."""
+    prompts = ["a (red)1.3 fox", '("a", "b").blend(1)', "a cat.swap(dog)", "a fox. " * 13, "a fox. " * 100]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    told = ["model=diffusers", "scheduler=model", "cluster=inline", f"model.path={model('StableDiffusionPipeline')}"]
+    told += [f"source.path={tmp_path / 'rows.jsonl'}", f"output={tmp_path / 'out'}", "sampling.steps=1"]
+    told += ["sampling.width=32", "sampling.height=32", "text_encoder.compel=true", "text_encoder.max_length=154"]
+    result = latentmill.run("denoise", told)
+    assert (result.ok, result.failed) == (2, 3)
+    errors = [json.loads(line) for line in (tmp_path / "out/errors/00000.jsonl").read_text().splitlines()]
+    assert [error["row"] for error in errors] == [1, 2, 4]
+    assert errors[0]["reason"].startswith(
+        'compel can\'t read the prompt \'("a", "b").blend(1)\': while parsing Blend: '
+    )
+    assert errors[1]["reason"].endswith(".swap() changes attention inside the network, which no job does")
+    assert errors[2]["reason"] == "a prompt of 770 tokens, by pieces of 77, and max_length is 154"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("KolorsPipeline", {}, "KolorsPipeline is not among what it knows: StableDiffusionPipeline, "),
+        ("StableDiffusionPipeline", {"clip_skip": 1}, "clip_skip and compel exclude each other"),
+        ("StableDiffusionPipeline", {"max_length": 100}, "with compel: expected 77 or a multiple, not 100"),
+        ("FluxPipeline", {"max_length": 154}, "with compel: expected nothing: T5's is fixed, not 154"),
+    ],
+)
+def test_what_compel_can_not_be_asked_for(name, settings, said, model):
+    with pytest.raises(ValueError, match=said):
+        DiffusersTextEncoder(str(model(name)), compel=True, **settings)
+
+
+def test_compel_is_not_there(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "compel", None)
+    with pytest.raises(ValueError, match="needs the library of that name: pip install compel"):
+        DiffusersTextEncoder(str(model("StableDiffusionPipeline")), compel=True)
 
 
 @torch.inference_mode()

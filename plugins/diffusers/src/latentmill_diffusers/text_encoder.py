@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
-from latentmill.plugin import Conditioning, TextEncoder
+from latentmill.plugin import Conditioning, RowError, TextEncoder
 from latentmill_diffusers import lora
 from latentmill_diffusers.families import Family, family_of
 from latentmill_diffusers.folder import Folder, dtype_of
@@ -17,6 +19,13 @@ from latentmill_diffusers.lora import loras_of
 
 SCORES = {False: 6.0, True: 2.5}
 """What SDXL's refiner is told of a picture's beauty, of those wanted and of those to be guided away from, as its pipeline does."""
+COMPEL = {
+    "StableDiffusionPipeline": "CompelForSD",
+    "LatentConsistencyModelPipeline": "CompelForSD",
+    "StableDiffusionXLPipeline": "CompelForSDXL",
+    "FluxPipeline": "CompelForFlux",
+}
+"""What compel calls its classes, by pipeline."""
 
 
 class DiffusersTextEncoder(TextEncoder):
@@ -27,6 +36,10 @@ class DiffusersTextEncoder(TextEncoder):
 
     ``clip_skip`` takes CLIP's output so many layers before its last; ``max_length`` is in tokens, where the pipeline lets one
     choose (its ``max_sequence_length``). ``loras`` are the denoiser's: some change text encoders, too.
+
+    ``compel`` reads prompts in the syntax of that library, with weights: ``a (red fox)1.3 in the snow--``. Of CLIP's models
+    ``max_length`` is then how many tokens every prompt comes to, 77 or a multiple: prompts are encoded in pieces of 77, split
+    between sentences, and shorter ones are filled up with the encoding of an empty prompt.
     """
 
     contract = 1
@@ -40,6 +53,7 @@ class DiffusersTextEncoder(TextEncoder):
         loras: Sequence[Mapping[str, Any]] = (),
         clip_skip: int | None = None,
         max_length: int | None = None,
+        compel: bool = False,
     ) -> None:
         self.folder = Folder(path, revision, config)
         self.loras = loras_of(loras)
@@ -52,17 +66,34 @@ class DiffusersTextEncoder(TextEncoder):
         ]
         for part in self.parts:
             self.folder.require_weights(part)
+        self.compel = compel
+        if compel:
+            self._require_compel(clip_skip, max_length)
+        self._compel: Any = None
         self._pipeline: Any = None
         self._device = torch.device("cpu")
 
     def fingerprint(self) -> str:
         tokenizers = [name for name in self.folder.index if name.startswith("tokenizer") and self.folder.class_of(name)]
-        return self.folder.fingerprint(*self.parts, *tokenizers) + lora.fingerprint(self.loras)
+        made_by = f" compel {version('compel')}" if self.compel else ""
+        return self.folder.fingerprint(*self.parts, *tokenizers) + lora.fingerprint(self.loras) + made_by
+
+    def _require_compel(self, clip_skip: int | None, max_length: int | None) -> None:
+        name = self.folder.pipeline
+        if find_spec("compel") is None:
+            raise ValueError("text_encoder.compel needs the library of that name: pip install compel")
+        if name not in COMPEL:
+            raise ValueError(f"text_encoder.compel: {name} is not among what it knows: {', '.join(COMPEL)}")
+        if clip_skip is not None:
+            raise ValueError("text_encoder.clip_skip and compel exclude each other")
+        if max_length is not None and (name == "FluxPipeline" or max_length < 77 or max_length % 77):
+            expected = "nothing: T5's is fixed" if name == "FluxPipeline" else "77 or a multiple"
+            raise ValueError(f"text_encoder.max_length with compel: expected {expected}, not {max_length}")
 
     def load(self, device: torch.device) -> None:
         self._pipeline = self.folder.load_pipeline(("text_encoder", "tokenizer"), self.logical)
         taken = inspect.signature(self._pipeline.encode_prompt).parameters
-        for asked in self.asked:
+        for asked in self.asked if not self.compel else ():
             if asked not in taken:
                 name = "max_length" if asked == "max_sequence_length" else asked
                 raise ValueError(f"text_encoder.{name}: {self.folder.pipeline} has no {asked}")
@@ -74,6 +105,29 @@ class DiffusersTextEncoder(TextEncoder):
             lora.fuse(encoder, part, self._pipeline, self.loras, unet)
         self._pipeline.to(device)
         self._device = device
+        if self.compel:
+            import compel
+
+            self._compel = getattr(compel, COMPEL[self.folder.pipeline])(self._pipeline)
+            self._nothing = self._compel("").embeds
+
+    def check(self, prompt: str) -> None:
+        if self._compel is None:
+            return
+        reader = self._compel.compel if hasattr(self._compel, "compel") else self._compel.compel_2
+        try:
+            tokens = _tokens(reader, prompt)
+        except Exception as error:  # compel's own, and pyparsing's
+            raise RowError(f"compel can't read the prompt {prompt!r}: {' '.join(str(error).split())}") from error
+        if tokens > self._length:
+            raise RowError(
+                f"a prompt of {tokens} tokens, by pieces of {len(self._nothing[0])}, and max_length is {self._length}"
+            )
+
+    @property
+    def _length(self) -> int:
+        """Tokens that a prompt comes to by compel."""
+        return self.asked.get("max_sequence_length") or len(self._nothing[0])
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         return self._all(prompts, negative=False)
@@ -88,6 +142,8 @@ class DiffusersTextEncoder(TextEncoder):
         return encoded
 
     def _all(self, prompts: Sequence[str], negative: bool) -> Conditioning:
+        if self._compel is not None:
+            return self._weighted(prompts)
         if not self.family.pad:
             encoded = self._encoded(list(prompts), negative)
             if self.folder.index.get("requires_aesthetics_score"):
@@ -99,6 +155,16 @@ class DiffusersTextEncoder(TextEncoder):
             "embeds": torch.stack([pad(value, (0, 0, 0, longest - len(value))) for value in embeds]),
             "length": torch.tensor([len(value) for value in embeds]),
         }
+
+    def _weighted(self, prompts: Sequence[str]) -> Conditioning:
+        """Each alone: compel fills a prompt up to the longest of its company."""
+        each = [self._compel(prompt) for prompt in prompts]
+        pieces = self._length // len(self._nothing[0])
+        filled = [torch.cat([one.embeds, *[self._nothing] * pieces], 1)[:, : self._length] for one in each]
+        encoded = {"embeds": torch.cat(filled)}
+        if each[0].pooled_embeds is not None:
+            encoded["pooled"] = torch.cat([one.pooled_embeds for one in each])
+        return encoded
 
     def _encoded(self, prompts: list[str], negative: bool) -> Conditioning:
         conditioning: Conditioning = {}
@@ -122,3 +188,18 @@ class DiffusersTextEncoder(TextEncoder):
         told = {name: given[name].default for name in taken if name in given}
         required = {name: None for name, p in taken.items() if p.default is p.empty}
         return required | {name: value for name, value in told.items() if value not in (None, inspect.Parameter.empty)}
+
+
+def _tokens(reader: Any, prompt: str) -> int:
+    """How many tokens a prompt comes to, with those that its pieces are filled up with. Raises what compel does."""
+    total = 0
+    for part in reader.parse_prompt_string(prompt).prompts:
+        lengths = []
+        for blended in getattr(part, "prompts", [part]):
+            if blended.wants_cross_attention_control:
+                raise ValueError(".swap() changes attention inside the network, which no job does")
+            texts = [child.text for child in blended.children]
+            tokens, *_ = reader.conditioning_provider.get_token_ids_and_expand_weights(texts, [1.0] * len(texts), "cpu")
+            lengths.append(len(tokens))
+        total += max(lengths)
+    return total

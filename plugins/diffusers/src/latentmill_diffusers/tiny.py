@@ -63,7 +63,7 @@ def tokenizer(
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
         unk_token="<unk>",
-        bos_token="<s>",
+        bos_token=begin,
         eos_token="</s>",
         pad_token=pad,
         padding_side=side,
