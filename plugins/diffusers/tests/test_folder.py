@@ -1,11 +1,15 @@
 """Where models lie: folders, the Hub's cache, and one line for whatever is wrong."""
 
+import hashlib
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -98,9 +102,9 @@ def test_a_scheduler_that_has_no_counterpart_says_what_to_do(copy):
         assert said in refused(copy)
 
 
-def command(tmp_path, *arguments):
-    """Run the command without a network, with a cache of its own."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+def command(tmp_path, *arguments, **variables):
+    """Run the command without a network, if ``variables`` don't say otherwise, with a cache of its own."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), **variables}
     line = [sys.executable, "-m", "latentmill.cli", *arguments]
     return subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True)
 
@@ -114,6 +118,81 @@ def test_the_hub_s_models_come_from_the_cache_or_one_line_says_how_to_get_them(m
     shutil.copytree(model("StableDiffusionPipeline"), cached)
     done = command(tmp_path, *job)
     assert done.returncode == 0, done.stderr
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Speaks the Hub's protocol, as far as a download needs it, for one repository: ``folder`` at REVISION."""
+
+    folder: Path
+    sent: set[str]
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def answer(self, body):
+        path = self.path.partition("?")[0]
+        found, listed = self.folder / path.partition(f"/resolve/{REVISION}/")[2], b""
+        headers = {}
+        if path == f"/api/models/org/name/tree/{REVISION}":
+            files = [file for file in sorted(self.folder.rglob("*")) if file.is_file()]
+            told = [
+                {"type": "file", "path": str(f.relative_to(self.folder)), "size": f.stat().st_size, "oid": str(i)}
+                for i, f in enumerate(files)
+            ]
+            listed, headers = json.dumps(told).encode(), {"Content-Type": "application/json"}
+        elif found.is_file():
+            listed = found.read_bytes()
+            headers = {"ETag": f'"{hashlib.sha256(listed).hexdigest()}"', "X-Repo-Commit": REVISION}
+            if body:
+                self.sent.add(str(found.relative_to(self.folder)))
+        self.send_response(200 if headers else 404)
+        for name, value in {**headers, "Content-Length": str(len(listed))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(listed)
+
+    def log_message(self, *told):
+        pass
+
+
+@pytest.fixture
+def hub(copy):
+    handler = type("OfCopy", (Hub,), {"folder": copy, "sent": set()})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", handler.sent
+        server.shutdown()
+
+
+def test_a_model_is_downloaded_once_and_only_what_is_needed_of_it(hub, copy, tmp_path):
+    address, sent = hub
+    weights = {part: next((copy / part).glob("*.safetensors")) for part in ("unet", "vae", "text_encoder")}
+    weights["text_encoder"] = weights["text_encoder"].rename(copy / "text_encoder" / "model.fp16.safetensors")
+    shutil.copy(weights["unet"], copy / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    shutil.copy(weights["unet"], copy / "unet" / "diffusion_pytorch_model.bin")
+    shutil.copy(weights["unet"], copy / "whole.safetensors")
+    (copy / "safety_checker").mkdir()
+    shutil.copy(weights["vae"], copy / "safety_checker" / "model.safetensors")
+    index = json.loads((copy / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (copy / "model_index.json").write_text(json.dumps(index))
+    (copy / "tokenizer" / "chat_template.jinja").write_text("{{ messages }}")
+    job = ["plan", "txt2img", "model=diffusers", "scheduler=model", "model.path=org/name", f"model.revision={REVISION}"]
+    done = command(tmp_path, *job, HF_HUB_OFFLINE="0", HF_ENDPOINT=address)
+    assert done.returncode == 0, done.stderr
+    big = {name for name in sent if not name.endswith((".json", ".txt", ".jinja"))}
+    assert big == {str(file.relative_to(copy)) for file in weights.values()}
+    assert "tokenizer/chat_template.jinja" in sent
+    sent.clear()
+    again = command(tmp_path, *job)
+    assert again.returncode == 0 and again.stdout == done.stdout, again.stderr
+    gone = command(tmp_path, *job[:-1], "model.revision=fedcba9876543210fedcba9876543210fedcba98", HF_HUB_OFFLINE="0", HF_ENDPOINT=address)  # fmt: skip
+    assert not sent and gone.returncode == 2
+    assert gone.stderr.count("\n") == 1 and "is not in the local cache and can't be downloaded" in gone.stderr
 
 
 def test_each_part_is_fingerprinted_by_what_it_reads(model, tmp_path):

@@ -21,7 +21,9 @@ INDEX = "model_index.json"
 DTYPES = ("float32", "float16", "bfloat16")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of pipelines that no job asks for."""
-HASHED = (".json", ".txt", ".model", ".safetensors")
+SMALL = ("*.json", "*.txt", "*.model", "*.jinja")
+"""Configs, tokenizers and templates of prompts."""
+HASHED = (".json", ".txt", ".model", ".jinja", ".safetensors")
 SAMPLES, SAMPLE = 64, 4096
 """How many pieces of each file of weights are hashed, evenly spread, and their bytes."""
 
@@ -194,29 +196,36 @@ def locate(path: str, revision: str | None = None) -> Path:
 
 @cache
 def _from_hub(repository: str, revision: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    wanted = {"repo_id": repository, "revision": revision}
     try:
-        return Path(snapshot_download(**wanted, local_files_only=True))
+        return _snapshot(repository, revision, local_files_only=True)
     except Exception:  # not here yet: the cache has many ways to say so
         pass
     try:
-        folder = Path(snapshot_download(**wanted, allow_patterns=["*.json", "*.txt", "*.model"]))
-        # Of weights, those of the parts: beside them many a repository has the same again, in one file or in halves.
-        parts = (
-            [name for name, value in read_json(folder / INDEX).items() if isinstance(value, list)]
-            if (folder / INDEX).is_file()
-            else [""]
-        )
-        needed = [f"{name}/*.safetensors".lstrip("/") for name in parts if name not in UNUSED]
-        snapshot_download(**wanted, allow_patterns=needed, ignore_patterns=["*.fp16*", "*.non_ema*"])
-        return folder
+        return _snapshot(repository, revision, local_files_only=False)
     except Exception as error:  # the network's, the Hub's
         raise ValueError(
             f"{repository} at {revision} is not in the local cache and can't be downloaded ({type(error).__name__}): "
             f"`hf download {repository} --revision {revision}` where there is a network, or give a folder as model.path"
         ) from error
+
+
+def _snapshot(repository: str, revision: str, local_files_only: bool) -> Path:
+    """The folder, with small files and, of weights, those of the parts: beside them many a repository has the same again.
+
+    That is in one file, in other formats, or in halves; halves are taken where there is nothing else.
+    """
+    from huggingface_hub import snapshot_download
+
+    wanted = {"repo_id": repository, "revision": revision, "local_files_only": local_files_only}
+    folder = Path(snapshot_download(**wanted, allow_patterns=list(SMALL)))
+    index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
+    parts = [n for n, value in index.items() if isinstance(value, list) and None not in value and n not in UNUSED]
+    needed = [f"{name}/*.safetensors" for name in parts] or ["*.safetensors"]
+    snapshot_download(**wanted, allow_patterns=needed, ignore_patterns=["*.fp16*", "*.non_ema*"])
+    halves = [pattern.replace("*.", "*.fp16*") for pattern in needed if not any(folder.glob(pattern))]
+    if halves:
+        snapshot_download(**wanted, allow_patterns=halves)
+    return folder
 
 
 def dtype_of(name: str) -> torch.dtype:
