@@ -211,6 +211,9 @@ def test_done_is_what_lies_in_data(tmp_path):
     commit(tmp_path, 2, [pictures([8, 9])])
     (tmp_path / "data" / "00123456.parquet").touch()
     (tmp_path / "data" / "notes.txt").touch()
+    (tmp_path / "data" / "00007.parquet.partial").touch()
+    (tmp_path / "data" / "00008.parquet~").touch()
+    (tmp_path / "data" / "00009").touch()
     (tmp_path / "data" / ".00001.parquet.swp").touch()
     assert done_shards(storage.at(str(tmp_path))) == {2, 123456}
 

@@ -350,7 +350,7 @@ class Sink(Plugin, ABC):
     """How a shard is stored. When and under which name it appears is the framework's: it commits each shard once."""
 
     suffix: ClassVar[str]
-    """Of the shard's file name, with the dot."""
+    """Of the shard's file name, with the dot: one, as ``.parquet``."""
 
     @abstractmethod
     def pack(self, batch: pa.Table) -> pa.Table:

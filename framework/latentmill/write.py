@@ -8,6 +8,7 @@ what is in ``data/00007.parquet``, for people and ``grep``; whoever finds it mis
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -149,8 +150,9 @@ def failed_rows(store: Storage) -> dict[int, int]:
 
 
 def _numbers(store: Storage, folder: str) -> set[int]:
-    names = (name.partition(".")[0] for name in store.names(folder))
-    return {int(name) for name in names if name.isdecimal()}
+    # One suffix: 00007.parquet.partial or 00007.parquet~, which some tool of a person's left there, is no shard.
+    found = (re.fullmatch(r"(\d+)\.\w+", name, re.ASCII) for name in store.names(folder))
+    return {int(match[1]) for match in found if match}
 
 
 def copy_errors(store: Storage, shard: int, sink: Sink) -> None:
