@@ -544,3 +544,40 @@ def test_a_mask_keeps_the_picture_where_it_is_dark():
         )
     )
     assert reasons == ["a row with a mask can't stop half-way: its picture would be lost"] * 2
+
+
+class Painter(Gaussian):
+    """Was trained for inpainting. Answers what it is told: the masked picture, and 9 where to paint."""
+
+    inpaints = True
+
+    def predict(self, x, t, conditioning):
+        return (conditioning["masked"] + 9 * conditioning["mask"]).float()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_network_that_was_trained_for_inpainting_is_told_mask_and_masked_picture(guidance):
+    mask = torch.zeros(2, 1, 4, 3, dtype=torch.uint8)
+    mask[0, 0, 1], mask[1, 0, :, 2] = 1, 1
+    masked = torch.randn(2, 2, 4, 3, generator=torch.Generator().manual_seed(0))
+    table = batch([3, 5], strength=0.8, steps=5, scheduler="euler", guidance_scale=guidance)
+    reasons = []
+    assert not list(
+        Denoise(Painter(), SCHEDULERS.__getitem__, "trailing", 16)(table, lambda i, said: reasons.append(said))
+    )
+    assert reasons == ["the network paints a part of a picture anew: image and mask are expected"] * 2
+    table = tensors.with_tensor(tensors.with_tensor(table, "mask", mask), "masked", masked)
+    found = denoise(table, denoiser=Painter())
+    for number, told in zip((3, 5), masked + 9 * mask):
+        torch.testing.assert_close(found[number], told)
+    [part] = Denoise(Painter(), SCHEDULERS.__getitem__, "trailing", 16)(table, lambda i, reason: pytest.fail(reason))
+    assert not {"mask", "masked"} & set(part.column_names)
+
+
+def test_what_is_painted_anew_at_strength_1_has_nothing_of_the_picture_in_it():
+    mask = torch.ones(2, 1, 4, 3, dtype=torch.uint8)
+    settings = {"strength": 1.0, "steps": 3, "scheduler": "euler", "seed": 7, "guidance_scale": 1.0}
+    table = batch([3, 5], **settings)
+    same = tensors.with_tensor(table, "prompt:mean", torch.zeros(2))
+    found = denoise(tensors.with_tensor(same, "mask", mask))
+    assert torch.equal(found[3], found[5]) and not torch.equal(*denoise(same).values())

@@ -212,3 +212,14 @@ def test_a_mask_comes_to_the_size_of_the_latents():
     table = tensors.with_tensor(batch(["", ""], images=torch.zeros(2, 4, 6, 3, dtype=torch.uint8)), "mask", mask)
     [part], _ = call(Encode(Lossless(), None), table)
     assert tensors.from_arrow(part, "mask").tolist() == [[[[0, 1, 0], [0, 0, 0]]], [[[1, 1, 1], [1, 1, 1]]]]
+
+
+@pytest.mark.parametrize("fixed", [None, rows.FixedShape(batch_size=4, rows_per_shard=4)])
+def test_the_masked_picture_is_gray_where_it_is_to_be_painted(fixed):
+    images = torch.randint(0, 256, (3, 4, 6, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(3, 4, 6, dtype=torch.uint8)
+    mask[0, 1:3, 3], mask[2] = 1, 1  # finer than the latents are
+    table = tensors.with_tensor(batch(["", "", ""], images=images), "mask", mask)
+    [part], _ = call(Encode(Lossless(), None, fixed), table)
+    wanted = (images.permute(0, 3, 1, 2) / 127.5 - 1.0) * (1 - mask[:, None])
+    assert torch.equal(tensors.from_arrow(part, "masked"), Lossless().encode(wanted))

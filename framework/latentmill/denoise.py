@@ -148,14 +148,21 @@ class Denoise(Stage):
             }
             for prefix in (rows.PROMPT, rows.NEGATIVE, rows.STATE)
         )
-        masks = tensors.from_arrow(batch, "mask").to(self.device) if "mask" in batch.column_names else None
+        masks, masked = (
+            tensors.from_arrow(batch, name).to(self.device) if name in batch.column_names else None
+            for name in ("mask", "masked")
+        )
         slots, _ = rows.slots(batch, self.fixed)
         columns = [n for n in batch.column_names if n in rows.SCALARS.names or n in rows.HALFWAY.names]
         shape_key, identity = rows.shape_key(batch), cache(self._identity)
         for i, row in enumerate(batch.select(columns).to_pylist()):
             try:
                 goes_on = "trajectory" in row and row["trajectory"] == identity(row["scheduler"])
-                times, start, state = self._start(row, x[i], goes_on)
+                if self.denoiser.inpaints and masks is None:
+                    raise RowError("the network paints a part of a picture anew: image and mask are expected")
+                # What is painted anew from noise alone has nothing of the picture in it.
+                begins = x[i] if masks is None or row["strength"] < 1 else torch.zeros_like(x[i])
+                times, start, state = self._start(row, begins, goes_on)
                 if masks is not None and self.until:
                     raise RowError("a row with a mask can't stop half-way: its picture would be lost")
             except ValueError as error:
@@ -165,6 +172,9 @@ class Denoise(Stage):
             scale, told = row["guidance_scale"], {}
             if self.denoiser.guidance_embedded:
                 told, scale = {"guidance_scale": torch.tensor(scale, device=self.device)}, 1.0
+            both = {}
+            if self.denoiser.inpaints and masks is not None and masked is not None:
+                both = {"mask": masks[i].to(torch.float32), "masked": masked[i].to(torch.float32)}
             visit.rows.append(
                 Trajectory(
                     visit=visit,
@@ -174,11 +184,11 @@ class Denoise(Stage):
                     times=times,
                     seed=row["seed"],
                     guidance=Guidance(scale, row["guidance_rescale"], row["guidance_from"], row["guidance_until"]),
-                    prompt={**{name: value[i] for name, value in prompt.items()}, **told},
-                    negative={name: value[i] for name, value in negative.items()},
+                    prompt={**{name: value[i] for name, value in prompt.items()}, **both, **told},
+                    negative={**{name: value[i] for name, value in negative.items()}, **both},
                     x=start,
                     state={name: value[i] for name, value in states.items()} if goes_on else state,
-                    kept=None if masks is None else self._kept(masks[i], x[i], row["seed"]),
+                    kept=None if masks is None or both else self._kept(masks[i], x[i], row["seed"]),
                 )
             )
             if not visit.rows[-1].arrived:
@@ -416,7 +426,11 @@ def _times(seats: Sequence[Trajectory], ahead: int = 0) -> Tensor:
 
 def is_passing(name: str) -> bool:
     """Whether a column is only for the way: conditioning, masks, and the state of half-way latents."""
-    return name == "mask" or name.startswith((rows.PROMPT, rows.NEGATIVE, rows.STATE)) or name in rows.HALFWAY.names
+    return (
+        name in ("mask", "masked")
+        or name.startswith((rows.PROMPT, rows.NEGATIVE, rows.STATE))
+        or name in rows.HALFWAY.names
+    )
 
 
 def path_hash(path: NoisePath) -> str:

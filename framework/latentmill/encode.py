@@ -68,8 +68,7 @@ class Encode(Stage):
                 members = [i for i, fine in zip(members, good) if fine]
             if len(part):
                 if "mask" in part.column_names:
-                    mask = tensors.from_arrow(part, "mask")[:, None]
-                    part = tensors.with_tensor(part, "mask", interpolate(mask, latents.shape[-2:], mode="nearest"))
+                    part = self._with_mask(part, tuple(latents.shape[-2:]), slots, size)
                 if self.latents_std:
                     part = tensors.with_tensor(part, "latents_std", std)
                 part = self._with_text(rows.with_latents(part, latents, self.vae.spec), slots, size)
@@ -91,11 +90,23 @@ class Encode(Stage):
         if not self.vae_loaded:  # a text-to-image job's encode workers never need the VAE's weights
             self.vae.load(self.device)
             self.vae_loaded = True
-        images = tensors.spread(tensors.from_arrow(part, "image"), slots, size).to(self.device)
-        images = images.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0
+        images = self._images(part, slots, size)
         both = self.vae.posterior(images) if self.latents_std else (self.vae.encode(images),) * 2
         mean, std = (values[slots].to(stored_dtype(self.vae.spec)) for values in both)
         return mean, std
+
+    def _images(self, part: pa.Table, slots: Tensor, size: int) -> Tensor:
+        """Pictures ``[size, 3, H, W]`` in [-1, 1], each in its slot."""
+        images = tensors.spread(tensors.from_arrow(part, "image"), slots, size).to(self.device)
+        return images.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0
+
+    def _with_mask(self, part: pa.Table, shape: tuple[int, ...], slots: Tensor, size: int) -> pa.Table:
+        """The mask in the size of the latents, and ``masked``: what a network that was trained for inpainting is told."""
+        mask = tensors.from_arrow(part, "mask")[:, None]
+        kept = tensors.spread(1 - mask, slots, size).to(self.device)
+        masked = self.vae.encode(self._images(part, slots, size) * kept)[slots].to(stored_dtype(self.vae.spec))
+        part = tensors.with_tensor(part, "mask", interpolate(mask, shape, mode="nearest"))
+        return tensors.with_tensor(part, "masked", masked)
 
     def _with_text(self, part: pa.Table, slots: Tensor, size: int) -> pa.Table:
         if "image" in part.column_names:

@@ -258,6 +258,9 @@ class Denoiser(Plugin, ABC):
     guidance_embedded: bool = False
     """Whether the network is told a row's guidance scale, as conditioning ``guidance_scale[B]``, and so guides itself: one
     evaluation, without the negative prompt."""
+    inpaints: bool = False
+    """Whether the network was trained to paint a part of a picture anew: it is told, in both conditionings, ``mask[B, 1, h, w]``,
+    1 where to paint, and ``masked[B, C, h, w]``, the latents of the picture with gray there. Rows without a mask are errors."""
 
     def check(self, spec: LatentSpec) -> None:
         """Raise ValueError, saying what was expected, if the network was not trained on latents of this space."""

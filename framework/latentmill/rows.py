@@ -16,6 +16,7 @@ scheduler                string                                read to the datas
 width, height            int32, pixels                         read to the dataset
 image                    tensor uint8 [H, W, 3], RGB           read to encode; decode to write
 mask                     tensor uint8 [H, W], [1, h, w]        read to encode, encode to denoise: 1 where to paint
+masked                   tensor as latents                     encode to denoise: of the picture, gray under the mask
 latents                  tensor [C, h, w], scaled              encode to denoise to decode or write
 latents_std              tensor as latents                     encode to write, where the job asks for it
 time, trajectory         float64, string                       beside half-way latents only: see HALFWAY

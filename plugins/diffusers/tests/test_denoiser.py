@@ -51,8 +51,11 @@ class TestSuite(DenoiserSuite):
         folder = str(model(name))
         type(self).denoiser = staticmethod(partial(DiffusersDenoiser, folder))
         config = DiffusersDenoiser(folder)
-        type(self).shape = (config.config["in_channels"] // config.family.packed**2, 8, 16)
-        type(self).told = encoded(name)
+        channels = 4 if config.inpaints else config.config["in_channels"] // config.family.packed**2
+        type(self).shape, type(self).told = (channels, 8, 16), dict(encoded(name))
+        if config.inpaints:
+            picture = torch.randn(3, channels + 1, 8, 16, generator=torch.Generator().manual_seed(1))
+            type(self).told |= {"mask": (picture[:, :1] > 0).float(), "masked": picture[:, 1:]}
         with torch.inference_mode():
             yield
 

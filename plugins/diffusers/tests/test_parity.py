@@ -27,8 +27,9 @@ PROMPTS = [
 ]
 SIZE = (32, 64)
 STEPS, GUIDANCE = 8, 4.0
-ELSEWHERE = ("StableDiffusionXLImg2ImgPipeline", "LatentConsistencyModelPipeline")
-"""Families with tests of their own: one has no text-to-image, the other draws noise at every step, which is ours."""
+INPAINTING = ("StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline")
+ELSEWHERE = ("StableDiffusionXLImg2ImgPipeline", "LatentConsistencyModelPipeline", *INPAINTING)
+"""Families with tests of their own: they have no text-to-image, or draw noise at every step, which is ours."""
 
 
 def rows_of(job, output, *overrides):
@@ -296,39 +297,40 @@ def test_path_prediction_grid_and_solver_are_what_the_scheduler_config_says(case
         assert difference(row, latents) <= 1e-5
 
 
-def test_a_picture_painted_anew_where_its_mask_is_light(model, tmp_path):
-    """Stable Diffusion's pipeline for inpainting, with a network that was not trained for it."""
-    pipeline = diffusers.StableDiffusionInpaintPipeline.from_pretrained(
-        model("StableDiffusionPipeline"), safety_checker=None
-    )
-    pipeline.scheduler = diffusers.DDIMScheduler(**LEADING, **PLAIN)
-    pipeline.save_pretrained(tmp_path / "model")
-    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
-    index["_class_name"] = "StableDiffusionPipeline"
-    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
-    mask = torch.zeros(*SIZE)
-    mask[8:, 20:50] = 1
-    Image.fromarray((mask * 255).to(torch.uint8).numpy()).save(tmp_path / "mask.png")
+MASK = torch.zeros(*SIZE)
+MASK[8:, 20:50] = 1
+
+
+def painted(tmp_path, folder, strength):
+    """The rows of a job that paints PICTURES anew under MASK."""
+    Image.fromarray((MASK * 255).to(torch.uint8).numpy()).save(tmp_path / "mask.png")
     rows = []
     for i, ((prompt, negative), pixels) in enumerate(zip(PROMPTS, PICTURES)):
         Image.fromarray(pixels.numpy()).save(tmp_path / f"{i}.png")
         rows.append({"prompt": prompt, "negative_prompt": negative, "seed": i, "image": f"{i}.png", "mask": "mask.png"})
     (tmp_path / "edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
     told = ["sampling.first_noise=diffusers", f"sampling.steps={STEPS}", f"sampling.guidance_scale={GUIDANCE}"]
-    told += ["sampling.strength=0.75", f"sampling.height={SIZE[0]}", f"sampling.width={SIZE[1]}", "model.dtype=float32"]
-    told += ["stages=cpu", f"model.path={tmp_path / 'model'}", f"source.path={tmp_path / 'edits.jsonl'}"]
-    found = rows_of("sd15_img2img", tmp_path / "out", "flow=[read,encode,denoise,write]", *told)
+    told += [f"sampling.strength={strength}", f"sampling.height={SIZE[0]}", f"sampling.width={SIZE[1]}"]
+    told += ["stages=cpu", "model.dtype=float32", f"model.path={folder}", f"source.path={tmp_path / 'edits.jsonl'}"]
+    return rows_of("sd15_img2img", tmp_path / "out", "flow=[read,encode,denoise,write]", *told)
+
+
+def painted_by(pipeline, strength):
+    """The same by a pipeline. It is given the means of the VAE's posterior, which is where we begin; itself it would draw."""
+    images = PICTURES.permute(0, 3, 1, 2) / 127.5 - 1.0
     with torch.inference_mode():
-        encoded = pipeline.vae.encode(PICTURES.permute(0, 3, 1, 2) / 127.5 - 1.0)
-        latents = encoded.latent_dist.mean * pipeline.vae.config.scaling_factor
-    for i, (row, (prompt, negative)) in enumerate(zip(found, PROMPTS, strict=True)):
-        wanted = pipeline(
+        latents, masked = (
+            pipeline.vae.encode(pictures).latent_dist.mean * pipeline.vae.config.scaling_factor
+            for pictures in (images, images * (1 - MASK))
+        )
+    for i, (prompt, negative) in enumerate(PROMPTS):
+        yield pipeline(
             prompt,
             image=latents[i : i + 1],
-            mask_image=mask[None, None],
-            masked_image_latents=latents[i : i + 1],
-            negative_prompt=negative,
-            strength=0.75,
+            mask_image=MASK[None, None],
+            masked_image_latents=masked[i : i + 1],
+            negative_prompt=negative or None,
+            strength=strength,
             height=SIZE[0],
             width=SIZE[1],
             num_inference_steps=STEPS,
@@ -336,4 +338,27 @@ def test_a_picture_painted_anew_where_its_mask_is_light(model, tmp_path):
             generator=torch.Generator().manual_seed(i),
             output_type="latent",
         ).images[0]
+
+
+@pytest.mark.parametrize("strength", [0.75, 1.0])
+def test_a_picture_painted_anew_where_its_mask_is_light(strength, model, tmp_path):
+    """Stable Diffusion's pipeline for inpainting, with a network that was not trained for it."""
+    pipeline = diffusers.StableDiffusionInpaintPipeline.from_pretrained(
+        model("StableDiffusionPipeline"), safety_checker=None
+    )
+    pipeline.scheduler = diffusers.DDIMScheduler(**LEADING, **PLAIN)
+    pipeline.save_pretrained(tmp_path / "model")
+    found = painted(tmp_path, tmp_path / "model", strength)
+    for row, wanted in zip(found, painted_by(pipeline, strength), strict=True):
+        assert difference(row, wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("strength", [0.75, 1.0])
+@pytest.mark.parametrize("name", INPAINTING)
+def test_networks_that_were_trained_for_inpainting(name, strength, model, tmp_path):
+    pipeline = getattr(diffusers, name).from_pretrained(model(name))
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler(**LEADING)  # PNDM begins otherwise
+    pipeline.save_pretrained(tmp_path / "model")
+    found = painted(tmp_path, tmp_path / "model", strength)
+    for row, wanted in zip(found, painted_by(pipeline, strength), strict=True):
         assert difference(row, wanted) <= 1e-5

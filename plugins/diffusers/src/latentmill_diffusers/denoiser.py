@@ -63,6 +63,8 @@ class DiffusersDenoiser(Denoiser):
             or self.config.get("time_cond_proj_dim")
             or self.folder.index.get("is_distilled")
         )
+        # Of 4 channels it is told latents alone; of 9, mask and the latents of the masked picture, too.
+        self.inpaints = self.family.network == "unet" and int(self.config["in_channels"]) == 9
         self._network: Network | None = None
         self._times: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
@@ -110,7 +112,8 @@ class DiffusersDenoiser(Denoiser):
         return self.family.guide(prompt, negative, scale)
 
     def check(self, spec: LatentSpec) -> None:
-        expected = int(self.config["in_channels"]) // self.family.packed**2
+        told = int(self.config["in_channels"])
+        expected = (told - 1) // 2 if self.inpaints else told // self.family.packed**2
         if spec.channels != expected:
             raise ValueError(f"the network takes latents of {expected} channels, and the VAE's have {spec.channels}")
 

@@ -67,8 +67,13 @@ class Family:
 
 
 def unet(network: Network, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor]) -> Tensor:
-    """Stable Diffusion 1 and 2, and SDXL's relatives where there is a pooled embedding; the refiner has a score besides."""
+    """Stable Diffusion 1 and 2, and SDXL's relatives where there is a pooled embedding; the refiner has a score besides.
+
+    Networks that were trained for inpainting take the mask and what it leaves of the picture as more channels.
+    """
     more: dict[str, Any] = {}
+    if "masked" in c:
+        x = torch.cat([x, c["mask"], c["masked"]], 1)
     if "pooled" in c:
         size = [x.shape[-2] * network.downscale, x.shape[-1] * network.downscale]
         last = c["score"][:, None] if "score" in c else x.new_tensor([size]).expand(len(x), 2)
@@ -311,6 +316,7 @@ def shift(config: Any, tokens: int, most: float = 1.15) -> float:
 
 # ------------------------------------------------------------------------------------------------------- the table
 
+MASKS = "each row has image and mask"
 BINS = "sizes are taken as they are (use_resolution_binning: false)"
 FAMILIES: dict[str, Family] = {
     "StableDiffusionPipeline": Family("Stable Diffusion 1 and 2", unet, network="unet"),
@@ -327,6 +333,14 @@ FAMILIES: dict[str, Family] = {
         network="unet",
         encoded=("embeds -embeds pooled -pooled",),
         note="from pictures, or from a base model's half-way latents",
+    ),
+    "StableDiffusionInpaintPipeline": Family("Stable Diffusion 1 and 2, inpainting", unet, network="unet", note=MASKS),
+    "StableDiffusionXLInpaintPipeline": Family(
+        "Stable Diffusion XL, inpainting",
+        unet,
+        network="unet",
+        encoded=("embeds -embeds pooled -pooled",),
+        note=MASKS,
     ),
     "LatentConsistencyModelPipeline": Family(
         "Latent consistency models", unet, network="unet", note="the network is told the guidance_scale"

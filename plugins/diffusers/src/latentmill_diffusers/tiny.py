@@ -264,6 +264,13 @@ def _latent_consistency() -> dict[str, Any]:
     return {**parts, "unet": network, "scheduler": LCMScheduler(**SD_BETAS, clip_sample=False)}
 
 
+def _inpainting(parts: dict[str, Any]) -> dict[str, Any]:
+    """The same model with a network that is told the mask, and the picture without what is under it."""
+    from diffusers import UNet2DConditionModel
+
+    return {**parts, "unet": UNet2DConditionModel.from_config(parts["unet"].config, in_channels=9)}
+
+
 def _refiner() -> dict[str, Any]:
     from diffusers import UNet2DConditionModel
 
@@ -706,6 +713,8 @@ BUILDERS: dict[str, Callable[[], dict[str, Any]]] = {
     "StableDiffusionPipeline": _stable_diffusion,
     "StableDiffusionXLPipeline": _stable_diffusion_xl,
     "StableDiffusionXLImg2ImgPipeline": _refiner,
+    "StableDiffusionInpaintPipeline": lambda: _inpainting(_stable_diffusion()),
+    "StableDiffusionXLInpaintPipeline": lambda: _inpainting(_stable_diffusion_xl()),
     "LatentConsistencyModelPipeline": _latent_consistency,
     "StableDiffusion3Pipeline": _stable_diffusion_3,
     "FluxPipeline": _flux,
