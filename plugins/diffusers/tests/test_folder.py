@@ -91,10 +91,30 @@ def test_settings_that_are_wrong(model, tmp_path):
 def test_a_scheduler_that_has_no_counterpart_says_what_to_do(copy):
     config = json.loads((copy / "scheduler" / "scheduler_config.json").read_text())
     for name, more, said in (
-        ("PNDMScheduler", {"skip_prk_steps": False}, "PNDMScheduler with Runge-Kutta steps"),
-        ("DDIMScheduler", {"clip_sample": True}, "DDIMScheduler clips its estimates, which our solvers don't"),
-        ("DPMSolverMultistepScheduler", {"solver_order": 3}, "of order 3, dpmsolver++: choose one of ours"),
-        ("RePaintScheduler", {}, "RePaintScheduler has no counterpart among our solvers"),
+        (
+            "PNDMScheduler",
+            {"skip_prk_steps": False},
+            "PNDMScheduler with skip_prk_steps: False has no counterpart among our",
+        ),
+        ("DDIMScheduler", {"clip_sample": True}, "DDIMScheduler with estimates that are clipped has no counterpart"),
+        (
+            "DPMSolverMultistepScheduler",
+            {"solver_order": 3},
+            "or the class itself, scheduler=diffusers:DPMSolverMultistep",
+        ),
+        ("DPMSolverMultistepScheduler", {"solver_type": "heun"}, "with solver_type: heun has no counterpart"),
+        ("DPMSolverMultistepScheduler", {"euler_at_final": True}, "with euler_at_final: True has no counterpart"),
+        (
+            "DPMSolverMultistepScheduler",
+            {"algorithm_type": "dpmsolver"},
+            "DPMSolverMultistepScheduler has no counterpart",
+        ),
+        ("UniPCMultistepScheduler", {"predict_x0": False}, "with predict_x0: False has no counterpart"),
+        (
+            "RePaintScheduler",
+            {},
+            "RePaintScheduler has no counterpart among our solvers: choose one of those, as scheduler=dpmpp_2m",
+        ),
     ):
         (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps({**config, "_class_name": name, **more}))
         index = json.loads((copy / "model_index.json").read_text())

@@ -17,6 +17,7 @@ from latentmill.schedulers.multistep import DEIS, LMS, PNDM
 from latentmill.schedulers.paths import VP, Flow
 from latentmill.schedulers.unipc import UniPC
 from latentmill_diffusers.folder import Folder
+from latentmill_diffusers.traced import TRACED
 
 PART = "scheduler"
 NEAR = 1e-3
@@ -115,39 +116,43 @@ def told_of(scheduler: Any, timestep: Tensor) -> Tensor:
     return (timestep + NEAR).floor() if is_flow(scheduler) else timestep.round()
 
 
+OURS = {
+    "DPMSolverMultistepScheduler": {"solver_order": 2, "solver_type": "midpoint", "euler_at_final": False},
+    "PNDMScheduler": {"skip_prk_steps": True},
+    "UniPCMultistepScheduler": {"predict_x0": True, "disable_corrector": []},
+}
+"""Settings with which our solver is the same as the class: of others it would make other pictures."""
+
+
 def solver_of(name: str, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Our solver, by its name in SOLVERS, and its settings, for diffusers' scheduler of that class name. Raises ValueError."""
+    other = [f"{key}: {config[key]}" for key, value in OURS.get(name, {}).items() if config.get(key, value) != value]
+    if name == "PNDMScheduler" and "skip_prk_steps" not in config:
+        other = ["skip_prk_steps: False"]
     if config.get("thresholding") or (config.get("clip_sample") and name.startswith(("DDIM", "DDPM", "LCM", "TCD"))):
-        raise ValueError(
-            f"{name} clips its estimates, which our solvers don't: choose one of those, as scheduler=euler, or the class itself, "
-            f"scheduler=diffusers:{name} scheduler.path=..."
-        )
-    if name in ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"):
+        other.append("estimates that are clipped")
+    solver = NAMES.get(name, "")
+    settings: dict[str, Any] = {}
+    if name == "DPMSolverMultistepScheduler":
         algorithm = config.get("algorithm_type", "dpmsolver++")
-        if name == "DPMSolverMultistepScheduler" and config.get("solver_order", 2) == 2:
-            if algorithm == "dpmsolver++":
-                return "dpmpp_2m", {}
-            if algorithm == "sde-dpmsolver++":
-                return "dpmpp_2m_sde", {}
+        solver = {"dpmsolver++": "dpmpp_2m", "sde-dpmsolver++": "dpmpp_2m_sde"}.get(algorithm, "")
+    elif name in ("DEISMultistepScheduler", "UniPCMultistepScheduler"):
+        settings["max_order"] = config.get("solver_order", 2)
+        if name == "UniPCMultistepScheduler":
+            settings["variant"] = config.get("solver_type", "bh2")
+    if other or not solver:
+        itself = f", or the class itself, scheduler=diffusers:{name} scheduler.path=..." if name in TRACED else ""
+        told = f" with {' and '.join(other)}" if other else ""
         raise ValueError(
-            f"{name} of order {config.get('solver_order', 2)}, {algorithm}: choose one of ours, as scheduler=dpmpp_2m"
+            f"{name}{told} has no counterpart among our solvers: choose one of those, as scheduler=dpmpp_2m{itself}"
         )
-    if name == "DEISMultistepScheduler":
-        return "deis", {"max_order": config.get("solver_order", 2)}
-    if name == "UniPCMultistepScheduler":
-        return "unipc", {"max_order": config.get("solver_order", 2), "variant": config.get("solver_type", "bh2")}
-    if name == "PNDMScheduler" and not config.get("skip_prk_steps"):
-        raise ValueError(
-            "PNDMScheduler with Runge-Kutta steps (skip_prk_steps: false): choose one of ours, as scheduler=pndm"
-        )
-    if name not in NAMES:
-        raise ValueError(f"{name} has no counterpart among our solvers: choose one of those, as scheduler=euler")
-    return NAMES[name], {}
+    return solver, settings
 
 
 NAMES = {
     "DDIMScheduler": "euler",
     "DDPMScheduler": "euler_ancestral",
+    "DEISMultistepScheduler": "deis",
     "DPMSolverSDEScheduler": "dpmpp_sde",
     "EulerAncestralDiscreteScheduler": "euler_ancestral",
     "EulerDiscreteScheduler": "euler",
@@ -161,6 +166,7 @@ NAMES = {
     "LMSDiscreteScheduler": "lms",
     "PNDMScheduler": "pndm",
     "TCDScheduler": "tcd",
+    "UniPCMultistepScheduler": "unipc",
 }
 SOLVERS: dict[str, type[Scheduler]] = {
     "deis": DEIS,
