@@ -267,11 +267,8 @@ def damaged(path, how):
 @pytest.mark.parametrize("part", ["vae", "unet", "text_encoder"])
 @pytest.mark.parametrize("how", ["missing", "nan", "short"])
 def test_damaged_weights_are_one_line_when_they_are_loaded(part, how, copy):
-    """transformers makes up what is missing in a text encoder, and says so in its log alone."""
     damaged(next((copy / part).glob("*.safetensors")), how)
     built = {"vae": DiffusersVAE, "unet": DiffusersDenoiser, "text_encoder": DiffusersTextEncoder}[part](str(copy))
-    if part == "text_encoder" and how == "missing":
-        return
     with pytest.raises(ValueError, match=r"can't be loaded: ") as caught:
         built.load(torch.device("cpu"))
     said = str(caught.value)

@@ -12,13 +12,16 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 INDEX = "model_index.json"
 DTYPES = ("float32", "float16", "bfloat16")
+NETWORKS = ("unet", "transformer")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of pipelines that no job asks for."""
 SMALL = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -26,6 +29,13 @@ SMALL = ("*.json", "*.txt", "*.model", "*.jinja")
 HASHED = (".json", ".txt", ".model", ".jinja", ".safetensors")
 SAMPLES, SAMPLE = 64, 4096
 """How many pieces of each file of weights are hashed, evenly spread, and their bytes."""
+IN_ONE_FILE = {
+    "vae": ("first_stage_model.", "vae.", "encoder.", "decoder.", "quant_conv.", "post_quant_conv."),
+    "CLIPTextModel": ("cond_stage_model.", "conditioner.embedders.", "text_encoders.clip_"),
+    "CLIPTextModelWithProjection": ("conditioner.embedders.", "text_encoders.clip_"),
+    "T5EncoderModel": ("text_encoders.t5xxl.",),
+}
+"""How the names of tensors begin, in a single file, of a VAE and of the text encoders, by class, that diffusers finds there."""
 
 
 class Folder:
@@ -78,15 +88,14 @@ class Folder:
         )
 
     def load(self, cls: Any, part: str, dtype: torch.dtype, **options: Any) -> Any:
-        """A part with its weights, of the class ``cls`` of diffusers, to be used and not trained.
+        """A part with its weights, of the class ``cls`` of diffusers or transformers, to be used and not trained.
 
-        Raises ValueError if they can't be read, some are missing, which diffusers would make up, or some are not finite.
+        Raises ValueError if they can't be read, some are missing, which the libraries would make up, or some are not finite.
         """
         told: dict[str, Any] = {"dtype": dtype, "local_files_only": True, **options}
         with _naming(self.weights or self.root / part):
             if self.weights is not None:
-                model = cls.from_single_file(str(self.weights), config=str(self.root), subfolder=part, **told)
-                missing = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+                model, missing = self._from_single_file(cls, part, told)
             else:
                 more = {"use_safetensors": True, "variant": self._variant(part), "output_loading_info": True}
                 model, found = cls.from_pretrained(self.root / part, **told, **more)
@@ -102,46 +111,103 @@ class Folder:
         """Pixels of the picture per pixel of the VAE's latents, on each side."""
         return downscale_of(self.config("vae"))
 
-    def load_pipeline(self, prefixes: tuple[str, ...], dtype: torch.dtype) -> Any:
-        """The model's pipeline with its scheduler and the parts whose names begin so, and none of the others."""
+    def load_pipeline(self, dtype: torch.dtype) -> Any:
+        """The model's pipeline with its text encoders, tokenizers and scheduler, and none of the other parts."""
         import diffusers
 
-        cls = getattr(diffusers, self.pipeline)
-        parts = [name for name in self.index if self.class_of(name)]
-        without: dict[str, Any] = {name: None for name in parts if not name.startswith((*prefixes, "scheduler"))}
+        parts = {name: found for name in self.index if (found := self.class_of(name))}
+        given: dict[str, Any] = {
+            name: self.load(part_class(*found), name, dtype) if name.startswith("text_encoder") else None
+            for name, found in parts.items()
+            if not name.startswith(("tokenizer", "scheduler"))
+        }
         if "requires_safety_checker" in self.index:
-            without["requires_safety_checker"] = False  # it would say at each start that there is none
-        told: dict[str, Any] = {"dtype": dtype, "local_files_only": True, **without}
-        loaded = [name for name in parts if name.startswith("text_encoder")]
-        with _naming(self.weights or self.root):
-            if self.weights is not None:
-                pipeline = cls.from_single_file(str(self.weights), config=str(self.root), **told)
-            else:
-                pipeline = cls.from_pretrained(self.root, use_safetensors=True, variant=self._variant(*loaded), **told)
-            for name in loaded:
-                _require_finite(getattr(pipeline, name))
-        return pipeline
+            given["requires_safety_checker"] = False  # it would say at each start that there is none
+        with _naming(self.root):
+            return getattr(diffusers, self.pipeline).from_pretrained(self.root, local_files_only=True, **given)
 
-    def _variant(self, *parts: str) -> str | None:
+    def _from_single_file(self, cls: Any, part: str, told: dict[str, Any]) -> tuple[Any, list[str]]:
+        """A part out of the single file, whoever named its tensors, and those that aren't there."""
+        from diffusers.loaders import single_file_utils
+        from safetensors.torch import load_file
+
+        if hasattr(cls, "from_single_file"):
+            try:
+                model = cls.from_single_file(str(self.weights), config=str(self.root), subfolder=part, **told)
+            except NotImplementedError:  # torch's, of tensors without values
+                return None, self._missing(cls, part)
+            except IndexError as error:  # a converter's, that counts blocks and finds none
+                raise ValueError(f"it holds no {cls.__name__}") from error
+        else:
+            t5 = cls.__name__ == "T5EncoderModel"
+            create = (
+                single_file_utils.create_diffusers_t5_model_from_checkpoint
+                if t5
+                else single_file_utils.create_diffusers_clip_model_from_ldm
+            )
+            model = create(cls, load_file(self.weights), part, str(self.root), told["dtype"], local_files_only=True)
+            if t5:
+                model.tie_weights()  # the file may have the one embedding under one of its two names
+        return model, [name for name, tensor in model.named_parameters() if tensor.is_meta]
+
+    def _missing(self, cls: Any, part: str) -> list[str]:
+        """What diffusers didn't find in the single file, which it doesn't say: by its names as they are, or converted."""
+        from accelerate import init_empty_weights
+        from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+        from diffusers.loaders.single_file_utils import load_single_file_checkpoint
+
+        config = self.config(part)
+        with init_empty_weights():
+            wanted = cls.from_config(config).state_dict().keys()
+        convert = SINGLE_FILE_LOADABLE_CLASSES[cls.__name__]["checkpoint_mapping_fn"]
+        state = load_single_file_checkpoint(str(self.weights))
+        as_they_are = wanted - state.keys()
+        return list(min(as_they_are, wanted - convert(checkpoint=state, config=config).keys(), key=len))
+
+    def _variant(self, part: str) -> str | None:
         """``fp16`` where weights lie in halves only: their files have it in their names."""
-        files = [file.name for part in parts for file in (self.root / part).glob("*.safetensors")]
+        files = [file.name for file in (self.root / part).glob("*.safetensors")]
         return "fp16" if files and all(".fp16" in name for name in files) else None
 
     def require_weights(self, part: str) -> None:
         """Raise ValueError unless a part has weights that are no pickles."""
-        if self.weights is None and not any((self.root / part).glob("*.safetensors")):
+        if self.weights is not None:
+            self._require_in_file(part)
+        elif not any((self.root / part).glob("*.safetensors")):
             raise ValueError(
                 f"{self.root / part} holds no .safetensors: weights as pickles are refused, "
                 "and save_pretrained(..., safe_serialization=True) writes them anew"
             )
 
+    def _require_in_file(self, part: str) -> None:
+        """Raise ValueError unless there are names in the single file that begin as this part's do."""
+        cls = (self.class_of(part) or ("", ""))[1]
+        if part.startswith("text_encoder"):
+            setting, there = "text_encoder", any(name.startswith(IN_ONE_FILE.get(cls, ())) for name in self.names)
+        elif part in NETWORKS:
+            others = tuple(chain.from_iterable(IN_ONE_FILE.values()))
+            setting, there = "denoiser", not all(name.startswith(others) for name in self.names)
+        else:
+            setting, there = "vae", any(name.startswith(IN_ONE_FILE["vae"]) for name in self.names)
+        if not there:
+            raise ValueError(
+                f"{self.weights} holds no {part or setting} that is known there: give {setting}.path, a folder"
+            )
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The tensors' names in the single file of weights. Raises ValueError if it can't be read."""
+        with _naming(self.weights), safe_open(self.weights, "pt") as file:
+            return list(file.keys())
+
     def fingerprint(self, *parts: str) -> str:
         """16 hex digits over the configs and weights of these parts."""
         digest = hashlib.blake2b(digest_size=8)
+        hashed = HASHED if self.weights is None else tuple(suffix for suffix in HASHED if suffix != ".safetensors")
         if self.weights is not None:
             digest.update(digest_of(self.weights))
         for part in parts:
-            for file in sorted(path for path in (self.root / part).glob("*") if path.suffix in HASHED):
+            for file in sorted(path for path in (self.root / part).glob("*") if path.suffix in hashed):
                 digest.update(f"{part}/{file.name}".encode() + digest_of(file))
         return digest.hexdigest()
 
@@ -153,6 +219,8 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
+    except KeyError as error:  # of a converter of names
+        raise ValueError(f"{path} can't be loaded: it has no {error.args[0]}") from error
     except Exception as error:  # what diffusers, transformers, accelerate and safetensors raise is of all kinds
         raise ValueError(f"{path} can't be loaded: {' '.join(str(error).split())}") from error
 
@@ -226,6 +294,18 @@ def _snapshot(repository: str, revision: str, local_files_only: bool) -> Path:
     if halves:
         snapshot_download(**wanted, allow_patterns=halves)
     return folder
+
+
+def part_class(library: str, name: str) -> Any:
+    """A part's class, as ``model_index.json`` names it. Raises ValueError if it isn't diffusers' or transformers'."""
+    import diffusers
+    import transformers
+
+    home = {"diffusers": diffusers, "transformers": transformers}.get(library)
+    found = getattr(home or getattr(diffusers.pipelines, library, None), name, None)
+    if found is None:
+        raise ValueError(f"model_index.json names {library}.{name}, which is neither in diffusers nor in transformers")
+    return found
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from latentmill import rows, tensors
 from latentmill.plugin import LatentSpec, Reject, RowError, Stage
-from latentmill_diffusers.folder import Folder, dtype_of
+from latentmill_diffusers.folder import Folder, dtype_of, part_class
 from latentmill_diffusers.vae import DiffusersVAE
 
 NETWORKS = ("transformer", "unet", "unconditional_transformer")
@@ -108,7 +108,7 @@ class Pipeline(Stage):
         found = self.folder.class_of(name)
         if found is None or name.startswith(SKIPPED):
             return None
-        cls = _class(*found)
+        cls = part_class(*found)
         if not issubclass(cls, torch.nn.Module):
             wanted = (
                 self.needs(name) or found[0] == "diffusers"
@@ -346,18 +346,6 @@ class Network(Absent):
 
     def __call__(self, *positional: Any, **named: Any) -> NoReturn:
         raise _Reached
-
-
-def _class(library: str, name: str) -> Any:
-    """A part's class, as ``model_index.json`` names it. Raises ValueError if it isn't diffusers' or transformers'."""
-    import diffusers
-    import transformers
-
-    home = {"diffusers": diffusers, "transformers": transformers}.get(library)
-    found = getattr(home or getattr(diffusers.pipelines, library, None), name, None)
-    if found is None:
-        raise ValueError(f"model_index.json names {library}.{name}, which is neither in diffusers nor in transformers")
-    return found
 
 
 def _config(cls: Any, folder: Folder, part: str) -> Any:

@@ -91,7 +91,7 @@ class DiffusersTextEncoder(TextEncoder):
             raise ValueError(f"text_encoder.max_length with compel: expected {expected}, not {max_length}")
 
     def load(self, device: torch.device) -> None:
-        self._pipeline = self.folder.load_pipeline(("text_encoder", "tokenizer"), self.logical)
+        self._pipeline = self.folder.load_pipeline(self.logical)
         taken = inspect.signature(self._pipeline.encode_prompt).parameters
         for asked in self.asked if not self.compel else ():
             if asked not in taken:

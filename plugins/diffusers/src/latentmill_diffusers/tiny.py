@@ -275,7 +275,7 @@ def _refiner() -> dict[str, Any]:
     from diffusers import UNet2DConditionModel
 
     parts = _stable_diffusion_xl()
-    sizes = {"cross_attention_dim": 32, "projection_class_embeddings_input_dim": 5 * 8 + 32}
+    sizes = {"cross_attention_dim": 16, "projection_class_embeddings_input_dim": 5 * 8 + 32}
     network = UNet2DConditionModel.from_config(parts["unet"].config, **sizes)
     first = {"text_encoder": None, "tokenizer": None}
     return {**parts, **first, "unet": network, "requires_aesthetics_score": True}
@@ -290,7 +290,7 @@ def _stable_diffusion_xl() -> dict[str, Any]:
         sample_size=32,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=64,
+        cross_attention_dim=48,
         attention_head_dim=(2, 4),
         use_linear_projection=True,
         addition_embed_type="text_time",
@@ -305,7 +305,7 @@ def _stable_diffusion_xl() -> dict[str, Any]:
         "vae": autoencoder(scaling_factor=0.13025),
         "text_encoder": clip(),
         "tokenizer": tokenizer(77, pad="</s>"),
-        "text_encoder_2": clip(projection=32),
+        "text_encoder_2": clip(16, projection=32),
         "tokenizer_2": tokenizer(77),
     }
 
@@ -334,7 +334,7 @@ def _stable_diffusion_3() -> dict[str, Any]:
         "vae": autoencoder(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
         "text_encoder": clip(16, projection=16),
         "tokenizer": tokenizer(77, pad="</s>"),
-        "text_encoder_2": clip(16, projection=16),
+        "text_encoder_2": clip(8, projection=16),
         "tokenizer_2": tokenizer(77),
         "text_encoder_3": t5(),
         "tokenizer_3": tokenizer(256, begin=None),
