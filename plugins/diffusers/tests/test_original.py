@@ -1,15 +1,19 @@
 """Single files in the names of those who trained the models: whole checkpoints, and networks alone."""
 
 import io
+import itertools
 import math
 import re
 import shutil
+import sys
 
+import gguf
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers.loaders import single_file_utils
+from diffusers.quantizers.gguf.utils import GGUFParameter
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -169,6 +173,13 @@ def flux(folder):
     return state
 
 
+def sd3(folder):
+    state = renamed(folder / "transformer", SD3, "model.diffusion_model.")
+    swapped(state, "model.diffusion_model.final_layer.adaLN_modulation.1")
+    swapped(state, "model.diffusion_model.joint_blocks.1.context_block.adaLN_modulation.1")
+    return state
+
+
 def stable_diffusion_1(folder):
     positions = {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
     text = renamed(folder / "text_encoder", CLIP, "cond_stage_model.transformer.")
@@ -190,11 +201,8 @@ def stable_diffusion_xl(folder):
 
 
 def stable_diffusion_3(folder):
-    network = renamed(folder / "transformer", SD3, "model.diffusion_model.")
-    swapped(network, "model.diffusion_model.final_layer.adaLN_modulation.1")
-    swapped(network, "model.diffusion_model.joint_blocks.1.context_block.adaLN_modulation.1")
     return {
-        **network,
+        **sd3(folder),
         **vae(folder),
         **renamed(folder / "text_encoder", CLIP, "text_encoders.clip_l.transformer."),
         **renamed(folder / "text_encoder_2", CLIP, "text_encoders.clip_g.transformer."),
@@ -346,3 +354,89 @@ def test_a_network_of_another_kind_is_one_line(model, tmp_path):
     with pytest.raises(ValueError, match=r"x\.safetensors can't be loaded: ") as caught:
         DiffusersDenoiser(str(file), None, str(model("FluxPipeline"))).load(CPU)
     assert "FluxTransformer2DModel" in str(caught.value)
+
+
+def write_gguf(file, state):
+    """A .gguf as they are made: matrices of 32 columns or a multiple in 8 or 4 bits, what is small or not a matrix in more.
+
+    Returns what it holds, as float32.
+    """
+    writer, kinds, plain = gguf.GGUFWriter(str(file), "flux"), itertools.cycle(["Q8_0", "Q4_0", "Q5_1"]), {}
+    for name, tensor in state.items():
+        if tensor.ndim == 2 and tensor.shape[1] % 32 == 0:
+            kind = next(kinds)
+        else:
+            kind = "BF16" if name.endswith("mod.lin.bias") else "F16" if tensor.ndim > 1 else "F32"
+        kind = gguf.GGMLQuantizationType[kind]
+        packed = gguf.quantize(tensor.numpy(), kind)
+        writer.add_tensor(name, packed, raw_dtype=kind)
+        plain[name] = torch.from_numpy(gguf.dequantize(packed, kind).reshape(tensor.shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return plain
+
+
+ORIGINALS = {"FluxPipeline": flux, "StableDiffusion3Pipeline": sd3, "StableDiffusionPipeline": unet}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("pipeline", ORIGINALS)
+def test_a_gguf_predicts_what_its_dequantised_weights_do(pipeline, narrow, model, tmp_path):
+    folder = model(pipeline)
+    plain = write_gguf(tmp_path / "x.gguf", ORIGINALS[pipeline](folder))
+    save_file(plain, tmp_path / "plain.safetensors")
+    encoder = DiffusersTextEncoder(str(folder))
+    encoder.load(CPU)
+    told = {**encoder.encode(["a red fox", "two houses"]), "guidance_scale": torch.full((2,), 3.5)}
+    x = torch.randn(2, 4, 8, 16, generator=torch.Generator().manual_seed(0))
+
+    def predict(*where, **settings):
+        denoiser = DiffusersDenoiser(*map(str, where), **settings)
+        denoiser.load(CPU)
+        return denoiser.predict(x, torch.tensor([0.9, 0.3], dtype=torch.float64), told), denoiser._network.model
+
+    expected, whole = predict(tmp_path / "plain.safetensors", "", folder)
+    unquantised, _ = predict(folder)
+    found, network = predict(tmp_path / "x.gguf", "", folder)
+
+    def error(other):
+        return float((other - expected).abs().mean() / expected.abs().mean())
+
+    assert error(found) <= 1e-3 < error(unquantised)
+    packed = {name for name, parameter in network.named_parameters() if isinstance(parameter, GGUFParameter)}
+    linear = {f"{name}.weight" for name, layer in network.named_modules() if isinstance(layer, torch.nn.Linear)}
+    assert packed and packed <= linear
+    sizes = [sum(p.nbytes for name, p in each.named_parameters() if name in packed) for each in (network, whole)]
+    assert sizes[0] < 0.3 * sizes[1]
+    assert error(predict(tmp_path / "x.gguf", "", folder, dtype="bfloat16")[0]) <= 0.05
+    assert torch.equal(predict(tmp_path / "x.gguf", "", folder, offload=True)[0], found)
+
+
+def test_a_gguf_that_can_t_be_used_is_one_line(model, tmp_path, monkeypatch):
+    folder, file = model("StableDiffusionPipeline"), tmp_path / "x.gguf"
+    write_gguf(file, unet(folder))
+    told = [f"denoiser.path={file}", f"denoiser.config={folder}", f"model.path={folder}"]
+    parts(load_job("txt2img", ["model=diffusers", "scheduler=model", *told]))
+    assert refused(*told[:2], f"model.path={file}", f"model.config={folder}").endswith(
+        f"{file}: a .gguf is taken for a network alone: give vae.path, a folder"
+    )
+    assert f"text_encoder diffusers: {file}: a .gguf is" in refused(
+        *told, f"text_encoder.path={file}", f"text_encoder.config={folder}"
+    )
+    assert "holds weights alone: give model.config too" in refused(told[0], told[2])
+    for setting in ("denoiser.storage=float8_e4m3fn", "denoiser.quantization={quant_method: torchao}"):
+        assert f"{file} is quantised as it is: quantization, storage and loras are for plain weights" in refused(
+            *told, setting
+        )
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "gguf", None)
+        assert refused(*told) == f"denoiser diffusers: {file} needs the package gguf: pip install gguf"
+    state = unet(folder)
+    del state["model.diffusion_model.time_embed.0.weight"]
+    write_gguf(tmp_path / "less.gguf", state)
+    with pytest.raises(ValueError, match=r"less\.gguf can't be loaded: it has no time_embedding\.linear_1\.weight$"):
+        DiffusersDenoiser(str(tmp_path / "less.gguf"), None, str(folder)).load(CPU)
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert f"denoiser diffusers: {file} can't be loaded: " in refused(*told)

@@ -58,6 +58,8 @@ class DiffusersDenoiser(Denoiser):
         self.family: Family = family_of(self.folder.pipeline)
         self.config = self.folder.config(self.family.network)
         self.folder.require_weights(self.family.network)
+        if self.folder.quantized and (quantization or storage or loras):
+            raise ValueError(f"{path} is quantised as it is: quantization, storage and loras are for plain weights")
         self.guidance_embedded = bool(
             self.config.get("guidance_embeds")
             or self.config.get("time_cond_proj_dim")

@@ -19,11 +19,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from latentmill_diffusers import quantized
+
 INDEX = "model_index.json"
 DTYPES = ("float32", "float16", "bfloat16")
 NETWORKS = ("unet", "transformer")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of pipelines that no job asks for."""
+GGUF = ".gguf"
 SMALL = ("*.json", "*.txt", "*.model", "*.jinja")
 """Configs, tokenizers and templates of prompts."""
 HASHED = (".json", ".txt", ".model", ".jinja", ".safetensors")
@@ -42,15 +45,15 @@ class Folder:
     """A model's folder. Raises ValueError, in one line that says what to do, if there is none at ``path``.
 
     ``path`` is a local folder, or ``org/name`` on the Hub, which needs ``revision``: a commit, or a tag that stays. It may
-    also be a single file of weights, ``.safetensors``; then ``config`` is such a folder or name, of a model of the same kind,
-    from which all but the weights is taken.
+    also be a single file of weights, ``.safetensors``, or ``.gguf`` of a network alone; then ``config`` is such a folder or
+    name, of a model of the same kind, from which all but the weights is taken.
     """
 
     def __init__(self, path: str, revision: str | None = None, config: str | None = None) -> None:
         if not path:
             raise ValueError("model.path must be a model's folder, or org/name on the Hugging Face Hub")
         self.weights: Path | None = None
-        if Path(path).suffix in (".safetensors", ".ckpt", ".pt", ".bin"):
+        if Path(path).suffix in (".safetensors", GGUF, ".ckpt", ".pt", ".bin"):
             self.weights = _single_file(path, config)
         self.root = locate(path if self.weights is None else str(config), revision)
 
@@ -95,6 +98,8 @@ class Folder:
         told: dict[str, Any] = {"dtype": dtype, "local_files_only": True, **options}
         with _naming(self.weights or self.root / part):
             if self.weights is not None:
+                if self.quantized:
+                    told["quantization_config"] = quantized.of_gguf(dtype)
                 model, missing = self._from_single_file(cls, part, told)
             else:
                 more = {"use_safetensors": True, "variant": self._variant(part), "output_loading_info": True}
@@ -103,8 +108,15 @@ class Folder:
             if missing:
                 others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
                 raise ValueError(f"it has no {sorted(missing)[0]}{others}")
+            if self.quantized:
+                quantized.restore(model, dtype)
             _require_finite(model)
         return model.eval().requires_grad_(False)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weights are quantised as they lie."""
+        return self.weights is not None and self.weights.suffix == GGUF
 
     @property
     def downscale(self) -> int:
@@ -181,14 +193,15 @@ class Folder:
 
     def _require_in_file(self, part: str) -> None:
         """Raise ValueError unless there are names in the single file that begin as this part's do."""
-        cls = (self.class_of(part) or ("", ""))[1]
-        if part.startswith("text_encoder"):
-            setting, there = "text_encoder", any(name.startswith(IN_ONE_FILE.get(cls, ())) for name in self.names)
-        elif part in NETWORKS:
+        setting = "text_encoder" if part.startswith("text_encoder") else "denoiser" if part in NETWORKS else "vae"
+        if self.quantized and setting != "denoiser":
+            raise ValueError(f"{self.weights}: a {GGUF} is taken for a network alone: give {setting}.path, a folder")
+        if setting == "denoiser":
             others = tuple(chain.from_iterable(IN_ONE_FILE.values()))
-            setting, there = "denoiser", not all(name.startswith(others) for name in self.names)
+            there = not all(name.startswith(others) for name in self.names)
         else:
-            setting, there = "vae", any(name.startswith(IN_ONE_FILE["vae"]) for name in self.names)
+            cls = (self.class_of(part) or ("", ""))[1] if setting == "text_encoder" else "vae"
+            there = any(name.startswith(IN_ONE_FILE.get(cls, ())) for name in self.names)
         if not there:
             raise ValueError(
                 f"{self.weights} holds no {part or setting} that is known there: give {setting}.path, a folder"
@@ -197,8 +210,14 @@ class Folder:
     @cached_property
     def names(self) -> list[str]:
         """The tensors' names in the single file of weights. Raises ValueError if it can't be read."""
-        with _naming(self.weights), safe_open(self.weights, "pt") as file:
-            return list(file.keys())
+        assert self.weights is not None
+        with _naming(self.weights):
+            if self.quantized:
+                from gguf import GGUFReader
+
+                return [tensor.name for tensor in GGUFReader(self.weights).tensors]
+            with safe_open(self.weights, "pt") as file:
+                return list(file.keys())
 
     def fingerprint(self, *parts: str) -> str:
         """16 hex digits over the configs and weights of these parts."""
@@ -236,10 +255,12 @@ def _require_finite(model: torch.nn.Module) -> None:
 def _single_file(path: str, config: str | None) -> Path:
     """The file of weights. Raises ValueError if there is none, it is a pickle, or nothing says what is in it."""
     file = Path(path).expanduser()
-    if file.suffix != ".safetensors":
+    if file.suffix not in (".safetensors", GGUF):
         raise ValueError(f"{path} is a pickle, or may be one: such weights are refused; convert it to .safetensors")
     if not file.is_file():
         raise ValueError(f"there is no file {path}")
+    if file.suffix == GGUF:
+        quantized.require("gguf", path)
     if config is None:
         raise ValueError(
             f"{path} holds weights alone: give model.config too, the folder of a model of the same kind, or org/name and "
