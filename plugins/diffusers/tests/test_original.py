@@ -417,6 +417,7 @@ def test_a_gguf_predicts_what_its_dequantised_weights_do(pipeline, narrow, model
 def test_a_gguf_that_can_t_be_used_is_one_line(model, tmp_path, monkeypatch):
     folder, file = model("StableDiffusionPipeline"), tmp_path / "x.gguf"
     write_gguf(file, unet(folder))
+    save_file({"x": torch.zeros(1)}, lora := tmp_path / "lora.safetensors")
     told = [f"denoiser.path={file}", f"denoiser.config={folder}", f"model.path={folder}"]
     parts(load_job("txt2img", ["model=diffusers", "scheduler=model", *told]))
     assert refused(*told[:2], f"model.path={file}", f"model.config={folder}").endswith(
@@ -426,10 +427,8 @@ def test_a_gguf_that_can_t_be_used_is_one_line(model, tmp_path, monkeypatch):
         *told, f"text_encoder.path={file}", f"text_encoder.config={folder}"
     )
     assert "holds weights alone: give model.config too" in refused(told[0], told[2])
-    for setting in ("denoiser.storage=float8_e4m3fn", "denoiser.quantization={quant_method: torchao}"):
-        assert f"{file} is quantised as it is: quantization, storage and loras are for plain weights" in refused(
-            *told, setting
-        )
+    for setting in ("denoiser.storage=float8_e4m3fn", "denoiser.loras=[{path: LORA}]".replace("LORA", str(lora))):
+        assert f"{file} is quantised as it is: storage and loras are for plain weights" in refused(*told, setting)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "gguf", None)
         assert refused(*told) == f"denoiser diffusers: {file} needs the package gguf: pip install gguf"

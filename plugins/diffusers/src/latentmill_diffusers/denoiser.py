@@ -30,7 +30,7 @@ class DiffusersDenoiser(Denoiser):
     ``loras`` are added to the weights: ``[{path: FILE.safetensors, weight: 0.8}]``. ``attention`` is a backend of diffusers
     (``flash``, ``sage``, ...); ``storage`` a dtype, float8_e4m3fn say, that the weights are kept in and cast from; ``offload``
     keeps them in the host's memory and brings each group to the device when it is its turn; ``quantization`` is what
-    diffusers' quantisers take, ``{quant_method: bitsandbytes, load_in_4bit: true}`` say, for weights that are not quantised yet.
+    diffusers' quantisers take, ``{quant_method: torchao, quant_type: Int8WeightOnlyConfig}`` say, for plain weights.
     """
 
     contract = 1
@@ -50,16 +50,19 @@ class DiffusersDenoiser(Denoiser):
     ) -> None:
         self.folder = Folder(path, revision, config)
         self.loras = loras_of(loras)
-        self.attention, self.compile, self.offload, self.quantization = attention, compile, offload, quantization
+        self.attention, self.compile, self.offload = attention, compile, offload
+        self.options = self.folder.quantization(quantization, "diffusers")
         if storage is not None and not isinstance(getattr(torch, storage, None), torch.dtype):
             raise ValueError(f"storage must be a dtype of torch, as float8_e4m3fn, not {storage!r}")
         self.storage: torch.dtype | None = getattr(torch, storage) if storage else None
+        if quantization and storage:
+            raise ValueError("storage and quantization exclude each other: both say how weights are kept")
         self.logical = dtype_of(dtype)
         self.family: Family = family_of(self.folder.pipeline)
         self.config = self.folder.config(self.family.network)
         self.folder.require_weights(self.family.network)
-        if self.folder.quantized and (quantization or storage or loras):
-            raise ValueError(f"{path} is quantised as it is: quantization, storage and loras are for plain weights")
+        if self.folder.quantized and (storage or loras):
+            raise ValueError(f"{path} is quantised as it is: storage and loras are for plain weights")
         self.guidance_embedded = bool(
             self.config.get("guidance_embeds")
             or self.config.get("time_cond_proj_dim")
@@ -124,12 +127,7 @@ class DiffusersDenoiser(Denoiser):
 
         part = self.family.network
         cls = getattr(diffusers, self.config["_class_name"])
-        more = {}
-        if self.quantization is not None:
-            from diffusers.quantizers.auto import DiffusersAutoQuantizer
-
-            more["quantization_config"] = DiffusersAutoQuantizer.from_dict(dict(self.quantization))
-        model = self.folder.load(cls, part, self.logical, **more)
+        model = self.folder.load(cls, part, self.logical, **self.options)
         unet = self.config if part == "unet" else None
         lora.fuse(model, part, getattr(diffusers, self.folder.pipeline), self.loras, unet)
         if self.storage is not None:
@@ -138,7 +136,7 @@ class DiffusersDenoiser(Denoiser):
             model.enable_group_offload(
                 onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda"
             )
-        elif self.quantization is None:  # quantised weights have their place
+        else:
             model.to(device)
         if self.attention is not None:
             model.set_attention_backend(self.attention)

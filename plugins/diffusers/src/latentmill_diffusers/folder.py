@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, cached_property
 from itertools import chain
@@ -110,8 +110,18 @@ class Folder:
                 raise ValueError(f"it has no {sorted(missing)[0]}{others}")
             if self.quantized:
                 quantized.restore(model, dtype)
+            if "quantization_config" in told:
+                quantized.require_quantized(model)
             _require_finite(model)
         return model.eval().requires_grad_(False)
+
+    def quantization(self, settings: Mapping[str, Any] | None, library: str) -> dict[str, Any]:
+        """What ``load`` is told to quantise plain weights of ``diffusers`` or ``transformers``. Raises ValueError."""
+        if settings is None:
+            return {}
+        if self.weights is not None:  # diffusers would take them for quantised, and leave them as they are
+            raise ValueError(f"quantization is for the weights of a folder, and {self.weights} is a single file")
+        return {"quantization_config": quantized.of_settings(settings, library)}
 
     @property
     def quantized(self) -> bool:
@@ -123,13 +133,16 @@ class Folder:
         """Pixels of the picture per pixel of the VAE's latents, on each side."""
         return downscale_of(self.config("vae"))
 
-    def load_pipeline(self, dtype: torch.dtype) -> Any:
-        """The model's pipeline with its text encoders, tokenizers and scheduler, and none of the other parts."""
+    def load_pipeline(self, dtype: torch.dtype, **options: Any) -> Any:
+        """The model's pipeline with its text encoders, tokenizers and scheduler, and none of the other parts.
+
+        ``options`` are for loading each text encoder.
+        """
         import diffusers
 
         parts = {name: found for name in self.index if (found := self.class_of(name))}
         given: dict[str, Any] = {
-            name: self.load(part_class(*found), name, dtype) if name.startswith("text_encoder") else None
+            name: self.load(part_class(*found), name, dtype, **options) if name.startswith("text_encoder") else None
             for name, found in parts.items()
             if not name.startswith(("tokenizer", "scheduler"))
         }
@@ -246,7 +259,11 @@ def _naming(path: Path) -> Iterator[None]:
 
 def _require_finite(model: torch.nn.Module) -> None:
     for name, tensor in model.named_parameters():
-        if tensor.dtype in (torch.float32, torch.float16, torch.bfloat16) and tensor.numel():
+        if type(tensor).dequantize is not torch.Tensor.dequantize:  # torchao's
+            tensor = tensor.dequantize()
+        elif type(tensor) is not torch.nn.Parameter:  # of another quantiser, packed
+            continue
+        if tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel():
             low, high = tensor.aminmax()
             if not (low.isfinite() and high.isfinite()):
                 raise ValueError(f"{name} is not finite: the file is damaged, or its training failed")

@@ -83,4 +83,8 @@ def _add(model: Any, state: dict[str, Tensor], alphas: Mapping[str, Any], part: 
         down, up = state[key].float(), state[f"{name}.lora_B.weight"].float()
         alpha = next((float(v) for k, v in alphas.items() if k.startswith(f"{part}.{name}.")), len(down))
         target = model.get_submodule(name).weight
+        if type(target) is not torch.nn.Parameter:
+            raise ValueError(
+                f"no LoRA can be added to {part}.{name}, which is quantised: leave out text_encoder.quantization"
+            )
         target += (weight * alpha / len(down) * up @ down).to(target)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -31,3 +33,48 @@ def restore(model: nn.Module, dtype: torch.dtype) -> None:
             if isinstance(parameter, GGUFParameter) and not (isinstance(module, GGUFLinear) and name == "weight"):
                 plain = dequantize_gguf_tensor(parameter).to(dtype)
                 setattr(module, name, nn.Parameter(plain, requires_grad=False))
+
+
+def of_settings(settings: Mapping[str, Any], library: str) -> Any:
+    """What ``diffusers`` or ``transformers``, the library, is told to quantise plain weights with while it loads them.
+
+    ``settings`` are those of the library's class for ``quant_method``. With torchao ``quant_type`` names one of its configs,
+    Int8WeightOnlyConfig say, and what else there is, but ``modules_to_not_convert``, are that one's settings.
+    Raises ValueError, saying what is wrong with them or which package is missing.
+    """
+    told = dict(settings)
+    method = told.get("quant_method") or ("bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & told.keys() else None)
+    if method in ("torchao", "bitsandbytes"):
+        require(method, f"quantization by {method}")
+    try:
+        if method == "torchao":
+            kept = told.pop("modules_to_not_convert", None)
+            del told["quant_method"]
+            config = torchao_config(str(told.pop("quant_type", None)), told)
+            return import_module(library).TorchAoConfig(config, modules_to_not_convert=kept)
+        if library == "diffusers":
+            from diffusers.quantizers.auto import DiffusersAutoQuantizer
+
+            return DiffusersAutoQuantizer.from_dict(told)
+        from transformers.quantizers.auto import AutoQuantizationConfig
+
+        return AutoQuantizationConfig.from_dict(told)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"quantization: {' '.join(str(error).split())}") from error
+
+
+def torchao_config(name: str, settings: Mapping[str, Any]) -> Any:
+    """One of torchao's configs by its name. Raises ValueError if it has none so called."""
+    from torchao import quantization
+    from torchao.core.config import AOBaseConfig
+
+    classes = {n: c for n, c in vars(quantization).items() if isinstance(c, type) and issubclass(c, AOBaseConfig)}
+    if name not in classes:
+        raise ValueError(f"torchao's quant_type must be one of {', '.join(sorted(classes))}, not {name!r}")
+    return classes[name](**settings)
+
+
+def require_quantized(model: nn.Module) -> None:
+    """Raise ValueError if no weight was: a quantiser passes over layers whose sizes it can't divide, and says nothing."""
+    if all(type(p) is nn.Parameter and p.is_floating_point() for p in model.parameters()):
+        raise ValueError("quantization: no layer of it could be quantised: choose another kind or group size")

@@ -36,6 +36,7 @@ class DiffusersTextEncoder(TextEncoder):
 
     ``clip_skip`` takes CLIP's output so many layers before its last; ``max_length`` is in tokens, where the pipeline lets one
     choose (its ``max_sequence_length``). ``loras`` are the denoiser's: some change text encoders, too.
+    ``quantization`` is what transformers' quantisers take, as the denoiser's.
 
     ``compel`` reads prompts in the syntax of that library, with weights: ``a (red fox)1.3 in the snow--``. Of CLIP's models
     ``max_length`` is then how many tokens every prompt comes to, 77 or a multiple: prompts are encoded in pieces of 77, split
@@ -54,6 +55,7 @@ class DiffusersTextEncoder(TextEncoder):
         clip_skip: int | None = None,
         max_length: int | None = None,
         compel: bool = False,
+        quantization: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = Folder(path, revision, config)
         self.loras = loras_of(loras)
@@ -70,6 +72,7 @@ class DiffusersTextEncoder(TextEncoder):
         if compel:
             self._require_compel(clip_skip, max_length)
         self._compel: Any = None
+        self.options = self.folder.quantization(quantization, "transformers")
         self._pipeline: Any = None
         self._device = torch.device("cpu")
 
@@ -91,7 +94,7 @@ class DiffusersTextEncoder(TextEncoder):
             raise ValueError(f"text_encoder.max_length with compel: expected {expected}, not {max_length}")
 
     def load(self, device: torch.device) -> None:
-        self._pipeline = self.folder.load_pipeline(self.logical)
+        self._pipeline = self.folder.load_pipeline(self.logical, **self.options)
         taken = inspect.signature(self._pipeline.encode_prompt).parameters
         for asked in self.asked if not self.compel else ():
             if asked not in taken:
