@@ -22,6 +22,7 @@ from latentmill.job import load_job
 from latentmill.plan import PlanError, parts
 from latentmill.registry import PluginError
 from latentmill_diffusers.denoiser import DiffusersDenoiser
+from latentmill_diffusers.folder import Folder
 from latentmill_diffusers.text_encoder import DiffusersTextEncoder
 from latentmill_diffusers.vae import DiffusersVAE
 
@@ -148,9 +149,9 @@ def unet(folder):
     return renamed(folder / "unet", UNET, "model.diffusion_model.")
 
 
-def vae(folder):
+def vae(folder, prefix="first_stage_model."):
     """With attention as convolutions."""
-    state = renamed(folder / "vae", VAE, "first_stage_model.")
+    state = renamed(folder / "vae", VAE, prefix)
     return {n: t[:, :, None, None] if ".attn_1." in n and t.ndim == 2 else t for n, t in state.items()}
 
 
@@ -210,12 +211,36 @@ def stable_diffusion_3(folder):
     }
 
 
+def refiner(folder):
+    return {**unet(folder), **vae(folder), **open_clip(folder / "text_encoder_2", "conditioner.embedders.0.model.")}
+
+
+def flux_with_all(folder):
+    return {
+        **{f"model.diffusion_model.{name}": tensor for name, tensor in flux(folder).items()},
+        **vae(folder, "vae."),
+        **renamed(folder / "text_encoder", CLIP, "text_encoders.clip_l.transformer."),
+        **renamed(folder / "text_encoder_2", (), "text_encoders.t5xxl.transformer."),
+    }
+
+
 WHOLE = {
     "stable_diffusion_1": (stable_diffusion_1, "StableDiffusionPipeline"),
     "stable_diffusion_2": (stable_diffusion_2, "StableDiffusionPipeline"),
     "stable_diffusion_xl": (stable_diffusion_xl, "StableDiffusionXLPipeline"),
+    "refiner": (refiner, "StableDiffusionXLImg2ImgPipeline"),
     "stable_diffusion_3": (stable_diffusion_3, "StableDiffusion3Pipeline"),
+    "flux_with_all": (flux_with_all, "FluxPipeline"),
 }
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """diffusers' converter for FLUX, which knows one width alone, 3072, told of the tiny model's."""
+    convert = single_file_utils.convert_flux_transformer_checkpoint_to_diffusers
+    code = convert.__code__
+    narrower = code.replace(co_consts=tuple(32 if value == 3072 else value for value in code.co_consts))
+    monkeypatch.setattr(convert, "__code__", narrower)
 
 
 @pytest.fixture(params=WHOLE)
@@ -251,12 +276,15 @@ def pictures(output, *told):
     return np.stack([np.asarray(Image.open(io.BytesIO(image["bytes"]))) for image in found]).astype(int)
 
 
-def test_a_whole_checkpoint_is_the_folder_that_it_was_made_of(whole, tmp_path):
+def test_a_whole_checkpoint_is_the_folder_that_it_was_made_of(whole, narrow, tmp_path):
     """Every tensor of every part, and the pictures but for the last bit: it hangs on how weights lie in their file."""
     folder, file, configs = whole
     expected, found = loaded(folder), loaded(file, None, configs)
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    everything = sorted(part.name for part in folder.iterdir() if part.is_dir())
+    fingerprints = {Folder(str(file), None, str(each)).fingerprint(*everything) for each in (configs, folder)}
+    assert len(fingerprints) == 1  # the weights beside the configs are none of its
     expected = pictures(tmp_path / "of_folder", f"model.path={folder}")
     found = pictures(tmp_path / "of_file", f"model.path={file}", f"model.config={configs}")
     assert abs(expected - found).max() <= 1 and (expected != found).mean() < 1e-3
@@ -324,15 +352,6 @@ def test_a_single_file_that_was_cut_short(checkpoint):
     assert f"vae diffusers: {file} can't be loaded: " in refused(f"model.path={file}", f"model.config={folder}")
 
 
-@pytest.fixture
-def narrow(monkeypatch):
-    """diffusers' converter for FLUX, which knows one width alone, 3072, told of the tiny model's."""
-    convert = single_file_utils.convert_flux_transformer_checkpoint_to_diffusers
-    code = convert.__code__
-    narrower = code.replace(co_consts=tuple(32 if value == 3072 else value for value in code.co_consts))
-    monkeypatch.setattr(convert, "__code__", narrower)
-
-
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_flux_s_network_alone_under_its_authors_names(prefix, narrow, model, tmp_path):
     folder, file = model("FluxPipeline"), tmp_path / "x.safetensors"
@@ -343,6 +362,9 @@ def test_flux_s_network_alone_under_its_authors_names(prefix, narrow, model, tmp
     expected, found = (plugin._network.model.state_dict() for plugin in (expected, found))
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    save_file({prefix + name: tensor for name, tensor in flux(folder).items() if name != "img_in.weight"}, file)
+    with pytest.raises(ValueError, match=r"x\.safetensors can't be loaded: it has no img_in\.weight$"):
+        DiffusersDenoiser(str(file), None, str(folder)).load(CPU)
     told = f"model.path={file}", f"model.config={folder}"
     assert refused(*told).startswith(f"vae diffusers: {file} holds no vae that is known there")
     assert refused(*told, f"vae.path={folder}").startswith(f"text_encoder diffusers: {file} holds no text_encoder that")
