@@ -215,6 +215,18 @@ def test_a_model_is_downloaded_once_and_only_what_is_needed_of_it(hub, copy, tmp
     assert gone.stderr.count("\n") == 1 and "is not in the local cache and can't be downloaded" in gone.stderr
 
 
+def test_of_a_single_file_s_model_no_weights_are_downloaded(hub, copy, tmp_path):
+    address, sent = hub
+    file = shutil.copy(next((copy / "unet").glob("*.safetensors")), tmp_path / "unet.safetensors")
+    code = (
+        f"from latentmill_diffusers.folder import Folder; print(Folder({str(file)!r}, {REVISION!r}, 'org/name').root)"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf")}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.strip().endswith(REVISION)
+    assert "unet/config.json" in sent and not [name for name in sent if name.endswith(".safetensors")]
+
+
 def test_each_part_is_fingerprinted_by_what_it_reads(model, tmp_path):
     same = tiny.build("StableDiffusionPipeline", tmp_path / "same")
     other = tiny.build("StableDiffusionPipeline", tmp_path / "other", seed=1)

@@ -55,7 +55,7 @@ class Folder:
         self.weights: Path | None = None
         if Path(path).suffix in (".safetensors", GGUF, ".ckpt", ".pt", ".bin"):
             self.weights = _single_file(path, config)
-        self.root = locate(path if self.weights is None else str(config), revision)
+        self.root = locate(path, revision) if self.weights is None else locate(str(config), revision, weights=False)
 
     def __truediv__(self, name: str) -> Path:
         return self.root / name
@@ -286,8 +286,8 @@ def _single_file(path: str, config: str | None) -> Path:
     return file.resolve()
 
 
-def locate(path: str, revision: str | None = None) -> Path:
-    """The local folder of a model, downloaded first where ``path`` is ``org/name``. Raises ValueError."""
+def locate(path: str, revision: str | None = None, weights: bool = True) -> Path:
+    """The local folder of a model, downloaded first, with or without weights, where ``path`` is ``org/name``. Raises ValueError."""
     local = Path(path).expanduser()
     if local.is_dir():
         return local.resolve()
@@ -297,17 +297,17 @@ def locate(path: str, revision: str | None = None) -> Path:
         raise ValueError(
             f"there is no folder {path}; for the Hub's model of that name give model.revision too, a commit, so that it stays the same"
         )
-    return _from_hub(path, revision)
+    return _from_hub(path, revision, weights)
 
 
 @cache
-def _from_hub(repository: str, revision: str) -> Path:
+def _from_hub(repository: str, revision: str, weights: bool) -> Path:
     try:
-        return _snapshot(repository, revision, local_files_only=True)
+        return _snapshot(repository, revision, weights, local_files_only=True)
     except Exception:  # not here yet: the cache has many ways to say so
         pass
     try:
-        return _snapshot(repository, revision, local_files_only=False)
+        return _snapshot(repository, revision, weights, local_files_only=False)
     except Exception as error:  # the network's, the Hub's
         raise ValueError(
             f"{repository} at {revision} is not in the local cache and can't be downloaded ({type(error).__name__}): "
@@ -315,8 +315,8 @@ def _from_hub(repository: str, revision: str) -> Path:
         ) from error
 
 
-def _snapshot(repository: str, revision: str, local_files_only: bool) -> Path:
-    """The folder, with small files and, of weights, those of the parts: beside them many a repository has the same again.
+def _snapshot(repository: str, revision: str, weights: bool, local_files_only: bool) -> Path:
+    """The folder, with small files and, if asked for, the weights of the parts: beside them many a repository has the same again.
 
     That is in one file, in other formats, or in halves; halves are taken where there is nothing else.
     """
@@ -324,6 +324,8 @@ def _snapshot(repository: str, revision: str, local_files_only: bool) -> Path:
 
     wanted = {"repo_id": repository, "revision": revision, "local_files_only": local_files_only}
     folder = Path(snapshot_download(**wanted, allow_patterns=list(SMALL)))
+    if not weights:
+        return folder
     index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
     parts = [n for n, value in index.items() if isinstance(value, list) and None not in value and n not in UNUSED]
     needed = [f"{name}/*.safetensors" for name in parts] or ["*.safetensors"]
