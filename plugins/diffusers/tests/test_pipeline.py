@@ -489,6 +489,19 @@ def test_a_row_does_not_depend_on_its_company(model):
     assert not torch.allclose(together[0], together[3], atol=0.1)  # one prompt, two seeds
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_latents_are_of_the_vae_s_dtype(dtype, model):
+    name = "StableDiffusionPipeline"
+    folder, table = str(model(name)), table_of(PROMPTS)
+    encode, denoise = stages(folder, name)
+    wanted = torch.stack(ours(encode, denoise, table))
+    halves = PipelineDenoise(folder, vae={"name": "diffusers", "path": folder, "dtype": dtype})
+    halves.load(torch.device("cpu"))
+    found = torch.stack(ours(encode, halves, table))
+    assert found.dtype == getattr(torch, dtype)
+    assert torch.equal(found, wanted.to(found.dtype))
+
+
 def test_what_rows_share_is_what_they_agree_in(model):
     """FLUX's places of tokens have no batch axis. Rows that bring other ones go apart, each with its own."""
     name = "FluxPipeline"
