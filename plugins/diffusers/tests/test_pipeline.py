@@ -489,6 +489,31 @@ def test_a_row_does_not_depend_on_its_company(model):
     assert not torch.allclose(together[0], together[3], atol=0.1)  # one prompt, two seeds
 
 
+def test_a_row_alone_has_the_bits_that_it_has_in_company(model):
+    """Rows of one size, steps and guidance, which else go together."""
+    name = "StableDiffusionPipeline"
+    encode, denoise = stages(model(name), name)
+    table = table_of(PROMPTS)
+    denoise.alone = True
+    for i, found in enumerate(ours(encode, denoise, table)):
+        assert torch.equal(found, ours(encode, denoise, table.slice(i, 1))[0])
+
+
+def test_a_deterministic_job_makes_the_same_bytes_in_other_company(model, tmp_path, monkeypatch):
+    """A batch that fails once, and then in halves, has no batch of its first size again."""
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt, _ in PROMPTS))
+    told = ["model=pipeline", "cluster=inline", f"model.path={model('StableDiffusionPipeline')}", "samples_per_row=1"]
+    told += [f"source.path={tmp_path / 'rows.jsonl'}", "sampling.width=64", "sampling.height=32", "sampling.steps=2"]
+    told += ["deterministic=true", "rows_per_shard=3", "stages.denoise.batch_size=3", "stages.denoise.retries=0"]
+    told += ["flow=[read,pipeline_encode,pipeline_denoise,write]"]
+    assert latentmill.run("txt2img", [*told, f"output={tmp_path / 'whole'}"]).ok == 3
+    monkeypatch.setenv("LATENTMILL_FAILPOINT", f"pipelinedenoise:memory:{tmp_path}")
+    assert latentmill.run("txt2img", [*told, f"output={tmp_path / 'halves'}"]).ok == 3
+    assert (tmp_path / "pipelinedenoise").exists()
+    whole, halves = (tmp_path / name / "data" / "00000.parquet" for name in ("whole", "halves"))
+    assert whole.read_bytes() == halves.read_bytes()
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_latents_are_of_the_vae_s_dtype(dtype, model):
     name = "StableDiffusionPipeline"

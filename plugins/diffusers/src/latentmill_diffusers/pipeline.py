@@ -219,7 +219,10 @@ class PipelineEncode(Pipeline):
 
 
 class PipelineDenoise(Pipeline):
-    """Replaces ``prompt:*`` by ``latents``, clean and scaled as the VAE of the job, ``vae``, expects them."""
+    """Replaces ``prompt:*`` by ``latents``, clean and scaled as the VAE of the job, ``vae``, expects them.
+
+    With ``alone`` the pipeline is called for each row by itself: a row's bits then don't depend on its company.
+    """
 
     def __init__(
         self,
@@ -228,8 +231,10 @@ class PipelineDenoise(Pipeline):
         dtype: str = "float32",
         call: dict[str, Any] | None = None,
         vae: dict[str, Any] | None = None,
+        alone: bool = False,
     ) -> None:
         super().__init__(path, revision, dtype, call)
+        self.alone = alone
         settings = dict(vae or {})
         if str(settings.pop("name", None)).rpartition(":")[2] != "diffusers":
             raise ValueError("vae must be the job's (vae: ${vae}), and that the pipeline's own: vae=diffusers")
@@ -247,7 +252,7 @@ class PipelineDenoise(Pipeline):
         given = batch.select(rows.SCALARS.names).to_pylist()
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, row in enumerate(given):
-            told = tuple(tuple(leaves[k][i].flatten().tolist()) for k in shared)
+            told = (i,) if self.alone else tuple(tuple(leaves[k][i].flatten().tolist()) for k in shared)
             groups.setdefault((row["steps"], row["guidance_scale"], row["height"], row["width"], told), []).append(i)
         for members in groups.values():
             try:
