@@ -5,7 +5,8 @@
 A pipeline is called as everyone calls it, twice, and each time with only some of its parts. In ``pipeline_encode`` it has text
 encoders and no network: what its ``encode_prompt`` returns is noted, and when the network is first called, the call ends. In
 ``pipeline_denoise`` it has the network and no text encoders: ``encode_prompt`` returns what was noted. So what a pipeline
-calls its inputs, how it pads, guides and packs latents, is its own affair and in no table here.
+calls its inputs, how it pads, guides and packs latents, is its own affair and in no table here. A few make more of a prompt than
+``encode_prompt`` does, in a method of another name: that is noted in the same way.
 
 Prompts are encoded one by one, and each row draws with a generator of its seed, so a row depends on itself alone. Rows that
 agree in steps, guidance and size go together.
@@ -24,6 +25,7 @@ from typing import Any, NoReturn
 import pyarrow as pa
 import torch
 from torch import Tensor
+from torch.nn.functional import pixel_unshuffle
 
 from latentmill import rows, tensors
 from latentmill.plugin import LatentSpec, Reject, RowError, Stage
@@ -37,8 +39,14 @@ SKIPPED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts that no latents of a prompt need."""
 OFF = ("use_resolution_binning", "enable_prompt_rewrite", "use_pe", "prompt_upsampling")
 """Parameters that are false here: they change the size that was asked for, or the prompt."""
+UNSET = ("guidance_schedule",)
+"""Parameters that are None here: what they stand in for is told row by row."""
 GUIDANCE = ("guidance_scale", "true_cfg_scale", "distilled_guidance_scale")
 """What pipelines call a row's guidance scale, the first that there is."""
+ENCODERS = ("encode_prompt", "generate_prior_tokens")
+"""Methods whose results are noted. The second draws a picture's tokens, by a language model and with the row's seed."""
+SINGLE = ("DreamLitePipeline", "PRXPipeline")
+"""Pipelines that take no list of prompts, or fail with one when they guide: their rows go one by one."""
 REFUSED = {
     "Cosmos2TextToImagePipeline": "it makes a safety checker of its own, whatever it is given",
     "Flux2KleinPipeline": "it undoes the VAE's batch norm before it returns latents; model=diffusers runs it",
@@ -73,6 +81,8 @@ class Pipeline(Stage):
         if reason := refused(self.cls):
             raise ValueError(f"{self.folder.pipeline} can't be run by its parts: {reason}")
         self.guidance = next((n for n in GUIDANCE if n in self.parameters), None)
+        self.encoders = [name for name in ENCODERS if hasattr(self.cls, name)]
+        self.single = self.folder.pipeline in SINGLE
         self.device = torch.device("cpu")
 
     @cached_property
@@ -110,21 +120,23 @@ class Pipeline(Stage):
             return None
         cls = part_class(*found)
         if not issubclass(cls, torch.nn.Module):
-            wanted = (
-                self.needs(name) or found[0] == "diffusers"
-            )  # schedulers and guiders are light, and tokenizers aren't
+            # Schedulers and guiders are light, and tokenizers aren't; a processor may be asked when the pipeline is built.
+            wanted = self.needs(name) or found[0] == "diffusers" or name == "processor"
             return cls.from_pretrained(self.folder / name) if wanted else None
         if self.needs(name):
             return self.folder.load(cls, name, self.logical).to(device)
         absent = Network if name.startswith(NETWORKS) else Absent
         return absent(_config(cls, self.folder, name), self.logical)
 
-    def run(self, given: Sequence[Mapping[str, Any]], encode_prompt: Callable[..., Any], prompts: Sequence[str]) -> Any:
-        """Call the pipeline for rows that agree in steps, guidance and size, with another ``encode_prompt``."""
+    def run(
+        self, given: Sequence[Mapping[str, Any]], instead: Callable[[Callable[..., Any]], Callable[..., Any]]
+    ) -> Any:
+        """Call the pipeline for rows that agree in steps, guidance and size, with ``instead`` of each of its encoders."""
         first, known = given[0], self.parameters
-        arguments = {name: False for name in OFF if name in known} | {
+        arguments: dict[str, Any] = {name: False for name in OFF if name in known} | {
+            **{name: None for name in UNSET if name in known},
             **self.call,
-            "prompt": list(prompts),
+            "prompt": [row["prompt"] for row in given],
             "height": first["height"],
             "width": first["width"],
             "num_inference_steps": first["steps"],
@@ -136,11 +148,15 @@ class Pipeline(Stage):
             arguments[self.guidance] = first["guidance_scale"]
         if "negative_prompt" in known and first["guidance_scale"] > 1:
             arguments["negative_prompt"] = [row["negative_prompt"] for row in given]
-        self.pipeline.encode_prompt = encode_prompt
+        if self.single:
+            arguments |= {name: arguments[name][0] for name in ("prompt", "negative_prompt") if name in arguments}
+        for name in self.encoders:
+            setattr(self.pipeline, name, instead(getattr(self.pipeline, name)))
         try:
             return self.pipeline(**arguments)[0]
         finally:
-            del self.pipeline.encode_prompt
+            for name in self.encoders:
+                delattr(self.pipeline, name)
 
 
 class PipelineEncode(Pipeline):
@@ -160,12 +176,17 @@ class PipelineEncode(Pipeline):
         groups: dict[str, list[tuple[int, list[Tensor]]]] = {}
         columns = [name for name in rows.SCALARS.names if name in batch.column_names]
         given = [name for name in ("image", "mask", "latents") if name in batch.column_names]
+        sigmas = self.folder.index.get("sample_sigmas")
+        told = ["prompt", "negative_prompt", "guidance_scale", "width", "height"] + ["seed"] * (len(self.encoders) > 1)
         for i, row in enumerate(batch.select(columns).to_pylist()):
             try:
                 _check(row, self.folder.pipeline)
+                if sigmas and row["steps"] != len(sigmas):
+                    own = f"the steps of its model's sample_sigmas: {len(sigmas)} is expected, not {row['steps']}"
+                    raise RowError(f"{self.folder.pipeline} makes {own}")
                 if given:
                     raise RowError(f"{self.folder.pipeline} begins from noise, and takes no {given[0]}")
-                key = tuple(row[n] for n in ("prompt", "negative_prompt", "guidance_scale", "width", "height"))
+                key = tuple(row[n] for n in told)
                 if key not in noted:
                     noted[key] = self._note(row)
             except ValueError as error:
@@ -192,7 +213,7 @@ class PipelineEncode(Pipeline):
         kind = json.dumps([_kind(each) for each in returned])
         if kind not in self.forms:
             leaf = count()
-            twice = self._returned([row, row])
+            twice = returned if self.single else self._returned([row, row])
             self.forms[kind] = [_form(one, two, leaf) for one, two in zip(returned, twice, strict=True)]
         form = self.forms[kind]
         leaves = [leaf.cpu() for one, each in zip(returned, form) for leaf in _leaves(one, each)]
@@ -202,17 +223,19 @@ class PipelineEncode(Pipeline):
 
     def _returned(self, given: Sequence[Mapping[str, Any]]) -> list[Any]:
         returned = []
-        original = self.pipeline.encode_prompt
 
-        def encode_prompt(*positional: Any, **named: Any) -> Any:
-            returned.append(original(*positional, **named))
-            for part in self.pipeline.components.values():
-                if isinstance(part, Network):
-                    part.near = True
-            return returned[-1]
+        def noting(original: Callable[..., Any]) -> Callable[..., Any]:
+            def encode(*positional: Any, **named: Any) -> Any:
+                returned.append(original(*positional, **named))
+                for part in self.pipeline.components.values():
+                    if isinstance(part, Network):
+                        part.near = True
+                return returned[-1]
+
+            return encode
 
         try:
-            self.run(given, encode_prompt, [row["prompt"] for row in given])
+            self.run(given, noting)
         except _Reached:
             return returned
         raise RuntimeError(f"{self.folder.pipeline} made latents without calling its network")
@@ -234,7 +257,7 @@ class PipelineDenoise(Pipeline):
         alone: bool = False,
     ) -> None:
         super().__init__(path, revision, dtype, call)
-        self.alone = alone
+        self.alone = alone or self.single
         settings = dict(vae or {})
         if str(settings.pop("name", None)).rpartition(":")[2] != "diffusers":
             raise ValueError("vae must be the job's (vae: ${vae}), and that the pipeline's own: vae=diffusers")
@@ -262,9 +285,7 @@ class PipelineDenoise(Pipeline):
                     reject(i, str(error))
                 continue
             noted = iter([_filled(each, [leaf[members].to(self.device) for leaf in leaves]) for each in form])
-            made = self.run(
-                [given[i] for i in members], lambda *a, _noted=noted, **k: next(_noted), [""] * len(members)
-            )
+            made = self.run([given[i] for i in members], lambda _, noted=noted: lambda *a, **k: next(noted))
             latents = self._unpacked(made, *shape).float().cpu()
             if tuple(latents.shape[1:]) != shape:
                 for i in members:
@@ -287,13 +308,18 @@ class PipelineDenoise(Pipeline):
             made = made.transpose(1, 2).unflatten(2, (height, width))
         elif made.ndim == 3 and hasattr(self.pipeline, "_unpack_latents"):
             size = {"height": height * self.spec.downscale, "width": width * self.spec.downscale}
-            if "vae_scale_factor" in inspect.signature(self.pipeline._unpack_latents).parameters:
+            known = inspect.signature(self.pipeline._unpack_latents).parameters
+            if "vae_scale_factor" in known:
                 size["vae_scale_factor"] = self.pipeline.vae_scale_factor
+            if "patch_size" in known:
+                size["patch_size"] = self.pipeline.transformer.config.patch_size
             made = self.pipeline._unpack_latents(made, **size)
         if made.ndim == 5:  # of video, with one frame
             made = made.squeeze(1 if made.shape[1] == 1 else 2)
         if tuple(made.shape) == (len(made), height, width, channels):
             made = made.permute(0, 3, 1, 2)
+        elif tuple(made.shape[1:]) == (channels // 4, 2 * height, 2 * width):  # pixels, where the VAE's are 2x2 patches
+            made = pixel_unshuffle(made, 2)
         return made
 
 

@@ -216,6 +216,14 @@ def video_autoencoder(name: str) -> Any:
     return getattr(diffusers, name)(**sizes, temperal_downsample=[False, True], **statistics)
 
 
+def _transparent() -> Any:
+    from diffusers import AutoencoderKLQwenImage21
+
+    statistics = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.0, 2.0, 0.5, 1.5]}
+    sizes = {"base_dim": 8, "decoder_base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1, 1, 1], "num_res_blocks": 1}
+    return AutoencoderKLQwenImage21(**sizes, **statistics)
+
+
 def _consistency() -> Any:
     from diffusers import ConsistencyDecoderVAE
 
@@ -746,6 +754,7 @@ VAES: dict[str, Callable[[], Any]] = {
     "VQModel": _quantized,
     "AutoencoderKLFlux2": _flux_2_autoencoder,
     "AutoencoderKLQwenImage": lambda: video_autoencoder("AutoencoderKLQwenImage"),
+    "AutoencoderKLQwenImage21": _transparent,
     "AutoencoderKLWan": lambda: video_autoencoder("AutoencoderKLWan"),
     "ConsistencyDecoderVAE": _consistency,
 }

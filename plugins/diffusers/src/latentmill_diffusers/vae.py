@@ -10,9 +10,12 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from latentmill.plugin import VAE, LatentSpec
-from latentmill_diffusers.folder import Folder, downscale_of, dtype_of
+from latentmill_diffusers.folder import INDEX, Folder, downscale_of, dtype_of
 
-PART = "vae"
+PARTS = ("vae", "movq")
+"""What pipelines call it. Kandinsky's movq knows latents as they are, and decodes them without its codebook."""
+PIXEL_BY_PIXEL = ("Ideogram4Pipeline",)
+"""Pipelines of FLUX.2's VAE whose 2x2 patches, and its batch norm, hold the channels of one pixel after another's."""
 
 
 class DiffusersVAE(VAE):
@@ -39,7 +42,9 @@ class DiffusersVAE(VAE):
         compile: bool = False,
     ) -> None:
         self.folder = Folder(path, revision, config)
-        self.part = "" if (self.folder / "config.json").is_file() else PART
+        alone = (self.folder / "config.json").is_file()
+        self.part = "" if alone else next((name for name in PARTS if (self.folder / name).is_dir()), PARTS[0])
+        self.pixel_by_pixel = (self.folder / INDEX).is_file() and self.folder.pipeline in PIXEL_BY_PIXEL
         self.dtype, self.slicing, self.tiling, self.compile = dtype, slicing, tiling, compile
         self.logical = dtype_of(dtype)
         self.config = self.folder.config(self.part)
@@ -50,7 +55,7 @@ class DiffusersVAE(VAE):
     @property
     def spec(self) -> LatentSpec:
         config, patch = self._complete(), self.patch
-        scaled = config.get("latents_mean") is None and patch == 1
+        scaled = config.get("latents_mean") is None and patch == 1 and self.part != "movq"
         return LatentSpec(
             channels=self._channels(config) * patch**2,
             downscale=downscale_of(config) * patch,
@@ -83,6 +88,8 @@ class DiffusersVAE(VAE):
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         images = images.to(self._model.dtype)
+        if self._complete().get("in_channels") == 4:  # opaque
+            images = torch.cat([images, torch.ones_like(images[:, :1])], 1)
         encoded = self._model.encode(images[:, :, None] if self._frames else images)
         if "latent_dist" in encoded:
             mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
@@ -92,20 +99,33 @@ class DiffusersVAE(VAE):
         if self._frames:
             mean, std = mean[:, :, 0], std[:, :, 0]
         if self.patch > 1:
-            mean, std = pixel_unshuffle(mean, self.patch), pixel_unshuffle(std, self.patch)
+            mean, std = self._patched(mean), self._patched(std)
         gain, offset = self._affine()
         return (mean.float() - offset) / gain, std.float() / gain
 
     def decode(self, latents: Tensor) -> Tensor:
         gain, offset = self._affine()
         z = (latents * gain + offset).to(self._model.dtype)
+        if self.pixel_by_pixel:
+            z = z.unflatten(1, (self.patch**2, -1)).transpose(1, 2).flatten(1, 2)
         if self.patch > 1:
             z = pixel_shuffle(z, self.patch)
         if self.config["_class_name"] == "ConsistencyDecoderVAE":  # it draws noise: the same for every picture
             drawn = [torch.Generator(z.device).manual_seed(0) for _ in z]
             return torch.cat([self._model.decode(one[None], g).sample for one, g in zip(z, drawn)]).float()
-        images = self._model.decode(z[:, :, None] if self._frames else z).sample.float()
-        return images[:, :, 0] if self._frames else images
+        more = {"force_not_quantize": True} if self.part == "movq" else {}
+        images = self._model.decode(z[:, :, None] if self._frames else z, **more).sample.float()
+        if self._frames:
+            images = images[:, :, 0]
+        if images.shape[1] == 4:  # transparency, laid on white
+            opaque = (images[:, 3:].clamp(-1, 1) + 1) / 2
+            images = 1 + (images[:, :3].clamp(-1, 1) - 1) * opaque
+        return images
+
+    def _patched(self, z: Tensor) -> Tensor:
+        """What the VAE knows, ``[B, c, h, w]``, as patches, ``[B, C, h / patch, w / patch]``."""
+        z = pixel_unshuffle(z, self.patch)
+        return z.unflatten(1, (-1, self.patch**2)).transpose(1, 2).flatten(1, 2) if self.pixel_by_pixel else z
 
     @property
     def _frames(self) -> bool:
@@ -115,6 +135,8 @@ class DiffusersVAE(VAE):
     def _affine(self) -> tuple[Tensor, Tensor]:
         """``(gain, offset)``, float32 ``[1, C, 1, 1]`` or numbers: what the VAE knows is ``latents * gain + offset``."""
         config = self._complete()
+        if self.part == "movq":
+            return torch.tensor(1.0), torch.tensor(0.0)
         if self.patch > 1:
             statistics = self._model.bn
             spread = torch.sqrt(statistics.running_var.float() + config["batch_norm_eps"])
