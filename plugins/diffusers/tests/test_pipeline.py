@@ -28,9 +28,10 @@ from latentmill_diffusers.vae import DiffusersVAE
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- pipelines, by tests/test_pipeline.py -->\n", "<!-- end of pipelines -->\n"
-PROMPTS = [("a red fox", ""), ("two houses by the sea", "blurry"), ("a red fox", "bad")]
+PROMPTS = [("a red fox", ""), ("two houses by the 'sea'", "blurry"), ("a red fox", "bad")]
 SIZES = {
     "BriaFiboPipeline": (64, 128),
+    "GlmImagePipeline": (64, 128),
     "Kandinsky3Pipeline": (64, 128),
     "HiDreamImagePipeline": (256, 256),
     "Kandinsky5T2IPipeline": (1024, 1024),
@@ -378,8 +379,8 @@ def processor(length=1024):
     """LLaVA's, which for text does what Qwen3-VL's does, and doesn't ask for torchvision, for videos."""
     from transformers import CLIPImageProcessorPil, LlavaProcessor
 
-    tokenizer, image = tiny.tokenizer(length, begin=None, end=None, template=tiny.CHAT), "<|image_pad|>"
-    tokenizer.add_special_tokens({"additional_special_tokens": [image]})
+    image = "<|image_pad|>"
+    tokenizer = tiny.tokenizer(length, begin=None, end=None, template=tiny.CHAT, extra={"image_token": image})
     return LlavaProcessor(CLIPImageProcessorPil(), tokenizer, chat_template=tiny.CHAT, image_token=image)
 
 
@@ -521,7 +522,51 @@ def prx():
     return {"transformer": transformer, "vae": tiny.autoencoder(shift_factor=0.1159), "scheduler": flow(), **t5}
 
 
+def glm_image():
+    import transformers
+
+    transformer = diffusers.GlmImageTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        text_embed_dim=32,
+        time_embed_dim=8,
+        condition_dim=4,
+        prior_vq_quantizer_codebook_size=16,
+    )
+    text = {**tiny.QWEN_3, "num_hidden_layers": 1, "vocab_size": tiny.VOCABULARY + 3, "vision_vocab_size": 16}
+    del text["head_dim"], text["bos_token_id"]
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    text["eos_token_id"] = 100  # it writes 0 to 15, and doesn't end before its time
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "image_size": 64}
+    codes = {"embed_dim": 8, "num_embeddings": 16, "latent_channels": 16}
+    config = transformers.GlmImageConfig(
+        text_config=text,
+        vision_config=vision,
+        vq_config=codes,
+        image_token_id=tiny.VOCABULARY,
+        image_start_token_id=2,
+        image_end_token_id=3,
+    )
+    extra = {"image_token": "<|image|>", "grid_bos_token": "<sop>", "grid_eos_token": "<eop>"}
+    tokenizer = tiny.tokenizer(512, begin=None, end=None, side="left", template=tiny.CHAT, extra=extra)
+    images = transformers.GlmImageImageProcessorPil()
+    statistics = {"latents_mean": [0.5, -1.0, 0.2, 0.0], "latents_std": [1.0, 2.0, 0.5, 1.5]}
+    return {
+        "transformer": transformer,
+        "vae": tiny.autoencoder(blocks=4, **statistics),
+        "scheduler": flow(use_dynamic_shifting=True),
+        "text_encoder": tiny.t5(vocabulary=384),
+        "tokenizer": transformers.ByT5Tokenizer(),
+        "vision_language_encoder": transformers.GlmImageForConditionalGeneration(config).eval(),
+        "processor": transformers.GlmImageProcessor(images, tokenizer, chat_template=tiny.CHAT),
+    }
+
+
 BUILDERS = {
+    "GlmImagePipeline": glm_image,
     "BriaFibo2Pipeline": bria_fibo_2,
     "BriaFiboPipeline": bria_fibo,
     "BriaPipeline": bria,
@@ -747,6 +792,19 @@ def test_what_rows_share_is_what_they_agree_in(model):
     found = ours(lambda table, reject: [table], denoise, moved)
     same = [torch.allclose(one, other, atol=1e-5) for one, other in zip(found, wanted, strict=True)]
     assert same == [True, False, True]
+
+
+def test_what_is_drawn_for_a_prompt_is_of_the_row_s_seed(model):
+    """GLM-Image writes a picture's tokens before its network sees anything: one prompt, two seeds, two writings."""
+    name = "GlmImagePipeline"
+    encode, denoise = stages(model(name), name)
+    table = table_of([("a red fox", "")] * 2, guidance=1.0, size=SIZES[name])
+    [part] = encode(table, lambda i, reason: pytest.fail(reason))
+    first, second = tensors.from_arrow(part, f"{rows.PROMPT}0")
+    assert first.shape == (32,) and not torch.equal(first, second)
+    wanted = theirs(directly(model(name), name), name, denoise, table)
+    for found, one in zip(ours(encode, denoise, table), wanted, strict=True):
+        assert float((found - one).norm() / one.norm()) <= 2e-6
 
 
 def test_what_encode_prompt_returns_comes_back_for_several_rows():

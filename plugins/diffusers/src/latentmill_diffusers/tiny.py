@@ -47,8 +47,9 @@ def tokenizer(
     pad: str = "<pad>",
     side: str = "right",
     template: str | None = None,
+    extra: dict[str, str] | None = None,
 ) -> Any:
-    """A token a character, between ``begin`` and ``end``."""
+    """A token a character, between ``begin`` and ``end``; ``extra`` tokens, by what the tokenizer calls them."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -69,6 +70,7 @@ def tokenizer(
         padding_side=side,
         model_max_length=length,
         chat_template=template,
+        extra_special_tokens=extra or {},
     )
 
 
@@ -109,12 +111,12 @@ def autoencoder(channels: int = 4, blocks: int = 2, **settings: Any) -> Any:
     )
 
 
-def t5(width: int = 32) -> Any:
+def t5(width: int = 32, vocabulary: int = 0) -> Any:
     """The encoder of a T5."""
     from transformers import T5Config, T5EncoderModel
 
     sizes = {"d_model": width, "d_ff": 37, "d_kv": 8, "num_heads": 4, "num_layers": 2}
-    return T5EncoderModel(T5Config(vocab_size=VOCABULARY, pad_token_id=1, eos_token_id=3, **sizes)).eval()
+    return T5EncoderModel(T5Config(vocab_size=vocabulary or VOCABULARY, pad_token_id=1, eos_token_id=3, **sizes)).eval()
 
 
 def gemma(width: int = 16) -> Any:

@@ -13,7 +13,9 @@ from latentmill.plugin import VAE, LatentSpec
 from latentmill_diffusers.folder import INDEX, Folder, downscale_of, dtype_of
 
 PARTS = ("vae", "movq")
-"""What pipelines call it. Kandinsky's movq knows latents as they are, and decodes them without its codebook."""
+"""What pipelines call it. They have a movq decode without its codebook."""
+UNSCALED = ("GlmImagePipeline", "Kandinsky3Pipeline")
+"""Pipelines that pass over the VAE's scaling factor."""
 PIXEL_BY_PIXEL = ("Ideogram4Pipeline",)
 """Pipelines of FLUX.2's VAE whose 2x2 patches, and its batch norm, hold the channels of one pixel after another's."""
 
@@ -44,7 +46,8 @@ class DiffusersVAE(VAE):
         self.folder = Folder(path, revision, config)
         alone = (self.folder / "config.json").is_file()
         self.part = "" if alone else next((name for name in PARTS if (self.folder / name).is_dir()), PARTS[0])
-        self.pixel_by_pixel = (self.folder / INDEX).is_file() and self.folder.pipeline in PIXEL_BY_PIXEL
+        pipeline = self.folder.pipeline if (self.folder / INDEX).is_file() else ""
+        self.scaled, self.pixel_by_pixel = pipeline not in UNSCALED, pipeline in PIXEL_BY_PIXEL
         self.dtype, self.slicing, self.tiling, self.compile = dtype, slicing, tiling, compile
         self.logical = dtype_of(dtype)
         self.config = self.folder.config(self.part)
@@ -55,7 +58,7 @@ class DiffusersVAE(VAE):
     @property
     def spec(self) -> LatentSpec:
         config, patch = self._complete(), self.patch
-        scaled = config.get("latents_mean") is None and patch == 1 and self.part != "movq"
+        scaled = config.get("latents_mean") is None and patch == 1 and self.scaled
         return LatentSpec(
             channels=self._channels(config) * patch**2,
             downscale=downscale_of(config) * patch,
@@ -135,13 +138,11 @@ class DiffusersVAE(VAE):
     def _affine(self) -> tuple[Tensor, Tensor]:
         """``(gain, offset)``, float32 ``[1, C, 1, 1]`` or numbers: what the VAE knows is ``latents * gain + offset``."""
         config = self._complete()
-        if self.part == "movq":
-            return torch.tensor(1.0), torch.tensor(0.0)
         if self.patch > 1:
             statistics = self._model.bn
             spread = torch.sqrt(statistics.running_var.float() + config["batch_norm_eps"])
             return spread.reshape(1, -1, 1, 1), statistics.running_mean.float().reshape(1, -1, 1, 1)
-        scale = float(config.get("scaling_factor") or 1.0)
+        scale = float(config.get("scaling_factor") or 1.0) if self.scaled else 1.0
         if config.get("latents_mean") is not None:
             std, mean = (torch.tensor(config[name], device=self._device) for name in ("latents_std", "latents_mean"))
             return std.reshape(1, -1, 1, 1) / scale, mean.reshape(1, -1, 1, 1)
