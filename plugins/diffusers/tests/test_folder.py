@@ -237,6 +237,14 @@ def test_each_part_is_fingerprinted_by_what_it_reads(model, tmp_path):
     assert folders[0].fingerprint("vae") != folders[0].fingerprint("unet")
 
 
+def test_a_chat_template_counts(model, tmp_path):
+    """A tokenizer or processor has it in a file of its own, which a prompt is put into."""
+    folder = shutil.copytree(model("ZImagePipeline"), tmp_path / "model")
+    first = Folder(str(folder)).fingerprint("tokenizer")
+    (folder / "tokenizer" / "chat_template.jinja").write_text("{{ messages[0].content }}?")
+    assert Folder(str(folder)).fingerprint("tokenizer") != first
+
+
 def test_a_single_file_of_weights_with_the_configs_of_a_model_of_its_kind(model, tmp_path):
     """Network and VAE from files of their own make what the folder makes that they are from."""
     folder = model("StableDiffusionPipeline")
