@@ -32,6 +32,7 @@ for line in sys.stdin:
         assert ctypes.CDLL(None).capget(header, capabilities) == 0
         capabilities[0] &= ~0b110
         assert ctypes.CDLL(None).capset(header, capabilities) == 0
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
     signal.alarm(120)  # whatever hangs ends
     try:
         code = latentmill.cli.main(asked["arguments"])
