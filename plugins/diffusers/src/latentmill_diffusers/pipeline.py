@@ -6,7 +6,8 @@ A pipeline is called as everyone calls it, twice, and each time with only some o
 encoders and no network: what its ``encode_prompt`` returns is noted, and when the network is first called, the call ends. In
 ``pipeline_denoise`` it has the network and no text encoders: ``encode_prompt`` returns what was noted. So what a pipeline
 calls its inputs, how it pads, guides and packs latents, is its own affair and in no table here. A few make more of a prompt than
-``encode_prompt`` does, in a method of another name: that is noted in the same way.
+``encode_prompt`` does, in a method of another name: that is noted in the same way. Where the network itself reads the prompt, there
+is nothing to note, and the tokenizer goes with it.
 
 Prompts are encoded one by one, and each row draws with a generator of its seed, so a row depends on itself alone. Rows that
 agree in steps, guidance and size go together.
@@ -45,8 +46,8 @@ GUIDANCE = ("guidance_scale", "true_cfg_scale", "distilled_guidance_scale")
 """What pipelines call a row's guidance scale, the first that there is."""
 ENCODERS = ("encode_prompt", "generate_prior_tokens")
 """Methods whose results are noted. The second draws a picture's tokens, by a language model and with the row's seed."""
-SINGLE = ("DreamLitePipeline", "PRXPipeline")
-"""Pipelines that take no list of prompts, or fail with one when they guide: their rows go one by one."""
+SINGLE = ("DreamLitePipeline", "OmniGenPipeline", "PRXPipeline")
+"""Pipelines that take no list of prompts, fail with one when they guide, or fill prompts up: their rows go one by one."""
 REFUSED = {
     "Cosmos2TextToImagePipeline": "it makes a safety checker of its own, whatever it is given",
     "Flux2KleinPipeline": "it undoes the VAE's batch norm before it returns latents; model=diffusers runs it",
@@ -168,7 +169,8 @@ class PipelineEncode(Pipeline):
         """Of what ``encode_prompt`` returned so far, by what they have in common."""
 
     def needs(self, part: str) -> bool:
-        return self.folder.class_of(part) is not None and not part.startswith((*NETWORKS, *DECODERS, *SKIPPED))
+        others = (*NETWORKS, *DECODERS, *SKIPPED)
+        return bool(self.encoders) and self.folder.class_of(part) is not None and not part.startswith(others)
 
     @torch.inference_mode()
     def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
@@ -209,6 +211,8 @@ class PipelineEncode(Pipeline):
 
         Which axis is the batch's is seen once for each form, by two of the row.
         """
+        if not self.encoders:
+            return {"form": [], "leaves": [torch.zeros(1)]}
         returned = self._returned([row])
         kind = json.dumps([_kind(each) for each in returned])
         if kind not in self.forms:
@@ -264,7 +268,8 @@ class PipelineDenoise(Pipeline):
         self.spec: LatentSpec = DiffusersVAE(**settings).spec
 
     def needs(self, part: str) -> bool:
-        return self.folder.class_of(part) is not None and part.startswith(NETWORKS)
+        wanted = NETWORKS if self.encoders else (*NETWORKS, "tokenizer")
+        return self.folder.class_of(part) is not None and part.startswith(wanted)
 
     @torch.inference_mode()
     def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
@@ -332,8 +337,6 @@ def refused(cls: Any) -> str | None:
         return "it doesn't make pictures out of prompts"
     if "strength" in parameters:
         return "it begins from a picture"
-    if not hasattr(cls, "encode_prompt"):
-        return "it has no encode_prompt"
     return None
 
 
