@@ -144,7 +144,7 @@ class Denoise(Stage):
             {
                 name.removeprefix(prefix): tensors.from_arrow(batch, name).to(self.device)
                 for name in batch.column_names
-                if name.startswith(prefix)
+                if name.startswith(prefix) and not (prefix == rows.NEGATIVE and self.denoiser.guidance_embedded)
             }
             for prefix in (rows.PROMPT, rows.NEGATIVE, rows.STATE)
         )

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 
+import diffusers
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -300,6 +301,27 @@ def test_precision_storage_attention_and_compilation(model, encoded):
     denoiser.load(CPU)
     blocks = [m for m in denoiser._network.model.modules() if type(m).__name__ == "FluxTransformerBlock"]
     assert blocks and all(block._compiled_call_impl is not None for block in blocks)
+
+
+@torch.inference_mode()
+def test_the_guidance_scale_is_not_rounded_on_its_way(model, encoded):
+    """A latent consistency model's embedding of it counts in thousandths; its pipeline makes it in float32."""
+    name, seen = "LatentConsistencyModelPipeline", []
+    denoiser = DiffusersDenoiser(str(model(name)), dtype="bfloat16")
+    denoiser.load(CPU)
+    denoiser._network.model.register_forward_pre_hook(
+        lambda module, args, named: seen.append(named["timestep_cond"]), with_kwargs=True
+    )
+    told = {**encoded(name), "guidance_scale": torch.tensor([7.3, 4.7, 8.5])}
+    denoiser.predict(torch.randn(3, 4, 8, 8), torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64), told)
+    embed = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding
+    width = denoiser.config["time_cond_proj_dim"]
+    assert torch.equal(seen[0], embed(None, told["guidance_scale"] - 1, width).to(torch.bfloat16))
+
+
+def test_offload_is_refused_where_diffusers_can_t(model):
+    with pytest.raises(ValueError, match=r"denoiser\.offload: HunyuanDiT2DModel can't be moved group by group"):
+        DiffusersDenoiser(str(model("HunyuanDiTPipeline")), offload=True)
 
 
 def test_a_size_that_the_network_can_t_take_is_its_row_s_error(model, tmp_path):

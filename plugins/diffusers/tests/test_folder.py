@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -106,17 +107,23 @@ def test_a_scheduler_that_has_no_counterpart_says_what_to_do(copy):
         ("DPMSolverMultistepScheduler", {"euler_at_final": True}, "with euler_at_final: True has no counterpart"),
         (
             "DPMSolverMultistepScheduler",
-            {"algorithm_type": "dpmsolver"},
+            {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
             "DPMSolverMultistepScheduler has no counterpart",
         ),
         ("UniPCMultistepScheduler", {"predict_x0": False}, "with predict_x0: False has no counterpart"),
+        (
+            "DDIMScheduler",
+            {"clip_sample": None},
+            "with estimates that are clipped has no counterpart",
+        ),  # not said: true
         (
             "RePaintScheduler",
             {},
             "RePaintScheduler has no counterpart among our solvers: choose one of those, as scheduler=dpmpp_2m",
         ),
     ):
-        (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps({**config, "_class_name": name, **more}))
+        told = {key: value for key, value in {**config, "_class_name": name, **more}.items() if value is not None}
+        (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps(told))
         index = json.loads((copy / "model_index.json").read_text())
         (copy / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", name]}))
         assert said in refused(copy)
@@ -213,6 +220,25 @@ def test_a_model_is_downloaded_once_and_only_what_is_needed_of_it(hub, copy, tmp
     gone = command(tmp_path, *job[:-1], "model.revision=fedcba9876543210fedcba9876543210fedcba98", HF_HUB_OFFLINE="0", HF_ENDPOINT=address)  # fmt: skip
     assert not sent and gone.returncode == 2
     assert gone.stderr.count("\n") == 1 and "is not in the local cache and can't be downloaded" in gone.stderr
+
+
+def test_a_cache_that_has_only_a_part_of_a_model_is_filled(hub, copy, tmp_path):
+    """Others put single parts there, and the cache itself doesn't know that the rest is missing."""
+    address, sent = hub
+    cached = tmp_path / "hf" / "hub" / "models--org--name" / "snapshots" / REVISION
+    shutil.copytree(copy / "vae", cached / "vae")
+    job = ["plan", "txt2img", "model=diffusers", "scheduler=model", "model.path=org/name", f"model.revision={REVISION}"]
+    offline = command(tmp_path, *job)
+    assert offline.returncode == 2 and "is not in the local cache" in offline.stderr
+    done = command(tmp_path, *job, HF_HUB_OFFLINE="0", HF_ENDPOINT=address)
+    assert done.returncode == 0 and "model_index.json" in sent, done.stderr
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="it is there")
+def test_a_tokenizer_that_needs_another_package_says_which(copy):
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps({**index, "tokenizer": ["transformers", "PixtralProcessor"]}))
+    assert refused(copy).endswith("PixtralProcessor needs torchvision: pip install torchvision")
 
 
 def test_of_a_single_file_s_model_no_weights_are_downloaded(hub, copy, tmp_path):

@@ -167,6 +167,59 @@ def test_two_loras_with_weights_of_their_own(name, model, tmp_path):
         assert difference(row, latents) <= 1e-5 < 1e-3 < difference(row, without)
 
 
+def test_the_alpha_of_a_lora_may_stand_in_the_file_s_metadata(model, tmp_path):
+    """As diffusers' scripts for training write it: in peft's config of the adapter, and in no tensor."""
+    name = "StableDiffusionPipeline"
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(model(name))
+    config = LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    pipeline.unet.add_adapter(config)
+    layers = get_peft_model_state_dict(pipeline.unet)
+    text = {"text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.randn(2, 32)}
+    text["text_model.encoder.layers.0.self_attn.q_proj.lora_B.weight"] = torch.randn(32, 2)
+    module = {key.removeprefix("text_model."): value for key, value in text.items()}
+    about = {"unet_lora_adapter_metadata": config.to_dict(), "text_encoder_lora_adapter_metadata": config.to_dict()}
+    told = {"unet_lora_layers": layers, "text_encoder_lora_layers": module}
+    diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path, weight_name="both.safetensors", **told, **about)
+    diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path, layers, weight_name="unet.safetensors", unet_lora_adapter_metadata=config.to_dict())  # fmt: skip
+
+    def prepare(pipeline):
+        pipeline.load_lora_weights(str(tmp_path / "unet.safetensors"))
+        down, up = text.values()
+        pipeline.text_encoder.get_submodule("encoder.layers.0.self_attn.q_proj").weight.data += 8 / 2 * up @ down
+
+    wanted = theirs(model(name), name, PROMPTS, prepare)
+    rows = denoised(tmp_path, model(name), PROMPTS, f"model.loras=[{{path: {tmp_path / 'both.safetensors'}}}]")
+    for row, (latents, _) in zip(rows, wanted, strict=True):
+        assert difference(row, latents) <= 1e-5
+
+
+def test_stable_diffusion_3_without_its_t5(model, tmp_path):
+    name = "StableDiffusion3Pipeline"
+    folder = shutil.copytree(model(name), tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    shutil.rmtree(folder / "text_encoder_3")
+    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(model(name), text_encoder_3=None, tokenizer_3=None)
+    rows = denoised(tmp_path, folder, PROMPTS)
+    for i, (row, (prompt, negative)) in enumerate(zip(rows, PROMPTS, strict=True)):
+        told = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "height": SIZE[0], "width": SIZE[1]}
+        generator = torch.Generator().manual_seed(i)
+        wanted = pipeline(prompt, negative_prompt=negative, generator=generator, output_type="latent", **told).images[0]
+        assert difference(row, wanted) <= 1e-5
+
+
+def test_a_config_without_a_key_has_the_class_s_default(model, tmp_path):
+    """FLUX.2 is told the guidance scale unless its config says that it isn't."""
+    name = "Flux2Pipeline"
+    folder = shutil.copytree(model(name), tmp_path / "model")
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    assert config.pop("guidance_embeds") is True
+    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    for row, (latents, _) in zip(denoised(tmp_path, folder, [(p, "") for p, _ in PROMPTS]), theirs(model(name), name, [(p, "") for p, _ in PROMPTS]), strict=True):  # fmt: skip
+        assert difference(row, latents) <= 1e-5
+
+
 def test_a_latent_consistency_model_is_told_the_guidance_scale(model, tmp_path):
     """One step: what follows is noise of the row's own."""
     name = "LatentConsistencyModelPipeline"

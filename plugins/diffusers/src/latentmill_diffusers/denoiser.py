@@ -12,7 +12,7 @@ from torch import Tensor
 from latentmill.plugin import Denoiser, LatentSpec, NoisePath, Prediction, RowError
 from latentmill_diffusers import lora
 from latentmill_diffusers.families import Family, Network, family_of
-from latentmill_diffusers.folder import Folder, dtype_of
+from latentmill_diffusers.folder import Folder, completed, dtype_of, part_class
 from latentmill_diffusers.lora import loras_of
 from latentmill_diffusers.scheduler import (
     path_of,
@@ -59,7 +59,11 @@ class DiffusersDenoiser(Denoiser):
             raise ValueError("storage and quantization exclude each other: both say how weights are kept")
         self.logical = dtype_of(dtype)
         self.family: Family = family_of(self.folder.pipeline)
-        self.config = self.folder.config(self.family.network)
+        cls = self.folder.class_of(self.family.network)
+        self.cls = part_class(*cls) if cls else None
+        self.config = completed(self.cls, self.folder.config(self.family.network))
+        if offload and not getattr(self.cls, "_supports_group_offloading", True):
+            raise ValueError(f"denoiser.offload: {self.config['_class_name']} can't be moved group by group")
         self.folder.require_weights(self.family.network)
         if self.folder.quantized and (storage or loras):
             raise ValueError(f"{path} is quantised as it is: storage and loras are for plain weights")
@@ -126,8 +130,7 @@ class DiffusersDenoiser(Denoiser):
         import diffusers
 
         part = self.family.network
-        cls = getattr(diffusers, self.config["_class_name"])
-        model = self.folder.load(cls, part, self.logical, **self.options)
+        model = self.folder.load(self.cls, part, self.logical, **self.options)
         unet = self.config if part == "unet" else None
         lora.fuse(model, part, getattr(diffusers, self.folder.pipeline), self.loras, unet)
         if self.storage is not None:
@@ -146,7 +149,9 @@ class DiffusersDenoiser(Denoiser):
 
     def predict(self, x: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         assert self._network is not None, "load() comes first"
-        told = {n: v.to(self.logical) if v.is_floating_point() else v for n, v in conditioning.items()}
+        # Not the guidance scale: what is made of it, in steps of a thousandth, would be another in bfloat16.
+        plain = {n for n, v in conditioning.items() if n == "guidance_scale" or not v.is_floating_point()}
+        told = {n: v if n in plain else v.to(self.logical) for n, v in conditioning.items()}
         timestep = told_of(self.scheduler, self.path.timestep(t))
         if self.family.told is not None:
             timestep = self.family.told(self.scheduler.config, timestep, x.shape[1:])

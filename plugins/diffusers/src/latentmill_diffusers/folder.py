@@ -7,6 +7,7 @@ and weights as safetensors. Everything here reads small files, and no weights bu
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,8 @@ NETWORKS = ("unet", "transformer")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of pipelines that no job asks for."""
 GGUF = ".gguf"
+WEIGHED = ("text_encoder", "unet", "transformer", "vae")
+"""How the names of parts begin that have weights: others may have such."""
 SMALL = ("*.json", "*.txt", "*.model", "*.jinja")
 """Configs, tokenizers and templates of prompts."""
 HASHED = (".json", ".txt", ".model", ".jinja", ".safetensors")
@@ -146,6 +149,8 @@ class Folder:
             for name, found in parts.items()
             if not name.startswith(("tokenizer", "scheduler"))
         }
+        # Stable Diffusion 3 may come without its T5: each part that isn't there has to be said.
+        given |= {name: None for name, value in self.index.items() if value == [None, None]}
         if "requires_safety_checker" in self.index:
             given["requires_safety_checker"] = False  # it would say at each start that there is none
         with _naming(self.root):
@@ -320,7 +325,7 @@ def _snapshot(repository: str, revision: str, weights: bool, local_files_only: b
 
     That is in one file, in other formats, or in halves; halves are taken where there is nothing else.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     wanted = {"repo_id": repository, "revision": revision, "local_files_only": local_files_only}
     folder = Path(snapshot_download(**wanted, allow_patterns=list(SMALL)))
@@ -330,10 +335,25 @@ def _snapshot(repository: str, revision: str, weights: bool, local_files_only: b
     parts = [n for n, value in index.items() if isinstance(value, list) and None not in value and n not in UNUSED]
     needed = [f"{name}/*.safetensors" for name in parts] or ["*.safetensors"]
     snapshot_download(**wanted, allow_patterns=needed, ignore_patterns=["*.fp16*", "*.non_ema*"])
+    if local_files_only or constants.HF_HUB_OFFLINE:
+        _require_complete(folder, [p for p in needed if p.startswith((*WEIGHED, "*"))])
     halves = [pattern.replace("*.", "*.fp16*") for pattern in needed if not any(folder.glob(pattern))]
     if halves:
         snapshot_download(**wanted, allow_patterns=halves)
     return folder
+
+
+def _require_complete(folder: Path, needed: list[str]) -> None:
+    """Raise ValueError unless the folder of a cache has what a model needs: others put single parts of models there."""
+    if not any((folder / name).is_file() for name in (INDEX, "config.json")):
+        raise ValueError(f"{folder} has no {INDEX}")
+    for pattern in needed:
+        if not any(folder.glob(pattern)):
+            raise ValueError(f"{folder} has no {pattern}")
+        for index in folder.glob(f"{pattern}.index.json"):
+            for name in set(read_json(index)["weight_map"].values()):
+                if not (index.parent / name).is_file():
+                    raise ValueError(f"{index.parent} has no {name}")
 
 
 def part_class(library: str, name: str) -> Any:
@@ -345,7 +365,15 @@ def part_class(library: str, name: str) -> Any:
     found = getattr(home or getattr(diffusers.pipelines, library, None), name, None)
     if found is None:
         raise ValueError(f"model_index.json names {library}.{name}, which is neither in diffusers nor in transformers")
+    if type(found).__name__ == "DummyObject":  # stands there for a class that would need another package
+        raise ValueError(f"{name} needs {' and '.join(found._backends)}: pip install {' '.join(found._backends)}")
     return found
+
+
+def completed(cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of diffusers, with the class's defaults for what an old one leaves out."""
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    return {**{p.name: p.default for p in parameters if p.default is not p.empty}, **config}
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -54,37 +54,50 @@ def fuse(model: Any, part: str, pipeline: Any, loras: Sequence[Lora], unet: Mapp
     network = not part.startswith("text_encoder")
     more = {"unet_config": SimpleNamespace(**unet)} if unet is not None else {}
     for i, lora in enumerate(loras):
-        found = pipeline.lora_state_dict(str(lora.path), use_safetensors=True, **more)
-        state, alphas = found[:2] if isinstance(found, tuple) else (found, None)
-        own, scales = ({k: v for k, v in (d or {}).items() if k.startswith(f"{part}.")} for d in (state, alphas))
+        found = pipeline.lora_state_dict(str(lora.path), use_safetensors=True, return_lora_metadata=True, **more)
+        state, alphas, metadata = found if len(found) == 3 else (found[0], None, found[1])
+        own, scales, about = (
+            {k: v for k, v in (d or {}).items() if k.startswith(f"{part}.")} for d in (state, alphas, metadata)
+        )
         if network and not own:
             raise ValueError(f"the LoRA {lora.path} has nothing for the {part}: it is another kind of model's")
         if network:
-            model.load_lora_adapter(own, prefix=part, network_alphas=scales or None, adapter_name=f"lora_{i}")
+            said = {"metadata": about} if about else {"network_alphas": scales or None}
+            model.load_lora_adapter(own, prefix=part, adapter_name=f"lora_{i}", **said)
             model.set_adapters([f"lora_{i}"], [lora.weight])
             model.fuse_lora(adapter_names=[f"lora_{i}"])
             model.unload_lora()
         elif own:
-            _add(model, {k.removeprefix(f"{part}."): v for k, v in own.items()}, scales, part, lora.weight)
+            own, about = ({k.removeprefix(f"{part}."): v for k, v in d.items()} for d in (own, about))
+            _add(model, own, scales, about, part, lora)
 
 
 @torch.no_grad()
-def _add(model: Any, state: dict[str, Tensor], alphas: Mapping[str, Any], part: str, weight: float) -> None:
+def _add(
+    model: Any, state: dict[str, Tensor], alphas: Mapping[str, Any], about: Mapping[str, Any], part: str, lora: Lora
+) -> None:
     """``W + weight * alpha / rank * B A`` (Hu et al. 2021, arXiv:2106.09685, sec. 4.1), alpha being the rank if it isn't said.
 
-    For text encoders: transformers loads adapters with the newest peft alone.
+    It is said in ``alphas``, a tensor for each layer, or in ``about``, peft's config of the adapter; that may ask for the root of
+    the rank in place of the rank (Kalajdzievski 2023, arXiv:2312.03732). For text encoders: transformers loads adapters with
+    the newest peft alone. Raises ValueError for weights of other kinds (DoRA, LoKr, ...).
     """
     from diffusers.utils import convert_state_dict_to_peft
 
     if not any(".lora_A." in key for key in state):  # names of an older format
         state = convert_state_dict_to_peft(state)
+    known = (".lora_A.weight", ".lora_B.weight", ".alpha")
+    if other := next((key for key in state if not key.endswith(known)), None):
+        raise ValueError(f"the LoRA {lora.path} has {part}.{other}, which is no plain LoRA's")
     for key in [key for key in state if key.endswith(".lora_A.weight")]:
         name = key.removesuffix(".lora_A.weight")
         down, up = state[key].float(), state[f"{name}.lora_B.weight"].float()
-        alpha = next((float(v) for k, v in alphas.items() if k.startswith(f"{part}.{name}.")), len(down))
+        alpha = about.get("alpha_pattern", {}).get(name, about.get("lora_alpha", len(down)))
+        alpha = next((float(v) for k, v in alphas.items() if k.startswith(f"{part}.{name}.")), alpha)
+        scale = lora.weight * alpha / (len(down) ** 0.5 if about.get("use_rslora") else len(down))
         target = model.get_submodule(name).weight
         if type(target) is not torch.nn.Parameter:
             raise ValueError(
                 f"no LoRA can be added to {part}.{name}, which is quantised: leave out text_encoder.quantization"
             )
-        target += (weight * alpha / len(down) * up @ down).to(target)
+        target += (scale * up @ down).to(target)

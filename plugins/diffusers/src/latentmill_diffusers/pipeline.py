@@ -30,7 +30,7 @@ from torch.nn.functional import pixel_unshuffle
 
 from latentmill import rows, tensors
 from latentmill.plugin import LatentSpec, Reject, RowError, Stage
-from latentmill_diffusers.folder import Folder, dtype_of, part_class
+from latentmill_diffusers.folder import Folder, completed, dtype_of, part_class
 from latentmill_diffusers.vae import DiffusersVAE
 
 NETWORKS = ("transformer", "unet", "unconditional_transformer")
@@ -43,7 +43,7 @@ OFF = ("use_resolution_binning", "enable_prompt_rewrite", "use_pe", "prompt_upsa
 UNSET = ("guidance_schedule",)
 """Parameters that are None here: what they stand in for is told row by row."""
 GUIDANCE = ("guidance_scale", "true_cfg_scale", "distilled_guidance_scale")
-"""What pipelines call a row's guidance scale, the first that there is."""
+"""What pipelines call a row's guidance scale."""
 ENCODERS = ("encode_prompt", "generate_prior_tokens")
 """Methods whose results are noted. The second draws a picture's tokens, by a language model and with the row's seed."""
 SINGLE = ("DreamLitePipeline", "OmniGenPipeline", "PRXPipeline")
@@ -81,10 +81,18 @@ class Pipeline(Stage):
                 raise ValueError(f"call: {self.folder.pipeline} takes no {name!r}{meant}")
         if reason := refused(self.cls):
             raise ValueError(f"{self.folder.pipeline} can't be run by its parts: {reason}")
-        self.guidance = next((n for n in GUIDANCE if n in self.parameters), None)
+        self.guidance = self._guidance()
         self.encoders = [name for name in ENCODERS if hasattr(self.cls, name)]
         self.single = self.folder.pipeline in SINGLE
         self.device = torch.device("cpu")
+
+    def _guidance(self) -> str | None:
+        """What the pipeline calls a row's guidance scale; of two names, the one that it looks at."""
+        names = [name for name in GUIDANCE if name in self.parameters]
+        if "true_cfg_scale" in names and "guidance_scale" in names:
+            network = next(part for part in self.folder.index if part.startswith(NETWORKS))
+            return "guidance_scale" if self.folder.config(network).get("guidance_embeds") else "true_cfg_scale"
+        return next(iter(names), None)
 
     @cached_property
     def cls(self) -> Any:
@@ -147,6 +155,9 @@ class Pipeline(Stage):
         }
         if self.guidance:
             arguments[self.guidance] = first["guidance_scale"]
+        for name, part in self.pipeline.components.items():
+            if name.endswith("guider") and part is not None:  # HunyuanImage's have the scale
+                part.guidance_scale = first["guidance_scale"]
         if "negative_prompt" in known and first["guidance_scale"] > 1:
             arguments["negative_prompt"] = [row["negative_prompt"] for row in given]
         if self.single:
@@ -388,9 +399,7 @@ def _config(cls: Any, folder: Folder, part: str) -> Any:
         return cls.config_class.from_pretrained(folder / part)
     from diffusers.configuration_utils import FrozenDict
 
-    parameters = inspect.signature(cls.__init__).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    return FrozenDict({**defaults, **folder.config(part)})
+    return FrozenDict(completed(cls, folder.config(part)))
 
 
 # ----------------------------------------------------------------------------------------- what encode_prompt returns

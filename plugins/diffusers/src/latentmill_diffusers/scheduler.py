@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -124,11 +125,9 @@ OURS = {
 """Settings with which our solver is the same as the class: of others it would make other pictures."""
 
 
-def solver_of(name: str, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Our solver, by its name in SOLVERS, and its settings, for diffusers' scheduler of that class name. Raises ValueError."""
+def solver_of(name: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Our solver, by its name in SOLVERS, and its settings, for diffusers' scheduler of that class and whole config. Raises ValueError."""
     other = [f"{key}: {config[key]}" for key, value in OURS.get(name, {}).items() if config.get(key, value) != value]
-    if name == "PNDMScheduler" and "skip_prk_steps" not in config:
-        other = ["skip_prk_steps: False"]
     if config.get("thresholding") or (config.get("clip_sample") and name.startswith(("DDIM", "DDPM", "LCM", "TCD"))):
         other.append("estimates that are clipped")
     solver = NAMES.get(name, "")
@@ -199,7 +198,7 @@ class ModelScheduler(Scheduler):
     def __init__(self, path: str = "", revision: str | None = None, config: str | None = None) -> None:
         folder = Folder(path, revision, config)
         found = folder.class_of(PART)
-        self.solver, settings = solver_of(found[1] if found else "None", folder.config(PART))
+        self.solver, settings = solver_of(found[1] if found else "None", scheduler_of(folder).config)
         self.settings = tuple(sorted(settings.items()))
         ours = _built(self.solver, self.settings)
         self.order, self.evaluations, self.stochastic = ours.order, ours.evaluations, ours.stochastic  # type: ignore[misc]

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.functional import pad
 from latentmill.plugin import Conditioning, RowError, TextEncoder
 from latentmill_diffusers import lora
 from latentmill_diffusers.families import Family, family_of
-from latentmill_diffusers.folder import Folder, dtype_of
+from latentmill_diffusers.folder import Folder, completed, dtype_of, part_class
 from latentmill_diffusers.lora import loras_of
 
 SCORES = {False: 6.0, True: 2.5}
@@ -68,6 +69,9 @@ class DiffusersTextEncoder(TextEncoder):
         ]
         for part in self.parts:
             self.folder.require_weights(part)
+        for name in self.folder.index:
+            if name.startswith("tokenizer") and (found := self.folder.class_of(name)):
+                part_class(*found)  # which some are only if a package is there
         self.compel = compel
         if compel:
             self._require_compel(clip_skip, max_length)
@@ -95,6 +99,11 @@ class DiffusersTextEncoder(TextEncoder):
 
     def load(self, device: torch.device) -> None:
         self._pipeline = self.folder.load_pipeline(self.logical, **self.options)
+        network = self.family.network
+        if getattr(self._pipeline, network, None) is None and (cls := self.folder.class_of(network)):
+            # Without a T5 Stable Diffusion 3's asks the network's config how wide the zeros in its place are.
+            config = completed(part_class(*cls), self.folder.config(network))
+            setattr(self._pipeline, network, SimpleNamespace(config=SimpleNamespace(**config)))
         taken = inspect.signature(self._pipeline.encode_prompt).parameters
         for asked in self.asked if not self.compel else ():
             if asked not in taken:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from latentmill.plugin import VAE, LatentSpec
-from latentmill_diffusers.folder import INDEX, Folder, downscale_of, dtype_of
+from latentmill_diffusers.folder import INDEX, Folder, completed, downscale_of, dtype_of
 
 PARTS = ("vae", "movq")
 """What pipelines call it. They have a movq decode without its codebook."""
@@ -75,7 +74,8 @@ class DiffusersVAE(VAE):
 
     def load(self, device: torch.device) -> None:
         cls = self._class()
-        unsafe = self.logical == torch.float16 and self._complete().get("force_upcast")
+        # Not the class's default, which is true: Stable Diffusion 1's config has no such key, and its VAE is safe.
+        unsafe = self.logical == torch.float16 and self.config.get("force_upcast")
         self._model = self.folder.load(cls, self.part, torch.float32 if unsafe else self.logical).to(device)
         self._device = device
         if self.slicing:
@@ -159,8 +159,7 @@ class DiffusersVAE(VAE):
 
     def _complete(self) -> dict[str, Any]:
         """The config, with the class's defaults for what an old one leaves out."""
-        parameters = inspect.signature(self._class()).parameters.values()
-        return {**{p.name: p.default for p in parameters if p.default is not p.empty}, **self.config}
+        return completed(self._class(), self.config)
 
     @staticmethod
     def _channels(config: dict[str, Any]) -> int:
