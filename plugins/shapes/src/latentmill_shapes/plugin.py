@@ -22,16 +22,24 @@ WEIGHTS = Path(__file__).parent / "weights"
 """Float16 safetensors, computed with in float32; metadata holds what belongs to the weights (see `train.export`)."""
 
 
-@cache
 def fingerprint(part: str) -> str:
     """The first 16 hex digits of the SHA-256 of a part's weights file."""
-    return hashlib.sha256((WEIGHTS / f"{part}.safetensors").read_bytes()).hexdigest()[:16]
+    return _digest(WEIGHTS / f"{part}.safetensors")
 
 
 @cache
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
 def metadata(part: str) -> dict[str, str]:
     """What a part's weights file says about itself."""
-    with safe_open(WEIGHTS / f"{part}.safetensors", framework="pt") as file:
+    return _metadata(WEIGHTS / f"{part}.safetensors")
+
+
+@cache
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
         return dict(file.metadata())
 
 
