@@ -66,9 +66,8 @@ class EDMEuler(Scheduler):
         ratio = sigma / alpha
         raised = (ratio >= self.s_min) & (ratio <= self.s_max) & ratio.isfinite()
         up = torch.where(raised, ratio * (1.0 + min(self.churn, math.sqrt(2) - 1)), ratio)
-        back = torch.where(
-            raised.flatten().to(t.device), field.time(up), t
-        )  # a path ends somewhere: no further than there
+        # A path ends somewhere: no further than there. Times stay on the CPU, wherever the latents are.
+        back = torch.where(raised.flatten().to(t.device), field.time(up), t)
         alpha_b, sigma_b = field.scale(back)
         added = torch.sqrt(((sigma_b / alpha_b) ** 2 - ratio**2).clamp(min=0))
         x = torch.where(raised, alpha_b * (x / alpha + self.s_noise * added * field.noise(t, back)), x)
