@@ -85,7 +85,8 @@ def _run(options: Any) -> int:
 
 def _plan(options: Any) -> int:
     job = load_job(options.job, options.overrides)
-    plan = planning.plan(job, planning.parts(job))
+    built = planning.parts(job)
+    plan = planning.plan(job, built)
     store = storage.at(job.output)
     planning.compare(plan, store)
     done = len(done_shards(store))
@@ -108,6 +109,8 @@ def _plan(options: Any) -> int:
             f"{kind:<13} {about['name']} ({about['distribution']} {about['version']}) {about['fingerprint']}".rstrip()
         )
     print(f"hash     {plan.hash}")
+    for line in planning.notices(built):
+        print(f"notice   {line}")
     return 0
 
 

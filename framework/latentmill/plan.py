@@ -247,6 +247,13 @@ BUILT_IN = ("read", "encode", "denoise", "decode", "write")
 """The stages that we write; any other name in a flow is a plugin's."""
 
 
+def notices(built: Parts) -> list[str]:
+    """What a job's plugins have to say before it starts, a line each; of a source, once ``plan`` has asked for its fragments."""
+    plugins = (built.source, built.sink, built.vae, built.text_encoder, built.denoiser, *built.schedulers.values())
+    lines = [line for plugin in plugins if plugin is not None for line in plugin.notices()]
+    return list(dict.fromkeys(lines))
+
+
 def stage_choice(job: Job, name: str) -> dict[str, Any]:
     """What ``registry.build`` wants to know of a plugin stage."""
     return {"name": name, **job.stages[name].settings}

@@ -81,6 +81,13 @@ class Plugin:
         """
         return ""
 
+    def notices(self) -> Sequence[str]:
+        """What people should know before a job starts, a line each: columns that nothing reads, say.
+
+        Asked once, in the driver, by ``plan`` and ``run``; of a source, after its ``fragments``.
+        """
+        return ()
+
     def load(self, device: torch.device) -> None:
         """Make ready for use on ``device``. Called once in each worker, never in the driver."""
 

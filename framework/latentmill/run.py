@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
@@ -21,6 +22,8 @@ from latentmill.plan import Plan
 from latentmill.storage import Storage
 from latentmill.worker import StageWork, make_stage
 from latentmill.write import copy_errors, data_name, done_shards, failed_rows
+
+logger = logging.getLogger("latentmill")
 
 KINDS = 4
 """Shapes and schedulers of which a denoise worker holds rows at a time, so that the calls of each are full."""
@@ -70,6 +73,8 @@ def run(job: Job | str, overrides: Sequence[str] = ()) -> Result:
     job = load_job(job, overrides) if isinstance(job, str) else job
     parts = planning.parts(job)
     plan = planning.plan(job, parts)
+    for line in planning.notices(parts):
+        logger.warning(line)
     store = storage.at(job.output, job.single_writer)
     state = begin(job, plan, store)
     if flow.finished(state) and store.exists("_SUCCESS"):

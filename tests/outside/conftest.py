@@ -1,0 +1,82 @@
+"""Tests that speak through the command line, the contract and the dataset's files alone, so that they outlive our modules."""
+
+import json
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from latentmill.cli import main
+
+
+class Command:
+    """``latentmill`` in this process: what it prints, and the exit code."""
+
+    def __init__(self, capsys):
+        self.capsys = capsys
+        self.code, self.out, self.err = 0, "", ""
+
+    def __call__(self, *arguments):
+        self.capsys.readouterr()
+        try:
+            self.code = main([str(argument) for argument in arguments])
+        except SystemExit as error:  # argparse
+            self.code = error.code
+        self.out, self.err = self.capsys.readouterr()
+        return self.code
+
+    @property
+    def said(self):
+        return self.out + self.err
+
+
+@pytest.fixture
+def latentmill(capsys):
+    return Command(capsys)
+
+
+@pytest.fixture
+def patches():
+    """Overrides that run a job in this process with a VAE without weights, of which nothing is lost."""
+    return ("cluster=inline", "vae.name=patches", "vae.side=1")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of four pictures, 4 x 4 pixels, of four colours."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(4):
+        Image.new("RGB", (4, 4), (60 * number, 30, 200 - 50 * number)).save(folder / f"{number}.png")
+    return folder
+
+
+def table(output):
+    """All rows of a dataset, in the order of its shards."""
+    return pa.concat_tables([pq.read_table(path) for path in sorted(Path(output).glob("data/*.parquet"))])
+
+
+def errors(output):
+    """The error rows of a dataset."""
+    return [json.loads(line) for path in sorted(Path(output).glob("errors/*.jsonl")) for line in path.open()]
+
+
+@pytest.fixture
+def rows():
+    """``rows(OUT)``: a dataset's rows, a dict each."""
+    return lambda output: table(output).to_pylist()
+
+
+@pytest.fixture
+def failed():
+    """``failed(OUT)``: a dataset's error rows, a dict each."""
+    return errors
+
+
+@pytest.fixture
+def executable():
+    """The command for a process of its own: ``[python, -m, latentmill.cli]``."""
+    return [sys.executable, "-m", "latentmill.cli"]
