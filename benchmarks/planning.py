@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from latentmill import flow, storage
 from latentmill import plan as planning
+from latentmill.dataset import Dataset
 from latentmill.job import load_job
 from latentmill.run import begin
 
@@ -45,7 +46,7 @@ def measure(folder: str, settings: list[str]) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the highest that memory stood is what it stands at now
     before, started = _memory("VmRSS"), time.monotonic()
     plan = planning.plan(job, parts)
-    state = begin(job, plan, storage.at(job.output))
+    state = begin(job, Dataset(storage.at(job.output), plan, parts.sink))
     flow.decide(state)
     seconds = time.monotonic() - started
     print(

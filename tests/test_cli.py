@@ -13,7 +13,17 @@ from latentmill import cli, registry
 from latentmill.job import JobError, load_job
 
 TINY = "cluster=inline samples_per_row=1 sampling.steps=1".split()
-STATUS = {"name": "txt2img", "planned": 3, "ok": 2, "failed": 1, "shards": 1, "shards_done": 1, "success": True}
+STATUS = {
+    "name": "txt2img",
+    "planned": 3,
+    "ok": 2,
+    "failed": 1,
+    "shards": 1,
+    "shards_done": 1,
+    "success": True,
+    "lost": 0,
+    "foreign": [],
+}
 
 
 @pytest.fixture(scope="module")

@@ -24,11 +24,11 @@ def clock():
 
 
 def claim(driver, shard):
-    return driver.claim(shard, f"data/{shard:05d}.parquet").outcome
+    return driver.claim(shard).outcome
 
 
 def test_a_shard_is_one_driver_s_until_it_gives_it_back(store):
-    with Leases(store) as a, Leases(store) as b:
+    with Leases(store, "data/{:05d}.parquet".format) as a, Leases(store, "data/{:05d}.parquet".format) as b:
         assert (claim(a, 1), claim(b, 1), claim(b, 2), claim(a, 2)) == ("ours", "taken", "ours", "taken")
         assert a.held == {1} and b.held == {2}
         a.keep(set())
@@ -38,12 +38,15 @@ def test_a_shard_is_one_driver_s_until_it_gives_it_back(store):
 
 def test_what_is_in_the_dataset_is_not_done_again(store):
     store.create("data/00003.parquet", b"")
-    with Leases(store) as a:
+    with Leases(store, "data/{:05d}.parquet".format) as a:
         assert claim(a, 3) == "done" and a.held == set()
 
 
 def test_the_others_shards_are_looked_at_now_and_then(store, clock):
-    with Leases(store) as a, Leases(store, clock=lambda: clock[0]) as b:
+    with (
+        Leases(store, "data/{:05d}.parquet".format) as a,
+        Leases(store, "data/{:05d}.parquet".format, clock=lambda: clock[0]) as b,
+    ):
         for shard in (1, 2, 3):
             claim(a, shard)
         assert b.news({1, 2, 3}) is None  # it looked when it began
@@ -57,7 +60,10 @@ def test_the_others_shards_are_looked_at_now_and_then(store, clock):
 
 def test_one_that_gives_no_sign_for_a_minute_is_gone(store, clock, monkeypatch):
     monkeypatch.setattr(Leases, "_beat", lambda self: None)  # it lives, and is stopped
-    with Leases(store, clock=lambda: clock[0]) as a, Leases(store, clock=lambda: clock[0]) as b:
+    with (
+        Leases(store, "data/{:05d}.parquet".format, clock=lambda: clock[0]) as a,
+        Leases(store, "data/{:05d}.parquet".format, clock=lambda: clock[0]) as b,
+    ):
         assert claim(a, 1) == "ours"
         assert claim(b, 1) == "taken"
         clock[0] += leases.PATIENCE - 1
@@ -71,16 +77,16 @@ def test_one_that_gives_no_sign_for_a_minute_is_gone(store, clock, monkeypatch):
         assert b.news({1}) == Seen(frozenset(), frozenset({1}))
         assert claim(b, 1) == "ours"
         a.keep(set())  # it wakes up, is done with the shard, and leaves alone what is not its own any more
-        assert claim(Leases(store), 1) == "taken"
+        assert claim(Leases(store, "data/{:05d}.parquet".format), 1) == "taken"
 
 
 KILLED = """
 import os, sys
 from latentmill import storage
 from latentmill.leases import Leases
-driver = Leases(storage.at(sys.argv[1]))
+driver = Leases(storage.at(sys.argv[1]), "data/{:05d}.parquet".format)
 driver.__enter__()
-print(driver.claim(1, "data/00001.parquet").outcome, flush=True)
+print(driver.claim(1).outcome, flush=True)
 os.kill(os.getpid(), 9)
 """
 
@@ -89,8 +95,8 @@ os.kill(os.getpid(), 9)
 def test_one_that_was_killed_on_this_machine_is_not_waited_for(tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True)
     assert done.stdout == "ours\n" and done.returncode == -9
-    with Leases(storage.at(str(tmp_path))) as mine:
-        assert mine.claim(1, "data/00001.parquet") == Claimed(1, "ours")
+    with Leases(storage.at(str(tmp_path)), "data/{:05d}.parquet".format) as mine:
+        assert mine.claim(1) == Claimed(1, "ours")
 
 
 class Mishears:
@@ -108,7 +114,7 @@ class Mishears:
 
 
 def test_a_lease_that_we_got_without_hearing_of_it_is_ours(store):
-    a, b = Leases(Mishears(store)), Leases(store)
+    a, b = Leases(Mishears(store), "data/{:05d}.parquet".format), Leases(store, "data/{:05d}.parquet".format)
     a.beat()
     assert claim(a, 1) == "ours" and a.held == {1}
     assert claim(b, 1) == "taken"
@@ -128,7 +134,7 @@ class Fails:
 
 
 def test_a_store_that_fails_once_costs_a_lease_and_no_more(store, clock):
-    driver = Leases(Fails(store, 2), clock=lambda: clock[0])
+    driver = Leases(Fails(store, 2), "data/{:05d}.parquet".format, clock=lambda: clock[0])
     assert [claim(driver, shard) for shard in (1, 2, 3)] == ["taken", "taken", "ours"]
     driver.store.times = 1
     driver.keep(set())

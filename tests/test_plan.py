@@ -50,6 +50,7 @@ import sys, time
 from pathlib import Path
 from latentmill import flow, plan, storage
 from latentmill.job import load_job
+from latentmill.dataset import Dataset
 from latentmill.run import begin
 
 def memory(key):
@@ -60,7 +61,7 @@ parts = plan.parts(job)
 Path("/proc/self/clear_refs").write_text("5")
 before, started = memory("VmRSS"), time.monotonic()
 made = plan.plan(job, parts)
-flow.decide(begin(job, made, storage.at(job.output)))
+flow.decide(begin(job, Dataset(storage.at(job.output), made, parts.sink)))
 print(made.rows, time.monotonic() - started, memory("VmHWM") - before)
 """
 

@@ -10,6 +10,9 @@ import pytest
 from PIL import Image, ImageFont
 
 from latentmill import report, storage
+from latentmill.dataset import load
+from latentmill.plan import Plan
+from latentmill.plugin import Fragment
 from latentmill.report import Live, Pace, StageView, View
 
 COLOURS = [(200, 30, 30), (30, 160, 60), (40, 70, 210), (240, 200, 40), (120, 40, 160), (20, 20, 20)]
@@ -45,8 +48,16 @@ def dataset(root, rows, *, shard=4, errors=()):
         if failed:
             (root / "errors" / f"{number:05d}.jsonl").write_text(failed)
     plugin = {"name": "shapes", "distribution": "latentmill-shapes", "version": "0.1.0", "fingerprint": "9f2c"}
-    plan = {"name": "test & try", "hash": "c0ffee", "rows": len(ended), "rows_per_shard": shard, "config": {"seed": 7}}
-    (root / "plan.json").write_text(json.dumps({**plan, "plugins": {"vae": plugin}, "latents": None}))
+    plan = Plan(
+        name="test & try",
+        config={"seed": 7, "sink": {"name": "parquet"}},
+        plugins={"vae": plugin},
+        fragments=(Fragment("prompts.txt", len(ended)),),
+        samples_per_row=1,
+        rows_per_shard=shard,
+        seed=7,
+    )
+    (root / "plan.json").write_text(plan.to_json())
     return str(root)
 
 
@@ -61,12 +72,12 @@ def six_prompts(samples=4):
 
 
 def html(output, pace=None):
-    report.finish(storage.at(output), pace)
+    report.finish(load(storage.at(output)), pace)
     return Path(output, "report.html").read_text()
 
 
 def contact_sheet(output):
-    report.finish(storage.at(output))
+    report.finish(load(storage.at(output)))
     path = Path(output, "contact_sheet.png")
     return path if path.exists() else None
 
@@ -171,7 +182,7 @@ def test_lines_need_no_view_before():
 def test_summary_of_a_whole_run_says_where_everything_is(tmp_path):
     errors = [{"row": 24, "row_id": "24", "stage": "encode", "reason": "no such word"}]
     output = dataset(tmp_path / "out", six_prompts(), errors=errors)
-    report.finish(storage.at(output))
+    report.finish(load(storage.at(output)))
     text = report.summary("job", output, planned=25, ok=24, failed=1, made=25, seconds=100.0)
     assert text.splitlines() == [
         "job: 25 of 25 rows, in 1 min 40 s (0.25 rows/s)",
@@ -229,14 +240,14 @@ def test_contact_sheet_shows_each_picture_enlarged_by_a_whole_factor(tmp_path):
 def test_contact_sheet_of_latents_is_none(tmp_path):
     output = dataset(tmp_path / "out", [("0", "a prompt", None)])
     assert contact_sheet(output) is None
-    report.finish(storage.at(output))
+    report.finish(load(storage.at(output)))
     assert not (tmp_path / "out" / "contact_sheet.png").exists()
     assert "contact_sheet" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_dataset_of_nothing_but_errors_has_a_report(tmp_path):
     errors = [{"row": 0, "row_id": "0", "stage": "encode", "reason": "no such word"}]
-    report.finish(storage.at(dataset(tmp_path / "out", [], errors=errors)))
+    report.finish(load(storage.at(dataset(tmp_path / "out", [], errors=errors))))
     assert "no such word" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -260,7 +271,7 @@ def test_pictures_keep_their_proportions(size, shown):
 
 def test_datasets_loads_the_folder_by_its_card(tmp_path):
     output = dataset(tmp_path / "out", six_prompts())
-    report.finish(storage.at(output))
+    report.finish(load(storage.at(output)))
     loaded = datasets.load_dataset(output, split="train", cache_dir=str(tmp_path / "cache"))
     assert len(loaded) == 24
     assert loaded[23]["image"].getpixel((5, 5)) == COLOURS[5]

@@ -19,6 +19,7 @@ import latentmill
 from latentmill import plan as planning
 from latentmill import storage
 from latentmill.cli import main
+from latentmill.dataset import Dataset
 from latentmill.job import load_job
 from latentmill.plan import PlanError
 from latentmill.run import begin, status, view
@@ -220,8 +221,9 @@ def test_a_run_in_which_no_row_succeeded_is_no_success(tmp_path, capsys):
 
 def test_the_view_counts_rows_of_earlier_runs_without_looking_at_each_shard(tmp_path, prompts):
     job = load_job("txt2img", [*SMALL, prompts, f"output={tmp_path / 'out'}"])
-    plan = planning.plan(job, planning.parts(job))
-    state = begin(job, plan, storage.at(job.output))
+    parts = planning.parts(job)
+    plan = planning.plan(job, parts)
+    state = begin(job, Dataset(storage.at(job.output), plan, parts.sink))
     for done in ({0}, {2}, {0, 2}, {0, 1, 2}):  # of 18 rows in shards of 8
         state.done = done
         assert view(state, plan, 0.0).finished == sum(len(plan.shard_rows(shard)) for shard in done)

@@ -113,10 +113,8 @@ def test_errors_that_were_changed_and_files_that_are_not_ours_are_found(out):
     (out / "data" / "00003.parquet").write_bytes((out / "data" / "00002.parquet").read_bytes())
     verdict = verify(storage.at(str(out)))
     assert not verdict.damaged
-    assert verdict.strange == [
-        "data/00003.parquet is no shard of this plan",
-        "errors/00001.jsonl is not what data/00001.parquet says",
-    ]
+    assert verdict.foreign == ["00003.parquet"]
+    assert verdict.strange == ["errors/00001.jsonl is not what data/00001.parquet says"]
 
 
 def test_error_files_are_copies_and_are_made_again(out, made):

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from latentmill import rows, storage, tensors
+from latentmill.dataset import Dataset, done_shards
 from latentmill.plugin import LatentSpec
 from latentmill.sinks.parquet import Parquet
-from latentmill.write import Write, copy_errors, done_shards, in_a_line
+from latentmill.write import Write, in_a_line
 
 SPEC = LatentSpec(channels=4, downscale=4, scale=0.5, shift=0.25, dtype="float16", fingerprint="abc")
 
@@ -30,6 +31,7 @@ class Plan:
     spec: LatentSpec | None = SPEC
     size: tuple[int | None, int | None] = (8, 8)
     config: dict = field(init=False)
+    hash = "abc"
 
     def __post_init__(self):
         self.config = {
@@ -149,8 +151,8 @@ def test_errors_lost_between_the_two_files_are_made_again(tmp_path):
     commit(tmp_path, 2, [pictures([8, 9])])
     before = errors_of(tmp_path, 0)
     (tmp_path / "errors" / "00000.jsonl").unlink()
-    for shard in done_shards(storage.at(str(tmp_path))):
-        copy_errors(storage.at(str(tmp_path)), shard, Parquet())
+    for shard in (0, 2):
+        Dataset(storage.at(str(tmp_path)), Plan(), Parquet()).copy_errors(shard)
     assert errors_of(tmp_path, 0) == before
     assert shown(tmp_path) == ["data/00000.parquet", "data/00002.parquet", "errors/00000.jsonl"]
 
@@ -207,15 +209,20 @@ def test_latents_whose_size_only_the_pictures_know_can_all_fail(tmp_path):
 
 
 def test_done_is_what_lies_in_data(tmp_path):
-    assert done_shards(storage.at(str(tmp_path))) == set()
+    assert done_shards(storage.at(str(tmp_path)), ".parquet") == set()
     commit(tmp_path, 2, [pictures([8, 9])])
-    (tmp_path / "data" / "00123456.parquet").touch()
+    (tmp_path / "data" / "123456.parquet").touch()
     (tmp_path / "data" / "notes.txt").touch()
     (tmp_path / "data" / "00007.parquet.partial").touch()
     (tmp_path / "data" / "00008.parquet~").touch()
     (tmp_path / "data" / "00009").touch()
+    (tmp_path / "data" / "00010.png").touch()
+    (tmp_path / "data" / "11.parquet").touch()
+    (tmp_path / "data" / "0000012.parquet").touch()
+    (tmp_path / "data" / "00001 (1).parquet").touch()
+    (tmp_path / "data" / "._00001.parquet").touch()
     (tmp_path / "data" / ".00001.parquet.swp").touch()
-    assert done_shards(storage.at(str(tmp_path))) == {2, 123456}
+    assert done_shards(storage.at(str(tmp_path)), ".parquet") == {2, 123456}
 
 
 class Forgetful(Parquet):
@@ -240,7 +247,7 @@ class Damaging(Parquet):
 
 @pytest.mark.parametrize("sink", [Forgetful(), Damaging()])
 def test_what_does_not_read_back_is_never_published(tmp_path, sink):
-    write = Write(sink, storage.at(str(tmp_path)), Plan(), {})
+    write = Write(sink, storage.at(str(tmp_path)), Plan(), {"latentmill.plan": "abc"})
     with pytest.raises((RuntimeError, OSError)):
         write.commit(0, [write(pictures([0, 1, 2, 3]), None)], [])
     assert shown(tmp_path) == []
@@ -250,7 +257,7 @@ def test_of_racing_threads_one_commits_and_its_errors_are_the_errors(tmp_path):
     barrier, outcomes = threading.Barrier(4), {}
 
     def race(me):
-        write = Write(Parquet(), storage.at(str(tmp_path)), Plan(), {})
+        write = Write(Parquet(), storage.at(str(tmp_path)), Plan(), {"latentmill.plan": "abc"})
         packed = [write(pictures([row for row in range(4) if row != me]), None)]
         barrier.wait()
         outcomes[me] = write.commit(0, packed, [failed(me, f"driver {me}")])
@@ -276,7 +283,7 @@ output, me = sys.argv[3], int(sys.argv[4])
 class Long(Plan):
     def shard_rows(self, shard):
         return range(shard * 4, shard * 4 + 4)
-write = Write(Parquet(), storage.at(output), Long(), {})
+write = Write(Parquet(), storage.at(output), Long(), {"latentmill.plan": "abc"})
 print("ready", flush=True)
 sys.stdin.readline()
 for shard in range(20):
@@ -306,9 +313,9 @@ def test_of_racing_processes_one_commits_each_shard_and_one_killed_does_no_harm(
     drivers[1].kill()
     outputs = [drivers[0].communicate()[0], printed + drivers[1].communicate()[0]]
     assert drivers[0].returncode == 0
-    assert done_shards(storage.at(str(tmp_path))) == set(range(20))
+    assert done_shards(storage.at(str(tmp_path)), ".parquet") == set(range(20))
     for shard in range(20):
-        copy_errors(storage.at(str(tmp_path)), shard, Parquet())
+        Dataset(storage.at(str(tmp_path)), Plan(), Parquet()).copy_errors(shard)
         [error] = errors_of(tmp_path, shard)
         winner = error["row"] - shard * 4
         assert error["reason"] == f"driver {winner}"
@@ -322,7 +329,7 @@ def test_of_racing_processes_one_commits_each_shard_and_one_killed_does_no_harm(
 def test_a_full_disk_leaves_nothing_but_the_error(tmp_path):
     """A limit on the size of files stands for it."""
     noise = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    write = Write(Parquet(), storage.at(str(tmp_path)), Plan(), {})
+    write = Write(Parquet(), storage.at(str(tmp_path)), Plan(), {"latentmill.plan": "abc"})
     packed = [write(tensors.with_tensor(scalars([0, 1, 2, 3]), "image", noise), None)]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))

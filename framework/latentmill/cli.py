@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ from rich.table import Table
 
 from latentmill import plan as planning
 from latentmill import registry, storage, verify
+from latentmill.dataset import Dataset
 from latentmill.job import JobError, load_job, shipped
 from latentmill.plan import PlanError
 from latentmill.plugin import Scheduler
 from latentmill.registry import PluginError
 from latentmill.run import OutputError, RunError, run, status
 from latentmill.worker import OUT_OF_MEMORY
-from latentmill.write import done_shards
 
 WRONG = (JobError, PluginError, PlanError)
 """What a person has to put right in the job; exit 2, and nothing has been started or written."""
@@ -76,7 +76,13 @@ def _run(options: Any) -> int:
                 f"--fork {options.fork}: there is a dataset already; a fork begins anew, in a place of its own"
             )
         options.overrides.append(f"output={options.fork}")
-    result = run(options.job, options.overrides)
+    if (options.stage or options.reason) and not options.retry_failed:
+        raise JobError("--stage and --reason say which failed rows --retry-failed does again: give it, too")
+
+    def wanted(error: Mapping[str, Any]) -> bool:
+        return error["stage"] == (options.stage or error["stage"]) and (options.reason or "") in error["reason"]
+
+    result = run(options.job, options.overrides, wanted if options.retry_failed else None)
     print(result.text)
     if result.interrupted:
         return 130
@@ -87,9 +93,8 @@ def _plan(options: Any) -> int:
     job = load_job(options.job, options.overrides)
     built = planning.parts(job)
     plan = planning.plan(job, built)
-    store = storage.at(job.output)
-    planning.compare(plan, store)
-    done = len(done_shards(store))
+    there = Dataset(storage.at(job.output), plan, built.sink)
+    done = len(there.adopt())
     if options.json:
         print(plan.to_json(), end="")
         return 0
@@ -109,7 +114,10 @@ def _plan(options: Any) -> int:
             f"{kind:<13} {about['name']} ({about['distribution']} {about['version']}) {about['fingerprint']}".rstrip()
         )
     print(f"hash     {plan.hash}")
-    for line in planning.notices(built):
+    for line in [
+        *planning.notices(built),
+        *(f"{job.output}/data/{name} is no shard of this dataset" for name in there.foreign()),
+    ]:
         print(f"notice   {line}")
     return 0
 
@@ -121,9 +129,13 @@ def _status(options: Any) -> int:
         return 0
     made = now["ok"] + now["failed"]
     state = "complete" if now["success"] else "not complete; the same command goes on with it"
+    if now["lost"]:
+        state = f"was complete, and has lost {now['lost']:,} shards; the same command does them again"
     print(f"{now['output']}: job {now['name']}, {state}")
     print(f"{made:,} of {now['planned']:,} rows: {now['ok']:,} ok, {now['failed']:,} failed")
     print(f"{now['shards_done']:,} of {now['shards']:,} shards")
+    for name in now["foreign"]:
+        print(f"data/{name} is no shard of this dataset")
     return 0
 
 
@@ -137,12 +149,12 @@ def _verify(options: Any) -> int:
         print(f"{len(verdict.missing):,} shards are not done yet")
     for shard, wrong in verdict.damaged.items():
         print(f"shard {shard} {wrong}")
-    for line in verdict.strange:
+    for line in [*(f"data/{name} is no shard of this dataset" for name in verdict.foreign), *verdict.strange]:
         print(line)
     if options.repair:
         for line in verify.repair(store, verdict):
             print(line)
-    print("sound" if verdict.sound else "NOT SOUND" + ("" if options.repair else "; --repair takes damaged shards out"))
+    print("sound" if verdict.sound else "NOT SOUND" + ("" if options.repair else "; --repair takes out what is wrong"))
     return 0 if verdict.sound else 1
 
 
@@ -229,6 +241,13 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument(
         "--fork", metavar="OUT2", type=_place, help="begin anew in OUT2, for a job that has changed; nothing is reused"
     )
+    runs.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="do shards with failed rows again, once what made them fail is mended",
+    )
+    runs.add_argument("--stage", metavar="NAME", help="with --retry-failed: only for rows that failed in this stage")
+    runs.add_argument("--reason", metavar="TEXT", help="with --retry-failed: only for rows whose reason has this in it")
     plans.add_argument("--json", action="store_true", help="print the plan as it would be written to plan.json")
     states = add("status", _status, "Say how far a dataset is, from its folder alone.")
     states.add_argument("output", metavar="OUT", type=_place)
@@ -236,7 +255,9 @@ def _parser() -> argparse.ArgumentParser:
     checks = add("verify", _verify, "Read a dataset back whole: checksums, and each planned row exactly once.")
     checks.add_argument("output", metavar="OUT", type=_place)
     checks.add_argument(
-        "--repair", action="store_true", help="take damaged shards out, so that the next run does them again"
+        "--repair",
+        action="store_true",
+        help="move damaged shards and foreign files to quarantine/; the next run does the shards again",
     )
     plugins = add("plugins", _plugins, "List all installed plugins.")
     plugins.add_argument("--json", action="store_true")

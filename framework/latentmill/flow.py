@@ -158,7 +158,14 @@ class Seen:
     free: frozenset[int]
 
 
-Event: TypeAlias = "Started | Finished | Failed | Died | Claimed | Seen"
+@dataclass(frozen=True)
+class TakenOut:
+    """Shards that were done are in the dataset no more: somebody wants them done again."""
+
+    shards: frozenset[int]
+
+
+Event: TypeAlias = "Started | Finished | Failed | Died | Claimed | Seen | TakenOut"
 
 
 @dataclass
@@ -220,7 +227,7 @@ class State:
     elsewhere: set[int] = field(default_factory=set)
     """Shards that other drivers have taken."""
     free: deque[int] = field(default_factory=deque)
-    """Shards that they have not finished, and nobody works on."""
+    """Shards that nobody works on: other drivers have not finished them, or they were taken out of the dataset."""
     shards: dict[int, Shard] = field(default_factory=dict)
     to_read: deque[Sequence[int]] = field(default_factory=deque)
     queues: list[dict[Any, deque[Piece]]] = field(default_factory=list)
@@ -419,6 +426,8 @@ def _open_shard(state: State) -> bool:
         shard = state.claimed.popleft()
     elif state.cursor < state.shard_count:
         shard = _next_shard(state)
+    elif state.free:
+        shard = state.free.popleft()
     else:
         return False
     rows = state.shard_rows(shard)
@@ -569,6 +578,9 @@ def apply(state: State, event: Event) -> State:
         state.done |= event.done & state.elsewhere
         state.free.extend(sorted(event.free & state.elsewhere))
         state.elsewhere -= event.done | event.free
+    elif isinstance(event, TakenOut):
+        state.done -= event.shards
+        state.free.extend(shard for shard in sorted(event.shards) if shard < state.cursor)
     elif event.id in state.flying:
         dispatch = state.flying.pop(event.id)
         held = state.workers[dispatch.stage].get(dispatch.worker)

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from latentmill.flow import Claimed, Seen
 from latentmill.storage import Storage
-from latentmill.write import done_shards
 
 EVERY = 10.0
 """Seconds between two signs of life, and between two looks at the others'."""
@@ -33,8 +32,15 @@ FAILURES = 2
 class Leases:
     """This driver's leases, and what it knows of the others'. Its heart beats from ``with`` to the end."""
 
-    def __init__(self, store: Storage, me: str | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self.store, self.clock = store, clock
+    def __init__(
+        self,
+        store: Storage,
+        data: Callable[[int], str],
+        me: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``data`` names a shard's file."""
+        self.store, self.data, self.clock = store, data, clock
         self.me = me or f"{_here()}/{os.getpid()}/{uuid.uuid4().hex}"
         """Machine, process and a name that nobody else has."""
         self.held: set[int] = set()
@@ -59,14 +65,14 @@ class Leases:
             self.keep(set())
             self.store.delete(_life(self.me))
 
-    def claim(self, shard: int, data: str) -> Claimed:
-        """Try to get a shard whose file would be ``data``; it may turn out to be done.
+    def claim(self, shard: int) -> Claimed:
+        """Try to get a shard; it may turn out to be done.
 
         Where the store fails once, the shard counts as taken, and is looked at again. Raises OSError if it goes on failing.
         """
         try:
             ours = self._take(f"leases/{shard:05d}")
-            done = self.store.exists(data)
+            done = self.store.exists(self.data(shard))
         except OSError:
             self.failures += 1
             if self.failures > FAILURES:
@@ -113,7 +119,8 @@ class Leases:
         if not elsewhere or now < self._looked + EVERY:
             return None
         try:
-            done = done_shards(self.store) & elsewhere
+            there = {f"data/{name}" for name in self.store.names("data")}
+            done = {shard for shard in elsewhere if self.data(shard) in there}
             names = {int(name) for name in self.store.names("leases") if name.isdecimal()}
             owners = {}
             for shard in sorted(elsewhere - done):
@@ -131,8 +138,7 @@ class Leases:
     def _is_gone(self, owner: str) -> bool:
         if not owner:
             return True
-        where, _, process = owner.rpartition("/")[0].rpartition("/")
-        if where == _here() and not _runs(int(process)):  # killed on this machine: no need to wait
+        if _was_killed_here(owner):
             return True
         try:
             sign = self.store.read(_life(owner))
@@ -145,13 +151,33 @@ class Leases:
 
     def beat(self) -> None:
         """Show that this driver lives."""
-        self.store.put(_life(self.me), str(self._beats).encode())
+        self.store.put(_life(self.me), f"{self.me} {self._beats}".encode())
         self._beats += 1
 
     def _beat(self) -> None:
         while not self._stop.wait(EVERY):
             with suppress(OSError):  # a store that fails for a while costs the leases, at worst
                 self.beat()
+
+
+def sweep(store: Storage, done: Set[int]) -> None:
+    """Remove what drivers that were killed left: leases of shards that are done, and signs of life of this machine's drivers.
+
+    The signs of life of other machines go with ``Storage.sweep``, a day later.
+    """
+    for name in store.names("leases"):
+        with suppress(FileNotFoundError):  # its driver ends, or another sweeps, too
+            if name.endswith(".alive"):
+                over = _was_killed_here(store.read(f"leases/{name}").decode().partition(" ")[0])
+            else:
+                over = name.isdecimal() and int(name) in done
+            if over:
+                store.delete(f"leases/{name}")
+
+
+def _was_killed_here(driver: str) -> bool:
+    where, _, process = driver.rpartition("/")[0].rpartition("/")
+    return where == _here() and not _runs(int(process))
 
 
 def _life(driver: str) -> str:

@@ -217,6 +217,10 @@ def plan(job: Job, built: Parts) -> Plan:
         twice = ids.find_twice(built.source, fragments) if built.source.id_column is not None else None
     except (ValueError, OSError) as error:
         raise PlanError(f"source {job.source['name']}: {error}") from error
+    if "://" not in job.output and built.source.reads_from(job.output):
+        raise PlanError(
+            f"output {job.output} lies in what the source reads, so that it would read what is made: choose another"
+        )
     if not sum(fragment.rows for fragment in fragments):
         raise PlanError(f"source {job.source['name']} has no rows")
     if twice is not None:
@@ -284,7 +288,13 @@ def read(store: Storage) -> dict[str, Any]:
     try:
         found = json.loads(store.read("plan.json").decode())
     except (FileNotFoundError, NotADirectoryError):
-        raise PlanError(f"{store.url} holds no dataset of ours: it has no plan.json") from None
+        shards = [name for name in store.names("data") if name[:5].isdecimal()]
+        lost = (
+            f"; data/{min(shards)} may be a shard of ours: the job that it is of, run again, puts plan.json back"
+            if shards
+            else ""
+        )
+        raise PlanError(f"{store.url} holds no dataset of ours: it has no plan.json{lost}") from None
     except ValueError as error:
         raise PlanError(f"{path} can't be read as a plan ({error}): move the folder away or choose another") from error
     if not isinstance(found, dict) or not {"hash", "name", "rows", "shards", "rows_per_shard"} <= found.keys():

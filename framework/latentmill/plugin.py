@@ -339,6 +339,10 @@ class Source(Plugin, ABC):
         for row in self.read(fragment.name, 0, fragment.rows):
             yield None if isinstance(row, RowError) else row["id"]
 
+    def reads_from(self, folder: str) -> bool:
+        """Whether files that come into this local folder, or below it, would be the source's: no job may write there."""
+        return False
+
     def latent_spec(self) -> LatentSpec | None:
         """The space of the latents that this source reads, or None if it reads none."""
         return None

@@ -29,8 +29,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from latentmill.flow import Died, Dispatch, Event, Failed, Finished, Order, Start, Started, Stop
 from latentmill.plugin import Stage
-from latentmill.worker import StageWork, Worker
-from latentmill.write import in_a_line
+from latentmill.worker import StageWork, Worker, this_node
+from latentmill.write import Write, in_a_line
 
 logger = logging.getLogger("latentmill")
 
@@ -95,8 +95,11 @@ def disconnect() -> None:
 class RayPool:
     """Starts actors, sends them dispatches, and turns what comes back into events."""
 
-    def __init__(self, stages: Sequence[StageWork], owns_cluster: bool = False) -> None:
-        self.stages, self.owns_cluster = stages, owns_cluster
+    def __init__(
+        self, stages: Sequence[StageWork], owns_cluster: bool = False, sees: Callable[[str], bool] = bool
+    ) -> None:
+        """``sees`` says whether a file that a worker has written is there for the driver, too."""
+        self.stages, self.owns_cluster, self.sees = stages, owns_cluster, sees
         self.actors: dict[tuple[int, int], Any] = {}
         self.starting: dict[Any, Start] = {}
         self.asked: dict[Any, float] = {}
@@ -154,10 +157,19 @@ class RayPool:
                 start = self.starting.pop(reference)
                 self.asked.pop(reference, None)
                 try:
-                    ray.get(reference)
-                    events.append(Started(start.stage, start.worker))
+                    where, probe = ray.get(reference)
                 except GONE as error:
                     dead[start.stage, start.worker] = error
+                    continue
+                if probe and not self.sees(probe):
+                    self._bury(start.stage, start.worker)
+                    reason = (
+                        f"what {where} writes is not seen by the driver: "
+                        "the output must be one folder or store for all nodes, by its whole path"
+                    )
+                    events.append(Died(start.stage, start.worker, reason, at_start=True))
+                else:
+                    events.append(Started(start.stage, start.worker))
                 continue
             order = self.flying[reference]
             try:
@@ -245,8 +257,9 @@ class _Actor(Worker):
             os.chdir(folder)
         super().__init__(make, gpu, threads)
 
-    def ready(self) -> bool:
-        return True
+    def ready(self) -> tuple[str, str]:
+        """Where it runs, and what the driver must see."""
+        return this_node(), self.stage.probe() if isinstance(self.stage, Write) else ""
 
 
 _REMOTE: Any = cast(Any, ray.remote)(max_restarts=0)(_Actor)

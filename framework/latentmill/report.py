@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 import sys
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +18,7 @@ from functools import cached_property
 from html import escape
 from typing import Any, BinaryIO, TextIO
 
-import pyarrow.parquet as pq
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live as RichLive
@@ -26,7 +26,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from latentmill import storage
+from latentmill.dataset import Dataset, data_name, errors_name
+from latentmill.sinks.parquet import opened
 from latentmill.storage import Storage
+
+logger = logging.getLogger("latentmill")
 
 # ---------------------------------------------------------------------------------------------- while a job runs
 
@@ -224,15 +228,27 @@ def summary(
     return "\n".join(lines)
 
 
-def finish(store: Storage, pace: Pace | None = None) -> None:
+def finish(there: Dataset, pace: Pace | None = None) -> None:
     """Make ``contact_sheet.png``, the card ``README.md``, which Hugging Face reads, and ``report.html`` of a dataset.
 
-    ``pace`` brings the rates of the run that just ended.
+    ``pace`` brings the rates of the run that just ended. A file of one of these names that we did not make stays as it is.
     """
-    dataset = _Dataset(store)
+    dataset = _Dataset(there)
     _contact_sheet(dataset)
     _card(dataset)
     _html(dataset, pace)
+
+
+MARK = "made by latentmill, which replaces it at the end of each run; without this line it is yours"
+"""In every file that people might have under the same name."""
+
+
+def _put(store: Storage, name: str, content: bytes) -> None:
+    """Put a file in place, unless there is one of that name that we did not make."""
+    if store.exists(name) and MARK.encode() not in store.read(name):
+        logger.warning(f"{store.url.rstrip('/')}/{name} was not made by latentmill, and stays as it is")
+    else:
+        store.put(name, content)
 
 
 # ------------------------------------------------------------------------------------------ what a folder holds
@@ -248,30 +264,29 @@ class _Tile:
 class _Dataset:
     """A dataset read back from where it lies."""
 
-    store: Storage
+    there: Dataset
     most: int = 24
     """Pictures drawn from it at most."""
     errors: list[dict[str, Any]] = field(init=False, default_factory=list)
     """The first failed rows."""
-    failed: int = field(init=False, default=0)
     failed_in: Counter[str] = field(init=False, default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self.plan: Mapping[str, Any] = json.loads(self.store.read("plan.json"))
-        self.files = sorted(name for name in self.store.names("data") if name.endswith(".parquet"))
+        self.store = self.there.store
+        self.plan: Mapping[str, Any] = json.loads(self.there.plan.to_json())
+        names = [data_name(shard, self.there.sink) for shard in sorted(self.there.done())]
+        self.files = [name.removeprefix("data/") for name in names if name.endswith(".parquet")]
         self.columns: list[str] = []
         if self.files:
             with self.store.open(f"data/{self.files[0]}") as file:
-                self.columns = pq.read_schema(file).names
-        for name in sorted(self.store.names("errors")):
-            for line in self.store.read(f"errors/{name}").splitlines():
+                self.columns = opened(file).schema_arrow.names
+        self.ok, self.failed = self.there.counts()
+        for shard in self.there.failed_shards():
+            for line in self.store.read(errors_name(shard)).splitlines():
                 error = json.loads(line)
-                self.failed += 1
                 self.failed_in[error["stage"]] += 1
                 if len(self.errors) < 200:
                     self.errors.append(error)
-        shards, size = [int(name.partition(".")[0]) for name in self.files], self.plan["rows_per_shard"]
-        self.ok = sum(min(size, self.plan["rows"] - shard * size) for shard in shards) - self.failed
 
     @property
     def name(self) -> str:
@@ -286,7 +301,7 @@ class _Dataset:
         places: dict[str, list[tuple[str, int]]] = {}
         for name in files:
             with self.store.open(f"data/{name}") as file:
-                prompts = pq.read_table(file, columns=["prompt"]).column("prompt").to_pylist()
+                prompts = opened(file).read(["prompt"], use_threads=False).column("prompt").to_pylist()
             for at, prompt in enumerate(prompts):
                 places.setdefault(prompt, []).append((name, at))
         chosen = sorted(place for group in _choose(list(places.values()), self.most) for place in group)
@@ -319,14 +334,14 @@ def _choose(groups: Sequence[list[Any]], most: int) -> Iterator[list[Any]]:
 
 def _read(file: BinaryIO, wanted: Sequence[int]) -> Iterator[dict[str, Any]]:
     """The rows ``wanted`` of a file, of which no other row group is read."""
-    stored = pq.ParquetFile(file)
+    stored = opened(file)
     columns = [name for name in ("image", "prompt", "row_id", "psnr") if name in stored.schema_arrow.names]
     start = 0
     for group in range(stored.num_row_groups):
         stop = start + stored.metadata.row_group(group).num_rows
         here = [at - start for at in wanted if start <= at < stop]
         if here:
-            yield from stored.read_row_group(group, columns=columns).take(here).to_pylist()
+            yield from stored.read_row_group(group, columns=columns, use_threads=False).take(here).to_pylist()
         start = stop
 
 
@@ -376,8 +391,10 @@ def _contact_sheet(dataset: _Dataset) -> None:
         for number, words in enumerate(lines):
             draw.text((x, y + height + 8 + number * line), words, INK, text)
     content = io.BytesIO()
-    sheet.save(content, "PNG", optimize=True)
-    dataset.store.put("contact_sheet.png", content.getvalue())
+    about = PngImagePlugin.PngInfo()
+    about.add_text("Comment", MARK)
+    sheet.save(content, "PNG", optimize=True, pnginfo=about)
+    _put(dataset.store, "contact_sheet.png", content.getvalue())
 
 
 def _fit(image: Image.Image) -> Image.Image:
@@ -463,7 +480,8 @@ def _card(dataset: _Dataset) -> None:
         facts = ", ".join(f"{key} {value}" for key, value in dataset.plan["latents"].items())
         parts.append(f"Latent space: {facts}. Stored latents are scaled: `(z - shift) * scale`.")
     parts.append(f"## Config\n\n```json\n{json.dumps(dataset.plan['config'], indent=1)}\n```\n")
-    dataset.store.put("README.md", "\n\n".join(parts).encode())
+    parts.append(f"<!-- {MARK} -->\n")
+    _put(dataset.store, "README.md", "\n\n".join(parts).encode())
 
 
 def _identity(plugin: Mapping[str, Any]) -> list[str]:
@@ -523,12 +541,12 @@ def _html(dataset: _Dataset, pace: Pace | None) -> None:
     sections.append("<h2>Made with</h2>" + _table(["part", "plugin", "from", "weights"], plugins))
     sections.append(f"<h2>Config</h2><pre>{escape(json.dumps(dataset.plan['config'], indent=1))}</pre>")
     page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(dataset.name)}</title>'
+        f'<!doctype html><!-- {MARK} --><html lang="en"><meta charset="utf-8"><title>{escape(dataset.name)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style>'
         f'<h1>{escape(dataset.name)}</h1><div class="faint">plan <code>{dataset.plan["hash"]}</code></div>'
         f'<div class="counts">{figures}</div>{"".join(sections)}</html>\n'
     )
-    dataset.store.put("report.html", page.encode())
+    _put(dataset.store, "report.html", page.encode())
 
 
 def _data_uri(image: Image.Image) -> str:

@@ -6,22 +6,22 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 from typing import Any, Protocol
 
-from latentmill import failpoints, flow, report, storage
+from latentmill import dataset, failpoints, flow, leases, report, storage
 from latentmill import plan as planning
+from latentmill.dataset import RETRIED, Dataset, data_name
 from latentmill.job import Job, load_job, without_secrets
 from latentmill.leases import Leases
 from latentmill.plan import Plan
 from latentmill.storage import Storage
 from latentmill.worker import StageWork, make_stage
-from latentmill.write import copy_errors, data_name, done_shards, failed_rows
 
 logger = logging.getLogger("latentmill")
 
@@ -63,11 +63,14 @@ class Result:
     interrupted: bool = False
 
 
-def run(job: Job | str, overrides: Sequence[str] = ()) -> Result:
+def run(
+    job: Job | str, overrides: Sequence[str] = (), retry_failed: Callable[[Mapping[str, Any]], bool] | None = None
+) -> Result:
     """Run a job to its end, or go on where an earlier run stopped.
 
     ``job`` is the name of a shipped job, the path of a YAML file, or a Job; ``overrides`` as on the command line
-    (``["sampling.steps=10"]``). Raises JobError, PluginError, PlanError or PlacementError before anything is started or
+    (``["sampling.steps=10"]``). ``retry_failed`` says of an error row (``row_id``, ``stage``, ``reason``) whether it is to be
+    done again: shards with such rows are taken out of the dataset and done anew, whole. Raises JobError, PluginError, PlanError or PlacementError before anything is started or
     written, RunError if the job has to stop.
     """
     job = load_job(job, overrides) if isinstance(job, str) else job
@@ -76,29 +79,40 @@ def run(job: Job | str, overrides: Sequence[str] = ()) -> Result:
     for line in planning.notices(parts):
         logger.warning(line)
     store = storage.at(job.output, job.single_writer)
-    state = begin(job, plan, store)
-    if flow.finished(state) and store.exists("_SUCCESS"):
+    there = Dataset(store, plan, parts.sink)
+    state = begin(job, there)
+    again = failed_shards(there, state.done, retry_failed) if retry_failed else []
+    if flow.finished(state) and not again and store.exists("_SUCCESS") and store.exists("plan.json"):
         return _result(job, state, seconds=0.0)
     pool: Pool | None = None
     started, interrupted = time.monotonic(), False
     try:
         with interruptible(), report.live(job.name) as live:
-            if not flow.finished(state):
-                pool = make_pool(job, plan)
+            if again or not flow.finished(state):
+                pool = make_pool(job, plan, store)
             store.check()
             planning.publish(plan, store)
             failpoints.reach("planning")
             store.sweep()
             if pool is not None:
                 store.delete("_SUCCESS")  # somebody has taken shards out
-                with nullcontext() if job.single_writer else Leases(store) as leases:
+                for shard in again:
+                    there.take_out(shard, f"{RETRIED}-{uuid.uuid4().hex[:8]}")
+                flow.apply(state, flow.TakenOut(frozenset(again)))
+                data = partial(data_name, sink=parts.sink)
+                with nullcontext() if job.single_writer else Leases(store, data) as held:
                     show = partial(_show, live, state, plan, started)
-                    drive(state, pool, show, leases, lambda shard: data_name(shard, parts.sink))
-            with ThreadPoolExecutor(16) as threads:  # a store answers in its own time; all at once is one time
-                list(threads.map(lambda shard: copy_errors(store, shard, parts.sink), done_shards(store)))
-            report.finish(store, live.pace)
+                    known = {*there.taken_out()}
+                    drive(state, pool, show, held)
+                    while taken := _taken_out(there, known):
+                        flow.apply(state, flow.TakenOut(taken))
+                        drive(state, pool, show, held)
+            there.settle()
+            report.finish(there, live.pace)
             failpoints.reach("finishing")
             store.put("_SUCCESS", b"")
+            there.forget_retried()
+            leases.sweep(store, there.done())
     except KeyboardInterrupt:
         if not store.exists("plan.json"):
             raise
@@ -129,15 +143,22 @@ def _result(job: Job, state: flow.State, seconds: float, interrupted: bool = Fal
     return Result(job.output, **counts, seconds=seconds, text=text, interrupted=interrupted)
 
 
-def begin(job: Job, plan: Plan, store: Storage) -> flow.State:
-    """The flow's state at the start of a run: all shards that are not in the dataset yet."""
-    planning.compare(plan, store)
+def begin(job: Job, there: Dataset) -> flow.State:
+    """The flow's state at the start of a run: all shards that are not in the dataset yet.
+
+    Raises PlanError if what is in the dataset's place is another's.
+    """
+    done, plan = there.adopt(), there.plan
+    for name in there.foreign():
+        logger.warning(f"{job.output}/data/{name} is no shard of this dataset, and is passed over")
+    if done and not there.store.exists("plan.json"):
+        logger.warning(f"{job.output} has {len(done)} shards of this very job, and no plan.json: it is put back")
     stages = tuple(_spec(job, name) for name in job.flow)
     return flow.State(
         stages,
         plan.rows,
         plan.rows_per_shard,
-        done_shards(store),
+        done,
         shared=not job.single_writer,
         fixed=job.deterministic,
         stop_on_error=job.on_error == "stop",
@@ -146,13 +167,26 @@ def begin(job: Job, plan: Plan, store: Storage) -> flow.State:
     )
 
 
+def failed_shards(there: Dataset, done: Set[int], wanted: Callable[[Mapping[str, Any]], bool]) -> list[int]:
+    """The shards that have error rows of which one or more are ``wanted``."""
+    return [shard for shard in sorted(done) if any(map(wanted, there.errors(shard)))]
+
+
+def _taken_out(there: Dataset, known: set[str]) -> frozenset[int]:
+    """Shards that are missing since another driver took them out, to do failed rows again. ``known`` is brought up to date."""
+    names = there.taken_out()
+    new = {shard for name, shard in names.items() if name not in known}
+    known |= names.keys()
+    return frozenset(new & {*there.missing()})
+
+
 def _spec(job: Job, name: str) -> flow.StageSpec:
     kinds, stage = KINDS if name == "denoise" and not job.deterministic else 1, job.stages[name]
     replicas = 1 if job.cluster.kind == "inline" else stage.replicas
     return flow.StageSpec(name, stage.batch_size, replicas, kinds=kinds, retries=stage.retries)
 
 
-def make_pool(job: Job, plan: Plan) -> Pool:
+def make_pool(job: Job, plan: Plan, store: Storage) -> Pool:
     """The pool that the job's cluster asks for. Ray is imported only if it is wanted."""
     work = [_work(job, plan, name) for name in job.flow]
     if job.cluster.kind == "inline":
@@ -163,23 +197,24 @@ def make_pool(job: Job, plan: Plan) -> Pool:
 
     owned = pool.connect(job.cluster.address if job.cluster.kind == "ray" else None)
     try:
-        return pool.RayPool(work, owned)
+        return pool.RayPool(work, owned, partial(_sees, store))
     except pool.PlacementError:
         if owned:
             pool.disconnect()
         raise
 
 
-def drive(
-    state: flow.State,
-    pool: Pool,
-    show: Callable[[], None],
-    leases: Leases | None = None,
-    data: Callable[[int], str] = str,
-) -> None:
+def _sees(store: Storage, name: str) -> bool:
+    """Whether what a worker has written is there for this process, too."""
+    there = store.exists(name)
+    store.delete(name)
+    return there
+
+
+def drive(state: flow.State, pool: Pool, show: Callable[[], None], leases: Leases | None = None) -> None:
     """The loop. Raises RunError if the flow says that the job can't go on."""
     while not flow.finished(state):
-        turn(state, pool, leases, data)
+        turn(state, pool, leases)
         show()
         if state.failed:
             raise (OutputError if state.output_failed else RunError)(state.failed)
@@ -187,14 +222,14 @@ def drive(
             time.sleep(0.2)  # there is nothing to do but to wait for other drivers
 
 
-def turn(state: flow.State, pool: Pool, leases: Leases | None = None, data: Callable[[int], str] = str) -> None:
-    """Decide, dispatch, collect, once. ``data`` names a shard's file."""
+def turn(state: flow.State, pool: Pool, leases: Leases | None = None) -> None:
+    """Decide, dispatch, collect, once."""
     while True:
         claimed = False
         for order in flow.decide(state):
             if isinstance(order, flow.Claim):
                 assert leases is not None
-                flow.apply(state, leases.claim(order.shard, data(order.shard)))
+                flow.apply(state, leases.claim(order.shard))
                 claimed = True
             else:
                 pool.submit(order)
@@ -279,20 +314,22 @@ def _work(job: Job, plan: Plan, name: str) -> StageWork:
 def status(output: str) -> dict[str, Any]:
     """How far a dataset is, from its folder alone. Raises PlanError if the folder holds none.
 
-    Keys: ``output``, ``name``, ``planned``, ``ok``, ``failed`` (rows), ``shards``, ``shards_done``, ``success``.
+    Keys: ``output``, ``name``, ``planned``, ``ok``, ``failed`` (rows), ``shards``, ``shards_done``, ``success`` (all
+    shards are there, and a run has said so), ``lost`` (a run had said so, and so many shards are there no more), ``foreign``
+    (names in ``data/`` that are no shard's).
     """
-    store = storage.at(output)
-    found = planning.read(store)
-    done = done_shards(store)
-    size, rows = found["rows_per_shard"], found["rows"]
-    failed = sum(failed_rows(store).values())
+    there = dataset.load(storage.at(output))
+    ok, failed = there.counts()
+    missing, ended = there.missing(), there.store.exists("_SUCCESS")
     return {
         "output": output,
-        "name": found["name"],
-        "planned": rows,
-        "ok": sum(min(size, rows - shard * size) for shard in done) - failed,
+        "name": there.plan.name,
+        "planned": there.plan.rows,
+        "ok": ok,
         "failed": failed,
-        "shards": found["shards"],
-        "shards_done": len(done),
-        "success": store.exists("_SUCCESS"),
+        "shards": there.plan.shards,
+        "shards_done": there.plan.shards - len(missing),
+        "success": ended and not missing,
+        "lost": len(missing) if ended else 0,
+        "foreign": there.foreign(),
     }

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO, TypeAlias
 
 from latentmill import flow, write
+from latentmill.dataset import done_shards
 from latentmill.flow import Died, Dispatch, Event, Failed, Finished, StageSpec, Start, Started, State, Stop
 from latentmill.leases import EVERY, Leases
 from latentmill.run import turn
@@ -273,13 +274,16 @@ class Driver:
         world.say(f"driver {self.number} begins, with {len(world.store.names('data'))} shards done")
         self.pool = Pool(world, self)
         self.leases = Leases(
-            world.store, f"machine-{self.number}/{self.lives}/{self.number}.{self.lives}", lambda: world.now
+            world.store,
+            "data/{:05d}".format,
+            f"machine-{self.number}/{self.lives}/{self.number}.{self.lives}",
+            lambda: world.now,
         )
         self.state = State(
             settings.stages,
             settings.rows,
             settings.rows_per_shard,
-            write.done_shards(world.store),
+            done_shards(world.store, ""),
             shared=True,
             fixed=settings.fixed,
         )
@@ -313,7 +317,7 @@ class Driver:
             self.end("killed")
             return
         try:
-            turn(state, self.pool, self.leases, lambda shard: f"data/{shard:05d}")
+            turn(state, self.pool, self.leases)
         except OSError as error:
             self.end(str(error))
             return

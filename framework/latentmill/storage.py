@@ -22,6 +22,9 @@ from typing import Any, BinaryIO, cast
 
 from latentmill import failpoints
 
+DAY = 86_400
+"""Seconds."""
+
 
 class StorageError(OSError):
     """The store refuses or fails; one line that names it and the file."""
@@ -76,7 +79,10 @@ class Storage(ABC):
 
     @abstractmethod
     def sweep(self) -> None:
-        """Remove what processes that were killed left aside, a day ago or longer: younger files may be in use."""
+        """Remove what processes that were killed left, a day ago or longer: younger files may be in use.
+
+        That is what was written aside, and signs of life in ``leases/``, which whoever lives makes anew every few seconds.
+        """
 
     @abstractmethod
     def exists(self, name: str) -> bool:
@@ -139,6 +145,8 @@ class Folder(Storage):
             os.link(source, final)
             return True
         except FileExistsError:
+            if not final.is_file():
+                raise StorageError(f"{final} is in the way: a {_what(final)}, where a file is to be made") from None
             return False
         except OSError as error:
             if not self.single_writer and error.errno not in _LINKLESS:
@@ -183,9 +191,9 @@ class Folder(Storage):
         _sync(str((self.root / name).parent))
 
     def sweep(self) -> None:
-        for file in (self.root / ".tmp").glob("*"):
+        for file in [*(self.root / ".tmp").glob("*"), *(self.root / "leases").glob("*.alive")]:
             with suppress(FileNotFoundError):  # another driver sweeps, too
-                if file.stat().st_mtime < time.time() - 86_400:
+                if file.stat().st_mtime < time.time() - DAY:
                     file.unlink()
 
 
@@ -280,8 +288,13 @@ class Bucket(Storage):
         with self._said(name):
             obstore.rename(self.store, name, to)
 
-    def sweep(self) -> None:
-        """Nothing is written aside in the store."""
+    def sweep(self) -> None:  # nothing is written aside in the store
+        import obstore
+
+        with self._said("leases"):
+            for entry in obstore.list_with_delimiter(self.store, "leases")["objects"]:
+                if entry["path"].endswith(".alive") and entry["last_modified"].timestamp() < time.time() - DAY:
+                    self.delete(f"leases/{entry['path'].rpartition('/')[2]}")
 
     @contextmanager
     def _said(self, name: str, writes: bool = False) -> Iterator[None]:
@@ -329,10 +342,18 @@ def _one_line(error: BaseException) -> str:
     return " ".join((said.group(1) if said else text).split())[:300]
 
 
+def _what(path: Path) -> str:
+    return "folder" if path.is_dir() else "link to nothing" if path.is_symlink() else "special file"
+
+
 def _make(folder: Path) -> None:
     if not folder.is_dir():
         _make(folder.parent)
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileExistsError:
+            what = "file" if folder.is_file() else _what(folder)
+            raise StorageError(f"{folder} is in the way: a {what}, where a folder is to be made") from None
         _sync(str(folder.parent))
 
 

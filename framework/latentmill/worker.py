@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,11 +15,13 @@ import pyarrow as pa
 import torch
 
 from latentmill import failpoints, registry, rows, storage
+from latentmill.dataset import PLAN_KEY
 from latentmill.decode import Decode
 from latentmill.denoise import Denoise, Visit
 from latentmill.encode import Encode
 from latentmill.job import Job
 from latentmill.plan import Plan, parts, plugin_of, stage_choice
+from latentmill.plan import read as read_plan
 from latentmill.plugin import Stage
 from latentmill.read import Read
 from latentmill.write import Write
@@ -253,8 +256,18 @@ def _decode(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
 
 
 def _write(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
-    metadata = {"latentmill.plan": plan.hash}
-    return Write(plugin_of(job, "sink"), storage.at(job.output, job.single_writer), plan, metadata)
+    store = storage.at(job.output, job.single_writer)
+    if not store.exists("plan.json") or read_plan(store)["hash"] != plan.hash:
+        raise RuntimeError(
+            f"{this_node()} doesn't see the plan.json that the driver wrote in {job.output}: "
+            "the output must be one folder or store for all nodes, by its whole path"
+        )
+    return Write(plugin_of(job, "sink"), store, plan, {PLAN_KEY: plan.hash})
+
+
+def this_node() -> str:
+    """Names the machine that this process runs on."""
+    return f"node {socket.gethostname()}"
 
 
 MAKERS: dict[str, Callable[[Job, Plan, rows.FixedShape | None], Stage]] = {

@@ -8,7 +8,7 @@ what is in ``data/00007.parquet``, for people and ``grep``; whoever finds it mis
 from __future__ import annotations
 
 import json
-import re
+import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -17,12 +17,10 @@ import pyarrow as pa
 import torch
 
 from latentmill import failpoints, rows, tensors
+from latentmill.dataset import ERRORS_KEY, copy_errors, data_name, error_lines
 from latentmill.job import without_secrets
 from latentmill.plugin import LatentSpec, Reject, Sink, Stage
 from latentmill.storage import Storage
-
-ERRORS_KEY = "latentmill.errors"
-"""Metadata key of a shard's error rows, JSON."""
 
 
 class Shards(Protocol):
@@ -47,6 +45,12 @@ class Write(Stage):
 
     def __call__(self, batch: pa.Table, reject: Reject) -> pa.Table:
         return self.sink.pack(batch)
+
+    def probe(self) -> str:
+        """The name of a file that it has just made where shards go, for the driver to look for."""
+        name = f".tmp/{uuid.uuid4().hex}-probe"
+        self.store.create(name, b"")
+        return name
 
     def commit(self, shard: int, packed: Sequence[pa.Table], errors: Sequence[Mapping[str, Any]]) -> bool:
         """Publish a shard; False if another driver had, whose rows and errors then stand.
@@ -82,7 +86,8 @@ class Write(Stage):
                     raise RuntimeError(f"shard {shard}: the file just written has not the errors that were written")
 
         first = publish(self.store, name, lambda temporary: self.sink.write(temporary, table, about), check)
-        copy_errors(self.store, shard, self.sink)
+        with self.store.open(name) as file:  # the winner's, whoever that is
+            copy_errors(self.store, shard, error_lines(dict(self.sink.metadata(file))))
         return first
 
     def _reason(self, reason: str) -> str:
@@ -126,54 +131,6 @@ def in_a_line(reason: str) -> str:
     """A reason as people can read it: whatever a plugin or a row put in, one line of at most 1000 characters."""
     line = "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in reason.strip())
     return line if len(line) <= 1000 else f"{line[:990]} [cut off]"
-
-
-def data_name(shard: int, sink: Sink) -> str:
-    """Where a shard's data is, or will be."""
-    return f"data/{shard:05d}{sink.suffix}"
-
-
-def errors_name(shard: int) -> str:
-    """Where a shard's errors are, if it has any."""
-    return f"errors/{shard:05d}.jsonl"
-
-
-def done_shards(store: Storage) -> set[int]:
-    """The shards that are committed: what is in ``data/`` is the progress, and nothing else is."""
-    return _numbers(store, "data")
-
-
-def failed_rows(store: Storage) -> dict[int, int]:
-    """How many rows failed in each committed shard that has such."""
-    both = done_shards(store) & _numbers(store, "errors")
-    return {shard: store.read(errors_name(shard)).count(b"\n") for shard in sorted(both)}
-
-
-def _numbers(store: Storage, folder: str) -> set[int]:
-    # One suffix: 00007.parquet.partial or 00007.parquet~, which some tool of a person's left there, is no shard.
-    found = (re.fullmatch(r"(\d+)\.\w+", name, re.ASCII) for name in store.names(folder))
-    return {int(match[1]) for match in found if match}
-
-
-def copy_errors(store: Storage, shard: int, sink: Sink) -> None:
-    """Make ``errors/NNNNN.jsonl`` of a committed shard what its data file says; no file, if no row failed.
-
-    A driver may have died between the two, so call it for each done shard before saying that a dataset is complete.
-    Drivers that do so at the same time write the same.
-    """
-    name, content = errors_name(shard), errors_of(store, shard, sink)
-    if not content:
-        store.delete(name)
-    elif not store.create(name, content) and store.read(name) != content:  # of a file that was there before
-        store.put(name, content)
-
-
-def errors_of(store: Storage, shard: int, sink: Sink) -> bytes:
-    """The error rows that a committed shard's file holds, a line of JSON each."""
-    with store.open(data_name(shard, sink)) as file:
-        errors = json.loads(sink.metadata(file).get(ERRORS_KEY, "[]"))
-    lines = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)
-    return lines.encode("utf-8", "backslashreplace")  # JSON's own escape, of half a surrogate
 
 
 def _require_planned(shard: int, planned: range, found: Sequence[int]) -> None:

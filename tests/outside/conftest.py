@@ -13,19 +13,21 @@ from latentmill.cli import main
 
 
 class Command:
-    """``latentmill`` in this process: what it prints, and the exit code."""
+    """``latentmill`` in this process: what it prints and logs, and the exit code."""
 
-    def __init__(self, capsys):
-        self.capsys = capsys
+    def __init__(self, capsys, caplog):
+        self.capsys, self.caplog = capsys, caplog
         self.code, self.out, self.err = 0, "", ""
 
     def __call__(self, *arguments):
         self.capsys.readouterr()
+        self.caplog.clear()
         try:
             self.code = main([str(argument) for argument in arguments])
         except SystemExit as error:  # argparse
             self.code = error.code
         self.out, self.err = self.capsys.readouterr()
+        self.err += "".join(f"{record.getMessage()}\n" for record in self.caplog.records)
         return self.code
 
     @property
@@ -34,8 +36,8 @@ class Command:
 
 
 @pytest.fixture
-def latentmill(capsys):
-    return Command(capsys)
+def latentmill(capsys, caplog):
+    return Command(capsys, caplog)
 
 
 @pytest.fixture

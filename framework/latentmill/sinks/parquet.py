@@ -116,14 +116,23 @@ class Parquet(Sink):
 
     def row_ids(self, file: BinaryIO) -> list[str]:
         ids: list[str] = []
-        stored = pq.ParquetFile(file, page_checksum_verification=True)
+        stored = opened(file)
         for group in range(stored.num_row_groups):
-            ids += stored.read_row_group(group).column("row_id").to_pylist()
+            ids += stored.read_row_group(group, use_threads=False).column("row_id").to_pylist()
         return ids
 
     def metadata(self, file: BinaryIO) -> dict[str, str]:
-        found = pq.read_schema(file).metadata or {}
+        found = opened(file).schema_arrow.metadata or {}
         return {key.decode(): value.decode() for key, value in found.items()}
+
+
+def opened(file: BinaryIO) -> pq.ParquetFile:
+    """A Parquet file to read in this thread alone: give ``use_threads=False`` to what reads from it, too.
+
+    A thread of Arrow's pool that lets go of a Python file while the interpreter ends takes the process with it
+    ("terminate called without an active exception"), and a command that had done its work exits with 134.
+    """
+    return pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)
 
 
 def _lists(latents: Tensor) -> pa.LargeListArray:

@@ -101,6 +101,9 @@ class Images(Source):
     def ids(self, fragment: Fragment) -> Iterator[str]:
         return map(shown, _run(str(locate(self.path)), fragment.name))
 
+    def reads_from(self, folder: str) -> bool:
+        return Path(folder).resolve().is_relative_to(locate(self.path).resolve())
+
     def _prompt(self, folder: Path, name: str) -> str:
         with open_file(folder, name, self.follow_links) as file:
             try:

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from latentmill import rows, tensors
+from latentmill import rows, storage, tensors
+from latentmill.dataset import Dataset, data_name, load
 from latentmill.plugin import Fragment, LatentSpec, RowError, Source
 from latentmill.sources import ParquetRows, as_id, find, fingerprint, is_small, locate, root
 
@@ -33,11 +34,11 @@ class Latents(Source):
 
     def latent_spec(self) -> LatentSpec:
         """The space of the latents. Raises ValueError if there are no latents."""
-        return self._spec(find(self._data, [".parquet"])[0])
+        return self._spec(self._names()[0])
 
     def fragments(self) -> list[Fragment]:
         """Raises ValueError if there are no latents, or latents of different spaces."""
-        names = find(self._data, [".parquet"])
+        names = self._names()
         spec = self.latent_spec()
         contents = is_small(self._root, names)
         found = []
@@ -93,6 +94,30 @@ class Latents(Source):
     def ids(self, fragment: Fragment) -> Iterator[str | None]:
         assert self.id_column is not None
         return self._file(fragment.name).ids(self.id_column)
+
+    def notices(self) -> list[str]:
+        if self._dataset is None:
+            return []
+        done, shards = len(self._dataset.done()), self._dataset.plan.shards
+        lines = [f"{self.path} is not finished: {done} of its {shards} shards are there"] if done < shards else []
+        foreign = self._dataset.foreign()
+        return lines + [f"{self.path}/data/{name} is no shard of it, and is passed over" for name in foreign]
+
+    def _names(self) -> list[str]:
+        names = find(self._data, [".parquet"])
+        if self._dataset is None:
+            return names
+        ours = {data_name(shard, self._dataset.sink) for shard in self._dataset.done()}
+        kept = [name for name in names if f"data/{name}" in ours]
+        if not kept:
+            raise ValueError(f"{self.path}: none of its shards is there yet")
+        return kept
+
+    @cached_property
+    def _dataset(self) -> Dataset | None:
+        """The dataset, where ``path`` is the folder of one, with its plan."""
+        folder = locate(self.path)
+        return load(storage.at(str(folder))) if (folder / "plan.json").is_file() else None
 
     @cached_property
     def _data(self) -> str:

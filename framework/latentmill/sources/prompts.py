@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Protocol
 import pyarrow as pa
 
 from latentmill.plugin import Fragment, RowError, Source
-from latentmill.sources import ParquetRows, as_id, find, fingerprint, is_small, is_text, plain, root, shown
+from latentmill.sources import ParquetRows, as_id, find, fingerprint, is_small, is_text, locate, plain, root, shown
 from latentmill.sources.images import MAX_PIXELS, Pixels, decode, read_picture
 
 TEXTS = ("prompt", "negative_prompt", "scheduler")
@@ -66,6 +66,9 @@ class Prompts(Source):
 
     def ids(self, fragment: Fragment) -> Iterator[str | None]:
         return self._file(fragment.name).ids()
+
+    def reads_from(self, folder: str) -> bool:
+        return locate(self.path).is_dir() and Path(folder).resolve() == locate(self.path).resolve()
 
     @cached_property
     def _root(self) -> Path:
