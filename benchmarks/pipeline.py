@@ -19,6 +19,7 @@ import pyarrow as pa
 import torch
 
 from latentmill import flow, pool, tensors
+from latentmill.cluster import connect
 from latentmill.plugin import Reject, Stage
 from latentmill.run import drive
 from latentmill.worker import StageWork
@@ -66,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     repeats = parser.parse_args().repeats
-    pool.connect(None)
+    connect(None)
     workers = pool.RayPool([StageWork(name, make, count, num_cpus=0.1) for name, make, count in STAGES])
     specs = tuple(flow.StageSpec(name, BATCH, count) for name, _, count in STAGES)
 

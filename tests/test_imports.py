@@ -10,7 +10,7 @@ ORDER = """
     failpoints plugin weights ids registry schedulers tensors rows job storage plan dataset
     sources sinks
     read encode guidance denoise decode write verify
-    flow leases worker pool inline report run simulate cli
+    flow leases worker cluster pool inline report run simulate cli
     testing
 """.split()
 DOOR = {"job", "plan", "registry", "run"}

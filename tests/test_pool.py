@@ -14,6 +14,7 @@ from ray.cluster_utils import Cluster
 
 import latentmill
 from latentmill import flow, pool, tensors
+from latentmill.cluster import UnreachableError, _require_ray, connect
 from latentmill.plugin import Stage
 from latentmill.run import RunError, drive
 from latentmill.worker import StageWork
@@ -79,7 +80,7 @@ class Write(Stage):
 def cluster():
     there = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 2})
     try:
-        pool.connect(there.address)
+        connect(there.address)
         yield there
     finally:
         ray.shutdown()
@@ -210,6 +211,5 @@ def test_a_job_that_does_not_fit_is_refused_with_nothing_written(tmp_path):
 def test_an_address_at_which_nobody_answers_is_told_at_once(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    with pytest.raises(pool.PlacementError, match=f"nobody answers at cluster.address=127.0.0.1:{port}"):
-        pool._knock(f"127.0.0.1:{port}")
-    pool._knock("auto")
+    with pytest.raises(UnreachableError, match=f"nobody answers at cluster.address=127.0.0.1:{port}"):
+        _require_ray(f"127.0.0.1:{port}")

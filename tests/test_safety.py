@@ -1,7 +1,6 @@
 """Who may enter a cluster that we start, and what a job must not bring out."""
 
 import os
-import stat
 import subprocess
 import sys
 import traceback
@@ -15,12 +14,17 @@ from latentmill.sources.prompts import Prompts
 
 START = """
 import os, sys
-from latentmill import pool
-assert pool.connect(None)
+from latentmill import cluster
+assert cluster.connect(None)
 import ray
-print(ray.get_runtime_context().gcs_address, ray._private.worker._global_node.webui_url or "none", flush=True)
+print(
+    ray.get_runtime_context().gcs_address,
+    ray._private.worker._global_node.webui_url or "none",
+    os.environ["RAY_AUTH_TOKEN"],
+    flush=True,
+)
 sys.stdin.read()
-pool.disconnect()
+cluster.disconnect()
 """
 ENTER = """
 import sys
@@ -40,16 +44,15 @@ def test_a_cluster_that_we_start_lets_in_whoever_has_the_token_and_shows_no_dash
         [sys.executable, "-c", START], env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     try:
-        address, dashboard = driver.stdout.readline().split()
+        address, dashboard, token = driver.stdout.readline().split()
         assert dashboard == "none"
-        token = tmp_path / ".ray" / "auth_token"
-        assert stat.S_IMODE(token.stat().st_mode) == 0o600 and len(token.read_text()) == 64
+        assert not (tmp_path / ".ray").exists() and len(token) == 64
 
         def enter(**other):
             command = [sys.executable, "-c", ENTER, address]
             return subprocess.run(command, env={**environment, **other}, capture_output=True, text=True).stdout.split()
 
-        assert enter(RAY_AUTH_MODE="token") == ["in", "True"]
+        assert enter(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token) == ["in", "True"]
         assert enter(RAY_AUTH_MODE="disabled") == ["refused"]
         assert enter(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64) == ["refused"]
     finally:

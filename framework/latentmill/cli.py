@@ -63,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"latentmill: {said}", file=sys.stderr)
         if isinstance(error, (OutputError, OSError)):
             return 3
-        return 1 if isinstance(error, (RunError, *OUT_OF_MEMORY)) else 2
+        if isinstance(error, (RunError, *OUT_OF_MEMORY)):
+            return 1
+        return int(getattr(error, "exit_code", 2))
 
 
 def _run(options: Any) -> int:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, cast
 
 import ray
@@ -27,6 +23,7 @@ from ray.exceptions import (
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from latentmill.cluster import ClusterError, disconnect, store_environment
 from latentmill.flow import Died, Dispatch, Event, Failed, Finished, Order, Start, Started, Stop
 from latentmill.plugin import Stage
 from latentmill.worker import StageWork, Worker, this_node
@@ -40,56 +37,14 @@ PATIENCE = 60.0
 """Seconds to wait for room on a cluster that would have it if others didn't use it."""
 
 
-class PlacementError(ValueError):
+class PlacementError(ClusterError):
     """The cluster has no room for the job's workers; one line that says which stage asks for what."""
 
 
-def connect(address: str | None) -> bool:
-    """Join the Ray cluster at ``address``, or start one here if it is None; whether that was done, and is ours to end.
+class BusyError(PlacementError):
+    """It would have, and others use it now."""
 
-    Raises PlacementError if there is no cluster at the address.
-    """
-    if ray.is_initialized():
-        return False
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is not None:
-        _knock(address)
-        try:
-            ray.init(address=address, **quiet)
-        except ConnectionError as error:
-            raise PlacementError(
-                f"no Ray cluster at cluster.address={address}: start one, or give HOST:PORT"
-            ) from error
-        return False
-    _make_token()
-    ray.init(address="local", include_dashboard=False, **quiet)  # without it Ray joins any cluster that it finds
-    return True
-
-
-def _make_token() -> None:
-    """Make the token that Ray will ask for, if there is none. Ray's own could be read by everyone on the machine."""
-    wanted = os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
-    if not wanted or os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
-        return
-    path = Path.home() / ".ray" / "auth_token"
-    path.parent.mkdir(exist_ok=True)
-    with suppress(FileExistsError), open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(secrets.token_hex(32))
-
-
-def _knock(address: str) -> None:
-    """Raise PlacementError if nobody listens at ``host:port``; Ray itself tries for two minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdecimal():
-        try:
-            socket.create_connection((host, int(port)), timeout=10).close()
-        except OSError as error:
-            raise PlacementError(f"nobody answers at cluster.address={address}: {error}") from error
-
-
-def disconnect() -> None:
-    """End the cluster that ``connect`` started."""
-    ray.shutdown()
+    exit_code = 4
 
 
 class RayPool:
@@ -122,7 +77,9 @@ class RayPool:
             if self.group is not None and self.free[order.stage]:
                 bundle = self.bundles[order.stage, order.worker] = self.free[order.stage].pop()
                 options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self.group, bundle)
-            actor = _REMOTE.options(**options).remote(os.getcwd(), work.make, work.num_gpus > 0, work.threads)
+            actor = _REMOTE.options(**options).remote(
+                os.getcwd(), store_environment(), work.make, work.num_gpus > 0, work.threads
+            )
             self.actors[order.stage, order.worker] = actor
             ready = actor.ready.remote()
             self.starting[ready], self.asked[ready] = order, time.monotonic()
@@ -252,7 +209,11 @@ class RayPool:
 class _Actor(Worker):
     """As many threads as calls, so that Ray unpacks and packs batches while the stage computes another."""
 
-    def __init__(self, folder: str, make: Callable[[], Stage], gpu: bool, threads: int | None) -> None:
+    def __init__(
+        self, folder: str, environment: Mapping[str, str], make: Callable[[], Stage], gpu: bool, threads: int | None
+    ) -> None:
+        for name, value in environment.items():
+            os.environ.setdefault(name, value)  # what the node says for itself holds
         if os.path.isdir(folder):  # on a cluster that others started, workers begin elsewhere than the driver
             os.chdir(folder)
         super().__init__(make, gpu, threads)
@@ -269,7 +230,7 @@ _REMOTE: Any = cast(Any, ray.remote)(max_restarts=0)(_Actor)
 def _reserve(stages: Sequence[StageWork]) -> tuple[PlacementGroup | None, list[list[int]]]:
     """Reserve a place for every worker, all or none, so that no stage takes what another needs, and their numbers by stage.
 
-    Raises PlacementError if others hold the cluster for longer than PATIENCE.
+    Raises BusyError if others hold the cluster for longer than PATIENCE.
     """
     bundles: list[dict[str, float]] = []
     free: list[list[int]] = []
@@ -287,7 +248,7 @@ def _reserve(stages: Sequence[StageWork]) -> tuple[PlacementGroup | None, list[l
         there = cast(Any, ray).available_resources()
         wants = ", ".join(f"{w.name} {w.replicas} x ({_amounts(_demand(w))})" for w in stages)
         has = ", ".join(f"{name} {there.get(name, 0):g}" for name in sorted({n for b in bundles for n in b}))
-        raise PlacementError(
+        raise BusyError(
             f"the cluster is large enough, but others have been using it for {PATIENCE:g} s: wanted {wants}; free {has}"
         )
     return group, free

@@ -193,14 +193,14 @@ def make_pool(job: Job, plan: Plan, store: Storage) -> Pool:
         from latentmill.inline import InlinePool
 
         return InlinePool(work)
-    from latentmill import pool
+    from latentmill import cluster, pool
 
-    owned = pool.connect(job.cluster.address if job.cluster.kind == "ray" else None)
+    owned = cluster.connect(job.cluster.address if job.cluster.kind == "ray" else None)
     try:
         return pool.RayPool(work, owned, partial(_sees, store))
     except pool.PlacementError:
         if owned:
-            pool.disconnect()
+            cluster.disconnect()
         raise
 
 

@@ -30,13 +30,32 @@ class StorageError(OSError):
     """The store refuses or fails; one line that names it and the file."""
 
 
+class AddressError(ValueError):
+    """What is no place for a dataset; one line that says what one looks like."""
+
+
+CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_ENDPOINT_URL for a store that is not Amazon's)",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+}
+"""For each kind of object store the environment variables that say who one is."""
+METADATA = re.compile(r"169\.254\.169\.254|metadata\.google")
+"""Where a client that was given no credentials asks the machine for some."""
+
+
 def at(output: str, single_writer: bool = False) -> Storage:
     """The storage that ``output`` names: a path, or a URL such as ``s3://bucket/prefix``. Touches nothing yet.
 
-    Credentials and endpoint of an object store are taken from the environment, as its own tools do (``AWS_ACCESS_KEY_ID``,
+    Raises AddressError if it is neither. Credentials and endpoint of an object store are taken from the environment, as its own tools do (``AWS_ACCESS_KEY_ID``,
     ``AWS_ENDPOINT_URL``, ...), and never from a job.
     """
-    return Bucket(output, single_writer) if "://" in output else Folder(output, single_writer)
+    if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", output):
+        if not re.fullmatch(r"[a-z0-9]+://[^/:]+(/[^/].*|/?)", output) or scheme[1] not in CREDENTIALS:
+            places = ", ".join(f"{kind}://BUCKET/PREFIX" for kind in CREDENTIALS)
+            raise AddressError(f"{output} is no place for a dataset: a folder is, or {places}")
+        return Bucket(output, single_writer)
+    return Folder(output, single_writer)
 
 
 class Storage(ABC):
@@ -304,7 +323,11 @@ class Bucket(Storage):
         except (self._errors.BaseError, OSError) as error:  # for some it raises Python's own
             if isinstance(error, FileNotFoundError) and not writes:
                 raise FileNotFoundError(f"{self.url.rstrip('/')}/{name} is not there") from error
-            raise StorageError(f"{self.url.rstrip('/')}/{name}: {_one_line(error)}") from error
+            said = _one_line(error)
+            if METADATA.search(said):
+                variables = CREDENTIALS[self.url.partition(":")[0]]
+                said = f"there are no credentials: set {variables}, here and, if they are other machines, on the nodes"
+            raise StorageError(f"{self.url.rstrip('/')}/{name}: {said}") from error
 
 
 class _Remote(io.RawIOBase):

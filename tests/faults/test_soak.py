@@ -16,7 +16,8 @@ from ray.cluster_utils import Cluster
 from tests.faults.forks import PROMPTS, Forks, command, shards
 
 import latentmill
-from latentmill import pool, storage
+from latentmill import storage
+from latentmill.cluster import connect
 from latentmill.verify import verify
 
 RUNS = int(os.environ.get("RUNS", 3))
@@ -70,7 +71,7 @@ def test_a_driver_killed_three_times(seed, job, forks, tmp_path):
 def cluster():
     there = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     try:
-        pool.connect(there.address)
+        connect(there.address)
         yield there
     finally:
         ray.shutdown()

@@ -17,7 +17,8 @@ from ray.cluster_utils import Cluster
 from tests.faults.forks import PROMPTS, Forks, command, shards
 
 import latentmill
-from latentmill import pool, storage
+from latentmill import storage
+from latentmill.cluster import connect
 from latentmill.verify import verify
 
 DOCS = Path(__file__).parents[2] / "docs" / "reliability.md"
@@ -140,7 +141,7 @@ def test_a_fault_of_a_worker_or_node(fault, places, job, folder, monkeypatch):
     patience = ["stages.write.retries=5", *(f"stages.{name}.timeout=4" for name in (*COMPUTING, "write"))]
     place = ["cluster=ray", f"cluster.address={cluster.address}", f"output={folder / 'output'}"]
     try:
-        pool.connect(cluster.address)
+        connect(cluster.address)
         with ThreadPoolExecutor(1) as thread:
             running = thread.submit(latentmill.run, "txt2img", [*settings, *patience, *place])
             while fault == "node removed" and not running.done():

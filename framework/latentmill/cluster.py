@@ -1,0 +1,190 @@
+"""The Ray cluster that a job's workers run on: joined where there is one, or started here for the time of a run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import ray
+from ray._private import services
+
+ray_core: Any = ray._raylet  # whose types are not told
+
+SOCKET_PATH = 107
+"""Bytes that the path of a Unix socket may have on Linux."""
+SESSION = "ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
+"""The longest path of a socket that Ray makes below its temporary folder."""
+ASK = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+"""A call that each Ray cluster answers."""
+STORE_VARIABLES = ("AWS_", "GOOGLE_", "GCS_", "AZURE_")
+"""How the names of environment variables begin that an object store's address and keys stand in."""
+
+
+class ClusterError(ValueError):
+    """The cluster can't be joined or started; one line that says why, and what to do."""
+
+
+class UnreachableError(ClusterError):
+    """There is no cluster at the address, now."""
+
+    exit_code = 4
+
+
+def connect(address: str | None) -> bool:
+    """Join the Ray cluster at ``address``, or start one here if it is None; whether that was done, and is ours to end.
+
+    Raises ClusterError.
+    """
+    if ray.is_initialized():
+        return False
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        _start(quiet)
+        return True
+    if not address.startswith("ray://"):
+        address = _found() if address == "auto" else address
+        _require_ray(address)
+    try:
+        with _outside_of_here():
+            ray.init(address=address, **quiet)
+    except ConnectionError as error:
+        raise UnreachableError(f"no Ray cluster at cluster.address={address}: start one, or give HOST:PORT") from error
+    except (RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise ClusterError(f"cluster.address={address}: {_line(error)}") from error
+    return False
+
+
+def disconnect() -> None:
+    """End the cluster that ``connect`` started."""
+    ray.shutdown()
+
+
+def store_environment() -> dict[str, str]:
+    """The environment variables of the driver that say where an object store is and who may enter.
+
+    They go to the workers as an argument, not in Ray's runtime environment, which everybody who may look at the cluster can read.
+    """
+    return {name: value for name, value in os.environ.items() if name.startswith(STORE_VARIABLES)}
+
+
+# ------------------------------------------------------------------------------------------------------ to start
+
+
+def _start(options: Mapping[str, Any]) -> None:
+    if not os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
+        # A token of this process's own, should Ray ask for one. In ~/.ray, where Ray would put it, it would also be sent to
+        # clusters that others started, and Ray turns tokens on for whoever has that file.
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ.setdefault("HOME", tempfile.gettempdir())  # a container's user of a number alone has none
+    try:
+        with _outside_of_here():
+            # Without "local" Ray joins any cluster that it finds.
+            ray.init(address="local", include_dashboard=False, _temp_dir=_temporary(), **options)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise ClusterError(
+            f"Ray can't be started here: {_line(error)}. It needs a folder for sockets (RAY_TMPDIR, else TMPDIR) that it may "
+            "write, and /dev/shm; cluster=inline needs no Ray"
+        ) from error
+
+
+def _temporary() -> str | None:
+    """A folder for Ray's sockets, where its own choice has too long a name; None leaves it the choice."""
+    wanted = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(os.path.join(wanted, SESSION).encode()) <= SOCKET_PATH:
+        return None
+    short = Path("/tmp", f"latentmill-{os.getuid()}")
+    short.mkdir(mode=0o700, exist_ok=True)
+    return str(short / "ray")
+
+
+@contextmanager
+def _outside_of_here() -> Iterator[None]:
+    """In the root folder: Ray puts the folder that it is started in before all others that its workers import from.
+
+    A ``torch.py`` that lies beside a job would be run by them.
+    """
+    before = os.getcwd()
+    os.chdir("/")
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+# ------------------------------------------------------------------------------------------------------- to join
+
+
+def _found() -> str:
+    """``HOST:PORT`` of the cluster that this machine is a node of, or that RAY_ADDRESS names."""
+    try:
+        return str(services.canonicalize_bootstrap_address_or_die("auto"))
+    except ConnectionError as error:
+        raise UnreachableError(
+            "cluster.address=auto: no Ray cluster is running on this machine: start one, or give HOST:PORT"
+        ) from error
+
+
+def _require_ray(address: str) -> None:
+    """Raise unless a Ray cluster answers at ``HOST:PORT``, and see to the token that it asks for, or that it doesn't."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ClusterError(f"cluster.address must be auto or HOST:PORT, not {address!r}")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise UnreachableError(f"nobody answers at cluster.address={address}: {error}") from error
+    if os.environ.get("RAY_USE_TLS", "0") != "0":
+        return
+    answer = _ask(address, ())
+    if answer in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        raise ClusterError(
+            f"what answers at cluster.address={address} is not a Ray cluster: the port of its head is meant (6379 unless "
+            "set otherwise), not that of its dashboard or job server (8265)"
+        )
+    wants_token = answer is grpc.StatusCode.UNAUTHENTICATED
+    if wants_token:
+        token = _token()
+        if token is None:
+            raise ClusterError(
+                f"the Ray cluster at cluster.address={address} asks for a token: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH "
+                "to the file that has it"
+            )
+        if _ask(address, (("authorization", f"Bearer {token}"),)) is grpc.StatusCode.UNAUTHENTICATED:
+            raise ClusterError(f"the Ray cluster at cluster.address={address} refuses this token")
+    # Ray goes by whether this user has a token at all, in ~/.ray/auth_token, and not by whether this cluster wants one.
+    os.environ["RAY_AUTH_MODE"] = "token" if wants_token else "disabled"
+    ray_core.Config.initialize("")
+
+
+def _ask(address: str, metadata: tuple[tuple[str, str], ...]) -> grpc.StatusCode:
+    with grpc.insecure_channel(address) as channel:
+        try:
+            channel.unary_unary(ASK)(b"", timeout=10, metadata=metadata)
+        except grpc.RpcError as error:
+            code: grpc.StatusCode = error.code()
+            return code
+    return grpc.StatusCode.OK
+
+
+def _token() -> str | None:
+    """The token that Ray would send: of the environment, or of ~/.ray/auth_token."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return None
+
+
+def _line(error: BaseException) -> str:
+    """The first lines of what Ray says, as one."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
