@@ -139,6 +139,8 @@ def test_numbers_may_come_as_tables_make_them():
         ({"steps": "20"}, "steps must be a whole number, not '20'"),
         ({"seed": math.nan}, "seed must be a whole number, not nan"),
         ({"seed": 1e300}, "seed must be a whole number, not 1e+300"),
+        ({"seed": -2}, "seed must be from 0 to 2^64 - 1, or -1 for the row's own, not -2"),
+        ({"seed": 2**64}, "seed must be from 0 to 2^64 - 1, or -1 for the row's own, not 18446744073709551616"),
         ({"guidance_scale": math.nan}, "guidance_scale must be a finite number, not nan"),
         ({"guidance_scale": 10**400}, "guidance_scale must be a finite number, not inf"),
         ({"guidance_scale": "4"}, "guidance_scale must be a number, not '4'"),
@@ -178,7 +180,11 @@ def test_samples_share_their_source_row_and_differ_in_seed():
     source = Given({"prompt": "a"}, {"prompt": "b", "seed": 2**64 - 2}, {"prompt": "c", "seed": -1})
     found, _, _ = read(source, samples=3)
     assert [found[n]["prompt"] for n in range(9)] == ["a"] * 3 + ["b"] * 3 + ["c"] * 3
-    assert [found[n]["seed"] for n in range(9)] == [1000, 1001, 1002, 2**64 - 2, 2**64 - 1, 0, 2**64 - 1, 0, 1]
+    assert [found[n]["seed"] for n in range(9)] == [
+        *[1000, 1001, 1002],
+        *[2**64 - 2, 12345672033774617821, 1848412668411221896],  # hashes of seed and sample
+        *[1006, 1007, 1008],  # -1 is the row's own, as null is
+    ]
     assert source.asked == [("0", 0, 3)]
 
 
@@ -190,7 +196,7 @@ def test_a_declared_id_travels_and_the_seed_hangs_on_it_unless_there_is_one():
     found, rejected, [table] = read(source, samples=2)
     assert table.schema.names == [*rows.SCALARS.names, "id"]
     assert table.column("id").to_pylist() == ["cat", "cat", "horse", "horse"]
-    assert [found[n]["seed"] for n in range(4)] == [300, 301, 7, 8]
+    assert [found[n]["seed"] for n in range(4)] == [300, 301, 7, 2174948161648732372]
     assert rejected == {4: "id must be text, not None", 5: "id must be text, not None"}
     assert read(Given({"id": "cat"}, {}, {}))[2][0].schema == rows.SCALARS  # not declared: any other column
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -45,7 +46,8 @@ class Read(Stage):
     neither row nor job gives a size it keeps its own, less what is over a multiple of ``multiple_of`` pixels, the VAE's
     downscale, cut evenly from both edges. Latents are taken as they are and give the row its size.
 
-    A source's seed counts up over the samples of its row, so that they differ: ``(seed + sample) mod 2**64``.
+    A row's seed from the source is its first sample's, as it stands; ``sample_seed`` of it is that of each further one. -1
+    and null stand for no seed, as in other tools.
     """
 
     def __init__(self, source: Source, plan: Rows, sampling: Sampling, scheduler: str, multiple_of: int = 1) -> None:
@@ -67,7 +69,7 @@ class Read(Stage):
             key = ("time" in values, *((name, tuple(value.shape), value.dtype) for name, value in stored.items()))
             for _, number, sample in wanted:
                 if values["seed"] is not None:
-                    seed = (values["seed"] + sample) % 2**64
+                    seed = sample_seed(values["seed"], sample)
                 elif "id" in values:
                     seed = self.plan.id_seed(values["id"], sample)
                 else:
@@ -125,7 +127,7 @@ class Read(Stage):
             "prompt": text("prompt", value("prompt", job.prompt)),
             "negative_prompt": text("negative_prompt", value("negative_prompt", job.negative_prompt)),
             "scheduler": text("scheduler", value("scheduler", self.scheduler)),
-            "seed": None if found.get("seed") is None else whole("seed", found["seed"]),
+            "seed": own_seed(found.get("seed")),
             "steps": whole("steps", value("steps", job.steps), least=1),
             "guidance_scale": real("guidance_scale", value("guidance_scale", job.guidance_scale)),
             **{name: share(name, value(name, getattr(job, name))) for name in (*rows.PLAIN_GUIDANCE, "strength")},
@@ -221,6 +223,26 @@ def text(name: str, value: Any) -> str:
     except UnicodeEncodeError as error:
         raise RowError(f"{name} holds half a surrogate pair, at character {error.start}") from error
     return value
+
+
+def sample_seed(seed: int, sample: int) -> int:
+    """The seed of a sample of a row whose seed the source says: that one for sample 0, a hash of 64 bits for the others.
+
+    Seeds that counted up would give rows with neighbouring seeds the same pictures.
+    """
+    if sample == 0:
+        return seed
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{sample}".encode(), digest_size=8).digest(), "little")
+
+
+def own_seed(value: Any) -> int | None:
+    """The seed that a source's row says, or None: it says none, or -1. Raises RowError."""
+    seed = None if value is None else whole("seed", value)
+    if seed is None or seed == -1:
+        return None
+    if not 0 <= seed < 2**64:
+        raise RowError(f"seed must be from 0 to 2^64 - 1, or -1 for the row's own, not {seed}"[:200])
+    return seed
 
 
 def whole(name: str, value: Any, least: int | None = None) -> int:
