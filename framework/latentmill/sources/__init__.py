@@ -26,7 +26,9 @@ SMALL = 64 << 20
 
 
 def locate(path: str) -> Path:
-    """The local path that ``path`` stands for. Raises ValueError if it names a package that isn't there."""
+    """The local path that ``path`` stands for. Raises ValueError if it is empty or names a package that isn't there."""
+    if not path.strip():
+        raise ValueError("source.path is empty: name a file, a folder or a glob (. is the working directory)")
     if not path.startswith("pkg://"):
         return Path(path).expanduser()
     package, _, inside = path.removeprefix("pkg://").partition("/")
@@ -59,29 +61,40 @@ def root(path: str) -> Path:
     return fixed
 
 
+def suffix(name: str) -> str:
+    """The ending of a file's name that says what it is, as ``.csv`` or ``.csv.gz``."""
+    stem, last = os.path.splitext(name.lower())
+    return os.path.splitext(stem)[1] + last if last in (".gz", ".zst") else last
+
+
 def find(path: str, suffixes: Collection[str]) -> list[str]:
     """Files that ``path`` means, relative to its root, sorted. Raises ValueError if there are none.
 
-    Of a folder, the files right in it with one of the ``suffixes``; of a glob, all that match and have one.
+    Of a folder, the files right in it with one of the ``suffixes``; of a glob, all that match and have one. Hidden ones
+    are passed over by both.
     """
     at, folder = locate(path), root(path)
     if at.is_file():
-        names = [at.name]
+        found = [at]
     elif at.is_dir():
-        names = [entry.name for entry in at.iterdir() if entry.is_file() and not entry.name.startswith(".")]
+        found = [entry for entry in at.iterdir() if not entry.name.startswith(".")]
     elif _is_glob(str(at)):
-        matches = folder.glob(str(at.relative_to(folder)))
-        names = [match.relative_to(folder).as_posix() for match in matches if match.is_file()]
+        pattern = at.relative_to(folder)
+        hidden = any(part.startswith(".") for part in pattern.parts)  # then they are asked for
+        found = [
+            match
+            for match in folder.glob(str(pattern))
+            if hidden or not any(part.startswith(".") for part in match.relative_to(folder).parts)
+        ]
     else:
         raise ValueError(f"there is no file or folder {path}")
-    if at.is_dir():
-        dangling = [entry.name for entry in at.iterdir() if entry.is_symlink() and not entry.exists()]
-        if lost := [name for name in dangling if os.path.splitext(name)[1].lower() in suffixes]:
-            raise ValueError(f"{path}: {shown(min(lost))} is a link to nothing")
-    known = sorted(name for name in names if os.path.splitext(name)[1].lower() in suffixes)
-    if not known:
-        raise ValueError(f"{path}: no {', '.join(suffixes)} file there")
-    return known
+    known = [file for file in found if suffix(file.name) in suffixes]
+    if lost := [file.name for file in known if file.is_symlink() and not file.exists()]:
+        raise ValueError(f"{path}: {shown(min(lost))} is a link to nothing")
+    names = sorted(file.relative_to(folder).as_posix() for file in known if file.is_file())
+    if not names:
+        raise ValueError(f"{path}: no {', '.join(s for s in suffixes if s.count('.') == 1)} file there")
+    return names
 
 
 def open_file(folder: Path, name: str, follow_links: bool = False) -> BinaryIO:
