@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import unicodedata
 import warnings
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from itertools import islice
 from pathlib import Path
@@ -21,6 +23,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPL
 
 from latentmill.plugin import Fragment, RowError, Source
 from latentmill.sources import SMALL, fingerprint, locate, open_file, shown
+from latentmill.sources.text import MARKS
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 """RGB, ``[H, W, 3]``."""
@@ -37,6 +40,11 @@ SUFFIXES = frozenset(
 MAX_PIXELS = 89_478_485
 """What a picture may have unless a job says otherwise: a quarter of a gibibyte in RGB, as Pillow warns from on."""
 
+CAPTIONS = (".txt", ".caption")
+"""Suffixes, in small letters or others, of a file with a picture's prompt, the first that is there."""
+
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
 RUN = 1000
 """Pictures in a fragment."""
 
@@ -45,12 +53,12 @@ DEPTH = 100
 
 
 class Images(Source):
-    """The pictures below a folder, sorted by path; ``cat.txt`` beside ``cat.png`` is its prompt.
+    """The pictures below a folder, sorted by path; ``cat.txt``, or else ``cat.caption``, beside ``cat.png`` is its prompt.
 
-    A picture is a file with a picture's suffix. Hidden files and all others are passed over, and links to folders are
-    not followed; links to files outside the folder only with ``follow_links``, since a folder that came from elsewhere
-    may hold links to what is nobody's business. With ``id_column: path`` a row's id is its path below the folder. A
-    fragment is a run of at most 1000 pictures, named after its first.
+    A picture is a file with a picture's suffix. Hidden files and all others are passed over. Links to folders, and links
+    to files outside the folder, are followed only with ``follow_links``, since a folder that came from elsewhere may hold
+    links to what is nobody's business. With ``id_column: path`` a row's id is its path below the folder. A fragment is a
+    run of at most 1000 pictures, named after its first.
     """
 
     def __init__(
@@ -61,23 +69,27 @@ class Images(Source):
         if id_column not in (None, "path"):
             raise ValueError(f"id_column must be path, the only one that pictures have, not {id_column!r}")
         self.path, self.max_pixels, self.follow_links, self.id_column = path, max_pixels, follow_links, id_column
+        self._seen = _Seen()
 
     def fragments(self) -> list[Fragment]:
         """Raises ValueError if the folder is missing, has no pictures, or folders in folders without end."""
         folder = locate(self.path)
         if not folder.is_dir():
             raise ValueError(f"there is no folder {self.path}")
-        _entries.cache_clear()
+        _listing.cache_clear()
         contents, size = True, 0
-        for name in _walk(str(folder)):
+        for name in _walk(str(folder), self.follow_links):
             size += _size(folder / name)
             if size > SMALL:
                 contents = False
                 break
-        pictures = _walk(str(folder))
+        self._seen = _Seen()
+        pictures = _walk(str(folder), self.follow_links, seen=self._seen)
         fragments = []
         while run := list(islice(pictures, RUN)):
-            mark = fingerprint(folder, [file for name in run for file in (name, _caption(name))], contents)
+            mark = fingerprint(
+                folder, [file for name in run for file in (name, self._caption(name) or _text(name))], contents
+            )
             fragments.append(Fragment(_run_name(run), len(run), mark))
         if not fragments:
             raise ValueError(f"{self.path}: no pictures there")
@@ -85,13 +97,13 @@ class Images(Source):
 
     def read(self, fragment: str, start: int, stop: int) -> Iterator[Mapping[str, Any] | RowError]:
         folder = locate(self.path)
-        for name in _run(str(folder), fragment)[start:stop]:
+        for name in _run(str(folder), self.follow_links, fragment)[start:stop]:
             at = name
             try:
                 row: dict[str, Any] = {"image": read_picture(folder, name, self.max_pixels, self.follow_links)}
-                at = _caption(name)
-                if os.path.lexists(folder / at):
-                    row["prompt"] = self._prompt(folder, at)
+                if caption := self._caption(name):
+                    at = caption
+                    row["prompt"] = self._prompt(folder, caption)
                 if self.id_column is not None:
                     row["id"] = shown(name)
                 yield row
@@ -99,17 +111,41 @@ class Images(Source):
                 yield RowError(f"{shown(at)}: {error}")
 
     def ids(self, fragment: Fragment) -> Iterator[str]:
-        return map(shown, _run(str(locate(self.path)), fragment.name))
+        return map(shown, _run(str(locate(self.path)), self.follow_links, fragment.name))
+
+    def notices(self) -> list[str]:
+        lines = []
+        if links := self._seen.links:
+            many = (
+                f"{links[0]} is a link to a folder" if len(links) == 1 else f"{len(links)} links to folders, {links[0]}"
+            )
+            lines.append(f"source images: {many}, passed over: source.follow_links=true walks into it")
+        if tables := self._seen.tables:
+            more = f" and {len(tables) - 1} more" if tables[1:] else ""
+            path = shown(f"{self.path.rstrip('/')}/{tables[0]}")
+            columns = "source.columns={image: file_name, prompt: text}"
+            lines.append(
+                f"source images: {tables[0]}{more} is not read: source=prompts source.path={path} '{columns}' reads it"
+            )
+        return lines
+
+    def _caption(self, name: str) -> str | None:
+        """The file with a picture's prompt, if there is one."""
+        folder, _, file = name.rpartition("/")
+        found = _listing(str(locate(self.path) / folder), self.follow_links).captions.get(file)
+        return found and os.path.join(folder, found)
 
     def reads_from(self, folder: str) -> bool:
         return Path(folder).resolve().is_relative_to(locate(self.path).resolve())
 
     def _prompt(self, folder: Path, name: str) -> str:
         with open_file(folder, name, self.follow_links) as file:
-            try:
-                return file.read().decode("utf-8-sig").strip()
-            except UnicodeDecodeError as error:
-                raise RowError(f"not UTF-8, at byte {error.start}") from error
+            content = file.read()
+        encoding = next((encoding for mark, encoding in MARKS.items() if content.startswith(mark)), "utf-8")
+        try:
+            return content.decode(encoding).removeprefix("\ufeff").strip()
+        except UnicodeDecodeError as error:
+            raise RowError(f"not {encoding.upper()}, at byte {error.start}") from error
 
 
 def read_picture(folder: Path, name: str, max_pixels: int = MAX_PIXELS, follow_links: bool = False) -> Pixels:
@@ -223,42 +259,118 @@ def _run_name(names: Sequence[str]) -> str:
 
 
 @lru_cache(maxsize=4)
-def _run(folder: str, fragment: str) -> Sequence[str]:
+def _run(folder: str, follow_links: bool, fragment: str) -> Sequence[str]:
     first, _, count = fragment.rpartition("@")[0].rpartition("+")
     *folders, name = first.split("/")
-    names = list(islice(_walk(folder, [*(f"{part}/" for part in folders), name]), int(count)))
+    names = list(islice(_walk(folder, follow_links, [*(f"{part}/" for part in folders), name]), int(count)))
     if not names or _run_name(names) != fragment:
         raise RuntimeError(f"pictures came or went in {folder} since the job began, at {shown(first)}")
     return names
 
 
-def _walk(folder: str, first: Sequence[str] = (), depth: int = 0) -> Iterator[str]:
-    """Pictures below a folder, as relative paths in the order of their parts; from ``first`` on if that is given."""
-    if depth > DEPTH:
+@dataclass
+class _Seen:
+    """What a walk passed over, and people may miss: links to folders, and tables of captions."""
+
+    links: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
+
+
+def _walk(
+    folder: str,
+    follow_links: bool,
+    first: Sequence[str] = (),
+    above: Sequence[tuple[int, int]] = (),
+    seen: _Seen | None = None,
+    below: str = "",
+) -> Iterator[str]:
+    """Pictures below a folder, as relative paths in the order of their parts; from ``first`` on if that is given.
+
+    ``above`` are the folders that it lies in: a link that leads back to one of them is not followed.
+    """
+    if len(above) > DEPTH:
         raise ValueError(f"{shown(folder[:200])}...: folders in folders, more than {DEPTH} deep")
-    entries = _entries(folder)
-    at = bisect_left(entries, first[0]) if first else 0
-    for name in islice(entries, at, None):
+    status = os.stat(folder)
+    here = status.st_dev, status.st_ino
+    if here in above:
+        return
+    listing = _listing(folder, follow_links)
+    if seen is not None:
+        seen.links += [shown(below + name) for name in listing.links]
+        seen.tables += [shown(below + name) for name in listing.tables]
+    at = bisect_left(listing.names, first[0]) if first else 0
+    for name in islice(listing.names, at, None):
         if name.endswith("/"):
-            below = first[1:] if first and name == first[0] else ()
-            for deeper in _walk(folder + "/" + name[:-1], below, depth + 1):
+            rest = first[1:] if first and name == first[0] else ()
+            inside = folder + "/" + name[:-1]
+            for deeper in _walk(inside, follow_links, rest, [*above, here], seen, below + name):
                 yield name + deeper
         else:
             yield name
 
 
+@dataclass(frozen=True)
+class _Listing:
+    """What is in a folder."""
+
+    names: list[str]
+    """Pictures, and folders with a slash behind; sorted."""
+    captions: dict[str, str]
+    """The file with a picture's prompt."""
+    links: list[str]
+    """To folders, and not to be followed."""
+    tables: list[str]
+    """Captions in one file, as Hugging Face datasets has them."""
+
+
 @lru_cache(maxsize=8)
-def _entries(folder: str) -> list[str]:
+def _listing(folder: str, follow_links: bool) -> _Listing:
+    names, links, tables = [], [], []
+    texts: dict[str, str] = {}
     with os.scandir(folder) as entries:
-        return sorted(
-            entry.name + "/" * entry.is_dir(follow_symlinks=False)
-            for entry in entries
-            if not entry.name.startswith(".")
-            and (entry.is_dir(follow_symlinks=False) or os.path.splitext(entry.name)[1].lower() in SUFFIXES)
-        )
+        for entry in entries:
+            name = entry.name
+            stem, suffix = os.path.splitext(name)
+            if name.startswith("."):
+                continue
+            link = entry.is_symlink() and os.path.isdir(entry.path)
+            if entry.is_dir(follow_symlinks=False) or (link and follow_links):
+                names.append(name + "/")
+            elif suffix.lower() in SUFFIXES:
+                names.append(name)
+            elif suffix.lower() in CAPTIONS:
+                texts[stem] = min(texts.get(stem, name), name, key=_rank)
+            elif name.lower() in TABLES:
+                tables.append(name)
+            elif link:
+                links.append(name)
+    names.sort()
+    return _Listing(names, _captions(names, texts), sorted(links), sorted(tables))
 
 
-def _caption(name: str) -> str:
+def _captions(names: Sequence[str], texts: Mapping[str, str]) -> dict[str, str]:
+    """Which of the ``texts``, files by their names without suffix, belongs to which picture.
+
+    File systems and archives write one letter in several ways: a text that no picture has by its very name is that of
+    the picture whose name has the same letters.
+    """
+    pictures = {name: os.path.splitext(name)[0] for name in names if not name.endswith("/")}
+    exact = set(pictures.values())
+    alike = {unicodedata.normalize("NFC", stem): text for stem, text in texts.items() if stem not in exact}
+    found = {}
+    for name, stem in pictures.items():
+        text = texts.get(stem) or (alike.get(unicodedata.normalize("NFC", stem)) if alike else None)
+        if text is not None:
+            found[name] = text
+    return found
+
+
+def _rank(name: str) -> tuple[int, bool, str]:
+    suffix = os.path.splitext(name)[1]
+    return CAPTIONS.index(suffix.lower()), suffix != suffix.lower(), name
+
+
+def _text(name: str) -> str:
     return os.path.splitext(name)[0] + ".txt"
 
 
