@@ -277,6 +277,7 @@ class _Text:
 
     says_seeds = False
     names: Sequence[str] = ()
+    first = b""
 
     def __init__(self, path: Path, table: _Columns) -> None:
         self.path, self.table = path, table
@@ -295,6 +296,8 @@ class _Text:
             raise ValueError(f"{self.path}: lines of text have no columns, and id_column is {self.table.id_column}")
         if self.table.given:
             raise ValueError(f"{self.path}: lines of text have no columns, and source.columns names some")
+        self.first = next(self.items(lines), b"")
+        lines.unread([self.first] if self.first else [])
 
     def measure(self, lines: Lines) -> int:
         """Read on, to the end of a row, and say how many rows that was."""
@@ -338,6 +341,11 @@ class _Text:
         yield from self.file.notices()
         if self.broken:
             yield "lines that are not UTF-8 will be error rows: if it is another encoding, source.encoding=NAME names it"
+        first = loose(self.first).strip()
+        if first.startswith("{") and _is_json(first):
+            yield "lines of JSON are taken for prompts: let its name end in .jsonl"
+        elif first and {_bare(name) for name in re.split("[,;\t]", first)} <= {_bare(name) for name in COLUMNS}:
+            yield f"the first line, {shown(first)}, is taken for a prompt: if it is a table's header, let its name end in .csv or .tsv"
 
     def close(self) -> None:
         if self._reading is not None:
@@ -553,7 +561,8 @@ class _CSV(_Text):
         if id_column is not None and self.names.count(id_column) != 1:
             raise ValueError(f"{self.path} has no one column {id_column} (id_column), only {_list(self.names)}")
         self.says_seeds = self.table.theirs.get("seed") in self.names
-        self.ours = {column: name for name, column in self.table.theirs.items()}
+        wanted = {"id": id_column, **self.table.theirs}
+        self.wanted = [(name, self.names.index(column)) for name, column in wanted.items() if column in self.names]
 
     def measure(self, lines: Lines) -> int:
         chunk = lines.chunk(self.MARK)
@@ -580,12 +589,11 @@ class _CSV(_Text):
         if item == self.header:
             raise RowError("the header once more: are these several files in one?")
         row: dict[str, Any] = {}
-        for column, text in zip(self.names, item):
-            if column == self.table.id_column:
-                row["id"] = as_id(strict(text, "the id"))
-            name = self.ours.get(column)
-            if name is not None and (text or name == "prompt"):
-                text = strict(text, name)
+        for name, at in self.wanted:
+            text = strict(item[at], "the id" if name == "id" else name)
+            if name == "id":
+                row[name] = as_id(text)
+            elif text or name == "prompt":
                 row[name] = text if name in (*TEXTS, *PICTURES) else _number(name, text)
         return row
 

@@ -174,8 +174,8 @@ class Lines:
 
     def chunk(self, size: int) -> bytes:
         """Whole lines, of ``size`` bytes or somewhat more."""
-        assert not self._back
-        chunk = self.file.read(size)
+        chunk = b"".join(reversed(self._back)) + self.file.read(size)
+        self._back.clear()
         if not chunk.endswith(b"\n"):
             chunk += self.file.readline()
         self.offset += len(chunk)
@@ -224,18 +224,26 @@ def loose(text: bytes) -> str:
 
 
 def strict(text: bytes | str, name: str) -> str:
-    """Text out of UTF-8. Raises RowError."""
+    """Text out of UTF-8, or of what ``loose`` made of it. Raises RowError."""
+    if isinstance(text, str):
+        if text.isascii():
+            return text
+        text = text.encode("utf-8", "surrogateescape")
     try:
-        return (text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text).decode("utf-8")
+        return text.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RowError(f"{name} is not UTF-8, at byte {error.start}") from error
 
 
 def is_blank(line: str) -> bool:
     """Whether a line holds nothing but white space, of any kind that Unicode has, and byte order marks."""
-    return not line.replace("\ufeff", " ").strip()
+    stripped = line.strip()
+    return not stripped or (stripped[0] == "\ufeff" and not stripped.replace("\ufeff", " ").strip())
 
 
 def count_lines(chunk: bytes) -> int:
     """Lines that are not blank."""
-    return sum(map(bool, map(str.strip, loose(chunk).replace("\ufeff", " ").split("\n"))))
+    text = loose(chunk)
+    if "\ufeff" in text:
+        text = text.replace("\ufeff", " ")
+    return sum(map(bool, map(str.strip, text.split("\n"))))
