@@ -117,7 +117,9 @@ class Images(Source):
         lines = []
         if links := self._seen.links:
             many = (
-                f"{links[0]} is a link to a folder" if len(links) == 1 else f"{len(links)} links to folders, {links[0]}"
+                f"{links[0]} is a link to a folder"
+                if len(links) == 1
+                else f"{len(links)} links to folders, {links[0]} first"
             )
             lines.append(f"source images: {many}, passed over: source.follow_links=true walks into it")
         if tables := self._seen.tables:

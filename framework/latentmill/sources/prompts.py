@@ -50,13 +50,13 @@ LIKE = {
 PEEK = 1000
 """Rows of JSON whose keys are looked at before a job starts: each row may have others."""
 
-TWINS = 200_000
+TWINS = 100_000
 """Rows that are looked at, before a job starts, for two that will be the same picture."""
 
 LONGEST = 16 << 20
 """Bytes in which a quote of a CSV file must be closed."""
 
-csv.field_size_limit(max(csv.field_size_limit(), LONGEST))  # the module's own, 131,072, would part a longer cell
+csv.field_size_limit(max(csv.field_size_limit(), 2 * LONGEST))  # the module's own, 131,072, would part a longer cell
 
 
 class Prompts(Source):
@@ -101,14 +101,15 @@ class Prompts(Source):
         if not any(fragment.rows for fragment in found):
             raise ValueError(f"{self.path} has no rows")
         if twins := self._twins(found):
-            self._said[twins] = names
+            self._said[twins] = []
         return found
 
     def notices(self) -> list[str]:
         def which(names: Sequence[str]) -> str:
-            return shown(names[0]) + (f" and {len(names) - 1} more files" if names[1:] else "")
+            more = f" and {len(names) - 1} more files" if len(names) > 1 else ""
+            return f"{shown(names[0])}{more}: " if names else ""
 
-        return [f"source {which(names)}: {line}" for line, names in self._said.items()]
+        return [f"source prompts: {which(names)}{line}" for line, names in self._said.items()]
 
     def read(self, fragment: str, start: int, stop: int) -> Iterator[Mapping[str, Any] | RowError]:
         file = self._file(fragment)

@@ -39,9 +39,6 @@ MARKS = {  # the longer ones first: UTF-16's mark begins UTF-32's
     b"\xfe\xff": "utf-16-be",
 }
 
-MULTIBYTE = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
-"""A character of UTF-8 that is not ASCII."""
-
 IMPROBABLE = re.compile(rb"[\x81\x8d\x8f\x90\x9d\xfe\xff]|[\x80-\xff]{4}")
 """What text in a western language does not hold in cp1252: bytes without a meaning, and runs of letters with accents."""
 
@@ -90,13 +87,13 @@ class TextFile:
         if len(head) > 1 and max(zeros) > len(head) / 5 and min(zeros) < len(head) / 50:
             return "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
         head = head if len(head) < HEAD else head[: head.rfind(b"\n") + 1]
-        if is_utf8(head) or MULTIBYTE.search(head):
+        if is_utf8(head) or _has_utf8(head.split(b"\n")):
             return "utf-8"  # a line of it that is not will be an error row
         if not IMPROBABLE.search(head):
             self.guessed = True
             return "cp1252"
         lines = [line for line in head.split(b"\n") if line.strip()]
-        if sum(map(is_utf8, lines)) < len(lines) / 2:
+        if sum(map(is_utf8, lines)) <= len(lines) / 2:
             names = "source.encoding=NAME, as cp1251, shift_jis or gb18030"
             raise ValueError(f"{self.path} is neither UTF-8 nor UTF-16: write its encoding, {names}")
         return "utf-8"
@@ -141,7 +138,7 @@ class _Decoded(io.RawIOBase):
 
     def _converted(self, piece: bytes) -> bytes:
         text = self.text
-        if text.guessed and not piece.isascii() and (MULTIBYTE.search(piece) or IMPROBABLE.search(piece)):
+        if text.guessed and not piece.isascii() and (_has_utf8(piece.split(b"\n")[1:-1]) or IMPROBABLE.search(piece)):
             raise ValueError(
                 f"{text.path} was taken for {text.encoding}, and further on it is not: write source.encoding="
             )
@@ -207,6 +204,11 @@ def iter_upto(pull: Any, size: int) -> Iterator[bytes]:
     while size > 0 and (piece := pull()):
         yield piece[:size]
         size -= len(piece)
+
+
+def _has_utf8(lines: Iterable[bytes]) -> bool:
+    """Whether a line is UTF-8 and not ASCII: by chance, in another encoding, hardly one ever is."""
+    return any(not line.isascii() and is_utf8(line) for line in lines)
 
 
 def is_utf8(text: bytes) -> bool:
