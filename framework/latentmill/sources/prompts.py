@@ -20,7 +20,19 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from latentmill.plugin import Fragment, RowError, Source
-from latentmill.sources import ParquetRows, as_id, find, fingerprint, is_small, is_text, locate, plain, root, shown, suffix
+from latentmill.sources import (
+    ParquetRows,
+    as_id,
+    find,
+    fingerprint,
+    is_small,
+    is_text,
+    locate,
+    plain,
+    root,
+    shown,
+    suffix,
+)
 from latentmill.sources.images import MAX_PIXELS, Pixels, decode, read_picture
 from latentmill.sources.text import BOM, PIECE, Lines, TextFile, count_lines, is_blank, is_utf8, loose, strict
 
