@@ -70,6 +70,14 @@ class Prompts(Source):
     def reads_from(self, folder: str) -> bool:
         return locate(self.path).is_dir() and Path(folder).resolve() == locate(self.path).resolve()
 
+    def texts(self, fragment: Fragment) -> Iterator[tuple[str | None, str | None]]:
+        file = self._file(fragment.name)
+        told = file.texts() if isinstance(file, _Parquet) else file.read(0, fragment.rows)
+        for row in told:
+            found = ((None if isinstance(row, RowError) else row.get(name)) for name in ("prompt", "negative_prompt"))
+            prompt, negative = (text if isinstance(text, str) else None for text in found)
+            yield prompt, negative
+
     @cached_property
     def _root(self) -> Path:
         return root(self.path)
@@ -282,9 +290,21 @@ class _Parquet:
             except RowError as error:
                 yield error
 
+    def texts(self) -> Iterator[dict[str, Any] | RowError]:
+        """The rows, of their text columns alone."""
+        columns = [name for name in self.columns if name in ("prompt", "negative_prompt")]
+        for piece in self.table.read(0, self.table.rows, columns):
+            yield from piece if isinstance(piece, list) else _texts(piece)
+
     def ids(self) -> Iterator[str | None]:
         assert self.id_column is not None
         return self.table.ids(self.id_column)
+
+
+def _texts(table: pa.Table) -> Iterator[dict[str, Any]]:
+    columns = {name: plain(table.column(name)).to_pylist() for name in table.column_names}
+    for i in range(len(table)):
+        yield {name: value[i] and value[i].decode("utf-8", "replace") for name, value in columns.items()}
 
 
 FORMATS: Mapping[str, type[_Lines | _Parquet]] = {
