@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from latentmill_diffusers import messages as messages  # its filters, wherever the libraries are used
 from latentmill_diffusers import quantized
 
 INDEX = "model_index.json"

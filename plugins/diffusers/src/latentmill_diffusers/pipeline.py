@@ -32,7 +32,7 @@ from latentmill import rows, syntax, tensors
 from latentmill.plugin import LatentSpec, Reject, RowError, Stage
 from latentmill_diffusers.folder import Folder, completed, dtype_of, part_class
 from latentmill_diffusers.messages import quiet
-from latentmill_diffusers.tokens import Watched
+from latentmill_diffusers.tokens import Watched, warning_of
 from latentmill_diffusers.vae import DiffusersVAE
 
 NETWORKS = ("transformer", "unet", "unconditional_transformer")
@@ -240,7 +240,9 @@ class PipelineEncode(Pipeline):
             "max_sequence_length", getattr(self.parameters.get("max_sequence_length"), "default", None)
         )
         for name, prefix in (("prompt", ""), ("negative_prompt", "negative_prompt: ")):
-            text, _ = self.watched.warning(row[name], most, beside=True)
+            begins = " ".join(row[name].lower().split())[:40]  # some pipelines clean their prompts
+            its = [each for each in self.watched.given(most) if begins in " ".join(each.text.lower().split())]
+            text, _ = warning_of(its, row[name])
             warnings += [prefix + text] * bool(row[name] and text)
         kind = json.dumps([_kind(each) for each in returned])
         if kind not in self.forms:

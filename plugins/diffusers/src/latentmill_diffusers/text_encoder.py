@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -133,7 +134,6 @@ class DiffusersTextEncoder(TextEncoder):
         if self.compel:
             import compel
 
-            self._watched = tokens.Watched(self._pipeline)
             self._compel = getattr(compel, COMPEL[self.folder.pipeline])(self._pipeline)
             self._nothing = self._compel("").embeds
 
@@ -159,40 +159,42 @@ class DiffusersTextEncoder(TextEncoder):
                 self._watched = tokens.without_weights(self.folder, self.parts)
                 self._reader._pipeline = self._with_network_s_config(self._watched.pipeline)
                 self._reader._device = torch.device("cpu")
-                self._read("")
-                self._room = self._watched.room - 8  # some tokens begin and end the text
-            return self._read(prompt)
+                self._room = (
+                    min((t.limit - t.tokens for t in self._read("")), default=math.inf) - 8
+                )  # of those that end it
+            return tokens.warning_of(self._read(prompt), prompt)
         if self._compel is None:
             return "", False
-        self._watched.seen.clear()
-        for name in ("compel", "compel_1", "compel_2"):
-            if hasattr(self._compel, name):
-                _tokens(getattr(self._compel, name), prompt)
-        return self._watched.warning(prompt)
+        readers = [getattr(self._compel, name) for name in ("compel_1", "compel_2") if hasattr(self._compel, name)]
+        with quiet(self._pipeline):
+            return tokens.warning_of([each for reader in readers for each in _cut_by_compel(reader, prompt)], prompt)
 
-    def _read(self, prompt: str) -> tuple[str, bool]:
+    def _read(self, prompt: str) -> list[tokens.Tokenized]:
         assert self._reader is not None
         self._watched.seen.clear()
         with torch.inference_mode():
             self._reader._encoded([prompt], negative=False)
         most = self._reader._defaults().get("max_sequence_length")
-        return self._watched.warning(prompt, self.asked.get("max_sequence_length", most))
+        found: list[tokens.Tokenized] = self._watched.given(self.asked.get("max_sequence_length", most))
+        return found
 
     def check(self, prompt: str) -> None:
+        if self._compel is not None:
+            self._check_compel(prompt)
         if self.long_prompts == "error":
             text, lost = self._cut(prompt)
             if lost:
                 raise RowError(text)
-        if self._compel is None:
-            return
+
+    def _check_compel(self, prompt: str) -> None:
         reader = self._compel.compel if hasattr(self._compel, "compel") else self._compel.compel_2
         try:
-            tokens = _tokens(reader, prompt)
+            count = _tokens(reader, prompt)
         except Exception as error:  # compel's own, and pyparsing's
             raise RowError(f"compel can't read the prompt {prompt!r}: {' '.join(str(error).split())}") from error
-        if tokens > self._length:
+        if count > self._length:
             raise RowError(
-                f"a prompt of {tokens} tokens, by pieces of {len(self._nothing[0])}, and max_length is {self._length}"
+                f"a prompt of {count} tokens, by pieces of {len(self._nothing[0])}, and max_length is {self._length}"
             )
 
     @property
@@ -262,6 +264,18 @@ class DiffusersTextEncoder(TextEncoder):
         return required | {name: value for name, value in told.items() if value not in (None, inspect.Parameter.empty)}
 
 
+def _cut_by_compel(reader: Any, prompt: str) -> Iterator[tokens.Tokenized]:
+    """The pieces of a prompt that are cut off each for itself, as compel does it for FLUX.1; none where it makes more pieces."""
+    provider = reader.conditioning_provider
+    if provider.truncate_to_model_max_length:
+        ends = len(provider.bos_sequence) + len(provider.eos_sequence)
+        for part in reader.parse_prompt_string(prompt).prompts:
+            for blended in getattr(part, "prompts", [part]):
+                texts = [child.text for child in blended.children]
+                ids = provider.get_token_ids(texts, include_start_and_end_markers=False, truncation_override=False)
+                yield tokens.Tokenized(prompt, sum(map(len, ids)) + ends, provider.max_token_count)
+
+
 def _tokens(reader: Any, prompt: str) -> int:
     """How many tokens a prompt comes to, with those that its pieces are filled up with. Raises what compel does."""
     total = 0
@@ -271,7 +285,7 @@ def _tokens(reader: Any, prompt: str) -> int:
             if blended.wants_cross_attention_control:
                 raise ValueError(".swap() changes attention inside the network, which no job does")
             texts = [child.text for child in blended.children]
-            tokens, *_ = reader.conditioning_provider.get_token_ids_and_expand_weights(texts, [1.0] * len(texts), "cpu")
-            lengths.append(len(tokens))
+            ids, *_ = reader.conditioning_provider.get_token_ids_and_expand_weights(texts, [1.0] * len(texts), "cpu")
+            lengths.append(len(ids))
         total += max(lengths)
     return total

@@ -35,29 +35,26 @@ class Watched:
             if name.startswith("tokenizer") and part is not None:
                 _watch(part if hasattr(part, "model_max_length") else part.tokenizer, self.seen)
 
-    @property
-    def room(self) -> float:
-        """Tokens that are left beside what was encoded just now."""
-        return min((each.limit - each.tokens for each in self.seen), default=float("inf"))
+    def given(self, most: int | None) -> list[Tokenized]:
+        """What was encoded just now; ``most`` is the pipeline's ``max_sequence_length``."""
+        if self.behind is None or most is None:
+            return list(self.seen)
+        return [Tokenized(t.text, t.tokens, min(t.limit, most + self.behind)) for t in self.seen]
 
-    def warning(self, prompt: str, most: int | None = None, beside: bool = False) -> tuple[str, bool]:
-        """What to say of a prompt that was encoded just now, "" if nothing; and whether some of it is read by no encoder.
 
-        ``most`` is the pipeline's ``max_sequence_length``. ``beside``: other texts were encoded with it, and are not meant.
-        """
-        begins = " ".join(prompt.lower().split())[:40]
-        seen = [each for each in self.seen if not beside or begins in " ".join(each.text.lower().split())]
-        if self.behind is not None and most is not None:
-            seen = [Tokenized(t.text, t.tokens, min(t.limit, most + self.behind)) for t in seen]
-        cut = [each for each in seen if each.tokens > each.limit]
-        if not cut:
-            return "", False
-        lost = len(cut) == len(seen)
-        limit = max(each.limit for each in cut)
-        more = ", with what the pipeline adds to it," if min(len(t.text) for t in seen) > len(prompt) + 8 else ""
-        rest = "the rest is cut off" if lost else "another of its text encoders reads more"
-        which = "the text encoder" if lost else "one text encoder of the model"
-        return f"the prompt{more} is longer than the {limit} tokens that {which} reads: {rest}", lost
+def warning_of(seen: Sequence[Tokenized], prompt: str) -> tuple[str, bool]:
+    """What to say of a prompt that was tokenized so, "" if nothing; and whether some of it is read by no text encoder."""
+    cut = [each for each in seen if each.tokens > each.limit]
+    if not cut:
+        return "", False
+    lost, limit = len(cut) == len(seen), max(each.limit for each in cut)
+    more = ", with what the pipeline adds to it," if min(len(each.text) for each in seen) > len(prompt) + 8 else ""
+    which, rest = (
+        ("the text encoder", "the rest is cut off")
+        if lost
+        else ("one text encoder of the model", "another of them reads more")
+    )
+    return f"the prompt{more} is longer than the {limit} tokens that {which} reads: {rest}", lost
 
 
 def _named(pipeline: Any, name: str) -> bool:
@@ -73,12 +70,7 @@ def _watch(tokenizer: Any, seen: list[Tokenized]) -> None:
             limit = int(named.get("max_length") or self.model_max_length)
             special = named.get("add_special_tokens", True)
             for one in [text] if isinstance(text, str) else text:
-                if (
-                    one.isascii() and len(one) + 8 <= limit
-                ):  # a token has a character or more; some begin and end the text
-                    tokens = len(one)
-                else:
-                    tokens = len(cls.__call__(self, one, add_special_tokens=special, verbose=False)["input_ids"])
+                tokens = len(cls.__call__(self, one, add_special_tokens=special, verbose=False)["input_ids"])
                 seen.append(Tokenized(one, tokens, limit))
         return cls.__call__(self, text, *args, **named)
 
