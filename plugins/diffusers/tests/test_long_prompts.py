@@ -2,10 +2,12 @@
 
 import json
 import logging
+import shutil
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import latentmill
 from latentmill.plugin import RowError
@@ -120,3 +122,18 @@ def test_compel_cuts_prompts_of_flux_off_as_well(model):
     assert encoder.warn("a (red fox)1.3") == ""
     assert encoder.warn("(x)1.2 " * 40 + "x " * 40) == PARTLY
     assert encoder.warn(LONG).endswith("the 512 tokens that the text encoder reads: the rest is cut off")
+
+
+def test_what_the_libraries_log_while_they_load_reaches_the_driver(model, tmp_path, caplog):
+    """Weights that no layer takes: of diffusers and of transformers. And nothing of what isn't worth a line."""
+    folder = tmp_path / "model"
+    shutil.copytree(model("StableDiffusionPipeline"), folder)
+    for part in ("unet/diffusion_pytorch_model", "text_encoder/model"):
+        state = load_file(file := folder / f"{part}.safetensors")
+        save_file(state | {"left.over": torch.zeros(1)}, file, metadata={"format": "pt"})
+    with caplog.at_level(logging.WARNING, "latentmill"):
+        run(tmp_path, folder, "model=diffusers", "scheduler=model")
+    heard = [record.getMessage() for record in caplog.records if record.name == "latentmill"]
+    assert sum(line.startswith("denoise: diffusers.") and "left.over" in line for line in heard) == 1
+    assert sum(line.startswith("encode: transformers.") and "left.over" in line for line in heard) == 1
+    assert len(heard) == 2, heard
