@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -59,7 +60,7 @@ class Hearing:
         return taken
 
     def _hear(self, text: str, line: tuple[str, int]) -> None:
-        text = " ".join(text.split())
+        text = " ".join(re.sub(r"\x1b\[[\d;]*m", "", text).split())  # some write in colours
         if text not in self._known and self._of_line[line] < EACH:
             self._of_line[line] += 1
             self._known.add(text)

@@ -19,6 +19,7 @@ UNHEARD: Mapping[str, tuple[str, ...]] = {
     "transformers.utils.generic": ("are deprecated.",),
     "torch.utils._pytree": ("is now natively supported",),
     "torchao": ("Failed to load",),  # its kernels, which are for some GPUs
+    "torchao.kernel.intmm": ("Detected no triton",),
     "diffusers.quantizers.torchao.torchao_quantizer": (
         "Unable to import `torchao` Tensor objects",
     ),  # of quantised files
