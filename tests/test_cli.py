@@ -23,6 +23,7 @@ STATUS = {
     "success": True,
     "lost": 0,
     "foreign": [],
+    "warnings": {},
 }
 
 

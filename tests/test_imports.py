@@ -7,10 +7,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "framework" / "latentmill"
 ORDER = """
-    failpoints plugin weights ids registry schedulers tensors rows job storage plan dataset
+    failpoints plugin weights syntax ids registry schedulers tensors rows job storage plan dataset
     sources sinks
     read encode guidance denoise decode write verify
-    flow leases worker cluster pool inline report run simulate cli
+    flow leases hearing worker cluster pool inline report run simulate cli
     testing
 """.split()
 DOOR = {"job", "plan", "registry", "run"}
@@ -84,7 +84,15 @@ def test_the_door_opens_only_public_rooms():
 def test_plugins_import_the_contract_and_what_goes_with_it():
     for path in sorted(ROOT.parents[1].glob("plugins/*/src/*/*.py")):
         if path.name != "evaluate.py":  # measures whole stages, as a user would
-            allowed = {"plugin", "weights", "tensors", "rows", "schedulers", "testing"}  # schedulers: its noise paths
+            allowed = {
+                "plugin",
+                "weights",
+                "syntax",
+                "tensors",
+                "rows",
+                "schedulers",
+                "testing",
+            }  # schedulers: its noise paths
             assert units(imports(path, path.parents[1])) <= allowed, path
 
 

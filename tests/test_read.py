@@ -115,11 +115,12 @@ def test_the_row_s_values_stand_over_the_job_s():
         "scheduler": "euler",
         "width": 64,
         "height": 32,
+        "warning": "",
     }
     assert found[0] == {"row": 0, "row_id": "000000000", "seed": 1000, **job}
     assert found[1] == {"row": 1, "row_id": "000000001", "seed": 1001, **job}
     del own["something else"]
-    assert found[2] == {"row": 2, "row_id": "000000002", **own, "guidance_scale": 1.0}
+    assert found[2] == {"row": 2, "row_id": "000000002", **own, "guidance_scale": 1.0, "warning": ""}
 
 
 def test_numbers_may_come_as_tables_make_them():

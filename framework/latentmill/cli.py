@@ -118,6 +118,7 @@ def _plan(options: Any) -> int:
     print(f"hash     {plan.hash}")
     for line in [
         *planning.notices(built),
+        *planning.foreign_prompts(job, built, plan),
         *(f"{job.output}/data/{name} is no shard of this dataset" for name in there.foreign()),
     ]:
         print(f"notice   {line}")
@@ -138,6 +139,8 @@ def _status(options: Any) -> int:
     print(f"{now['shards_done']:,} of {now['shards']:,} shards")
     for name in now["foreign"]:
         print(f"data/{name} is no shard of this dataset")
+    for text, rows in now["warnings"].items():
+        print(f"warning: {rows:,} rows: {text}")
     return 0
 
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from latentmill import plan as planning
 from latentmill import registry
@@ -23,8 +24,12 @@ from latentmill.plan import Plan, PlanError
 from latentmill.plugin import Sink
 from latentmill.storage import Storage, StorageError
 
+T = TypeVar("T")
+
 ERRORS_KEY = "latentmill.errors"
 """Metadata key of a shard's error rows, JSON."""
+WARNINGS_KEY = "latentmill.warnings"
+"""Metadata key of how many of a shard's rows have which warning, JSON; not there if none has any."""
 PLAN_KEY = "latentmill.plan"
 """Metadata key of the hash of the plan that a shard is of."""
 RETRIED = "retried"
@@ -127,6 +132,21 @@ class Dataset:
         failed = sum(self.store.read(errors_name(shard)).count(b"\n") for shard in self.failed_shards())
         return sum(len(self.plan.shard_rows(shard)) for shard in self.done()) - failed, failed
 
+    def warnings(self) -> dict[str, int]:
+        """How many rows of the shards that are there have which warning, the most frequent first. Reads metadata alone."""
+
+        def of(shard: int) -> dict[str, int]:
+            try:
+                found: dict[str, int] = json.loads(self.about(shard).get(WARNINGS_KEY, "{}"))
+            except (PlanError, FileNotFoundError):  # of which a run and verify tell
+                return {}
+            return found
+
+        total: Counter[str] = Counter()
+        for found in self._each(of, self.done()):
+            total.update(found)
+        return dict(total.most_common())
+
     def failed_shards(self) -> list[int]:
         """The shards that are there and have an error file."""
         return sorted(_numbers(self.store.names("errors"), ".jsonl") & self.done())
@@ -172,7 +192,7 @@ class Dataset:
             if f"-{RETRIED}-" in name and shard in done:
                 self.store.delete(name)
 
-    def _each(self, what: Callable[[int], object], shards: set[int]) -> Iterator[object]:
+    def _each(self, what: Callable[[int], T], shards: set[int]) -> Iterator[T]:
         with ThreadPoolExecutor(16) as threads:  # a store answers in its own time; all at once is one time
             yield from threads.map(what, sorted(shards))
 

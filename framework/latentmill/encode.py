@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from latentmill import rows, tensors
+from latentmill import rows, syntax, tensors
 from latentmill.plugin import VAE, Conditioning, LatentSpec, Reject, RowError, Stage, TextEncoder
 
 
@@ -18,7 +18,7 @@ class Encode(Stage):
     """Adds ``latents``, and ``prompt:*`` and ``negative:*`` where there is a text encoder.
 
     A picture becomes the mean of the VAE's posterior. A row without picture and latents starts from an empty latent of
-    its width and height. ``keep_image`` passes the picture on as ``source_image``, to measure a reconstruction against;
+    its width and height. What of a prompt the encoder will not read becomes the row's warning. ``keep_image`` passes the picture on as ``source_image``, to measure a reconstruction against;
     ``latents_std`` adds the posterior's standard deviation, which is 0 where there was no picture.
     """
 
@@ -43,16 +43,25 @@ class Encode(Stage):
     @torch.inference_mode()
     def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
         groups = defaultdict(list)
+        warnings: list[Sequence[str]] = [()] * len(batch)
+        told: dict[str, list[str]] = {}
         columns = ["prompt", "negative_prompt", "scheduler", "width", "height"]
         for i, row in enumerate(batch.select(columns).to_pylist()):
             try:
                 if self.text_encoder is not None:
                     self.text_encoder.check(row["prompt"])
                     self.text_encoder.check(row["negative_prompt"])
+                    for name in ("prompt", "negative_prompt"):
+                        if row[name] not in told:  # samples of one prompt stand side by side
+                            told[row[name]] = of_prompt(self.text_encoder, row[name])
+                    negative = [f"negative_prompt: {text}" for text in told[row["negative_prompt"]]]
+                    warnings[i] = [*told[row["prompt"]], *negative]
                 shape = self.vae.spec.shape(row["height"], row["width"])
                 groups[shape, row["scheduler"] if self.text_encoder is not None else ""].append(i)
             except RowError as error:
                 reject(i, str(error))
+        if any(warnings):
+            batch = rows.warned(batch, warnings)
         for (shape, scheduler), members in groups.items():
             part = batch if len(members) == len(batch) else batch.take(members)
             slots, size = rows.slots(part, self.fixed)
@@ -140,6 +149,11 @@ class Encode(Stage):
         index = {prompt: i for i, prompt in enumerate(unique)}
         order = torch.tensor([index[prompt] for prompt in prompts])
         return {name: tensor.cpu()[order] for name, tensor in encode(unique).items()}
+
+
+def of_prompt(encoder: TextEncoder, prompt: str) -> list[str]:
+    """What of a prompt the encoder will not read as it is meant."""
+    return [*syntax.told(prompt, encoder.reads), *filter(None, [encoder.warn(prompt)])]
 
 
 def not_finite(part: pa.Table) -> dict[int, str]:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from latentmill.flow import Died, Dispatch, Event, Failed, Finished, Order, Start, Started, Stop
+from latentmill.hearing import Telling
 from latentmill.worker import Block, Call, Outcome, StageWork, Worker
 from latentmill.write import in_a_line
 
@@ -18,6 +19,7 @@ class InlinePool:
 
     def __init__(self, stages: Sequence[StageWork]) -> None:
         self.stages = stages
+        self.tell = Telling()
         self.workers: dict[int, Worker] = {}
         self.orders: deque[Order] = deque()
         self.calls: dict[int, tuple[Dispatch, Call]] = {}
@@ -45,7 +47,8 @@ class InlinePool:
             work = self.stages[order.stage]
             try:
                 if order.stage not in self.workers:
-                    self.workers[order.stage] = Worker(work.make, work.num_gpus > 0, work.threads)
+                    self.workers[order.stage] = worker = Worker(work.make, work.num_gpus > 0, work.threads)
+                    self.tell(work.name, worker.hearing.take())
             except Exception as error:
                 return [Died(order.stage, order.worker, in_a_line(f"{type(error).__name__}: {error}"), at_start=True)]
             return [Started(order.stage, order.worker)]
@@ -73,6 +76,7 @@ class InlinePool:
 
     def _finished(self, order: Dispatch, outcome: Outcome, block: Block) -> Event:
         self.blocks[order.id] = block
+        self.tell(self.stages[order.stage].name, outcome.heard)
         return Finished(order.id, outcome.parts, outcome.rejected)
 
     def release(self, block: int) -> None:

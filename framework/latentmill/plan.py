@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
-from itertools import accumulate
+from itertools import accumulate, chain, islice
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from latentmill import ids, registry
+from latentmill import ids, registry, syntax
 from latentmill.job import Job, without_secrets
 from latentmill.plugin import (
     VAE,
@@ -27,6 +28,7 @@ from latentmill.plugin import (
     Scheduler,
     Sink,
     Source,
+    Stage,
     TextEncoder,
 )
 from latentmill.schedulers import grids
@@ -256,6 +258,34 @@ def notices(built: Parts) -> list[str]:
     plugins = (built.source, built.sink, built.vae, built.text_encoder, built.denoiser, *built.schedulers.values())
     lines = [line for plugin in plugins if plugin is not None for line in plugin.notices()]
     return list(dict.fromkeys(lines))
+
+
+READ_BY_PLAN = 1_000_000
+"""Prompts that ``plan`` looks into, at most."""
+
+
+def foreign_prompts(job: Job, built: Parts, plan: Plan) -> list[str]:
+    """How many rows of the source hold prompts in another tool's language, a line for each kind. Reads their texts alone."""
+    readers = [built.text_encoder] if built.text_encoder is not None else _stages(job)
+    reads = next((reader.reads for reader in readers if reader.reads is not None), None)
+    if reads is None:
+        return []
+    default = job.sampling.prompt, job.sampling.negative_prompt
+    texts = chain.from_iterable(built.source.texts(fragment) for fragment in plan.fragments)
+    found: Counter[str] = Counter()
+    looked_at = 0
+    for both in islice(texts, READ_BY_PLAN):
+        looked_at += 1
+        prompt, negative = (default[k] if text is None else text for k, text in enumerate(both))
+        found.update(syntax.told(prompt, reads))
+        found.update(f"negative_prompt: {line}" for line in syntax.told(negative, reads))
+    first = "first " * (looked_at == READ_BY_PLAN)
+    return [f"{rows:,} of the {first}{looked_at:,} rows: {line}" for line, rows in found.most_common()]
+
+
+def _stages(job: Job) -> list[Stage]:
+    """The stages of a job that are plugins, built and not yet loaded."""
+    return [registry.build("stage", stage_choice(job, name)) for name in job.flow if name not in BUILT_IN]
 
 
 def stage_choice(job: Job, name: str) -> dict[str, Any]:

@@ -242,6 +242,10 @@ class VAE(Plugin, ABC):
 class TextEncoder(Plugin, ABC):
     """Prompts to conditioning."""
 
+    reads: Mapping[str, str | None] = {}
+    """What it does with other tools' syntax, by the names in ``latentmill.syntax.KINDS``: None for a kind that it reads as it is
+    meant, else what a person should do instead. Kinds that are not here are read as words."""
+
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning of B prompts. ``""`` is the unconditional prompt.
@@ -255,6 +259,13 @@ class TextEncoder(Plugin, ABC):
 
     def check(self, prompt: str) -> None:
         """Raise RowError, naming the cause, for a prompt that can't be encoded. Needs no weights."""
+
+    def warn(self, prompt: str) -> str:
+        """What of a prompt that ``check`` has passed will not be read, or "": it stands in the row's ``warning``.
+
+        The same words for all prompts of a kind, so that rows can be counted by them. Needs no weights.
+        """
+        return ""
 
 
 class Denoiser(Plugin, ABC):
@@ -328,7 +339,7 @@ class Source(Plugin, ABC):
         a uint8 RGB array ``[H, W, 3]``; ``mask``, one of its size, light where the picture is to be painted anew;
         ``latents``, a float array ``[C, h, w]`` of the space that ``latent_spec`` names, and with half-way ones ``time``, ``trajectory`` and ``state``
         as our own job stored them; with ``id_column``, ``id``, text that no other row has, from which the row's seed is
-        hashed. None stands for the job's value; others are left out.
+        hashed; ``warning``, what people should know of a row that is used all the same. None stands for the job's value; others are left out.
         """
 
     def ids(self, fragment: Fragment) -> Iterator[str | None]:
@@ -343,6 +354,13 @@ class Source(Plugin, ABC):
         """Whether files that come into this local folder, or below it, would be the source's: no job may write there."""
         return False
 
+    def texts(self, fragment: Fragment) -> Iterator[tuple[str | None, str | None]]:
+        """Prompt and negative prompt of a fragment's rows, in order; None for one that a row doesn't have or that is bad.
+
+        Asked by ``plan``, to look for what no text encoder reads. No picture may be decoded for it. Without, it doesn't look.
+        """
+        return iter(())
+
     def latent_spec(self) -> LatentSpec | None:
         """The space of the latents that this source reads, or None if it reads none."""
         return None
@@ -350,6 +368,9 @@ class Source(Plugin, ABC):
 
 class Stage(Plugin, ABC):
     """Work on a batch on its way: a filter, an upscaler, a scorer. Put into a job by its name in ``flow``."""
+
+    reads: Mapping[str, str | None] | None = None
+    """Of a stage that encodes prompts: as TextEncoder's."""
 
     @abstractmethod
     def __call__(self, batch: pa.Table, reject: Reject) -> pa.Table | Iterable[pa.Table]:

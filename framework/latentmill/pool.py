@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from latentmill.cluster import ClusterError, disconnect, store_environment
 from latentmill.flow import Died, Dispatch, Event, Failed, Finished, Order, Start, Started, Stop
+from latentmill.hearing import Telling
 from latentmill.plugin import Stage
 from latentmill.worker import StageWork, Worker, this_node
 from latentmill.write import Write, in_a_line
@@ -55,6 +56,7 @@ class RayPool:
     ) -> None:
         """``sees`` says whether a file that a worker has written is there for the driver, too."""
         self.stages, self.owns_cluster, self.sees = stages, owns_cluster, sees
+        self.tell = Telling()
         self.actors: dict[tuple[int, int], Any] = {}
         self.starting: dict[Any, Start] = {}
         self.asked: dict[Any, float] = {}
@@ -114,7 +116,8 @@ class RayPool:
                 start = self.starting.pop(reference)
                 self.asked.pop(reference, None)
                 try:
-                    where, probe = ray.get(reference)
+                    where, probe, heard = ray.get(reference)
+                    self.tell(self.stages[start.stage].name, heard)
                 except GONE as error:
                     dead[start.stage, start.worker] = error
                     continue
@@ -144,6 +147,8 @@ class RayPool:
             else:
                 del self.flying[reference]
                 parts, rejected = ((), ()) if order.kind == "commit" else (outcome.parts, outcome.rejected)
+                if order.kind != "commit":
+                    self.tell(self.stages[order.stage].name, outcome.heard)
                 events.append(Finished(order.id, parts, rejected))
             self.heard[order.stage, order.worker] = time.monotonic()
         for (stage, worker), death in dead.items():
@@ -218,9 +223,9 @@ class _Actor(Worker):
             os.chdir(folder)
         super().__init__(make, gpu, threads)
 
-    def ready(self) -> tuple[str, str]:
-        """Where it runs, and what the driver must see."""
-        return this_node(), self.stage.probe() if isinstance(self.stage, Write) else ""
+    def ready(self) -> tuple[str, str, list[str]]:
+        """Where it runs, what the driver must see, and what libraries said while the stage was loaded."""
+        return this_node(), self.stage.probe() if isinstance(self.stage, Write) else "", self.hearing.take()
 
 
 _REMOTE: Any = cast(Any, ray.remote)(max_restarts=0)(_Actor)

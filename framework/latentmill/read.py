@@ -133,6 +133,7 @@ class Read(Stage):
             **{name: share(name, value(name, getattr(job, name))) for name in (*rows.PLAIN_GUIDANCE, "strength")},
             "width": None if width is None else whole("width", width, least=1),
             "height": None if height is None else whole("height", height, least=1),
+            "warning": text("warning", value("warning", "")),
         }
         if self.source.id_column is not None:
             values["id"] = text("id", found.get("id"))

@@ -200,11 +200,21 @@ def live(job_name: str) -> Iterator[Live]:
 
 
 def summary(
-    name: str, output: str, *, planned: int, ok: int, failed: int, made: int, seconds: float, interrupted: bool = False
+    name: str,
+    output: str,
+    *,
+    planned: int,
+    ok: int,
+    failed: int,
+    made: int,
+    seconds: float,
+    interrupted: bool = False,
+    warnings: Mapping[str, int] | None = None,
 ) -> str:
     """The end of a run, in a few lines for people.
 
-    ``planned``, ``ok`` and ``failed`` are rows of the whole dataset; ``made`` of them, in ``seconds``, this run's own.
+    ``planned``, ``ok`` and ``failed`` are rows of the whole dataset; ``made`` of them, in ``seconds``, this run's own;
+    ``warnings`` are rows by what is to be known of them.
     """
     done = ok + failed
     if done == planned and not made:
@@ -222,6 +232,7 @@ def summary(
         lines.append(f"  dataset       {output}/data ({ok:,} rows)")
     if failed and store.names("errors"):
         lines.append(f"  failed        {output}/errors ({_count(failed, 'row')}, each with its reason)")
+    lines += [f"  warning       {_count(rows, 'row')}: {text}" for text, rows in (warnings or {}).items()]
     for label, name in (("pictures", "contact_sheet.png"), ("report", "report.html")):
         if store.exists(name):
             lines.append(f"  {label:<13} {output}/{name}")
@@ -281,6 +292,7 @@ class _Dataset:
             with self.store.open(f"data/{self.files[0]}") as file:
                 self.columns = opened(file).schema_arrow.names
         self.ok, self.failed = self.there.counts()
+        self.warnings = self.there.warnings()
         for shard in self.there.failed_shards():
             for line in self.store.read(errors_name(shard)).splitlines():
                 error = json.loads(line)
@@ -453,6 +465,7 @@ MEANING = {
     "row": "the row's number in the plan",
     "row_id": "the row's name, which never changes",
     "id": "the row's own name in the source",
+    "warning": "what is to be known of the row, and did not make it fail",
     "psnr": "PSNR of the reconstruction against the source picture, in dB",
 }
 
@@ -468,6 +481,8 @@ def _card(dataset: _Dataset) -> None:
         + (f"; {dataset.failed:,} more failed, with their reasons in `errors/`" if dataset.failed else "")
         + f". The plan that it follows, down to the weights' hashes, is `plan.json` (hash `{dataset.plan['hash']}`).",
     ]
+    if dataset.warnings:
+        parts.append("\n".join(f"- {_count(rows, 'row')}: {text}" for text, rows in dataset.warnings.items()))
     if dataset.tiles:
         parts.append("![pictures from all over the dataset](contact_sheet.png)")
     parts.append(
@@ -537,6 +552,9 @@ def _html(dataset: _Dataset, pace: Pace | None) -> None:
             f'<h2>Failed rows</h2><p class="faint">{escape("; ".join(filter(None, [by_stage, first])))}</p>'
             + _table(["row", "stage", "reason"], rows)
         )
+    if dataset.warnings:
+        warnings = [[f"{rows:,}", text] for text, rows in dataset.warnings.items()]
+        sections.append("<h2>Warnings</h2>" + _table(["rows", "what is to be known of them"], warnings, numbers=[0]))
     plugins = [[kind, *_identity(plugin)] for kind, plugin in dataset.plan["plugins"].items()]
     sections.append("<h2>Made with</h2>" + _table(["part", "plugin", "from", "weights"], plugins))
     sections.append(f"<h2>Config</h2><pre>{escape(json.dumps(dataset.plan['config'], indent=1))}</pre>")

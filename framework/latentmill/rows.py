@@ -14,6 +14,7 @@ guidance_rescale         float64, from 0 to 1                  read to the datas
 guidance_from, _until    float64, times                        read to the dataset: guided where until < t <= from
 scheduler                string                                read to the dataset
 width, height            int32, pixels                         read to the dataset
+warning                  string, "" for none                   read, encode to the dataset: see ``warned``
 image                    tensor uint8 [H, W, 3], RGB           read to encode; decode to write
 mask                     tensor uint8 [H, W], [1, h, w]        read to encode, encode to denoise: 1 where to paint
 masked                   tensor as latents                     encode to denoise: of the picture, gray under the mask
@@ -32,6 +33,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +61,7 @@ SCALARS = pa.schema(
         pa.field("scheduler", pa.string(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
+        pa.field("warning", pa.string(), nullable=False),
     ]
 )
 """The columns that every batch has, from read to write."""
@@ -84,8 +87,11 @@ SPEC_KEY = b"latentmill.latents"
 
 
 def from_dicts(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """A batch of the scalar columns of ``rows``; guidance is plain, and at all times, where a row doesn't say otherwise."""
-    complete = ({**PLAIN_GUIDANCE, **row} for row in rows)
+    """A batch of the scalar columns of ``rows``; guidance is plain, and at all times, where a row doesn't say otherwise.
+
+    Without ``warning`` a row has none.
+    """
+    complete = ({**PLAIN_GUIDANCE, "warning": "", **row} for row in rows)
     return pa.Table.from_pylist([{name: row[name] for name in SCALARS.names} for row in complete], schema=SCALARS)
 
 
@@ -114,6 +120,22 @@ def with_latents(batch: pa.Table, latents: Any, spec: LatentSpec) -> pa.Table:
     return batch.set_column(
         at, field.with_metadata({**field.metadata, SPEC_KEY: spec_to_json(spec).encode()}), batch.column(at)
     )
+
+
+def warned(batch: pa.Table, warnings: Sequence[Sequence[str]]) -> pa.Table:
+    """The batch with more of what people should know of each row, which is used all the same: each text once, after "; "."""
+    column = [
+        "; ".join(dict.fromkeys([*filter(None, there.split("; ")), *(text.replace("; ", ", ") for text in more)]))
+        for there, more in zip(batch.column("warning").to_pylist(), warnings, strict=True)
+    ]
+    at = batch.schema.get_field_index("warning")
+    return batch.set_column(at, batch.schema.field(at), pa.array(column, pa.string()))
+
+
+def count_warnings(batch: pa.Table) -> dict[str, int]:
+    """How many rows have which warning."""
+    found = Counter(text for value in batch.column("warning").to_pylist() for text in filter(None, value.split("; ")))
+    return dict(sorted(found.items()))
 
 
 def spec_to_json(spec: LatentSpec) -> str:

@@ -139,6 +139,7 @@ def _result(job: Job, state: flow.State, seconds: float, interrupted: bool = Fal
         made=state.committed_ok + state.committed_failed,
         seconds=seconds,
         interrupted=interrupted,
+        warnings=now["warnings"],
     )
     return Result(job.output, **counts, seconds=seconds, text=text, interrupted=interrupted)
 
@@ -316,7 +317,7 @@ def status(output: str) -> dict[str, Any]:
 
     Keys: ``output``, ``name``, ``planned``, ``ok``, ``failed`` (rows), ``shards``, ``shards_done``, ``success`` (all
     shards are there, and a run has said so), ``lost`` (a run had said so, and so many shards are there no more), ``foreign``
-    (names in ``data/`` that are no shard's).
+    (names in ``data/`` that are no shard's), ``warnings`` (rows by what is to be known of them).
     """
     there = dataset.load(storage.at(output))
     ok, failed = there.counts()
@@ -332,4 +333,5 @@ def status(output: str) -> dict[str, Any]:
         "success": ended and not missing,
         "lost": len(missing) if ended else 0,
         "foreign": there.foreign(),
+        "warnings": there.warnings(),
     }

@@ -19,6 +19,7 @@ from latentmill.dataset import PLAN_KEY
 from latentmill.decode import Decode
 from latentmill.denoise import Denoise, Visit
 from latentmill.encode import Encode
+from latentmill.hearing import Hearing
 from latentmill.job import Job
 from latentmill.plan import Plan, parts, plugin_of, stage_choice
 from latentmill.plan import read as read_plan
@@ -61,6 +62,8 @@ class Outcome:
 
     parts: list[tuple[str, tuple[int, ...]]]
     rejected: list[tuple[int, str]]
+    heard: list[str] = field(default_factory=list)
+    """What libraries said in the worker since it was last asked."""
 
 
 @dataclass(eq=False)
@@ -92,8 +95,10 @@ class Worker:
         if threads is not None:
             torch.set_num_threads(threads)
         self.threads = threads
-        self.stage = make()
-        self.stage.load(torch.device("cuda" if gpu else "cpu"))
+        self.hearing = Hearing()
+        with self.hearing.on():
+            self.stage = make()
+            self.stage.load(torch.device("cuda" if gpu else "cpu"))
         self.waiting: deque[Call] = deque()
         self.inside: list[Call] = []
         """Denoise only: batches of which some rows are on their way."""
@@ -122,6 +127,10 @@ class Worker:
         """Do the next piece of work: a batch, or, of those that are being denoised, a step of as many rows as go at a time."""
         if self.threads is not None and torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)  # each thread has its own, and stages in one process share one
+        with self.hearing.on():
+            self._advance()
+
+    def _advance(self) -> None:
         name = type(self.stage).__name__.lower()
         if not isinstance(self.stage, Denoise):
             call = self.waiting.popleft()
@@ -175,7 +184,7 @@ class Worker:
         assert call.block is not None
         outcome = [(rows.shape_key(table), tuple(table.column("row").to_pylist())) for table in call.block]
         self._account(call.batch.column("row").to_pylist(), outcome, call.rejected)
-        return Outcome(outcome, list(call.rejected.items())), call.block
+        return Outcome(outcome, list(call.rejected.items()), self.hearing.take()), call.block
 
     def _begin(self, batch: pa.Table) -> Call:
         call = Call(batch)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 
 from latentmill import failpoints, rows, tensors
-from latentmill.dataset import ERRORS_KEY, copy_errors, data_name, error_lines
+from latentmill.dataset import ERRORS_KEY, WARNINGS_KEY, copy_errors, data_name, error_lines
 from latentmill.job import without_secrets
 from latentmill.plugin import LatentSpec, Reject, Sink, Stage
 from latentmill.storage import Storage
@@ -77,6 +77,8 @@ class Write(Stage):
 
         name = data_name(shard, self.sink)
         about = {**self.metadata, ERRORS_KEY: json.dumps(failed)}
+        if warnings := rows.count_warnings(table):
+            about[WARNINGS_KEY] = json.dumps(warnings)
 
         def check(temporary: str) -> None:
             with open(temporary, "rb") as file:

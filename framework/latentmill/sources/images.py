@@ -140,6 +140,15 @@ class Images(Source):
     def reads_from(self, folder: str) -> bool:
         return Path(folder).resolve().is_relative_to(locate(self.path).resolve())
 
+    def texts(self, fragment: Fragment) -> Iterator[tuple[str | None, str | None]]:
+        folder = locate(self.path)
+        for name in _run(str(folder), fragment.name):
+            try:
+                there = os.path.lexists(folder / _caption(name))
+                yield (self._prompt(folder, _caption(name)) if there else None), None
+            except RowError:
+                yield None, None
+
     def _prompt(self, folder: Path, name: str) -> str:
         with open_file(folder, name, self.follow_links) as file:
             content = file.read()

@@ -91,6 +91,13 @@ class Latents(Source):
             row["latents"] = torch.tensor(latents).bfloat16() if dtype == b"bfloat16" else latents
             yield row
 
+    def texts(self, fragment: Fragment) -> Iterator[tuple[str | None, str | None]]:
+        file = self._file(fragment.name)
+        kept = [name for name in ("prompt", "negative_prompt") if name in file.schema.names]
+        for piece in file.read(0, file.rows, kept):
+            for row in [{}] * len(piece) if isinstance(piece, list) else piece.to_pylist():
+                yield row.get("prompt"), row.get("negative_prompt")
+
     def ids(self, fragment: Fragment) -> Iterator[str | None]:
         assert self.id_column is not None
         return self._file(fragment.name).ids(self.id_column)

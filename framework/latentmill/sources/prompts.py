@@ -140,6 +140,14 @@ class Prompts(Source):
     def reads_from(self, folder: str) -> bool:
         return locate(self.path).is_dir() and Path(folder).resolve() == locate(self.path).resolve()
 
+    def texts(self, fragment: Fragment) -> Iterator[tuple[str | None, str | None]]:
+        file = self._file(fragment.name)
+        told = file.texts() if isinstance(file, _Parquet) else file.read(0, fragment.rows)
+        for row in told:
+            found = ((None if isinstance(row, RowError) else row.get(name)) for name in ("prompt", "negative_prompt"))
+            prompt, negative = (text if isinstance(text, str) else None for text in found)
+            yield prompt, negative
+
     @cached_property
     def _root(self) -> Path:
         return root(self.path)
@@ -741,6 +749,17 @@ class _Parquet:
                 yield row if self.table.id_column is None else {**row, "id": as_id(values[self.table.id_column])}
             except RowError as error:
                 yield error
+
+    def texts(self) -> Iterator[dict[str, Any] | RowError]:
+        """The rows, of their text columns alone."""
+        ours = {name: column for name, column in self.columns.items() if name in ("prompt", "negative_prompt")}
+        for piece in self.file.read(0, self.file.rows, list(dict.fromkeys(ours.values()))):
+            if isinstance(piece, list):
+                yield from piece
+                continue
+            columns = {name: plain(piece.column(column)).to_pylist() for name, column in ours.items()}
+            for i in range(len(piece)):
+                yield {name: value[i] and value[i].decode("utf-8", "replace") for name, value in columns.items()}
 
     def ids(self) -> Iterator[str | None]:
         assert self.table.id_column is not None

@@ -132,7 +132,8 @@ class DiffusersDenoiser(Denoiser):
         part = self.family.network
         model = self.folder.load(self.cls, part, self.logical, **self.options)
         unet = self.config if part == "unet" else None
-        lora.fuse(model, part, getattr(diffusers, self.folder.pipeline), self.loras, unet)
+        parts = [name for name in self.folder.index if self.folder.class_of(name)]
+        lora.fuse(model, part, getattr(diffusers, self.folder.pipeline), self.loras, unet, parts)
         if self.storage is not None:
             model.enable_layerwise_casting(storage_dtype=self.storage, compute_dtype=self.logical)
         if self.offload:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from latentmill_diffusers import messages as messages  # its filters, wherever the libraries are used
 from latentmill_diffusers import quantized
 
 INDEX = "model_index.json"
@@ -136,16 +137,18 @@ class Folder:
         """Pixels of the picture per pixel of the VAE's latents, on each side."""
         return downscale_of(self.config("vae"))
 
-    def load_pipeline(self, dtype: torch.dtype, **options: Any) -> Any:
+    def load_pipeline(self, dtype: torch.dtype, weights: bool = True, **options: Any) -> Any:
         """The model's pipeline with its text encoders, tokenizers and scheduler, and none of the other parts.
 
-        ``options`` are for loading each text encoder.
+        ``options`` are for loading each text encoder; without ``weights`` there are none.
         """
         import diffusers
 
         parts = {name: found for name in self.index if (found := self.class_of(name))}
         given: dict[str, Any] = {
-            name: self.load(part_class(*found), name, dtype, **options) if name.startswith("text_encoder") else None
+            name: self.load(part_class(*found), name, dtype, **options)
+            if weights and name.startswith("text_")
+            else None
             for name, found in parts.items()
             if not name.startswith(("tokenizer", "scheduler"))
         }

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from latentmill_diffusers.folder import digest_of
 
@@ -46,41 +49,127 @@ def fingerprint(loras: Sequence[Lora]) -> str:
     return "+" + hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
-def fuse(model: Any, part: str, pipeline: Any, loras: Sequence[Lora], unet: Mapping[str, Any] | None) -> None:
+def fuse(
+    model: Any,
+    part: str,
+    pipeline: Any,
+    loras: Sequence[Lora],
+    unet: Mapping[str, Any] | None,
+    parts: Collection[str] | None = None,
+) -> None:
     """Add to a part's weights what the files have for it. ``unet`` is that part's config, for files of another format.
 
-    Raises ValueError if a file has nothing for a network; most have nothing for text encoders.
+    With ``parts``, the names of all parts of the model, each file is followed as a whole. Raises ValueError, naming the first
+    tensors, if one of a file's tensors would be left out: diffusers and peft log that at most, and go on with the rest.
+    Also if a file has nothing for a network; most have nothing for text encoders.
     """
     network = not part.startswith("text_encoder")
     more = {"unet_config": SimpleNamespace(**unet)} if unet is not None else {}
+
+    def converted(file: Any) -> Any:
+        return pipeline.lora_state_dict(file, use_safetensors=True, return_lora_metadata=True, **more)
+
     for i, lora in enumerate(loras):
-        found = pipeline.lora_state_dict(str(lora.path), use_safetensors=True, return_lora_metadata=True, **more)
-        state, alphas, metadata = found if len(found) == 3 else (found[0], None, found[1])
-        own, scales, about = (
-            {k: v for k, v in (d or {}).items() if k.startswith(f"{part}.")} for d in (state, alphas, metadata)
+        with _naming(lora):
+            found = converted(str(lora.path))
+            state, alphas, metadata = found if len(found) == 3 else (found[0], None, found[1])
+            own, scales, about = (
+                {k: v for k, v in (d or {}).items() if k.startswith(f"{part}.")} for d in (state, alphas, metadata)
+            )
+            if network and not own:
+                raise ValueError(f"it has nothing for the {part}: it is another kind of model's")
+            if parts is not None:
+                _require_converted(lora, lambda tensors: converted(tensors)[0])
+                known = [part, *(name for name in parts if name.startswith("text_encoder"))]
+                lost = [k for k in state if k.split(".")[0] not in known]
+                _require_none(state, lost, f"neither the {part} nor a text encoder of the model")
+            if network:
+                said = {"metadata": about} if about else {"network_alphas": scales or None}
+                model.load_lora_adapter(own, prefix=part, adapter_name=f"lora_{i}", **said)
+                _require_loaded(model, f"lora_{i}", {k.removeprefix(f"{part}."): v for k, v in own.items()}, part)
+                model.set_adapters([f"lora_{i}"], [lora.weight])
+                model.fuse_lora(adapter_names=[f"lora_{i}"])
+                model.unload_lora()
+            elif own:
+                own, about = ({k.removeprefix(f"{part}."): v for k, v in d.items()} for d in (own, about))
+                _add(model, own, scales, about, part, lora.weight)
+
+
+@contextmanager
+def _naming(lora: Lora) -> Iterator[None]:
+    """Errors in one line that names the file."""
+    try:
+        yield
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:  # the libraries' own converters
+        said = " ".join(str(error).split())
+        said = said if isinstance(error, ValueError) else f"{type(error).__name__}: {said}"
+        raise ValueError(f"the LoRA {lora.path}: {said[:600]}") from error
+
+
+def _require_none(all_of: Collection[str], left: Sequence[str], where: str) -> None:
+    if left:
+        raise ValueError(
+            f"{len(left)} of its {len(all_of)} tensors fit {where}: {', '.join(left[:3])}{', ...' * (len(left) > 3)}; "
+            "they would be left out, and the pictures be another LoRA's"
         )
-        if network and not own:
-            raise ValueError(f"the LoRA {lora.path} has nothing for the {part}: it is another kind of model's")
-        if network:
-            said = {"metadata": about} if about else {"network_alphas": scales or None}
-            model.load_lora_adapter(own, prefix=part, adapter_name=f"lora_{i}", **said)
-            model.set_adapters([f"lora_{i}"], [lora.weight])
-            model.fuse_lora(adapter_names=[f"lora_{i}"])
-            model.unload_lora()
-        elif own:
-            own, about = ({k.removeprefix(f"{part}."): v for k, v in d.items()} for d in (own, about))
-            _add(model, own, scales, about, part, lora)
+
+
+class _Followed(Tensor):
+    """A tensor that knows the names of those that it was made of."""
+
+    sources: frozenset[str] = frozenset()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = super().__torch_function__(func, types, args, kwargs or {})
+        given = [leaf.sources for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, _Followed)]
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, _Followed):
+                leaf.sources = leaf.sources.union(*given)
+        return made
+
+
+def _require_converted(lora: Lora, convert: Callable[[dict[str, Tensor]], Mapping[str, Any]]) -> None:
+    """Raise ValueError if a tensor of the file, other than an alpha or one of zeros, is lost where its names are converted."""
+    followed = {}
+    for name, tensor in load_file(lora.path).items():
+        followed[name] = tensor.as_subclass(_Followed)
+        followed[name].sources = frozenset([name])
+    weighing = [k for k, v in followed.items() if "alpha" not in k.rpartition(".")[2] and bool((v != 0).any())]
+    kept = frozenset[str]().union(*(v.sources for v in convert(dict(followed)).values() if isinstance(v, _Followed)))
+    left = [name for name in weighing if name not in kept]
+    if scales := [name for name in left if "dora_scale" in name]:
+        raise ValueError(
+            f"it is a DoRA, and diffusers leaves out its {len(scales)} dora_scale ({scales[0]}): a DoRA can be added that "
+            "peft saved, with lora_magnitude_vector"
+        )
+    _require_none(followed, left, "no name that diffusers knows")
+
+
+def _require_loaded(model: Any, adapter: str, own: Mapping[str, Tensor], part: str) -> None:
+    """Raise ValueError unless the adapter in the model has all of a file's tensors, but those of zeros, and no others."""
+    from diffusers.utils import convert_unet_state_dict_to_peft
+    from peft import get_peft_model_state_dict
+
+    wanted = {name: name for name in own}
+    if "lora_A" not in next(iter(own)) and not any(".lokr_" in name for name in own):  # as diffusers does it
+        wanted = {key: name for name in own for key in convert_unet_state_dict_to_peft({name: own[name]})}
+    loaded = get_peft_model_state_dict(model, adapter_name=adapter)
+    lost = [name for key, name in wanted.items() if key not in loaded and bool((own[name] != 0).any())]
+    _require_none(own, lost, f"no layer of the {part}")
+    if missing := sorted(loaded.keys() - wanted.keys()):
+        raise ValueError(f"it has no {missing[0]}, which belongs to its others for the {part}")
 
 
 @torch.no_grad()
 def _add(
-    model: Any, state: dict[str, Tensor], alphas: Mapping[str, Any], about: Mapping[str, Any], part: str, lora: Lora
+    model: Any, state: dict[str, Tensor], alphas: Mapping[str, Any], about: Mapping[str, Any], part: str, weight: float
 ) -> None:
     """``W + weight * alpha / rank * B A`` (Hu et al. 2021, arXiv:2106.09685, sec. 4.1), alpha being the rank if it isn't said.
 
     It is said in ``alphas``, a tensor for each layer, or in ``about``, peft's config of the adapter; that may ask for the root of
     the rank in place of the rank (Kalajdzievski 2023, arXiv:2312.03732). For text encoders: transformers loads adapters with
-    the newest peft alone. Raises ValueError for weights of other kinds (DoRA, LoKr, ...).
+    the newest peft alone. Raises ValueError for weights of other kinds (DoRA, LoKr, ...), and for those that fit no layer.
     """
     from diffusers.utils import convert_state_dict_to_peft
 
@@ -88,16 +177,31 @@ def _add(
         state = convert_state_dict_to_peft(state)
     known = (".lora_A.weight", ".lora_B.weight", ".alpha")
     if other := next((key for key in state if not key.endswith(known)), None):
-        raise ValueError(f"the LoRA {lora.path} has {part}.{other}, which is no plain LoRA's")
-    for key in [key for key in state if key.endswith(".lora_A.weight")]:
-        name = key.removesuffix(".lora_A.weight")
-        down, up = state[key].float(), state[f"{name}.lora_B.weight"].float()
+        raise ValueError(f"it has {part}.{other}, which is no plain LoRA's")
+    matrices = [key for key in state if not key.endswith(".alpha")]
+    layers = {key.rpartition(".lora_")[0]: None for key in matrices}
+    modules = {name: _layer(model, name) for name in layers}
+    lost = [key for key in matrices if modules[key.rpartition(".lora_")[0]] is None]
+    _require_none(matrices, lost, f"no layer of the {part}")
+    for name, module in modules.items():
+        for half in ("lora_A", "lora_B"):
+            if f"{name}.{half}.weight" not in state:
+                raise ValueError(f"it has no {part}.{name}.{half}.weight, which belongs to its other half")
+        down, up = state[f"{name}.lora_A.weight"].float(), state[f"{name}.lora_B.weight"].float()
         alpha = about.get("alpha_pattern", {}).get(name, about.get("lora_alpha", len(down)))
         alpha = next((float(v) for k, v in alphas.items() if k.startswith(f"{part}.{name}.")), alpha)
-        scale = lora.weight * alpha / (len(down) ** 0.5 if about.get("use_rslora") else len(down))
-        target = model.get_submodule(name).weight
+        scale = weight * alpha / (len(down) ** 0.5 if about.get("use_rslora") else len(down))
+        target = module.weight
         if type(target) is not torch.nn.Parameter:
             raise ValueError(
                 f"no LoRA can be added to {part}.{name}, which is quantised: leave out text_encoder.quantization"
             )
         target += (scale * up @ down).to(target)
+
+
+def _layer(model: Any, name: str) -> Any:
+    try:
+        found = model.get_submodule(name)
+    except AttributeError:
+        return None
+    return found if hasattr(found, "weight") else None

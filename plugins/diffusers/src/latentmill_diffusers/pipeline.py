@@ -28,9 +28,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pixel_unshuffle
 
-from latentmill import rows, tensors
+from latentmill import rows, syntax, tensors
 from latentmill.plugin import LatentSpec, Reject, RowError, Stage
 from latentmill_diffusers.folder import Folder, completed, dtype_of, part_class
+from latentmill_diffusers.messages import quiet
+from latentmill_diffusers.tokens import Watched, warning_of
 from latentmill_diffusers.vae import DiffusersVAE
 
 NETWORKS = ("transformer", "unet", "unconditional_transformer")
@@ -174,8 +176,11 @@ class Pipeline(Stage):
 class PipelineEncode(Pipeline):
     """Adds ``prompt:*``: what the pipeline's ``encode_prompt`` returns for the row's prompt and negative prompt."""
 
+    reads: Mapping[str, str | None] = {}
+
     def load(self, device: torch.device) -> None:
         super().load(device)
+        self.watched = Watched(self.pipeline)
         self.forms: dict[str, Any] = {}
         """Of what ``encode_prompt`` returned so far, by what they have in common."""
 
@@ -191,6 +196,7 @@ class PipelineEncode(Pipeline):
         given = [name for name in ("image", "mask", "latents") if name in batch.column_names]
         sigmas = self.folder.index.get("sample_sigmas")
         told = ["prompt", "negative_prompt", "guidance_scale", "width", "height"] + ["seed"] * (len(self.encoders) > 1)
+        warnings: list[Sequence[str]] = [()] * len(batch)
         for i, row in enumerate(batch.select(columns).to_pylist()):
             try:
                 _check(row, self.folder.pipeline)
@@ -202,12 +208,15 @@ class PipelineEncode(Pipeline):
                 key = tuple(row[n] for n in told)
                 if key not in noted:
                     noted[key] = self._note(row)
+                warnings[i] = noted[key]["warnings"]
             except ValueError as error:
                 reject(i, " ".join(str(error).split()))
                 continue
             shapes = [[list(leaf.shape), str(leaf.dtype)] for leaf in noted[key]["leaves"]]
             group = json.dumps([noted[key]["form"], shapes])
             groups.setdefault(group, []).append((i, noted[key]["leaves"]))
+        if any(warnings):
+            batch = rows.warned(batch, warnings)
         for group, members in groups.items():
             part = batch.take([i for i, _ in members])
             for k in range(len(members[0][1])):
@@ -222,9 +231,19 @@ class PipelineEncode(Pipeline):
 
         Which axis is the batch's is seen once for each form, by two of the row.
         """
+        warnings = self._syntax(row)
         if not self.encoders:
-            return {"form": [], "leaves": [torch.zeros(1)]}
+            return {"form": [], "leaves": [torch.zeros(1)], "warnings": warnings}
+        self.watched.seen.clear()
         returned = self._returned([row])
+        most = self.call.get(
+            "max_sequence_length", getattr(self.parameters.get("max_sequence_length"), "default", None)
+        )
+        for name, prefix in (("prompt", ""), ("negative_prompt", "negative_prompt: ")):
+            begins = " ".join(row[name].lower().split())[:40]  # some pipelines clean their prompts
+            its = [each for each in self.watched.given(most) if begins in " ".join(each.text.lower().split())]
+            text, _ = warning_of(its, row[name])
+            warnings += [prefix + text] * bool(row[name] and text)
         kind = json.dumps([_kind(each) for each in returned])
         if kind not in self.forms:
             leaf = count()
@@ -234,7 +253,11 @@ class PipelineEncode(Pipeline):
         leaves = [leaf.cpu() for one, each in zip(returned, form) for leaf in _leaves(one, each)]
         if not leaves:
             raise ValueError(f"{self.folder.pipeline} calls no encode_prompt before its network")
-        return {"form": form, "leaves": leaves}
+        return {"form": form, "leaves": leaves, "warnings": warnings}
+
+    def _syntax(self, row: Mapping[str, Any]) -> list[str]:
+        negative = [f"negative_prompt: {line}" for line in syntax.told(row["negative_prompt"], self.reads)]
+        return [*syntax.told(row["prompt"], self.reads), *negative]
 
     def _returned(self, given: Sequence[Mapping[str, Any]]) -> list[Any]:
         returned = []
@@ -250,7 +273,8 @@ class PipelineEncode(Pipeline):
             return encode
 
         try:
-            self.run(given, noting)
+            with quiet(self.pipeline):
+                self.run(given, noting)
         except _Reached:
             return returned
         raise RuntimeError(f"{self.folder.pipeline} made latents without calling its network")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from importlib.metadata import version
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -13,10 +15,11 @@ import torch
 from torch.nn.functional import pad
 
 from latentmill.plugin import Conditioning, RowError, TextEncoder
-from latentmill_diffusers import lora
+from latentmill_diffusers import lora, tokens
 from latentmill_diffusers.families import Family, family_of
 from latentmill_diffusers.folder import Folder, completed, dtype_of, part_class
 from latentmill_diffusers.lora import loras_of
+from latentmill_diffusers.messages import quiet
 
 SCORES = {False: 6.0, True: 2.5}
 """What SDXL's refiner is told of a picture's beauty, of those wanted and of those to be guided away from, as its pipeline does."""
@@ -37,7 +40,8 @@ class DiffusersTextEncoder(TextEncoder):
 
     ``clip_skip`` takes CLIP's output so many layers before its last; ``max_length`` is in tokens, where the pipeline lets one
     choose (its ``max_sequence_length``). ``loras`` are the denoiser's: some change text encoders, too.
-    ``quantization`` is what transformers' quantisers take, as the denoiser's.
+    ``quantization`` is what transformers' quantisers take, as the denoiser's. ``long_prompts`` says what becomes of a prompt of
+    which some is read by no text encoder: ``cut``, with a warning in its row, or ``error``.
 
     ``compel`` reads prompts in the syntax of that library, with weights: ``a (red fox)1.3 in the snow--``. Of CLIP's models
     ``max_length`` is then how many tokens every prompt comes to, 77 or a multiple: prompts are encoded in pieces of 77, split
@@ -57,6 +61,7 @@ class DiffusersTextEncoder(TextEncoder):
         max_length: int | None = None,
         compel: bool = False,
         quantization: Mapping[str, Any] | None = None,
+        long_prompts: str = "cut",
     ) -> None:
         self.folder = Folder(path, revision, config)
         self.loras = loras_of(loras)
@@ -75,8 +80,22 @@ class DiffusersTextEncoder(TextEncoder):
         self.compel = compel
         if compel:
             self._require_compel(clip_skip, max_length)
+        self.reads = {"lora": "name the file in model.loras, for all rows"}
+        if self.folder.pipeline in COMPEL:
+            weights = (
+                "compel, which is on, has it as (word)1.2" if compel else "text_encoder.compel=true reads (word)1.2"
+            )
+            written = None if compel else "text_encoder.compel=true reads it"
+            self.reads |= {"weight": weights, "emphasis": weights, "compel": written}
         self._compel: Any = None
         self.options = self.folder.quantization(quantization, "transformers")
+        if long_prompts not in ("cut", "error"):
+            raise ValueError(f"text_encoder.long_prompts must be cut or error, not {long_prompts!r}")
+        self.long_prompts = long_prompts
+        self._reader: DiffusersTextEncoder | None = None
+        self._watched: Any = None
+        self._room = 0.0
+        """Characters that a prompt may have, if all are ASCII, and surely not be too long."""
         self._pipeline: Any = None
         self._device = torch.device("cpu")
 
@@ -98,12 +117,7 @@ class DiffusersTextEncoder(TextEncoder):
             raise ValueError(f"text_encoder.max_length with compel: expected {expected}, not {max_length}")
 
     def load(self, device: torch.device) -> None:
-        self._pipeline = self.folder.load_pipeline(self.logical, **self.options)
-        network = self.family.network
-        if getattr(self._pipeline, network, None) is None and (cls := self.folder.class_of(network)):
-            # Without a T5 Stable Diffusion 3's asks the network's config how wide the zeros in its place are.
-            config = completed(part_class(*cls), self.folder.config(network))
-            setattr(self._pipeline, network, SimpleNamespace(config=SimpleNamespace(**config)))
+        self._pipeline = self._with_network_s_config(self.folder.load_pipeline(self.logical, **self.options))
         taken = inspect.signature(self._pipeline.encode_prompt).parameters
         for asked in self.asked if not self.compel else ():
             if asked not in taken:
@@ -123,17 +137,64 @@ class DiffusersTextEncoder(TextEncoder):
             self._compel = getattr(compel, COMPEL[self.folder.pipeline])(self._pipeline)
             self._nothing = self._compel("").embeds
 
-    def check(self, prompt: str) -> None:
+    def _with_network_s_config(self, pipeline: Any) -> Any:
+        """Without a T5 Stable Diffusion 3's pipeline asks the network's config how wide the zeros in its place are."""
+        network = self.family.network
+        if getattr(pipeline, network, None) is None and (cls := self.folder.class_of(network)):
+            config = completed(part_class(*cls), self.folder.config(network))
+            setattr(pipeline, network, SimpleNamespace(config=SimpleNamespace(**config)))
+        return pipeline
+
+    def warn(self, prompt: str) -> str:
+        return self._cut(prompt)[0]
+
+    def _cut(self, prompt: str) -> tuple[str, bool]:
+        """What to say of a prompt that is too long, if it is, and whether some of it is read by no text encoder."""
+        if not self.compel:
+            if prompt.isascii() and len(prompt) <= self._room:  # a token has a character or more
+                return "", False
+            if self._reader is None:
+                # A copy of its own, with an own pipeline: what encodes is not to be touched.
+                self._reader = copy(self)
+                self._watched = tokens.without_weights(self.folder, self.parts)
+                self._reader._pipeline = self._with_network_s_config(self._watched.pipeline)
+                self._reader._device = torch.device("cpu")
+                self._room = (
+                    min((t.limit - t.tokens for t in self._read("")), default=math.inf) - 8
+                )  # of those that end it
+            return tokens.warning_of(self._read(prompt), prompt)
         if self._compel is None:
-            return
+            return "", False
+        readers = [getattr(self._compel, name) for name in ("compel_1", "compel_2") if hasattr(self._compel, name)]
+        with quiet(self._pipeline):
+            return tokens.warning_of([each for reader in readers for each in _cut_by_compel(reader, prompt)], prompt)
+
+    def _read(self, prompt: str) -> list[tokens.Tokenized]:
+        assert self._reader is not None
+        self._watched.seen.clear()
+        with torch.inference_mode():
+            self._reader._encoded([prompt], negative=False)
+        most = self._reader._defaults().get("max_sequence_length")
+        found: list[tokens.Tokenized] = self._watched.given(self.asked.get("max_sequence_length", most))
+        return found
+
+    def check(self, prompt: str) -> None:
+        if self._compel is not None:
+            self._check_compel(prompt)
+        if self.long_prompts == "error":
+            text, lost = self._cut(prompt)
+            if lost:
+                raise RowError(text)
+
+    def _check_compel(self, prompt: str) -> None:
         reader = self._compel.compel if hasattr(self._compel, "compel") else self._compel.compel_2
         try:
-            tokens = _tokens(reader, prompt)
+            count = _tokens(reader, prompt)
         except Exception as error:  # compel's own, and pyparsing's
             raise RowError(f"compel can't read the prompt {prompt!r}: {' '.join(str(error).split())}") from error
-        if tokens > self._length:
+        if count > self._length:
             raise RowError(
-                f"a prompt of {tokens} tokens, by pieces of {len(self._nothing[0])}, and max_length is {self._length}"
+                f"a prompt of {count} tokens, by pieces of {len(self._nothing[0])}, and max_length is {self._length}"
             )
 
     @property
@@ -187,7 +248,8 @@ class DiffusersTextEncoder(TextEncoder):
             )
             arguments["do_classifier_free_guidance"] = negative
             known = inspect.signature(self._pipeline.encode_prompt).parameters
-            found = self._pipeline.encode_prompt(**{name: value for name, value in arguments.items() if name in known})
+            with quiet(self._pipeline):
+                found = self._pipeline.encode_prompt(**{n: value for n, value in arguments.items() if n in known})
             for name, value in zip(returned.split(), found, strict=True):
                 if name.startswith("-") == negative and name != "_":
                     conditioning[name.removeprefix("-")] = value
@@ -202,6 +264,18 @@ class DiffusersTextEncoder(TextEncoder):
         return required | {name: value for name, value in told.items() if value not in (None, inspect.Parameter.empty)}
 
 
+def _cut_by_compel(reader: Any, prompt: str) -> Iterator[tokens.Tokenized]:
+    """The pieces of a prompt that are cut off each for itself, as compel does it for FLUX.1; none where it makes more pieces."""
+    provider = reader.conditioning_provider
+    if provider.truncate_to_model_max_length:
+        ends = len(provider.bos_sequence) + len(provider.eos_sequence)
+        for part in reader.parse_prompt_string(prompt).prompts:
+            for blended in getattr(part, "prompts", [part]):
+                texts = [child.text for child in blended.children]
+                ids = provider.get_token_ids(texts, include_start_and_end_markers=False, truncation_override=False)
+                yield tokens.Tokenized(prompt, sum(map(len, ids)) + ends, provider.max_token_count)
+
+
 def _tokens(reader: Any, prompt: str) -> int:
     """How many tokens a prompt comes to, with those that its pieces are filled up with. Raises what compel does."""
     total = 0
@@ -211,7 +285,7 @@ def _tokens(reader: Any, prompt: str) -> int:
             if blended.wants_cross_attention_control:
                 raise ValueError(".swap() changes attention inside the network, which no job does")
             texts = [child.text for child in blended.children]
-            tokens, *_ = reader.conditioning_provider.get_token_ids_and_expand_weights(texts, [1.0] * len(texts), "cpu")
-            lengths.append(len(tokens))
+            ids, *_ = reader.conditioning_provider.get_token_ids_and_expand_weights(texts, [1.0] * len(texts), "cpu")
+            lengths.append(len(ids))
         total += max(lengths)
     return total

@@ -1,0 +1,80 @@
+"""What libraries say in a worker while they load and compute, so that a person hears it: workers' own logs are read by nobody."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+logger = logging.getLogger("latentmill")
+
+EACH = 3
+"""How many messages of one line of code are heard; it may have another for every row."""
+DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ImportWarning, ResourceWarning)
+"""Warnings for who writes a library, not for who runs a job."""
+OURS = ("latentmill", "ray", "asyncio")
+"""Loggers, with those below them, that are heard elsewhere or are none of a row's business."""
+
+
+class Hearing:
+    """Keeps what is logged at WARNING or above, or warned of, while ``on``, each message once."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        self._known: set[str] = set()
+        self._of_line: Counter[tuple[str, int]] = Counter()
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Hear what all of this process's threads log and warn of; it still goes where it went before."""
+        factory, show = logging.getLogRecordFactory(), warnings.showwarning
+
+        def record(*args: Any, **named: Any) -> logging.LogRecord:
+            made = factory(*args, **named)
+            top = made.name.partition(".")[0]
+            # A library that sorts its messages out by a filter has sorted them out for us, too.
+            if made.levelno >= logging.WARNING and top not in OURS and logging.getLogger(made.name).filter(made):
+                self._hear(f"{made.name}: {made.getMessage()}", (made.pathname, made.lineno))
+            return made
+
+        def shown(message: Any, category: type[Warning], file: str, line: int, *more: Any, **named: Any) -> None:
+            if not issubclass(category, DEVELOPERS):
+                self._hear(f"{category.__name__}: {message}", (file, line))
+            show(message, category, file, line, *more, **named)
+
+        logging.setLogRecordFactory(record)
+        warnings.showwarning = shown  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            logging.setLogRecordFactory(factory)
+            warnings.showwarning = show
+
+    def take(self) -> list[str]:
+        """What was heard since the last time."""
+        taken, self.messages = self.messages, []
+        return taken
+
+    def _hear(self, text: str, line: tuple[str, int]) -> None:
+        text = " ".join(re.sub(r"\x1b\[[\d;]*m", "", text).split())  # some write in colours
+        if text not in self._known and self._of_line[line] < EACH:
+            self._of_line[line] += 1
+            self._known.add(text)
+            self.messages.append(text if len(text) <= 500 else f"{text[:490]} [cut off]")
+
+
+class Telling:
+    """Puts into the driver's log what the workers heard, each message once for a stage."""
+
+    def __init__(self) -> None:
+        self._told: set[tuple[str, str]] = set()
+
+    def __call__(self, stage: str, messages: list[str]) -> None:
+        for text in messages:
+            if (stage, text) not in self._told:
+                self._told.add((stage, text))
+                logger.warning(f"{stage}: {text}")
