@@ -142,10 +142,10 @@ class Images(Source):
 
     def texts(self, fragment: Fragment) -> Iterator[tuple[str | None, str | None]]:
         folder = locate(self.path)
-        for name in _run(str(folder), fragment.name):
+        for name in _run(str(folder), self.follow_links, fragment.name):
+            caption = self._caption(name)
             try:
-                there = os.path.lexists(folder / _caption(name))
-                yield (self._prompt(folder, _caption(name)) if there else None), None
+                yield (self._prompt(folder, caption) if caption else None), None
             except RowError:
                 yield None, None
 
