@@ -302,7 +302,7 @@ def _work(job: Job, plan: Plan, name: str) -> StageWork:
         replicas=stage.replicas,
         num_cpus=stage.num_cpus,
         num_gpus=stage.num_gpus,
-        memory=stage.memory,
+        memory=stage.bytes,
         resources=stage.resources,
         accelerator_type=stage.accelerator_type,
         threads=threads,

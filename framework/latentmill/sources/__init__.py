@@ -28,7 +28,7 @@ SMALL = 64 << 20
 def locate(path: str) -> Path:
     """The local path that ``path`` stands for. Raises ValueError if it names a package that isn't there."""
     if not path.startswith("pkg://"):
-        return Path(path).expanduser()
+        return Path(os.path.expanduser(path))  # ~name that nobody is called is a file's name
     package, _, inside = path.removeprefix("pkg://").partition("/")
     loaded = package.rpartition(".")[0] in sys.modules
     top, *below = [package] if loaded else package.split(".")
