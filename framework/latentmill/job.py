@@ -30,6 +30,7 @@ from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
     GrammarParseError,
+    InterpolationResolutionError,
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
@@ -244,15 +245,15 @@ def load_job(job: str, overrides: Sequence[str] = ()) -> Job:
     try:
         for assignment in assignments:
             _assign(config, assignment)
-        _settle(config, config)
-    except OmegaConfBaseException as error:
+        _settle(config)
+    except (OmegaConfBaseException, RecursionError) as error:
         raise JobError(f"{name}: {_one_line(error)}") from error
     except JobError as error:
         raise JobError(f"{name}: {error}") from error
     text = OmegaConf.to_yaml(config)
     try:
         return _checked(name, config, text)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, RecursionError) as error:
         raise JobError(without_secrets(f"{name}: {_one_line(error)}", text)) from None
     except (JobError, registry.PluginError) as error:
         raise type(error)(without_secrets(str(error), text)) from None
@@ -351,23 +352,21 @@ def _assign(config: DictConfig, assignment: Assignment) -> None:
         raise JobError(f"there is no key {key}") from error
 
 
-def _settle(config: DictConfig, node: Any, at: tuple[str, ...] = ()) -> None:
+def _settle(config: DictConfig) -> None:
     """Give scalars of YAML files that were kept as they were written the type that their keys have."""
-    raw: Any = OmegaConf.to_container(node)
-    for key, value in raw.items() if isinstance(raw, dict) else enumerate(raw):
-        path = (*at, str(key))
+    raw = OmegaConf.to_container(config)
+    for path, value in _leaves(raw):
         text = values.kept(value)
         if text is not None or isinstance(value, values.NUMBERS):
-            wanted = values.is_text(_hint(path, OmegaConf.to_container(config)))
-            if text is not None:
-                node[key] = text if wanted else values.as_yaml(text)
-            elif wanted:
-                node[key] = str(value)
-        elif isinstance(value, (dict, list)):
-            _settle(config, node[key], path)
+            wanted = values.is_text(_hint(path, raw))
+            if text is not None or wanted:
+                node: Any = config
+                for key in path[:-1]:
+                    node = node[key]
+                node[path[-1]] = str(value) if text is None else text if wanted else values.as_yaml(text)
 
 
-def _hint(path: Sequence[str], raw: Any) -> Any:
+def _hint(path: Sequence[Any], raw: Any) -> Any:
     """The type that the schema, or a plugin's constructor, gives a key. Any: neither does, and no text is made of it."""
     hint: Any = Schema
     if path[0] in registry.KINDS and len(path) > 1:
@@ -375,11 +374,18 @@ def _hint(path: Sequence[str], raw: Any) -> Any:
     elif path[0] == "stages" and len(path) > 3 and path[2] == "settings":
         hint, path = _setting("stage", {"name": path[1]}, path[3]), path[4:]
     elif path[0] == "model":
-        hint = str if any(_makes_text(".".join(path), leaf, value, raw) for leaf, value in _leaves(raw)) else Any
+        hint = (
+            str if any(_makes_text(".".join(map(str, path)), leaf, value, raw) for leaf, value in _leaves(raw)) else Any
+        )
         path = ()
     for key in path:
-        hint = get_type_hints(hint).get(key, Any) if is_dataclass(hint) else values.inside(hint, key)
+        hint = _types(hint).get(key, Any) if isinstance(hint, type) and is_dataclass(hint) else values.inside(hint)
     return hint
+
+
+@cache
+def _types(schema: Any) -> dict[str, Any]:
+    return get_type_hints(schema)
 
 
 def _setting(kind: str, choice: Any, key: str) -> Any:
@@ -396,13 +402,13 @@ def _makes_text(key: str, leaf: Sequence[str], value: Any, raw: Any) -> bool:
     return value != f"${{{key}}}" or values.is_text(_hint(leaf, raw))
 
 
-def _leaves(node: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _leaves(node: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
     children = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else None
     if children is None:
         yield at, node
         return
     for key, value in children:
-        yield from _leaves(value, (*at, str(key)))
+        yield from _leaves(value, (*at, key))
 
 
 def without_secrets(text: str, config: str) -> str:
@@ -720,7 +726,10 @@ def _one_line(error: BaseException) -> str:
             key, said = _found(r"full_key: (\S+)", text), "${ begins what can't be read"
             return f"{key}: {said}; {DOLLAR}" if key else f"{said}; {DOLLAR}"
     if isinstance(error, RecursionError):
-        return "its defaults lead back to themselves"
+        return "its defaults, or what stands in ${}, lead back to themselves"
+    if isinstance(error, InterpolationResolutionError):
+        key, said = _found(r"full_key: (\S+)", text), str(error).partition("\n")[0]
+        return f"{key}: {said}; \\${{ is ${{ as it stands" if key else said
     if mark := getattr(error, "problem_mark", None):
         return f"line {mark.line + 1}: {error.problem}"  # type: ignore[attr-defined]  # a yaml.MarkedYAMLError
     if isinstance(error, MissingConfigException) and (missing := _found(r"Could not (?:find|load) '([^']+)'", text)):

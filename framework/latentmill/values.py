@@ -73,8 +73,8 @@ def is_text(hint: Any) -> bool:
     return any(kind is str or _is_path(kind) for kind in kinds) and not any(kind in NUMBERS for kind in kinds)
 
 
-def inside(hint: Any, key: str) -> Any:
-    """The type of what is at ``key`` in a list or dict of type ``hint``; Any if it doesn't say."""
+def inside(hint: Any) -> Any:
+    """The type of what is in a list or dict of type ``hint``; Any if it doesn't say."""
     for kind in _kinds(hint):
         if arguments := get_args(kind):
             return arguments[-1] if arguments[-1] is not ... else arguments[0]
