@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = command(options)
         sys.stdout.flush()
         if stdout and stdout.error and not (command is _verify or (command is _run and not options.cfg)):
-            raise stdout.error
+            raise OSError(stdout.error.errno, stdout.error.strerror, "stdout")
         return code
     except KeyboardInterrupt:
         print("stopped before anything was begun", file=sys.stderr)

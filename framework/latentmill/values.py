@@ -122,12 +122,16 @@ KEPT = re.compile(r"\$\{latentmill\.as_written:x([0-9a-f]*)\}")
 
 def as_yaml(text: str) -> Any:
     """A kept scalar as OmegaConf's YAML has it; text, if it is a number beyond all floats."""
-    value = yaml.load(text, Loader=get_yaml_loader())
+    value = _as_yaml(text)
     return text if isinstance(value, float) and not isfinite(value) and re.search(r"[0-9]", text) else value
 
 
+def _as_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=get_yaml_loader())
+
+
 def _keep(node: yaml.ScalarNode) -> None:
-    if str(as_yaml(node.value)) != node.value:
+    if str(_as_yaml(node.value)) != node.value:
         node.tag, node.value = f"{TAG}str", f"${{latentmill.as_written:x{node.value.encode().hex()}}}"
 
 
@@ -149,8 +153,8 @@ def _container(text: str) -> Any:
         if isinstance(value, (list, dict)):
             return value
     raise ValueError(
-        f"{text!r} can't be read as a list or dict: in [a, 'b c'] and {{a: 1, b: 'c d'}} text of more than "
-        "letters, digits and / - . _ is in quotes; text as a whole that looks like them is in quotes, too"
+        f"{text!r} can't be read as a list or dict: in [a, 'b (1)'] and {{a: 1, b: 'c, d'}} values with signs in them are "
+        "in quotes; text that only looks like a list or dict is in quotes as a whole"
     )
 
 
