@@ -451,6 +451,8 @@ def _checked(name: str, config: DictConfig, text: str) -> Job:
         if key not in settled:  # ~key takes it away
             raise JobError(f"{name}: {key} has no value; set it in the job, or as {key}=...")
     _unknown(settled, Schema, name)  # +key=value gets past even a typed config
+    if not isinstance(settled["flow"], list):
+        raise JobError(f"{name}: flow must be a list of stages, not {settled['flow']!r}")
     flow = tuple(map(str, settled["flow"]))
     for stage in (*STAGES, *flow):
         settled["stages"].setdefault(stage, vars(StageSettings()))
@@ -489,17 +491,28 @@ def _keys(node: Any, at: str = "") -> Iterator[str]:
         yield from _keys(value, f"{at}.{key}" if at else str(key))
 
 
-def _unknown(values: Mapping[Any, Any], schema: Any, name: str, at: str = "") -> None:
+def _unknown(settled: Mapping[Any, Any], schema: Any, name: str, at: str = "") -> None:
     hints = get_type_hints(schema)
-    for key, value in values.items():
+    for key, value in settled.items():
         if key not in hints:
             raise JobError(f"{name}: there is no key {at}{key}{_near_key(f'{at}{key}')}")
         hint = hints[key]
-        if is_dataclass(hint) and isinstance(value, Mapping):
+        if is_dataclass(hint):
+            _holds_keys(value, name, f"{at}{key}")
             _unknown(value, hint, name, f"{at}{key}.")
         elif get_args(hint)[1:] == (StageSettings,):
+            _holds_keys(value, name, f"{at}{key}")
             for stage, settings in value.items():
+                _holds_keys(settings, name, f"{at}{key}.{stage}")
                 _unknown(settings, StageSettings, name, f"{at}{key}.{stage}.")
+        elif values.is_dict(hint) and value is not None:
+            _holds_keys(value, name, f"{at}{key}")
+
+
+def _holds_keys(value: Any, name: str, at: str) -> None:
+    """What an interpolation brings in is checked by nobody else."""
+    if not isinstance(value, Mapping):
+        raise JobError(f"{name}: {at} must hold keys and their values, not {value!r}")
 
 
 def _wrong(job: Job) -> Iterator[str]:

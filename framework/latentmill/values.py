@@ -73,6 +73,11 @@ def is_text(hint: Any) -> bool:
     return any(kind is str or _is_path(kind) for kind in kinds) and not any(kind in NUMBERS for kind in kinds)
 
 
+def is_dict(hint: Any) -> bool:
+    """Whether a key of this type takes a dict."""
+    return any(get_origin(kind) is dict for kind in _kinds(hint))
+
+
 def inside(hint: Any) -> Any:
     """The type of what is in a list or dict of type ``hint``; Any if it doesn't say."""
     for kind in _kinds(hint):

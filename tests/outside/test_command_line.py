@@ -209,6 +209,17 @@ def test_an_interpolation_is_one_as_in_yaml_and_can_be_written_as_text(
         assert said in line(latentmill, "plan", "encode", f"sampling.prompt={text}")
 
 
+def test_what_is_brought_in_for_a_dict_must_be_one(here, latentmill):
+    for key, value in [
+        ("stages", "${seed}"),
+        ("stages", "{read: '${seed}'}"),
+        ("sampling", "${seed}"),
+        ("vae", "${seed}"),
+    ]:
+        (here / "mine.yaml").write_text(f"{JOB}output: o\n{key}: {value}\n")
+        assert "must hold keys and their values, not 0" in line(latentmill, "plan", "mine.yaml")
+
+
 def test_memory_is_said_in_words(latentmill):
     for text in ("8GiB", "500MB", "8589934592", "1.5 TB"):
         assert (
