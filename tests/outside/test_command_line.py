@@ -2,7 +2,6 @@
 
 import json
 import random
-import subprocess
 
 import pytest
 import yaml
@@ -210,13 +209,8 @@ def test_an_interpolation_is_one_as_in_yaml_and_can_be_written_as_text(
 
 
 def test_what_is_brought_in_for_a_dict_must_be_one(here, latentmill):
-    for key, value in [
-        ("stages", "${seed}"),
-        ("stages", "{read: '${seed}'}"),
-        ("sampling", "${seed}"),
-        ("vae", "${seed}"),
-    ]:
-        (here / "mine.yaml").write_text(f"{JOB}output: o\n{key}: {value}\n")
+    for key, value in [("stages", "${seed}"), ("sampling", "${seed}"), ("vae", "${seed}")]:
+        (here / "mine.yaml").write_text(f"{JOB}output: o\nsource: {{path: p.txt}}\n{key}: {value}\n")
         assert "must hold keys and their values, not 0" in line(latentmill, "plan", "mine.yaml")
 
 
@@ -263,16 +257,13 @@ def test_a_job_file_that_is_a_link_keeps_its_name_and_finds_what_is_beside_eithe
 # ------------------------------------------------------------------------------------------------------- one line
 
 
-def test_every_error_is_one_line_whatever_stands_in_it(here, latentmill, executable):
+def test_every_error_is_one_line_whatever_stands_in_it(here, latentmill):
     assert line(latentmill, "run", "txt2img", "source.path=no\nsuch\x1b").endswith(r" no\nsuch\x1b")
     assert line(latentmill, "run", "no\nsuch.yaml").startswith(r"there is no job file no\nsuch.yaml; ")
     assert line(latentmill, "status", "no\nsuch").startswith(r"no\nsuch holds no dataset of ours: ")
-    for key in (b"output", b"sampling.prompt"):
-        told = subprocess.run(
-            [*executable, "run", "txt2img", key + b"=caf\xe9"], cwd=here, capture_output=True, text=True
-        )
-        assert (told.returncode, told.stdout) == (2, "")
-        assert told.stderr == f"latentmill: txt2img: {key.decode()} must be UTF-8, not 'caf\\udce9'\n"
+    for key in ("output", "sampling.prompt"):  # bytes that are no UTF-8, as Python hands them on from a shell
+        said = line(latentmill, "run", "txt2img", f"{key}=caf\udce9")
+        assert said == rf"txt2img: {key} must be UTF-8, not 'caf\udce9'"
     assert list(here.iterdir()) == []
 
 
