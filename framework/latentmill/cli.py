@@ -8,20 +8,20 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from latentmill import plan as planning
-from latentmill import registry, storage, verify
+from latentmill import registry, storage, values, verify
 from latentmill.dataset import Dataset
-from latentmill.job import JobError, load_job, shipped
+from latentmill.job import JobError, load_job, place, shipped
 from latentmill.plan import PlanError
 from latentmill.plugin import Scheduler
 from latentmill.registry import PluginError
 from latentmill.run import OutputError, RunError, run, status
+from latentmill.streams import guard
 from latentmill.worker import OUT_OF_MEMORY
 
 WRONG = (JobError, PluginError, PlanError)
@@ -31,11 +31,20 @@ MANY_SHARDS = 20_000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The ``latentmill`` command.
+    """The ``latentmill`` command. Returns the exit code.
 
-    Returns 0 if all is well, 1 if a run stopped or no row succeeded, 2 if the job is wrong, 3 if the output can't be
-    written, 130 after Ctrl-C.
+    ==== =====================================================================================
+    0    done
+    1    it stopped, and the same command may go on; not one row succeeded; ``verify``: not sound
+    2    the job, or what was asked, is wrong: do not retry. Nothing has been started or written
+    3    the output, or what is told on stdout, can't be written
+    4    there is no place on the cluster now: retry later
+    130  it was interrupted, by Ctrl-C or SIGTERM: the same command goes on
+    ==== =====================================================================================
+
+    ``run`` and ``verify`` speak of the dataset alone: what they print may be lost.
     """
+    stdout = guard()
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if hasattr(options, "overrides"):  # argparse takes no more of them once an option has come
@@ -45,7 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     command: Callable[[Any], int] = options.command
     try:
-        return command(options)
+        code = command(options)
+        sys.stdout.flush()
+        if stdout and stdout.error and not (command is _verify or (command is _run and not options.cfg)):
+            raise OSError(stdout.error.errno, stdout.error.strerror, "stdout")
+        return code
     except KeyboardInterrupt:
         print("stopped before anything was begun", file=sys.stderr)
         return 130
@@ -60,12 +73,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug or not ours:
             raise
         said = f"out of memory: {error}" if isinstance(error, OUT_OF_MEMORY) else str(error)
-        print(f"latentmill: {said}", file=sys.stderr)
+        print(f"latentmill: {in_one_line(said)}", file=sys.stderr)
         if isinstance(error, (OutputError, OSError)):
             return 3
         if isinstance(error, (RunError, *OUT_OF_MEMORY)):
             return 1
         return int(getattr(error, "exit_code", 2))
+
+
+def in_one_line(text: str) -> str:
+    """``text`` with line breaks, control characters and bytes that are no text as escapes: as a path may have them."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _run(options: Any) -> int:
@@ -77,7 +95,7 @@ def _run(options: Any) -> int:
             raise PlanError(
                 f"--fork {options.fork}: there is a dataset already; a fork begins anew, in a place of its own"
             )
-        options.overrides.append(f"output={options.fork}")
+        options.overrides.append(f"output={values.literal(options.fork)}")
     if (options.stage or options.reason) and not options.retry_failed:
         raise JobError("--stage and --reason say which failed rows --retry-failed does again: give it, too")
 
@@ -216,10 +234,6 @@ def _schedulers(options: Any) -> int:
     return 0
 
 
-def _place(text: str) -> str:
-    return text if "://" in text else str(Path(text).expanduser())
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="latentmill",
@@ -244,7 +258,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     runs.add_argument("--cfg", choices=["job"], help="print the whole composed config, and run nothing")
     runs.add_argument(
-        "--fork", metavar="OUT2", type=_place, help="begin anew in OUT2, for a job that has changed; nothing is reused"
+        "--fork", metavar="OUT2", type=place, help="begin anew in OUT2, for a job that has changed; nothing is reused"
     )
     runs.add_argument(
         "--retry-failed",
@@ -255,10 +269,10 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("--reason", metavar="TEXT", help="with --retry-failed: only for rows whose reason has this in it")
     plans.add_argument("--json", action="store_true", help="print the plan as it would be written to plan.json")
     states = add("status", _status, "Say how far a dataset is, from its folder alone.")
-    states.add_argument("output", metavar="OUT", type=_place)
+    states.add_argument("output", metavar="OUT", type=place)
     states.add_argument("--json", action="store_true")
     checks = add("verify", _verify, "Read a dataset back whole: checksums, and each planned row exactly once.")
-    checks.add_argument("output", metavar="OUT", type=_place)
+    checks.add_argument("output", metavar="OUT", type=place)
     checks.add_argument(
         "--repair",
         action="store_true",

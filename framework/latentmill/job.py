@@ -12,19 +12,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.errors import MissingConfigException
+from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    GrammarParseError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
-from latentmill import registry
+from latentmill import registry, values
 from latentmill.registry import near
 from latentmill.schedulers import grids
 
@@ -63,8 +74,8 @@ class StageSettings:
     batch_size: int = 16
     num_gpus: float = 0.0
     num_cpus: float = 1.0
-    memory: int | None = None
-    """Bytes."""
+    memory: Any = None
+    """Bytes, as a number or in words: ``8GiB``, ``500MB``."""
     resources: dict[str, float] = field(default_factory=dict)
     accelerator_type: str | None = None
     retries: int = 1
@@ -78,6 +89,11 @@ class StageSettings:
     def threads(self) -> int:
         """Torch's threads in a worker: one a CPU asked for, so that workers on a machine don't fight over its cores."""
         return max(1, int(self.num_cpus))
+
+    @property
+    def bytes(self) -> int | None:
+        """``memory`` as a number."""
+        return None if self.memory is None else int(values.in_bytes(self.memory))
 
 
 @dataclass
@@ -198,20 +214,17 @@ def load_job(job: str, overrides: Sequence[str] = ()) -> Job:
     """The job of that name, or of that YAML file, with ``key=value`` overrides. Raises JobError or PluginError."""
     _prepare()
     name = Path(job).stem if _is_file(job) else job
-    overrides = [_override(override) for override in overrides]
+    choices, assignments = _overrides(overrides)
     where: Any
     if _is_file(job):
-        path = Path(job).expanduser().resolve()
+        path = Path(os.path.abspath(os.path.expanduser(job)))  # a link is a job of its own name
         if not path.is_file():
             raise JobError(f"there is no job file {job}; shipped jobs are chosen by name: {', '.join(shipped())}")
         if path.suffix != ".yaml":
             raise JobError(f"{job}: a job file's name ends in .yaml")
-        for hides in (path.with_name("job.yaml"), path.with_name("schema.yaml")):
-            if hides.is_file():  # a file's own folder comes first
-                raise JobError(f"{hides} must have another name: it hides the {hides.stem} that all jobs begin with")
         if "hydra" in _raw(path):  # its searchpath imports what it names
             raise JobError(f"{job}: hydra is refused; where config is looked for is not the job's to say")
-        where, config_name = initialize_config_dir(str(path.parent), version_base="1.3"), path.stem
+        where, config_name = initialize_config_dir(str(path), version_base="1.3"), THE_FILE
     else:
         if job not in shipped():
             raise JobError(
@@ -222,33 +235,180 @@ def load_job(job: str, overrides: Sequence[str] = ()) -> Job:
     try:
         with where, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(?s).*missing `_self_`")  # it is put last, where ours stands
-            config = compose(config_name, overrides=overrides)
+            config, chosen = _composed(config_name, choices)
+            if named := list(_named(assignments, config, chosen)):
+                config, _ = _composed(config_name, [*choices, *named])
     except Exception as error:  # Hydra's, OmegaConf's, YAML's, the file system's: a file may hold anything
         raise JobError(f"{name}: {_one_line(error)}") from error
     if OmegaConf.get_type(config) is not Schema:
         raise JobError(f"{job}: its defaults must begin with job, as in: defaults: [job, model: shapes, ..., _self_]")
+    try:
+        for assignment in assignments:
+            _assign(config, assignment)
+        _settle(config)
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise JobError(f"{name}: {_one_line(error)}") from error
+    except JobError as error:
+        raise JobError(f"{name}: {error}") from error
     text = OmegaConf.to_yaml(config)
     try:
         return _checked(name, config, text)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, RecursionError) as error:
         raise JobError(without_secrets(f"{name}: {_one_line(error)}", text)) from None
     except (JobError, registry.PluginError) as error:
         raise type(error)(without_secrets(str(error), text)) from None
 
 
-def _override(override: str) -> str:
-    """An override in Hydra's words: a plugin's setting may be given without the + that Hydra asks of a new key."""
-    if not re.match(r"[~+]{0,2}[A-Za-z_][\w.@/:-]*(=|$)", override):
-        raise JobError(f"{override!r} is no override: key=value is expected, as in sampling.steps=10")
-    if "_target_" in override:
-        raise JobError(f"{override!r}: _target_ is refused; plugins are chosen by name")
-    if re.match(r"[~+]*hydra\b", override):
-        raise JobError(f"{override!r}: hydra is refused; where config is looked for is not the job's to say")
-    groups = "|".join((*registry.KINDS, "cluster", "model", "stages"))
-    if chosen := re.fullmatch(rf"({groups})=(null|true|false|[-+.\d]*)", override):
-        raise JobError(f"{override}: a name is expected; ~{chosen[1]} leaves it out")
-    plugin = re.match(rf"(model|{'|'.join(registry.KINDS)})\.\w|stages\.\w+\.settings\.\w", override)
-    return f"++{override}" if plugin else override
+# ------------------------------------------------------------------------------------------------- key=value
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """``key=value`` that is no choice of a config."""
+
+    key: str
+    text: str
+    new: bool
+    """The key may be one that isn't there yet."""
+
+
+GROUPS = (*registry.KINDS, "cluster", "model", "stages")
+"""Keys whose value may be the name of a config."""
+
+
+def _overrides(overrides: Sequence[str]) -> tuple[list[str], list[Assignment]]:
+    """What of the overrides is for Hydra, in its grammar, since it chooses or leaves out a config; and the rest."""
+    choices: list[str] = []
+    assignments: dict[str, Assignment] = {}
+    for override in overrides:
+        match = re.fullmatch(r"([~+]{0,2})([A-Za-z_][\w.@/:-]*)(?:=(.*))?", override, re.DOTALL)
+        if not match or (match[3] is None and match[1] != "~"):
+            raise JobError(f"{override!r} is no override: key=value is expected, as in sampling.steps=10")
+        sign, key, text = match.groups()
+        if "_target_" in key:
+            raise JobError(f"{override!r}: _target_ is refused; plugins are chosen by name")
+        if re.match(r"hydra\b", key):
+            raise JobError(f"{override!r}: hydra is refused; where config is looked for is not the job's to say")
+        value = (
+            key in {f.name for f in fields(Schema)} - {*GROUPS} or re.search(r"[.@/:]", key) or (text or "")[:1] == "{"
+        )
+        if sign == "~":
+            choices.append(f"~{key}" + ("" if text is None else f"={_quoted(text)}"))
+        elif value and not re.search(r"[@/:]", key):
+            plugin = re.match(rf"(model|{'|'.join(registry.KINDS)})\.\w|stages\.\w+\.settings(\.\w|$)", key)
+            assignments.pop(key, None)  # the last one counts, in its place
+            assignments[key] = Assignment(key, text, bool(sign or plugin) or text[:1] == "{")
+        elif key in GROUPS and re.fullmatch(r"null|true|false|[-+.\d]*|\[.*\]", text):
+            raise JobError(f"{override}: a name is expected; ~{key} leaves it out")
+        else:
+            choices.append(f"{sign.replace('++', '')}{key}={_quoted(text)}")
+    # The type of a setting is its plugin's to say, so names are known before settings, and what refers before what is read.
+    first = [a for a in assignments.values() if a.key == "flow" or a.key.endswith(".name") or "${" in a.text]
+    return choices, first + [a for a in assignments.values() if a not in first]
+
+
+def _quoted(text: str) -> str:
+    return str(QuotedString(text, Quote.single).with_quotes())
+
+
+def _composed(config_name: str, choices: Sequence[str]) -> tuple[DictConfig, Mapping[Any, Any]]:
+    """The config, and which config each group is."""
+    config = compose(config_name, overrides=list(choices), return_hydra_config=True)
+    chosen = OmegaConf.to_container(config.hydra.runtime.choices)
+    OmegaConf.set_struct(config, False)
+    del config["hydra"]
+    OmegaConf.set_struct(config, True)
+    assert isinstance(chosen, dict)
+    return config, chosen
+
+
+def _named(assignments: Sequence[Assignment], config: DictConfig, chosen: Mapping[Any, Any]) -> Iterator[str]:
+    """``scheduler=X`` for ``scheduler.name=X``, where the settings there are those of another scheduler's config."""
+    for assignment in assignments:
+        kind = assignment.key.removesuffix(".name")
+        if kind in registry.KINDS and kind in chosen and "${" not in assignment.text:
+            there = OmegaConf.to_container(config[kind]) or {}
+            if isinstance(there, dict) and there.keys() > {"name"} and there["name"] != assignment.text:
+                yield f"{kind}={_quoted(assignment.text)}"
+
+
+def _assign(config: DictConfig, assignment: Assignment) -> None:
+    key, path = assignment.key, assignment.key.split(".")
+    new = assignment.new or (path[0] == "stages" and len(path) > 2 and path[1] in (config.get("flow") or ()))
+    hint: Any = str
+    if values.ambiguous(assignment.text):
+        hint = _hint(path, OmegaConf.to_container(config))
+    try:
+        value = values.read(assignment.text, hint)
+    except ValueError as error:
+        raise JobError(f"{key}: {error}") from error
+    try:
+        OmegaConf.update(config, key, value, force_add=new)
+    except (ConfigAttributeError, ConfigKeyError) as error:
+        raise JobError(f"there is no key {key}{_near_key(key)}") from error
+    except (ValueError, AssertionError) as error:  # OmegaConf's of a key that goes into a list, or into text
+        if isinstance(error, OmegaConfBaseException):
+            raise
+        raise JobError(f"there is no key {key}") from error
+
+
+def _settle(config: DictConfig) -> None:
+    """Give scalars of YAML files that were kept as they were written the type that their keys have."""
+    raw = OmegaConf.to_container(config)
+    for path, value in _leaves(raw):
+        text = values.kept(value)
+        if text is not None or isinstance(value, values.NUMBERS):
+            wanted = values.is_text(_hint(path, raw))
+            if text is not None or wanted:
+                node: Any = config
+                for key in path[:-1]:
+                    node = node[key]
+                node[path[-1]] = str(value) if text is None else text if wanted else values.as_yaml(text)
+
+
+def _hint(path: Sequence[Any], raw: Any) -> Any:
+    """The type that the schema, or a plugin's constructor, gives a key. Any: neither does, and no text is made of it."""
+    hint: Any = Schema
+    if path[0] in registry.KINDS and len(path) > 1:
+        hint, path = _setting(path[0], raw[path[0]], path[1]), path[2:]
+    elif path[0] == "stages" and len(path) > 3 and path[2] == "settings":
+        hint, path = _setting("stage", {"name": path[1]}, path[3]), path[4:]
+    elif path[0] == "model":
+        hint = (
+            str if any(_makes_text(".".join(map(str, path)), leaf, value, raw) for leaf, value in _leaves(raw)) else Any
+        )
+        path = ()
+    for key in path:
+        hint = _types(hint).get(key, Any) if isinstance(hint, type) and is_dataclass(hint) else values.inside(hint)
+    return hint
+
+
+@cache
+def _types(schema: Any) -> dict[str, Any]:
+    return get_type_hints(schema)
+
+
+def _setting(kind: str, choice: Any, key: str) -> Any:
+    if key == "name":
+        return str
+    name = choice.get("name") if isinstance(choice, Mapping) else None
+    return registry.hints(kind, str(name)).get(key, Any)
+
+
+def _makes_text(key: str, leaf: Sequence[str], value: Any, raw: Any) -> bool:
+    """Whether text is made of ``key`` at ``leaf``: it is part of a longer text there, or all of what takes text."""
+    if leaf[0] == "model" or not isinstance(value, str) or f"${{{key}}}" not in value:
+        return False
+    return value != f"${{{key}}}" or values.is_text(_hint(leaf, raw))
+
+
+def _leaves(node: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    children = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else None
+    if children is None:
+        yield at, node
+        return
+    for key, value in children:
+        yield from _leaves(value, (*at, key))
 
 
 def without_secrets(text: str, config: str) -> str:
@@ -281,29 +441,31 @@ def _is_file(job: str) -> bool:
 def _checked(name: str, config: DictConfig, text: str) -> Job:
     _refuse_targets(name, OmegaConf.to_container(config))
     try:
-        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        settled = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         key = str(error.full_key)
         raise JobError(f"{name}: {key} has no value; set it in the job, or as {key}=...") from error
-    assert isinstance(values, dict)
-    _refuse_targets(name, values)  # an interpolation may bring one in
+    assert isinstance(settled, dict)
+    _refuse_targets(name, settled)  # an interpolation may bring one in
     for key in get_type_hints(Schema):
-        if key not in values:  # ~key takes it away
+        if key not in settled:  # ~key takes it away
             raise JobError(f"{name}: {key} has no value; set it in the job, or as {key}=...")
-    _unknown(values, Schema, name)  # +key=value gets past even a typed config
-    flow = tuple(map(str, values["flow"]))
+    _unknown(settled, Schema, name)  # +key=value gets past even a typed config
+    if not isinstance(settled["flow"], list):
+        raise JobError(f"{name}: flow must be a list of stages, not {settled['flow']!r}")
+    flow = tuple(map(str, settled["flow"]))
     for stage in (*STAGES, *flow):
-        values["stages"].setdefault(stage, vars(StageSettings()))
+        settled["stages"].setdefault(stage, vars(StageSettings()))
     job = Job(
         name=name,
         config=text,
         **{
-            **values,
+            **settled,
             "flow": flow,
-            "output": _place(values["output"] or ""),
-            "sampling": Sampling(**values["sampling"]),
-            "stages": {key: StageSettings(**stage) for key, stage in values["stages"].items()},
-            "cluster": Cluster(**values["cluster"]),
+            "output": place(settled["output"] or ""),
+            "sampling": Sampling(**settled["sampling"]),
+            "stages": {key: StageSettings(**stage) for key, stage in settled["stages"].items()},
+            "cluster": Cluster(**settled["cluster"]),
         },
     )
     for wrong in _wrong(job):
@@ -317,8 +479,9 @@ def _refuse_targets(name: str, values: Any) -> None:
             raise JobError(f"{name}: {key} is refused; plugins are chosen by name")
 
 
-def _place(output: str) -> str:
-    return output if "://" in output else output and str(Path(output).expanduser())
+def place(output: str) -> str:
+    """A URL as it is, a folder with ``~`` for the home; ``~name`` that nobody is called is a folder's name."""
+    return output if "://" in output else output and str(Path(os.path.expanduser(output)))
 
 
 def _keys(node: Any, at: str = "") -> Iterator[str]:
@@ -328,17 +491,28 @@ def _keys(node: Any, at: str = "") -> Iterator[str]:
         yield from _keys(value, f"{at}.{key}" if at else str(key))
 
 
-def _unknown(values: Mapping[Any, Any], schema: Any, name: str, at: str = "") -> None:
+def _unknown(settled: Mapping[Any, Any], schema: Any, name: str, at: str = "") -> None:
     hints = get_type_hints(schema)
-    for key, value in values.items():
+    for key, value in settled.items():
         if key not in hints:
             raise JobError(f"{name}: there is no key {at}{key}{_near_key(f'{at}{key}')}")
         hint = hints[key]
-        if is_dataclass(hint) and isinstance(value, Mapping):
+        if is_dataclass(hint):
+            _holds_keys(value, name, f"{at}{key}")
             _unknown(value, hint, name, f"{at}{key}.")
         elif get_args(hint)[1:] == (StageSettings,):
+            _holds_keys(value, name, f"{at}{key}")
             for stage, settings in value.items():
+                _holds_keys(settings, name, f"{at}{key}.{stage}")
                 _unknown(settings, StageSettings, name, f"{at}{key}.{stage}.")
+        elif values.is_dict(hint) and value is not None:
+            _holds_keys(value, name, f"{at}{key}")
+
+
+def _holds_keys(value: Any, name: str, at: str) -> None:
+    """What an interpolation brings in is checked by nobody else."""
+    if not isinstance(value, Mapping):
+        raise JobError(f"{name}: {at} must hold keys and their values, not {value!r}")
 
 
 def _wrong(job: Job) -> Iterator[str]:
@@ -360,7 +534,10 @@ def _wrong(job: Job) -> Iterator[str]:
     for key in ("guidance_rescale", "guidance_from", "guidance_until", "strength"):
         if not 0.0 <= getattr(sampling, key) <= 1.0:
             yield f"sampling.{key} must be from 0 to 1, not {getattr(sampling, key)}"
-    if not job.output or Path(job.output).is_file():
+    for key, text in [("output", job.output), *((f"sampling.{k}", v) for k, v in vars(sampling).items())]:
+        if isinstance(text, str) and not text.isascii() and _not_utf8(text):
+            yield f"{key} must be UTF-8, not {text!r}"
+    if not job.output or "\0" in job.output or Path(job.output).is_file():
         yield f"output must name a folder or a URL, not {job.output!r}"
     if job.on_error not in ON_ERROR:
         yield f"on_error must be {' or '.join(ON_ERROR)}, not {job.on_error!r}"
@@ -385,10 +562,12 @@ def _wrong(job: Job) -> Iterator[str]:
             yield f"stages.{name}.retries must be 0 or more, not {stage.retries}"
         if stage.timeout is not None and not stage.timeout > 0:
             yield f"stages.{name}.timeout must be more than 0 seconds, or null, not {stage.timeout}"
-        for key in ("num_gpus", "num_cpus", "memory"):
+        for key in ("num_gpus", "num_cpus"):
             number = getattr(stage, key)
-            if number is not None and not (math.isfinite(number) and number >= 0):
+            if not (math.isfinite(number) and number >= 0):
                 yield f"stages.{name}.{key} must be a number from 0 on, not {number}"
+        if stage.memory is not None and not 0 <= values.in_bytes(stage.memory) < math.inf:
+            yield f"stages.{name}.memory must be bytes, as 8GiB, 500MB or a number, not {stage.memory!r}"
         if stage.num_gpus > 1 and stage.num_gpus != int(stage.num_gpus):
             yield f"stages.{name}.num_gpus above 1 must be whole, not {stage.num_gpus}"
         if stage.settings and name in STAGES:
@@ -419,6 +598,11 @@ def _wrong(job: Job) -> Iterator[str]:
             yield f"scheduler.grid: {error}"
 
 
+def _not_utf8(text: str) -> bool:
+    """Whether there are bytes in it that a shell gave and UTF-8 doesn't have: no file of rows could hold them."""
+    return text != text.encode(errors="ignore").decode()
+
+
 def _wrong_flow(flow: tuple[str, ...]) -> Iterator[str]:
     if len(flow) < 2 or flow[0] != "read" or flow[-1] != "write":
         yield f"flow must begin with read and end with write, not {list(flow)}"
@@ -443,6 +627,7 @@ def _prepare() -> None:
     """Tell Hydra our schema, our config folder and those that plugins bring, and a config for each plugin's name."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Schema)
+    Plugins.instance().register(_Folder)
     Plugins.instance().register(_SearchPath)
     packages = [package for _, package in _packages()]
     for kind in registry.KINDS:
@@ -458,8 +643,72 @@ class _SearchPath(SearchPathPlugin):
     """Where Hydra looks for what a job's defaults name, after the job's own folder."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for element in search_path.get_path():
+            if element.provider == "main":
+                element.path = f"{_Folder.scheme()}://{element.path.removeprefix('pkg://')}"
         for distribution, package in _packages():
-            search_path.append(distribution, f"pkg://{package}")
+            search_path.append(distribution, f"{_Folder.scheme()}://{package}")
+
+
+THE_FILE = "job file"
+"""What a job's own file is called among the configs of its folder, whatever its name."""
+
+
+class _Folder(ConfigSource):
+    """The folder of a job's file, or a package of config; its path is the file's, or the package's name.
+
+    Unlike Hydra's own, a scalar stays as it was written until its type is known, the file may have any name, and it may
+    be a link: what lies beside it is found, then what lies beside the file that it leads to.
+    """
+
+    @staticmethod
+    def scheme() -> str:
+        return "latentmill"
+
+    def __init__(self, provider: str, path: str) -> None:
+        super().__init__(provider, path)
+        self.file = Path(self.path) if os.path.isabs(self.path) else None
+        self.folders: list[Traversable]
+        if self.file is not None:
+            self.folders = list(dict.fromkeys([self.file.parent, self.file.resolve().parent]))
+        else:
+            self.folders = [files(self.path)]
+
+    def _found(self, name: str) -> Traversable | None:
+        name = name.removesuffix(".yaml")
+        if self.file is not None and name == THE_FILE:
+            return self.file
+        if self.file is not None and name in ("job", "schema"):  # what all jobs begin with is ours
+            return None
+        there = (folder.joinpath(f"{name}.yaml") for folder in self.folders)
+        return next((file for file in there if file.is_file()), None)
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        file = self._found(config_path)
+        if file is None:
+            raise ConfigLoadError(f"Config not found : {config_path}")
+        text = file.read_text(encoding="utf-8")
+        held = values.load_yaml(text)
+        if not isinstance(held, (dict, list)):
+            raise ValueError(f"{file}: keys with values are expected, as in: seed: 1")
+        return ConfigResult(self.provider, self.full_path(), OmegaConf.create(held), self._get_header_dict(text))
+
+    def available(self) -> bool:
+        return True
+
+    def is_group(self, config_path: str) -> bool:
+        return any(folder.joinpath(config_path).is_dir() for folder in self.folders)
+
+    def is_config(self, config_path: str) -> bool:
+        return self._found(config_path) is not None
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        found: list[str] = []
+        for folder in self.folders:
+            if (group := folder.joinpath(config_path)).is_dir():
+                for name in (file.name for file in group.iterdir()):
+                    self._list_add_result(found, f"{config_path}/{name}".lstrip("/"), name, results_filter)
+        return sorted(set(found))
 
 
 @cache
@@ -479,11 +728,21 @@ def _packages() -> list[tuple[str, str]]:
     return found
 
 
+DOLLAR = "${oc.env:NAME} is an environment variable, ${KEY} another key of the job; \\${ is ${ as it stands"
+
+
 def _one_line(error: BaseException) -> str:
     """Hydra's and OmegaConf's long messages, as one line that names the key and the nearest right one."""
     text = f"{error}\n{error.__cause__ or ''}"
+    for cause in (error, error.__cause__):
+        if isinstance(cause, GrammarParseError):
+            key, said = _found(r"full_key: (\S+)", text), "${ begins what can't be read"
+            return f"{key}: {said}; {DOLLAR}" if key else f"{said}; {DOLLAR}"
     if isinstance(error, RecursionError):
-        return "its defaults lead back to themselves"
+        return "its defaults, or what stands in ${}, lead back to themselves"
+    if isinstance(error, InterpolationResolutionError):
+        key, said = _found(r"full_key: (\S+)", text), str(error).partition("\n")[0]
+        return f"{key}: {said}; \\${{ is ${{ as it stands" if key else said
     if mark := getattr(error, "problem_mark", None):
         return f"line {mark.line + 1}: {error.problem}"  # type: ignore[attr-defined]  # a yaml.MarkedYAMLError
     if isinstance(error, MissingConfigException) and (missing := _found(r"Could not (?:find|load) '([^']+)'", text)):
@@ -499,7 +758,7 @@ def _one_line(error: BaseException) -> str:
             return f"there is no key {key}{_near_key(key)}"
         if reason := _found(r"(Value .*)", text) or _found(r"(.*is not .*)", text):
             return f"{key}: {reason}"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
     detail = next((line for line in lines[1:] if not re.match(r"(full_key|object_type|reference_type|set_)", line)), "")
     said = f"{lines[0].rstrip('.:')}: {detail}" if detail else lines[0]
     return f"{key}: {said}" if key and not re.search(rf"\b{re.escape(key)}\b", said) else said

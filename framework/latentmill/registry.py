@@ -163,17 +163,29 @@ def _check(who: str, plugin: type[Plugin], settings: Mapping[str, Any]) -> None:
         required = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         if required and settings.get(key) is None:
             raise PluginError(f"{who} needs a value for {key!r}")
-    try:
-        hints = typing.get_type_hints(plugin.__init__)
-    except Exception:  # annotations that can't be evaluated say nothing
-        return
+    annotated = _hints(plugin)
     for key, value in settings.items():
-        hint = hints.get(key)
+        hint = annotated.get(key)
         wrong = isinstance(hint, type) and not isinstance(value, hint)
         if hint in (int, float):
             wrong = isinstance(value, bool) or not isinstance(value, (int, float) if hint is float else int)
         if wrong and hint in (bool, int, float, str):
             raise PluginError(f"{who}: {key} must be {hint.__name__}, not {value!r}")
+
+
+def hints(kind: str, name: str) -> dict[str, Any]:
+    """The types of a plugin's settings, as far as it says them; none, if it can't be imported."""
+    try:
+        return _hints(load(kind, name))
+    except PluginError:
+        return {}
+
+
+def _hints(plugin: type[Plugin]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(plugin.__init__)
+    except Exception:  # annotations that can't be evaluated say nothing
+        return {}
 
 
 def near(name: str, names: typing.Iterable[str]) -> str:

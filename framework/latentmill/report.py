@@ -12,7 +12,7 @@ import logging
 import sys
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
@@ -29,6 +29,7 @@ from latentmill import storage
 from latentmill.dataset import Dataset, data_name, errors_name
 from latentmill.sinks.parquet import opened
 from latentmill.storage import Storage
+from latentmill.write import in_a_line
 
 logger = logging.getLogger("latentmill")
 
@@ -139,11 +140,12 @@ class Live:
         self._next_line = 0.0
 
     def show(self, view: View) -> None:
-        """Take in how the run stands. Cheap: the loop calls it at every turn."""
-        self.pace.add(view)
-        if not self.stream.isatty() and view.seconds >= self._next_line:
-            self._next_line = view.seconds + self.every
-            print(self.line(), file=self.stream, flush=True)
+        """Take in how the run stands. Cheap: the loop calls it at every turn. Raises nothing: telling is not the work."""
+        with suppress(Exception):
+            self.pace.add(view)
+            if not self.stream.isatty() and view.seconds >= self._next_line:
+                self._next_line = view.seconds + self.every
+                print(self.line(), file=self.stream, flush=True)
 
     def line(self) -> str:
         """The newest view in a line."""
@@ -186,14 +188,21 @@ class Live:
 
 @contextmanager
 def live(job_name: str) -> Iterator[Live]:
-    """A live view on stderr for the time of a run."""
-    shown = Live(job_name, sys.stderr)
-    if not shown.stream.isatty():
+    """A live view on stderr for the time of a run, as far as it can be shown."""
+    shown = Live(job_name, sys.stderr or io.StringIO())
+    with ExitStack() as on_screen:
+        with suppress(Exception):
+            if shown.stream.isatty():
+                console = Console(file=shown.stream)
+                table = RichLive(get_renderable=shown.table, console=console, refresh_per_second=4)
+                on_screen.callback(_stop, table)
+                table.start(refresh=True)
         yield shown
-        return
-    console = Console(file=shown.stream)
-    with RichLive(get_renderable=shown.table, console=console, refresh_per_second=4):
-        yield shown
+
+
+def _stop(table: RichLive) -> None:
+    with suppress(Exception):
+        table.stop()
 
 
 # --------------------------------------------------------------------------------------------------- at the end
@@ -243,11 +252,25 @@ def finish(there: Dataset, pace: Pace | None = None) -> None:
     """Make ``contact_sheet.png``, the card ``README.md``, which Hugging Face reads, and ``report.html`` of a dataset.
 
     ``pace`` brings the rates of the run that just ended. A file of one of these names that we did not make stays as it is.
+    What can't be made is a line in the log: the rows are there.
     """
-    dataset = _Dataset(there)
-    _contact_sheet(dataset)
-    _card(dataset)
-    _html(dataset, pace)
+    with _logged("contact sheet, card and report"):
+        dataset = _Dataset(there)
+        with _logged("contact_sheet.png"):
+            _contact_sheet(dataset)
+        with _logged("README.md"):
+            _card(dataset)
+        with _logged("report.html"):
+            _html(dataset, pace)
+
+
+@contextmanager
+def _logged(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a font, a picture, a disk: whatever drawing and writing come upon
+        said = in_a_line(f"{type(error).__name__}: {error}")
+        logger.warning(f"{what} could not be made, and the dataset is complete without: {said}")
 
 
 MARK = "made by latentmill, which replaces it at the end of each run; without this line it is yours"

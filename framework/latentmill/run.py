@@ -132,15 +132,19 @@ def _show(live: report.Live, state: flow.State, plan: Plan, started: float) -> N
 def _result(job: Job, state: flow.State, seconds: float, interrupted: bool = False) -> Result:
     now = status(job.output)
     counts = {name: now[name] for name in ("planned", "ok", "failed")}
-    text = report.summary(
-        job.name,
-        job.output,
-        **counts,
-        made=state.committed_ok + state.committed_failed,
-        seconds=seconds,
-        interrupted=interrupted,
-        warnings=now["warnings"],
-    )
+    made = state.committed_ok + state.committed_failed
+    try:
+        text = report.summary(
+            job.name,
+            job.output,
+            **counts,
+            made=made,
+            seconds=seconds,
+            interrupted=interrupted,
+            warnings=now["warnings"],
+        )
+    except Exception:  # a store that answers no more: the rows are there all the same
+        text = f"{job.name}: {now['ok']:,} of {now['planned']:,} rows, {now['failed']:,} failed"
     return Result(job.output, **counts, seconds=seconds, text=text, interrupted=interrupted)
 
 
@@ -303,7 +307,7 @@ def _work(job: Job, plan: Plan, name: str) -> StageWork:
         replicas=stage.replicas,
         num_cpus=stage.num_cpus,
         num_gpus=stage.num_gpus,
-        memory=stage.memory,
+        memory=stage.bytes,
         resources=stage.resources,
         accelerator_type=stage.accelerator_type,
         threads=threads,

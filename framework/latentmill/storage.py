@@ -141,7 +141,7 @@ class Folder(Storage):
         _make(folder)
         temporary = folder / f"{uuid.uuid4().hex}-{name.rpartition('/')[2]}"
         try:
-            yield str(temporary)
+            yield os.path.abspath(temporary)  # Arrow takes the relative a:b/c for a URL
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -30,7 +30,7 @@ def locate(path: str) -> Path:
     if not path.strip():
         raise ValueError("source.path is empty: name a file, a folder or a glob (. is the working directory)")
     if not path.startswith("pkg://"):
-        return Path(path).expanduser()
+        return Path(os.path.expanduser(path))  # ~name that nobody is called is a file's name
     package, _, inside = path.removeprefix("pkg://").partition("/")
     loaded = package.rpartition(".")[0] in sys.modules
     top, *below = [package] if loaded else package.split(".")
