@@ -18,8 +18,9 @@ from PIL import Image, ImageCms
 from latentmill import rows
 from latentmill.plugin import LatentSpec, RowError
 from latentmill.sinks.parquet import STATE, Parquet
-from latentmill.sources.images import DEPTH, RUN, Images, decode
+from latentmill.sources.images import DEPTH, RUN, Images
 from latentmill.sources.latents import Latents
+from latentmill.sources.pictures import decode
 from latentmill.sources.prompts import Prompts, _Text
 
 
