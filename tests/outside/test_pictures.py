@@ -266,7 +266,7 @@ def test_a_bit_that_flips_in_a_png_changes_no_pixel_or_is_an_error_row(read):
 
 def test_a_png_with_fewer_lines_than_it_says_is_an_error_row(read):
     values = samples(8, 3)
-    cases = [png(values, 8, 2, interlaced, drop=drop) for interlaced in (False, True) for drop in (1, 64)]
+    cases = [png(values, 8, 2, interlaced, drop=drop) for interlaced in (False, True) for drop in (64, 320)]
     assert [str(error) for error in read(cases)] == ["image: can't be decoded: it has fewer lines than it says"] * 4
     assert off(read([png(values, 8, 2)[:-12] + chunk(b"IDAT", b"more") + chunk(b"IEND", b"")])[0], values) == 0
 
@@ -396,7 +396,11 @@ def test_jpeg_in_gray_ycbcr_rgb_and_inks(read):
             255 * (1 - inks[:, :, :3] / 255) * (1 - inks[:, :, 3:] / 255),
         ),
     }
-    # The same inks as YCCK: turned into YCbCr, which Pillow does not write, by its writer of RGB; K and Adobe's mark by hand.
+    y = smooth @ [0.299, 0.587, 0.114]
+    ycc = np.dstack([y, 128 + (smooth[:, :, 2] - y) / 1.772, 128 + (smooth[:, :, 0] - y) / 1.402, 255 - across])
+    ycck = saved((255 - ycc).round(), "CMYK", "JPEG", quality=99, subsampling=0)  # Adobe's inks are stored inverted
+    at = ycck.index(b"Adobe") + 11
+    cases["inks as YCCK"] = ycck[:at] + b"\2" + ycck[at + 1 :], cases["inks"][1]
     assert judge(read, cases, within=6)[1] == {}
 
 

@@ -63,7 +63,7 @@ def decode(file: BinaryIO | bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
     try:
         with _pillow(max_pixels):
             if head.startswith(PNG):
-                _check_png(file, max_pixels)
+                _check_png(file)
             elif head.startswith(TIFF):
                 tiff = _tiff_tags(file)
                 _check_tiff(tiff, max_pixels)
@@ -77,6 +77,8 @@ def decode(file: BinaryIO | bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
                 if image.format == "WEBP":
                     frame = _webp_frame(file)
                 image.load()  # verify() passes a truncated JPEG
+                if image.format == "PNG" and (image.info.get("interlace") or not any(_last_line(image))):
+                    _check_png(file, lines=True)
                 rgb = _rgb(image, layout, tiff)
                 if frame is not None and image.format in ("GIF", "WEBP"):
                     rgb = _on_canvas(rgb, frame)
@@ -233,8 +235,15 @@ ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (
 """The passes of an interlaced PNG: its first column and line, and the steps from there."""
 
 
-def _check_png(file: BinaryIO, max_pixels: int) -> None:
-    """Raise RowError if a checksum is wrong, or lines are missing: Pillow skips some of the former and makes the latter black."""
+def _last_line(image: Image.Image) -> bytes:
+    return image.crop((0, image.height - 1, *image.size)).tobytes()
+
+
+def _check_png(file: BinaryIO, lines: bool = False) -> None:
+    """Raise RowError if a checksum is wrong, which Pillow passes over at the end of the pixels.
+
+    With ``lines`` the pixels are unpacked, and counted, too: of lines that are missing Pillow makes zeros.
+    """
     file.seek(len(PNG))
     missing, inflate, broken, kind = 0, zlib.decompressobj(), "", b""
     while kind != b"IEND":
@@ -249,8 +258,8 @@ def _check_png(file: BinaryIO, max_pixels: int) -> None:
                 raise _cut_off()
             length -= len(part)
             crc = zlib.crc32(part, crc)
-            if kind == b"IHDR" and len(part) == 13:
-                missing = _png_bytes(part, max_pixels)
+            if lines and kind == b"IHDR" and len(part) == 13:
+                missing = _png_bytes(part)
             while kind == b"IDAT" and part and missing > 0:
                 try:
                     missing -= len(inflate.decompress(part, 1 << 18))
@@ -267,11 +276,9 @@ def _check_png(file: BinaryIO, max_pixels: int) -> None:
     file.seek(0)
 
 
-def _png_bytes(header: bytes, max_pixels: int) -> int:
-    """Bytes that a PNG's pixels unpack to; 0 for one that is refused for its header, by Pillow."""
+def _png_bytes(header: bytes) -> int:
+    """Bytes that a PNG's pixels unpack to."""
     width, height, bits, kind, _, _, interlaced = struct.unpack(">IIBBBBB", header)
-    if width * height > max_pixels or kind not in SAMPLES:
-        return 0
     sides = [(-(-(width - x) // dx), -(-(height - y) // dy)) for x, y, dx, dy in ADAM7 if width > x and height > y]
     return sum(
         lines * (1 + (columns * bits * SAMPLES[kind] + 7) // 8)
