@@ -42,7 +42,7 @@ class Read(Stage):
     A picture is brought to the row's width and height: scaled (Lanczos) until it covers them, the middle cut out. Where
     neither row nor job gives a size it keeps its own, less what is over a multiple of ``multiple_of`` pixels, the VAE's
     downscale, cut evenly from both edges. Latents are taken as they are and give the row its size. A row of more pixels
-    than ``sampling.max_pixels`` is an error before any are made: a VAE's memory grows with them, some kilobytes for each.
+    than ``sampling.max_pixels`` is an error before any are made, since the memory of every stage grows with them.
 
     A row's seed from the source is its first sample's, as it stands; ``sample_seed`` of it is that of each further one. -1
     and null stand for no seed, as in other tools.
