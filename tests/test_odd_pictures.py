@@ -196,7 +196,7 @@ FILES = [
     ("32 bits with a mask of alpha: laid on white", "alpha.bmp", bmp(32, 0x33000000, 0xFF000000), (204, 204, 204)),
     ("alpha that is 0 everywhere: a filler", "zeros.bmp", bmp(32, 0x00FF0000, 0xFF000000), RED),
     ("alpha of 1 bit", "alpha1.bmp", bmp(16, 0x7C00, 0x8000), "a BMP of 16 bits with alpha of 1 bits, which is not read: save it as PNG"),
-    ("8 bits with a palette of black and white", "two.bmp", two_grays(), "a BMP of 8 bits with a palette of grays, which is not read: save it as PNG"),
+    ("8 bits with a palette of black and white", "two.bmp", two_grays(), WHITE),
     ("a frame that is smaller than its screen: white around it", "screen.gif", screen(), WHITE),
     ("Lab", "lab.tif", tiff(8, bytes([136, 80, 67]), 8, 3), (250, 3, 11)),
     ("animated: frame 0", "moving.gif", frames("GIF"), RED),

@@ -339,9 +339,8 @@ def test_every_bmp_is_read_right_or_refused(read):
         errors16[16, 0x7C00, 0x3E0, 0x1F, 0x8000, 124]
         == "a BMP of 16 bits with alpha of 1 bits, which is not read: save it as PNG"
     )
-    assert errors[8, "black and white", 40, False].startswith(
-        "a BMP of 8 bits with a palette of grays, which is not read"
-    )
+    assert {key for key in cases if key[0] == 8 and key[1] == "black and white"} <= done
+    assert errors[4, "black and white", 40, False].startswith("a BMP of 4 bits with a palette of grays, which is not")
     assert all("is not read" in error or "Unsupported BMP" in error for error in [*errors.values(), *errors16.values()])
 
 

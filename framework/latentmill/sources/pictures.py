@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageFile, TiffImagePlugin, UnidentifiedImageError
 from PIL.TiffImagePlugin import (
     BITSPERSAMPLE,
     COMPRESSION,
@@ -286,11 +286,14 @@ def _png_bytes(header: bytes) -> int:
     )
 
 
-def _check_bmp(head: bytes, image: Image.Image) -> None:
-    """Raise RowError for what Pillow reads, and not right."""
+def _check_bmp(head: bytes, image: ImageFile.ImageFile) -> None:
+    """Mend what Pillow takes black and white for: a bit a pixel. Raise RowError for what else it reads, and not right."""
     (size,) = struct.unpack_from("<I", head, 14)
     (bits,) = struct.unpack_from("<H", head, 24 if size == 12 else 28)
-    if (image.mode == "1" and bits > 1) or (image.mode == "L" and bits == 4):  # unpacked as 1 and 8 bits
+    tile = image.tile[0]
+    if image.mode == "1" and bits == 8 and tile.codec_name == "raw" and isinstance(tile.args, tuple):
+        image.tile = [tile._replace(args=("1;8", *tile.args[1:]))]
+    elif (image.mode == "1" and bits > 1) or (image.mode == "L" and bits == 4):  # unpacked as 1 and 8 bits
         raise RowError(f"a BMP of {bits} bits with a palette of grays, which is not read: save it as PNG")
     if size != 12 and struct.unpack_from("<I", head, 30) == (BITFIELDS,):
         red, green, blue, alpha = struct.unpack_from("<4I", head, 54)
