@@ -101,6 +101,30 @@ def palette(format, **options):
     return file.getvalue()
 
 
+def bmp(bits, pixel, alpha=0):
+    """A BMP of one ``pixel`` (a number); with a mask of ``alpha`` it says where its colours are, too."""
+    red, green, blue = (0xFF0000, 0xFF00, 0xFF) if bits == 32 else (0x7C00, 0x3E0, 0x1F)
+    data = pixel.to_bytes(bits // 8, "little") * (SIZE[0] * SIZE[1])
+    head = struct.pack("<IiiHHIIiiII", 108, *SIZE, 1, bits, 3 * bool(alpha), len(data), 0, 0, 0, 0)
+    head += struct.pack("<4I", red, green, blue, alpha) + bytes(52)
+    return b"BM" + struct.pack("<IHHI", 122 + len(data), 0, 0, 122) + head + data
+
+
+def two_grays():
+    data = b"\1" * (SIZE[0] * SIZE[1])
+    head = struct.pack("<IiiHHIIiiII", 40, *SIZE, 1, 8, 0, len(data), 0, 0, 2, 0) + b"\0\0\0\0\xff\xff\xff\0"
+    return b"BM" + struct.pack("<IHHI", 62 + len(data), 0, 0, 62) + head + data
+
+
+def screen():
+    """A GIF of a white frame, on a screen that is larger and red."""
+    image = Image.new("P", SIZE, 1)
+    image.putpalette([*RED, *WHITE])
+    file = io.BytesIO()
+    image.save(file, "GIF")
+    return file.getvalue()[:6] + struct.pack("<HH", 20, 30) + file.getvalue()[10:]
+
+
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
 WIDE = struct.pack(">H", 257 * 100)
@@ -134,11 +158,15 @@ FILES = [
     ("gray of 12 bits: scaled", "gray12.tif", tiff(12, b"\x64\x66\x46"), GRAY),
     ("gray of 8 bits, 0 being white", "gray8white.tif", tiff(8, b"\x9b", 0), GRAY),
     ("RGB of 16 bits", "rgb16.tif", tiff(16, struct.pack("<H", 257 * 100), 2, 3), GRAY),
-    ("signed samples", "signed.tif", tiff(8, b"\xfa", sample_format=2), "32-bit or signed samples, whose range nobody knows"),
-    ("signed samples of 16 bits", "signed16.tif", tiff(16, b"\xfa\xff", sample_format=2), "32-bit or signed samples, whose range nobody knows"),
-    ("samples of 32 bits", "int32.tif", saved("I", 70_000, "TIFF"), "32-bit or signed samples, whose range nobody knows"),
-    ("floats", "float.tif", saved("F", 0.5, "TIFF"), "32-bit or signed samples, whose range nobody knows"),
-    ("floats of 64 bits", "double.tif", tiff(64, struct.pack("<d", 0.5), sample_format=3), NO_PICTURE),
+    ("RGB of 12 bits", "rgb12.tif", tiff(12, b"\x64\x66\x46", 2, 3), "a TIFF of a kind that is not read (RGB, 12 bits, 3 samples): save it as gray or RGB of 8 bits"),
+    ("gray that is multiplied by alpha", "multiplied_gray.tif", tiff(8, b"\x80\x80", 1, 2, more=[(338, 1)]), (255, 255, 255)),
+    ("a preview, as camera's raw files begin with", "preview.tif", tiff(8, b"\x64", more=[(254, 1)]), "the first page of the TIFF is a preview or a mask of another: is it a camera's raw file?"),
+    ("a fourth sample that may be alpha or not", "fourth.tif", tiff(8, b"\xff\x00\x00\x80", 2, 4), "a TIFF with a fourth sample that it doesn't say the meaning of (ExtraSamples)"),
+    ("signed samples", "signed.tif", tiff(8, b"\xfa", sample_format=2), "samples that are signed, or of 32 bits and more: nobody knows their range"),
+    ("signed samples of 16 bits", "signed16.tif", tiff(16, b"\xfa\xff", sample_format=2), "samples that are signed, or of 32 bits and more: nobody knows their range"),
+    ("samples of 32 bits", "int32.tif", saved("I", 70_000, "TIFF"), "samples that are signed, or of 32 bits and more: nobody knows their range"),
+    ("floats", "float.tif", saved("F", 0.5, "TIFF"), "samples that are signed, or of 32 bits and more: nobody knows their range"),
+    ("floats of 64 bits", "double.tif", tiff(64, struct.pack("<d", 0.5), sample_format=3), "samples that are signed, or of 32 bits and more: nobody knows their range"),
     ("RGBA: laid on white", "rgba.png", saved("RGBA", (0, 0, 0, 51)), (204, 204, 204)),
     ("RGBA, transparent", "rgba.webp", saved("RGBA", (255, 0, 0, 0), "WEBP", lossless=True), WHITE),
     ("RGBA of 16 bits", "rgba16.png", png(16, 6, struct.pack(">4H", 0, 0, 0, 51 * 257)), (204, 204, 204)),
@@ -164,6 +192,12 @@ FILES = [
     ("CMYK with garbage for a profile", "badicc.jpg", inks(icc_profile=b"garbage"), "its colour profile is not one of CMYK: cannot open profile from string"),
     ("RGB with a profile: ignored", "profile.png", saved(icc_profile=SRGB), RED),
     ("RGB with garbage for a profile: ignored", "badprofile.jpg", saved(format="JPEG", icc_profile=b"garbage"), RED),
+    ("32 bits without a mask of alpha: the fourth byte is none", "filler.bmp", bmp(32, 0x40FF0000), RED),
+    ("32 bits with a mask of alpha: laid on white", "alpha.bmp", bmp(32, 0x33000000, 0xFF000000), (204, 204, 204)),
+    ("alpha that is 0 everywhere: a filler", "zeros.bmp", bmp(32, 0x00FF0000, 0xFF000000), RED),
+    ("alpha of 1 bit", "alpha1.bmp", bmp(16, 0x7C00, 0x8000), "a BMP of 16 bits with alpha of 1 bits, which is not read: save it as PNG"),
+    ("8 bits with a palette of black and white", "two.bmp", two_grays(), WHITE),
+    ("a frame that is smaller than its screen: white around it", "screen.gif", screen(), WHITE),
     ("Lab", "lab.tif", tiff(8, bytes([136, 80, 67]), 8, 3), (250, 3, 11)),
     ("animated: frame 0", "moving.gif", frames("GIF"), RED),
     ("", "moving.webp", frames("WEBP", lossless=True), RED),
@@ -175,13 +209,15 @@ FILES = [
     ("another format than its name says", "really_png.jpg", saved(), RED),
     ("something behind its end", "tail.png", saved() + b"more" * 100, RED),
     ("empty", "empty.jpg", b"", "the file is empty"),
-    ("cut off in the header", "header.png", saved()[:20], "can't be decoded: Truncated File Read"),
+    ("cut off in the header", "header.png", saved()[:20], "can't be decoded: image file is truncated"),
     ("cut off", "cut.jpg", noisy("JPEG", -200), "can't be decoded: image file is truncated"),
     ("", "cut.png", noisy("PNG", -500), "can't be decoded: image file is truncated"),
     ("", "cut.webp", noisy("WEBP", -50), "can't be decoded: could not create decoder object"),
     ("", "cut.bmp", noisy("BMP", -50), "can't be decoded: image file is truncated"),
     ("", "cut.gif", noisy("GIF", -500), "can't be decoded: image file is truncated"),
-    ("a wrong checksum", "crc.png", saved().replace(b"IDAT", b"IDAT\x01", 1), "can't be decoded: broken data stream when reading image file"),
+    ("gamma: ignored", "gamma.png", png(8, 2, bytes(GRAY), before=chunk(b"gAMA", struct.pack(">I", 100_000))), GRAY),
+    ("fewer lines than it says", "lines.png", png(8, 2, bytes(RED), size=(8, 120)), "can't be decoded: it has fewer lines than it says"),
+    ("a wrong checksum", "crc.png", saved().replace(b"IDAT", b"IDAT\x01", 1), "can't be decoded: the checksum of its chunk 'IDAT' is wrong"),
     ("10000x10000 pixels in a few bytes", "bomb.png", png(8, 2, b"", size=(10_000, 10_000)), "more than 89478485 pixels (max_pixels): a decompression bomb?"),
     ("2147483647x2147483647 pixels", "huge.png", png(8, 2, b"", size=(2**31 - 1, 2**31 - 1)), "more than 89478485 pixels (max_pixels): a decompression bomb?"),
     ("text that unpacks to 50 MB", "text.png", png(8, 2, bytes(RED), before=chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(50_000_000)))), "can't be decoded: Decompressed data too large for PngImagePlugin.MAX_TEXT_CHUNK"),

@@ -25,6 +25,7 @@ class Sampling:
     strength: float = 1.0
     width: int | None = 64
     height: int | None = 32
+    max_pixels: int = 1 << 24
     prompt: str = "the job's"
     negative_prompt: str = "ugly"
 

@@ -18,8 +18,9 @@ from PIL import Image, ImageCms
 from latentmill import rows
 from latentmill.plugin import LatentSpec, RowError
 from latentmill.sinks.parquet import STATE, Parquet
-from latentmill.sources.images import DEPTH, RUN, Images, decode
+from latentmill.sources.images import DEPTH, RUN, Images
 from latentmill.sources.latents import Latents
+from latentmill.sources.pictures import decode
 from latentmill.sources.prompts import Prompts, _Text
 
 
@@ -565,8 +566,8 @@ def png_header(width, height):
         (png_header(2**31 - 1, 2**31 - 1), r"more than 89478485 pixels \(max_pixels\): a decompression bomb"),
         (picture(format="ICO"), "not a picture in"),
         (picture(format="PPM"), "not a picture in"),
-        (picture("F", format="TIFF"), "32-bit or signed samples"),
-        (picture("I", format="TIFF"), "32-bit or signed samples"),
+        (picture("F", format="TIFF"), "samples that are signed, or of 32 bits and more"),
+        (picture("I", format="TIFF"), "samples that are signed, or of 32 bits and more"),
     ],
 )
 def test_what_can_t_be_decoded_says_why_in_one_line(file, reason):

@@ -37,6 +37,7 @@ from omegaconf.errors import (
 
 from latentmill import registry, values
 from latentmill.registry import near
+from latentmill.rows import LIMITS
 from latentmill.schedulers import grids
 
 logger = logging.getLogger("latentmill")
@@ -59,6 +60,8 @@ class Sampling:
     width: int | None = None
     """Pixels. None: the picture's own."""
     height: int | None = None
+    max_pixels: int = MISSING
+    """The most that a row may be made with: width times height."""
     prompt: str = ""
     negative_prompt: str = ""
     first_noise: str = "latentmill"
@@ -524,9 +527,16 @@ def _wrong(job: Job) -> Iterator[str]:
         ("sampling.steps", sampling.steps, 1),
         ("sampling.width", sampling.width, 1),
         ("sampling.height", sampling.height, 1),
+        ("sampling.max_pixels", sampling.max_pixels, 1),
     ]:
         if value is not None and value < least:
             yield f"{key} must be {least} or more, not {value}"
+    for key, most in LIMITS.items():
+        if (getattr(sampling, key) or 0) > most:
+            yield f"sampling.{key} must be from 1 to {most}, not {getattr(sampling, key)}"
+    if (pixels := (sampling.width or 0) * (sampling.height or 0)) > sampling.max_pixels:
+        size = f"sampling.width={sampling.width} and sampling.height={sampling.height}"
+        yield f"{size} are {pixels} pixels, more than sampling.max_pixels={sampling.max_pixels} allows"
     if (sampling.width is None) != (sampling.height is None):
         yield "sampling.width and sampling.height must be given together, or neither"
     if not math.isfinite(sampling.guidance_scale):

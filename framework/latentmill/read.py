@@ -20,9 +20,6 @@ from latentmill.plugin import Reject, RowError, Source, Stage
 if TYPE_CHECKING:
     from latentmill.job import Sampling
 
-LIMITS = {"steps": 100_000, "width": 1 << 16, "height": 1 << 16}
-"""The most that a row may ask for: beyond, it is a slip, and would take the worker with it."""
-
 MAX_TEXT = 1_000_000
 """Characters of a prompt; a longer one is a file that was taken for a line."""
 
@@ -44,7 +41,8 @@ class Read(Stage):
 
     A picture is brought to the row's width and height: scaled (Lanczos) until it covers them, the middle cut out. Where
     neither row nor job gives a size it keeps its own, less what is over a multiple of ``multiple_of`` pixels, the VAE's
-    downscale, cut evenly from both edges. Latents are taken as they are and give the row its size.
+    downscale, cut evenly from both edges. Latents are taken as they are and give the row its size. A row of more pixels
+    than ``sampling.max_pixels`` is an error before any are made, since the memory of every stage grows with them.
 
     A row's seed from the source is its first sample's, as it stands; ``sample_seed`` of it is that of each further one. -1
     and null stand for no seed, as in other tools.
@@ -144,6 +142,7 @@ class Read(Stage):
                 values |= self._halfway(found, stored)
             assert self.spec is not None
             values["height"], values["width"] = (side * self.spec.downscale for side in stored["latents"].shape[-2:])
+            self._bound(values["width"], values["height"])
         elif (values["width"] is None) != (values["height"] is None):
             raise RowError("width and height must be given together, or neither")
         elif found.get("image") is not None:
@@ -159,6 +158,8 @@ class Read(Stage):
             raise RowError("a row without a picture needs width and height")
         elif self.scheduler and values["strength"] < 1.0:
             raise RowError(f"strength {values['strength']:g} is for rows with a picture or latents, and there are none")
+        else:
+            self._bound(values["width"], values["height"])
         return values, stored
 
     def _halfway(self, found: Mapping[str, Any], stored: dict[str, Tensor]) -> dict[str, Any]:
@@ -186,8 +187,15 @@ class Read(Stage):
         if not array.size:
             raise RowError("the picture has no pixels")
         if width is None or height is None:
+            self._bound(*(side - side % self.multiple_of for side in array.shape[1::-1]))
             return torch.from_numpy(crop(array, self.multiple_of))
+        self._bound(width, height)
         return torch.from_numpy(cover(array, width, height))
+
+    def _bound(self, width: int, height: int) -> None:
+        if width * height > self.sampling.max_pixels:
+            most = f"sampling.max_pixels={self.sampling.max_pixels}"
+            raise RowError(f"{width}x{height} are {width * height} pixels, more than {most} allows")
 
 
 def cover(picture: np.ndarray[Any, Any], width: int, height: int) -> np.ndarray[Any, Any]:
@@ -256,8 +264,8 @@ def whole(name: str, value: Any, least: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise RowError(f"{name} must be a whole number, not {value!r:.80}")
     number = int(value)
-    if least is not None and not least <= number <= LIMITS[name]:
-        raise RowError(f"{name} must be from {least} to {LIMITS[name]}, not {number}"[:200])
+    if least is not None and not least <= number <= rows.LIMITS[name]:
+        raise RowError(f"{name} must be from {least} to {rows.LIMITS[name]}, not {number}"[:200])
     return number
 
 

@@ -86,6 +86,10 @@ SPEC_KEY = b"latentmill.latents"
 """Metadata key of the latent space, on the field of a ``latents`` column."""
 
 
+LIMITS = {"steps": 100_000, "width": 1 << 16, "height": 1 << 16}
+"""The most that a row or a job may ask for: beyond, it is a slip. Width times height is bounded by ``sampling.max_pixels``."""
+
+
 def from_dicts(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """A batch of the scalar columns of ``rows``; guidance is plain, and at all times, where a row doesn't say otherwise.
 

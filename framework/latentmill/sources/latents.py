@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 
@@ -76,7 +76,7 @@ class Latents(Source):
                 yield RowError("latents are null")
                 continue
             values = column[i].values.to_numpy(zero_copy_only=False)
-            if any(not side or side < 0 for side in shape) or values.size != np.prod(shape):
+            if any(not side or side < 0 for side in shape) or values.size != math.prod(shape):
                 yield RowError(f"{values.size} latent values can't be of shape {shape}")
                 continue
             if not (self.keep_sampling and row.get("scheduler")):
@@ -155,7 +155,11 @@ class Latents(Source):
             spec = rows.spec_from_json(text)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self.path}: {name} says of its latents what can't be read: {error}") from error
-        if not isinstance(spec.channels, int) or spec.dtype not in ("float32", "float16", "bfloat16"):
+        if (
+            not isinstance(spec.channels, int)
+            or not (isinstance(spec.downscale, int) and 1 <= spec.downscale <= rows.LIMITS["width"])
+            or spec.dtype not in ("float32", "float16", "bfloat16")
+        ):
             raise ValueError(f"{self.path}: {name} says of its latents what can't be: {spec}")
         return spec
 

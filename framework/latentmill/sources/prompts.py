@@ -33,7 +33,7 @@ from latentmill.sources import (
     shown,
     suffix,
 )
-from latentmill.sources.images import MAX_PIXELS, Pixels, decode, read_picture
+from latentmill.sources.pictures import MAX_PIXELS, Pixels, decode, read_picture
 from latentmill.sources.text import BOM, PIECE, Lines, TextFile, count_lines, is_blank, is_utf8, loose, strict
 
 TEXTS = ("prompt", "negative_prompt", "scheduler")
