@@ -193,7 +193,7 @@ def test_batch_sizes_mean_something_in_a_deterministic_job_in_its_own_stages():
         ("~seed", r"seed has no value; set it in the job, or as seed=\.\.\."),
         ("~cluster", r"cluster\.kind has no value; set it in the job, or as cluster\.kind=\.\.\."),
         ("source.path=${oc.env:NOT_SET}", r"source\.path: .*Environment variable 'NOT_SET' not found.*"),
-        ("seed=${nothing}", r"seed: Interpolation key 'nothing' not found"),
+        ("seed=${nothing}", r"seed: Interpolation key 'nothing' not found; \\\$\{ is \$\{ as it stands"),
         (
             "vae=shapes:shape",
             r"there is no vae 'shapes:shape' \(did you mean 'shapes'\?\); there are: [^:]*shapes[^:]*",

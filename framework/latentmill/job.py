@@ -749,7 +749,7 @@ def _one_line(error: BaseException) -> str:
             key, said = _found(r"full_key: (\S+)", text), "${ begins what can't be read"
             return f"{key}: {said}; {DOLLAR}" if key else f"{said}; {DOLLAR}"
     if isinstance(error, RecursionError):
-        return "its defaults, or what stands in ${}, lead back to themselves"
+        return "its defaults lead back to themselves"
     if isinstance(error, InterpolationResolutionError):
         key, said = _found(r"full_key: (\S+)", text), str(error).partition("\n")[0]
         return f"{key}: {said}; \\${{ is ${{ as it stands" if key else said

@@ -117,7 +117,7 @@ def test_any_text_is_a_path_an_output_and_a_prompt(text, here, latentmill, patch
     assert {path.name for path in here.iterdir()} == {"in", output.removeprefix("./")}
     assert [row["prompt"] for row in rows(here / output)] == [text]
     assert (here / output / "_SUCCESS").is_file()
-    assert latentmill("verify", output) == 0, latentmill.said
+    assert latentmill("verify", f"./{output}") == 0, latentmill.said
 
 
 def test_what_was_written_under_any_name_is_read_under_it(here, latentmill, patches, pictures, rows):
