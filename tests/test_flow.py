@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from latentmill import flow
-from latentmill.flow import Died, Dispatch, Failed, Finished, StageSpec, Start, Started, State, Stop
+from latentmill.flow import Ask, Died, Dispatch, Failed, Finished, Shown, StageSpec, Start, Started, State, Stop
 
 
 class World:
@@ -18,17 +18,26 @@ class World:
         self.flaky, self.deaths, self.losses = flaky, deaths, losses
         self.orders, self.blocks, self.committed, self.batches = [], {}, {}, []
         self.broken = lambda worker: False  # whether a worker fails at whatever it is given
+        self.made_before, self.asked = (
+            False,
+            1,
+        )  # whether the dataset holds a row that is ok, and how often that may be asked
 
     def run(self, limit=200_000):
         for _ in range(limit):
             if flow.finished(self.state) or self.state.failed:
                 return self
             for order in flow.decide(self.state):
-                if isinstance(order, Stop):
+                if isinstance(order, Ask):
+                    flow.apply(self.state, Shown(self.made_before))
+                elif isinstance(order, Stop):
                     self.orders = [other for other in self.orders if other.worker != order.worker]
                 else:
                     self.orders.append(order)
-            assert self.orders, "deadlock: nothing to do, and not finished"
+            if not self.orders:
+                assert flow.finished(self.state) or self.state.failed or self.asked > 0, "deadlock: nothing to do"
+                self.asked -= 1
+                continue
             self.check_bounds()
             order = self.orders.pop(self.pick())
             flow.apply(self.state, self.carry_out(order))
@@ -164,8 +173,72 @@ def test_a_stage_of_broken_workers_ends_the_job_and_condemns_no_row():
 
 @pytest.mark.parametrize("fixed", [False, True])
 def test_rows_that_fail_at_the_very_end_are_condemned_though_nothing_succeeds_after_them(fixed):
-    world = World(state(rows=3, fixed=fixed), seed=1, poison={0, 1, 2}).run()
-    assert set(world.failed()) == {0, 1, 2} and not world.state.failed
+    world = World(state(rows=3, rows_per_shard=1, fixed=fixed), seed=1, poison={0, 1, 2})
+    world.made_before = True
+    assert set(world.run().failed()) == {0, 1, 2} and not world.state.failed
+
+
+@pytest.mark.parametrize("rows_per_shard", [1, 5, 12])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_stage_that_does_no_row_of_a_small_job_ends_it_and_no_row_is_blamed(fixed, rows_per_shard):
+    """Whether it raises or takes its workers with it, and whatever an earlier stage rejects."""
+    for faults in ({"poison": range(12)}, {"poison": range(12), "reject": {4, 5}}, {"fatal": range(12)}):
+        world = World(state(rows=12, rows_per_shard=rows_per_shard, fixed=fixed), seed=2, **faults).run()
+        assert world.state.failed.startswith("stage ") and not {"boom", "killed"} & {*world.failed().values()}
+    alone = World(state(rows=1), poison={0}).run()
+    assert alone.state.failed == "stage denoise failed for the only row that it was given: boom" and not alone.committed
+
+
+def test_of_a_stage_that_has_done_nothing_in_this_run_few_rows_are_blamed_because_of_an_earlier_one():
+    """Whatever the dataset holds: it may have been made where the stage was whole."""
+    for rows_per_shard in (1, 2, 12):
+        world = World(state(rows=12, rows_per_shard=rows_per_shard), seed=2, poison=range(12))
+        world.made_before, world.asked = True, 9
+        world.run()
+        assert world.state.failed.startswith("stage denoise") and len(world.failed()) <= flow.STRIKES
+
+
+@pytest.mark.parametrize("cause", ["unloaded", "contract"])
+def test_what_is_the_stage_s_own_fault_ends_the_job_at_once(cause):
+    world = World(state(), seed=1)
+    carry_out, told = world.carry_out, []
+
+    def broken(order):
+        if isinstance(order, Dispatch) and order.stage == 1:
+            told.append(order)
+            return Failed(order.id, cause, "vae x: no weights")
+        return carry_out(order)
+
+    world.carry_out = broken
+    wrong = {"unloaded": "stage encode can't start: vae x: no weights", "contract": "stage encode: vae x: no weights"}
+    assert world.run().state.failed == wrong[cause]
+    assert len(told) == 1 and not world.committed
+
+
+def test_a_worker_that_cannot_load_a_part_is_replaced_where_another_could():
+    world = World(state(replicas=(1, 2, 1, 1, 1)), seed=4)
+    carry_out, unable = world.carry_out, []
+
+    def broken(order):
+        if isinstance(order, Dispatch) and order.stage == 1 and world.state.worked >= {1}:
+            if not unable:
+                unable.append(order.worker)
+            if order.worker == unable[0]:
+                return Failed(order.id, "unloaded", "no memory")
+        return carry_out(order)
+
+    world.carry_out = broken
+    assert len(world.run().ok()) == 100 and unable
+    never = World(state(), seed=4)
+    carry_out_never = never.carry_out
+
+    def later(order):
+        if isinstance(order, Dispatch) and order.stage == 1 and never.state.worked >= {1} and 50 in order.rows:
+            return Failed(order.id, "unloaded", "no memory")
+        return carry_out_never(order)
+
+    never.carry_out = later
+    assert never.run().state.failed == "stage encode can't start: no memory"
 
 
 def test_one_row_that_kills_is_found_in_a_batch_of_any_size():

@@ -142,7 +142,9 @@ def test_a_worker_that_is_not_ready_for_long_is_told_of_once(caplog):
 
 def test_a_stage_that_loses_rows_without_a_reason_is_found_out(tmp_path):
     """It is the stage that is broken, and not its rows: the job ends, and condemns none of them."""
-    with pytest.raises(RunError, match="double: its workers fail .* each row must come back once or be rejected"):
+    with pytest.raises(
+        RunError, match="stage double: stage Forgets was given .* each row must come back once or be rejected"
+    ):
         run(tmp_path, Forgets)
     assert not list(tmp_path.iterdir())
 

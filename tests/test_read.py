@@ -187,7 +187,7 @@ def test_samples_share_their_source_row_and_differ_in_seed():
         *[2**64 - 2, 12345672033774617821, 1848412668411221896],  # hashes of seed and sample
         *[1006, 1007, 1008],  # -1 is the row's own, as null is
     ]
-    assert source.asked == [("0", 0, 3)]
+    assert source.asked == [("0", 0, 3), ("0", 2, 3)]  # and one again, to compare
 
 
 def test_a_declared_id_travels_and_the_seed_hangs_on_it_unless_there_is_one():
@@ -207,7 +207,15 @@ def test_runs_of_rows_are_read_in_one_call_each_and_any_order_will_do():
     source = Given(*({"prompt": str(i)} for i in range(12)))
     found, _, _ = read(source, [11, 4, 0, 1, 5, 8, 3])
     assert {n: row["prompt"] for n, row in found.items()} == {n: str(n) for n in (0, 1, 3, 4, 5, 8, 11)}
-    assert source.asked == [("0", 0, 2), ("1", 0, 3), ("2", 2, 3), ("3", 2, 3)]
+    runs, again = (
+        [("0", 0, 2), ("1", 0, 3), ("2", 2, 3), ("3", 2, 3)],
+        [("0", 1, 2), ("1", 2, 3), ("2", 1, 3), ("3", 1, 3)],
+    )
+    assert source.asked == [each for pair in zip(runs, again) for each in pair]
+    stage, batch = Read(source, Plan(), Sampling(), "euler"), pa.table({"row": pa.array([0, 1], pa.int64())})
+    for _ in range(3):
+        list(stage(batch, {}.__setitem__))
+    assert source.asked[8:] == [("0", 0, 2), ("0", 1, 2), ("0", 0, 2), ("0", 0, 2)]  # of a fragment once
 
 
 @pytest.mark.parametrize("extra", [1, -1])
@@ -216,7 +224,8 @@ def test_a_source_that_gives_too_few_or_too_many_rows_is_not_believed(extra):
         def read(self, fragment, start, stop):
             return super().read(fragment, start, stop + extra)
 
-    with pytest.raises(RuntimeError, match="not one item for each of rows 0 to 1 of 0"):
+    said = rf"source Wrong: read was asked for rows 0 to 1 of 0, 2 of them, and gave {'more' if extra > 0 else 1}"
+    with pytest.raises(RuntimeError, match=said):
         read(Wrong({}, {}, {}), [0, 1])
 
 

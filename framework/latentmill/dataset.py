@@ -147,6 +147,10 @@ class Dataset:
             total.update(found)
         return dict(total.most_common())
 
+    def holds_ok(self) -> bool:
+        """Whether a row that is ok is there. Reads no further than to the first."""
+        return any(len(self.errors(shard)) < len(self.plan.shard_rows(shard)) for shard in sorted(self.done()))
+
     def failed_shards(self) -> list[int]:
         """The shards that are there and have an error file."""
         return sorted(_numbers(self.store.names("errors"), ".jsonl") & self.done())

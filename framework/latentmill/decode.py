@@ -6,7 +6,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latentmill import rows, tensors
+from latentmill import checks, rows, tensors
 from latentmill.plugin import VAE, Reject, Stage
 
 
@@ -19,14 +19,17 @@ class Decode(Stage):
 
     def load(self, device: torch.device) -> None:
         self.device = device
-        self.vae.load(device)
+        checks.load(self.vae, device)
 
     @torch.inference_mode()
     def __call__(self, batch: pa.Table, reject: Reject) -> pa.Table:
         rows.require_spec(batch, self.vae.spec)
         slots, size = rows.slots(batch, self.fixed)
         latents = tensors.spread(tensors.from_arrow(batch, "latents"), slots, size)
-        images = self.vae.decode(latents.to(self.device, torch.float32))[slots].cpu()
+        with checks.inside(self.vae):
+            images = self.vae.decode(latents.to(self.device, torch.float32))
+        checks.pictures(self.vae, self.vae.spec, images, latents)
+        images = images[slots].cpu()
         good = images.isfinite().flatten(1).all(1).tolist()
         pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
         batch = batch.drop_columns(["latents"])
@@ -34,10 +37,13 @@ class Decode(Stage):
             quality = psnr(pixels, tensors.from_arrow(batch, "source_image"))
             batch = batch.drop_columns(["source_image"]).append_column("psnr", pa.array(quality.tolist(), pa.float64()))
         batch = tensors.with_tensor(batch, "image", pixels)
+        wrong = "the VAE's picture of these latents is not finite"
+        if not any(good):
+            raise checks.NoRowError(wrong)
         if not all(good):
             for i, fine in enumerate(good):
                 if not fine:
-                    reject(i, "the VAE's picture of these latents is not finite")
+                    reject(i, wrong)
             batch = batch.filter(pa.array(good))
         return batch
 

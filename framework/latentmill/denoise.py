@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latentmill import rows, tensors
+from latentmill import checks, registry, rows, tensors
 from latentmill.guidance import Guidance, ModelField
 from latentmill.plugin import Conditioning, Denoiser, NoisePath, Reject, RowError, Scheduler, Stage, State
 from latentmill.schedulers import grids, noise
@@ -86,6 +86,8 @@ class Trajectory:
     at: int = 0
     """Steps done."""
     kept: Kept | None = None
+    unsound: Tensor | bool = False
+    """Whether the network predicted something for it that is not finite, of latents that were."""
 
     @property
     def arrived(self) -> bool:
@@ -127,7 +129,7 @@ class Denoise(Stage):
 
     def load(self, device: torch.device) -> None:
         self.device = device
-        self.denoiser.load(device)
+        checks.load(self.denoiser, device)
 
     def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
         visit = self.enter(batch, reject)
@@ -277,6 +279,8 @@ class Denoise(Stage):
                 return
             self.batch_size = max(1, sum(row.evaluations for row in going) // 2)
             logger.warning(f"out of memory: from now on {self.batch_size} evaluations a call")
+        except checks.ContractError as error:
+            self._fail(going, error)
         except Exception as error:
             if one:
                 self._fail(going, error)
@@ -322,11 +326,16 @@ class Denoise(Stage):
         if visit.error is not None:
             raise visit.error
         by_scheduler: dict[str, list[Trajectory]] = {}
+        wrong: dict[int, str] = {}
         for row in visit.rows:
             if bool(row.x.isfinite().all()):
                 by_scheduler.setdefault(row.kind[1], []).append(row)
             else:
-                visit.reject(row.index, f"the denoised latents are not finite (scheduler {row.kind[1]})")
+                wrong[row.index] = f"the denoised latents are not finite ({self._culprit(row)})"
+        if wrong and not by_scheduler:
+            raise checks.NoRowError(next(iter(wrong.values())))
+        for i, reason in wrong.items():
+            visit.reject(i, reason)
         for name, members in by_scheduler.items():
             stays = [name for name in visit.batch.column_names if not is_passing(name)]
             part = visit.batch.select(stays).take([row.index for row in members]).replace_schema_metadata(None)
@@ -336,6 +345,11 @@ class Denoise(Stage):
                 latents = latents.to(getattr(torch, spec.dtype))
             part = rows.with_latents(part, latents, spec)
             yield self._halfway(part, name, members) if self.until else part
+
+    def _culprit(self, row: Trajectory) -> str:
+        if bool(row.unsound):
+            return f"nor was a prediction of {registry.called(self.denoiser)}"
+        return f"scheduler {row.kind[1]}"
 
     def _halfway(self, part: pa.Table, name: str, members: Sequence[Trajectory]) -> pa.Table:
         for row in members:
@@ -378,7 +392,10 @@ class Company:
         if fresh:
             if fixed is not None:
                 fresh = self.seats
-            state = scheduler.init(self._field(fresh), torch.stack([row.x for row in fresh]), _times(fresh))
+            x = torch.stack([row.x for row in fresh])
+            with checks.inside(scheduler):
+                state = scheduler.init(self._field(fresh), x, _times(fresh))
+            checks.state(scheduler, "init", state, len(fresh))
             for row in {id(row): row for row in fresh}.values():
                 if row.state is None:  # of a row that stands in idle slots, too, its own slot's
                     k = row.slot if fixed is not None else fresh.index(row)
@@ -402,8 +419,10 @@ class Company:
 
     def step(self, scheduler: Scheduler) -> None:
         """Move all by one step."""
-        x, self.state = scheduler.step(self.field, self.x, _times(self.seats), _times(self.seats, 1), self.state)
-        self.x = x.to(torch.float32)
+        with checks.inside(scheduler):
+            x, state = scheduler.step(self.field, self.x, _times(self.seats), _times(self.seats, 1), self.state)
+        checks.tensor(scheduler, "step", x, self.x.shape, "the shape of x")
+        self.x, self.state = x.to(torch.float32), checks.state(scheduler, "step", state, len(x))
         if any(row.kept is not None for row in self.seats):
             alpha, sigma = self.denoiser.path.scale(_times(self.seats, 1))
             for k, row in enumerate(self.seats):
@@ -418,6 +437,7 @@ class Company:
         """Give the rows back what is theirs."""
         for row, k in zip(self.rows, self.places):
             row.x, row.state = self.x[k], {name: value[k] for name, value in self.state.items()}
+            row.unsound = row.unsound | self.field.unsound[k]
 
 
 def _times(seats: Sequence[Trajectory], ahead: int = 0) -> Tensor:

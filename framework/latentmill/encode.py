@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from latentmill import rows, syntax, tensors
+from latentmill import checks, rows, syntax, tensors
 from latentmill.plugin import VAE, Conditioning, LatentSpec, Reject, RowError, Stage, TextEncoder
 
 
@@ -34,11 +35,13 @@ class Encode(Stage):
         self.latents_std = latents_std
         self.device = torch.device("cpu")
         self.vae_loaded = False
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        """Of the conditioning, by name, as the text encoder's first call made it."""
 
     def load(self, device: torch.device) -> None:
         self.device = device
         if self.text_encoder is not None:
-            self.text_encoder.load(device)
+            checks.load(self.text_encoder, device)
 
     @torch.inference_mode()
     def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
@@ -49,11 +52,12 @@ class Encode(Stage):
         for i, row in enumerate(batch.select(columns).to_pylist()):
             try:
                 if self.text_encoder is not None:
-                    self.text_encoder.check(row["prompt"])
-                    self.text_encoder.check(row["negative_prompt"])
-                    for name in ("prompt", "negative_prompt"):
-                        if row[name] not in told:  # samples of one prompt stand side by side
-                            told[row[name]] = of_prompt(self.text_encoder, row[name])
+                    with checks.inside(self.text_encoder):
+                        self.text_encoder.check(row["prompt"])
+                        self.text_encoder.check(row["negative_prompt"])
+                        for name in ("prompt", "negative_prompt"):
+                            if row[name] not in told:  # samples of one prompt stand side by side
+                                told[row[name]] = of_prompt(self.text_encoder, row[name])
                     negative = [f"negative_prompt: {text}" for text in told[row["negative_prompt"]]]
                     warnings[i] = [*told[row["prompt"]], *negative]
                 shape = self.vae.spec.shape(row["height"], row["width"])
@@ -62,6 +66,7 @@ class Encode(Stage):
                 reject(i, str(error))
         if any(warnings):
             batch = rows.warned(batch, warnings)
+        good_rows, wrong_rows = 0, dict[int, str]()
         for (shape, scheduler), members in groups.items():
             part = batch if len(members) == len(batch) else batch.take(members)
             slots, size = rows.slots(part, self.fixed)
@@ -69,7 +74,7 @@ class Encode(Stage):
             good = latents.isfinite().flatten(1).all(1).tolist()
             for i, fine in zip(members, good):
                 if not fine:
-                    reject(i, "the VAE's latents of this picture are not finite")
+                    wrong_rows[i] = "the VAE's latents of this picture are not finite"
             if not all(good):
                 kept = torch.tensor(good)
                 part, slots = part.filter(pa.array(good)), slots[kept]
@@ -82,12 +87,16 @@ class Encode(Stage):
                     part = tensors.with_tensor(part, "latents_std", std)
                 part = self._with_text(rows.with_latents(part, latents, self.vae.spec), slots, size)
                 wrong = not_finite(part)
-                for k, reason in wrong.items():
-                    reject(members[k], reason)
+                wrong_rows |= {members[k]: reason for k, reason in wrong.items()}
                 if wrong:
                     part = part.filter(pa.array([k not in wrong for k in range(len(part))]))
             if len(part):
+                good_rows += len(part)
                 yield part.replace_schema_metadata({rows.SCHEDULER_KEY: scheduler} if scheduler else None)
+        if wrong_rows and not good_rows:
+            raise checks.NoRowError(next(iter(wrong_rows.values())))
+        for i, reason in wrong_rows.items():
+            reject(i, reason)
 
     def _latents(self, part: pa.Table, shape: tuple[int, ...], slots: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """Latents and the posterior's standard deviation, both ``[B, C, h, w]``; the latter is made only if asked for."""
@@ -97,12 +106,24 @@ class Encode(Stage):
         if "image" not in part.column_names:
             return (torch.zeros(len(part), *shape, dtype=stored_dtype(self.vae.spec)),) * 2
         if not self.vae_loaded:  # a text-to-image job's encode workers never need the VAE's weights
-            self.vae.load(self.device)
+            checks.load(self.vae, self.device)
             self.vae_loaded = True
         images = self._images(part, slots, size)
-        both = self.vae.posterior(images) if self.latents_std else (self.vae.encode(images),) * 2
-        mean, std = (values[slots].to(stored_dtype(self.vae.spec)) for values in both)
+        if not self.latents_std:
+            mean = std = self._encoded(images)
+        else:
+            with checks.inside(self.vae):
+                mean, std = self.vae.posterior(images)
+            for values in (mean, std):
+                checks.latents(self.vae, self.vae.spec, "posterior", values, images)
+        mean, std = (values[slots].to(stored_dtype(self.vae.spec)) for values in (mean, std))
         return mean, std
+
+    def _encoded(self, images: Tensor) -> Tensor:
+        with checks.inside(self.vae):
+            latents = self.vae.encode(images)
+        checks.latents(self.vae, self.vae.spec, "encode", latents, images)
+        return latents
 
     def _images(self, part: pa.Table, slots: Tensor, size: int) -> Tensor:
         """Pictures ``[size, 3, H, W]`` in [-1, 1], each in its slot."""
@@ -113,7 +134,7 @@ class Encode(Stage):
         """The mask in the size of the latents, and ``masked``: what a network that was trained for inpainting is told."""
         mask = tensors.from_arrow(part, "mask")[:, None]
         kept = tensors.spread(1 - mask, slots, size).to(self.device)
-        masked = self.vae.encode(self._images(part, slots, size) * kept)[slots].to(stored_dtype(self.vae.spec))
+        masked = self._encoded(self._images(part, slots, size) * kept)[slots].to(stored_dtype(self.vae.spec))
         part = tensors.with_tensor(part, "mask", interpolate(mask, shape, mode="nearest"))
         return tensors.with_tensor(part, "masked", masked)
 
@@ -127,9 +148,15 @@ class Encode(Stage):
         if self.text_encoder is None:
             return part
         encoder = self.text_encoder
+
+        def checked(method: str, texts: Sequence[str]) -> Conditioning:
+            with checks.inside(encoder):
+                found = getattr(encoder, method)(texts)
+            return checks.conditioning(encoder, method, found, len(texts), self.shapes)
+
         for prefix, column, encode in (
-            (rows.PROMPT, "prompt", encoder.encode),
-            (rows.NEGATIVE, "negative_prompt", encoder.encode_negative),
+            (rows.PROMPT, "prompt", partial(checked, "encode")),
+            (rows.NEGATIVE, "negative_prompt", partial(checked, "encode_negative")),
         ):
             texts = part.column(column).to_pylist()
             for name, tensor in self._conditioning(encode, texts, slots, size).items():

@@ -9,6 +9,10 @@ else right. Batches without a common row that fail on one worker are *strikes*: 
 stopped, and its verdicts are tried elsewhere. A worker's *death* makes all that it held suspects, tried one at a time, unless
 its node went with it. Deaths over different rows with nothing done in between end the job: then it is the stage.
 
+No row is quarantined for an exception or a death before its stage has *worked*: done a row. While it has not, verdicts wait, and
+when nothing else is left to do it is the stage that fails, and the job ends. Two things are a stage's fault at once: it can't
+load its part, and its plugin breaks the contract. A row that a stage rejects, with a reason, is another matter: it is the row's fault.
+
 A stage's output is a *block*: a list of tables (*parts*), one for each tensor shape. The flow never sees it; it knows the
 row numbers in it. A *piece* is a run of rows of one part, on its way into a stage's next batch.
 """
@@ -99,6 +103,11 @@ class Claim:
     shard: int
 
 
+@dataclass(frozen=True)
+class Ask:
+    """An order to whoever sees the dataset: say whether it holds a row that is ok."""
+
+
 Order: TypeAlias = "Start | Stop | Dispatch"
 
 
@@ -122,10 +131,12 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """A dispatch was not done: it raised, or its input was lost with a node."""
+    """A dispatch was not done."""
 
     id: int
-    cause: Literal["raised", "lost"]
+    cause: Literal["raised", "lost", "unloaded", "contract"]
+    """Its stage raised; its input was lost with a node; its stage could not load a part, first wanted now; a plugin broke the
+    contract."""
     reason: str = ""
 
 
@@ -151,6 +162,13 @@ class Claimed:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """The answer to ``Ask``: an ok row has been through every stage, in an earlier run or in another driver's."""
+
+    ok: bool
+
+
+@dataclass(frozen=True)
 class Seen:
     """Of the shards that others had taken: those that are in the dataset now, and those that nobody works on any more."""
 
@@ -165,7 +183,7 @@ class TakenOut:
     shards: frozenset[int]
 
 
-Event: TypeAlias = "Started | Finished | Failed | Died | Claimed | Seen | TakenOut"
+Event: TypeAlias = "Started | Finished | Failed | Died | Claimed | Seen | Shown | TakenOut"
 
 
 @dataclass
@@ -240,8 +258,18 @@ class State:
     proven: set[int] = field(default_factory=set)
     """Stages of which a worker has been ready."""
     to_start: list[Start | Stop] = field(default_factory=list)
+    worked: set[int] = field(default_factory=set)
+    """Stages that have done a row."""
+    shown: bool | None = None
+    """Whether the dataset holds a row that is ok; None until that was asked."""
+    judged: Counter[int] = field(default_factory=Counter)
+    """Rows of stages that have not worked in this run which were quarantined because of what was shown."""
+    unloaded: Counter[int] = field(default_factory=Counter)
+    """How often a stage's workers could not load a part that was first wanted when they worked."""
     records: dict[int, Record] = field(default_factory=dict)
     """Of each worker that has failed at something and not succeeded since."""
+    fatal: list[tuple[Dispatch, str]] = field(default_factory=list)
+    """Rows that ended every worker that had them alone, with the reason, of stages that have not worked yet."""
     flying: dict[int, Dispatch] = field(default_factory=dict)
     blocks: dict[int, int] = field(default_factory=dict)
     """Rows of a block that are still wanted."""
@@ -321,9 +349,9 @@ def finished(state: State) -> bool:
 # ------------------------------------------------------------------------------------------------------- decide
 
 
-def decide(state: State) -> list[Order | Claim]:
+def decide(state: State) -> list[Order | Claim | Ask]:
     """What to start and to dispatch now. What it returns counts as given out."""
-    orders: list[Order | Claim] = list(state.to_start)
+    orders: list[Order | Claim | Ask] = list(state.to_start)
     state.starting.update((order.stage, order.worker) for order in state.to_start if isinstance(order, Start))
     state.to_start.clear()
     if state.failed:
@@ -353,11 +381,30 @@ def decide(state: State) -> list[Order | Claim]:
                     orders.extend(_batches(state, stage, partial=True))
     if not orders and not state.flying and all(state.workers[stage] for stage, _ in state.starting):
         orders.extend(_unstick(state))
-        if not orders and state.records:  # nobody is left to show that it was the rows
-            for worker in list(state.records):
-                _convict(state, worker)
-            return decide(state)
+        if not orders and (state.records or state.fatal):  # nobody is left to show that it was the rows
+            return _judge(state)
     return orders
+
+
+def _judge(state: State) -> list[Order | Claim | Ask]:
+    """Only rows are left that failed alone. It was they where their stage has worked; else it is the stage.
+
+    A run that goes on where another stopped may find a bad row alone: so a few are theirs where the dataset shows that all stages
+    have worked before.
+    """
+    for stage in {*range(len(state.stages))} - state.worked:
+        undecided = _undecided(state, stage)
+        if undecided and state.shown is None:
+            return [Ask()]
+        state.judged[stage] += len(undecided)
+        if undecided and (not state.shown or state.judged[stage] > STRIKES):
+            count = "the only row" if len(undecided) == 1 else f"each of {len(undecided)} rows"
+            state.failed = f"stage {state.stages[stage].name} failed for {count} that it was given: {undecided[-1][1]}"
+            return []
+    for worker in list(state.records):
+        _convict(state, worker)
+    _convict_fatal(state)
+    return decide(state)
 
 
 def _commits(state: State) -> Iterator[Dispatch]:
@@ -499,8 +546,14 @@ def _has_room(state: State, stage: int, rows: int) -> bool:
         return True  # what leaves the last stage waits in its shard, and open shards are bounded
     spec = state.stages[stage]
     room = _limit(state, stage + 1) + spec.batch_size * spec.replicas * spec.in_flight
-    coming = state.queued(stage + 1) + state.in_flight(stage)
+    coming = state.queued(stage + 1) + state.in_flight(stage) + len(_undecided(state, stage + 1))
     return coming == 0 or coming + rows <= room
+
+
+def _undecided(state: State, stage: int) -> list[tuple[Dispatch, str]]:
+    """Rows that failed alone in a stage, with the reason, of which is not known yet whether they or the stage are to blame."""
+    verdicts = [verdict for record in state.records.values() for verdict in record.verdicts]
+    return [verdict for verdict in (*verdicts, *state.fatal) if verdict[0].stage == stage]
 
 
 def _idle_worker(state: State, stage: int, empty: bool = False, group: Any = None) -> int | None:
@@ -574,6 +627,8 @@ def apply(state: State, event: Event) -> State:
             state.claimed.append(event.shard)
         else:
             (state.done if event.outcome == "done" else state.elsewhere).add(event.shard)
+    elif isinstance(event, Shown):
+        state.shown = event.ok
     elif isinstance(event, Seen):
         state.done |= event.done & state.elsewhere
         state.free.extend(sorted(event.free & state.elsewhere))
@@ -590,6 +645,11 @@ def apply(state: State, event: Event) -> State:
             _finished(state, dispatch, event)
         elif event.cause == "lost":
             _lost(state, dispatch, event.reason)
+        elif event.cause == "unloaded":
+            _unloaded(state, dispatch, event.reason)
+        elif event.cause == "contract":
+            state.failed = f"stage {state.stages[dispatch.stage].name}: {event.reason}"
+            _again(state, dispatch, dispatch.attempts)
         else:
             _failed(state, dispatch, event.reason)
             _strike(state, dispatch, event.reason)
@@ -598,7 +658,11 @@ def apply(state: State, event: Event) -> State:
 
 def _finished(state: State, dispatch: Dispatch, event: Finished) -> None:
     state.deaths[dispatch.stage].clear()
-    _convict(state, dispatch.worker)
+    if any(rows for _, rows in event.parts) and dispatch.stage not in state.worked:
+        state.worked.add(dispatch.stage)
+        _convict_fatal(state, dispatch.stage)
+    if dispatch.stage in state.worked:
+        _convict(state, dispatch.worker)
     for piece in dispatch.pieces:
         _drop(state, piece)
     if dispatch.kind == "commit":
@@ -696,8 +760,10 @@ def _failed(state: State, dispatch: Dispatch, reason: str, least: int = 0) -> No
             state.retries[dispatch.stage].appendleft(Retry(dispatch.rows[side], pieces, max(retries, 1)))
     elif dispatch.worker in state.workers[dispatch.stage]:
         state.records.setdefault(dispatch.worker, Record()).verdicts.append((dispatch, reason))
-    else:  # its worker died, and it was all that the worker held
+    elif dispatch.stage in state.worked:  # its worker died, and it was all that the worker held
         _condemn(state, dispatch, reason)
+    else:
+        state.fatal.append((dispatch, reason))
 
 
 def _condemn(state: State, dispatch: Dispatch, reason: str) -> None:
@@ -714,6 +780,25 @@ def _convict(state: State, worker: int) -> None:
         _condemn(state, dispatch, reason)
 
 
+def _convict_fatal(state: State, stage: int | None = None) -> None:
+    """Of a stage, or of all: what ended its workers was the rows."""
+    of_stage = [verdict for verdict in state.fatal if stage in (None, verdict[0].stage)]
+    state.fatal = [verdict for verdict in state.fatal if verdict not in of_stage]
+    for dispatch, reason in of_stage:
+        _condemn(state, dispatch, reason)
+
+
+def _unloaded(state: State, dispatch: Dispatch, reason: str) -> None:
+    """Another worker may load what this one couldn't, if any of the stage has worked; not time and again."""
+    spec = state.stages[dispatch.stage]
+    state.unloaded[dispatch.stage] += 1
+    if dispatch.stage not in state.worked or state.unloaded[dispatch.stage] > DEATHS * spec.replicas:
+        state.failed = f"stage {spec.name} can't start: {reason}"
+    _again(state, dispatch, dispatch.attempts)
+    if not state.failed and dispatch.worker in state.workers[dispatch.stage]:
+        _stop(state, dispatch.stage, dispatch.worker, reason)
+
+
 def _strike(state: State, dispatch: Dispatch, reason: str) -> None:
     """Note that a worker failed; replace it if it fails at everything."""
     record = state.records.setdefault(dispatch.worker, Record())
@@ -721,11 +806,16 @@ def _strike(state: State, dispatch: Dispatch, reason: str) -> None:
     if all(rows.isdisjoint(strike) for strike in record.strikes):
         record.strikes.append(rows)
     if len(record.strikes) >= STRIKES and dispatch.worker in state.workers[dispatch.stage]:
-        state.to_start.append(Stop(dispatch.stage, dispatch.worker))
-        held = [state.flying.pop(id) for id in state.workers[dispatch.stage].pop(dispatch.worker)]
-        _replace(state, dispatch.stage, dispatch.worker, set(), reason)
-        for other in held:
-            _again(state, other, other.attempts)
+        _stop(state, dispatch.stage, dispatch.worker, reason)
+
+
+def _stop(state: State, stage: int, worker: int, reason: str) -> None:
+    """Replace a worker that lives. What it held is given out anew."""
+    state.to_start.append(Stop(stage, worker))
+    held = [state.flying.pop(id) for id in state.workers[stage].pop(worker)]
+    _replace(state, stage, worker, set(), reason)
+    for other in held:
+        _again(state, other, other.attempts)
 
 
 def _again(state: State, dispatch: Dispatch, attempts: int) -> None:

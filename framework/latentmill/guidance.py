@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from latentmill import checks
 from latentmill.plugin import Conditioning, Denoiser, Field, Prediction
 from latentmill.schedulers import noise
 
@@ -56,6 +57,8 @@ class ModelField(Field):
         self.start, self.stop = torch.where(scale > 1.0, start, -1.0), stop
         self.guidance_scale, self.guidance_rescale = self.column(scale), self.column(rescale)
         self.rescales = bool(rescale.any())
+        self.unsound = torch.zeros(len(seeds), dtype=torch.bool, device=device)
+        """Rows for which the network predicted something that is not finite, of latents that were."""
 
     def column(self, values: Tensor) -> Tensor:
         """``values[B]``, shaped to broadcast against the latents, where they are."""
@@ -72,17 +75,18 @@ class ModelField(Field):
         x = x.to(torch.float32)
         guided = (self.stop < t) & (t <= self.start)
         if not bool(guided.any()):
-            predicted = self.denoiser.predict(x, t, self.prompt)
+            predicted = self._predict(x, t, self.prompt)
         elif self.fixed:
-            predicted = self.denoiser.predict(x, t, self.prompt)
-            predicted = self._guide(predicted, self.denoiser.predict(x, t, self.negative), guided)
+            predicted = self._predict(x, t, self.prompt)
+            predicted = self._guide(predicted, self._predict(x, t, self.negative), guided)
         else:
             also = guided.nonzero()[:, 0].to(self.device)
             both = {name: torch.cat([value, self.negative[name][also]]) for name, value in self.prompt.items()}
-            evaluated = self.denoiser.predict(torch.cat([x, x[also]]), torch.cat([t, t[also.cpu()]]), both)
+            evaluated = self._predict(torch.cat([x, x[also]]), torch.cat([t, t[also.cpu()]]), both)
             predicted, negative = evaluated[: len(x)], evaluated[: len(x)].clone()
             negative[also] = evaluated[len(x) :]
             predicted = self._guide(predicted, negative, guided)
+        self.unsound |= _finite(x) & ~_finite(predicted)
         alpha, sigma = self.scale(t)
         return to_clean(self.denoiser.prediction, predicted, x, alpha, sigma)
 
@@ -91,14 +95,26 @@ class ModelField(Field):
         drawn = [noise.between(seed, a, b, shape) for seed, a, b in zip(self.seeds, t.tolist(), s.tolist())]
         return torch.stack(drawn).to(self.device)
 
+    def _predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        with checks.inside(self.denoiser):
+            predicted = self.denoiser.predict(x, t, conditioning)
+        checks.tensor(self.denoiser, "predict", predicted, x.shape, "the shape of x")
+        return predicted
+
     def _guide(self, prompt: Tensor, negative: Tensor, guided: Tensor) -> Tensor:
-        result = self.denoiser.guide(prompt, negative, self.guidance_scale.to(prompt.dtype))
+        with checks.inside(self.denoiser):
+            result = self.denoiser.guide(prompt, negative, self.guidance_scale.to(prompt.dtype))
+        checks.tensor(self.denoiser, "guide", result, prompt.shape, "the shape of both predictions")
         if self.rescales:
             axes = tuple(range(1, prompt.ndim))
             share = self.guidance_rescale.to(prompt.dtype)
             spread = prompt.std(dim=axes, keepdim=True) / result.std(dim=axes, keepdim=True)
             result = torch.where(share > 0, share * (result * spread) + (1 - share) * result, result)
         return torch.where(self.column(guided), result, prompt)
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.flatten(1).isfinite().all(1)
 
 
 def to_clean(prediction: Prediction, predicted: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+from latentmill.checks import cause, told
 from latentmill.flow import Died, Dispatch, Event, Failed, Finished, Order, Start, Started, Stop
 from latentmill.hearing import Telling
 from latentmill.worker import Block, Call, Outcome, StageWork, Worker
@@ -50,7 +51,7 @@ class InlinePool:
                     self.workers[order.stage] = worker = Worker(work.make, work.num_gpus > 0, work.threads)
                     self.tell(work.name, worker.hearing.take())
             except Exception as error:
-                return [Died(order.stage, order.worker, in_a_line(f"{type(error).__name__}: {error}"), at_start=True)]
+                return [Died(order.stage, order.worker, in_a_line(told(error)), at_start=True)]
             return [Started(order.stage, order.worker)]
         worker = self.workers[order.stage]
         try:
@@ -89,4 +90,4 @@ class InlinePool:
 
 
 def _failed(order: Dispatch, error: Exception) -> Failed:
-    return Failed(order.id, "raised", in_a_line(f"{type(error).__name__}: {error}"))
+    return Failed(order.id, cause(error), in_a_line(told(error)))

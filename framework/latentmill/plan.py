@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
 from itertools import accumulate, chain, islice
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
 
 from latentmill import ids, registry, syntax
 from latentmill.job import Job, without_secrets
@@ -24,6 +24,7 @@ from latentmill.plugin import (
     Fragment,
     LatentSpec,
     Plugin,
+    Prediction,
     RowError,
     Scheduler,
     Sink,
@@ -36,6 +37,9 @@ from latentmill.storage import Storage
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+DTYPES = ("float32", "float16", "bfloat16")
+"""What stored latents may be of."""
 
 
 class PlanError(ValueError):
@@ -162,6 +166,7 @@ def parts(job: Job) -> Parts:
     built = Parts(source=plugin_of(job, "source"), sink=plugin_of(job, "sink"))
     if job.vae and set(job.flow) & {"encode", "denoise", "decode"}:
         built.vae = plugin_of(job, "vae")
+        _check_spec(built.vae)
     if "denoise" in job.flow:
         for kind in ("vae", "denoiser", "text_encoder", "scheduler"):
             if not getattr(job, kind):
@@ -172,19 +177,20 @@ def parts(job: Job) -> Parts:
         settings = {key: value for key, value in job.scheduler.items() if key != "grid"}
         built.schedulers[job.scheduler["name"]] = registry.build("scheduler", settings)
         assert built.vae is not None and built.denoiser is not None
-        try:
-            built.denoiser.check(built.vae.spec)
-        except ValueError as error:
-            raise PlanError(f"denoiser {job.denoiser['name']} and VAE {job.vae['name']} don't fit: {error}") from error  # type: ignore[index]
+        with registry.asking(built.denoiser):
+            try:
+                built.denoiser.check(built.vae.spec)
+            except ValueError as error:
+                raise registry.PluginError(
+                    f"denoiser {job.denoiser['name']} and VAE {job.vae['name']} don't fit: {error}"  # type: ignore[index]
+                ) from error
         _check_grid(job, built)
     elif set(job.flow) & {"encode", "decode"} and built.vae is None:
         raise PlanError(
             f"{job.name}: {'encode' if 'encode' in job.flow else 'decode'} is in the flow, so it needs vae.name"
         )
-    try:
+    with registry.asking(built.source):
         stored = built.source.latent_spec()
-    except (ValueError, OSError) as error:
-        raise PlanError(f"source {job.source['name']}: {error}") from error
     if stored is not None and built.vae is not None and stored != built.vae.spec:
         ours = built.vae.spec
         wrong = ", ".join(f"{k} {v!r} and not {vars(ours)[k]!r}" for k, v in vars(stored).items() if v != vars(ours)[k])
@@ -197,29 +203,45 @@ def parts(job: Job) -> Parts:
 def _check_grid(job: Job, built: Parts) -> None:
     assert job.scheduler is not None and built.denoiser is not None and built.vae is not None
     name, grid = job.scheduler["name"], job.scheduler.get("grid", "trailing")
-    path, steps = built.denoiser.path, job.sampling.steps
-    try:
-        own = built.scheduler(name).start(path, steps, steps, (built.vae.spec.channels, 64, 64))
-    except ValueError as error:
-        raise PlanError(f"{job.name}: scheduler {name}: {error}") from error
+    with registry.asking(built.denoiser):
+        path, steps = built.denoiser.path, job.sampling.steps
+        if built.denoiser.prediction not in get_args(Prediction):
+            raise ValueError(f"prediction {built.denoiser.prediction!r}: expected {', '.join(get_args(Prediction))}")
+    with registry.asking(scheduler := built.scheduler(name)):
+        try:
+            own = scheduler.start(path, steps, steps, (built.vae.spec.channels, 64, 64))
+        except ValueError as error:
+            raise registry.PluginError(f"{job.name}: scheduler {name}: {error}") from error
     if own is not None and grid != "trailing":
         raise PlanError(f"{job.name}: scheduler {name} has a grid of its own: leave scheduler.grid out")
-    try:
-        if own is None:
-            grids.times(grid, path, steps, model=built.denoiser.times)
-    except ValueError as error:
-        raise PlanError(f"{job.name}: scheduler.grid: {error}") from error
+    with registry.asking(built.denoiser):
+        try:
+            if own is None:
+                grids.times(grid, path, steps, model=built.denoiser.times)
+        except ValueError as error:
+            raise registry.PluginError(f"{job.name}: scheduler.grid: {error}") from error
+
+
+def _check_spec(vae: VAE) -> None:
+    """Raise PluginError unless the VAE says of which space its latents are."""
+    with registry.asking(vae):
+        spec = vae.spec
+        sides = (spec.channels, spec.downscale) if isinstance(spec, LatentSpec) else (0,)
+        if not all(isinstance(side, int) and side > 0 for side in sides):
+            raise ValueError(f"its spec must be a LatentSpec with channels and downscale from 1 on, not {spec!r}")
+        if spec.dtype not in DTYPES:
+            raise ValueError(f"its spec's dtype must be {' or '.join(DTYPES)}, not {spec.dtype!r}")
 
 
 @_discreet
 def plan(job: Job, built: Parts) -> Plan:
     """The plan of a job. Raises PlanError if the source is missing, empty, unreadable, or has an id twice."""
-    try:
+    with registry.asking(built.source):
         fragments = tuple(built.source.fragments())
+        _check_fragments(fragments)
         twice = ids.find_twice(built.source, fragments) if built.source.id_column is not None else None
-    except (ValueError, OSError) as error:
-        raise PlanError(f"source {job.source['name']}: {error}") from error
-    if "://" not in job.output and built.source.reads_from(job.output):
+        inside = "://" not in job.output and built.source.reads_from(job.output)
+    if inside:
         raise PlanError(
             f"output {job.output} lies in what the source reads, so that it would read what is made: choose another"
         )
@@ -249,6 +271,19 @@ def plan(job: Job, built: Parts) -> Plan:
     )
 
 
+def _check_fragments(fragments: Sequence[Fragment]) -> None:
+    """Raise ValueError if a source's fragments are none, or one is there twice: its rows would be, too."""
+    names = set()
+    for fragment in fragments:
+        if not isinstance(fragment, Fragment) or not isinstance(fragment.rows, int) or fragment.rows < 0:
+            raise ValueError(
+                f"fragments must be a list of Fragment, with rows from 0 on, and there is {fragment!r:.200}"
+            )
+        if fragment.name in names:
+            raise ValueError(f"fragment {fragment.name!r} is there twice, and its rows would be")
+        names.add(fragment.name)
+
+
 BUILT_IN = ("read", "encode", "denoise", "decode", "write")
 """The stages that we write; any other name in a flow is a plugin's."""
 
@@ -256,7 +291,11 @@ BUILT_IN = ("read", "encode", "denoise", "decode", "write")
 def notices(built: Parts) -> list[str]:
     """What a job's plugins have to say before it starts, a line each; of a source, once ``plan`` has asked for its fragments."""
     plugins = (built.source, built.sink, built.vae, built.text_encoder, built.denoiser, *built.schedulers.values())
-    lines = [line for plugin in plugins if plugin is not None for line in plugin.notices()]
+    lines: list[str] = []
+    for plugin in plugins:
+        if plugin is not None:
+            with registry.asking(plugin):
+                lines += plugin.notices()
     return list(dict.fromkeys(lines))
 
 
@@ -385,4 +424,8 @@ def plugin_of(job: Job, kind: str) -> Any:
 
 
 def _identity(kind: str, name: str, plugin: Plugin) -> dict[str, Any]:
-    return {"name": name, **registry.provenance(kind, name), "fingerprint": plugin.fingerprint()}
+    with registry.asking(plugin):
+        fingerprint = plugin.fingerprint()
+        if not isinstance(fingerprint, str):
+            raise ValueError(f"its fingerprint must be text, not {fingerprint!r:.80}")
+    return {"name": name, **registry.provenance(kind, name), "fingerprint": fingerprint}

@@ -13,6 +13,9 @@ Words. ``B`` is the batch axis and always comes first; a row is one sample. Time
 clean, 1 is noise. A latent at time t is ``x = alpha(t) * x0 + sigma(t) * noise``; ``alpha`` and ``sigma`` are the noise path.
 
 Tensors that a plugin is given may lie in memory that other processes share: read them, never write into them.
+
+What a plugin gives back is held against what is said here: shapes, counts, row ids. A plugin that breaks its contract, can't be
+loaded, or fails for every row ends the job with its name; ``RowError``, and ``reject``, are for a row that can't be used.
 """
 
 from __future__ import annotations
@@ -333,6 +336,8 @@ class Source(Plugin, ABC):
     @abstractmethod
     def read(self, fragment: str, start: int, stop: int) -> Iterator[Mapping[str, Any] | RowError]:
         """Rows ``start`` to ``stop`` of a fragment, in order: exactly one item for each, a RowError for a bad one.
+
+        The same rows whenever and in whatever company they are asked for: some are read twice, and compared.
 
         Keys that mean something: ``prompt``, ``negative_prompt``, ``seed``, ``steps``, ``guidance_scale``,
         ``guidance_rescale``, ``guidance_from``, ``guidance_until``, ``width``, ``height``, ``strength``, ``scheduler``; ``image``,

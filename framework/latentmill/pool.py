@@ -23,6 +23,7 @@ from ray.exceptions import (
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from latentmill.checks import cause, told
 from latentmill.cluster import ClusterError, disconnect, store_environment
 from latentmill.flow import Died, Dispatch, Event, Failed, Finished, Order, Start, Started, Stop
 from latentmill.hearing import Telling
@@ -141,7 +142,7 @@ class RayPool:
                 events.append(self._failed(reference, "lost", error))
             except RayTaskError as error:
                 lost = isinstance(error.cause, ObjectLostError)
-                events.append(self._failed(reference, "lost" if lost else "raised", error.cause))
+                events.append(self._failed(reference, "lost" if lost else cause(error.cause), error.cause))
             except RayError as error:
                 events.append(self._failed(reference, "raised", error))
             else:
@@ -193,10 +194,10 @@ class RayPool:
         if self.owns_cluster:
             disconnect()
 
-    def _failed(self, reference: Any, cause: Any, error: BaseException) -> Failed:
+    def _failed(self, reference: Any, why: Any, error: BaseException) -> Failed:
         order = self.flying.pop(reference)
         self.blocks.pop(order.id, None)
-        return Failed(order.id, cause, in_a_line(f"{type(error).__name__}: {error}"))
+        return Failed(order.id, why, in_a_line(told(error)))
 
     def _bury(self, stage: int, worker: int) -> None:
         """Forget a worker, and end it if it lives: one that was only out of reach would keep its place."""
@@ -313,10 +314,10 @@ def _with_node(error: RayError) -> bool:
 
 def _cause(error: RayError) -> str:
     """Why a worker is gone: what it raised while it was built, or the last thing that Ray says of its end."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, RayTaskError):
-        cause = cause.cause
-    if cause is not None:
-        return in_a_line(f"{type(cause).__name__}: {cause}")
+    raised = getattr(error, "cause", None)
+    if isinstance(raised, RayTaskError):
+        raised = raised.cause
+    if raised is not None:
+        return in_a_line(told(raised))
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return in_a_line(lines[-1]) if lines else type(error).__name__

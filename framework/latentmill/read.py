@@ -14,14 +14,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentmill import rows, tensors
+from latentmill import checks, rows, tensors
 from latentmill.plugin import Reject, RowError, Source, Stage
+from latentmill.registry import called
 
 if TYPE_CHECKING:
     from latentmill.job import Sampling
 
 MAX_TEXT = 1_000_000
 """Characters of a prompt; a longer one is a file that was taken for a line."""
+
+
+READ_AGAIN = 8
+"""Rows that a worker reads a second time, to see whether a source gives what it is asked for."""
 
 
 class Rows(Protocol):
@@ -52,6 +57,9 @@ class Read(Stage):
         self.source, self.plan, self.sampling = source, plan, sampling
         self.scheduler, self.multiple_of = scheduler, multiple_of
         self.spec = source.latent_spec()
+        self.again = READ_AGAIN
+        self.sound: set[str] = set()
+        """Fragments of which a row was read twice."""
 
     def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
         groups: dict[Any, list[tuple[dict[str, Any], dict[str, Tensor]]]] = defaultdict(list)
@@ -102,16 +110,66 @@ class Read(Stage):
             if end < len(places) and places[end] == (fragment, last + 1):
                 continue
             first = places[start][1]
-            found = self.source.read(fragment, first, last + 1)
-            try:
-                yield from zip(found, [wanted[place] for place in places[start:end]], strict=True)
-            except ValueError as error:
-                if isinstance(error, RowError) or "zip()" not in str(error):
-                    raise
-                raise RuntimeError(
-                    f"the source gave not one item for each of rows {first} to {last} of {fragment}"
-                ) from error
+            yield from zip(self._items(fragment, first, last + 1), [wanted[place] for place in places[start:end]])
             start = end
+
+    def _items(self, fragment: str, first: int, stop: int) -> Iterator[Mapping[str, Any] | RowError]:
+        """The source's items, exactly one for each of rows ``first`` to ``stop``, the last of which may be read again to compare.
+
+        Raises ContractError.
+        """
+        ends: list[Mapping[str, Any] | RowError] = []
+        for item in self._asked(fragment, first, stop):
+            ends = [*ends[:1], item]
+            yield item
+        if self.again and fragment not in self.sound and stop > 1:
+            # Alone if it came in company, and in company if it came alone: a source that passes over start gives another.
+            begin = stop - 1 if stop - first > 1 else stop - 2
+            *others, again = self._asked(fragment, begin, stop)
+            self.again -= 1
+            last = self._compared(ends[-1])
+            if self._compared(again) != last:
+                raise checks.ContractError(
+                    f"{called(self.source)}: read gave another row {stop - 1} of {fragment} when asked for rows {first} to "
+                    f"{stop - 1} than for rows {begin} to {stop - 1} (from 0 on): it must follow start and stop, and always give the same"
+                )
+            if self._compared([*others, ends[0]][0]) != last:  # equal rows show nothing
+                self.sound.add(fragment)
+
+    def _asked(self, fragment: str, first: int, stop: int) -> Iterator[Mapping[str, Any] | RowError]:
+        """What the source gives for rows ``first`` to ``stop``. Raises ContractError unless that is an item for each."""
+        who, nothing, count = called(self.source), object(), 0
+        with checks.inside(self.source):
+            found = iter(self.source.read(fragment, first, stop))
+        while True:
+            with checks.inside(self.source):
+                item: Any = next(found, nothing)
+            if (item is nothing) != (count == stop - first):
+                less = f"{count}" if item is nothing else "more than that"
+                raise checks.ContractError(
+                    f"{who}: read was asked for rows {first} to {stop - 1} of {fragment}, {stop - first} of them, and gave {less}"
+                )
+            if item is nothing:
+                return
+            if not isinstance(item, (Mapping, RowError)):
+                raise checks.ContractError(
+                    f"{who}: read gave a {type(item).__name__} for row {first + count} of {fragment}, not a dict or a RowError"
+                )
+            count += 1
+            yield item
+
+    def _compared(self, item: Mapping[str, Any] | RowError) -> Any:
+        """What makes an item a row: values and tensors; None of one that is an error."""
+        try:
+            if isinstance(item, RowError):
+                return None
+            values, stored = self._row(item)
+        except RowError:
+            return None
+        return values, {
+            name: (value.shape, value.dtype, value.flatten().view(torch.uint8).numpy().tobytes())
+            for name, value in stored.items()
+        }
 
     def _row(self, found: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The scalars of a source row (``seed`` may be None), and its tensors. Raises RowError."""

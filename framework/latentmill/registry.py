@@ -9,6 +9,7 @@ import subprocess
 import sys
 import typing
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -128,6 +129,46 @@ def load(kind: str, name: str) -> type[Plugin]:
     return found
 
 
+_names: dict[type[Plugin], str] = {}
+"""How people are told of a plugin that was loaded, by its class."""
+
+
+def called(plugin: Plugin) -> str:
+    """How people are told of a plugin: kind and name, and the distribution that it is from, if it is not one of ours."""
+    cls = type(plugin)
+    return (
+        _names.get(cls)
+        or f"{next((kind for kind, base in KINDS.items() if isinstance(plugin, base)), 'plugin')} {cls.__name__}"
+    )
+
+
+def _call(kind: str, name: str, entry: Entry) -> str:
+    ours = canonicalize_name(entry.distribution).split("-")[0] == "latentmill"
+    return f"{kind} {name}" if ours else f"{kind} {name} of {entry.distribution} {entry.version}"
+
+
+@contextmanager
+def asking(plugin: Plugin) -> Iterator[None]:
+    """For the driver, where it asks a plugin something: what that raises becomes a PluginError, one line.
+
+    A ValueError or OSError is a sentence for people, as the contract has it; of anything else the type is said, too.
+    """
+    try:
+        yield
+    except (PluginError, MemoryError):
+        raise
+    except Exception as error:
+        raise refusal(called(plugin), error) from error
+
+
+def refusal(who: str, error: Exception) -> PluginError:
+    """What a plugin raised, in one line."""
+    said = " ".join(str(error).split())  # a stranger's message may have many lines
+    if not isinstance(error, (ValueError, OSError)) or not said:
+        said = f"{type(error).__name__}: {said} (--debug shows where)"
+    return PluginError(f"{who}: {said}")
+
+
 def build(kind: str, choice: Mapping[str, Any]) -> Any:
     """Build ``{"name": ..., setting: ...}``. Raises PluginError for a wrong name, setting, type or value."""
     settings = dict(choice)
@@ -137,11 +178,13 @@ def build(kind: str, choice: Mapping[str, Any]) -> Any:
         missing = ", ".join(sorted(getattr(plugin, "__abstractmethods__", ())))
         raise PluginError(f"{kind} {name!r} is not complete: it lacks {missing}")
     _check(f"{kind} {name}", plugin, settings)
+    who = _names[plugin] = _call(kind, name, find(kind, name))
     try:
         return plugin(**settings)
-    except (ValueError, TypeError, OSError) as error:
-        said = " ".join(str(error).split())  # a stranger's message may have many lines
-        raise PluginError(f"{kind} {name}: {said}") from error
+    except (PluginError, MemoryError):
+        raise
+    except Exception as error:
+        raise refusal(who, error) from error
 
 
 def provenance(kind: str, name: str) -> dict[str, str]:

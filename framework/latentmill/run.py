@@ -103,10 +103,10 @@ def run(
                 with nullcontext() if job.single_writer else Leases(store, data) as held:
                     show = partial(_show, live, state, plan, started)
                     known = {*there.taken_out()}
-                    drive(state, pool, show, held)
+                    drive(state, pool, show, held, there.holds_ok)
                     while taken := _taken_out(there, known):
                         flow.apply(state, flow.TakenOut(taken))
-                        drive(state, pool, show, held)
+                        drive(state, pool, show, held, there.holds_ok)
             there.settle()
             report.finish(there, live.pace)
             failpoints.reach("finishing")
@@ -216,10 +216,16 @@ def _sees(store: Storage, name: str) -> bool:
     return there
 
 
-def drive(state: flow.State, pool: Pool, show: Callable[[], None], leases: Leases | None = None) -> None:
+def drive(
+    state: flow.State,
+    pool: Pool,
+    show: Callable[[], None],
+    leases: Leases | None = None,
+    holds_ok: Callable[[], bool] = lambda: False,
+) -> None:
     """The loop. Raises RunError if the flow says that the job can't go on."""
     while not flow.finished(state):
-        turn(state, pool, leases)
+        turn(state, pool, leases, holds_ok)
         show()
         if state.failed:
             raise (OutputError if state.output_failed else RunError)(state.failed)
@@ -227,18 +233,23 @@ def drive(state: flow.State, pool: Pool, show: Callable[[], None], leases: Lease
             time.sleep(0.2)  # there is nothing to do but to wait for other drivers
 
 
-def turn(state: flow.State, pool: Pool, leases: Leases | None = None) -> None:
-    """Decide, dispatch, collect, once."""
+def turn(
+    state: flow.State, pool: Pool, leases: Leases | None = None, holds_ok: Callable[[], bool] = lambda: False
+) -> None:
+    """Decide, dispatch, collect, once. ``holds_ok`` says whether the dataset holds a row that is ok."""
     while True:
-        claimed = False
+        answered = False
         for order in flow.decide(state):
             if isinstance(order, flow.Claim):
                 assert leases is not None
                 flow.apply(state, leases.claim(order.shard))
-                claimed = True
+                answered = True
+            elif isinstance(order, flow.Ask):
+                flow.apply(state, flow.Shown(holds_ok()))
+                answered = True
             else:
                 pool.submit(order)
-        if not claimed:
+        if not answered:
             break
     for event in pool.collect(timeout=0.5):
         flow.apply(state, event)

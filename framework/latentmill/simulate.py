@@ -7,7 +7,8 @@ What runs is ours: ``run.turn``, ``flow``, ``leases`` and the commit of ``write.
 workers, blocks, a store in memory, and a clock. After every event it is checked that each row of an open shard is in
 exactly one place, that no queue grows beyond its bound, that no block is missed that is still wanted, and that what is in
 the store is whole, right and never changes. Troubles end after a while, except for rows that can't be done; then all must
-be finished: each row in the dataset once, or in its errors.
+be finished: each row in the dataset once, or in its errors. In some of a driver's lives a whole stage does nothing right: then
+no row may be blamed, or as few as the flow promises where the dataset shows that the stage has worked before.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 from latentmill import flow, write
 from latentmill.dataset import done_shards
@@ -69,6 +70,11 @@ class Settings:
     rates: dict[str, float]
     """Chance of a trouble for each dispatch, commit, or use of the store."""
 
+    @property
+    def bad(self) -> set[int]:
+        """Rows that can't be done."""
+        return self.rejected | self.raising | self.killing | self.hanging
+
     @classmethod
     def draw(cls, dice: random.Random) -> Settings:
         """Draw them."""
@@ -87,6 +93,7 @@ class Settings:
         ]
         often = ("torn", "dies before", "dies after", "zombie", "misheard")
         seldom = ("raise", "die", "hang", "node", "late", "store", "driver", "pause")
+        wrecked = dice.choice((0.0, 0.0, 0.3, 0.6))
         bad = dice.sample(range(rows), min(rows, dice.choice((0, 0, 1, 3))))
         kinds_of_bad: list[set[int]] = [set(), set(), set(), set()]
         for row in bad:
@@ -106,6 +113,7 @@ class Settings:
             rates={
                 **{name: dice.choice((0.0, 0.0, 0.01, 0.04)) for name in seldom},
                 **{name: dice.choice((0.0, 0.1, 0.3)) for name in often},
+                "wrecked": wrecked,
             },
         )
 
@@ -124,6 +132,8 @@ class World:
         self.now = 0.0
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.order = 0
+        self.blamed: set[int] = set()
+        """Rows that failed in a stage at which nothing could be done."""
         self.store = Store(self)
         self.drivers = [Driver(self, number) for number in range(self.settings.drivers)]
 
@@ -161,14 +171,27 @@ class World:
             places.update(row for row, _ in content["rows"])
             places.update(content["errors"])
             failed.update(content["errors"])
-        if wrong := {row for row in range(settings.rows) if places[row] != 1} | (places.keys() - range(settings.rows)):
+        planned = set(range(settings.rows))
+        if self.hopeless():
+            planned &= places.keys()
+        if wrong := {row for row in planned if places[row] != 1} | (places.keys() - planned):
             raise Wrong(f"rows {sorted(wrong)} are not in the dataset once: {[places[row] for row in sorted(wrong)]}")
-        bad = settings.rejected | settings.raising | settings.killing | settings.hanging
-        if bad - failed:
-            raise Wrong(f"rows {sorted(bad - failed)} can't be done, and are in the dataset")
+        bad = settings.bad
+        if bad & planned - failed:
+            raise Wrong(f"rows {sorted(bad & planned - failed)} can't be done, and are in the dataset")
         chance = any(settings.rates[name] for name in ("raise", "die", "hang"))
-        if failed - bad and not chance:
+        if failed - bad - self.blamed and not chance:
             raise Wrong(f"rows {sorted(failed - bad)} are in the errors, and nothing is wrong with them")
+
+    def hopeless(self) -> bool:
+        """Whether there is no row to show that it is not a stage's fault: none is ok, and none of those that are left will be."""
+        done, size = done_shards(self.store, ""), self.settings.rows_per_shard
+        left = {row for row in range(self.settings.rows) if row // size not in done}
+        return bool(left) and left <= self.settings.bad and not self.holds_ok()
+
+    def holds_ok(self) -> bool:
+        """Whether the dataset holds a row that is ok."""
+        return any(json.loads(file)["rows"] for name, file in self.store.files.items() if name.startswith("data/"))
 
 
 class Store(Storage):
@@ -272,6 +295,12 @@ class Driver:
         world, settings = self.world, self.world.settings
         self.lives += 1
         world.say(f"driver {self.number} begins, with {len(world.store.names('data'))} shards done")
+        self.wreck = world.dice.randrange(len(NAMES)) if world.trouble("wrecked") else None
+        """The stage at which nothing can be done in this life."""
+        self.how = world.dice.choice(("raised", "raised", "unloaded", "contract", "dies"))
+        self.blamed_rows: set[int] = set()
+        if self.wreck is not None:
+            world.say(f"driver {self.number}: {NAMES[self.wreck]} can do nothing: {self.how}")
         self.pool = Pool(world, self)
         self.leases = Leases(
             world.store,
@@ -317,12 +346,17 @@ class Driver:
             self.end("killed")
             return
         try:
-            turn(state, self.pool, self.leases)
+            turn(state, self.pool, self.leases, world.holds_ok)
         except OSError as error:
             self.end(str(error))
             return
         check(state)
-        if state.failed:
+        if state.failed and world.now > TROUBLED and world.hopeless():
+            self.finished = True
+            self.lives += 1
+            self.pool.end()
+            world.say(f"driver {self.number} gives up: {state.failed}")
+        elif state.failed:
             self.end(state.failed)
         elif flow.finished(state):
             self.finished = True
@@ -425,9 +459,10 @@ class Pool:
             self._while_there(actor, 60, lambda: self._die(actor, "it finished nothing for 60 s"))
             return
         seconds = world.dice.expovariate(1 / (0.2 + 0.1 * len(rows)))
+        wrecked = order.stage == self.driver.wreck and order.kind != "commit"
         if world.trouble("late"):
             seconds += world.dice.uniform(0, 200)
-        if world.trouble("die") or (worst and rows & settings.killing):
+        if world.trouble("die") or (worst and rows & settings.killing) or (wrecked and self.driver.how == "dies"):
             self._while_there(actor, seconds * world.dice.random(), lambda: self._die(actor, "killed"))
         else:
             self._while_there(actor, seconds, lambda: self._done(actor, order))
@@ -438,6 +473,9 @@ class Pool:
         answer: Event
         if any(piece.block in self.lost for piece in order.pieces):
             answer = Failed(order.id, "lost", "its node is gone")
+        elif order.stage == self.driver.wreck and order.kind != "commit":
+            how: Any = self.driver.how
+            answer = Failed(order.id, how, "nothing works here")
         elif world.trouble("raise") or (order.stage == 2 and set(order.rows) & settings.raising):
             answer = Failed(order.id, "raised", "boom")
         elif order.kind == "commit":
@@ -480,6 +518,7 @@ class Pool:
         """What ``Write.commit`` does, with a worker that may end before or after, and a disk that may lie."""
         world, name = self.world, f"data/{order.shard:05d}"
         rows, errors = sorted(self._gather(order)), sorted(error["row"] for error in order.errors)
+        self._check_blame(order)
         content = json.dumps({"rows": rows, "errors": errors}).encode()
 
         def store(temporary: str) -> None:
@@ -501,6 +540,21 @@ class Pool:
         write.publish(world.store, name, store, check)
         if world.trouble("dies after"):
             raise Gone
+
+    def _check_blame(self, order: Dispatch) -> None:
+        """No row is blamed for a stage that can do nothing, but for a few where the dataset shows that it could before."""
+        world, wreck = self.world, self.driver.wreck
+        if wreck is None:
+            return
+        blamed = {
+            error["row"] for error in order.errors if error["stage"] == NAMES[wreck] and error["reason"] != "unfit"
+        }
+        if blamed - world.blamed and not world.holds_ok():
+            raise Wrong(f"rows {sorted(blamed)} are blamed for a stage that never worked")
+        world.blamed |= blamed
+        self.driver.blamed_rows |= blamed
+        if len(self.driver.blamed_rows) > flow.STRIKES:
+            raise Wrong(f"rows {sorted(self.driver.blamed_rows)} are blamed for a stage at which nothing can be done")
 
     def _die(self, actor: Actor, why: str, with_node: bool = False) -> None:
         if self.actors.pop((actor.stage, actor.id), None):
@@ -545,6 +599,7 @@ def check(state: State) -> None:
         places.update(row for retry in state.retries[stage] for row in retry.rows)
     places.update(row for order in state.flying.values() if order.kind != "commit" for row in order.rows)
     places.update(row for record in state.records.values() for order, _ in record.verdicts for row in order.rows)
+    places.update(row for order, _ in state.fatal for row in order.rows)
     for shard in state.shards.values():
         places.update(row for piece in shard.packed for row in piece.rows)
         places.update(error["row"] for error in shard.errors)

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, cast
 import pyarrow as pa
 import torch
 
-from latentmill import failpoints, registry, rows, storage
+from latentmill import checks, failpoints, registry, rows, storage
 from latentmill.dataset import PLAN_KEY
 from latentmill.decode import Decode
 from latentmill.denoise import Denoise, Visit
@@ -23,7 +23,7 @@ from latentmill.hearing import Hearing
 from latentmill.job import Job
 from latentmill.plan import Plan, parts, plugin_of, stage_choice
 from latentmill.plan import read as read_plan
-from latentmill.plugin import Stage
+from latentmill.plugin import RowError, Stage
 from latentmill.read import Read
 from latentmill.write import Write
 
@@ -178,12 +178,17 @@ class Worker:
         return block
 
     def result(self, call: Call) -> tuple[Outcome, Block]:
-        """What became of a call that is done, every row accounted for. Raises what the stage raised."""
+        """What became of a call that is done, every row accounted for. Raises what the stage raised, or ContractError."""
+        if isinstance(call.error, RowError) and len(call.batch) == 1:
+            call.reject(0, str(call.error))
+            call.block, call.error = [], None
         if call.error is not None:
             raise call.error
         assert call.block is not None
+        checks.same_rows(self.stage, call.batch, call.block, call.rejected)
+        if not isinstance(self.stage, Write):
+            checks.same_columns(self.stage, call.batch, call.block)
         outcome = [(rows.shape_key(table), tuple(table.column("row").to_pylist())) for table in call.block]
-        self._account(call.batch.column("row").to_pylist(), outcome, call.rejected)
         return Outcome(outcome, list(call.rejected.items()), self.hearing.take()), call.block
 
     def _begin(self, batch: pa.Table) -> Call:
@@ -205,15 +210,6 @@ class Worker:
                     self.taken = False
                     self.turn.notify_all()
         return self.result(call)
-
-    def _account(self, given: list[int], outcome: list[tuple[str, tuple[int, ...]]], rejected: dict[int, str]) -> None:
-        returned = [number for _, part in outcome for number in part]
-        if sorted([*returned, *rejected]) != sorted(given):
-            name = type(self.stage).__name__
-            raise RuntimeError(
-                f"{name} was given {len(given)} rows, returned {len(returned)} and rejected {len(rejected)}: "
-                "each row must come back once or be rejected"
-            )
 
 
 @contextmanager

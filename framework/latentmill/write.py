@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import torch
 
-from latentmill import failpoints, rows, tensors
+from latentmill import checks, failpoints, rows, tensors
 from latentmill.dataset import ERRORS_KEY, WARNINGS_KEY, copy_errors, data_name, error_lines
 from latentmill.job import without_secrets
 from latentmill.plugin import LatentSpec, Reject, Sink, Stage
@@ -44,7 +44,10 @@ class Write(Stage):
         self.sink, self.store, self.plan, self.metadata = sink, store, plan, metadata
 
     def __call__(self, batch: pa.Table, reject: Reject) -> pa.Table:
-        return self.sink.pack(batch)
+        with checks.inside(self.sink):
+            packed = self.sink.pack(batch)
+        checks.same_rows(self.sink, batch, [packed])
+        return packed
 
     def probe(self) -> str:
         """The name of a file that it has just made where shards go, for the driver to look for."""

@@ -75,6 +75,12 @@ def test_a_config_that_can_t_be_read(copy):
     assert refused(copy).startswith(f"denoiser diffusers: {copy / 'unet' / 'config.json'} can't be read: ")
 
 
+def test_a_schedule_that_we_don_t_know_is_one_line(copy):
+    file = copy / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "trained_betas": [0.1, 0.2]}))
+    assert refused(copy).startswith("denoiser diffusers: PNDMScheduler: ")
+
+
 def test_a_vae_of_other_channels_does_not_fit(model):
     said = refused(model("StableDiffusionPipeline"), f"vae.path={model('Flux2Pipeline')}")
     assert said.endswith("don't fit: the network takes latents of 4 channels, and the VAE's have 16")

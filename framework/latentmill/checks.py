@@ -1,0 +1,191 @@
+"""What a plugin gives back, held against its contract, and whose fault an exception is.
+
+A plugin that breaks its contract, or can't be loaded, is no row's fault: both end the job, in one line that names the plugin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from latentmill import rows, tensors
+from latentmill.plugin import Conditioning, LatentSpec, Plugin, RowError, State, TextEncoder
+from latentmill.registry import called
+
+
+class ContractError(RuntimeError):
+    """A plugin gave back what its contract doesn't allow; one line that names it, what came and what was expected."""
+
+
+class LoadError(RuntimeError):
+    """A plugin can't be loaded; one line that names it and the cause."""
+
+
+class NoRowError(RuntimeError):
+    """Not one row of a batch came out right, and no row is known to be bad; one line."""
+
+
+def load(plugin: Plugin, device: torch.device) -> None:
+    """Load a plugin onto a device. Raises LoadError."""
+    try:
+        plugin.load(device)
+    except Exception as error:
+        raise LoadError(f"{called(plugin)}: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def inside(plugin: Plugin) -> Iterator[None]:
+    """Exceptions from here on say which plugin raised them."""
+    try:
+        yield
+    except (RowError, ContractError):
+        raise
+    except Exception as error:
+        error.add_note(called(plugin))
+        raise
+
+
+def cause(error: BaseException) -> Literal["raised", "unloaded", "contract"]:
+    """What an exception of a worker means to the flow."""
+    if isinstance(error, ContractError):
+        return "contract"
+    return "unloaded" if isinstance(error, LoadError) else "raised"
+
+
+def told(error: BaseException) -> str:
+    """An exception in words: its type, unless the words are ours; what it says; the plugin that raised it."""
+    if isinstance(error, (ContractError, LoadError, NoRowError)):
+        return str(error)
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", [])[:1])
+    return f"{type(error).__name__}: {error}{notes}"
+
+
+def tensor(plugin: Plugin, method: str, found: Any, expected: Sequence[int], why: str = "") -> None:
+    """Raise ContractError unless ``found`` is a tensor of the shape ``expected``."""
+    if not isinstance(found, Tensor):
+        raise ContractError(f"{called(plugin)}: {method} returned {_a(found)}, not a tensor {list(expected)}")
+    if tuple(found.shape) != tuple(expected):
+        more = f", {why}" if why else ""
+        raise ContractError(
+            f"{called(plugin)}: {method} returned a tensor {list(found.shape)}, and {list(expected)} was expected{more}"
+        )
+
+
+def latents(vae: Plugin, spec: LatentSpec, method: str, found: Any, images: Tensor) -> None:
+    """Raise ContractError unless ``found`` are latents ``[B, C, h, w]`` of ``images[B, 3, H, W]`` as ``spec`` says."""
+    count, _, height, width = images.shape
+    why = f"the latents of {count} pictures of {width}x{height} pixels (channels {spec.channels}, downscale {spec.downscale})"
+    tensor(vae, method, found, (count, *spec.shape(height, width)), why)
+
+
+def pictures(vae: Plugin, spec: LatentSpec, found: Any, given: Tensor) -> None:
+    """Raise ContractError unless ``found`` are pictures ``[B, 3, H, W]`` of the latents ``given[B, C, h, w]`` as ``spec`` says."""
+    height, width = (side * spec.downscale for side in given.shape[2:])
+    why = f"{len(given)} pictures of {width}x{height} pixels (downscale {spec.downscale})"
+    tensor(vae, "decode", found, (len(given), 3, height, width), why)
+
+
+def conditioning(
+    encoder: TextEncoder, method: str, found: Any, count: int, known: dict[str, tuple[int, ...]]
+) -> Conditioning:
+    """``found``, if it is the conditioning of ``count`` prompts, in the shapes ``known`` so far, to which it adds. Raises ContractError."""
+    who = f"{called(encoder)}: {method}"
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ContractError(f"{who} returned {_a(found)}, not a dict of tensors")
+    for name, value in found.items():
+        if value.shape[:1] != (count,):
+            raise ContractError(
+                f"{who} returned {name} of shape {list(value.shape)} for {count} prompts: the batch axis comes first"
+            )
+        shape = known.setdefault(name, tuple(value.shape[1:]))
+        if tuple(value.shape[1:]) != shape:
+            raise ContractError(
+                f"{who} returned {name} of shape {list(value.shape[1:])} behind the batch axis, and of {list(shape)} for "
+                "prompts before: shapes must be the same for all prompts (pad to one length)"
+            )
+    return dict(found)
+
+
+def state(scheduler: Plugin, method: str, found: Any, count: int) -> State:
+    """``found``, if it is a state of ``count`` rows. Raises ContractError."""
+    who = f"{called(scheduler)}: {method}"
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ContractError(f"{who} returned {_a(found)} as state, not a dict of tensors")
+    for name, value in found.items():
+        if value.shape[:1] != (count,):
+            raise ContractError(
+                f"{who} returned state {name!r} of shape {list(value.shape)} for {count} rows: the batch axis comes first"
+            )
+    return found
+
+
+def same_rows(plugin: Plugin, given: pa.Table, returned: Sequence[Any], rejected: Collection[int] = ()) -> None:
+    """Raise ContractError unless the tables hold each given row once, as itself, but for those that were rejected."""
+    who, found = called(plugin), []
+    for table in returned:
+        if not isinstance(table, pa.Table):
+            raise ContractError(f"{who} returned {_a(table)}, not a table")
+        for name in {"row", "row_id"} & {*given.column_names}:
+            if name not in table.column_names:
+                raise ContractError(f"{who} returned rows without the column {name}")
+        found += table.column("row").to_pylist()
+    numbers = given.column("row").to_pylist()
+    if sorted([*found, *rejected]) != sorted(numbers):
+        raise ContractError(
+            f"{who} was given {len(numbers)} rows, returned {len(found)} and rejected {len(rejected)}: "
+            "each row must come back once or be rejected"
+        )
+    if "row_id" in given.column_names:
+        ids = dict(zip(numbers, given.column("row_id").to_pylist()))
+        for table in returned:
+            for number, row_id in zip(table.column("row").to_pylist(), table.column("row_id").to_pylist()):
+                if row_id != ids[number]:
+                    raise ContractError(
+                        f"{who} returned row {ids[number]} with the row_id {row_id!r}: keep it as it is"
+                    )
+
+
+def same_columns(plugin: Plugin, given: pa.Table, returned: Sequence[pa.Table]) -> None:
+    """Raise ContractError if a column that later stages need is gone or has another type, or a tensor is not as large as its row says."""
+    who = called(plugin)
+    for table in returned:
+        for field in rows.SCALARS:
+            if field.name in given.column_names:
+                if field.name not in table.column_names:
+                    raise ContractError(f"{who} returned rows without the column {field.name}")
+                if (kind := table.schema.field(field.name).type) != field.type:
+                    raise ContractError(f"{who} returned {field.name} as {kind}, and {field.type} was expected")
+        if not len(table) or not {"width", "height"} <= {*table.column_names}:
+            continue
+        sizes = {(row["width"], row["height"]) for row in table.select(["width", "height"]).to_pylist()}
+        for name, found in _sizes(who, table):
+            for width, height in sizes - {found}:
+                raise ContractError(
+                    f"{who} returned {name} of {found[0]}x{found[1]} pixels for a row of {width}x{height}: "
+                    "width and height must be changed along with it"
+                )
+
+
+def _sizes(who: str, table: pa.Table) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Width and height in pixels that the tensors of a table have."""
+    for name in {"image", "latents"} & {*table.column_names}:
+        field = table.schema.field(name)
+        if not tensors.is_tensor(field):
+            continue
+        if name == "image":
+            yield "pictures", (field.type.shape[1], field.type.shape[0])
+            continue
+        about = (field.metadata or {}).get(rows.SPEC_KEY)
+        if about is None:
+            raise ContractError(f"{who} returned latents that don't say of which space they are: use rows.with_latents")
+        downscale = rows.spec_from_json(about).downscale
+        yield "latents", (field.type.shape[-1] * downscale, field.type.shape[-2] * downscale)
+
+
+def _a(found: Any) -> str:
+    return "None" if found is None else f"a {type(found).__name__}"
