@@ -74,10 +74,23 @@ class Plugin:
     contract: ClassVar[int] = 1
     """The version of the contract that the class was written for. Write the number, not ``CONTRACT``."""
 
+    libraries: Sequence[str] = ()
+    """Distributions whose versions change its numbers, as pip names them, beside latentmill, numpy, pillow, scipy and torch.
+
+    A worker that has other versions than the driver is refused.
+    """
+
+    fingerprinted: Sequence[str] = ()
+    """Settings that its fingerprint stands for, or a source's fragments': paths, above all, whose contents are hashed there.
+
+    They may change, as when a model is moved, and the dataset goes on.
+    """
+
     def fingerprint(self) -> str:
         """Identify everything outside the settings that changes results, weights above all.
 
-        Becomes part of the plan: a dataset begun with one fingerprint is not continued with another.
+        Becomes part of the plan: a dataset begun with one fingerprint is not continued with another, and a worker that finds
+        another than the driver is refused. ``latentmill.weights.digest(path)`` hashes a file whole, and only once.
         """
         return ""
 

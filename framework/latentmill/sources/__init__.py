@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import importlib.util
+import logging
 import os
 import stat
 import sys
@@ -19,9 +20,12 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latentmill import digests
 from latentmill.plugin import RowError
 
-SMALL = 64 << 20
+logger = logging.getLogger("latentmill")
+
+SMALL = 4 << 30
 """Bytes up to which a source is fingerprinted by its contents; beyond, by sizes and times of modification."""
 
 
@@ -146,21 +150,34 @@ def as_id(value: Any) -> str:
 
 
 def is_small(folder: Path, names: Iterable[str]) -> bool:
-    """Whether the files are small enough, in all, to be fingerprinted by their contents."""
-    return sum((folder / name).stat().st_size for name in names) <= SMALL
+    """Whether the files are small enough, in all, to be fingerprinted by their contents. Says so if they are not."""
+    return are_small((folder / name).stat().st_size for name in names)
+
+
+def are_small(sizes: Iterable[int]) -> bool:
+    """The same of their sizes."""
+    total = 0
+    for size in sizes:
+        total += size
+        if total > SMALL:
+            logger.warning(
+                f"a source of more than {SMALL >> 30} GiB is known by its files' names, sizes and times of modification, and not "
+                "by what they hold: one that is moved, copied or touched is another source"
+            )
+            return False
+    return True
 
 
 def fingerprint(folder: Path, names: Iterable[str], contents: bool) -> str:
-    """One for all the files: names and sizes, and their contents or else their times of modification."""
+    """One for all the files, 32 hex digits: names and sizes, and their contents or else their times of modification."""
+    if contents:
+        return digests.of_all((name, folder / name) for name in names)[:32]
     digest = hashlib.blake2b(digest_size=16)
     for name in names:
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
         try:
             found = (folder / name).stat()
-            if contents and stat.S_ISREG(found.st_mode):
-                digest.update(hashlib.blake2b((folder / name).read_bytes()).digest())
-            else:
-                digest.update(b"%d %d\0" % (found.st_size, found.st_mtime_ns))
+            digest.update(b"%d %d\0" % (found.st_size, found.st_mtime_ns))
         except OSError as error:  # a broken link, say: its row will end in the error table
             digest.update(b"%d\0" % (error.errno or 0))
     return digest.hexdigest()

@@ -22,7 +22,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT, TiffImageFile
 
 from latentmill.plugin import Fragment, RowError, Source
-from latentmill.sources import SMALL, fingerprint, locate, open_file, shown
+from latentmill.sources import are_small, fingerprint, locate, open_file, shown
 from latentmill.sources.text import MARKS
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
@@ -77,12 +77,8 @@ class Images(Source):
         if not folder.is_dir():
             raise ValueError(f"there is no folder {self.path}")
         _listing.cache_clear()
-        contents, size = True, 0
-        for name in _walk(str(folder), self.follow_links):
-            size += _size(folder / name)
-            if size > SMALL:
-                contents = False
-                break
+        contents = are_small(_size(folder / name) for name in _walk(str(folder), self.follow_links))
+        self.fingerprinted = ("path",) if contents else ()
         self._seen = _Seen()
         pictures = _walk(str(folder), self.follow_links, seen=self._seen)
         fragments = []

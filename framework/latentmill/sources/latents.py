@@ -41,6 +41,7 @@ class Latents(Source):
         names = self._names()
         spec = self.latent_spec()
         contents = is_small(self._root, names)
+        self.fingerprinted = ("path",) if contents else ()
         found = []
         for name in names:
             if self._spec(name) != spec:
