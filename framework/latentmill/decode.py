@@ -6,7 +6,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latentmill import rows, tensors
+from latentmill import rows, tensors, weights
 from latentmill.plugin import VAE, Reject, Stage
 
 
@@ -19,7 +19,8 @@ class Decode(Stage):
 
     def load(self, device: torch.device) -> None:
         self.device = device
-        self.vae.load(device)
+        with weights.reading("vae"):
+            self.vae.load(device)
 
     @torch.inference_mode()
     def __call__(self, batch: pa.Table, reject: Reject) -> pa.Table:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from latentmill import rows, syntax, tensors
+from latentmill import rows, syntax, tensors, weights
 from latentmill.plugin import VAE, Conditioning, LatentSpec, Reject, RowError, Stage, TextEncoder
 
 
@@ -38,7 +38,8 @@ class Encode(Stage):
     def load(self, device: torch.device) -> None:
         self.device = device
         if self.text_encoder is not None:
-            self.text_encoder.load(device)
+            with weights.reading("text_encoder"):
+                self.text_encoder.load(device)
 
     @torch.inference_mode()
     def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
@@ -97,7 +98,8 @@ class Encode(Stage):
         if "image" not in part.column_names:
             return (torch.zeros(len(part), *shape, dtype=stored_dtype(self.vae.spec)),) * 2
         if not self.vae_loaded:  # a text-to-image job's encode workers never need the VAE's weights
-            self.vae.load(self.device)
+            with weights.reading("vae"):
+                self.vae.load(self.device)
             self.vae_loaded = True
         images = self._images(part, slots, size)
         both = self.vae.posterior(images) if self.latents_std else (self.vae.encode(images),) * 2

@@ -492,7 +492,8 @@ class _JSON(_JSONLines):
 
     def measure(self, lines: Lines) -> int:
         rows = 0
-        for rows, item in enumerate(self.items(lines), 1):
+        for item in self.items(lines):
+            rows += 1
             self.pictures = self.pictures or (isinstance(item, dict) and not self.table.pictures.isdisjoint(item))
         return rows
 
