@@ -7,6 +7,7 @@ Face Hub's cache is named by its SHA-256, and isn't read.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -24,6 +25,10 @@ LONG = 5.0
 """Seconds of hashing from which on people are told."""
 SETTLED = 2.0
 """Seconds that a file must have been left alone: one that changes in the same tick of the file system's clock looks unchanged."""
+NO_FILE = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
+)
+"""What the operating system says of a path that is wrong, and will be wrong at the next attempt."""
 PIECE = 1 << 20
 FULL = 4 << 20
 """Bytes of the file of remembered digests, some 40,000, from which on it is begun anew."""
@@ -50,12 +55,14 @@ def digests(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
 
 
 def of_all(named: Iterable[tuple[str, Path]]) -> str:
-    """One for many small files, with their names, 64 hex digits: of those that can't be read, the number of the error counts.
+    """One for many small files, with their names, 64 hex digits: where a path leads to no file that can be opened, the error counts.
+
+    Raises OSError for errors of another kind, the storage's, and if a file changes meanwhile.
 
     Remembered as one, so that a folder of a million pictures is not a million lines to remember.
     """
     there = [(name, path, _about(path)) for name, path in named]
-    key = _key((path, about) for _, path, about in there)
+    key = _key(((path, about) for _, path, about in there), "".join(f"{name}\0" for name, _, _ in there))
     known = _memory.find(key)
     if known is None:
         files = [about for _, _, about in there if not isinstance(about, int)]
@@ -74,18 +81,24 @@ def _about(path: Path) -> os.stat_result | int:
     """Of a plain file; the number of the error where there is none, or -1."""
     try:
         about = path.stat()
-    except OSError as error:  # a broken link, say: its row will end in the error table
-        return error.errno or 0
-    return (
-        about if stat.S_ISREG(about.st_mode) else -1
-    )  # opening a pipe would wait for ever, and a device may never end
+    except OSError as error:
+        return _number(error)
+    # Opening a pipe would wait for ever, and a device may never end.
+    return about if stat.S_ISREG(about.st_mode) else -1
 
 
 def _said(path: Path, about: os.stat_result | int, work: _Work) -> str | int:
     try:
         return about if isinstance(about, int) else _hash(path, about, work)
     except OSError as error:
-        return error.errno or 0
+        return _number(error)
+
+
+def _number(error: OSError) -> int:
+    """Of a broken link, say: its row will end in the error table."""
+    if error.errno not in NO_FILE:
+        raise error
+    return error.errno
 
 
 def _read(path: Path, about: os.stat_result, work: _Work) -> str:
@@ -119,8 +132,9 @@ def _name_in_hub(path: Path) -> str | None:
     return blob.name if blob.stat().st_mtime <= path.lstat().st_mtime else None
 
 
-def _key(files: Iterable[tuple[Path, os.stat_result | int]]) -> str:
-    key = hashlib.blake2b(digest_size=16)
+def _key(files: Iterable[tuple[Path, os.stat_result | int]], names: str = "") -> str:
+    """Of the files as they are now; with ``names`` of what is made of them together."""
+    key = hashlib.blake2b(names.encode("utf-8", "surrogateescape"), digest_size=16)
     for path, about in files:
         key.update(os.fsencode(os.path.abspath(path)) + b"\0")
         if isinstance(about, int):

@@ -96,5 +96,7 @@ class InlinePool:
         self.blocks.clear()
 
 
-def _failed(order: Dispatch, error: Exception) -> Failed:
+def _failed(order: Dispatch, error: Exception) -> Event:
+    if isinstance(error, WrongWorker):
+        return Died(order.stage, order.worker, in_a_line(str(error)), wrong=True)
     return Failed(order.id, "raised", in_a_line(f"{type(error).__name__}: {error}"))

@@ -355,6 +355,13 @@ class Source(Plugin, ABC):
         hashed; ``warning``, what people should know of a row that is used all the same. None stands for the job's value; others are left out.
         """
 
+    def changed(self, fragment: Fragment) -> bool:
+        """Whether a fragment is another than when the job was planned, or on this machine: then the job ends.
+
+        Asked in each worker that reads, once, before the first of the fragment's rows.
+        """
+        return False
+
     def ids(self, fragment: Fragment) -> Iterator[str | None]:
         """The ids of a fragment's rows, in order; None for a row that will be an error.
 

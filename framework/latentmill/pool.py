@@ -149,6 +149,10 @@ class RayPool:
             except ObjectLostError as error:
                 events.append(self._failed(reference, "lost", error))
             except RayTaskError as error:
+                if isinstance(error.cause, WrongWorker):
+                    self._bury(order.stage, order.worker)
+                    events.append(Died(order.stage, order.worker, in_a_line(str(error.cause)), wrong=True))
+                    continue
                 lost = isinstance(error.cause, ObjectLostError)
                 events.append(self._failed(reference, "lost" if lost else "raised", error.cause))
             except RayError as error:
@@ -232,7 +236,7 @@ class Ready:
     probe: str = ""
     """A file that the driver must see, if it is to see what the worker writes."""
     read: Reading = field(default_factory=dict)
-    heard: Sequence[str] = ()
+    heard: list[str] = field(default_factory=list)
     """What libraries said while the stage was loaded."""
     wrong: str = ""
     """Why it can't work for this plan."""

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeAlias, cast
 
 import pyarrow as pa
@@ -24,7 +25,7 @@ from latentmill.hearing import Hearing
 from latentmill.job import Job
 from latentmill.plan import LIBRARIES, Plan, identity, plugin_of, versions
 from latentmill.plan import read as read_plan
-from latentmill.plugin import Denoiser, Plugin, RowError, Scheduler, Stage
+from latentmill.plugin import Denoiser, Plugin, RowError, Scheduler, Source, Stage
 from latentmill.read import Read
 from latentmill.write import Write
 
@@ -323,8 +324,18 @@ def this_node() -> str:
 
 def _read(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
     scheduler = job.scheduler["name"] if job.scheduler and "denoise" in job.flow else ""
-    source = as_planned(job, plan, "source")
-    return Read(source, plan, job.sampling, scheduler, plan.spec.downscale if plan.spec else 1)
+    source: Source = as_planned(job, plan, "source")
+    fragments = {fragment.name: fragment for fragment in plan.fragments}
+
+    @cache
+    def require(name: str) -> None:
+        if source.changed(fragments[name]):
+            raise WrongWorker(
+                f"{this_node()} has another {name} for source {job.source['name']} than was planned: "
+                "a source must be the same on every node, and stay so until the job is done"
+            )
+
+    return Read(source, plan, job.sampling, scheduler, plan.spec.downscale if plan.spec else 1, require)
 
 
 def _encode(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:

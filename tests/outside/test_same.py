@@ -214,11 +214,20 @@ def test_a_byte_in_the_middle_of_large_weights_is_another_plan(latentmill, keen,
     assert fingerprint == hashlib.sha256(keen.read_bytes()).hexdigest()[:16]
 
 
-def test_a_file_is_hashed_once_and_again_when_it_changes_in_silence(tmp_path, monkeypatch):
+def test_a_file_is_hashed_once_and_again_when_it_changes_in_silence(latentmill, tmp_path):
     """Its size and times are put back, as a copy in place would: the time of the change can't be."""
-    path = tmp_path / "big"
+    path = tmp_path / "big.txt"
     path.write_bytes(b"a" * 5000)
-    time.sleep(2.1)  # it has settled
+    time.sleep(2.1)  # files are remembered that have been left alone for so long
+    found = [
+        plan(latentmill, "txt2img", f"source.path={tmp_path / name}", f"output={tmp_path / 'out'}")["fragments"]
+        for name in ("big.txt", "*.txt", "")
+    ]
+    (tmp_path / "below").mkdir()
+    os.link(path, tmp_path / "below" / "big.txt")
+    time.sleep(2.1)
+    told = ("txt2img", f"source.path={tmp_path / '*' / 'big.txt'}", f"output={tmp_path / 'out'}")
+    assert found[0] == found[1] == found[2] != plan(latentmill, *told)["fragments"]
     first = weights.digest(path)
     assert first == hashlib.sha256(b"a" * 5000).hexdigest()
     assert first in (tmp_path / "cache" / "latentmill" / "digests").read_text()
@@ -308,3 +317,49 @@ def test_a_model_that_was_moved_is_the_same(latentmill, keen, pictures, tmp_path
     save(moved, 0.75)
     assert latentmill("plan", *job(pictures, output, *told(moved))[1:]) == 2
     assert "plugins.vae.fingerprint: " in latentmill.err
+
+
+CHANGING = """
+import os
+import pyarrow as pa
+from latentmill.plugin import Stage
+
+
+class Changing(Stage):
+    contract = 1
+
+    def __call__(self, batch, reject):
+        return batch
+
+    def load(self, device):
+        exec(os.environ["CHANGE"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "change"),
+    [
+        ("images", "import shutil; shutil.copy('{0}/0.png', '{0}/1.png')"),
+        ("images", "os.remove('{0}/3.png')"),
+        ("images", "open('{0}/0.txt', 'w').write('a caption')"),
+        ("prompts", "open('{0}/p.csv', 'a').write('a blue square,1.png')"),
+    ],
+)
+def test_a_source_that_is_another_for_the_worker_than_for_the_plan_ends_the_job(
+    latentmill, patches, pictures, tmp_path, monkeypatch, source, change
+):
+    install(
+        tmp_path / "site", "changing", "1.0", ["[latentmill.stages]", "changing = changing:Changing"], changing=CHANGING
+    )
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("CHANGE", change.format(pictures))
+    (pictures / "p.csv").write_text("prompt,image\na red circle,0.png\n")
+    path = pictures if source == "images" else pictures / "p.csv"
+    told = ("encode", *patches, f"source.name={source}", f"source.path={path}", f"output={tmp_path / 'out'}")
+    assert latentmill("run", *told, "flow=[read,changing,encode,write]", "rows_per_shard=2") == 1
+    said = latentmill.err.splitlines()[-1]
+    assert (
+        "stage read: a worker is not what the plan says: node " in said
+        and f"for source {source} than was planned" in said
+    )
+    assert not list(tmp_path.glob("out/errors/*")) and not (tmp_path / "out" / "_SUCCESS").exists()

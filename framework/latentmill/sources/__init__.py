@@ -6,7 +6,6 @@ installed package brings.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib.util
 import logging
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentmill import digests
+from latentmill.digests import NO_FILE
 from latentmill.plugin import RowError
 
 logger = logging.getLogger("latentmill")
@@ -125,12 +125,6 @@ def open_file(folder: Path, name: str, follow_links: bool = False) -> BinaryIO:
         raise RowError((error.strerror or str(error)).lower()) from error
 
 
-NO_FILE = frozenset(
-    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
-)
-"""What the operating system says of a path that is wrong, and will be wrong at the next attempt."""
-
-
 def shown(text: str) -> str:
     """A name out of a file or of one, in a line for people, whatever bytes it has."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -169,7 +163,7 @@ def are_small(sizes: Iterable[int]) -> bool:
 
 
 def fingerprint(folder: Path, names: Iterable[str], contents: bool) -> str:
-    """One for all the files, 32 hex digits: names and sizes, and their contents or else their times of modification."""
+    """One for all the files: 32 hex digits over names and contents, or a t and as many over names, sizes and times of modification."""
     if contents:
         return digests.of_all((name, folder / name) for name in names)[:32]
     digest = hashlib.blake2b(digest_size=16)
@@ -180,7 +174,12 @@ def fingerprint(folder: Path, names: Iterable[str], contents: bool) -> str:
             digest.update(b"%d %d\0" % (found.st_size, found.st_mtime_ns))
         except OSError as error:  # a broken link, say: its row will end in the error table
             digest.update(b"%d\0" % (error.errno or 0))
-    return digest.hexdigest()
+    return f"t{digest.hexdigest()}"
+
+
+def changed(folder: Path, names: Iterable[str], before: str) -> bool:
+    """Whether the files' contents have another fingerprint now, or here. Of one by times it isn't known: a copy has others."""
+    return not before.startswith("t") and fingerprint(folder, names, contents=True) != before
 
 
 class ParquetRows:

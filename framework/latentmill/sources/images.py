@@ -22,7 +22,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT, TiffImageFile
 
 from latentmill.plugin import Fragment, RowError, Source
-from latentmill.sources import are_small, fingerprint, locate, open_file, shown
+from latentmill.sources import are_small, changed, fingerprint, locate, open_file, shown
 from latentmill.sources.text import MARKS
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
@@ -83,9 +83,7 @@ class Images(Source):
         pictures = _walk(str(folder), self.follow_links, seen=self._seen)
         fragments = []
         while run := list(islice(pictures, RUN)):
-            mark = fingerprint(
-                folder, [file for name in run for file in (name, self._caption(name) or _text(name))], contents
-            )
+            mark = fingerprint(folder, self._files(run), contents)
             fragments.append(Fragment(_run_name(run), len(run), mark))
         if not fragments:
             raise ValueError(f"{self.path}: no pictures there")
@@ -105,6 +103,16 @@ class Images(Source):
                 yield row
             except RowError as error:
                 yield RowError(f"{shown(at)}: {error}")
+
+    def changed(self, fragment: Fragment) -> bool:
+        _listing.cache_clear()
+        _run.cache_clear()
+        folder = locate(self.path)
+        try:
+            names = _run(str(folder), self.follow_links, fragment.name)
+        except PicturesCameOrWent:
+            return True
+        return changed(folder, self._files(names), fragment.fingerprint)
 
     def ids(self, fragment: Fragment) -> Iterator[str]:
         return map(shown, _run(str(locate(self.path)), self.follow_links, fragment.name))
@@ -126,6 +134,10 @@ class Images(Source):
                 f"source images: {tables[0]}{more} is not read: source=prompts source.path={path} '{columns}' reads it"
             )
         return lines
+
+    def _files(self, names: Sequence[str]) -> list[str]:
+        """The pictures, each with its caption, or where one would be."""
+        return [file for name in names for file in (name, self._caption(name) or _text(name))]
 
     def _caption(self, name: str) -> str | None:
         """The file with a picture's prompt, if there is one."""
@@ -256,6 +268,10 @@ def _srgb() -> ImageCms.ImageCmsProfile:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
+class PicturesCameOrWent(RuntimeError):
+    """A run of pictures is not what it was."""
+
+
 # A run is found again by the path of its first picture, and checked against a hash of all its names: should a file come
 # or go while a job runs, row 17 must not become another picture.
 
@@ -271,7 +287,7 @@ def _run(folder: str, follow_links: bool, fragment: str) -> Sequence[str]:
     *folders, name = first.split("/")
     names = list(islice(_walk(folder, follow_links, [*(f"{part}/" for part in folders), name]), int(count)))
     if not names or _run_name(names) != fragment:
-        raise RuntimeError(f"pictures came or went in {folder} since the job began, at {shown(first)}")
+        raise PicturesCameOrWent(f"pictures came or went in {folder} since the job began, at {shown(first)}")
     return names
 
 

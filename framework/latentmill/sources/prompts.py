@@ -23,6 +23,7 @@ from latentmill.plugin import Fragment, RowError, Source
 from latentmill.sources import (
     ParquetRows,
     as_id,
+    changed,
     find,
     fingerprint,
     is_small,
@@ -136,6 +137,9 @@ class Prompts(Source):
                 yield self._row(row, (self._root / fragment).parent)
             except RowError as error:
                 yield error
+
+    def changed(self, fragment: Fragment) -> bool:
+        return changed(self._root, [fragment.name], fragment.fingerprint)
 
     def ids(self, fragment: Fragment) -> Iterator[str | None]:
         return self._file(fragment.name).ids()
