@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from ray.cluster_utils import Cluster
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import latentmill_shapes
@@ -58,8 +60,6 @@ def shapes(folder, version, change=0.0):
     shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
     path = folder / package.name / "weights" / "vae.safetensors"
     if change:
-        from safetensors import safe_open
-
         with safe_open(path, "pt") as file:
             about = file.metadata()
         save_file({name: tensor + change for name, tensor in load_file(path).items()}, path, about)
@@ -109,23 +109,23 @@ def test_a_node_with_another_plugin_makes_no_row(kind, run, tmp_path):
     change = ("0.0.9", 0.0) if kind == "another version" else ("0.1.0", 0.05)
     told = [f"source.path={tmp_path / 'p.txt'}", "samples_per_row=1", "sampling.steps=2"]
     done = run({}, shapes(tmp_path / "wrong", *change), "txt2img", *told)
-    words = ["latentmill-shapes 0.0.9", "0.1.0", "Install the same version on every node"]
+    words = [
+        "shapes of latentmill-shapes 0.0.9, and the plan of latentmill-shapes 0.1.0. Install the same version on every node"
+    ]
     refused(
         done,
         tmp_path / "out",
-        "vae shapes",
-        *(words if kind == "another version" else ["other weights", "fingerprint"]),
+        *(words if kind == "another version" else ["other weights or files for vae shapes: its fingerprint is "]),
     )
 
 
 def test_a_node_with_other_weights_under_the_same_fingerprint_makes_no_row(run, tmp_path):
-    from PIL import Image
-
-    (tmp_path / "site").mkdir()
+    for folder in ("site", "pictures"):
+        (tmp_path / folder).mkdir()
     (tmp_path / "site" / "keen_vae.py").write_text(KEEN)
     install(tmp_path / "site", "keen", "1.0", ["[latentmill.vaes]", "keen = keen_vae:Keen"])
     for number in range(4):
-        Image.new("RGB", (4, 4), (60 * number, 30, 20)).save(tmp_path / f"{number}.png")
+        Image.new("RGB", (4, 4), (60 * number, 30, 20)).save(tmp_path / "pictures" / f"{number}.png")
     right, wrong = keen(tmp_path / "right", 0.0), keen(tmp_path / "wrong", 0.5)
-    done = run(right, wrong, "reconstruct", f"source.path={tmp_path}", "vae.name=keen")
+    done = run(right, wrong, "reconstruct", f"source.path={tmp_path / 'pictures'}", "vae.name=keen")
     refused(done, tmp_path / "out", "vae keen reads keen.safetensors", "--fork")
