@@ -366,6 +366,18 @@ def compare(plan: Plan, store: Storage) -> None:
         )
 
 
+NOT_THERE = "not installed"
+
+
+def of_row(name: str) -> str:
+    """What is known of a scheduler that a row names, and a plan doesn't: distribution, version and fingerprint."""
+    try:
+        found: Scheduler = registry.build("scheduler", {"name": name})
+        return " ".join([*registry.provenance("scheduler", name).values(), found.fingerprint()]).strip()
+    except registry.PluginError:
+        return NOT_THERE
+
+
 class WeightsRead:
     """What the workers of a dataset have read, in all its runs, in ``weights/``: the first that reads for a plugin says what is right."""
 
@@ -376,6 +388,12 @@ class WeightsRead:
     def __call__(self, node: str, read: Reading) -> str:
         """Why rows of a worker that has read so would not be the dataset's, in a line; "" if they would."""
         for unit, files in read.items():
+            if unit.startswith("scheduler "):  # that a row names
+                (name, there), *_ = files
+                if (here := of_row(name)) != there:
+                    return f"{node}: scheduler {name}, which a row names, is {there}, and the driver's {here}. Install the same"
+                if here == NOT_THERE:  # the row's own mistake
+                    continue
             if unit not in self.known:
                 self.known[unit] = self._settled(unit, files)
             if files != self.known[unit]:
@@ -395,11 +413,15 @@ class WeightsRead:
         return f"weights/{re.sub(r'[^A-Za-z0-9_.-]+', '-', unit)}.json"
 
     def _unlike(self, node: str, unit: str, files: list[tuple[str, str]], known: list[tuple[str, str]]) -> str:
+
+        def shown(content: str) -> str:
+            return content[:16] if re.fullmatch("[0-9a-f]{64}", content) else content or "not there"
+
         plugin = f"{unit} {self.plan.plugins[unit]['name']}" if unit in self.plan.plugins else unit.partition(",")[0]
         (name, here), *_ = [entry for entry in files if entry not in known] or [(known[0][0], "")]
-        before = ", ".join(content[:16] for file, content in known if file == name) or "no such file"
+        before = ", ".join(shown(content) for file, content in known if file == name) or "no such file"
         return (
-            f"{node}: {plugin} reads {name} ({here[:16] or 'not there'}), and this dataset's rows were begun with another "
+            f"{node}: {plugin} reads {name} ({shown(here)}), and this dataset's rows were begun with another "
             f"({before}; {self._name(unit)}). Put the file that was there back, or begin another dataset (--fork)"
         )
 

@@ -23,7 +23,7 @@ from latentmill.denoise import Denoise, Visit
 from latentmill.encode import Encode
 from latentmill.hearing import Hearing
 from latentmill.job import Job
-from latentmill.plan import LIBRARIES, Plan, identity, plugin_of, versions
+from latentmill.plan import LIBRARIES, Plan, identity, of_row, plugin_of, versions
 from latentmill.plan import read as read_plan
 from latentmill.plugin import Denoiser, Plugin, RowError, Scheduler, Source, Stage
 from latentmill.read import Read
@@ -33,6 +33,10 @@ logger = logging.getLogger("latentmill")
 
 Admit: TypeAlias = Callable[[str, weights.Reading], str]
 """Of a node's name and what a worker on it has read: why its rows would not be the dataset's, or "" if they would."""
+
+
+MANY = 1000
+"""Names of schedulers in rows of which a worker tells: nobody has so many, and rows may hold anything."""
 
 
 class WrongWorker(RuntimeError):
@@ -348,28 +352,25 @@ def _denoise(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
     assert job.scheduler is not None
     denoiser: Denoiser = as_planned(job, plan, "denoiser")
     schedulers: dict[str, Scheduler] = {job.scheduler["name"]: as_planned(job, plan, "scheduler")}
+    looked: set[str] = set()
 
     def scheduler(name: str) -> Scheduler:
         """The job's with the job's settings, a row's own with its defaults."""
         if name not in schedulers:
-            schedulers[name] = _of_row(name)
+            if (
+                name not in looked and len(looked) < MANY
+            ):  # the plan doesn't know of it, and it must be the same on all nodes
+                looked.add(name)
+                weights.note(f"scheduler {name}", name, of_row(name))
+            try:
+                schedulers[name] = registry.build("scheduler", {"name": name})
+            except registry.PluginError as error:
+                raise RowError(str(error)) from error
         return schedulers[name]
 
     grid = job.scheduler.get("grid", "trailing")
     sampling, batch_size = job.sampling, job.stages["denoise"].batch_size
     return Denoise(denoiser, scheduler, grid, batch_size, fixed, sampling.first_noise, sampling.until)
-
-
-def _of_row(name: str) -> Scheduler:
-    """A scheduler that a row names, noted: the plan doesn't know of it, and it must be the same on all nodes. Raises RowError."""
-    try:
-        found: Scheduler = registry.build("scheduler", {"name": name})
-        about = " ".join([*registry.provenance("scheduler", name).values(), found.fingerprint()])
-    except registry.PluginError as error:
-        weights.note(f"scheduler {name}", name, "not there")
-        raise RowError(str(error)) from error
-    weights.note(f"scheduler {name}", name, about.strip())
-    return found
 
 
 def _decode(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:

@@ -363,3 +363,41 @@ def test_a_source_that_is_another_for_the_worker_than_for_the_plan_ends_the_job(
         and f"for source {source} than was planned" in said
     )
     assert not list(tmp_path.glob("out/errors/*")) and not (tmp_path / "out" / "_SUCCESS").exists()
+
+
+SCHEDULER = """
+from latentmill.schedulers.euler import Euler
+
+
+class Mine(Euler):
+    contract = 1
+"""
+
+
+def test_a_scheduler_that_only_a_row_names_stays_the_same(latentmill, tmp_path, monkeypatch, failed):
+    site, output = tmp_path / "site", tmp_path / "out"
+    about = install(
+        site, "mine", "1.0", ["[latentmill.schedulers]", "mine = mine_scheduler:Mine"], mine_scheduler=SCHEDULER
+    )
+    monkeypatch.syspath_prepend(site)
+    (tmp_path / "p.csv").write_text("prompt,scheduler\na red circle,mine\na blue square,mine\na red star,oh no\n")
+    told = (
+        "run",
+        "txt2img",
+        "cluster=inline",
+        f"source.path={tmp_path / 'p.csv'}",
+        f"output={output}",
+        "samples_per_row=1",
+    )
+    told += ("rows_per_shard=1", "sampling.steps=1")
+    assert latentmill(*told) == 0, latentmill.err
+    assert len(failed(output)) == 1 and (output / "weights" / "scheduler-mine.json").exists()
+    (output / "data" / "00001.parquet").unlink()
+    about.rename(site / "old")
+    (site / "old" / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.1\n")
+    (site / "old").rename(site / "mine-1.1.dist-info")
+    monkeypatch.syspath_prepend(tmp_path / "nothing")  # installed plugins are listed once for each path
+    assert latentmill(*told) == 1
+    said = latentmill.err.splitlines()[-1]
+    assert "scheduler mine" in said and "mine 1.1" in said and "mine 1.0" in said, said
+    assert not (output / "data" / "00001.parquet").exists()
