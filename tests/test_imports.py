@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "framework" / "latentmill"
 ORDER = """
-    failpoints streams values plugin weights syntax ids registry schedulers tensors rows checks job storage plan dataset
+    failpoints streams values plugin digests weights syntax ids registry schedulers tensors rows checks job storage plan dataset
     sources sinks
     read encode guidance denoise decode write verify
     flow leases hearing worker cluster pool inline report run simulate cli

@@ -133,10 +133,12 @@ def _plan(options: Any) -> int:
         print(
             f"{kind:<13} {about['name']} ({about['distribution']} {about['version']}) {about['fingerprint']}".rstrip()
         )
+    print(f"{'libraries':<13} {', '.join(f'{name} {version}' for name, version in plan.libraries.items())}")
     print(f"hash     {plan.hash}")
     for line in [
         *planning.notices(built),
         *planning.foreign_prompts(job, built, plan),
+        *planning.changed_libraries(plan, there.store),
         *(f"{job.output}/data/{name} is no shard of this dataset" for name in there.foreign()),
     ]:
         print(f"notice   {line}")

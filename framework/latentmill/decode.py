@@ -6,7 +6,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latentmill import checks, rows, tensors
+from latentmill import checks, rows, tensors, weights
 from latentmill.plugin import VAE, Reject, Stage
 
 
@@ -19,7 +19,8 @@ class Decode(Stage):
 
     def load(self, device: torch.device) -> None:
         self.device = device
-        checks.load(self.vae, device)
+        with weights.reading("vae"):
+            checks.load(self.vae, device)
 
     @torch.inference_mode()
     def __call__(self, batch: pa.Table, reject: Reject) -> pa.Table:

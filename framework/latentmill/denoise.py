@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latentmill import checks, registry, rows, tensors
+from latentmill import checks, registry, rows, tensors, weights
 from latentmill.guidance import Guidance, ModelField
 from latentmill.plugin import Conditioning, Denoiser, NoisePath, Reject, RowError, Scheduler, Stage, State
 from latentmill.schedulers import grids, noise
@@ -129,7 +129,8 @@ class Denoise(Stage):
 
     def load(self, device: torch.device) -> None:
         self.device = device
-        checks.load(self.denoiser, device)
+        with weights.reading("denoiser"):
+            checks.load(self.denoiser, device)
 
     def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
         visit = self.enter(batch, reject)

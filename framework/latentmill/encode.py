@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from latentmill import checks, rows, syntax, tensors
+from latentmill import checks, rows, syntax, tensors, weights
 from latentmill.plugin import VAE, Conditioning, LatentSpec, Reject, RowError, Stage, TextEncoder
 
 
@@ -41,7 +41,8 @@ class Encode(Stage):
     def load(self, device: torch.device) -> None:
         self.device = device
         if self.text_encoder is not None:
-            checks.load(self.text_encoder, device)
+            with weights.reading("text_encoder"):
+                checks.load(self.text_encoder, device)
 
     @torch.inference_mode()
     def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
@@ -106,7 +107,8 @@ class Encode(Stage):
         if "image" not in part.column_names:
             return (torch.zeros(len(part), *shape, dtype=stored_dtype(self.vae.spec)),) * 2
         if not self.vae_loaded:  # a text-to-image job's encode workers never need the VAE's weights
-            checks.load(self.vae, self.device)
+            with weights.reading("vae"):
+                checks.load(self.vae, self.device)
             self.vae_loaded = True
         images = self._images(part, slots, size)
         if not self.latents_std:

@@ -151,6 +151,8 @@ class Died:
     """It raised while it was being built or loaded. If no worker of its stage has ever been ready, none will be."""
     with_node: bool = False
     """Its node went, and all that was on it: no row is to blame."""
+    wrong: bool = False
+    """It is not what the plan says, and no other on its node would be. Ends the job: no row is to blame."""
 
 
 @dataclass(frozen=True)
@@ -850,6 +852,9 @@ def _lost(state: State, dispatch: Dispatch, reason: str) -> None:
 
 def _died(state: State, event: Died) -> None:
     state.starting.discard((event.stage, event.worker))
+    if event.wrong:
+        state.failed = f"stage {state.stages[event.stage].name}: a worker is not what the plan says: {event.reason}"
+        return
     if event.at_start and event.stage not in state.proven:
         state.failed = f"stage {state.stages[event.stage].name} can't start: {event.reason}"
         return

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from latentmill.checks import cause, told
 from latentmill.flow import Died, Dispatch, Event, Failed, Finished, Order, Start, Started, Stop
 from latentmill.hearing import Telling
-from latentmill.worker import Block, Call, Outcome, StageWork, Worker
+from latentmill.worker import Admit, Block, Call, Outcome, StageWork, Worker, WrongWorker, this_node
 from latentmill.write import in_a_line
 
 
@@ -18,8 +18,9 @@ class InlinePool:
     Rows that are being denoised are moved when there is nothing else to do: so others join them, as many as there can be.
     """
 
-    def __init__(self, stages: Sequence[StageWork]) -> None:
-        self.stages = stages
+    def __init__(self, stages: Sequence[StageWork], admit: Admit = lambda node, read: "") -> None:
+        """``admit`` says what is wrong with what a worker has read."""
+        self.stages, self.admit = stages, admit
         self.tell = Telling()
         self.workers: dict[int, Worker] = {}
         self.orders: deque[Order] = deque()
@@ -48,8 +49,13 @@ class InlinePool:
             work = self.stages[order.stage]
             try:
                 if order.stage not in self.workers:
-                    self.workers[order.stage] = worker = Worker(work.make, work.num_gpus > 0, work.threads)
+                    worker = Worker(work.make, work.num_gpus > 0, work.threads, work.name)
                     self.tell(work.name, worker.hearing.take())
+                    if reason := self.admit(this_node(), worker.loaded):
+                        raise WrongWorker(reason)
+                    self.workers[order.stage] = worker
+            except WrongWorker as error:
+                return [Died(order.stage, order.worker, in_a_line(str(error)), wrong=True)]
             except Exception as error:
                 return [Died(order.stage, order.worker, in_a_line(told(error)), at_start=True)]
             return [Started(order.stage, order.worker)]
@@ -76,6 +82,8 @@ class InlinePool:
             return _failed(order, error)
 
     def _finished(self, order: Dispatch, outcome: Outcome, block: Block) -> Event:
+        if reason := self.admit(outcome.node, outcome.read):
+            return Died(order.stage, order.worker, reason, wrong=True)
         self.blocks[order.id] = block
         self.tell(self.stages[order.stage].name, outcome.heard)
         return Finished(order.id, outcome.parts, outcome.rejected)
@@ -89,5 +97,7 @@ class InlinePool:
         self.blocks.clear()
 
 
-def _failed(order: Dispatch, error: Exception) -> Failed:
+def _failed(order: Dispatch, error: Exception) -> Event:
+    if isinstance(error, WrongWorker):
+        return Died(order.stage, order.worker, in_a_line(str(error)), wrong=True)
     return Failed(order.id, cause(error), in_a_line(told(error)))

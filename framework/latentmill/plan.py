@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
+from importlib import metadata
 from itertools import accumulate, chain, islice
 from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
 
@@ -25,7 +27,6 @@ from latentmill.plugin import (
     LatentSpec,
     Plugin,
     Prediction,
-    RowError,
     Scheduler,
     Sink,
     Source,
@@ -34,6 +35,7 @@ from latentmill.plugin import (
 )
 from latentmill.schedulers import grids
 from latentmill.storage import Storage
+from latentmill.weights import Reading
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -60,6 +62,10 @@ class Plan:
     rows_per_shard: int
     seed: int
     spec: LatentSpec | None = None
+    libraries: Mapping[str, str] = field(default_factory=dict)
+    """Versions of what the numbers come from: our own and the plugins' libraries. Part of the hash if the job is deterministic."""
+    fingerprinted: Sequence[str] = ()
+    """Keys of the config, as ``vae.path``, that the fingerprints stand for: they are shown, and not hashed."""
 
     @property
     def rows(self) -> int:
@@ -102,7 +108,7 @@ class Plan:
     @cached_property
     def hash(self) -> str:
         """32 hex digits over everything but the name."""
-        text = json.dumps({key: value for key, value in self._content().items() if key != "name"}, sort_keys=True)
+        text = json.dumps(_hashed(self._content()), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def to_json(self) -> str:
@@ -114,7 +120,9 @@ class Plan:
         return {
             "name": self.name,
             "config": self.config,
+            "fingerprinted": list(self.fingerprinted),
             "plugins": self.plugins,
+            "libraries": self.libraries,
             "samples_per_row": self.samples_per_row,
             "rows_per_shard": self.rows_per_shard,
             "seed": self.seed,
@@ -132,16 +140,7 @@ class Parts:
     vae: VAE | None = None
     text_encoder: TextEncoder | None = None
     denoiser: Denoiser | None = None
-    schedulers: dict[str, Scheduler] = field(default_factory=dict)
-
-    def scheduler(self, name: str) -> Scheduler:
-        """A scheduler by name: the job's with the job's settings, a row's own with its defaults."""
-        if name not in self.schedulers:
-            try:
-                self.schedulers[name] = registry.build("scheduler", {"name": name})
-            except registry.PluginError as error:
-                raise RowError(str(error)) from error
-        return self.schedulers[name]
+    scheduler: Scheduler | None = None
 
 
 def _discreet(function: Callable[Concatenate[Job, P], T]) -> Callable[Concatenate[Job, P], T]:
@@ -174,8 +173,7 @@ def parts(job: Job) -> Parts:
         built.denoiser = plugin_of(job, "denoiser")
         built.text_encoder = plugin_of(job, "text_encoder")
         assert job.scheduler is not None
-        settings = {key: value for key, value in job.scheduler.items() if key != "grid"}
-        built.schedulers[job.scheduler["name"]] = registry.build("scheduler", settings)
+        built.scheduler = plugin_of(job, "scheduler")
         assert built.vae is not None and built.denoiser is not None
         with registry.asking(built.denoiser):
             try:
@@ -201,15 +199,16 @@ def parts(job: Job) -> Parts:
 
 
 def _check_grid(job: Job, built: Parts) -> None:
-    assert job.scheduler is not None and built.denoiser is not None and built.vae is not None
+    assert job.scheduler is not None and built.scheduler is not None
+    assert built.denoiser is not None and built.vae is not None
     name, grid = job.scheduler["name"], job.scheduler.get("grid", "trailing")
     with registry.asking(built.denoiser):
         path, steps = built.denoiser.path, job.sampling.steps
         if built.denoiser.prediction not in get_args(Prediction):
             raise ValueError(f"prediction {built.denoiser.prediction!r}: expected {', '.join(get_args(Prediction))}")
-    with registry.asking(scheduler := built.scheduler(name)):
+    with registry.asking(built.scheduler):
         try:
-            own = scheduler.start(path, steps, steps, (built.vae.spec.channels, 64, 64))
+            own = built.scheduler.start(path, steps, steps, (built.vae.spec.channels, 64, 64))
         except ValueError as error:
             raise registry.PluginError(f"{job.name}: scheduler {name}: {error}") from error
     if own is not None and grid != "trailing":
@@ -249,20 +248,16 @@ def plan(job: Job, built: Parts) -> Plan:
         raise PlanError(f"source {job.source['name']} has no rows")
     if twice is not None:
         raise PlanError(f"source {job.source['name']}: {twice}")
-    plugins = {}
-    for kind in ("source", "sink", "vae", "text_encoder", "denoiser"):
-        plugin: Plugin | None = getattr(built, kind)
-        if plugin is not None:
-            plugins[kind] = _identity(kind, getattr(job, kind)["name"], plugin)
-    for name, scheduler in built.schedulers.items():
-        plugins["scheduler"] = _identity("scheduler", name, scheduler)
-    for name in job.flow:
-        if name not in BUILT_IN:
-            plugins[f"stage {name}"] = _identity("stage", name, registry.build("stage", stage_choice(job, name)))
+    kinds = [kind for kind in KINDS if getattr(built, kind) is not None]
+    plugins: dict[str, Plugin] = {kind: getattr(built, kind) for kind in kinds}
+    plugins |= {f"stage {name}": plugin_of(job, f"stage {name}") for name in job.flow if name not in BUILT_IN}
+    config = job.meaning()
     return Plan(
         name=job.name,
-        config=job.meaning(),
-        plugins=plugins,
+        config=config,
+        plugins={kind: identity(job, kind, plugin) for kind, plugin in plugins.items()},
+        libraries=versions({name for plugin in plugins.values() for name in (*LIBRARIES, *plugin.libraries)}),
+        fingerprinted=_fingerprinted(config, plugins),
         fragments=fragments,
         samples_per_row=job.samples_per_row,
         rows_per_shard=job.rows_per_shard,
@@ -284,13 +279,17 @@ def _check_fragments(fragments: Sequence[Fragment]) -> None:
         names.add(fragment.name)
 
 
+KINDS = ("source", "sink", "vae", "text_encoder", "denoiser", "scheduler")
+"""The plugins of a job, by what they are called in it and in a plan; a stage's is called ``stage NAME``."""
+LIBRARIES = ("latentmill", "numpy", "pillow", "scipy", "torch")
+"""Whose versions change our own numbers."""
 BUILT_IN = ("read", "encode", "denoise", "decode", "write")
 """The stages that we write; any other name in a flow is a plugin's."""
 
 
 def notices(built: Parts) -> list[str]:
     """What a job's plugins have to say before it starts, a line each; of a source, once ``plan`` has asked for its fragments."""
-    plugins = (built.source, built.sink, built.vae, built.text_encoder, built.denoiser, *built.schedulers.values())
+    plugins = [getattr(built, kind) for kind in KINDS]
     lines: list[str] = []
     for plugin in plugins:
         if plugin is not None:
@@ -324,12 +323,64 @@ def foreign_prompts(job: Job, built: Parts, plan: Plan) -> list[str]:
 
 def _stages(job: Job) -> list[Stage]:
     """The stages of a job that are plugins, built and not yet loaded."""
-    return [registry.build("stage", stage_choice(job, name)) for name in job.flow if name not in BUILT_IN]
+    return [plugin_of(job, f"stage {name}") for name in job.flow if name not in BUILT_IN]
 
 
-def stage_choice(job: Job, name: str) -> dict[str, Any]:
-    """What ``registry.build`` wants to know of a plugin stage."""
-    return {"name": name, **job.stages[name].settings}
+def _fingerprinted(config: Mapping[str, Any], plugins: Mapping[str, Plugin]) -> list[str]:
+    """The keys of a config that the plugins' fingerprints stand for, and those of ``model`` that none but those refer to."""
+    keys = []
+    for kind, plugin in plugins.items():
+        at = f"stages.{kind.removeprefix('stage ')}.settings" if kind.startswith("stage ") else kind
+        keys += [f"{at}.{name}" for name in plugin.fingerprinted]
+    rest = _without(config, keys)
+    for name in config.get("model", {}):
+        if not re.search(rf"\bmodel\.{re.escape(name)}\b", json.dumps(_without(rest, [f"model.{name}"]))):
+            keys.append(f"model.{name}")
+    return keys
+
+
+def _without(config: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """A config less some of its keys."""
+    here = {key for key in keys if "." not in key}
+    below = [key.partition(".") for key in keys if "." in key]
+    kept = {}
+    for name, value in config.items():
+        if name not in here:
+            inside = [rest for top, _, rest in below if top == name]
+            kept[name] = _without(value, inside) if inside and isinstance(value, Mapping) else value
+    return kept
+
+
+def _hashed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a plan's content the hash is over."""
+    shown = {"hash", "rows", "shards", "name", "fingerprinted"}
+    if not content["config"].get("deterministic"):
+        shown.add("libraries")
+    kept = {key: value for key, value in content.items() if key not in shown}
+    return {**kept, "config": _without(content["config"], content["fingerprinted"])}
+
+
+def versions(distributions: Iterable[str]) -> dict[str, str]:
+    """The versions of installed distributions, by name. What was built of one for which hardware (``+cu128``) is left out."""
+    found = {}
+    for name in sorted(distributions):
+        try:
+            found[name] = metadata.version(name).partition("+")[0]
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def changed_libraries(plan: Plan, store: Storage) -> list[str]:
+    """In which libraries' versions a dataset goes on that was begun with others, a line each."""
+    if not store.exists("plan.json"):
+        return []
+    begun = read(store).get("libraries", {})
+    return [
+        f"begun with {name} {begun[name]}, going on with {version}: its rows may differ a little from those that are there"
+        for name, version in plan.libraries.items()
+        if begun.get(name, version) != version
+    ]
 
 
 def publish(plan: Plan, store: Storage) -> None:
@@ -344,10 +395,73 @@ def compare(plan: Plan, store: Storage) -> None:
         return
     there = read(store)
     if there.get("hash") != plan.hash:
-        shown = list(dict.fromkeys(differences(there, json.loads(plan.to_json()))))
+        try:
+            shown = list(dict.fromkeys(differences(_hashed(there), _hashed(json.loads(plan.to_json())))))
+        except (KeyError, TypeError, AttributeError):
+            raise PlanError(f"{store.url}/plan.json can't be read as a plan: move the folder away") from None
         more = f" and {len(shown) - 6} more" if len(shown) > 6 else ""
         raise PlanError(
             f"{store.url} holds another job's dataset: {'; '.join(shown[:6])}{more}. Choose another output; --fork begins one."
+        )
+
+
+NOT_THERE = "not installed"
+
+
+def of_row(name: str) -> str:
+    """What is known of a scheduler that a row names, and a plan doesn't: distribution, version and fingerprint."""
+    try:
+        found: Scheduler = registry.build("scheduler", {"name": name})
+        return " ".join([*registry.provenance("scheduler", name).values(), found.fingerprint()]).strip()
+    except registry.PluginError:
+        return NOT_THERE
+
+
+class WeightsRead:
+    """What the workers of a dataset have read, in all its runs, in ``weights/``: the first that reads for a plugin says what is right."""
+
+    def __init__(self, plan: Plan, store: Storage) -> None:
+        self.plan, self.store = plan, store
+        self.known: dict[str, list[tuple[str, str]]] = {}
+
+    def __call__(self, node: str, read: Reading) -> str:
+        """Why rows of a worker that has read so would not be the dataset's, in a line; "" if they would."""
+        for unit, files in read.items():
+            if unit.startswith("scheduler "):  # that a row names
+                (name, there), *_ = files
+                if (here := of_row(name)) != there:
+                    return f"{node}: scheduler {name}, which a row names, is {there}, and the driver's {here}. Install the same"
+                if here == NOT_THERE:  # the row's own mistake
+                    continue
+            if unit not in self.known:
+                self.known[unit] = self._settled(unit, files)
+            if files != self.known[unit]:
+                return self._unlike(node, unit, files, self.known[unit])
+        return ""
+
+    def _settled(self, unit: str, files: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        name = self._name(unit)
+        if self.store.create(name, (json.dumps({"read_for": unit, "files": files}, indent=1) + "\n").encode()):
+            return files
+        try:
+            return [(str(file), str(content)) for file, content in json.loads(self.store.read(name))["files"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise PlanError(f"{self.store.url.rstrip('/')}/{name} can't be read: {error}") from error
+
+    def _name(self, unit: str) -> str:
+        return f"weights/{re.sub(r'[^A-Za-z0-9_.-]+', '-', unit)}.json"
+
+    def _unlike(self, node: str, unit: str, files: list[tuple[str, str]], known: list[tuple[str, str]]) -> str:
+
+        def shown(content: str) -> str:
+            return content[:16] if re.fullmatch("[0-9a-f]{64}", content) else content or "not there"
+
+        plugin = f"{unit} {self.plan.plugins[unit]['name']}" if unit in self.plan.plugins else unit.partition(",")[0]
+        (name, here), *_ = [entry for entry in files if entry not in known] or [(known[0][0], "")]
+        before = ", ".join(shown(content) for file, content in known if file == name) or "no such file"
+        return (
+            f"{node}: {plugin} reads {name} ({shown(here)}), and this dataset's rows were begun with another "
+            f"({before}; {self._name(unit)}). Put the file that was there back, or begin another dataset (--fork)"
         )
 
 
@@ -384,6 +498,8 @@ def load(store: Storage) -> Plan:
             rows_per_shard=found["rows_per_shard"],
             seed=found["seed"],
             spec=LatentSpec(**found["latents"]) if found["latents"] else None,
+            libraries=found["libraries"],
+            fingerprinted=found["fingerprinted"],
         )
     except (KeyError, TypeError) as error:
         raise PlanError(f"{store.url}/plan.json can't be read as a plan: {error}") from error
@@ -419,13 +535,22 @@ def _seed(text: str) -> int:
 
 @_discreet
 def plugin_of(job: Job, kind: str) -> Any:
-    """One of a job's plugins, built and not yet loaded."""
-    return registry.build(kind, getattr(job, kind))
+    """One of a job's plugins, by its place in the plan, built and not yet loaded."""
+    if kind.startswith("stage "):
+        name = kind.removeprefix("stage ")
+        return registry.build("stage", {"name": name, **job.stages[name].settings})
+    choice: Mapping[str, Any] = getattr(job, kind)
+    return registry.build(kind, {key: value for key, value in choice.items() if (kind, key) != ("scheduler", "grid")})
 
 
-def _identity(kind: str, name: str, plugin: Plugin) -> dict[str, Any]:
+def identity(job: Job, kind: str, plugin: Plugin | None = None) -> dict[str, str]:
+    """What a plan says of a plugin: name, distribution, version, and, once it is built, fingerprint."""
+    name = kind.removeprefix("stage ") if kind.startswith("stage ") else getattr(job, kind)["name"]
+    about = {"name": name, **registry.provenance(kind.partition(" ")[0], name)}
+    if plugin is None:
+        return about
     with registry.asking(plugin):
         fingerprint = plugin.fingerprint()
         if not isinstance(fingerprint, str):
             raise ValueError(f"its fingerprint must be text, not {fingerprint!r:.80}")
-    return {"name": name, **registry.provenance(kind, name), "fingerprint": fingerprint}
+    return {**about, "fingerprint": fingerprint}

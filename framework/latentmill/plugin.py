@@ -77,10 +77,23 @@ class Plugin:
     contract: ClassVar[int] = 1
     """The version of the contract that the class was written for. Write the number, not ``CONTRACT``."""
 
+    libraries: Sequence[str] = ()
+    """Distributions whose versions change its numbers, as pip names them, beside latentmill, numpy, pillow, scipy and torch.
+
+    A worker that has other versions than the driver is refused.
+    """
+
+    fingerprinted: Sequence[str] = ()
+    """Settings that its fingerprint stands for, or a source's fragments': paths, above all, whose contents are hashed there.
+
+    They may change, as when a model is moved, and the dataset goes on.
+    """
+
     def fingerprint(self) -> str:
         """Identify everything outside the settings that changes results, weights above all.
 
-        Becomes part of the plan: a dataset begun with one fingerprint is not continued with another.
+        Becomes part of the plan: a dataset begun with one fingerprint is not continued with another, and a worker that finds
+        another than the driver is refused. ``latentmill.weights.digest(path)`` hashes a file whole, and only once.
         """
         return ""
 
@@ -346,6 +359,13 @@ class Source(Plugin, ABC):
         as our own job stored them; with ``id_column``, ``id``, text that no other row has, from which the row's seed is
         hashed; ``warning``, what people should know of a row that is used all the same. None stands for the job's value; others are left out.
         """
+
+    def changed(self, fragment: Fragment) -> bool:
+        """Whether a fragment is another than when the job was planned, or on this machine: then the job ends.
+
+        Asked in each worker that reads, once, before the first of the fragment's rows.
+        """
+        return False
 
     def ids(self, fragment: Fragment) -> Iterator[str | None]:
         """The ids of a fragment's rows, in order; None for a row that will be an error.

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import ray
@@ -28,7 +29,8 @@ from latentmill.cluster import ClusterError, disconnect, store_environment
 from latentmill.flow import Died, Dispatch, Event, Failed, Finished, Order, Start, Started, Stop
 from latentmill.hearing import Telling
 from latentmill.plugin import Stage
-from latentmill.worker import StageWork, Worker, this_node
+from latentmill.weights import Reading
+from latentmill.worker import Admit, StageWork, Worker, WrongWorker, this_node
 from latentmill.write import Write, in_a_line
 
 logger = logging.getLogger("latentmill")
@@ -53,10 +55,14 @@ class RayPool:
     """Starts actors, sends them dispatches, and turns what comes back into events."""
 
     def __init__(
-        self, stages: Sequence[StageWork], owns_cluster: bool = False, sees: Callable[[str], bool] = bool
+        self,
+        stages: Sequence[StageWork],
+        owns_cluster: bool = False,
+        sees: Callable[[str], bool] = bool,
+        admit: Admit = lambda node, read: "",
     ) -> None:
-        """``sees`` says whether a file that a worker has written is there for the driver, too."""
-        self.stages, self.owns_cluster, self.sees = stages, owns_cluster, sees
+        """``sees`` says whether a file that a worker has written is there for the driver, too; ``admit`` what is wrong with what it has read."""
+        self.stages, self.owns_cluster, self.sees, self.admit = stages, owns_cluster, sees, admit
         self.tell = Telling()
         self.actors: dict[tuple[int, int], Any] = {}
         self.starting: dict[Any, Start] = {}
@@ -81,7 +87,7 @@ class RayPool:
                 bundle = self.bundles[order.stage, order.worker] = self.free[order.stage].pop()
                 options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self.group, bundle)
             actor = _REMOTE.options(**options).remote(
-                os.getcwd(), store_environment(), work.make, work.num_gpus > 0, work.threads
+                os.getcwd(), store_environment(), work.make, work.num_gpus > 0, work.threads, work.name
             )
             self.actors[order.stage, order.worker] = actor
             ready = actor.ready.remote()
@@ -117,15 +123,18 @@ class RayPool:
                 start = self.starting.pop(reference)
                 self.asked.pop(reference, None)
                 try:
-                    where, probe, heard = ray.get(reference)
-                    self.tell(self.stages[start.stage].name, heard)
+                    found: Ready = ray.get(reference)
+                    self.tell(self.stages[start.stage].name, found.heard)
                 except GONE as error:
                     dead[start.stage, start.worker] = error
                     continue
-                if probe and not self.sees(probe):
+                if reason := found.wrong or self.admit(found.node, found.read):
+                    self._bury(start.stage, start.worker)
+                    events.append(Died(start.stage, start.worker, in_a_line(reason), wrong=True))
+                elif found.probe and not self.sees(found.probe):
                     self._bury(start.stage, start.worker)
                     reason = (
-                        f"what {where} writes is not seen by the driver: "
+                        f"what {found.node} writes is not seen by the driver: "
                         "the output must be one folder or store for all nodes, by its whole path"
                     )
                     events.append(Died(start.stage, start.worker, reason, at_start=True))
@@ -141,11 +150,19 @@ class RayPool:
             except ObjectLostError as error:
                 events.append(self._failed(reference, "lost", error))
             except RayTaskError as error:
+                if isinstance(error.cause, WrongWorker):
+                    self._bury(order.stage, order.worker)
+                    events.append(Died(order.stage, order.worker, in_a_line(str(error.cause)), wrong=True))
+                    continue
                 lost = isinstance(error.cause, ObjectLostError)
                 events.append(self._failed(reference, "lost" if lost else cause(error.cause), error.cause))
             except RayError as error:
                 events.append(self._failed(reference, "raised", error))
             else:
+                if order.kind != "commit" and (reason := self.admit(outcome.node, outcome.read)):
+                    self._bury(order.stage, order.worker)
+                    events.append(Died(order.stage, order.worker, reason, wrong=True))
+                    continue
                 del self.flying[reference]
                 parts, rejected = ((), ()) if order.kind == "commit" else (outcome.parts, outcome.rejected)
                 if order.kind != "commit":
@@ -212,21 +229,46 @@ class RayPool:
                 self.blocks.pop(order.id, None)
 
 
+@dataclass(frozen=True)
+class Ready:
+    """What the driver must know of a worker before it gives it work."""
+
+    node: str
+    probe: str = ""
+    """A file that the driver must see, if it is to see what the worker writes."""
+    read: Reading = field(default_factory=dict)
+    heard: list[str] = field(default_factory=list)
+    """What libraries said while the stage was loaded."""
+    wrong: str = ""
+    """Why it can't work for this plan."""
+
+
 class _Actor(Worker):
     """As many threads as calls, so that Ray unpacks and packs batches while the stage computes another."""
 
     def __init__(
-        self, folder: str, environment: Mapping[str, str], make: Callable[[], Stage], gpu: bool, threads: int | None
+        self,
+        folder: str,
+        environment: Mapping[str, str],
+        make: Callable[[], Stage],
+        gpu: bool,
+        threads: int | None,
+        name: str,
     ) -> None:
-        for name, value in environment.items():
-            os.environ.setdefault(name, value)  # what the node says for itself holds
+        for key, value in environment.items():
+            os.environ.setdefault(key, value)  # what the node says for itself holds
         if os.path.isdir(folder):  # on a cluster that others started, workers begin elsewhere than the driver
             os.chdir(folder)
-        super().__init__(make, gpu, threads)
+        try:
+            super().__init__(make, gpu, threads, name)
+        except WrongWorker as error:  # Ray would tell of it in words alone
+            self.is_ready = Ready(this_node(), wrong=str(error))
+        else:
+            probe = self.stage.probe() if isinstance(self.stage, Write) else ""
+            self.is_ready = Ready(this_node(), probe, self.loaded, self.hearing.take())
 
-    def ready(self) -> tuple[str, str, list[str]]:
-        """Where it runs, what the driver must see, and what libraries said while the stage was loaded."""
-        return this_node(), self.stage.probe() if isinstance(self.stage, Write) else "", self.hearing.take()
+    def ready(self) -> Ready:
+        return self.is_ready
 
 
 _REMOTE: Any = cast(Any, ray.remote)(max_restarts=0)(_Actor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -53,8 +53,17 @@ class Read(Stage):
     and null stand for no seed, as in other tools.
     """
 
-    def __init__(self, source: Source, plan: Rows, sampling: Sampling, scheduler: str, multiple_of: int = 1) -> None:
-        self.source, self.plan, self.sampling = source, plan, sampling
+    def __init__(
+        self,
+        source: Source,
+        plan: Rows,
+        sampling: Sampling,
+        scheduler: str,
+        multiple_of: int = 1,
+        require: Callable[[str], None] = lambda fragment: None,
+    ) -> None:
+        """``require`` raises if a fragment is not what was planned; asked whenever one is read."""
+        self.source, self.plan, self.sampling, self.require = source, plan, sampling, require
         self.scheduler, self.multiple_of = scheduler, multiple_of
         self.spec = source.latent_spec()
         self.again = READ_AGAIN
@@ -110,6 +119,7 @@ class Read(Stage):
             if end < len(places) and places[end] == (fragment, last + 1):
                 continue
             first = places[start][1]
+            self.require(fragment)
             yield from zip(self._items(fragment, first, last + 1), [wanted[place] for place in places[start:end]])
             start = end
 

@@ -81,6 +81,8 @@ def run(
     store = storage.at(job.output, job.single_writer)
     there = Dataset(store, plan, parts.sink)
     state = begin(job, there)
+    for line in planning.changed_libraries(plan, store):
+        logger.warning(line)
     again = failed_shards(there, state.done, retry_failed) if retry_failed else []
     if flow.finished(state) and not again and store.exists("_SUCCESS") and store.exists("plan.json"):
         return _result(job, state, seconds=0.0)
@@ -193,16 +195,16 @@ def _spec(job: Job, name: str) -> flow.StageSpec:
 
 def make_pool(job: Job, plan: Plan, store: Storage) -> Pool:
     """The pool that the job's cluster asks for. Ray is imported only if it is wanted."""
-    work = [_work(job, plan, name) for name in job.flow]
+    work, admit = [_work(job, plan, name) for name in job.flow], planning.WeightsRead(plan, store)
     if job.cluster.kind == "inline":
         from latentmill.inline import InlinePool
 
-        return InlinePool(work)
+        return InlinePool(work, admit)
     from latentmill import cluster, pool
 
     owned = cluster.connect(job.cluster.address if job.cluster.kind == "ray" else None)
     try:
-        return pool.RayPool(work, owned, partial(_sees, store))
+        return pool.RayPool(work, owned, partial(_sees, store), admit)
     except pool.PlacementError:
         if owned:
             cluster.disconnect()

@@ -1,20 +1,35 @@
-"""Weights out of files, checked, for plugins: names, shapes and numbers are right, or an error says what is not."""
+"""Weights out of files, checked, for plugins: names, shapes and numbers are right, or an error says what is not.
+
+What a worker reads is recorded, so that all workers of a dataset, in all its runs, read the same: ``load`` does so, and ``record``
+is for plugins that leave the reading to a library.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from latentmill.digests import digest, digests
+
+__all__ = ["digest", "digests", "load", "record"]
+
 MAX_HEADER = 100_000_000
 """Bytes; safetensors itself reads no larger one."""
+
+Reading: TypeAlias = dict[str, list[tuple[str, str]]]
+"""For each plugin, what it has read: names of files, without their folders, and the SHA-256 of their contents, sorted."""
 
 
 def load(
@@ -27,6 +42,7 @@ def load(
     loader for weights alone reads it. Raises ValueError, in one line, for whatever is wrong: a file of another kind, a
     name that is there twice, which safetensors itself accepts, NaN or infinity, tensors missing, unknown or of other shapes.
     """
+    record(path)
     with open(path, "rb") as file:
         head = file.read(9)
         if head[8:] == b"{":
@@ -46,7 +62,63 @@ def load(
     for name, tensor in found.items():
         if tensor.is_floating_point() and not bool(_finite(tensor)):
             raise ValueError(f"{path}: {name} is not finite: the file is damaged, or its training failed")
+    record(path)  # again: one that was replaced meanwhile is noted as two
     return found
+
+
+def record(*paths: str | os.PathLike[str]) -> None:
+    """Note that these files are read, of which a row's numbers depend: to be called before they are, in ``load(device)``.
+
+    Workers whose files are others than those with which a dataset was begun are refused, also where a fingerprint misses it. Outside
+    of a worker nothing is noted. Raises OSError if a file can't be read.
+    """
+    if _records.unit is None:
+        return
+    for path, found in zip(map(Path, paths), digests(paths)):
+        unit = _records.unit
+        if _records.each:
+            unit += f", file {hashlib.blake2b(f'{path.parent.name}/{path.name}'.encode(), digest_size=4).hexdigest()}"
+        note(unit, path.name, found)
+
+
+def note(unit: str, name: str, content: str) -> None:
+    """Add to what is told of a worker; for the framework."""
+    with _records.lock:
+        entries = _records.read.setdefault(unit, [])
+        if (name, content) not in entries:
+            entries.append((name, content))
+            entries.sort()
+
+
+@contextmanager
+def reading(unit: str, each: bool = False) -> Iterator[None]:
+    """What is read meanwhile, by whatever thread, is the ``unit``'s; of ``each`` file by itself, where not all are read at once."""
+    before = _records.unit, _records.each
+    _records.unit, _records.each = unit, each
+    try:
+        yield
+    finally:
+        _records.unit, _records.each = before
+
+
+def taken() -> Reading:
+    """What was read since this was last asked."""
+    with _records.lock:
+        found, _records.read = _records.read, {}
+        return found
+
+
+class _Records:
+    """What this process has read, and for whom it reads now."""
+
+    def __init__(self) -> None:
+        self.read: Reading = {}
+        self.unit: str | None = None
+        self.each = False
+        self.lock = threading.Lock()
+
+
+_records = _Records()
 
 
 def _require_single(path: str | os.PathLike[str], header: bytes) -> None:

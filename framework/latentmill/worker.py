@@ -4,30 +4,44 @@ from __future__ import annotations
 
 import logging
 import socket
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeAlias, cast
 
 import pyarrow as pa
 import torch
 
-from latentmill import checks, failpoints, registry, rows, storage
+from latentmill import checks, failpoints, registry, rows, storage, weights
 from latentmill.dataset import PLAN_KEY
 from latentmill.decode import Decode
 from latentmill.denoise import Denoise, Visit
 from latentmill.encode import Encode
 from latentmill.hearing import Hearing
 from latentmill.job import Job
-from latentmill.plan import Plan, parts, plugin_of, stage_choice
+from latentmill.plan import LIBRARIES, Plan, identity, of_row, plugin_of, versions
 from latentmill.plan import read as read_plan
-from latentmill.plugin import RowError, Stage
+from latentmill.plugin import Denoiser, Plugin, RowError, Scheduler, Source, Stage
 from latentmill.read import Read
 from latentmill.write import Write
 
 logger = logging.getLogger("latentmill")
+
+Admit: TypeAlias = Callable[[str, weights.Reading], str]
+"""Of a node's name and what a worker on it has read: why its rows would not be the dataset's, or "" if they would."""
+
+
+MANY = 1000
+"""Names of schedulers in rows of which a worker tells: nobody has so many, and rows may hold anything."""
+
+
+class WrongWorker(RuntimeError):
+    """This worker is not what the plan says: it would make other rows. One line that names the node."""
+
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
@@ -64,6 +78,9 @@ class Outcome:
     rejected: list[tuple[int, str]]
     heard: list[str] = field(default_factory=list)
     """What libraries said in the worker since it was last asked."""
+    read: weights.Reading = field(default_factory=dict)
+    """What the worker has read since it was loaded."""
+    node: str = ""
 
 
 @dataclass(eq=False)
@@ -91,14 +108,20 @@ class Worker:
     waits for a batch works on, whosever batch it is, unless another already does: one at a time.
     """
 
-    def __init__(self, make: Callable[[], Stage], gpu: bool, threads: int | None) -> None:
+    def __init__(self, make: Callable[[], Stage], gpu: bool, threads: int | None, name: str = "") -> None:
         if threads is not None:
             torch.set_num_threads(threads)
-        self.threads = threads
+        self.threads, self.name = threads, f"stage {name}"
         self.hearing = Hearing()
+        weights.taken()
         with self.hearing.on():
             self.stage = make()
-            self.stage.load(torch.device("cuda" if gpu else "cpu"))
+            with weights.reading(self.name):
+                self.stage.load(torch.device("cuda" if gpu else "cpu"))
+        self.loaded = weights.taken()
+        """What was read while the stage was loaded."""
+        self.read_later: weights.Reading = {}
+        """What was read since: weights that are needed for some rows only."""
         self.waiting: deque[Call] = deque()
         self.inside: list[Call] = []
         """Denoise only: batches of which some rows are on their way."""
@@ -127,7 +150,7 @@ class Worker:
         """Do the next piece of work: a batch, or, of those that are being denoised, a step of as many rows as go at a time."""
         if self.threads is not None and torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)  # each thread has its own, and stages in one process share one
-        with self.hearing.on():
+        with self.hearing.on(), weights.reading(self.name, each=True):
             self._advance()
 
     def _advance(self) -> None:
@@ -136,7 +159,9 @@ class Worker:
             call = self.waiting.popleft()
             with _noting(call):
                 failpoints.reach(name)
-                call.block = self._in_memory(call)
+                block = self._in_memory(call)
+                self._note_reading()
+                call.block = block
             return
         while self.waiting:
             call = self.waiting.popleft()
@@ -149,7 +174,14 @@ class Worker:
             self.inside.remove(call)
             with _noting(call):
                 assert call.visit is not None
-                call.block = list(self.stage.leave(call.visit))
+                block = list(self.stage.leave(call.visit))
+                self._note_reading()
+                call.block = block
+
+    def _note_reading(self) -> None:
+        """Before a batch counts as done: with it the driver hears by what it was made."""
+        for unit, files in weights.taken().items():
+            self.read_later[unit] = sorted({*self.read_later.get(unit, []), *files})
 
     def _in_memory(self, call: Call) -> Block:
         """The stage's answer; in smaller and smaller pieces where it runs out of memory. It remembers how small."""
@@ -189,7 +221,9 @@ class Worker:
         if not isinstance(self.stage, Write):
             checks.same_columns(self.stage, call.batch, call.block)
         outcome = [(rows.shape_key(table), tuple(table.column("row").to_pylist())) for table in call.block]
-        return Outcome(outcome, list(call.rejected.items()), self.hearing.take()), call.block
+        node = this_node() if self.read_later else ""
+        heard, read = self.hearing.take(), dict(self.read_later)
+        return Outcome(outcome, list(call.rejected.items()), heard, read, node), call.block
 
     def _begin(self, batch: pa.Table) -> Call:
         call = Call(batch)
@@ -229,35 +263,114 @@ def _gather(cuts: Sequence[Cut], blocks: Sequence[Block]) -> list[pa.Table]:
 
 
 def make_stage(job: Job, plan: Plan, name: str) -> Stage:
-    """Build a stage by its name in the job's flow, with its own plugins and no others. Loads nothing onto a device."""
+    """Build a stage by its name in the job's flow, with its own plugins and no others. Loads nothing onto a device.
+
+    Raises WrongWorker if what is installed here, or the plugins find, is not what the plan says.
+    """
+    _require_libraries(plan, LIBRARIES)
     if name not in MAKERS:
-        stage: Stage = registry.build("stage", stage_choice(job, name))
+        stage: Stage = as_planned(job, plan, f"stage {name}")
         return stage
     fixed = rows.FixedShape(job.stages[name].batch_size, job.rows_per_shard) if job.deterministic else None
     return MAKERS[name](job, plan, fixed)
 
 
+def as_planned(job: Job, plan: Plan, kind: str) -> Any:
+    """One of the job's plugins, built, if it is the plan's; else raises WrongWorker."""
+    planned = plan.plugins[kind]
+    what, same = f"{kind} {planned['name']}", "Install the same version on every node"
+    try:
+        here = identity(job, kind)
+    except registry.PluginError as error:
+        raise WrongWorker(
+            f"{this_node()} lacks {what}, which the plan has of {planned['distribution']} {planned['version']}: "
+            f"{error}. {same}"
+        ) from error
+    for key in ("distribution", "version"):
+        if here[key] != planned[key]:
+            raise WrongWorker(
+                f"{this_node()} has {what} of {here['distribution']} {here['version']}, "
+                f"and the plan of {planned['distribution']} {planned['version']}. {same}"
+            )
+    try:
+        plugin: Plugin = plugin_of(job, kind)
+    except registry.PluginError as error:
+        if isinstance(error.__cause__, OSError):  # the storage's, and may be gone at the next attempt
+            raise
+        raise WrongWorker(f"{this_node()} can't build what the driver could: {error}") from error
+    _require_libraries(plan, plugin.libraries)
+    if (found := plugin.fingerprint()) != planned["fingerprint"]:
+        raise WrongWorker(
+            f"{this_node()} has other weights or files for {what}: its fingerprint is {found or 'empty'} there, and "
+            f"{planned['fingerprint'] or 'empty'} in the plan. Put the same files on every node"
+        )
+    return plugin
+
+
+def _require_libraries(plan: Plan, names: Sequence[str]) -> None:
+    for name, here in versions(names).items():
+        if here != plan.libraries.get(name, here):
+            raise WrongWorker(
+                f"{this_node()} has {name} {here}, and the driver {plan.libraries[name]}. Install the same version on every node"
+            )
+
+
+def this_node() -> str:
+    """Names the machine that this process runs on."""
+    ray = sys.modules.get("ray")
+    address = f" ({ray.util.get_node_ip_address()})" if ray and ray.is_initialized() else ""
+    return f"node {socket.gethostname()}{address}"
+
+
 def _read(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
     scheduler = job.scheduler["name"] if job.scheduler and "denoise" in job.flow else ""
-    return Read(plugin_of(job, "source"), plan, job.sampling, scheduler, plan.spec.downscale if plan.spec else 1)
+    source: Source = as_planned(job, plan, "source")
+    fragments = {fragment.name: fragment for fragment in plan.fragments}
+
+    @cache
+    def require(name: str) -> None:
+        if source.changed(fragments[name]):
+            raise WrongWorker(
+                f"{this_node()} has another {name} for source {job.source['name']} than was planned: "
+                "a source must be the same on every node, and stay so until the job is done"
+            )
+
+    return Read(source, plan, job.sampling, scheduler, plan.spec.downscale if plan.spec else 1, require)
 
 
 def _encode(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
-    text_encoder = plugin_of(job, "text_encoder") if "denoise" in job.flow else None
+    text_encoder = as_planned(job, plan, "text_encoder") if "denoise" in job.flow else None
     keep_image = "decode" in job.flow and "denoise" not in job.flow
-    return Encode(plugin_of(job, "vae"), text_encoder, fixed, keep_image, job.latents_std)
+    return Encode(as_planned(job, plan, "vae"), text_encoder, fixed, keep_image, job.latents_std)
 
 
 def _denoise(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
-    built = parts(job)
-    assert built.denoiser is not None and job.scheduler is not None
+    assert job.scheduler is not None
+    denoiser: Denoiser = as_planned(job, plan, "denoiser")
+    schedulers: dict[str, Scheduler] = {job.scheduler["name"]: as_planned(job, plan, "scheduler")}
+    looked: set[str] = set()
+
+    def scheduler(name: str) -> Scheduler:
+        """The job's with the job's settings, a row's own with its defaults."""
+        if name not in schedulers:
+            if (
+                name not in looked and len(looked) < MANY
+            ):  # the plan doesn't know of it, and it must be the same on all nodes
+                looked.add(name)
+                weights.note(f"scheduler {name}", name, of_row(name))
+            try:
+                schedulers[name] = registry.build("scheduler", {"name": name})
+            except registry.PluginError as error:
+                raise RowError(str(error)) from error
+        return schedulers[name]
+
     grid = job.scheduler.get("grid", "trailing")
     sampling, batch_size = job.sampling, job.stages["denoise"].batch_size
-    return Denoise(built.denoiser, built.scheduler, grid, batch_size, fixed, sampling.first_noise, sampling.until)
+    return Denoise(denoiser, scheduler, grid, batch_size, fixed, sampling.first_noise, sampling.until)
 
 
 def _decode(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
-    return Decode(plugin_of(job, "vae"), fixed)
+    return Decode(as_planned(job, plan, "vae"), fixed)
 
 
 def _write(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
@@ -267,12 +380,7 @@ def _write(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
             f"{this_node()} doesn't see the plan.json that the driver wrote in {job.output}: "
             "the output must be one folder or store for all nodes, by its whole path"
         )
-    return Write(plugin_of(job, "sink"), store, plan, {PLAN_KEY: plan.hash})
-
-
-def this_node() -> str:
-    """Names the machine that this process runs on."""
-    return f"node {socket.gethostname()}"
+    return Write(as_planned(job, plan, "sink"), store, plan, {PLAN_KEY: plan.hash})
 
 
 MAKERS: dict[str, Callable[[Job, Plan, rows.FixedShape | None], Stage]] = {

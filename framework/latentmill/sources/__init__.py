@@ -6,9 +6,9 @@ installed package brings.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib.util
+import logging
 import os
 import stat
 import sys
@@ -19,9 +19,13 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latentmill import digests
+from latentmill.digests import NO_FILE
 from latentmill.plugin import RowError
 
-SMALL = 64 << 20
+logger = logging.getLogger("latentmill")
+
+SMALL = 4 << 30
 """Bytes up to which a source is fingerprinted by its contents; beyond, by sizes and times of modification."""
 
 
@@ -121,12 +125,6 @@ def open_file(folder: Path, name: str, follow_links: bool = False) -> BinaryIO:
         raise RowError((error.strerror or str(error)).lower()) from error
 
 
-NO_FILE = frozenset(
-    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
-)
-"""What the operating system says of a path that is wrong, and will be wrong at the next attempt."""
-
-
 def shown(text: str) -> str:
     """A name out of a file or of one, in a line for people, whatever bytes it has."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -146,24 +144,42 @@ def as_id(value: Any) -> str:
 
 
 def is_small(folder: Path, names: Iterable[str]) -> bool:
-    """Whether the files are small enough, in all, to be fingerprinted by their contents."""
-    return sum((folder / name).stat().st_size for name in names) <= SMALL
+    """Whether the files are small enough, in all, to be fingerprinted by their contents. Says so if they are not."""
+    return are_small((folder / name).stat().st_size for name in names)
+
+
+def are_small(sizes: Iterable[int]) -> bool:
+    """The same of their sizes."""
+    total = 0
+    for size in sizes:
+        total += size
+        if total > SMALL:
+            logger.warning(
+                f"a source of more than {SMALL >> 30} GiB is known by its files' names, sizes and times of modification, and not "
+                "by what they hold: one that is moved, copied or touched is another source"
+            )
+            return False
+    return True
 
 
 def fingerprint(folder: Path, names: Iterable[str], contents: bool) -> str:
-    """One for all the files: names and sizes, and their contents or else their times of modification."""
+    """One for all the files: 32 hex digits over names and contents, or a t and as many over names, sizes and times of modification."""
+    if contents:
+        return digests.of_all((name, folder / name) for name in names)[:32]
     digest = hashlib.blake2b(digest_size=16)
     for name in names:
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
         try:
             found = (folder / name).stat()
-            if contents and stat.S_ISREG(found.st_mode):
-                digest.update(hashlib.blake2b((folder / name).read_bytes()).digest())
-            else:
-                digest.update(b"%d %d\0" % (found.st_size, found.st_mtime_ns))
+            digest.update(b"%d %d\0" % (found.st_size, found.st_mtime_ns))
         except OSError as error:  # a broken link, say: its row will end in the error table
             digest.update(b"%d\0" % (error.errno or 0))
-    return digest.hexdigest()
+    return f"t{digest.hexdigest()}"
+
+
+def changed(folder: Path, names: Iterable[str], before: str) -> bool:
+    """Whether the files' contents have another fingerprint now, or here. Of one by times it isn't known: a copy has others."""
+    return not before.startswith("t") and fingerprint(folder, names, contents=True) != before
 
 
 class ParquetRows:

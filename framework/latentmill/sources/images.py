@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from latentmill.plugin import Fragment, RowError, Source
-from latentmill.sources import SMALL, fingerprint, locate, open_file, shown
+from latentmill.sources import are_small, changed, fingerprint, locate, open_file, shown
 from latentmill.sources.pictures import MAX_PIXELS, read_picture
 from latentmill.sources.text import MARKS
 
@@ -61,19 +61,13 @@ class Images(Source):
         if not folder.is_dir():
             raise ValueError(f"there is no folder {self.path}")
         _listing.cache_clear()
-        contents, size = True, 0
-        for name in _walk(str(folder), self.follow_links):
-            size += _size(folder / name)
-            if size > SMALL:
-                contents = False
-                break
+        contents = are_small(_size(folder / name) for name in _walk(str(folder), self.follow_links))
+        self.fingerprinted = ("path",) if contents else ()
         self._seen = _Seen()
         pictures = _walk(str(folder), self.follow_links, seen=self._seen)
         fragments = []
         while run := list(islice(pictures, RUN)):
-            mark = fingerprint(
-                folder, [file for name in run for file in (name, self._caption(name) or _text(name))], contents
-            )
+            mark = fingerprint(folder, self._files(run), contents)
             fragments.append(Fragment(_run_name(run), len(run), mark))
         if not fragments:
             raise ValueError(f"{self.path}: no pictures there")
@@ -93,6 +87,16 @@ class Images(Source):
                 yield row
             except RowError as error:
                 yield RowError(f"{shown(at)}: {error}")
+
+    def changed(self, fragment: Fragment) -> bool:
+        _listing.cache_clear()
+        _run.cache_clear()
+        folder = locate(self.path)
+        try:
+            names = _run(str(folder), self.follow_links, fragment.name)
+        except PicturesCameOrWent:
+            return True
+        return changed(folder, self._files(names), fragment.fingerprint)
 
     def ids(self, fragment: Fragment) -> Iterator[str]:
         return map(shown, _run(str(locate(self.path)), self.follow_links, fragment.name))
@@ -114,6 +118,10 @@ class Images(Source):
                 f"source images: {tables[0]}{more} is not read: source=prompts source.path={path} '{columns}' reads it"
             )
         return lines
+
+    def _files(self, names: Sequence[str]) -> list[str]:
+        """The pictures, each with its caption, or where one would be."""
+        return [file for name in names for file in (name, self._caption(name) or _text(name))]
 
     def _caption(self, name: str) -> str | None:
         """The file with a picture's prompt, if there is one."""
@@ -143,6 +151,10 @@ class Images(Source):
             raise RowError(f"not {encoding.upper()}, at byte {error.start}") from error
 
 
+class PicturesCameOrWent(RuntimeError):
+    """A run of pictures is not what it was."""
+
+
 # A run is found again by the path of its first picture, and checked against a hash of all its names: should a file come
 # or go while a job runs, row 17 must not become another picture.
 
@@ -158,7 +170,7 @@ def _run(folder: str, follow_links: bool, fragment: str) -> Sequence[str]:
     *folders, name = first.split("/")
     names = list(islice(_walk(folder, follow_links, [*(f"{part}/" for part in folders), name]), int(count)))
     if not names or _run_name(names) != fragment:
-        raise RuntimeError(f"pictures came or went in {folder} since the job began, at {shown(first)}")
+        raise PicturesCameOrWent(f"pictures came or went in {folder} since the job began, at {shown(first)}")
     return names
 
 

@@ -14,7 +14,7 @@ import torch
 from latentmill import rows, storage, tensors
 from latentmill.dataset import Dataset, data_name, load
 from latentmill.plugin import Fragment, LatentSpec, RowError, Source
-from latentmill.sources import ParquetRows, as_id, find, fingerprint, is_small, locate, root
+from latentmill.sources import ParquetRows, as_id, changed, find, fingerprint, is_small, locate, root
 
 SAMPLING = ("steps", "guidance_scale", *rows.PLAIN_GUIDANCE, "strength", "scheduler")
 
@@ -41,6 +41,7 @@ class Latents(Source):
         names = self._names()
         spec = self.latent_spec()
         contents = is_small(self._root, names)
+        self.fingerprinted = ("path",) if contents else ()
         found = []
         for name in names:
             if self._spec(name) != spec:
@@ -97,6 +98,9 @@ class Latents(Source):
         for piece in file.read(0, file.rows, kept):
             for row in [{}] * len(piece) if isinstance(piece, list) else piece.to_pylist():
                 yield row.get("prompt"), row.get("negative_prompt")
+
+    def changed(self, fragment: Fragment) -> bool:
+        return changed(self._root, [fragment.name], fragment.fingerprint)
 
     def ids(self, fragment: Fragment) -> Iterator[str | None]:
         assert self.id_column is not None

@@ -23,6 +23,7 @@ from latentmill.plugin import Fragment, RowError, Source
 from latentmill.sources import (
     ParquetRows,
     as_id,
+    changed,
     find,
     fingerprint,
     is_small,
@@ -103,13 +104,16 @@ class Prompts(Source):
         """Raises ValueError if nothing is there, a file can't be read as what it is called, or a column is missing."""
         names = find(self.path, FORMATS)
         contents = is_small(self._root, names)
-        found = []
+        found, pictures = [], False
         self._said.clear()
         for name in names:
             file = self._file(name)
             found.append(Fragment(name, file.count(), fingerprint(self._root, [name], contents)))
+            pictures = pictures or file.pictures
             for line in file.notices():
                 self._said.setdefault(line, []).append(name)
+        # Elsewhere other pictures may lie beside the file, of which no fingerprint knows.
+        self.fingerprinted = ("path",) if contents and not pictures else ()
         if not any(fragment.rows for fragment in found):
             raise ValueError(f"{self.path} has no rows")
         if twins := self._twins(found):
@@ -133,6 +137,9 @@ class Prompts(Source):
                 yield self._row(row, (self._root / fragment).parent)
             except RowError as error:
                 yield error
+
+    def changed(self, fragment: Fragment) -> bool:
+        return changed(self._root, [fragment.name], fragment.fingerprint)
 
     def ids(self, fragment: Fragment) -> Iterator[str | None]:
         return self._file(fragment.name).ids()
@@ -223,6 +230,11 @@ class _Columns:
         return {name: self.given.get(name, name) for name in COLUMNS if name in self.given or name not in self.taken}
 
     @cached_property
+    def pictures(self) -> set[str]:
+        """What the files call our columns of pictures."""
+        return {column for name, column in self.theirs.items() if name in PICTURES}
+
+    @cached_property
     def taken(self) -> set[str]:
         return set(self.given.values())
 
@@ -271,6 +283,9 @@ class _Columns:
 
 
 class _File(Protocol):
+    pictures: bool
+    """Whether its rows may name pictures in other files; known once they are counted."""
+
     says_seeds: bool
     """Whether it has seeds, and reading its rows reads no pictures."""
 
@@ -296,7 +311,7 @@ class _Text:
 
     MARK = 1 << 19
 
-    says_seeds = False
+    pictures = says_seeds = False
     names: Sequence[str] = ()
     first = b""
 
@@ -323,9 +338,13 @@ class _Text:
     def measure(self, lines: Lines) -> int:
         """Read on, to the end of a row, and say how many rows that was."""
         chunk = lines.chunk(self.MARK)
+        self.look(chunk)
         if not self.broken and self.file.encoding == "utf-8" and not chunk.isascii():
             self.broken = not is_utf8(chunk)
         return count_lines(chunk)
+
+    def look(self, chunk: bytes) -> None:
+        """Note what is to be known of a file before its rows are."""
 
     def items(self, lines: Lines) -> Iterator[Any]:
         """The rows from here on, not looked into yet."""
@@ -414,6 +433,9 @@ class _JSONLines(_Text):
     def begin(self, lines: Lines) -> None:
         pass
 
+    def look(self, chunk: bytes) -> None:
+        self.pictures = self.pictures or any(f'"{name}"'.encode() in chunk for name in self.table.pictures)
+
     def parse(self, item: bytes) -> dict[str, Any]:
         row = self.object(item)
         if not isinstance(row, dict):
@@ -473,7 +495,11 @@ class _JSON(_JSONLines):
         self.marked = False
 
     def measure(self, lines: Lines) -> int:
-        return sum(1 for _ in self.items(lines))
+        rows = 0
+        for item in self.items(lines):
+            rows += 1
+            self.pictures = self.pictures or (isinstance(item, dict) and not self.table.pictures.isdisjoint(item))
+        return rows
 
     def items(self, lines: Lines) -> Iterator[Any]:
         return _elements(self.path, lines)
@@ -577,6 +603,7 @@ class _CSV(_Text):
             raise ValueError(f"{self.path}: the header can't be read: {header}")
         self.header = header or []
         self.names = [_name(self.path, name.strip()) for name in self.header]
+        self.pictures = not self.table.pictures.isdisjoint(self.names)
         self.table.require(self.path, self.names)
         id_column = self.table.id_column
         if id_column is not None and self.names.count(id_column) != 1:
@@ -714,6 +741,7 @@ class _Parquet:
     def __init__(self, path: Path, table: _Columns) -> None:
         self.file, self.table = ParquetRows(path), table
         names = self.file.schema.names
+        self.pictures = not table.pictures.isdisjoint(names)
         table.require(path, names)
         if table.id_column is not None and names.count(table.id_column) > 1:
             raise ValueError(f"{path}: there are two columns {table.id_column}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from latentmill.plugin import Denoiser, LatentSpec, NoisePath, Prediction, RowError
 from latentmill_diffusers import lora
 from latentmill_diffusers.families import Family, Network, family_of
-from latentmill_diffusers.folder import Folder, completed, dtype_of, part_class
+from latentmill_diffusers.folder import LOCATION, Folder, completed, dtype_of, part_class
 from latentmill_diffusers.lora import loras_of
 from latentmill_diffusers.scheduler import (
     path_of,
@@ -34,6 +34,7 @@ class DiffusersDenoiser(Denoiser):
     """
 
     contract = 1
+    fingerprinted = (*LOCATION, "loras")
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class DiffusersDenoiser(Denoiser):
         self.loras = loras_of(loras)
         self.attention, self.compile, self.offload = attention, compile, offload
         self.options = self.folder.quantization(quantization, "diffusers")
+        self.libraries = ("diffusers", *(("peft",) if self.loras else ()), *self.folder.quantizer(quantization))
         if storage is not None and not isinstance(getattr(torch, storage, None), torch.dtype):
             raise ValueError(f"storage must be a dtype of torch, as float8_e4m3fn, not {storage!r}")
         self.storage: torch.dtype | None = getattr(torch, storage) if storage else None

@@ -1,7 +1,7 @@
 """Where a model lies: a folder as ``save_pretrained`` writes it, or a repository of the Hugging Face Hub at one revision.
 
 A model's folder holds ``model_index.json``, which names the class of each part, and a folder for each part: ``config.json``
-and weights as safetensors. Everything here reads small files, and no weights but a sample of them, for the fingerprint.
+and weights as safetensors. Everything here reads small files, and weights only for the fingerprint, once (``latentmill.weights.digests``).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from latentmill import weights
 from latentmill_diffusers import messages as messages  # its filters, wherever the libraries are used
 from latentmill_diffusers import quantized
 
@@ -33,9 +34,9 @@ WEIGHED = ("text_encoder", "unet", "transformer", "vae")
 """How the names of parts begin that have weights: others may have such."""
 SMALL = ("*.json", "*.txt", "*.model", "*.jinja")
 """Configs, tokenizers and templates of prompts."""
-HASHED = (".json", ".txt", ".model", ".jinja", ".safetensors")
-SAMPLES, SAMPLE = 64, 4096
-"""How many pieces of each file of weights are hashed, evenly spread, and their bytes."""
+HASHED = (".json", ".txt", ".model", ".jinja")
+LOCATION = ("path", "revision", "config")
+"""Settings of a plugin that say where its model lies: the fingerprint is of what is there."""
 IN_ONE_FILE = {
     "vae": ("first_stage_model.", "vae.", "encoder.", "decoder.", "quant_conv.", "post_quant_conv."),
     "CLIPTextModel": ("cond_stage_model.", "conditioner.embedders.", "text_encoders.clip_"),
@@ -60,6 +61,7 @@ class Folder:
         if Path(path).suffix in (".safetensors", GGUF, ".ckpt", ".pt", ".bin"):
             self.weights = _single_file(path, config)
         self.root = locate(path, revision) if self.weights is None else locate(str(config), revision, weights=False)
+        self._fingerprints: dict[tuple[str, ...], str] = {}
 
     def __truediv__(self, name: str) -> Path:
         return self.root / name
@@ -100,6 +102,7 @@ class Folder:
         Raises ValueError if they can't be read, some are missing, which the libraries would make up, or some are not finite.
         """
         told: dict[str, Any] = {"dtype": dtype, "local_files_only": True, **options}
+        weights.record(*self.files(part))
         with _naming(self.weights or self.root / part):
             if self.weights is not None:
                 if self.quantized:
@@ -126,6 +129,10 @@ class Folder:
         if self.weights is not None:  # diffusers would take them for quantised, and leave them as they are
             raise ValueError(f"quantization is for the weights of a folder, and {self.weights} is a single file")
         return {"quantization_config": quantized.of_settings(settings, library)}
+
+    def quantizer(self, settings: Mapping[str, Any] | None) -> tuple[str, ...]:
+        """The package whose numbers quantised weights are, or none."""
+        return ("gguf",) if self.quantized else quantized.package_of(settings or {})
 
     @property
     def quantized(self) -> bool:
@@ -156,6 +163,9 @@ class Folder:
         given |= {name: None for name, value in self.index.items() if value == [None, None]}
         if "requires_safety_checker" in self.index:
             given["requires_safety_checker"] = False  # it would say at each start that there is none
+        for name in parts:
+            if name.startswith(("tokenizer", "scheduler")):
+                weights.record(*self.files(name))
         with _naming(self.root):
             return getattr(diffusers, self.pipeline).from_pretrained(self.root, local_files_only=True, **given)
 
@@ -202,6 +212,19 @@ class Folder:
         files = [file.name for file in (self.root / part).glob("*.safetensors")]
         return "fp16" if files and all(".fp16" in name for name in files) else None
 
+    def files(self, part: str) -> list[Path]:
+        """What a part is read from: configs and the like, and its weights, without the halves and others that may lie beside them."""
+        there = sorted((self.root / part).glob("*"))
+        found = [path for path in there if path.suffix in HASHED]
+        if self.weights is not None:
+            return [self.weights, *found]
+        halves = self._variant(part) is not None
+        return found + [
+            path
+            for path in there
+            if path.suffix == ".safetensors" and ((".fp16" in path.name) == halves) and ".non_ema" not in path.name
+        ]
+
     def require_weights(self, part: str) -> None:
         """Raise ValueError unless a part has weights that are no pickles."""
         if self.weights is not None:
@@ -241,15 +264,16 @@ class Folder:
                 return list(file.keys())
 
     def fingerprint(self, *parts: str) -> str:
-        """16 hex digits over the configs and weights of these parts."""
-        digest = hashlib.blake2b(digest_size=8)
-        hashed = HASHED if self.weights is None else tuple(suffix for suffix in HASHED if suffix != ".safetensors")
-        if self.weights is not None:
-            digest.update(digest_of(self.weights))
-        for part in parts:
-            for file in sorted(path for path in (self.root / part).glob("*") if path.suffix in hashed):
-                digest.update(f"{part}/{file.name}".encode() + digest_of(file))
-        return digest.hexdigest()
+        """16 hex digits over ``model_index.json`` and the configs and weights of these parts, all of them, read once."""
+        if parts not in self._fingerprints:
+            index = [("", self.root / INDEX)] if (self.root / INDEX).is_file() else []
+            files = [*index, *((part, path) for part in parts for path in self.files(part))]
+            digest = hashlib.blake2b(digest_size=8)
+            for (part, path), content in zip(files, weights.digests(path for _, path in files)):
+                name = part if path == self.weights else f"{part}/{path.name}"
+                digest.update(f"{name}\0{content}\0".encode())
+            self._fingerprints[parts] = digest.hexdigest()
+        return self._fingerprints[parts]
 
 
 @contextmanager
@@ -406,29 +430,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no JSON object")
     return found
-
-
-def digest_of(path: Path) -> bytes:
-    """Identifies a file: by all of it, or, where it is large, by its size and pieces."""
-    return _digest(path, path.stat().st_size, path.stat().st_mtime_ns)
-
-
-@cache
-def _digest(path: Path, size: int, changed: int) -> bytes:
-    """Of a file: all of a small one; the size and evenly spread pieces, the first with the header, of weights."""
-    digest = hashlib.blake2b(str(size).encode(), digest_size=8)
-    for piece in _pieces(path, size):
-        digest.update(piece)
-    return digest.digest()
-
-
-def _pieces(path: Path, size: int) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        if size <= SAMPLES * SAMPLE:
-            yield file.read()
-            return
-        if path.suffix == ".safetensors":
-            yield file.read(8 + int.from_bytes(file.read(8), "little"))
-        for i in range(SAMPLES):
-            file.seek((size - SAMPLE) * i // (SAMPLES - 1))
-            yield file.read(SAMPLE)

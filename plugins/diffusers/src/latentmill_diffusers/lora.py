@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from latentmill_diffusers.folder import digest_of
+from latentmill import weights
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,9 @@ def fingerprint(loras: Sequence[Lora]) -> str:
     """Hex digits over files and weights; none for none."""
     if not loras:
         return ""
-    text = b"".join(digest_of(lora.path) + repr(lora.weight).encode() for lora in loras)
-    return "+" + hashlib.blake2b(text, digest_size=8).hexdigest()
+    found = zip(weights.digests(lora.path for lora in loras), loras)
+    text = "".join(f"{content} {lora.weight!r}\0" for content, lora in found)
+    return "+" + hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def fuse(
@@ -63,6 +64,7 @@ def fuse(
     tensors, if one of a file's tensors would be left out: diffusers and peft log that at most, and go on with the rest.
     Also if a file has nothing for a network; most have nothing for text encoders.
     """
+    weights.record(*(lora.path for lora in loras))
     network = not part.startswith("text_encoder")
     more = {"unet_config": SimpleNamespace(**unet)} if unet is not None else {}
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pixel_unshuffle
 
-from latentmill import rows, syntax, tensors
+from latentmill import rows, syntax, tensors, weights
 from latentmill.plugin import LatentSpec, Reject, RowError, Stage
 from latentmill_diffusers.folder import Folder, completed, dtype_of, part_class
 from latentmill_diffusers.messages import quiet
@@ -68,6 +68,8 @@ class Pipeline(Stage):
     """
 
     contract = 1
+    libraries = ("diffusers", "tokenizers", "transformers")
+    fingerprinted = ("path", "revision")
 
     def __init__(
         self, path: str = "", revision: str | None = None, dtype: str = "float32", call: dict[str, Any] | None = None
@@ -132,8 +134,10 @@ class Pipeline(Stage):
         cls = part_class(*found)
         if not issubclass(cls, torch.nn.Module):
             # Schedulers and guiders are light, and tokenizers aren't; a processor may be asked when the pipeline is built.
-            wanted = self.needs(name) or found[0] == "diffusers" or name == "processor"
-            return cls.from_pretrained(self.folder / name) if wanted else None
+            if not (self.needs(name) or found[0] == "diffusers" or name == "processor"):
+                return None
+            weights.record(*self.folder.files(name))
+            return cls.from_pretrained(self.folder / name)
         if self.needs(name):
             return self.folder.load(cls, name, self.logical).to(device)
         absent = Network if name.startswith(NETWORKS) else Absent

@@ -17,6 +17,14 @@ def require(package: str, by: str) -> None:
         raise ValueError(f"{by} needs the package {package}: pip install {package}")
 
 
+def package_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """The package that quantises so, or none."""
+    method = settings.get("quant_method") or (
+        "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & settings.keys() else ""
+    )
+    return (str(method),) if method else ()
+
+
 def of_gguf(dtype: torch.dtype) -> Any:
     """What diffusers is told to read a ``.gguf``: each weight is computed, where it is used, in ``dtype``."""
     from diffusers import GGUFQuantizationConfig
@@ -43,7 +51,7 @@ def of_settings(settings: Mapping[str, Any], library: str) -> Any:
     Raises ValueError, saying what is wrong with them or which package is missing.
     """
     told = dict(settings)
-    method = told.get("quant_method") or ("bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & told.keys() else None)
+    method = "".join(package_of(told))
     if method in ("torchao", "bitsandbytes"):
         require(method, f"quantization by {method}")
     try:

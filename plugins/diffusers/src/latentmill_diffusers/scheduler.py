@@ -17,7 +17,7 @@ from latentmill.schedulers.heun import DPM2, DPM2Ancestral, Heun
 from latentmill.schedulers.multistep import DEIS, LMS, PNDM
 from latentmill.schedulers.paths import VP, Flow
 from latentmill.schedulers.unipc import UniPC
-from latentmill_diffusers.folder import Folder
+from latentmill_diffusers.folder import LOCATION, Folder
 from latentmill_diffusers.traced import TRACED
 
 PART = "scheduler"
@@ -194,6 +194,8 @@ class ModelScheduler(Scheduler):
     """Our counterpart of the scheduler that the model at ``path`` names, with the settings of its config."""
 
     contract = 1
+    libraries = ("diffusers",)
+    fingerprinted = LOCATION
 
     def __init__(self, path: str = "", revision: str | None = None, config: str | None = None) -> None:
         folder = Folder(path, revision, config)
@@ -202,6 +204,9 @@ class ModelScheduler(Scheduler):
         self.settings = tuple(sorted(settings.items()))
         ours = _built(self.solver, self.settings)
         self.order, self.evaluations, self.stochastic = ours.order, ours.evaluations, ours.stochastic  # type: ignore[misc]
+
+    def fingerprint(self) -> str:
+        return f"{self.solver} {dict(self.settings)}"  # all that it takes from the model; the rest is the denoiser's
 
     def init(self, field: Field, x: Tensor, t: Tensor) -> State:
         return _built(self.solver, self.settings).init(field, x, t)

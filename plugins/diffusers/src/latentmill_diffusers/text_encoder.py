@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from latentmill.plugin import Conditioning, RowError, TextEncoder
 from latentmill_diffusers import lora, tokens
 from latentmill_diffusers.families import Family, family_of
-from latentmill_diffusers.folder import Folder, completed, dtype_of, part_class
+from latentmill_diffusers.folder import LOCATION, Folder, completed, dtype_of, part_class
 from latentmill_diffusers.lora import loras_of
 from latentmill_diffusers.messages import quiet
 
@@ -49,6 +49,7 @@ class DiffusersTextEncoder(TextEncoder):
     """
 
     contract = 1
+    fingerprinted = (*LOCATION, "loras")
 
     def __init__(
         self,
@@ -96,6 +97,7 @@ class DiffusersTextEncoder(TextEncoder):
         self._watched: Any = None
         self._room = 0.0
         """Characters that a prompt may have, if all are ASCII, and surely not be too long."""
+        self.libraries = ("diffusers", "tokenizers", "transformers", *self.folder.quantizer(quantization))
         self._pipeline: Any = None
         self._device = torch.device("cpu")
 

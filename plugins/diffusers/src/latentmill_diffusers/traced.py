@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import hashlib
 import inspect
 import json
 import math
@@ -150,10 +151,12 @@ class Traced(Scheduler):
     """
 
     contract = 1
+    fingerprinted = ("path", "revision")
     diffusers_class: ClassVar[str]
 
     def __init__(self, path: str = "", revision: str | None = None, **settings: Any) -> None:
         taken = Folder(path, revision).config("scheduler") if path else {}
+        self.taken = taken
         self.settings = json.dumps({"config": taken, **settings}, sort_keys=True)
         config = _make(self.diffusers_class, self.settings)[0].config
         self.steps = (
@@ -168,7 +171,9 @@ class Traced(Scheduler):
     def fingerprint(self) -> str:
         import diffusers
 
-        return f"diffusers {diffusers.__version__}"
+        config = json.dumps(self.taken, sort_keys=True).encode()
+        of_model = f" {hashlib.blake2b(config, digest_size=8).hexdigest()}" if self.taken else ""
+        return f"diffusers {diffusers.__version__}{of_model}"
 
     def start(self, path: NoisePath, steps: int, kept: int, shape: Sequence[int]) -> Start:
         table = self._table(self._betas(path.scale), steps, steps - kept, shape)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from latentmill.plugin import VAE, LatentSpec
-from latentmill_diffusers.folder import INDEX, Folder, completed, downscale_of, dtype_of
+from latentmill_diffusers.folder import INDEX, LOCATION, Folder, completed, downscale_of, dtype_of
 
 PARTS = ("vae", "movq")
 """What pipelines call it. They have a movq decode without its codebook."""
@@ -31,6 +31,8 @@ class DiffusersVAE(VAE):
     """
 
     contract = 1
+    libraries = ("diffusers",)
+    fingerprinted = LOCATION
 
     def __init__(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -24,12 +23,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 def fingerprint(part: str) -> str:
     """The first 16 hex digits of the SHA-256 of a part's weights file."""
-    return _digest(WEIGHTS / f"{part}.safetensors")
-
-
-@cache
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return weights.digest(WEIGHTS / f"{part}.safetensors")[:16]
 
 
 def metadata(part: str) -> dict[str, str]:
