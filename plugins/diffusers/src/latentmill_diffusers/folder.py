@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from latentmill import weights
+from latentmill.weights import digests, record
 from latentmill_diffusers import messages as messages  # its filters, wherever the libraries are used
 from latentmill_diffusers import quantized
 
@@ -102,7 +102,7 @@ class Folder:
         Raises ValueError if they can't be read, some are missing, which the libraries would make up, or some are not finite.
         """
         told: dict[str, Any] = {"dtype": dtype, "local_files_only": True, **options}
-        weights.record(*self.files(part))
+        record(*self.files(part))
         with _naming(self.weights or self.root / part):
             if self.weights is not None:
                 if self.quantized:
@@ -164,8 +164,8 @@ class Folder:
         if "requires_safety_checker" in self.index:
             given["requires_safety_checker"] = False  # it would say at each start that there is none
         for name in parts:
-            if name.startswith(("tokenizer", "scheduler")):
-                weights.record(*self.files(name))
+            if weights and name.startswith(("tokenizer", "scheduler")):
+                record(*self.files(name))
         with _naming(self.root):
             return getattr(diffusers, self.pipeline).from_pretrained(self.root, local_files_only=True, **given)
 
@@ -269,7 +269,7 @@ class Folder:
             index = [("", self.root / INDEX)] if (self.root / INDEX).is_file() else []
             files = [*index, *((part, path) for part in parts for path in self.files(part))]
             digest = hashlib.blake2b(digest_size=8)
-            for (part, path), content in zip(files, weights.digests(path for _, path in files)):
+            for (part, path), content in zip(files, digests(path for _, path in files)):
                 name = part if path == self.weights else f"{part}/{path.name}"
                 digest.update(f"{name}\0{content}\0".encode())
             self._fingerprints[parts] = digest.hexdigest()
