@@ -23,6 +23,7 @@ class Pointing(Denoiser):
 
 
 PROMPT, NEGATIVE = torch.randn(2, 4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+OFF = Guidance(4.0, on=False)
 T = torch.tensor([0.9, 0.5, 0.3, 0.1], dtype=torch.float64)
 
 
@@ -43,7 +44,7 @@ def clean(*guidance, fixed=False):
 
 @pytest.mark.parametrize("fixed", [False, True])
 def test_guidance_is_the_formula_where_the_time_is_in_the_interval(fixed):
-    """Guided where stop < t <= start; elsewhere, and for a scale of 1, the prompt's own prediction and one evaluation."""
+    """Guided where stop < t <= start; elsewhere, and for a row that is not guided, the prompt's own prediction and one evaluation."""
     found, evaluated = clean(
         Guidance(4.0), Guidance(4.0, start=0.5), Guidance(4.0, start=0.25), Guidance(4.0, stop=0.1), fixed=fixed
     )
@@ -52,14 +53,14 @@ def test_guidance_is_the_formula_where_the_time_is_in_the_interval(fixed):
         wanted[row] = NEGATIVE[row] + 4.0 * (PROMPT[row] - NEGATIVE[row])
     assert torch.equal(found, wanted)
     assert evaluated == ([4, 4] if fixed else [6])
-    found, evaluated = clean(Guidance(1.0), Guidance(0.0), Guidance(1.0), Guidance(4.0, start=0.05), fixed=fixed)
+    found, evaluated = clean(OFF, OFF, OFF, Guidance(4.0, start=0.05), fixed=fixed)
     assert torch.equal(found, PROMPT) and evaluated == [4]
 
 
 def test_rescaled_guidance_is_diffusers():
     from diffusers.guiders.guider_utils import rescale_noise_cfg
 
-    found, _ = clean(Guidance(7.5, 0.7), Guidance(7.5), Guidance(3.0, 1.0), Guidance(1.0, 0.7))
+    found, _ = clean(Guidance(7.5, 0.7), Guidance(7.5), Guidance(3.0, 1.0), Guidance(1.0, 0.7, on=False))
     for row, (scale, rescale) in enumerate([(7.5, 0.7), (7.5, 0.0), (3.0, 1.0), (1.0, 0.0)]):
         guided = NEGATIVE[row : row + 1] + scale * (PROMPT[row : row + 1] - NEGATIVE[row : row + 1])
         wanted = rescale_noise_cfg(guided, PROMPT[row : row + 1], guidance_rescale=rescale)
@@ -71,7 +72,7 @@ def test_what_a_step_costs():
     assert [guided.guides(*step) for step in [(0.9, 0.7), (0.9, 0.6), (0.5, 0.4), (0.3, 0.1), (0.2, 0.0)]] == [
         False, True, True, True, False,
     ]  # fmt: skip
-    assert not Guidance(1.0).guides(0.5, 0.4) and Guidance(1.1).guides(1.0, 0.0)
+    assert not OFF.guides(0.5, 0.4) and Guidance(1.1).guides(1.0, 0.0)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "sample", "flow"])
@@ -90,7 +91,7 @@ def test_a_denoiser_may_guide_by_a_formula_of_its_own():
             return prompt + scale * (prompt - negative)
 
     field = ModelField(
-        Further(), {"answer": PROMPT}, {"answer": NEGATIVE}, [Guidance(2.0)] * 3 + [Guidance(1.0)], [0] * 4,
+        Further(), {"answer": PROMPT}, {"answer": NEGATIVE}, [Guidance(2.0)] * 3 + [OFF], [0] * 4,
         PROMPT.shape[1:], torch.device("cpu"), False,
     )  # fmt: skip
     found = field.clean(torch.zeros(4, 2, 8, 8), T)

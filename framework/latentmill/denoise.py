@@ -173,8 +173,9 @@ class Denoise(Stage):
                 continue
             kind = (shape_key, row["scheduler"], id(visit) if self.fixed else 0)
             scale, told = row["guidance_scale"], {}
+            on = self.denoiser.guides(scale, row["negative_prompt"])
             if self.denoiser.guidance_embedded:
-                told, scale = {"guidance_scale": torch.tensor(scale, device=self.device)}, 1.0
+                told, on = {"guidance_scale": torch.tensor(scale, device=self.device)}, False
             both = {}
             if self.denoiser.inpaints and masks is not None and masked is not None:
                 both = {"mask": masks[i].to(torch.float32), "masked": masked[i].to(torch.float32)}
@@ -186,7 +187,7 @@ class Denoise(Stage):
                     slot=int(slots[i]),
                     times=times,
                     seed=row["seed"],
-                    guidance=Guidance(scale, row["guidance_rescale"], row["guidance_from"], row["guidance_until"]),
+                    guidance=Guidance(scale, row["guidance_rescale"], row["guidance_from"], row["guidance_until"], on),
                     prompt={**{name: value[i] for name, value in prompt.items()}, **both, **told},
                     negative={**{name: value[i] for name, value in negative.items()}, **both},
                     x=start,

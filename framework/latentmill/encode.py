@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -48,14 +49,15 @@ class Encode(Stage):
     def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
         groups = defaultdict(list)
         warnings: list[Sequence[str]] = [()] * len(batch)
-        told: dict[str, list[str]] = {}
+        told: dict[str | None, list[str]] = {None: []}
         columns = ["prompt", "negative_prompt", "scheduler", "width", "height"]
         for i, row in enumerate(batch.select(columns).to_pylist()):
             try:
                 if self.text_encoder is not None:
                     with checks.inside(self.text_encoder):
                         self.text_encoder.check(row["prompt"])
-                        self.text_encoder.check(row["negative_prompt"])
+                        if row["negative_prompt"] is not None:
+                            self.text_encoder.check(row["negative_prompt"])
                         for name in ("prompt", "negative_prompt"):
                             if row[name] not in told:  # samples of one prompt stand side by side
                                 told[row[name]] = of_prompt(self.text_encoder, row[name])
@@ -166,10 +168,10 @@ class Encode(Stage):
         return part
 
     def _conditioning(
-        self, encode: Callable[[Sequence[str]], Conditioning], prompts: Sequence[str], slots: Tensor, size: int
+        self, encode: Callable[[Sequence[Any]], Conditioning], prompts: Sequence[str | None], slots: Tensor, size: int
     ) -> Conditioning:
         if self.fixed is not None:
-            padded = [""] * size
+            padded: list[str | None] = [""] * size
             for slot, prompt in zip(slots.tolist(), prompts):
                 padded[slot] = prompt
             return {name: tensor[slots] for name, tensor in encode(padded).items()}

@@ -18,16 +18,18 @@ class Guidance:
     """How a row is guided. A row's times run from 1, noise, to 0, clean."""
 
     scale: float
-    """As ``Denoiser.guide`` takes it: ``negative + scale * (prompt - negative)``, as a rule; 1 or less is none."""
+    """As ``Denoiser.guide`` takes it: ``negative + scale * (prompt - negative)``, as a rule."""
     rescale: float = 0.0
     """How far the guided prediction is brought back to the spread of the unguided one (Lin et al. 2024, eq. 15 and 16)."""
     start: float = 1.0
     stop: float = 0.0
     """Guided where ``stop < t <= start`` (Kynkäänniemi et al. 2024)."""
+    on: bool = True
+    """Whether the row is guided at all, as ``Denoiser.guides`` says."""
 
     def guides(self, t: float, s: float) -> bool:
         """Whether a step from ``t`` to ``s`` asks for a guided evaluation anywhere."""
-        return self.scale > 1.0 and s <= self.start and t > self.stop
+        return self.on and s <= self.start and t > self.stop
 
 
 class ModelField(Field):
@@ -50,11 +52,11 @@ class ModelField(Field):
     ) -> None:
         self.denoiser, self.prompt, self.negative, self.guidance = denoiser, prompt, negative, guidance
         self.seeds, self.shape, self.device, self.fixed = seeds, shape, device, fixed
-        scale, rescale, start, stop = (
+        scale, rescale, start, stop, on = (
             torch.tensor([getattr(g, name) for g in guidance], dtype=torch.float64)
-            for name in ("scale", "rescale", "start", "stop")
+            for name in ("scale", "rescale", "start", "stop", "on")
         )
-        self.start, self.stop = torch.where(scale > 1.0, start, -1.0), stop
+        self.start, self.stop = torch.where(on > 0, start, -1.0), stop
         self.guidance_scale, self.guidance_rescale = self.column(scale), self.column(rescale)
         self.rescales = bool(rescale.any())
         self.unsound = torch.zeros(len(seeds), dtype=torch.bool, device=device)

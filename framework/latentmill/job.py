@@ -63,7 +63,8 @@ class Sampling:
     max_pixels: int = MISSING
     """The most that a row may be made with: width times height."""
     prompt: str = ""
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
+    """None: none is given. What an empty one is to a model may be another thing."""
     first_noise: str = "latentmill"
     until: float = 0.0
     """Above 0: rows stop half-way, at the first of their times below it."""

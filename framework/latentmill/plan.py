@@ -141,6 +141,8 @@ class Parts:
     text_encoder: TextEncoder | None = None
     denoiser: Denoiser | None = None
     scheduler: Scheduler | None = None
+    stages: list[Stage] = field(default_factory=list)
+    """Those of plugins, as ``plan`` built them to know what they are."""
 
 
 def _discreet(function: Callable[Concatenate[Job, P], T]) -> Callable[Concatenate[Job, P], T]:
@@ -250,7 +252,9 @@ def plan(job: Job, built: Parts) -> Plan:
         raise PlanError(f"source {job.source['name']}: {twice}")
     kinds = [kind for kind in KINDS if getattr(built, kind) is not None]
     plugins: dict[str, Plugin] = {kind: getattr(built, kind) for kind in kinds}
-    plugins |= {f"stage {name}": plugin_of(job, f"stage {name}") for name in job.flow if name not in BUILT_IN}
+    stages = {f"stage {name}": plugin_of(job, f"stage {name}") for name in job.flow if name not in BUILT_IN}
+    plugins |= stages
+    built.stages = [*stages.values()]
     config = job.meaning()
     return Plan(
         name=job.name,
@@ -291,7 +295,7 @@ def notices(built: Parts) -> list[str]:
     """What a job's plugins have to say before it starts, a line each; of a source, once ``plan`` has asked for its fragments."""
     plugins = [getattr(built, kind) for kind in KINDS]
     lines: list[str] = []
-    for plugin in plugins:
+    for plugin in (*plugins, *built.stages):
         if plugin is not None:
             with registry.asking(plugin):
                 lines += plugin.notices()
@@ -304,7 +308,7 @@ READ_BY_PLAN = 1_000_000
 
 def foreign_prompts(job: Job, built: Parts, plan: Plan) -> list[str]:
     """How many rows of the source hold prompts in another tool's language, a line for each kind. Reads their texts alone."""
-    readers = [built.text_encoder] if built.text_encoder is not None else _stages(job)
+    readers = [built.text_encoder] if built.text_encoder is not None else built.stages
     reads = next((reader.reads for reader in readers if reader.reads is not None), None)
     if reads is None:
         return []
@@ -315,15 +319,10 @@ def foreign_prompts(job: Job, built: Parts, plan: Plan) -> list[str]:
     for both in islice(texts, READ_BY_PLAN):
         looked_at += 1
         prompt, negative = (default[k] if text is None else text for k, text in enumerate(both))
-        found.update(syntax.told(prompt, reads))
-        found.update(f"negative_prompt: {line}" for line in syntax.told(negative, reads))
+        found.update(syntax.told(prompt or "", reads))
+        found.update(f"negative_prompt: {line}" for line in syntax.told(negative or "", reads))
     first = "first " * (looked_at == READ_BY_PLAN)
     return [f"{rows:,} of the {first}{looked_at:,} rows: {line}" for line, rows in found.most_common()]
-
-
-def _stages(job: Job) -> list[Stage]:
-    """The stages of a job that are plugins, built and not yet loaded."""
-    return [plugin_of(job, f"stage {name}") for name in job.flow if name not in BUILT_IN]
 
 
 def _fingerprinted(config: Mapping[str, Any], plugins: Mapping[str, Plugin]) -> list[str]:

@@ -269,9 +269,12 @@ class TextEncoder(Plugin, ABC):
         Called for prompts that ``check`` has passed. Shapes behind the batch axis are the same for all prompts.
         """
 
-    def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of what a picture is guided away from: ``encode``'s, unless the model treats it otherwise."""
-        return self.encode(prompts)
+    def encode_negative(self, prompts: Sequence[str | None]) -> Conditioning:
+        """Conditioning of what a picture is guided away from: ``encode``'s, unless the model treats it otherwise.
+
+        None is a row that gives no negative prompt, which is encoded as an empty one, unless the model has something else for it.
+        """
+        return self.encode([prompt or "" for prompt in prompts])
 
     def check(self, prompt: str) -> None:
         """Raise RowError, naming the cause, for a prompt that can't be encoded. Needs no weights."""
@@ -313,6 +316,10 @@ class Denoiser(Plugin, ABC):
     def guide(self, prompt: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
         """The guided prediction out of two ``[B, ...]``; ``scale`` broadcasts against them (Ho and Salimans 2022, eq. 6)."""
         return negative + scale * (prompt - negative)
+
+    def guides(self, scale: float, negative_prompt: str | None) -> bool:
+        """Whether a row of this guidance scale is guided, and so costs two evaluations a step; None: it gives no negative prompt."""
+        return scale > 1.0
 
     @abstractmethod
     def predict(self, x: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:

@@ -189,9 +189,10 @@ class Read(Stage):
             return default if found.get(name) is None else found[name]
 
         width, height = value("width", job.width), value("height", job.height)
+        negative = value("negative_prompt", job.negative_prompt)
         values: dict[str, Any] = {
             "prompt": text("prompt", value("prompt", job.prompt)),
-            "negative_prompt": text("negative_prompt", value("negative_prompt", job.negative_prompt)),
+            "negative_prompt": None if negative is None else text("negative_prompt", negative),
             "scheduler": text("scheduler", value("scheduler", self.scheduler)),
             "seed": own_seed(found.get("seed")),
             "steps": whole("steps", value("steps", job.steps), least=1),

@@ -6,7 +6,8 @@ column                   type                                  from, to
 row                      int64                                 its number in the plan; read to write
 row_id                   string                                its name for ever; read to the dataset
 id                       string                                its name in the source, where that declares one
-prompt, negative_prompt  string                                read to the dataset
+prompt                   string                                read to the dataset
+negative_prompt          string, null for none                 read to the dataset
 seed                     uint64                                read to the dataset: all noise of the row hangs on it
 steps                    int32                                 read to the dataset
 guidance_scale, strength float64                               read to the dataset
@@ -50,7 +51,7 @@ SCALARS = pa.schema(
         pa.field("row", pa.int64(), nullable=False),
         pa.field("row_id", pa.string(), nullable=False),
         pa.field("prompt", pa.string(), nullable=False),
-        pa.field("negative_prompt", pa.string(), nullable=False),
+        pa.field("negative_prompt", pa.string()),  # null: none was given, which is not an empty one
         pa.field("seed", pa.uint64(), nullable=False),
         pa.field("steps", pa.int32(), nullable=False),
         pa.field("guidance_scale", pa.float64(), nullable=False),

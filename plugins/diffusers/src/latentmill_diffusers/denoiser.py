@@ -11,7 +11,7 @@ from torch import Tensor
 
 from latentmill.plugin import Denoiser, LatentSpec, NoisePath, Prediction, RowError
 from latentmill_diffusers import lora
-from latentmill_diffusers.families import Family, Network, family_of
+from latentmill_diffusers.families import NO_NEGATIVE, Family, Network, family_of
 from latentmill_diffusers.folder import LOCATION, Folder, completed, dtype_of, part_class
 from latentmill_diffusers.lora import loras_of
 from latentmill_diffusers.scheduler import (
@@ -95,6 +95,10 @@ class DiffusersDenoiser(Denoiser):
     def fingerprint(self) -> str:
         return self.folder.fingerprint(self.family.network, "scheduler") + lora.fingerprint(self.loras)
 
+    def notices(self) -> Sequence[str]:
+        guides = self.family.guides_without or self.guidance_embedded
+        return [] if guides else [NO_NEGATIVE.format(self.folder.pipeline)]
+
     def times(self, steps: int, shape: Sequence[int]) -> Tensor:
         if shape[-2] % self.multiple or shape[-1] % self.multiple:
             pixels = self.multiple * self.folder.downscale
@@ -116,6 +120,9 @@ class DiffusersDenoiser(Denoiser):
         if starts_with_unit_variance(self.scheduler):
             return torch.ones_like(t)
         return super().start_scale(t)
+
+    def guides(self, scale: float, negative_prompt: str | None) -> bool:
+        return scale > self.family.guides_above and (negative_prompt is not None or self.family.guides_without)
 
     def guide(self, prompt: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
         if self.family.guide is None:

@@ -61,6 +61,10 @@ class Family:
     """What a user should know; it stands in the README's table."""
     guide: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     """``guide(prompt, negative, scale)``, where it is another formula than everyone's."""
+    guides_above: float = 1.0
+    """The guidance scale above which the pipeline guides."""
+    guides_without: bool = True
+    """Whether the pipeline guides a row that gives no negative prompt, as by an empty one."""
 
 
 # ------------------------------------------------------------------------------------------------------- networks
@@ -316,6 +320,7 @@ def shift(config: Any, tokens: int, most: float = 1.15) -> float:
 
 # ------------------------------------------------------------------------------------------------------- the table
 
+NO_NEGATIVE = "{} guides only rows that give a negative prompt; an empty one will do"
 MASKS = "each row has image and mask"
 BINS = "sizes are taken as they are (use_resolution_binning: false)"
 FAMILIES: dict[str, Family] = {
@@ -357,7 +362,8 @@ FAMILIES: dict[str, Family] = {
         encoded=("embeds pooled _",),
         packed=2,
         schedule=flux_schedule,
-        note="dev is told the guidance_scale; schnell: guidance_scale 1",
+        guides_without=False,
+        note="dev is told the guidance_scale; schnell: guidance_scale 1, or more and a negative prompt (true_cfg_scale)",
     ),
     "PixArtAlphaPipeline": Family("PixArt-alpha", pixart, encoded=("embeds mask -embeds -mask",), note=BINS),
     "PixArtSigmaPipeline": Family("PixArt-sigma", pixart, encoded=("embeds mask -embeds -mask",), note=BINS),
@@ -398,7 +404,8 @@ FAMILIES: dict[str, Family] = {
         pad=512,
         schedule=flux_schedule,
         guide=qwen_image_guide,
-        note="guidance_scale is the pipeline's true_cfg_scale; a row at a time",
+        guides_without=False,
+        note="guidance_scale is the pipeline's true_cfg_scale, and guides rows that give a negative prompt; a row at a time",
     ),
     "ZImagePipeline": Family(
         "Z-Image",
@@ -407,7 +414,8 @@ FAMILIES: dict[str, Family] = {
         pad=512,
         schedule=flux_schedule,
         guide=z_image_guide,
-        note="guidance_scale is the pipeline's, one less than everyone's; turbo: 1; a row at a time",
+        guides_above=0.0,
+        note="guidance_scale is the pipeline's, one less than everyone's; turbo: 0; a row at a time",
     ),
     "Flux2Pipeline": Family(
         "FLUX.2", flux_2, encoded=("embeds _",), schedule=flux_2_schedule, note="dev is told the guidance_scale"

@@ -397,6 +397,37 @@ def part_class(library: str, name: str) -> Any:
     return found
 
 
+def pipeline_class(folder: Folder) -> Any:
+    """The class of the model's pipeline. Raises ValueError if the installed diffusers has none of the name."""
+    import diffusers
+
+    if not hasattr(diffusers, folder.pipeline):
+        raise ValueError(f"{folder.root}: the installed diffusers has no {folder.pipeline}")
+    return part_class("diffusers", folder.pipeline)
+
+
+def require_layers(folder: Folder, clip_skip: int | None = None) -> None:
+    """Raise ValueError if a text encoder has fewer layers than the pipeline takes its output from, or than are to be skipped.
+
+    FLUX.2's takes three from the middle (``text_encoder_out_layers``).
+    """
+    given = inspect.signature(pipeline_class(folder).__call__).parameters.get("text_encoder_out_layers")
+    taken = max(given.default) if given is not None else 0
+    for part in folder.index:
+        if not part.startswith("text_encoder") or not (found := folder.class_of(part)):
+            continue
+        cls = part_class(*found)
+        if taken or (clip_skip is not None and cls.__name__.startswith("CLIPText")):
+            folder.config(part)  # that there is none is said better here
+            layers = cls.config_class.from_pretrained(folder / part).get_text_config().num_hidden_layers
+            if layers < taken:
+                raise ValueError(
+                    f"{folder / part} has {layers} layers, and {folder.pipeline} takes layer {taken}'s output"
+                )
+            if clip_skip is not None and not 0 <= clip_skip < layers:
+                raise ValueError(f"text_encoder.clip_skip must be from 0 to {layers - 1}, not {clip_skip}")
+
+
 def completed(cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """A config of diffusers, with the class's defaults for what an old one leaves out."""
     parameters = inspect.signature(cls.__init__).parameters.values()

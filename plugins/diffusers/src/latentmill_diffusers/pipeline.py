@@ -10,7 +10,7 @@ calls its inputs, how it pads, guides and packs latents, is its own affair and i
 is nothing to note, and the tokenizer goes with it.
 
 Prompts are encoded one by one, and each row draws with a generator of its seed, so a row depends on itself alone. Rows that
-agree in steps, guidance and size go together.
+agree in steps, guidance, size, and whether they give a negative prompt, go together.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from torch.nn.functional import pixel_unshuffle
 
 from latentmill import rows, syntax, tensors, weights
 from latentmill.plugin import LatentSpec, Reject, RowError, Stage
-from latentmill_diffusers.folder import Folder, completed, dtype_of, part_class
+from latentmill_diffusers.families import NO_NEGATIVE
+from latentmill_diffusers.folder import Folder, completed, dtype_of, part_class, pipeline_class, require_layers
 from latentmill_diffusers.messages import quiet
 from latentmill_diffusers.tokens import Watched, warning_of
 from latentmill_diffusers.vae import DiffusersVAE
@@ -44,12 +45,65 @@ OFF = ("use_resolution_binning", "enable_prompt_rewrite", "use_pe", "prompt_upsa
 """Parameters that are false here: they change the size that was asked for, or the prompt."""
 UNSET = ("guidance_schedule",)
 """Parameters that are None here: what they stand in for is told row by row."""
+TOLD = (
+    "prompt",
+    "negative_prompt",
+    "height",
+    "width",
+    "num_inference_steps",
+    "generator",
+    "output_type",
+    "return_dict",
+)
+"""Parameters that are a row's, or ours."""
 GUIDANCE = ("guidance_scale", "true_cfg_scale", "distilled_guidance_scale")
 """What pipelines call a row's guidance scale."""
 ENCODERS = ("encode_prompt", "generate_prior_tokens")
 """Methods whose results are noted. The second draws a picture's tokens, by a language model and with the row's seed."""
+FRAME_FIRST = ("Kandinsky5T2IPipeline",)
+"""Pipelines whose latents are ``[B, frame, h, w, C]``; all others' of video are ``[B, C, frame, h, w]``."""
 SINGLE = ("DreamLitePipeline", "OmniGenPipeline", "PRXPipeline")
 """Pipelines that take no list of prompts, fail with one when they guide, or fill prompts up: their rows go one by one."""
+COMPARED = (
+    *(
+        "AuraFlowPipeline",
+        "BriaFibo2Pipeline",
+        "BriaFiboPipeline",
+        "BriaPipeline",
+        "ChromaPipeline",
+        "CogView3PlusPipeline",
+    ),
+    *(
+        "CogView4Pipeline",
+        "DreamLitePipeline",
+        "ErnieImagePipeline",
+        "Flux2Pipeline",
+        "FluxPipeline",
+        "GlmImagePipeline",
+    ),
+    *("HiDreamImagePipeline", "HunyuanDiTPipeline", "HunyuanImagePipeline", "Ideogram4Pipeline", "Kandinsky3Pipeline"),
+    *(
+        "Kandinsky5T2IPipeline",
+        "KolorsPipeline",
+        "Krea2Pipeline",
+        "LatentConsistencyModelPipeline",
+        "LongCatImagePipeline",
+    ),
+    *(
+        "Lumina2Pipeline",
+        "LuminaPipeline",
+        "NucleusMoEImagePipeline",
+        "OmniGenPipeline",
+        "OvisImagePipeline",
+        "PRXPipeline",
+    ),
+    *("PixArtAlphaPipeline", "PixArtSigmaPipeline", "QwenImage21Pipeline", "QwenImagePipeline", "SanaPipeline"),
+    *("SanaSprintPipeline", "StableDiffusion3Pipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline"),
+    "ZImagePipeline",
+)
+"""Pipelines whose latents were compared with their pictures, so that it is known which axis is which."""
+GUIDES_WITH_NEGATIVE = ("FluxPipeline", "NucleusMoEImagePipeline", "QwenImage21Pipeline", "QwenImagePipeline")
+"""Pipelines that guide only by a negative prompt that is given."""
 REFUSED = {
     "Cosmos2TextToImagePipeline": "it makes a safety checker of its own, whatever it is given",
     "Flux2KleinPipeline": "it undoes the VAE's batch norm before it returns latents; model=diffusers runs it",
@@ -86,6 +140,10 @@ class Pipeline(Stage):
         if reason := refused(self.cls):
             raise ValueError(f"{self.folder.pipeline} can't be run by its parts: {reason}")
         self.guidance = self._guidance()
+        for name in self.call:
+            if name in (*TOLD, self.guidance):
+                raise ValueError(f"call: {name} is told row by row: a column of the source, or the job, has it")
+        require_layers(self.folder)
         self.encoders = [name for name in ENCODERS if hasattr(self.cls, name)]
         self.single = self.folder.pipeline in SINGLE
         self.device = torch.device("cpu")
@@ -101,12 +159,7 @@ class Pipeline(Stage):
     @cached_property
     def cls(self) -> Any:
         """The pipeline's class. Raises ValueError if diffusers has none of the name."""
-        import diffusers
-
-        found = getattr(diffusers, self.folder.pipeline, None)
-        if found is None:
-            raise ValueError(f"{self.folder.root}: the installed diffusers has no {self.folder.pipeline}")
-        return found
+        return pipeline_class(self.folder)
 
     def fingerprint(self) -> str:
         import diffusers
@@ -146,7 +199,10 @@ class Pipeline(Stage):
     def run(
         self, given: Sequence[Mapping[str, Any]], instead: Callable[[Callable[..., Any]], Callable[..., Any]]
     ) -> Any:
-        """Call the pipeline for rows that agree in steps, guidance and size, with ``instead`` of each of its encoders."""
+        """Call the pipeline, with ``instead`` of each of its encoders, for rows of one group: of equal steps, guidance and size.
+
+        Either all of them give a negative prompt, or none does.
+        """
         first, known = given[0], self.parameters
         arguments: dict[str, Any] = {name: False for name in OFF if name in known} | {
             **{name: None for name in UNSET if name in known},
@@ -164,7 +220,7 @@ class Pipeline(Stage):
         for name, part in self.pipeline.components.items():
             if name.endswith("guider") and part is not None:  # HunyuanImage's have the scale
                 part.guidance_scale = first["guidance_scale"]
-        if "negative_prompt" in known and first["guidance_scale"] > 1:
+        if "negative_prompt" in known and first["negative_prompt"] is not None:
             arguments["negative_prompt"] = [row["negative_prompt"] for row in given]
         if self.single:
             arguments |= {name: arguments[name][0] for name in ("prompt", "negative_prompt") if name in arguments}
@@ -188,6 +244,14 @@ class PipelineEncode(Pipeline):
         self.forms: dict[str, Any] = {}
         """Of what ``encode_prompt`` returned so far, by what they have in common."""
 
+    def notices(self) -> Sequence[str]:
+        told = self.guidance == "guidance_scale" and "true_cfg_scale" in self.parameters  # the network is
+        return (
+            []
+            if told or self.folder.pipeline not in GUIDES_WITH_NEGATIVE
+            else [NO_NEGATIVE.format(self.folder.pipeline)]
+        )
+
     def needs(self, part: str) -> bool:
         others = (*NETWORKS, *DECODERS, *SKIPPED)
         return bool(self.encoders) and self.folder.class_of(part) is not None and not part.startswith(others)
@@ -204,6 +268,8 @@ class PipelineEncode(Pipeline):
         for i, row in enumerate(batch.select(columns).to_pylist()):
             try:
                 _check(row, self.folder.pipeline)
+                if row["negative_prompt"] and "negative_prompt" not in self.parameters:
+                    raise RowError(f"{self.folder.pipeline} takes no negative prompt, and the row has one")
                 if sigmas and row["steps"] != len(sigmas):
                     own = f"the steps of its model's sample_sigmas: {len(sigmas)} is expected, not {row['steps']}"
                     raise RowError(f"{self.folder.pipeline} makes {own}")
@@ -244,10 +310,12 @@ class PipelineEncode(Pipeline):
             "max_sequence_length", getattr(self.parameters.get("max_sequence_length"), "default", None)
         )
         for name, prefix in (("prompt", ""), ("negative_prompt", "negative_prompt: ")):
+            if not row[name]:
+                continue
             begins = " ".join(row[name].lower().split())[:40]  # some pipelines clean their prompts
             its = [each for each in self.watched.given(most) if begins in " ".join(each.text.lower().split())]
             text, _ = warning_of(its, row[name])
-            warnings += [prefix + text] * bool(row[name] and text)
+            warnings += [prefix + text] * bool(text)
         kind = json.dumps([_kind(each) for each in returned])
         if kind not in self.forms:
             leaf = count()
@@ -260,7 +328,7 @@ class PipelineEncode(Pipeline):
         return {"form": form, "leaves": leaves, "warnings": warnings}
 
     def _syntax(self, row: Mapping[str, Any]) -> list[str]:
-        negative = [f"negative_prompt: {line}" for line in syntax.told(row["negative_prompt"], self.reads)]
+        negative = [f"negative_prompt: {line}" for line in syntax.told(row["negative_prompt"] or "", self.reads)]
         return [*syntax.told(row["prompt"], self.reads), *negative]
 
     def _returned(self, given: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -320,7 +388,9 @@ class PipelineDenoise(Pipeline):
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, row in enumerate(given):
             told = (i,) if self.alone else tuple(tuple(leaves[k][i].flatten().tolist()) for k in shared)
-            groups.setdefault((row["steps"], row["guidance_scale"], row["height"], row["width"], told), []).append(i)
+            none = row["negative_prompt"] is None
+            key = row["steps"], row["guidance_scale"], row["height"], row["width"], none, told
+            groups.setdefault(key, []).append(i)
         for members in groups.values():
             try:
                 shape = self.spec.shape(given[members[0]]["height"], given[members[0]]["width"])
@@ -330,13 +400,15 @@ class PipelineDenoise(Pipeline):
                 continue
             noted = iter([_filled(each, [leaf[members].to(self.device) for leaf in leaves]) for each in form])
             made = self.run([given[i] for i in members], lambda _, noted=noted: lambda *a, **k: next(noted))
-            latents = self._unpacked(made, *shape).float().cpu()
+            latents = self._in_the_vae_s_order(made, *shape).float().cpu()
+            name, reason = self.folder.pipeline, ""
             if tuple(latents.shape[1:]) != shape:
+                reason = f"{name} makes no latents of this size: {tuple(latents.shape[1:])}, not {shape}"
+            elif name not in COMPARED and len({*shape}) == 1:
+                reason = f"{name} is not known here, and latents {shape} don't show their axes: take another size"
+            if reason:
                 for i in members:
-                    reject(
-                        i,
-                        f"{self.folder.pipeline} makes no latents of this size: {tuple(latents.shape[1:])}, not {shape}",
-                    )
+                    reject(i, reason)
                 continue
             part = batch.drop_columns(names).take(members)
             good = latents.isfinite().flatten(1).all(1).tolist()
@@ -346,25 +418,36 @@ class PipelineDenoise(Pipeline):
             latents = latents.to(getattr(torch, self.spec.dtype))
             yield rows.with_latents(part, latents, self.spec).filter(pa.array(good))
 
-    def _unpacked(self, made: Tensor, channels: int, height: int, width: int) -> Tensor:
-        """``[B, C, h, w]`` of what the pipeline made, by its own ``_unpack_latents`` if those are patches."""
-        if tuple(made.shape) == (len(made), height * width, channels):  # tokens of a pixel each
-            made = made.transpose(1, 2).unflatten(2, (height, width))
-        elif made.ndim == 3 and hasattr(self.pipeline, "_unpack_latents"):
-            size = {"height": height * self.spec.downscale, "width": width * self.spec.downscale}
-            known = inspect.signature(self.pipeline._unpack_latents).parameters
-            if "vae_scale_factor" in known:
-                size["vae_scale_factor"] = self.pipeline.vae_scale_factor
-            if "patch_size" in known:
-                size["patch_size"] = self.pipeline.transformer.config.patch_size
-            made = self.pipeline._unpack_latents(made, **size)
-        if made.ndim == 5:  # of video, with one frame
-            made = made.squeeze(1 if made.shape[1] == 1 else 2)
-        if tuple(made.shape) == (len(made), height, width, channels):
-            made = made.permute(0, 3, 1, 2)
-        elif tuple(made.shape[1:]) == (channels // 4, 2 * height, 2 * width):  # pixels, where the VAE's are 2x2 patches
+    def _in_the_vae_s_order(self, made: Tensor, channels: int, height: int, width: int) -> Tensor:
+        """``[B, C, h, w]`` of what the pipeline made.
+
+        Which axis is which is told by what the pipeline is, and never by numbers, which may be equal: with three axes it
+        made tokens, ``[B, tokens, C]``, with four ``[B, C, h, w]``, and with five a frame of video.
+        """
+        if made.ndim == 3:
+            made = self._of_tokens(made, height, width)
+        elif made.ndim == 5 and self.folder.pipeline in FRAME_FIRST:
+            made = made.permute(0, 4, 1, 2, 3)
+        if made.ndim == 5:
+            made = made.squeeze(2)
+        if tuple(made.shape[1:]) == (channels // 4, 2 * height, 2 * width):  # pixels, where the VAE's are 2x2 patches
             made = pixel_unshuffle(made, 2)
         return made
+
+    def _of_tokens(self, made: Tensor, height: int, width: int) -> Tensor:
+        """Of tokens ``[B, tokens, C]`` of a pixel each, or, where there are fewer, by the pipeline's own ``_unpack_latents``."""
+        if made.shape[1] == height * width:
+            return made.transpose(1, 2).unflatten(2, (height, width))
+        if not hasattr(self.pipeline, "_unpack_latents"):
+            return made
+        told = {"height": height * self.spec.downscale, "width": width * self.spec.downscale}
+        known = inspect.signature(self.pipeline._unpack_latents).parameters
+        if "vae_scale_factor" in known:
+            told["vae_scale_factor"] = self.pipeline.vae_scale_factor
+        if "patch_size" in known:
+            told["patch_size"] = self.pipeline.transformer.config.patch_size
+        unpacked: Tensor = self.pipeline._unpack_latents(made, **told)
+        return unpacked
 
 
 def refused(cls: Any) -> str | None:

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
+from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from torch.nn.functional import pad
 from latentmill.plugin import Conditioning, RowError, TextEncoder
 from latentmill_diffusers import lora, tokens
 from latentmill_diffusers.families import Family, family_of
-from latentmill_diffusers.folder import LOCATION, Folder, completed, dtype_of, part_class
+from latentmill_diffusers.folder import LOCATION, Folder, completed, dtype_of, part_class, pipeline_class, require_layers
 from latentmill_diffusers.lora import loras_of
 from latentmill_diffusers.messages import quiet
 
@@ -36,7 +37,7 @@ class DiffusersTextEncoder(TextEncoder):
     """Tokenizers and text encoders of the model at ``path``, and nothing else of it.
 
     What a prompt becomes is what the model's pipeline makes of it: templates, lengths, layers, pooled embeddings, masks.
-    An empty negative prompt is none: a model that has zeros for that gets them.
+    So it is of the negative prompt of a row that gives none: an empty one, or zeros (SDXL's ``force_zeros_for_empty_prompt``).
 
     ``clip_skip`` takes CLIP's output so many layers before its last; ``max_length`` is in tokens, where the pipeline lets one
     choose (its ``max_sequence_length``). ``loras`` are the denoiser's: some change text encoders, too.
@@ -69,6 +70,7 @@ class DiffusersTextEncoder(TextEncoder):
         self.asked = {"clip_skip": clip_skip, "max_sequence_length": max_length}
         self.asked = {name: value for name, value in self.asked.items() if value is not None}
         self.logical = dtype_of(dtype)
+        self.cls = pipeline_class(self.folder)
         self.family: Family = family_of(self.folder.pipeline)
         self.parts = [
             name for name in self.folder.index if name.startswith("text_encoder") and self.folder.class_of(name)
@@ -78,6 +80,12 @@ class DiffusersTextEncoder(TextEncoder):
         for name in self.folder.index:
             if name.startswith("tokenizer") and (found := self.folder.class_of(name)):
                 part_class(*found)  # which some are only if a package is there
+        taken = inspect.signature(self.cls.encode_prompt).parameters
+        for asked in self.asked if not compel else ():
+            if asked not in taken:
+                name = "max_length" if asked == "max_sequence_length" else asked
+                raise ValueError(f"text_encoder.{name}: {self.folder.pipeline} has no {asked}")
+        require_layers(self.folder, clip_skip)
         self.compel = compel
         if compel:
             self._require_compel(clip_skip, max_length)
@@ -120,11 +128,6 @@ class DiffusersTextEncoder(TextEncoder):
 
     def load(self, device: torch.device) -> None:
         self._pipeline = self._with_network_s_config(self.folder.load_pipeline(self.logical, **self.options))
-        taken = inspect.signature(self._pipeline.encode_prompt).parameters
-        for asked in self.asked if not self.compel else ():
-            if asked not in taken:
-                name = "max_length" if asked == "max_sequence_length" else asked
-                raise ValueError(f"text_encoder.{name}: {self.folder.pipeline} has no {asked}")
         unet = self.folder.config("unet") if self.family.network == "unet" else None
         for part in self.parts:
             encoder = getattr(self._pipeline, part)
@@ -204,16 +207,21 @@ class DiffusersTextEncoder(TextEncoder):
         """Tokens that a prompt comes to by compel."""
         return self.asked.get("max_sequence_length") or len(self._nothing[0])
 
+    @cached_property
+    def _index(self) -> dict[str, Any]:
+        """The model's index, with the pipeline's defaults for what an old one leaves out."""
+        return completed(self.cls, self.folder.index)
+
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         return self._all(prompts, negative=False)
 
-    def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
+    def encode_negative(self, prompts: Sequence[str | None]) -> Conditioning:
         negative = any("-" in returned for returned in self.family.encoded)
-        encoded = self._all(prompts, negative)
-        if self.folder.index.get("force_zeros_for_empty_prompt"):
-            told = torch.tensor([prompt != "" for prompt in prompts], device=self._device)
+        encoded = self._all([prompt or "" for prompt in prompts], negative)
+        if self._index.get("force_zeros_for_empty_prompt"):
+            none = torch.tensor([prompt is None for prompt in prompts], device=self._device)
             for name in ("embeds", "pooled"):
-                encoded[name] = encoded[name] * told.reshape(-1, *(1 for _ in encoded[name].shape[1:]))
+                encoded[name] = encoded[name].masked_fill(none.reshape(-1, *(1 for _ in encoded[name].shape[1:])), 0)
         return encoded
 
     def _all(self, prompts: Sequence[str], negative: bool) -> Conditioning:
@@ -221,7 +229,7 @@ class DiffusersTextEncoder(TextEncoder):
             return self._weighted(prompts)
         if not self.family.pad:
             encoded = self._encoded(list(prompts), negative)
-            if self.folder.index.get("requires_aesthetics_score"):
+            if self._index.get("requires_aesthetics_score"):
                 encoded["score"] = torch.full((len(prompts),), SCORES[negative])
             return encoded
         each = [self._encoded([prompt], negative)["embeds"] for prompt in prompts]

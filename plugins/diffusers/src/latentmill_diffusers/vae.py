@@ -9,10 +9,24 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from latentmill.plugin import VAE, LatentSpec
-from latentmill_diffusers.folder import INDEX, LOCATION, Folder, completed, downscale_of, dtype_of
+from latentmill_diffusers.folder import INDEX, LOCATION, Folder, completed, downscale_of, dtype_of, part_class
 
 PARTS = ("vae", "movq")
 """What pipelines call it. They have a movq decode without its codebook."""
+AUTOENCODERS = (
+    "AsymmetricAutoencoderKL",
+    "AutoencoderDC",
+    "AutoencoderKL",
+    "AutoencoderKLFlux2",
+    "AutoencoderKLHunyuanImage",
+    "AutoencoderKLQwenImage",
+    "AutoencoderKLQwenImage21",
+    "AutoencoderKLWan",
+    "AutoencoderTiny",
+    "ConsistencyDecoderVAE",
+    "VQModel",
+)
+"""Classes that are compared with themselves run directly. Most others of diffusers are of video or sound."""
 UNSCALED = ("GlmImagePipeline", "Kandinsky3Pipeline")
 """Pipelines that pass over the VAE's scaling factor."""
 PIXEL_BY_PIXEL = ("Ideogram4Pipeline",)
@@ -52,6 +66,7 @@ class DiffusersVAE(VAE):
         self.dtype, self.slicing, self.tiling, self.compile = dtype, slicing, tiling, compile
         self.logical = dtype_of(dtype)
         self.config = self.folder.config(self.part)
+        self._require_known()
         self.folder.require_weights(self.part)
         self._model: Any = None
         self._device = torch.device("cpu")
@@ -150,14 +165,14 @@ class DiffusersVAE(VAE):
             return std.reshape(1, -1, 1, 1) / scale, mean.reshape(1, -1, 1, 1)
         return torch.tensor(1.0 / scale), torch.tensor(float(config.get("shift_factor") or 0.0))
 
-    def _class(self) -> Any:
-        import diffusers
+    def _require_known(self) -> None:
+        """Raise ValueError unless it makes pictures of latents, and is known to do so here."""
+        name, where = self.config.get("_class_name"), self.folder / self.part
+        if name not in AUTOENCODERS:
+            raise ValueError(f"{where}: {name} is none of the autoencoders that run here: {', '.join(AUTOENCODERS)}")
 
-        name = str(self.config.get("_class_name"))
-        found = getattr(diffusers, name, None)
-        if found is None:
-            raise ValueError(f"{self.folder / self.part}: the installed diffusers has no {name}")
-        return found
+    def _class(self) -> Any:
+        return part_class("diffusers", self.config["_class_name"])
 
     def _complete(self) -> dict[str, Any]:
         """The config, with the class's defaults for what an old one leaves out."""
