@@ -10,6 +10,7 @@ import diffusers
 import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers
 
 import latentmill
 from latentmill.plugin import RowError
@@ -146,19 +147,22 @@ def test_weights_in_halves_are_found_by_their_names(model, tmp_path):
 
 
 def test_negative_prompts_are_what_the_model_takes_them_for(model, tmp_path):
-    """SDXL has zeros for an empty one; a model that has not encodes it as any other."""
+    """SDXL has zeros for none, unless its index says otherwise; an empty one is encoded as any other."""
     folder = shutil.copytree(model("StableDiffusionXLPipeline"), tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["force_zeros_for_empty_prompt"]
     found = {}
-    for zeros in (True, False):
-        index = json.loads((folder / "model_index.json").read_text())
-        (folder / "model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": zeros}))
+    for zeros in (True, False, None):  # without the key, as SDXL's pipeline has it by default
+        told = {} if zeros is None else {"force_zeros_for_empty_prompt": zeros}
+        (folder / "model_index.json").write_text(json.dumps({**index, **told}))
         encoder = DiffusersTextEncoder(str(folder))
         encoder.load(CPU)
         with torch.inference_mode():
-            found[zeros] = encoder.encode_negative(["", "blurry"])
+            found[zeros] = encoder.encode_negative([None, "", "blurry"])
     for name in ("embeds", "pooled"):
-        assert not found[True][name][0].any() and found[False][name][0].any()
-        assert torch.equal(found[True][name][1], found[False][name][1])
+        assert not found[True][name][0].any() and not found[None][name][0].any()
+        assert torch.equal(found[False][name][0], found[False][name][1]) and found[False][name][1].any()
+        assert all(torch.equal(found[True][name][1:], found[other][name][1:]) for other in (False, None))
 
 
 @torch.inference_mode()
@@ -167,7 +171,10 @@ def test_clip_skip_and_length_reach_the_pipeline_s_encode_prompt(model):
     plain, skipping = DiffusersTextEncoder(folder), DiffusersTextEncoder(folder, clip_skip=1)
     plain.load(CPU)
     skipping.load(CPU)
-    wanted = skipping._pipeline.encode_prompt("a fox", CPU, 1, False, clip_skip=1)[0]
+    clip = transformers.CLIPTextModel.from_pretrained(f"{folder}/text_encoder").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(f"{folder}/tokenizer")
+    tokens = tokenizer(["a fox"], padding="max_length", max_length=77, return_tensors="pt").input_ids
+    wanted = clip.final_layer_norm(clip(tokens, output_hidden_states=True).hidden_states[-2])
     found = skipping.encode(["a fox"])["embeds"]
     assert torch.equal(found, wanted) and not torch.equal(found, plain.encode(["a fox"])["embeds"])
 
@@ -180,7 +187,7 @@ def test_clip_skip_and_length_reach_the_pipeline_s_encode_prompt(model):
     with pytest.raises(
         ValueError, match=r"text_encoder\.max_length: StableDiffusionPipeline has no max_sequence_length"
     ):
-        DiffusersTextEncoder(folder, max_length=32).load(CPU)
+        DiffusersTextEncoder(folder, max_length=32)
 
 
 def weighted(folder, **settings):

@@ -1,6 +1,7 @@
 """Where models lie: folders, the Hub's cache, and one line for whatever is wrong."""
 
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -12,12 +13,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 
+import diffusers
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import latentmill
+from latentmill.cli import main
 from latentmill.job import load_job
 from latentmill.plan import PlanError, parts
 from latentmill.registry import PluginError
@@ -84,6 +87,54 @@ def test_a_schedule_that_we_don_t_know_is_one_line(copy):
 def test_a_vae_of_other_channels_does_not_fit(model):
     said = refused(model("StableDiffusionPipeline"), f"vae.path={model('Flux2Pipeline')}")
     assert said.endswith("don't fit: the network takes latents of 4 channels, and the VAE's have 16")
+
+
+AUTOENCODERS = [
+    name for name in dir(diffusers) if name.startswith(("Autoencoder", "AsymmetricAuto", "ConsistencyDec", "VQ"))
+]
+RUN = """
+    AsymmetricAutoencoderKL AutoencoderDC AutoencoderKL AutoencoderKLFlux2 AutoencoderKLHunyuanImage AutoencoderKLQwenImage
+    AutoencoderKLQwenImage21 AutoencoderKLWan AutoencoderTiny ConsistencyDecoderVAE VQModel
+""".split()
+
+
+@pytest.mark.parametrize("name", sorted({*AUTOENCODERS} - {*RUN} - {"VQDiffusionPipeline", "VQDiffusionScheduler"}))
+def test_autoencoders_of_video_and_sound_are_refused_at_plan(name, tmp_path, capsys):
+    """Each of diffusers' that no test runs, by its own config."""
+    signature = inspect.signature(getattr(diffusers, name).__init__).parameters.values()
+    config = {p.name: p.default for p in signature if p.default is not p.empty}
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": name, **config}, default=str))
+    save_file({"x": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
+    told = ["vae=diffusers", f"vae.path={tmp_path}", "cluster=inline"]
+    assert main(["plan", "encode", *told, f"output={tmp_path / 'out'}"]) == 2
+    [said] = capsys.readouterr().err.strip().splitlines()
+    assert f"{tmp_path}: {name} is none of the autoencoders that run here: Asymm" in said
+
+
+@pytest.mark.parametrize(("name", "layers"), [("Flux2Pipeline", 30), ("Flux2KleinPipeline", 27)])
+def test_a_text_encoder_of_too_few_layers_is_refused_at_plan(name, layers, model, tmp_path, capsys):
+    folder = shutil.copytree(model(name), tmp_path / "model")
+    file = folder / "text_encoder" / "config.json"
+    config = json.loads(file.read_text())
+    text = config.get("text_config", config)
+    text.pop("layer_types", None)  # one for each layer
+    text["num_hidden_layers"] = layers - 1
+    file.write_text(json.dumps(config))
+    for tier in ("diffusers", "pipeline"):
+        capsys.readouterr()
+        told = [f"model={tier}", f"model.path={folder}", "cluster=inline", f"output={tmp_path / 'out'}"]
+        assert main(["plan", "txt2img", *told, *(["scheduler=model"] if tier == "diffusers" else [])]) == 2
+        [said] = capsys.readouterr().err.strip().splitlines()
+        if (tier, name) != ("pipeline", "Flux2KleinPipeline"):
+            wanted = f"{file.parent} has {layers - 1} layers, and {name} takes layer {layers}'s output"
+            assert wanted in said
+
+
+def test_layers_of_clip_that_are_not_there_can_not_be_skipped(model):
+    folder = model("StableDiffusionXLPipeline")
+    assert refused(folder, "text_encoder.clip_skip=3").endswith("text_encoder.clip_skip must be from 0 to 2, not 3")
+    assert refused(folder, "text_encoder.clip_skip=-1").endswith("text_encoder.clip_skip must be from 0 to 2, not -1")
+    assert refused(model("FluxPipeline"), "text_encoder.clip_skip=1").endswith("FluxPipeline has no clip_skip")
 
 
 def test_settings_that_are_wrong(model, tmp_path):

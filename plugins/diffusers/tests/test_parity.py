@@ -10,15 +10,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from layouts import ordered
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
 import latentmill
 from latentmill_diffusers import tiny
-from latentmill_diffusers.families import unpatched
 
 PROMPTS = [
-    ("a red fox", ""),
+    ("a red fox", None),
     (
         "two houses by the sea, at night, and a boat that is longer than both of them, but not as long as this sentence",
         "blurry",
@@ -79,37 +79,28 @@ def theirs(folder, name, prompts, prepare=lambda pipeline: None):
         del told["callback"]
     made = []
     for i, (prompt, negative) in enumerate(prompts):
-        if name != "FluxPipeline":  # without one it has the guidance that the network was told
-            told["negative_prompt"] = None if name == "StableDiffusionXLPipeline" and not negative else negative
         given = {key: value for key, value in told.items() if key in known}
+        if negative is not None:
+            given["negative_prompt"] = negative
         picture = pipeline(prompt=prompt, generator=torch.Generator().manual_seed(i), **given).images[0]
         made.append((last["latents"][0].clone(), np.asarray(picture).astype(int)))
     return made
 
 
-def unpacked(latents, shape):
-    """A pipeline's latents ``[C, h, w]``: some are tokens, of one place or of 2x2."""
-    if latents.ndim == 3:
-        return latents
-    if latents.shape[-1] == shape[0]:
-        return latents.T.unflatten(1, shape[1:])
-    return unpatched(latents[None], shape[1] // 2, shape[2] // 2)[0]
-
-
-def difference(row, latents):
-    """Of a row's latents from a pipeline's, relative to their length."""
-    latents = unpacked(latents, row["shape"])
+def difference(row, latents, name=""):
+    """Of a row's latents from those of the pipeline of that name, relative to their length."""
+    latents = ordered(name, latents[None], *row["shape"])
     return float((torch.tensor(np.reshape(row["latents"], row["shape"])) - latents).norm() / latents.norm())
 
 
 @pytest.mark.parametrize("name", [name for name in tiny.BUILDERS if name not in ELSEWHERE])
 def test_the_same_latents_and_pictures_as_the_pipeline(name, model, tmp_path):
     negative = "negative_prompt" in inspect.signature(getattr(diffusers, name).__call__).parameters
-    prompts = [(p, n if negative else "") for p, n in PROMPTS]
+    prompts = [(p, n if negative else None) for p, n in PROMPTS]
     wanted = theirs(model(name), name, prompts)
     rows = denoised(tmp_path, model(name), prompts)
     for row, (latents, _) in zip(rows, wanted, strict=True):
-        assert difference(row, latents) <= 1e-5
+        assert difference(row, latents, name) <= 1e-5
     rows = rows_of(
         "decode",
         tmp_path / "pictures",
@@ -159,12 +150,12 @@ def test_two_loras_with_weights_of_their_own(name, model, tmp_path):
                 pipeline.text_encoder.get_submodule(key).weight.data += weight * change
         pipeline.set_adapters(["first", "second"], weights)
 
-    prompts = [(p, n if name != "FluxPipeline" else "") for p, n in PROMPTS]
+    prompts = [(p, n if name != "FluxPipeline" else None) for p, n in PROMPTS]
     plain, wanted = theirs(model(name), name, prompts), theirs(model(name), name, prompts, prepare)
     loras = ",".join(f"{{path: {file}, weight: {weight}}}" for (file, _, _), weight in zip(files, weights))
     rows = denoised(tmp_path, model(name), prompts, f"model.loras=[{loras}]")
     for row, (latents, _), (without, _) in zip(rows, wanted, plain, strict=True):
-        assert difference(row, latents) <= 1e-5 < 1e-3 < difference(row, without)
+        assert difference(row, latents, name) <= 1e-5 < 1e-3 < difference(row, without, name)
 
 
 def test_the_alpha_of_a_lora_may_stand_in_the_file_s_metadata(model, tmp_path):
@@ -190,7 +181,7 @@ def test_the_alpha_of_a_lora_may_stand_in_the_file_s_metadata(model, tmp_path):
     wanted = theirs(model(name), name, PROMPTS, prepare)
     rows = denoised(tmp_path, model(name), PROMPTS, f"model.loras=[{{path: {tmp_path / 'both.safetensors'}}}]")
     for row, (latents, _) in zip(rows, wanted, strict=True):
-        assert difference(row, latents) <= 1e-5
+        assert difference(row, latents, name) <= 1e-5
 
 
 def test_stable_diffusion_3_without_its_t5(model, tmp_path):
@@ -216,8 +207,8 @@ def test_a_config_without_a_key_has_the_class_s_default(model, tmp_path):
     config = json.loads((folder / "transformer" / "config.json").read_text())
     assert config.pop("guidance_embeds") is True
     (folder / "transformer" / "config.json").write_text(json.dumps(config))
-    for row, (latents, _) in zip(denoised(tmp_path, folder, [(p, "") for p, _ in PROMPTS]), theirs(model(name), name, [(p, "") for p, _ in PROMPTS]), strict=True):  # fmt: skip
-        assert difference(row, latents) <= 1e-5
+    for row, (latents, _) in zip(denoised(tmp_path, folder, [(p, None) for p, _ in PROMPTS]), theirs(model(name), name, [(p, None) for p, _ in PROMPTS]), strict=True):  # fmt: skip
+        assert difference(row, latents, name) <= 1e-5
 
 
 def test_a_latent_consistency_model_is_told_the_guidance_scale(model, tmp_path):
@@ -225,7 +216,7 @@ def test_a_latent_consistency_model_is_told_the_guidance_scale(model, tmp_path):
     name = "LatentConsistencyModelPipeline"
     pipeline = getattr(diffusers, name).from_pretrained(model(name))
     told = {"num_inference_steps": 1, "guidance_scale": GUIDANCE, "height": SIZE[0], "width": SIZE[1]}
-    rows = denoised(tmp_path, model(name), [(p, "") for p, _ in PROMPTS], "sampling.steps=1")
+    rows = denoised(tmp_path, model(name), [(p, None) for p, _ in PROMPTS], "sampling.steps=1")
     for i, (row, (prompt, _)) in enumerate(zip(rows, PROMPTS, strict=True)):
         generator = torch.Generator().manual_seed(i)
         wanted = pipeline(prompt, generator=generator, output_type="latent", **told).images[0]
@@ -267,7 +258,7 @@ def test_pictures_redone_after_a_prompt(name, strength, model, tmp_path):
         wanted = pipeline(
             prompt,
             image=latents[i : i + 1],
-            negative_prompt=negative or None,
+            negative_prompt=negative,
             strength=strength,
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE,
@@ -290,7 +281,7 @@ def test_the_refiner_goes_on_where_the_base_model_stopped(model, tmp_path):
     second = diffusers.StableDiffusionXLImg2ImgPipeline.from_pretrained(refiner)
     told = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "latent"}
     for i, (row, (prompt, negative)) in enumerate(zip(found, PROMPTS, strict=True)):
-        given = {**told, "negative_prompt": negative or None, "generator": torch.Generator().manual_seed(i)}
+        given = {**told, "negative_prompt": negative, "generator": torch.Generator().manual_seed(i)}
         half = first(prompt, height=SIZE[0], width=SIZE[1], denoising_end=0.8, **given).images
         wanted = second(prompt, image=half, denoising_start=0.8, **given).images[0]
         assert difference(row, wanted) <= 1e-5
@@ -347,7 +338,7 @@ def test_path_prediction_grid_and_solver_are_what_the_scheduler_config_says(case
     rows = denoised(tmp_path, tmp_path / "model", PROMPTS)
     wanted = theirs(tmp_path / "model", "StableDiffusionPipeline", PROMPTS)
     for row, (latents, _) in zip(rows, wanted, strict=True):
-        assert difference(row, latents) <= 1e-5
+        assert difference(row, latents, name) <= 1e-5
 
 
 MASK = torch.zeros(*SIZE)
@@ -382,7 +373,7 @@ def painted_by(pipeline, strength):
             image=latents[i : i + 1],
             mask_image=MASK[None, None],
             masked_image_latents=masked[i : i + 1],
-            negative_prompt=negative or None,
+            negative_prompt=negative,
             strength=strength,
             height=SIZE[0],
             width=SIZE[1],

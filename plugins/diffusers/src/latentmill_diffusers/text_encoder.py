@@ -70,8 +70,8 @@ class DiffusersTextEncoder(TextEncoder):
         self.asked = {"clip_skip": clip_skip, "max_sequence_length": max_length}
         self.asked = {name: value for name, value in self.asked.items() if value is not None}
         self.logical = dtype_of(dtype)
-        self.cls = pipeline_class(self.folder)
         self.family: Family = family_of(self.folder.pipeline)
+        self.cls = pipeline_class(self.folder)
         self.parts = [
             name for name in self.folder.index if name.startswith("text_encoder") and self.folder.class_of(name)
         ]

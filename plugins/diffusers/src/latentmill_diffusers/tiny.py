@@ -136,7 +136,7 @@ def gemma(width: int = 16) -> Any:
     ).eval()
 
 
-def deep_compression() -> Any:
+def deep_compression(channels: int = 4) -> Any:
     """An AutoencoderDC that halves the sides."""
     from diffusers import AutoencoderDC
 
@@ -151,7 +151,7 @@ def deep_compression() -> Any:
         }.items()
     }
     return AutoencoderDC(
-        latent_channels=4,
+        latent_channels=channels,
         attention_head_dim=2,
         **halves,
         downsample_block_type="conv",
@@ -180,6 +180,22 @@ def _tiny() -> Any:
 
     blocks = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
     return AutoencoderTiny(**blocks, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1))
+
+
+def hunyuan_autoencoder() -> Any:
+    """HunyuanImage's autoencoder, that halves the sides."""
+    from diffusers import AutoencoderKLHunyuanImage
+
+    return AutoencoderKLHunyuanImage(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        spatial_compression_ratio=2,
+        sample_size=32,
+        scaling_factor=0.75,
+    )
 
 
 def _quantized() -> Any:
@@ -400,8 +416,8 @@ def _sana() -> dict[str, Any]:
     from diffusers import DPMSolverMultistepScheduler, SanaTransformer2DModel
 
     transformer = SanaTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
+        in_channels=16,
+        out_channels=16,
         num_layers=2,
         num_attention_heads=2,
         attention_head_dim=8,
@@ -415,7 +431,7 @@ def _sana() -> dict[str, Any]:
     return {
         "transformer": transformer,
         "scheduler": DPMSolverMultistepScheduler(**flow),
-        "vae": deep_compression(),
+        "vae": deep_compression(16),  # sides must be multiples of 32 pixels: at 32 x 32 its latents are a cube
         "text_encoder": gemma(),
         "tokenizer": tokenizer(300, end=None),
     }
@@ -512,8 +528,8 @@ def _cogview_4() -> dict[str, Any]:
     from transformers import GlmConfig, GlmModel
 
     transformer = CogView4Transformer2DModel(
-        in_channels=4,
-        out_channels=4,
+        in_channels=8,
+        out_channels=8,
         num_layers=2,
         attention_head_dim=8,
         num_attention_heads=4,
@@ -535,7 +551,7 @@ def _cogview_4() -> dict[str, Any]:
     return {
         "transformer": transformer,
         "scheduler": FlowMatchEulerDiscreteScheduler(**dynamic),
-        "vae": autoencoder(),
+        "vae": autoencoder(8),  # sides must be multiples of 16 pixels: at 16 x 16 its latents are a cube
         "text_encoder": GlmModel(glm).eval(),
         "tokenizer": tokenizer(1024, end=None, side="left"),
     }
@@ -755,6 +771,7 @@ VAES: dict[str, Callable[[], Any]] = {
     "AutoencoderDC": deep_compression,
     "VQModel": _quantized,
     "AutoencoderKLFlux2": _flux_2_autoencoder,
+    "AutoencoderKLHunyuanImage": hunyuan_autoencoder,
     "AutoencoderKLQwenImage": lambda: video_autoencoder("AutoencoderKLQwenImage"),
     "AutoencoderKLQwenImage21": _transparent,
     "AutoencoderKLWan": lambda: video_autoencoder("AutoencoderKLWan"),
