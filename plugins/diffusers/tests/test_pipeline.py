@@ -969,6 +969,14 @@ def test_a_pipeline_that_nobody_compared_has_no_rows_whose_axes_can_not_be_told(
     assert {*pipeline.COMPARED} == {*TESTED, *WITH_TORCHVISION}
 
 
+def test_layers_that_the_text_encoder_has_not_are_refused_when_it_is_built(model, tmp_path):
+    folder = shutil.copytree(model("Krea2Pipeline"), tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"text_encoder_select_layers": [1, 3]}))
+    with pytest.raises(PluginError, match="text_encoder has 2 layers, and Krea2Pipeline takes layer 3's output"):
+        latentmill.registry.build("stage", {"name": "pipeline_encode", "path": str(folder)})
+
+
 def test_steps_that_the_model_s_own_sigmas_do_not_have_are_the_row_s_error(model, tmp_path):
     """With ``sample_sigmas`` the pipeline makes as many steps as there are, whatever it is told."""
     folder = shutil.copytree(model("QwenImage21Pipeline"), tmp_path / "model")

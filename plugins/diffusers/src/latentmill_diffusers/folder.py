@@ -409,12 +409,13 @@ def pipeline_class(folder: Folder) -> Any:
 def require_layers(folder: Folder, clip_skip: int | None = None) -> None:
     """Raise ValueError if a text encoder has fewer layers than the pipeline takes its output from, or than are to be skipped.
 
-    FLUX.2's takes three from the middle (``text_encoder_out_layers``).
+    FLUX.2's takes three from the middle, as its call has them by default (``text_encoder_out_layers``), and Krea 2's those that
+    the model's index names (``text_encoder_select_layers``).
     """
     given = inspect.signature(pipeline_class(folder).__call__).parameters.get("text_encoder_out_layers")
-    taken = max(given.default) if given is not None else 0
+    taken = max(given.default if given is not None else folder.index.get("text_encoder_select_layers") or [0])
     for part in folder.index:
-        if not part.startswith("text_encoder") or not (found := folder.class_of(part)):
+        if not re.fullmatch(r"text_encoder(_\d)?", part) or not (found := folder.class_of(part)):
             continue
         cls = part_class(*found)
         if taken or (clip_skip is not None and cls.__name__.startswith("CLIPText")):

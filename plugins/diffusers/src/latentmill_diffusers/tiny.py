@@ -145,7 +145,7 @@ def deep_compression(channels: int = 4) -> Any:
         for half in ("encoder", "decoder")
         for name, value in {
             "block_types": ("ResBlock", "EfficientViTBlock"),
-            "block_out_channels": (8, 8),
+            "block_out_channels": (max(8, channels),) * 2,
             "qkv_multiscales": ((), (5,)),
             "layers_per_block": (1, 1),
         }.items()
