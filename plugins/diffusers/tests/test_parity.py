@@ -67,8 +67,7 @@ def theirs(folder, name, prompts, prepare=lambda pipeline: None):
     last = {}
     told = {
         "num_inference_steps": STEPS,
-        "guidance_scale": GUIDANCE,
-        "true_cfg_scale": GUIDANCE,
+        "true_cfg_scale" if name == "QwenImagePipeline" else "guidance_scale": GUIDANCE,
         "height": SIZE[0],
         "width": SIZE[1],
         "use_resolution_binning": False,
