@@ -36,7 +36,7 @@ UNGUIDED_WITHOUT = ("QwenImagePipeline", "schnell")
 def rows_for(name, negatives):
     channels, downscale = SPACES.get(name, (4, 2))
     cube = channels * downscale
-    sizes = [(cube, cube), (64, 32), (32, 48)]
+    sizes = [(cube, cube), (64, 32), (32, 64)]
     return [
         {
             "prompt": "a red fox",
