@@ -144,17 +144,17 @@ class Folder:
         """Pixels of the picture per pixel of the VAE's latents, on each side."""
         return downscale_of(self.config("vae"))
 
-    def load_pipeline(self, dtype: torch.dtype, weights: bool = True, **options: Any) -> Any:
+    def load_pipeline(self, dtype: torch.dtype, encoders: bool = True, **options: Any) -> Any:
         """The model's pipeline with its text encoders, tokenizers and scheduler, and none of the other parts.
 
-        ``options`` are for loading each text encoder; without ``weights`` there are none.
+        ``options`` are for loading each text encoder; without ``encoders`` there are none.
         """
         import diffusers
 
         parts = {name: found for name in self.index if (found := self.class_of(name))}
         given: dict[str, Any] = {
             name: self.load(part_class(*found), name, dtype, **options)
-            if weights and name.startswith("text_")
+            if encoders and name.startswith("text_")
             else None
             for name, found in parts.items()
             if not name.startswith(("tokenizer", "scheduler"))

@@ -120,7 +120,7 @@ class _Said:
 
 def without_weights(folder: Folder, parts: Sequence[str]) -> Watched:
     """A model's pipeline that encodes prompts without weights, to see what its tokenizers cut off."""
-    pipeline = folder.load_pipeline(torch.float32, weights=False)
+    pipeline = folder.load_pipeline(torch.float32, encoders=False)
     for part in parts:
         pipeline.__dict__[part] = Silent(folder, part)  # diffusers would look for a place of its class
     return Watched(pipeline)
