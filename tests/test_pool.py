@@ -78,7 +78,11 @@ class Write(Stage):
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    there = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 2})
+    with (
+        pytest.MonkeyPatch.context() as environment
+    ):  # for the stages below: the working directory is on no worker's path
+        environment.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+        there = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 2})
     try:
         connect(there.address)
         yield there

@@ -211,7 +211,7 @@ def test_columns_are_renamed_by_a_setting(tmp_path, latentmill, pictures, rows):
     [
         ("{prompt: caption}", "has no column caption (source.columns), only prompt, seed"),
         ("{caption: prompt}", "columns: caption is no column of ours; there are: prompt, negative_prompt"),
-        ("{prompt: 7}", "columns: prompt must be the name of a column in the file, not 7"),
+        ("{prompt: 7}", "has no column 7 (source.columns), only prompt, seed"),
         ("prompt", "columns must be as {prompt: caption}, not 'prompt'"),
     ],
 )

@@ -164,7 +164,7 @@ class Folder:
         if "requires_safety_checker" in self.index:
             given["requires_safety_checker"] = False  # it would say at each start that there is none
         for name in parts:
-            if weights and name.startswith(("tokenizer", "scheduler")):
+            if encoders and name.startswith(("tokenizer", "scheduler")):
                 record(*self.files(name))
         with _naming(self.root):
             return getattr(diffusers, self.pipeline).from_pretrained(self.root, local_files_only=True, **given)
