@@ -213,7 +213,7 @@ def _check_grid(job: Job, built: Parts) -> None:
             own = built.scheduler.start(path, steps, steps, (built.vae.spec.channels, 64, 64))
         except ValueError as error:
             raise registry.PluginError(f"{job.name}: scheduler {name}: {error}") from error
-    if own is not None and grid != "trailing":
+    if own is not None and grid not in ("trailing", own.grid):
         raise PlanError(f"{job.name}: scheduler {name} has a grid of its own: leave scheduler.grid out")
     with registry.asking(built.denoiser):
         try:

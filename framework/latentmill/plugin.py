@@ -166,6 +166,8 @@ class Start:
     """The row's latent at its first time is ``alpha * x0 + sigma * noise``."""
     scale: float
     """Standard deviation of the noise that a row without picture or latents starts from."""
+    grid: str = "trailing"
+    """What a job's ``scheduler.grid`` may be: its default, or the name of the grid that these times are."""
 
 
 class Scheduler(Plugin, ABC):
