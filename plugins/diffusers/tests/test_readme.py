@@ -1,6 +1,5 @@
 """The README's table of families is what the table in the code and the tiny models say."""
 
-import json
 from pathlib import Path
 
 from latentmill_diffusers import tiny
@@ -18,8 +17,8 @@ def table(model):
         index = Folder(str(model(pipeline))).index
         texts = [index[name][1] for name in sorted(index) if name.startswith("text_encoder") and index[name][0]]
         scheduler = index["scheduler"][1]
-        config = json.loads((model(pipeline) / "scheduler" / "scheduler_config.json").read_text())
-        tested = f"{scheduler} = {solver_of(scheduler, config)[0]}"
+        solver = solver_of(Folder(str(model(pipeline))))
+        tested = f"{scheduler} = {solver}" if solver else f"{scheduler}, traced"
         cells = (
             family.name,
             f"`{pipeline}`",

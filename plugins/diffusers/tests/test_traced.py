@@ -543,7 +543,7 @@ def test_a_job_that_can_not_be_is_refused_before_it_starts(tmp_path):
     on = ["cluster=inline", f"output={tmp_path}"]
     with pytest.raises(PlanError, match="scheduler DDIMScheduler has a grid of its own: leave scheduler.grid out"):
         latentmill.run("txt2img", [*on, "scheduler=DDIMScheduler", "scheduler.grid=karras"])
-    with pytest.raises(PlanError, match="another noise path than the denoiser: give scheduler.path"):
+    with pytest.raises(ValueError, match="another noise path than the denoiser: give scheduler.path"):
         latentmill.run("txt2img", [*on, "scheduler=diffusers:FlowMatchEulerDiscreteScheduler"])
 
 

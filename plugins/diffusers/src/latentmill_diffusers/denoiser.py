@@ -14,14 +14,7 @@ from latentmill_diffusers import lora
 from latentmill_diffusers.families import NO_NEGATIVE, Family, Network, family_of
 from latentmill_diffusers.folder import LOCATION, Folder, completed, dtype_of, part_class
 from latentmill_diffusers.lora import loras_of
-from latentmill_diffusers.scheduler import (
-    path_of,
-    prediction_of,
-    scheduler_of,
-    starts_with_unit_variance,
-    times_of,
-    told_of,
-)
+from latentmill_diffusers.schedule import path_of, prediction_of, scheduler_of, starts_with_unit_variance, times_of
 
 
 class DiffusersDenoiser(Denoiser):
@@ -162,7 +155,7 @@ class DiffusersDenoiser(Denoiser):
         # Not the guidance scale: what is made of it, in steps of a thousandth, would be another in bfloat16.
         plain = {n for n, v in conditioning.items() if n == "guidance_scale" or not v.is_floating_point()}
         told = {n: v if n in plain else v.to(self.logical) for n, v in conditioning.items()}
-        timestep = told_of(self.scheduler, self.path.timestep(t))
+        timestep = self.path.timestep(t)
         if self.family.told is not None:
             timestep = self.family.told(self.scheduler.config, timestep, x.shape[1:])
         predicted = self._called(self._network, x.to(self.logical), timestep.to(x.device, torch.float32), told)

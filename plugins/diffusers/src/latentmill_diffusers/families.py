@@ -248,7 +248,11 @@ def unpatched(tokens: Tensor, height: int, width: int) -> Tensor:
 
 def sd3_schedule(config: Any, steps: int, shape: Sequence[int]) -> dict[str, Any]:
     """A shift that grows with the number of tokens, for the models that want one."""
-    return {"mu": shift(config, (shape[-2] // 2) * (shape[-1] // 2), most=1.16)} if config.use_dynamic_shifting else {}
+    return (
+        {"mu": shift(config, (shape[-2] // 2) * (shape[-1] // 2), most=1.16)}
+        if config.get("use_dynamic_shifting")
+        else {}
+    )
 
 
 def flux_schedule(config: Any, steps: int, shape: Sequence[int]) -> dict[str, Any]:

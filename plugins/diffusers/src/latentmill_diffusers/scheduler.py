@@ -1,197 +1,193 @@
-"""What a model's ``scheduler_config.json`` says: noise path, prediction, grid and solver, each in our terms."""
+"""``scheduler=model``: what the model's own ``scheduler_config.json`` says, all of it.
+
+Where one of our solvers is the same as the class it is taken: its rows begin at any time, and go on with latents that another
+model left half-way. Everywhere else the class itself is traced (see ``traced``), on the grid that it makes. Which of the two it is
+is measured: settings decide it, and those of a newer diffusers, too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import hashlib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from latentmill.plugin import Field, NoisePath, Prediction, Scheduler, State
-from latentmill.schedulers.consistency import LCM, TCD
-from latentmill.schedulers.dpmpp import DPMpp2M, DPMpp2MSDE, DPMppSDE
+from latentmill.plugin import Field, NoisePath, Prediction, Scheduler, Start, State
+from latentmill.schedulers.dpmpp import DPMpp2M, DPMppSDE
 from latentmill.schedulers.euler import Euler, EulerAncestral
 from latentmill.schedulers.heun import DPM2, DPM2Ancestral, Heun
-from latentmill.schedulers.multistep import DEIS, LMS, PNDM
-from latentmill.schedulers.paths import VP, Flow
+from latentmill.schedulers.multistep import LMS, PNDM
 from latentmill.schedulers.unipc import UniPC
+from latentmill_diffusers import traced
+from latentmill_diffusers.families import FAMILIES
 from latentmill_diffusers.folder import LOCATION, Folder
-from latentmill_diffusers.traced import TRACED
+from latentmill_diffusers.schedule import (
+    changed,
+    mended,
+    path_of,
+    prediction_of,
+    said,
+    scheduler_of,
+    set_timesteps,
+    starts_with_unit_variance,
+    times_of,
+)
 
-PART = "scheduler"
-NEAR = 1e-3
-"""Of a timestep: what float32 makes of a whole one is taken for it."""
-IN_SIGMA = ("Euler", "Heun", "KDPM2", "LMS", "DPMSolverSDE")
-"""Schedulers of diffusers that keep ``x / alpha``, and begin with the noise that their spacing says."""
-PREDICTIONS: dict[str, Prediction] = {
-    "epsilon": "epsilon",
-    "v_prediction": "v",
-    "sample": "sample",
-    "flow_prediction": "flow",
+SOLVERS: dict[str, tuple[str, type[Scheduler]]] = {
+    "DDIMScheduler": ("euler", Euler),
+    "DDPMScheduler": ("euler_ancestral", EulerAncestral),
+    "DPMSolverMultistepScheduler": ("dpmpp_2m", DPMpp2M),
+    "DPMSolverSDEScheduler": ("dpmpp_sde", DPMppSDE),
+    "EulerAncestralDiscreteScheduler": ("euler_ancestral", EulerAncestral),
+    "EulerDiscreteScheduler": ("euler", Euler),
+    "FlowMatchEulerDiscreteScheduler": ("euler", Euler),
+    "HeunDiscreteScheduler": ("heun", Heun),
+    "KDPM2AncestralDiscreteScheduler": ("dpm2_ancestral", DPM2Ancestral),
+    "KDPM2DiscreteScheduler": ("dpm2", DPM2),
+    "LMSDiscreteScheduler": ("lms", LMS),
+    "PNDMScheduler": ("pndm", PNDM),
+    "UniPCMultistepScheduler": ("unipc", UniPC),
 }
+"""Our solver, by its name and class, that may be the same as a class of diffusers, if its settings let it."""
+SAME = 1e-6
+"""Relative difference of latents up to which our solver is the same: what diffusers' float32 sigmas make of float64."""
+TRIED = (5, 25)
+"""Numbers of steps that are compared: some classes lower their order at the end of fewer than 15."""
 
 
-def scheduler_of(folder: Folder) -> Any:
-    """A new scheduler of diffusers, as the model's config says. Raises ValueError if there is none of its name."""
-    import diffusers
+def solver_of(folder: Folder) -> str:
+    """Our solver that is the same as a model's scheduler, by its name; "" where there is none, and the class itself is traced.
 
-    found = folder.class_of(PART)
-    cls = getattr(diffusers, found[1], None) if found else None
-    if cls is None:
-        raise ValueError(f"{folder / PART}: the installed diffusers has no scheduler {found[1] if found else 'there'}")
-    return cls.from_config(folder.config(PART))
-
-
-def is_flow(scheduler: Any) -> bool:
-    """Whether it is of a flow path."""
-    config = scheduler.config
-    flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
-    return bool(flow) or type(scheduler).__name__.startswith("FlowMatch")
-
-
-def path_of(scheduler: Any) -> NoisePath:
-    """The noise path. Raises ValueError for betas that are listed one by one."""
-    if is_flow(scheduler):
-        return Flow()
-    config = scheduler.config
-    if config.get("trained_betas") is not None or "beta_schedule" not in config:
-        raise ValueError(f"{type(scheduler).__name__}: only paths of a beta_schedule, and flow paths, are known here")
-    return VP(
-        betas=config.beta_schedule,
-        beta_start=config.beta_start,
-        beta_end=config.beta_end,
-        steps=config.num_train_timesteps,
-        zero_terminal_snr=bool(config.get("rescale_betas_zero_snr")),
-    )
-
-
-def prediction_of(scheduler: Any) -> Prediction:
-    """What the network predicts. Raises ValueError for a name that we don't know."""
-    name = "flow_prediction" if is_flow(scheduler) else scheduler.config.get("prediction_type", "epsilon")
-    if name not in PREDICTIONS:
-        raise ValueError(f"prediction_type {name!r}: expected {', '.join(PREDICTIONS)}")
-    return PREDICTIONS[name]
-
-
-def starts_with_unit_variance(scheduler: Any) -> bool:
-    """Whether the pipelines begin with noise of variance 1, and not sigma squared, at the first time."""
-    if type(scheduler).__name__.startswith(IN_SIGMA):
-        return scheduler.config.get("timestep_spacing") not in ("linspace", "trailing")
-    return True
-
-
-def times_of(scheduler: Any, path: NoisePath, steps: int, told: dict[str, Any]) -> Tensor:
-    """The times of ``set_timesteps``, float64 ``[steps + 1]``: its sigmas where it has such, its timesteps elsewhere.
-
-    ``told`` is what a pipeline gives it besides the number of steps: ``sigmas`` and ``mu``, where it takes them.
+    Raises ValueError, in the class's words, for settings that it can't have.
     """
-    import inspect
-
-    known = inspect.signature(scheduler.set_timesteps).parameters
-    told = {name: value for name, value in told.items() if name in known}
-    if "sigmas" in told and scheduler.config.get("use_flow_sigmas"):
-        del told["sigmas"]
-    scheduler.set_timesteps(**{"num_inference_steps": steps, **told})
-    sigmas = getattr(scheduler, "sigmas", None)
-    if isinstance(path, Flow):
-        # A single step stretched to end at shift_terminal is 0/0.
-        return sigmas.double().nan_to_num(nan=1.0).unique_consecutive().clamp(max=1.0)
-    assert isinstance(path, VP)
-    if sigmas is not None and type(scheduler).__name__ not in ("DDPMScheduler", "PNDMScheduler"):
-        times = path.time(sigmas.double().unique_consecutive())
-    else:
-        # The second of PNDM's timesteps stands there twice.
-        at = torch.as_tensor(scheduler.timesteps).double().unique_consecutive()
-        clean = float(getattr(scheduler, "final_alpha_cumprod", 1.0)) == 1.0
-        times = torch.cat([(at + 1) / path.steps, torch.tensor([0.0 if clean else 1 / path.steps])])
-    whole = (times * path.steps).round()
-    return torch.where((times * path.steps - whole).abs() < NEAR, whole / path.steps, times)
-
-
-def told_of(scheduler: Any, timestep: Tensor) -> Tensor:
-    """What the network is told of a timestep: some schedulers of diffusers know whole ones only."""
-    if not type(scheduler).__name__.startswith(("DPMSolverMultistep", "DEIS", "SASolver", "UniPC")):
-        return timestep
-    return (timestep + NEAR).floor() if is_flow(scheduler) else timestep.round()
+    scheduler = scheduler_of(folder)
+    name = type(scheduler).__name__
+    if name not in SOLVERS:
+        return ""
+    label, solver = SOLVERS[name]
+    schedule = FAMILIES[folder.pipeline].schedule if folder.pipeline in FAMILIES else lambda config, steps, shape: {}
+    if name == "PNDMScheduler":  # its formula is of epsilon, and it mixes the v of several times
+        scheduler = changed(scheduler, prediction_type="epsilon")
+    for steps in TRIED:
+        told = schedule(scheduler.config, steps, traced.REFERENCE_SHAPE)
+        try:
+            wanted = _itself(copy.deepcopy(scheduler), steps, told)
+        except ValueError:
+            raise
+        except Exception as error:  # whatever the class has against its settings
+            raise ValueError(f"{name}: {said(error)}") from error
+        found = _by(solver(), copy.deepcopy(scheduler), steps, told)
+        if found is None or not float((found - wanted).norm()) <= SAME * float(wanted.norm()):
+            return ""
+    return label
 
 
-OURS = {
-    "DPMSolverMultistepScheduler": {"solver_order": 2, "solver_type": "midpoint", "euler_at_final": False},
-    "PNDMScheduler": {"skip_prk_steps": True},
-    "UniPCMultistepScheduler": {"predict_x0": True, "disable_corrector": []},
-}
-"""Settings with which our solver is the same as the class: of others it would make other pictures."""
+PIXELS = torch.linspace(-1.5, 1.5, 12, dtype=torch.float64).reshape(1, 3, 2, 2)
 
 
-def solver_of(name: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Our solver, by its name in SOLVERS, and its settings, for diffusers' scheduler of that class and whole config. Raises ValueError."""
-    other = [f"{key}: {config[key]}" for key, value in OURS.get(name, {}).items() if config.get(key, value) != value]
-    if config.get("thresholding") or (config.get("clip_sample") and name.startswith(("DDIM", "DDPM", "LCM", "TCD"))):
-        other.append("estimates that are clipped")
-    solver = NAMES.get(name, "")
-    settings: dict[str, Any] = {}
-    if name == "DPMSolverMultistepScheduler":
-        algorithm = config.get("algorithm_type", "dpmsolver++")
-        solver = {"dpmsolver++": "dpmpp_2m", "sde-dpmsolver++": "dpmpp_2m_sde"}.get(algorithm, "")
-    elif name in ("DEISMultistepScheduler", "UniPCMultistepScheduler"):
-        settings["max_order"] = config.get("solver_order", 2)
-        if name == "UniPCMultistepScheduler":
-            settings["variant"] = config.get("solver_type", "bh2")
-    if other or not solver:
-        itself = f", or the class itself, scheduler=diffusers:{name} scheduler.path=..." if name in TRACED else ""
-        told = f" with {' and '.join(other)}" if other else ""
-        raise ValueError(
-            f"{name}{told} has no counterpart among our solvers: choose one of those, as scheduler=dpmpp_2m{itself}"
-        )
-    return solver, settings
+def _network(x: Tensor, timestep: Tensor) -> Tensor:
+    """What stands for a network: smooth, and not linear in latents and timestep."""
+    return 0.6 * x + torch.tanh(0.5 * x.roll(1, 1) + PIXELS * torch.cos(timestep.double() / 300))
 
 
-NAMES = {
-    "DDIMScheduler": "euler",
-    "DDPMScheduler": "euler_ancestral",
-    "DEISMultistepScheduler": "deis",
-    "DPMSolverSDEScheduler": "dpmpp_sde",
-    "EulerAncestralDiscreteScheduler": "euler_ancestral",
-    "EulerDiscreteScheduler": "euler",
-    "FlowMatchEulerDiscreteScheduler": "euler",
-    "FlowMatchHeunDiscreteScheduler": "heun",
-    "HeunDiscreteScheduler": "heun",
-    "KDPM2AncestralDiscreteScheduler": "dpm2_ancestral",
-    "KDPM2DiscreteScheduler": "dpm2",
-    "LCMScheduler": "lcm",
-    "FlowMatchLCMScheduler": "lcm",
-    "LMSDiscreteScheduler": "lms",
-    "PNDMScheduler": "pndm",
-    "TCDScheduler": "tcd",
-    "UniPCMultistepScheduler": "unipc",
-}
-SOLVERS: dict[str, type[Scheduler]] = {
-    "deis": DEIS,
-    "dpm2": DPM2,
-    "dpm2_ancestral": DPM2Ancestral,
-    "dpmpp_2m": DPMpp2M,
-    "dpmpp_2m_sde": DPMpp2MSDE,
-    "dpmpp_sde": DPMppSDE,
-    "euler": Euler,
-    "euler_ancestral": EulerAncestral,
-    "heun": Heun,
-    "lcm": LCM,
-    "lms": LMS,
-    "pndm": PNDM,
-    "tcd": TCD,
-    "unipc": UniPC,
-}
+def _noise(timestep: Tensor) -> Tensor:
+    """What stands for the noise that is drawn at a timestep."""
+    return torch.sin(7 * PIXELS + timestep.double() / 1000)
+
+
+class _Drawn(TorchFunctionMode):
+    """Who draws noise gets what stands for it."""
+
+    def __init__(self, noise: Tensor) -> None:
+        self.noise = noise
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.randn, torch.randn_like):
+            return self.noise.to(kwargs.get("dtype") or torch.float64)
+        return func(*args, **kwargs)
+
+
+def _itself(scheduler: Any, steps: int, told: Mapping[str, Any]) -> Tensor:
+    """The final latents of a scheduler of diffusers."""
+    set_timesteps(scheduler, steps, told)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    parameters = inspect.signature(scheduler.step).parameters
+    # Of a Brownian tree we have no counterpart: without noise the rest of the step is the same or not.
+    given = {"s_noise": 0.0} if _is_brownian(scheduler) else {"eta": 0.0} if "eta" in parameters else {}
+    x = _noise(torch.tensor(-1.0)) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    for k, t in enumerate(scheduler.timesteps):
+        taken = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        with _Drawn(_noise(t)):
+            x = traced.step(scheduler, scheduler.timesteps, k, _network(taken, t), x, given)
+    return x
+
+
+def _by(solver: Scheduler, scheduler: Any, steps: int, told: Mapping[str, Any]) -> Tensor | None:
+    """The final latents of our solver on the grid of a scheduler of diffusers; None if that isn't one of as many steps."""
+    path = path_of(scheduler)
+    times = times_of(scheduler, path, steps, told)
+    if len(times) != steps + 1 or not bool((times.diff() < 0).all()):
+        return None
+    field = _Model(path, prediction_of(scheduler), not _is_brownian(scheduler))
+    scale = 1.0 if starts_with_unit_variance(scheduler) else float(path.scale(times[0])[1])
+    x = scale * _noise(torch.tensor(-1.0))
+    state = solver.init(field, x, times[:1])
+    for t, s in zip(times[:, None], times[1:, None]):
+        x, state = solver.step(field, x, t, s, state)
+    return x
+
+
+def _is_brownian(scheduler: Any) -> bool:
+    return "noise_sampler_seed" in scheduler.config
+
+
+class _Model(Field):
+    def __init__(self, path: NoisePath, prediction: Prediction, noisy: bool) -> None:
+        self.path, self.prediction, self.noisy = path, prediction, noisy
+
+    def scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self.path.scale(t)
+        return alpha.reshape(-1, 1, 1, 1), sigma.reshape(-1, 1, 1, 1)
+
+    def time(self, ratio: Tensor) -> Tensor:
+        return self.path.time(ratio.flatten())
+
+    def clean(self, x: Tensor, t: Tensor) -> Tensor:
+        answer, (alpha, sigma) = _network(x, self.path.timestep(t)), self.scale(t)
+        of_x, of_answer = {
+            "sample": (0.0 * sigma, 0.0 * sigma + 1),
+            "epsilon": (1 / alpha, -sigma / alpha),
+            "v": (alpha, -sigma),
+            "flow": (0.0 * sigma + 1, -sigma),
+        }[self.prediction]
+        return of_x * x + of_answer * answer
+
+    def noise(self, t: Tensor, s: Tensor) -> Tensor:
+        return self.noisy * _noise(self.path.timestep(t))
 
 
 @cache
-def _built(name: str, settings: tuple[tuple[str, Any], ...]) -> Scheduler:
-    return SOLVERS[name](**dict(settings))
+def _built(solver: str, name: str, settings: str) -> Scheduler:
+    if solver:
+        return SOLVERS[name][1]()
+    cls: type[traced.Traced] = getattr(traced, name)
+    return cls.of(settings)
 
 
 class ModelScheduler(Scheduler):
-    """Our counterpart of the scheduler that the model at ``path`` names, with the settings of its config."""
+    """The scheduler that the model at ``path`` names, with the settings of its config, as its pipeline has them.
+
+    Raises ValueError, saying what to take instead, if it can't be followed.
+    """
 
     contract = 1
     libraries = ("diffusers",)
@@ -199,17 +195,59 @@ class ModelScheduler(Scheduler):
 
     def __init__(self, path: str = "", revision: str | None = None, config: str | None = None) -> None:
         folder = Folder(path, revision, config)
-        found = folder.class_of(PART)
-        self.solver, settings = solver_of(found[1] if found else "None", scheduler_of(folder).config)
-        self.settings = tuple(sorted(settings.items()))
-        ours = _built(self.solver, self.settings)
-        self.order, self.evaluations, self.stochastic = ours.order, ours.evaluations, ours.stochastic  # type: ignore[misc]
+        try:
+            scheduler = scheduler_of(folder)
+            cls = type(scheduler)
+            self.name, self.settings = cls.__name__, ""
+            path_of(scheduler)
+            self.solver = solver_of(folder)
+            """Our solver; "" if the class itself is traced."""
+            if not self.solver:
+                self.settings = self._settings(cls, folder)
+            inner = self._inner
+        except ValueError as error:
+            raise ValueError(
+                f"{error} ({folder / 'scheduler'}): take another, as scheduler=dpmpp_2m, or model=pipeline, which runs the model "
+                "by its own"
+            ) from error
+        self.order, self.evaluations, self.stochastic = inner.order, inner.evaluations, inner.stochastic  # type: ignore[misc]
+        self.mended = mended(folder)
+
+    def _settings(self, cls: type, folder: Folder) -> str:
+        """Those of the traced class."""
+        if self.name not in traced.TRACED:
+            why = traced.REFUSED.get(self.name, "it is none that is known here")
+            raise ValueError(f"{self.name}: {why}")
+        more: dict[str, Any] = {}
+        if self.name == "PNDMScheduler":
+            more = {"prediction_type": "epsilon"}
+        elif "eta" in inspect.signature(cls.step).parameters:  # type: ignore[attr-defined]
+            more = {"eta": 0.0}  # the pipelines' default, whatever the class's
+        return traced.settings_of(folder, more)
 
     def fingerprint(self) -> str:
-        return f"{self.solver} {dict(self.settings)}"  # all that it takes from the model; the rest is the denoiser's
+        # All that it takes from the model; the rest is the denoiser's.
+        return f"{self.solver or self.name} {hashlib.blake2b(self.settings.encode(), digest_size=8).hexdigest()}"
+
+    def notices(self) -> Sequence[str]:
+        """What the model's pipeline changes in its scheduler's config."""
+        return [f"scheduler model: {said} in {self.name}, as the model's pipeline has it" for said in self.mended]
+
+    def start(self, path: NoisePath, steps: int, kept: int, shape: Sequence[int]) -> Start | None:
+        if not self.solver and self.name == "PNDMScheduler" and kept < steps:
+            raise ValueError(
+                "PNDMScheduler with skip_prk_steps: false begins with its Runge-Kutta steps, and can't begin in the middle, "
+                "from a picture: scheduler=pndm can"
+            )
+        start = self._inner.start(path, steps, kept, shape)
+        return None if start is None else replace(start, grid="model")
 
     def init(self, field: Field, x: Tensor, t: Tensor) -> State:
-        return _built(self.solver, self.settings).init(field, x, t)
+        return self._inner.init(field, x, t)
 
     def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:
-        return _built(self.solver, self.settings).step(field, x, t, s, state)
+        return self._inner.step(field, x, t, s, state)
+
+    @property
+    def _inner(self) -> Scheduler:
+        return _built(self.solver, self.name, self.settings)

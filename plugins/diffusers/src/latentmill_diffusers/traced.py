@@ -21,7 +21,7 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, ClassVar, TypeAlias
@@ -33,7 +33,9 @@ from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
 from latentmill.plugin import Field, NoisePath, Scheduler, Start, State
+from latentmill_diffusers.families import FAMILIES, shift
 from latentmill_diffusers.folder import Folder
+from latentmill_diffusers.schedule import FLOWS, PREDICTIONS, changed, is_flow, mend, require_known, said, set_timesteps
 
 TRACED: dict[str, tuple[int, int, bool]] = {
     "CogVideoXDDIMScheduler": (1, 1, False),
@@ -94,16 +96,14 @@ REFUSED: dict[str, str] = {
 }
 """Why the others of diffusers' schedulers are none of ours."""
 
-PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample", "flow_prediction": "flow"}
-"""Their names of what a network predicts, and ours."""
 BETAS = {"beta_start", "beta_end", "beta_schedule", "trained_betas", "snr_shift_scale", "rescale_betas_zero_snr"}
 """Settings that say what the noise path is."""
 Scale: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 """alpha and sigma at times: a path's or a field's."""
 Limit: TypeAlias = Callable[[Tensor], Tensor]
 """What clipping or thresholding makes of latents, row by row."""
-REFERENCE = 20
-"""Steps of the run that says how much a scheduler remembers at most."""
+REFERENCE, REFERENCE_SHAPE = 20, (4, 64, 64)
+"""Steps of the run that says how much a scheduler remembers at most, and the shape of its latents."""
 UNIT = 1024.0
 """What latents are multiplied with to see whether a scheduler is linear: a power of two, so that nothing is rounded."""
 
@@ -116,6 +116,8 @@ class Table:
     """``[G]``, float64."""
     mixed: Tensor
     """``[G, 2]``: alpha and sigma that the scheduler takes the sample for; NaN if it doesn't say."""
+    path: Tensor | None
+    """``[N, 2]``: alpha and sigma of the scheduler's own noise path at its N timesteps; None if it doesn't say."""
     calls: list[int]
     """``[G + 1]``: group g is the calls from ``calls[g]`` to ``calls[g + 1]``."""
     weights: Tensor
@@ -155,31 +157,47 @@ class Traced(Scheduler):
     diffusers_class: ClassVar[str]
 
     def __init__(self, path: str = "", revision: str | None = None, **settings: Any) -> None:
-        taken = Folder(path, revision).config("scheduler") if path else {}
-        self.taken = taken
-        self.settings = json.dumps({"config": taken, **settings}, sort_keys=True)
-        config = _make(self.diffusers_class, self.settings)[0].config
-        self.steps = (
-            0 if taken or BETAS & set(settings) or "trained_betas" not in config else config["num_train_timesteps"]
-        )
-        self.dynamic = bool(config.get("use_dynamic_shifting"))
+        self._set(settings_of(Folder(path, revision) if path else None, settings))
+
+    @classmethod
+    def of(cls, settings: str) -> Traced:
+        """With all that ``settings_of`` says."""
+        scheduler = cls.__new__(cls)
+        scheduler._set(settings)
+        return scheduler
+
+    def _set(self, settings: str) -> None:
+        self.settings, told = settings, json.loads(settings)
+        made = _make(self.diffusers_class, self.settings)
+        config = made.scheduler.config
+        self.mended = made.mended
+        own = told["config"] or BETAS & set(told) or "trained_betas" not in config
+        self.steps = 0 if own else config["num_train_timesteps"]
         self.prediction = _prediction(self.diffusers_class, config)
-        self.memory = _trace(
-            self.diffusers_class, self.settings, REFERENCE, 0, 64 * 64 if self.dynamic else 0, b""
-        ).memory
+        grid = _told(self.diffusers_class, self.settings, REFERENCE, REFERENCE_SHAPE)
+        self.memory = _trace(self.diffusers_class, self.settings, REFERENCE, 0, grid, b"").memory
 
     def fingerprint(self) -> str:
         import diffusers
 
-        config = json.dumps(self.taken, sort_keys=True).encode()
-        of_model = f" {hashlib.blake2b(config, digest_size=8).hexdigest()}" if self.taken else ""
+        config = json.loads(self.settings)["config"]
+        text = json.dumps(config, sort_keys=True).encode()
+        of_model = f" {hashlib.blake2b(text, digest_size=8).hexdigest()}" if config else ""
         return f"diffusers {diffusers.__version__}{of_model}"
+
+    def notices(self) -> Sequence[str]:
+        """What the model's pipeline changes in its scheduler's config."""
+        return [f"scheduler {self.diffusers_class}: {said}, as the model's pipeline has it" for said in self.mended]
 
     def start(self, path: NoisePath, steps: int, kept: int, shape: Sequence[int]) -> Start:
         table = self._table(self._betas(path.scale), steps, steps - kept, shape)
         times = _times(path, table.timesteps, table.mixed)
-        wanted = torch.stack(path.scale(times), 1)
-        if not bool((table.mixed.isnan() | torch.isclose(table.mixed, wanted, rtol=0.01, atol=0.01)).all()):
+        wanted = ours = torch.stack(path.scale(times), 1)
+        theirs = table.mixed
+        if table.path is not None:
+            theirs, count = table.path, len(table.path)
+            ours = torch.stack(path.scale(torch.arange(1, count + 1, dtype=torch.float64) / count), 1)
+        if not bool((theirs.isnan() | torch.isclose(theirs, ours, rtol=0.01, atol=0.01)).all()):
             raise ValueError(
                 f"{self.diffusers_class} has another noise path than the denoiser: give scheduler.path, the model's folder, "
                 "or beta_schedule, beta_start and beta_end as it was trained"
@@ -218,8 +236,8 @@ class Traced(Scheduler):
         return _betas(scale, self.steps) if self.steps else b""
 
     def _table(self, betas: bytes, steps: int, begin: int, shape: Sequence[int]) -> Table:
-        area = math.prod(shape[-2:]) if self.dynamic else 0
-        table = _trace(self.diffusers_class, self.settings, steps, begin, area, betas)
+        told = _told(self.diffusers_class, self.settings, steps, tuple(shape))
+        table = _trace(self.diffusers_class, self.settings, steps, begin, told, betas)
         if table.memory > self.memory:
             raise ValueError(
                 f"{self.diffusers_class} remembers more in {steps} steps than in {REFERENCE}: it isn't traced"
@@ -239,7 +257,7 @@ def _times(path: NoisePath, timesteps: Tensor, mixed: Tensor) -> Tensor:
     """The times at which networks are told these timesteps; of a path whose timesteps aren't linear in t, by sigma / alpha."""
     first, last = path.timestep(torch.tensor([0.0, 1.0], dtype=torch.float64))
     times = (timesteps - first) / (last - first)
-    if not torch.allclose(path.timestep(times), timesteps):
+    if not bool(first.isfinite()) or not torch.allclose(path.timestep(times), timesteps):
         times = path.time(mixed[:, 1] / mixed[:, 0])
     return times.clamp(max=1.0)
 
@@ -267,20 +285,19 @@ def _sum(weights: Tensor, vectors: Sequence[Any]) -> Tensor:
 
 
 @lru_cache(maxsize=1024)
-def _trace(name: str, settings: str, steps: int, begin: int, area: int, betas: bytes) -> Table:
-    """The table of a class's last ``steps - begin`` of ``steps`` steps, for latents of ``area`` pixels where the grid asks."""
-    scheduler, in_step, trailing = _make(name, settings, betas)
-    grid: dict[str, Any] = {"mu": _mu(scheduler.config, area / 4)} if area else {}
-    grid |= {"sigmas": np.linspace(1, 1 / steps, steps).tolist()} if trailing else {"num_inference_steps": steps}
-    try:
-        scheduler.set_timesteps(**grid)
-    except Exception as error:  # numpy's, torch's, diffusers' own
-        raise ValueError(f"{name} has no grid of {steps} steps: {' '.join(str(error).split())}") from error
+def _trace(name: str, settings: str, steps: int, begin: int, told: str, betas: bytes) -> Table:
+    """The table of a class's last ``steps - begin`` of ``steps`` steps; ``told`` is what its grid is told besides."""
+    made = _make(name, settings, betas)
+    scheduler, in_step = copy.deepcopy(made.scheduler), made.in_step
+    set_timesteps(scheduler, steps, json.loads(told))
     begin *= getattr(scheduler, "order", 1)
     timesteps = scheduler.timesteps[begin:]
     if name == "DDPMWuerstchenScheduler":
         timesteps = timesteps[:-1]  # the last is clean, and its pipelines leave it out, too
-    mixed = _mix(scheduler, timesteps)
+    try:
+        mixed = _mix(scheduler, timesteps)
+    except Exception as error:  # of a grid that a class has made wrong
+        raise ValueError(f"{name} can't add noise on its grid of {steps} steps: {said(error)}") from error
     again = copy.deepcopy(scheduler)
     for each in (scheduler, again):
         if hasattr(each, "set_begin_index"):
@@ -289,11 +306,9 @@ def _trace(name: str, settings: str, steps: int, begin: int, area: int, betas: b
     for one, other in zip(calls, _calls(again, timesteps, in_step, UNIT)[1]):
         if not torch.equal(one, other):
             raise ValueError(
-                f"{name} isn't linear in the latents with these settings, and so can't move rows of a mixed batch: "
-                "choose others, or run the model's pipeline as it is (model=pipeline)"
+                f"{name} isn't linear in the latents{_named(scheduler)}, and so can't move rows of a mixed batch: "
+                "choose other settings, or run the model's pipeline as it is (model=pipeline)"
             )
-    if not all(bool(call.isfinite().all()) for call in calls):
-        raise ValueError(f"{name} is not finite in {steps} steps with these settings")
     near_by = 1e-5 * float(timesteps.abs().max())  # KDPM2Ancestral's two of a step differ by rounding
     ends = [0]
     for k in range(1, len(calls)):
@@ -301,28 +316,63 @@ def _trace(name: str, settings: str, steps: int, begin: int, area: int, betas: b
             ends.append(k)
     first = timesteps[ends].double()
     if not bool((first.diff() < 0).all()):
-        raise ValueError(f"{name} has timesteps that don't descend in {steps} steps with these settings")
+        raise ValueError(f"{name} has timesteps that don't descend in {steps} steps{_named(scheduler)}")
     scale = torch.tensor(scales, dtype=torch.float64)
     weights = _packed(calls, scale)
     for start, stop in zip(ends, [*ends[1:], len(calls)]):
         if int(weights[start:stop, :, 2].any(1).sum()) > 1:
             raise ValueError(f"{name} adds noise twice at one timestep: it isn't traced")
     noise = float(getattr(scheduler, "init_noise_sigma", 1.0)) * scales[0]
-    return Table(first, mixed[ends] * scale[ends, None], [*ends, len(calls)], weights, limit, noise)
+    path = None
+    if hasattr(scheduler, "alphas_cumprod") and not is_flow(scheduler):
+        path = torch.stack([scheduler.alphas_cumprod, 1 - scheduler.alphas_cumprod], 1).double().sqrt()
+    return Table(first, mixed[ends] * scale[ends, None], path, [*ends, len(calls)], weights, limit, noise)
 
 
-def _make(name: str, settings: str, betas: bytes = b"") -> tuple[Any, dict[str, Any], bool]:
-    """The scheduler, the settings of its ``step``, and whether its grid is that of trailing sigmas."""
+def settings_of(folder: Folder | None, settings: Mapping[str, Any]) -> str:
+    """The settings of a model's scheduler, and others that go before them, as JSON."""
+    taken = {"config": folder.config("scheduler"), "pipeline": folder.pipeline} if folder else {}
+    return json.dumps({"config": {}, "pipeline": "", **taken, **settings}, sort_keys=True)
+
+
+@lru_cache(maxsize=1024)
+def _told(name: str, settings: str, steps: int, shape: tuple[int, ...]) -> str:
+    """What the grid of ``steps`` is told besides their number, for latents of ``shape``, as JSON."""
+    made, told = _make(name, settings), {}
+    if pipeline := json.loads(settings)["pipeline"]:
+        told = FAMILIES[pipeline].schedule(made.scheduler.config, steps, shape) if pipeline in FAMILIES else {}
+    elif made.scheduler.config.get("use_dynamic_shifting"):  # patches of 2x2, as of FLUX and its like
+        told = {"mu": shift(made.scheduler.config, math.prod(shape[-2:]) / 4)}
+    if made.trailing:
+        told = {**told, "sigmas": np.linspace(1, 1 / steps, steps)}
+    return json.dumps({key: np.asarray(value).tolist() for key, value in told.items()})
+
+
+@dataclass(frozen=True)
+class _Made:
+    scheduler: Any
+    in_step: dict[str, Any]
+    """Settings of its ``step``."""
+    trailing: bool
+    """Whether its grid is that of trailing sigmas."""
+    mended: list[str]
+    """What the model's pipeline changes in its config."""
+
+
+@lru_cache(maxsize=64)
+def _make(name: str, settings: str, betas: bytes = b"") -> _Made:
+    """A scheduler, to be copied before it is used. Raises ValueError for settings that it can't have."""
     import diffusers
 
     cls = getattr(diffusers, name)
     options = json.loads(settings)
-    config = options.pop("config")
+    config, pipeline = options.pop("config"), options.pop("pipeline")
     known, in_step, in_grid = (
         set(inspect.signature(function).parameters) for function in (cls.__init__, cls.step, cls.set_timesteps)
     )
     for_step = {key: options.pop(key) for key in list(options) if key in in_step - known}
     trailing = "sigmas" in in_grid and options.pop("sigmas", None) == "trailing"
+    require_known(name, {**{key: value for key, value in config.items() if key in known}, **options})
     for key in options:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
@@ -330,24 +380,34 @@ def _make(name: str, settings: str, betas: bytes = b"") -> tuple[Any, dict[str, 
     if betas:
         options |= {"trained_betas": np.frombuffer(betas).tolist()}
         options |= {"snr_shift_scale": 1.0} if "snr_shift_scale" in known else {}
-    if "clip_sample" in known - set(config):
+    if "clip_sample" in known and not config:
         options = {"clip_sample": False, **options}
-    return cls.from_config(config, **options) if config else cls(**options), for_step, trailing
+    try:
+        if not config:
+            return _Made(cls(**options), for_step, trailing, [])
+        scheduler = cls.from_config(config)
+        mended = mend(pipeline, scheduler)
+        if options:  # which go before what the pipeline has changed
+            scheduler = changed(scheduler, **options)
+        return _Made(scheduler, for_step, trailing, mended)
+    except Exception as error:  # whatever a class has against its settings
+        raise ValueError(f"{name}: {said(error)}") from error
+
+
+def _named(scheduler: Any) -> str:
+    """A scheduler's settings that are neither its defaults nor of its noise path."""
+    known = inspect.signature(type(scheduler).__init__).parameters
+    config = {key: value for key, value in scheduler.config.items() if key in known and key not in BETAS}
+    told = [f"{key}: {value}" for key, value in config.items() if value != known[key].default]
+    return f" with {', '.join(told)}" if told else ""
 
 
 def _prediction(name: str, config: Any) -> str:
-    if name.startswith(("FlowM", "LTX")):
+    if name.startswith(FLOWS):
         return "flow"
     if name.startswith("EDM"):
         return "sample"  # what preconditioning makes of the output: see _calls
     return PREDICTIONS[config.get("prediction_type", "epsilon")]
-
-
-def _mu(config: Any, tokens: float) -> float:
-    """The shift of a latent of so many 2x2 patches (Esser et al. 2024), as the pipelines of FLUX and its like compute it."""
-    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    return float(base + (top - base) * (tokens - low) / (high - low))
 
 
 def _mix(scheduler: Any, timesteps: Tensor) -> Tensor:
@@ -388,11 +448,13 @@ def _calls(
             given, output = sample, (output - skip * sample) / out
         with _Watch(scheduler, noises, limited) as watch:
             try:
-                moved = _step(scheduler, timesteps, k, output, sample, in_step)
+                moved = step(scheduler, timesteps, k, output, sample, in_step)
             except Exception as error:  # whatever a class has against its settings
-                raise ValueError(f"{type(scheduler).__name__}: {' '.join(str(error).split())}") from error
+                raise ValueError(f"{type(scheduler).__name__}: {said(error)}") from error
         kept = [place[key] for place, key in _slots(scheduler)]
         after = torch.stack([moved, watch.to_limit, *kept]).double().flatten(1) / unit
+        if not bool(after.isfinite().all()):
+            raise ValueError(f"{type(scheduler).__name__} is not finite in {len(timesteps)} steps{_named(scheduler)}")
         if bool(after[:, 2].any() and after[:, 3].any()):
             raise ValueError(f"{type(scheduler).__name__} adds noise twice in a step: it isn't traced")
         after[:, 2] += after[:, 3]
@@ -402,7 +464,7 @@ def _calls(
     return scales, calls, limit
 
 
-def _step(scheduler: Any, timesteps: Tensor, k: int, output: Tensor, sample: Tensor, given: dict[str, Any]) -> Tensor:
+def step(scheduler: Any, timesteps: Tensor, k: int, output: Tensor, sample: Tensor, given: Mapping[str, Any]) -> Tensor:
     """One call of ``step``, as the pipelines call it."""
     t = timesteps[k]
     parameters = inspect.signature(scheduler.step).parameters
