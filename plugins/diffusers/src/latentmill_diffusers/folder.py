@@ -263,11 +263,14 @@ class Folder:
             with safe_open(self.weights, "pt") as file:
                 return list(file.keys())
 
-    def fingerprint(self, *parts: str) -> str:
-        """16 hex digits over ``model_index.json`` and the configs and weights of these parts, all of them, read once."""
+    def fingerprint(self, *parts: str, index: bool = True) -> str:
+        """16 hex digits over the configs and weights of these parts, all of them, read once, and over ``model_index.json``.
+
+        Without the ``index`` for a VAE: one latent space is many models', a base model's and its refiner's among them.
+        """
         if parts not in self._fingerprints:
-            index = [("", self.root / INDEX)] if (self.root / INDEX).is_file() else []
-            files = [*index, *((part, path) for part in parts for path in self.files(part))]
+            files = [("", self.root / INDEX)] if index and (self.root / INDEX).is_file() else []
+            files += [(part, path) for part in parts for path in self.files(part)]
             digest = hashlib.blake2b(digest_size=8)
             for (part, path), content in zip(files, digests(path for _, path in files)):
                 name = part if path == self.weights else f"{part}/{path.name}"

@@ -81,7 +81,7 @@ class DiffusersVAE(VAE):
             scale=float(config.get("scaling_factor") or 1.0) if scaled else 1.0,
             shift=float(config.get("shift_factor") or 0.0) if scaled else 0.0,
             dtype=self.dtype,
-            fingerprint=self.folder.fingerprint(self.part),
+            fingerprint=self.folder.fingerprint(self.part, index=False),
         )
 
     @property
