@@ -395,7 +395,7 @@ def test_latents_that_are_not_finite_are_rejected():
     stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16)
     [part] = stage(broken, rejected.__setitem__)
     assert part.column("row").to_pylist() == [0, 2]
-    assert rejected == {1: "the denoised latents are not finite (scheduler euler)"}
+    assert rejected == {1: "the denoised latents are not finite (nor was a prediction of denoiser Gaussian)"}
 
 
 def test_clean_latents_have_the_space_s_dtype_wherever_they_began():

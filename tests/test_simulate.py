@@ -132,13 +132,13 @@ def test_leases_decide_nothing(monkeypatch):
 
 def test_a_seed_that_fails_says_how_to_see_it_again(monkeypatch, capfd):
     a_block_released_too_early(monkeypatch)
-    wrong = trial(3)
+    wrong = trial(4)
     monkeypatch.setattr(simulate.multiprocessing, "Pool", lambda: Here())
     assert simulate.main(["--seeds", "5"]) == 1
     told = capfd.readouterr().out
-    assert f"seed 3: {wrong}\n    python -m latentmill.simulate --seed 3\n" in told
+    assert f"seed 4: {wrong}\n    python -m latentmill.simulate --seed 4\n" in told
     with pytest.raises(Exception, match="released"):
-        simulate.main(["--seed", "3"])
+        simulate.main(["--seed", "4"])
 
 
 class Here:

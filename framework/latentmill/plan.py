@@ -316,11 +316,12 @@ def foreign_prompts(job: Job, built: Parts, plan: Plan) -> list[str]:
     texts = chain.from_iterable(built.source.texts(fragment) for fragment in plan.fragments)
     found: Counter[str] = Counter()
     looked_at = 0
-    for both in islice(texts, READ_BY_PLAN):
-        looked_at += 1
-        prompt, negative = (default[k] if text is None else text for k, text in enumerate(both))
-        found.update(syntax.told(prompt or "", reads))
-        found.update(f"negative_prompt: {line}" for line in syntax.told(negative or "", reads))
+    with registry.asking(built.source):
+        for both in islice(texts, READ_BY_PLAN):
+            looked_at += 1
+            prompt, negative = (default[k] if text is None else text for k, text in enumerate(both))
+            found.update(syntax.told(prompt or "", reads))
+            found.update(f"negative_prompt: {line}" for line in syntax.told(negative or "", reads))
     first = "first " * (looked_at == READ_BY_PLAN)
     return [f"{rows:,} of the {first}{looked_at:,} rows: {line}" for line, rows in found.most_common()]
 

@@ -169,6 +169,10 @@ class Rows(Source):
         if self.wrong == "negative": return [Fragment("all", -1)]
         return [Fragment("all", self.rows)] * (2 if self.wrong == "fragment twice" else 1)
 
+    def texts(self, fragment):
+        if self.wrong == "texts": raise UnboundLocalError("texts of no file")
+        return super().texts(fragment)
+
     def read(self, fragment, start, stop):
         self.calls += 1
         if self.wrong == "raises": raise TypeError("'NoneType' object is not subscriptable")
@@ -422,6 +426,7 @@ PLANNING = [
     ("denoiser", "times", "IndexError: list index out of range (--debug shows where)"),
     ("source", "latent_spec", "RuntimeError: not a file of ours (--debug shows where)"),
     ("source", "fragments", "KeyError: 'rows' (--debug shows where)"),
+    ("source", "texts", "UnboundLocalError: texts of no file (--debug shows where)"),
     ("source", "fragment twice", "fragment 'all' is there twice, and its rows would be"),
     ("source", "negative", "fragments must be a list of Fragment, with rows from 0 on, and there is Fragment(name='all', rows=-1, fingerprint='')"),
     ("source", "ids", "KeyError: 'id' (--debug shows where)"),
