@@ -655,7 +655,7 @@ def test_latents_come_back_with_prompt_and_seed(tmp_path):
     for n, row in enumerate(found):
         latents = row.pop("latents")
         assert latents.dtype == np.float16 and latents.shape == (4, 2, 3) and (latents == n + 0.5).all()
-    text = {"negative_prompt": "ugly"}
+    text = {"negative_prompt": "ugly", "warning": ""}
     sampling = {"steps": 20, "guidance_scale": 4.0, **rows.PLAIN_GUIDANCE, "strength": 0.5, "scheduler": "euler"}
     assert found == [
         {"prompt": "prompt 0", "seed": 2**64 - 1, **text, **sampling},
@@ -663,7 +663,7 @@ def test_latents_come_back_with_prompt_and_seed(tmp_path):
         {"prompt": "prompt 2", "seed": 2**64 - 3, **text},
     ]
     for row in all_rows(Latents(str(tmp_path), keep_sampling=False)):
-        assert row.keys() == {"prompt", "negative_prompt", "seed", "latents"}
+        assert row.keys() == {"prompt", "negative_prompt", "seed", "warning", "latents"}
     assert [row["prompt"] for row in Latents(str(tmp_path / "data" / "00000.parquet")).read("00000.parquet", 1, 2)] == [
         "prompt 1"
     ]
