@@ -81,7 +81,7 @@ def test_a_config_that_can_t_be_read(copy):
 def test_a_schedule_that_we_don_t_know_is_one_line(copy):
     file = copy / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "trained_betas": [0.1, 0.2]}))
-    assert refused(copy).startswith("denoiser diffusers: PNDMScheduler: ")
+    assert refused(copy).startswith("scheduler model: PNDMScheduler: ")
 
 
 def test_a_vae_of_other_channels_does_not_fit(model):
@@ -144,46 +144,6 @@ def test_settings_that_are_wrong(model, tmp_path):
     assert "has no setting 'atention' (did you mean 'attention'?)" in refused(folder, "denoiser.atention=flash")
     assert "there is no file /no.safetensors" in refused(folder, "model.loras=[{path: /no.safetensors}]")
     assert "expected {path: a .safetensors file" in refused(folder, "model.loras=[{file: x}]")
-
-
-def test_a_scheduler_that_has_no_counterpart_says_what_to_do(copy):
-    config = json.loads((copy / "scheduler" / "scheduler_config.json").read_text())
-    for name, more, said in (
-        (
-            "PNDMScheduler",
-            {"skip_prk_steps": False},
-            "PNDMScheduler with skip_prk_steps: False has no counterpart among our",
-        ),
-        ("DDIMScheduler", {"clip_sample": True}, "DDIMScheduler with estimates that are clipped has no counterpart"),
-        (
-            "DPMSolverMultistepScheduler",
-            {"solver_order": 3},
-            "or the class itself, scheduler=diffusers:DPMSolverMultistep",
-        ),
-        ("DPMSolverMultistepScheduler", {"solver_type": "heun"}, "with solver_type: heun has no counterpart"),
-        ("DPMSolverMultistepScheduler", {"euler_at_final": True}, "with euler_at_final: True has no counterpart"),
-        (
-            "DPMSolverMultistepScheduler",
-            {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
-            "DPMSolverMultistepScheduler has no counterpart",
-        ),
-        ("UniPCMultistepScheduler", {"predict_x0": False}, "with predict_x0: False has no counterpart"),
-        (
-            "DDIMScheduler",
-            {"clip_sample": None},
-            "with estimates that are clipped has no counterpart",
-        ),  # not said: true
-        (
-            "RePaintScheduler",
-            {},
-            "RePaintScheduler has no counterpart among our solvers: choose one of those, as scheduler=dpmpp_2m",
-        ),
-    ):
-        told = {key: value for key, value in {**config, "_class_name": name, **more}.items() if value is not None}
-        (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps(told))
-        index = json.loads((copy / "model_index.json").read_text())
-        (copy / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", name]}))
-        assert said in refused(copy)
 
 
 def command(tmp_path, *arguments, **variables):
