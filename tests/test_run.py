@@ -96,7 +96,8 @@ def test_a_driver_that_is_killed_leaves_a_dataset_that_goes_on(tmp_path, prompts
         driver.wait()
         assert enough <= len(list(output.glob("data/*"))) < 9, "the driver was to be killed in the middle"
         assert not (output / "_SUCCESS").exists()
-        assert status(str(output))["shards_done"] == len(list(output.glob("data/*")))
+        before, done = len(list(output.glob("data/*"))), status(str(output))["shards_done"]
+        assert before <= done <= len(list(output.glob("data/*")))  # a worker may outlive the driver for a moment
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     whole(output)
     assert files(output) == files(tmp_path / "undisturbed")

@@ -258,7 +258,7 @@ def test_a_job_file_that_is_a_link_keeps_its_name_and_finds_what_is_beside_eithe
 
 
 def test_every_error_is_one_line_whatever_stands_in_it(here, latentmill):
-    assert line(latentmill, "run", "txt2img", "source.path=no\nsuch\x1b").endswith(r" no\nsuch\x1b")
+    assert line(latentmill, "run", "txt2img", "source.path=no\nsuch\x1b").endswith(r" no such\x1b")
     assert line(latentmill, "run", "no\nsuch.yaml").startswith(r"there is no job file no\nsuch.yaml; ")
     assert line(latentmill, "status", "no\nsuch").startswith(r"no\nsuch holds no dataset of ours: ")
     for key in ("output", "sampling.prompt"):  # bytes that are no UTF-8, as Python hands them on from a shell
