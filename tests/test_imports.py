@@ -10,7 +10,7 @@ ORDER = """
     failpoints streams values plugin digests weights syntax ids registry schedulers tensors rows checks job storage plan dataset
     sources sinks
     read encode guidance denoise decode write verify
-    flow leases hearing worker cluster pool inline report run simulate cli
+    flow leases hearing worker cluster pool inline progress report run simulate cli
     testing
 """.split()
 DOOR = {"job", "plan", "registry", "run"}

@@ -9,11 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageFont
 
-from latentmill import report, storage
+from latentmill import progress, report, storage
 from latentmill.dataset import load
 from latentmill.plan import Plan
 from latentmill.plugin import Fragment
-from latentmill.report import Live, Pace, StageView, View
+from latentmill.progress import Live, Pace, StageView, View
+from latentmill.report import contact_sheet as sheets
 
 COLOURS = [(200, 30, 30), (30, 160, 60), (40, 70, 210), (240, 200, 40), (120, 40, 160), (20, 20, 20)]
 
@@ -143,7 +144,7 @@ def test_busy_is_the_share_of_the_workers_time():
 def test_elsewhere_than_on_a_terminal_a_line_every_five_seconds(monkeypatch):
     stream = io.StringIO()
     monkeypatch.setattr("sys.stderr", stream)
-    with report.live("job") as live:
+    with progress.live("job") as live:
         for tenth in range(121):
             live.show(view(tenth / 10, tenth, tenth // 2, failed=tenth // 60))
     assert stream.getvalue().splitlines() == [
@@ -161,7 +162,7 @@ def test_on_a_terminal_a_table(monkeypatch):
     stream = Terminal()
     monkeypatch.setattr("sys.stderr", stream)
     monkeypatch.setenv("COLUMNS", "100")
-    with report.live("job") as live:
+    with progress.live("job") as live:
         live.show(view(0.0, 0, 0))
         live.show(view(10.0, 40, 20, failed=3))
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
@@ -230,7 +231,7 @@ def test_contact_sheet_shows_each_picture_enlarged_by_a_whole_factor(tmp_path):
     assert path == tmp_path / "out" / "contact_sheet.png"
     sheet = Image.open(path).convert("RGB")
     counts = {colour: number for number, colour in sheet.getcolors(maxcolors=1 << 24)}
-    ink = report.INK
+    ink = sheets.INK
     for colour in COLOURS[:5]:
         assert counts[colour] == 2 * (3 * 64) ** 2
     assert counts[ink] > 100, "captions"
@@ -254,19 +255,19 @@ def test_a_dataset_of_nothing_but_errors_has_a_report(tmp_path):
 def test_captions_are_wrapped_and_cut():
     font = ImageFont.load_default(14)
     words = "a red star above a blue ring on a yellow background"
-    lines = report._wrap(words, font, 160, 4)
+    lines = sheets._wrap(words, font, 160, 4)
     assert " ".join(lines) == words and len(lines) > 1
     assert all(font.getlength(line) <= 160 for line in lines)
-    cut = report._wrap(words * 9, font, 160, 4)
+    cut = sheets._wrap(words * 9, font, 160, 4)
     assert len(cut) == 4 and cut[-1].endswith("…") and font.getlength(cut[-1]) <= 160
-    long = report._wrap("x" * 60, font, 160, 9)
+    long = sheets._wrap("x" * 60, font, 160, 9)
     assert "".join(long) == "x" * 60 and all(font.getlength(line) <= 160 for line in long)
-    assert report._wrap("", font, 160, 4) == []
+    assert sheets._wrap("", font, 160, 4) == []
 
 
 @pytest.mark.parametrize("size, shown", [((64, 64), (192, 192)), ((96, 64), (192, 128)), ((1024, 512), (192, 96))])
 def test_pictures_keep_their_proportions(size, shown):
-    assert report._fit(Image.new("RGB", size)).size == shown
+    assert sheets._fit(Image.new("RGB", size)).size == shown
 
 
 def test_datasets_loads_the_folder_by_its_card(tmp_path):

@@ -14,7 +14,7 @@ from functools import partial
 from types import FrameType
 from typing import Any, Protocol
 
-from latentmill import dataset, failpoints, flow, leases, report, storage
+from latentmill import dataset, failpoints, flow, leases, progress, report, storage
 from latentmill import plan as planning
 from latentmill.dataset import RETRIED, Dataset, data_name
 from latentmill.job import Job, load_job, without_secrets
@@ -89,7 +89,7 @@ def run(
     pool: Pool | None = None
     started, interrupted = time.monotonic(), False
     try:
-        with interruptible(), report.live(job.name) as live:
+        with interruptible(), progress.live(job.name) as live:
             if again or not flow.finished(state):
                 pool = make_pool(job, plan, store)
             store.check()
@@ -127,7 +127,7 @@ def run(
     return _result(job, state, time.monotonic() - started, interrupted)
 
 
-def _show(live: report.Live, state: flow.State, plan: Plan, started: float) -> None:
+def _show(live: progress.Live, state: flow.State, plan: Plan, started: float) -> None:
     live.show(view(state, plan, time.monotonic() - started))
 
 
@@ -281,10 +281,10 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def view(state: flow.State, plan: Plan, seconds: float) -> report.View:
+def view(state: flow.State, plan: Plan, seconds: float) -> progress.View:
     """What a person is shown of a state."""
     stages = [
-        report.StageView(
+        progress.StageView(
             name=spec.name,
             done=state.finished_rows[at],
             queued=state.queued(at) if at else sum(map(len, state.to_read)),
@@ -296,7 +296,7 @@ def view(state: flow.State, plan: Plan, seconds: float) -> report.View:
     before = len(state.done) * plan.rows_per_shard
     if plan.shards - 1 in state.done:  # the last may be short
         before -= plan.rows_per_shard - len(plan.shard_rows(plan.shards - 1))
-    return report.View(
+    return progress.View(
         stages=stages,
         planned=plan.rows,
         finished=before + state.committed_ok + state.committed_failed,

@@ -1,0 +1,208 @@
+"""How a run stands: a view of it, the rates that follow from views, and the live table or lines that a person sees."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import TextIO
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live as RichLive
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class StageView:
+    """A stage as it stands."""
+
+    name: str
+    done: int
+    """Rows that have left it in this run, the rejected included."""
+    queued: int
+    """Rows that wait for it."""
+    workers: int
+    """Workers that have started."""
+    busy: int
+    """Workers that have something to do."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A run as it stands."""
+
+    stages: Sequence[StageView]
+    planned: int
+    finished: int
+    """Rows in committed shards, those of earlier runs included."""
+    failed: int
+    """Rows among them that this run could not make."""
+    seconds: float
+    """Since the run began."""
+    shards_done: int
+    shards: int
+    elsewhere: int = 0
+    """Shards that other drivers work on."""
+
+
+class Pace:
+    """Rates out of the views that follow one another; it has no clock but theirs."""
+
+    def __init__(self) -> None:
+        self.views: deque[View] = deque()
+        self.before = 0
+        """Rows that earlier runs had finished."""
+        self._busy: defaultdict[str, float] = defaultdict(float)
+        self._there: defaultdict[str, float] = defaultdict(float)
+
+    @property
+    def last(self) -> View:
+        """The newest view."""
+        return self.views[-1]
+
+    def add(self, view: View) -> None:
+        """Take in the next view. Those that no rate needs any more are forgotten."""
+        if not self.views:
+            self.before = view.finished
+        else:
+            passed = view.seconds - self.last.seconds
+            for stage in self.last.stages:
+                self._busy[stage.name] += passed * stage.busy
+                self._there[stage.name] += passed * stage.workers
+        if len(self.views) > 1 and view.seconds - self.views[-2].seconds < max(0.1, view.seconds / 500):
+            self.views.pop()  # a fast loop shows thousands of views a second; the window below holds 150 at most
+        self.views.append(view)
+        # Rates are those of the last fifth of the run, and of 15 s at least: batches may take minutes.
+        while len(self.views) > 1 and self.views[1].seconds <= view.seconds - max(15.0, view.seconds / 5):
+            self.views.popleft()
+
+    def rate(self, stage: int) -> float:
+        """Rows a second that leave a stage. The wait for its first row is left out: workers start then."""
+        last = self.last
+        first = next((v for v in reversed(tuple(self.views)) if not v.stages[stage].done), self.views[0])
+        passed = last.seconds - first.seconds
+        return (last.stages[stage].done - first.stages[stage].done) / passed if passed > 0 else 0.0
+
+    def busy(self, name: str) -> float:
+        """The share of its workers' time, since they started, in which a stage had something to do."""
+        return self._busy[name] / self._there[name] if self._there[name] else 0.0
+
+    def progress(self) -> int:
+        """Rows that are through, those included that wait for the rest of their shard."""
+        return min(self.last.planned, max(self.last.finished, self.before + self.last.stages[-1].done))
+
+    def left(self) -> float | None:
+        """Seconds to go, by the stage that will be the last to finish; None as long as nobody can tell."""
+        longest = 0.0
+        for at, stage in enumerate(self.last.stages):
+            rows = self.last.planned - self.before - stage.done
+            if rows > 0 and self.last.finished < self.last.planned:
+                rate = self.rate(at)
+                if not rate:
+                    return None
+                longest = max(longest, rows / rate)
+        return longest
+
+
+class Live:
+    """Shows a run on a terminal as one table that changes, elsewhere as a line every few seconds."""
+
+    every = 5.0
+    """Seconds between two lines."""
+
+    def __init__(self, job_name: str, stream: TextIO) -> None:
+        self.job_name, self.stream = job_name, stream
+        self.pace = Pace()
+        self._next_line = 0.0
+
+    def show(self, view: View) -> None:
+        """Take in how the run stands. Cheap: the loop calls it at every turn. Raises nothing: telling is not the work."""
+        with suppress(Exception):
+            self.pace.add(view)
+            if not self.stream.isatty() and view.seconds >= self._next_line:
+                self._next_line = view.seconds + self.every
+                print(self.line(), file=self.stream, flush=True)
+
+    def line(self) -> str:
+        """The newest view in a line."""
+        view = self.pace.last
+        left = self.pace.left()
+        parts = [f"{self.job_name}: {self.pace.progress():,} of {view.planned:,} rows"]
+        parts += [f"{view.failed:,} failed"] * bool(view.failed)
+        parts.append(" ".join(f"{stage.name} {stage.done:,}" for stage in view.stages))
+        parts.append(f"{rate_text(self.pace.rate(-1))} rows/s")
+        parts.append("starting" if left is None else f"{duration_text(round(left))} left")
+        parts += [f"{counted(view.elsewhere, 'shard')} with other drivers"] * bool(view.elsewhere)
+        return " | ".join(parts)
+
+    def table(self) -> RenderableType:
+        """The newest view as a table with a bar of the whole."""
+        if not self.pace.views:
+            return f"{self.job_name}: starting"
+        view, left, rows = self.pace.last, self.pace.left(), self.pace.progress()
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            f"[bold]{self.job_name}[/]",
+            ProgressBar(total=view.planned, completed=rows, width=32),
+            f"{rows:,} of {view.planned:,} rows",
+            f"{duration_text(view.seconds)} so far"
+            + ("" if left is None else f", about {duration_text(round(left))} left"),
+        )
+        stages = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        stages.add_column("stage")
+        for name in ("done", "queued", "rows/s", "workers busy"):
+            stages.add_column(name, justify="right")
+        for at, stage in enumerate(view.stages):
+            workers = f"{stage.busy} of {stage.workers}" if stage.workers else "starting"
+            stages.add_row(stage.name, f"{stage.done:,}", f"{stage.queued:,}", rate_text(self.pace.rate(at)), workers)
+        parts: list[RenderableType] = [head, stages]
+        if view.elsewhere:
+            parts.append(f"{counted(view.elsewhere, 'shard')} with other drivers")
+        if view.failed:
+            parts.append(f"[yellow]{counted(view.failed, 'row')} failed; the reasons are in errors/[/]")
+        return Group(*parts)
+
+
+@contextmanager
+def live(job_name: str) -> Iterator[Live]:
+    """A live view on stderr for the time of a run, as far as it can be shown."""
+    shown = Live(job_name, sys.stderr or io.StringIO())
+    with ExitStack() as on_screen:
+        with suppress(Exception):
+            if shown.stream.isatty():
+                console = Console(file=shown.stream)
+                table = RichLive(get_renderable=shown.table, console=console, refresh_per_second=4)
+                on_screen.callback(_stop, table)
+                table.start(refresh=True)
+        yield shown
+
+
+def _stop(table: RichLive) -> None:
+    with suppress(Exception):
+        table.stop()
+
+
+def counted(number: int, what: str) -> str:
+    """``3 rows``, ``1 row``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def rate_text(rate: float) -> str:
+    """A rate with as many digits as say something."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}" if rate >= 1 or rate == 0 else f"{rate:.2g}"
+
+
+def duration_text(seconds: float) -> str:
+    """``2 h 05 min``, ``3 min 20 s``, ``12 s``, ``1.3 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    if minutes:
+        return f"{minutes} min {rest:02d} s"
+    return f"{rest} s" if rest >= 10 else f"{seconds:.2g} s"

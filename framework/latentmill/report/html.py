@@ -1,0 +1,96 @@
+"""``report.html``: one page that needs no other file. What it looks like is ``report.html`` beside this module."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterator, Sequence
+from html import escape
+from importlib import resources
+from string import Template
+from typing import TypeGuard
+
+from PIL import Image
+
+from latentmill.progress import Pace, duration_text, rate_text
+from latentmill.report.contact_sheet import SIDE
+from latentmill.report.files import MARK, put
+from latentmill.report.material import Material, identity
+
+FIGURE = Template("<div><b>$value</b>$label</div>")
+SECTION = Template("<h2>$title</h2>$content")
+PICTURE = Template('<figure><img alt="" src="$uri"><figcaption>$caption</figcaption></figure>')
+
+
+def make(dataset: Material, pace: Pace | None) -> None:
+    """Write the page. ``pace`` brings the rates of the run that just ended."""
+    page = Template(resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
+    figures = (FIGURE.substitute(value=value, label=label) for label, value in _figures(dataset, pace))
+    sections = (SECTION.substitute(title=title, content=content) for title, content in _sections(dataset, pace))
+    content = page.substitute(
+        mark=MARK,
+        name=escape(dataset.name),
+        plan=dataset.plan["hash"],
+        figures="".join(figures),
+        sections="\n".join(sections),
+    )
+    put(dataset.store, "report.html", content.encode())
+
+
+def _figures(dataset: Material, pace: Pace | None) -> Iterator[tuple[str, str]]:
+    yield "rows", f"{dataset.ok:,}"
+    yield "failed", f"{dataset.failed:,}"
+    yield "planned", f"{dataset.plan['rows']:,}"
+    if _ran(pace):
+        seconds, made = pace.last.seconds, pace.progress() - pace.before
+        yield f"for {made:,} rows in the last run", duration_text(seconds)
+        yield "rows/s", rate_text(made / seconds)
+
+
+def _sections(dataset: Material, pace: Pace | None) -> Iterator[tuple[str, str]]:
+    if dataset.tiles:
+        pictures = (PICTURE.substitute(uri=_data_uri(t.image), caption=escape(t.caption)) for t in dataset.tiles)
+        yield "Pictures from all over the dataset", f'<div class="pictures">{"".join(pictures)}</div>'
+    if _ran(pace):
+        seconds = pace.last.seconds
+        stages = [
+            [s.name, f"{s.done:,}", rate_text(s.done / seconds), f"{s.workers}", f"{pace.busy(s.name):.0%}"]
+            for s in pace.last.stages
+        ]
+        head = ["stage", "rows", "rows/s", "workers", "busy"]
+        yield "Stages in the last run", _table(head, stages, numbers=range(1, 5))
+    if dataset.errors:
+        by_stage = ", ".join(f"{stage} {count:,}" for stage, count in dataset.failed_in.most_common())
+        first = f"the first {len(dataset.errors)} of {dataset.failed:,}" if dataset.failed > len(dataset.errors) else ""
+        counts = escape("; ".join(filter(None, [by_stage, first])))
+        rows = [[error["row_id"], error["stage"], error["reason"]] for error in dataset.errors]
+        yield "Failed rows", f'<p class="faint">{counts}</p>{_table(["row", "stage", "reason"], rows)}'
+    if dataset.warnings:
+        warnings = [[f"{rows:,}", text] for text, rows in dataset.warnings.items()]
+        yield "Warnings", _table(["rows", "what is to be known of them"], warnings, numbers=[0])
+    plugins = [[kind, *identity(plugin)] for kind, plugin in dataset.plan["plugins"].items()]
+    yield "Made with", _table(["part", "plugin", "from", "weights"], plugins)
+    yield "Config", f"<pre>{escape(json.dumps(dataset.plan['config'], indent=1))}</pre>"
+
+
+def _ran(pace: Pace | None) -> TypeGuard[Pace]:
+    return pace is not None and bool(pace.views) and pace.last.seconds > 0
+
+
+def _data_uri(image: Image.Image) -> str:
+    content = io.BytesIO()
+    kind = "png"
+    if max(image.size) > SIDE:
+        image, kind = image.copy(), "webp"
+        image.thumbnail((2 * SIDE, 2 * SIDE), Image.Resampling.LANCZOS)
+    image.save(content, kind, quality=85)
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
+    def line(tag: str, cells: Sequence[str]) -> str:
+        kinds = [' class="number"' if at in numbers else "" for at in range(len(cells))]
+        return "<tr>" + "".join(f"<{tag}{kind}>{escape(c)}</{tag}>" for kind, c in zip(kinds, cells)) + "</tr>"
+
+    return f"<table>{line('th', head)}{''.join(line('td', row) for row in rows)}</table>"
