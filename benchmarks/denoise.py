@@ -26,15 +26,15 @@ import torch
 from torch import Tensor
 
 from latentmill import flow, registry, rows, tensors
-from latentmill.denoise import Denoise
-from latentmill.encode import Encode
-from latentmill.guidance import Guidance, ModelField
-from latentmill.inline import InlinePool
 from latentmill.plugin import Denoiser, LatentSpec, Reject, Stage
 from latentmill.run import KINDS, drive
 from latentmill.schedulers import grids, noise
 from latentmill.schedulers.paths import VP
-from latentmill.worker import StageWork
+from latentmill.stages.denoise import Denoise
+from latentmill.stages.encode import Encode
+from latentmill.stages.guidance import Guidance, ModelField
+from latentmill.workers.inline import InlinePool
+from latentmill.workers.worker import StageWork
 
 CALL = 16
 SPEC = LatentSpec(channels=1, downscale=8, scale=1.0, shift=0.0, dtype="float32", fingerprint="nothing")

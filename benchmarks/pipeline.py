@@ -18,11 +18,12 @@ import time
 import pyarrow as pa
 import torch
 
-from latentmill import flow, pool, tensors
-from latentmill.cluster import connect
+from latentmill import flow, tensors
 from latentmill.plugin import Reject, Stage
 from latentmill.run import drive
-from latentmill.worker import StageWork
+from latentmill.workers import ray_pool
+from latentmill.workers.cluster import connect
+from latentmill.workers.worker import StageWork
 
 BATCH = 8
 
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     repeats = parser.parse_args().repeats
     connect(None)
-    workers = pool.RayPool([StageWork(name, make, count, num_cpus=0.1) for name, make, count in STAGES])
+    workers = ray_pool.RayPool([StageWork(name, make, count, num_cpus=0.1) for name, make, count in STAGES])
     specs = tuple(flow.StageSpec(name, BATCH, count) for name, _, count in STAGES)
 
     def run(rows: int) -> tuple[float, float]:

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from latentmill import registry, rows, tensors
-from latentmill.denoise import PATIENCE, Denoise
-from latentmill.encode import Encode
 from latentmill.plugin import Denoiser, LatentSpec, Scheduler, Start
 from latentmill.schedulers import grids, noise
 from latentmill.schedulers.dpmpp import DPMpp2M
 from latentmill.schedulers.euler import Euler, EulerAncestral
 from latentmill.schedulers.paths import VP
-from latentmill.worker import Worker
+from latentmill.stages.denoise import PATIENCE, Denoise
+from latentmill.stages.encode import Encode
+from latentmill.workers.worker import Worker
 
 SPEC = LatentSpec(channels=2, downscale=8, scale=1.0, shift=0.0, dtype="float32", fingerprint="test")
 SCHEDULERS = {"euler": Euler(), "euler_ancestral": EulerAncestral(), "dpmpp_2m": DPMpp2M()}

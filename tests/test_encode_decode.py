@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from latentmill import rows, tensors
-from latentmill.decode import Decode, psnr
-from latentmill.encode import Encode
 from latentmill.plugin import VAE, LatentSpec, RowError, TextEncoder
+from latentmill.stages.decode import Decode, psnr
+from latentmill.stages.encode import Encode
 
 
 class Lossless(VAE):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from latentmill.guidance import Guidance, ModelField, to_clean
 from latentmill.plugin import Denoiser
 from latentmill.schedulers.paths import VP
+from latentmill.stages.guidance import Guidance, ModelField, to_clean
 
 
 class Pointing(Denoiser):

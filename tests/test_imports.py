@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[1] / "framework" / "latentmill"
 ORDER = """
     failpoints streams values plugin digests weights syntax ids registry schedulers tensors rows checks job storage plan dataset
     sources sinks
-    read encode guidance denoise decode write verify
-    flow leases hearing worker cluster pool inline progress report run simulate cli
+    stages verify
+    flow leases workers progress report run simulate cli
     testing
 """.split()
 DOOR = {"job", "plan", "registry", "run"}
@@ -109,7 +109,7 @@ from ..plan import Plan
 if TYPE_CHECKING:
     from latentmill.job import Job
 def late():
-    from latentmill.pool import RayPool
+    from latentmill.workers.ray_pool import RayPool
 """
     )
     assert imports(module, tmp_path) == {
@@ -118,5 +118,5 @@ def late():
         "latentmill.schedulers.noise",
         "latentmill.plan.Plan",
         "latentmill.job.Job",
-        "latentmill.pool.RayPool",
+        "latentmill.workers.ray_pool.RayPool",
     }

@@ -13,11 +13,12 @@ import torch
 from ray.cluster_utils import Cluster
 
 import latentmill
-from latentmill import flow, pool, tensors
-from latentmill.cluster import UnreachableError, _require_ray, connect
+from latentmill import flow, tensors
 from latentmill.plugin import Stage
 from latentmill.run import RunError, drive
-from latentmill.worker import StageWork
+from latentmill.workers import ray_pool
+from latentmill.workers.cluster import UnreachableError, _require_ray, connect
+from latentmill.workers.worker import StageWork
 
 
 class Read(Stage):
@@ -98,7 +99,7 @@ def run(folder, double, rows=24, replicas=2, timeout=None):
         StageWork("write", partial(Write, folder), num_cpus=0.1),
     ]
     specs = (flow.StageSpec("read", 6), flow.StageSpec("double", 4, replicas), flow.StageSpec("write", 4))
-    workers = pool.RayPool(work)
+    workers = ray_pool.RayPool(work)
     try:
         drive(flow.State(specs, rows, rows_per_shard=12), workers, lambda: None)
     finally:
@@ -131,11 +132,11 @@ def test_a_worker_that_hangs_is_replaced_and_the_row_at_which_it_does_is_found(t
 
 
 def test_a_worker_that_is_not_ready_for_long_is_told_of_once(caplog):
-    workers = pool.RayPool([StageWork("read", Read, num_cpus=0.1)])
+    workers = ray_pool.RayPool([StageWork("read", Read, num_cpus=0.1)])
     try:
         workers.submit(flow.Start(0, 0))
         [reference] = workers.asked
-        workers.asked[reference] -= pool.PATIENCE
+        workers.asked[reference] -= ray_pool.PATIENCE
         for _ in range(2):
             assert workers.collect(timeout=0) == []
     finally:
@@ -162,13 +163,13 @@ def test_a_job_that_has_no_place_says_which_stage_asks_for_what_and_what_there_i
     works = [StageWork("encode", Double, num_cpus=1), StageWork("denoise", Double, 3, num_cpus=1, num_gpus=1)]
     nodes = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 4.0}]
     with pytest.raises(
-        pool.PlacementError,
+        ray_pool.PlacementError,
         match=r"denoise asks for 3 x \(CPU 1, GPU 1\), which do not fit beside .* CPU 8, GPU 2; CPU 4, GPU 0",
     ):
-        pool.check_placement(works, nodes)
-    pool.check_placement(works, [*nodes, {"CPU": 1.0, "GPU": 1.0}])
-    with pytest.raises(pool.PlacementError, match="denoise asks for .* fit on no node"):
-        pool.check_placement([StageWork("denoise", Double, accelerator_type="H100", num_gpus=1)], nodes)
+        ray_pool.check_placement(works, nodes)
+    ray_pool.check_placement(works, [*nodes, {"CPU": 1.0, "GPU": 1.0}])
+    with pytest.raises(ray_pool.PlacementError, match="denoise asks for .* fit on no node"):
+        ray_pool.check_placement([StageWork("denoise", Double, accelerator_type="H100", num_gpus=1)], nodes)
 
 
 class Sees(Stage):
@@ -186,7 +187,7 @@ class Sees(Stage):
 
 
 def test_a_worker_sees_only_its_own_gpu(tmp_path):
-    workers = pool.RayPool([StageWork("denoise", partial(Sees, tmp_path), 2, num_cpus=0.1, num_gpus=1)])
+    workers = ray_pool.RayPool([StageWork("denoise", partial(Sees, tmp_path), 2, num_cpus=0.1, num_gpus=1)])
     try:
         for order in flow.decide(flow.State((flow.StageSpec("denoise", 1, 2),), 0, 1)):
             workers.submit(order)
@@ -209,7 +210,7 @@ def test_a_job_joins_the_cluster_at_its_address_and_leaves_it_running(tmp_path, 
 
 
 def test_a_job_that_does_not_fit_is_refused_with_nothing_written(tmp_path):
-    with pytest.raises(pool.PlacementError, match="stage denoise asks for 1 x"):
+    with pytest.raises(ray_pool.PlacementError, match="stage denoise asks for 1 x"):
         latentmill.run("txt2img", ["stages.denoise.num_gpus=3", f"output={tmp_path / 'out'}"])
     assert not (tmp_path / "out").exists()
 

@@ -10,7 +10,7 @@ import torch
 
 from latentmill import rows, tensors
 from latentmill.plugin import Fragment, LatentSpec, RowError, Source
-from latentmill.read import Read, cover, crop
+from latentmill.stages.read import Read, cover, crop
 
 SPEC = LatentSpec(channels=4, downscale=4, scale=0.5, shift=0.25, dtype="float16", fingerprint="abc")
 

@@ -14,7 +14,7 @@ from latentmill.sources.prompts import Prompts
 
 START = """
 import os, sys
-from latentmill import cluster
+from latentmill.workers import cluster
 assert cluster.connect(None)
 import ray
 print(

@@ -2,9 +2,10 @@
 
 import pytest
 
-from latentmill import flow, simulate, write
+from latentmill import flow, simulate
 from latentmill.leases import Leases
 from latentmill.simulate import Store, World, trial
+from latentmill.stages import write
 
 SEEDS = range(200)
 

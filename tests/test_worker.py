@@ -6,7 +6,7 @@ import torch
 
 from latentmill.plugin import Stage
 from latentmill.rows import FixedShape
-from latentmill.worker import Worker
+from latentmill.workers.worker import Worker
 
 
 class Narrow(Stage):

@@ -18,7 +18,7 @@ from latentmill import rows, storage, tensors
 from latentmill.dataset import Dataset, done_shards
 from latentmill.plugin import LatentSpec
 from latentmill.sinks.parquet import Parquet
-from latentmill.write import Write, in_a_line
+from latentmill.stages.write import Write, in_a_line
 
 SPEC = LatentSpec(channels=4, downscale=4, scale=0.5, shift=0.25, dtype="float16", fingerprint="abc")
 

@@ -22,7 +22,7 @@ from latentmill.plugin import Scheduler
 from latentmill.registry import PluginError
 from latentmill.run import OutputError, RunError, run, status
 from latentmill.streams import guard
-from latentmill.worker import OUT_OF_MEMORY
+from latentmill.workers.worker import OUT_OF_MEMORY
 
 WRONG = (JobError, PluginError, PlanError)
 """What a person has to put right in the job; exit 2, and nothing has been started or written."""

@@ -21,7 +21,7 @@ from latentmill.job import Job, load_job, without_secrets
 from latentmill.leases import Leases
 from latentmill.plan import Plan
 from latentmill.storage import Storage
-from latentmill.worker import StageWork, make_stage
+from latentmill.workers.worker import StageWork, make_stage
 
 logger = logging.getLogger("latentmill")
 
@@ -197,15 +197,15 @@ def make_pool(job: Job, plan: Plan, store: Storage) -> Pool:
     """The pool that the job's cluster asks for. Ray is imported only if it is wanted."""
     work, admit = [_work(job, plan, name) for name in job.flow], planning.WeightsRead(plan, store)
     if job.cluster.kind == "inline":
-        from latentmill.inline import InlinePool
+        from latentmill.workers.inline import InlinePool
 
         return InlinePool(work, admit)
-    from latentmill import cluster, pool
+    from latentmill.workers import cluster, ray_pool
 
     owned = cluster.connect(job.cluster.address if job.cluster.kind == "ray" else None)
     try:
-        return pool.RayPool(work, owned, partial(_sees, store), admit)
-    except pool.PlacementError:
+        return ray_pool.RayPool(work, owned, partial(_sees, store), admit)
+    except ray_pool.PlacementError:
         if owned:
             cluster.disconnect()
         raise

@@ -25,11 +25,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, TypeAlias
 
-from latentmill import flow, write
+from latentmill import flow
 from latentmill.dataset import done_shards
 from latentmill.flow import Died, Dispatch, Event, Failed, Finished, StageSpec, Start, Started, State, Stop
 from latentmill.leases import EVERY, Leases
 from latentmill.run import turn
+from latentmill.stages import write
 from latentmill.storage import Storage
 
 NAMES = ("read", "encode", "denoise", "decode", "write")

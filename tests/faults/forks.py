@@ -15,7 +15,7 @@ PROMPTS = [
 
 SERVER = """
 import ctypes, json, os, signal, sys
-import latentmill.cli, latentmill.inline, latentmill.sinks.parquet, latentmill_shapes.plugin
+import latentmill.cli, latentmill.workers.inline, latentmill.sinks.parquet, latentmill_shapes.plugin
 
 for line in sys.stdin:
     asked = json.loads(line)

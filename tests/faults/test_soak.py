@@ -17,8 +17,8 @@ from tests.faults.forks import PROMPTS, Forks, command, shards
 
 import latentmill
 from latentmill import storage
-from latentmill.cluster import connect
 from latentmill.verify import verify
+from latentmill.workers.cluster import connect
 
 RUNS = int(os.environ.get("RUNS", 3))
 KILLS = 3

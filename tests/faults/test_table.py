@@ -18,8 +18,8 @@ from tests.faults.forks import PROMPTS, Forks, command, shards
 
 import latentmill
 from latentmill import storage
-from latentmill.cluster import connect
 from latentmill.verify import verify
+from latentmill.workers.cluster import connect
 
 DOCS = Path(__file__).parents[2] / "docs" / "reliability.md"
 PLACES = {

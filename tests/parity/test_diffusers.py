@@ -12,7 +12,6 @@ import diffusers
 import pytest
 import torch
 
-from latentmill.guidance import to_clean
 from latentmill.plugin import Field, NoisePath
 from latentmill.schedulers import noise
 from latentmill.schedulers.consistency import LCM, TCD
@@ -23,6 +22,7 @@ from latentmill.schedulers.multistep import DEIS, IPNDM, LMS, PNDM
 from latentmill.schedulers.paths import VE, VP, Flow
 from latentmill.schedulers.sa_solver import SASolver
 from latentmill.schedulers.unipc import UniPC
+from latentmill.stages.guidance import to_clean
 from latentmill.testing import follow
 
 SHAPE = (2, 3, 4, 4)

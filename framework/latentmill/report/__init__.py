@@ -14,7 +14,7 @@ from latentmill.progress import Pace
 from latentmill.report import card, contact_sheet, html
 from latentmill.report.material import Material
 from latentmill.report.summary import summary
-from latentmill.write import in_a_line
+from latentmill.stages.write import in_a_line
 
 __all__ = ["finish", "summary"]
 

@@ -125,7 +125,8 @@ def test_workers_of_other_stages_never_see_diffusers(model, tmp_path):
     ]
     code = f"""
 import sys
-from latentmill import job, plan, storage, worker
+from latentmill import job, plan, storage
+from latentmill.workers import worker
 job = job.load_job("denoise", {told!r})
 plan = plan.load(storage.at(job.output, False))
 for name in ("read", "write"):

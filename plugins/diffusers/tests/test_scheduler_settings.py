@@ -22,10 +22,10 @@ import torch
 
 import latentmill
 from latentmill import registry
-from latentmill.guidance import to_clean
 from latentmill.plugin import Field, NoisePath
 from latentmill.schedulers import grids
 from latentmill.schedulers.paths import VE
+from latentmill.stages.guidance import to_clean
 from latentmill_diffusers import traced
 
 STEPS = (5, 10, 25)

@@ -22,10 +22,10 @@ import torch
 
 import latentmill
 from latentmill import registry, tensors
-from latentmill.guidance import to_clean
 from latentmill.plan import PlanError
 from latentmill.plugin import Field, NoisePath
 from latentmill.schedulers.paths import VE, VP, Flow
+from latentmill.stages.guidance import to_clean
 from latentmill_diffusers import traced
 
 README = Path(__file__).parents[1] / "README.md"

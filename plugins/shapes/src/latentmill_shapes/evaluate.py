@@ -22,10 +22,10 @@ import torch
 from PIL import Image
 
 from latentmill import registry, rows, tensors
-from latentmill.decode import Decode
-from latentmill.denoise import Denoise
-from latentmill.encode import Encode
 from latentmill.plugin import Scheduler
+from latentmill.stages.decode import Decode
+from latentmill.stages.denoise import Denoise
+from latentmill.stages.encode import Encode
 from latentmill_shapes.draw import Pixels, Scene, draw, held_out_scenes
 from latentmill_shapes.judge import compare, read
 from latentmill_shapes.plugin import ShapesDenoiser, ShapesTextEncoder, ShapesVAE

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from latentmill import checks, registry, rows, tensors, weights
-from latentmill.guidance import Guidance, ModelField
 from latentmill.plugin import Conditioning, Denoiser, NoisePath, Reject, RowError, Scheduler, Stage, State
 from latentmill.schedulers import grids, noise
+from latentmill.stages.guidance import Guidance, ModelField
 
 logger = logging.getLogger("latentmill")
 

@@ -18,16 +18,16 @@ import torch
 
 from latentmill import checks, failpoints, registry, rows, storage, weights
 from latentmill.dataset import PLAN_KEY
-from latentmill.decode import Decode
-from latentmill.denoise import Denoise, Visit
-from latentmill.encode import Encode
-from latentmill.hearing import Hearing
 from latentmill.job import Job
 from latentmill.plan import LIBRARIES, Plan, identity, of_row, plugin_of, versions
 from latentmill.plan import read as read_plan
 from latentmill.plugin import Denoiser, Plugin, RowError, Scheduler, Source, Stage
-from latentmill.read import Read
-from latentmill.write import Write
+from latentmill.stages.decode import Decode
+from latentmill.stages.denoise import Denoise, Visit
+from latentmill.stages.encode import Encode
+from latentmill.stages.read import Read
+from latentmill.stages.write import Write
+from latentmill.workers.hearing import Hearing
 
 logger = logging.getLogger("latentmill")
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from latentmill.checks import cause, told
 from latentmill.flow import Died, Dispatch, Event, Failed, Finished, Order, Start, Started, Stop
-from latentmill.hearing import Telling
-from latentmill.worker import Admit, Block, Call, Outcome, StageWork, Worker, WrongWorker, this_node
-from latentmill.write import in_a_line
+from latentmill.stages.write import in_a_line
+from latentmill.workers.hearing import Telling
+from latentmill.workers.worker import Admit, Block, Call, Outcome, StageWork, Worker, WrongWorker, this_node
 
 
 class InlinePool:

@@ -25,13 +25,13 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from latentmill.checks import cause, told
-from latentmill.cluster import ClusterError, disconnect, store_environment
 from latentmill.flow import Died, Dispatch, Event, Failed, Finished, Order, Start, Started, Stop
-from latentmill.hearing import Telling
 from latentmill.plugin import Stage
+from latentmill.stages.write import Write, in_a_line
 from latentmill.weights import Reading
-from latentmill.worker import Admit, StageWork, Worker, WrongWorker, this_node
-from latentmill.write import Write, in_a_line
+from latentmill.workers.cluster import ClusterError, disconnect, store_environment
+from latentmill.workers.hearing import Telling
+from latentmill.workers.worker import Admit, StageWork, Worker, WrongWorker, this_node
 
 logger = logging.getLogger("latentmill")
 

@@ -1,0 +1,1 @@
+"""Processes that hold stages: in this process, or on Ray's nodes."""
