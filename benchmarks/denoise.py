@@ -29,7 +29,7 @@ from latentmill import flow, registry, rows, tensors
 from latentmill.plugin import Denoiser, LatentSpec, Reject, Stage
 from latentmill.run import KINDS, drive
 from latentmill.schedulers import grids, noise
-from latentmill.schedulers.paths import VP
+from latentmill.schedulers.noise_schedules import VariancePreserving
 from latentmill.stages.denoise import Denoise
 from latentmill.stages.encode import Encode
 from latentmill.stages.guidance import Guidance, ModelField
@@ -44,7 +44,7 @@ class Idle(Denoiser):
     """Predicts what it sees; counts calls and evaluations."""
 
     prediction = "sample"
-    path = VP()
+    noise_schedule = VariancePreserving()
 
     def __init__(self) -> None:
         self.calls: list[int] = []
@@ -132,7 +132,7 @@ def overhead(repeats: int) -> list[float]:
         raise ValueError(reason)
 
     [table] = encode(given, refuse)
-    times = grids.times("trailing", denoiser.path, 20).repeat(CALL // 2, 1)
+    times = grids.times("trailing", denoiser.noise_schedule, 20).repeat(CALL // 2, 1)
 
     @torch.inference_mode()
     def loop() -> Tensor:

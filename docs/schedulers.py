@@ -54,7 +54,7 @@ def main() -> None:
         "# Schedulers",
         "",
         "`latentmill schedulers` prints this table. The order is that of convergence, of a stochastic scheduler that of its",
-        "drift; evaluations are those of one step. Any of them goes with any grid (`scheduler.grid`), noise path and prediction.",
+        "drift; evaluations are those of one step. Any of them goes with any grid (`scheduler.grid`), noise schedule and prediction.",
         "",
         "| name | order | evaluations | draws noise | paper |",
         "|---|---|---|---|---|",

@@ -14,7 +14,7 @@ from latentmill.plugin import Denoiser, LatentSpec, Scheduler, Start
 from latentmill.schedulers import grids, noise
 from latentmill.schedulers.dpmpp import DPMpp2M
 from latentmill.schedulers.euler import Euler, EulerAncestral
-from latentmill.schedulers.paths import VP
+from latentmill.schedulers.noise_schedules import VariancePreserving
 from latentmill.stages.denoise import PATIENCE, Denoise
 from latentmill.stages.encode import Encode
 from latentmill.workers.worker import Worker
@@ -27,14 +27,14 @@ class Gaussian(Denoiser):
     """The exact denoiser of x0 ~ N(mean, 0.25), with the mean as conditioning; counts what it evaluates."""
 
     prediction = "sample"
-    path = VP()
+    noise_schedule = VariancePreserving()
 
     def __init__(self):
         self.evaluated = []
 
     def predict(self, x, t, conditioning):
         self.evaluated.append(len(x))
-        alpha, sigma = (a.reshape(-1, 1, 1, 1) for a in self.path.scale(t))
+        alpha, sigma = (a.reshape(-1, 1, 1, 1) for a in self.noise_schedule.scale(t))
         mean = conditioning["mean"].reshape(-1, 1, 1, 1)
         gain = alpha * 0.25 / (alpha**2 * 0.25 + sigma**2)
         return (mean + gain * (x - alpha * mean)).float()
@@ -89,7 +89,7 @@ def test_the_first_noise_may_be_that_of_diffusers():
     for name, draw in (("latentmill", noise.start), ("diffusers", noise.start_of_diffusers)):
         stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16, first_noise=name)
         [part] = stage(table, lambda i, reason: pytest.fail(reason))
-        alpha, sigma = (float(a) for a in VP().scale(torch.tensor(1.0, dtype=torch.float64)))
+        alpha, sigma = (float(a) for a in VariancePreserving().scale(torch.tensor(1.0, dtype=torch.float64)))
         x = alpha * 2.0 + sigma * draw(1002, (2, 4, 3)).double()
         gain = alpha * 0.25 / (alpha**2 * 0.25 + sigma**2)
         found[name] = tensors.from_arrow(part, "latents")[0]
@@ -100,7 +100,7 @@ def test_the_first_noise_may_be_that_of_diffusers():
 class Halves(Scheduler):
     """On a grid of its own: two steps, of which each keeps what its row's state says, and no network."""
 
-    def start(self, path, steps, kept, shape):
+    def start(self, noise_schedule, steps, kept, shape):
         if steps != 2:
             raise ValueError("two steps, not more")
         times = torch.tensor([1.0, 0.25, 0.0], dtype=torch.float64)[2 - kept :]
@@ -165,8 +165,8 @@ def test_strength_zero_leaves_the_latent_alone_and_one_starts_from_noise():
 
 def test_one_euler_step_is_the_formula():
     table = batch([2], steps=1, scheduler="euler", guidance_scale=3.0, strength=1.0)
-    [t, s] = grids.times("trailing", VP(), 1)
-    alpha, sigma = (float(a) for a in VP().scale(t))
+    [t, s] = grids.times("trailing", VariancePreserving(), 1)
+    alpha, sigma = (float(a) for a in VariancePreserving().scale(t))
     x = alpha * 2.0 + sigma * noise.start(1002, (2, 4, 3)).double()
     gain = alpha * 0.25 / (alpha**2 * 0.25 + sigma**2)
     prompt, negative = 2.5 + gain * (x - alpha * 2.5), -3.0 + gain * (x + alpha * 3.0)
@@ -381,7 +381,7 @@ def test_a_row_whose_steps_cannot_be_is_rejected_alone():
     stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16)
     parts = list(stage(table, rejected.__setitem__))
     assert sorted(row for part in parts for row in part.column("row").to_pylist()) == [0, 2]
-    assert rejected == {1: "1500 steps are more than the 1000 timesteps of the noise path"}
+    assert rejected == {1: "1500 steps are more than the 1000 timesteps of the noise schedule"}
 
 
 def test_latents_that_are_not_finite_are_rejected():
@@ -509,7 +509,7 @@ def test_a_denoiser_may_say_its_grid_its_start_and_that_it_guides_itself():
     torch.testing.assert_close(x[0], noise.start(1000, (2, 4, 3)), rtol=1e-6, atol=1e-6)
     half = stage.enter(batch([3], steps=4, strength=0.5, scheduler="euler"), lambda i, reason: pytest.fail(reason))
     assert half.rows[0].times == pytest.approx([0.4, 0.2, 0.0])
-    alpha, sigma = (float(a) for a in VP().scale(torch.tensor(0.4, dtype=torch.float64)))
+    alpha, sigma = (float(a) for a in VariancePreserving().scale(torch.tensor(0.4, dtype=torch.float64)))
     torch.testing.assert_close(half.rows[0].x, alpha * 3.0 + sigma * noise.start(1003, (2, 4, 3)))
 
 
@@ -533,7 +533,7 @@ def test_a_mask_keeps_the_picture_where_it_is_dark():
     stage.advance()
     [company] = stage.companies.values()
     for row, x in zip(company.rows, company.x):
-        alpha, sigma = VP().scale(torch.tensor(row.times[1], dtype=torch.float64))
+        alpha, sigma = VariancePreserving().scale(torch.tensor(row.times[1], dtype=torch.float64))
         wanted = float(alpha) * float(row.seed - 1000) + float(sigma) * noise.start(row.seed, (2, 4, 3))
         torch.testing.assert_close(x[..., 1], wanted[..., 1])
     assert not visit.done

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from latentmill.plugin import Denoiser
-from latentmill.schedulers.paths import VP
+from latentmill.schedulers.noise_schedules import VariancePreserving
 from latentmill.stages.guidance import Guidance, ModelField, to_clean
 
 
@@ -12,7 +12,7 @@ class Pointing(Denoiser):
     """Predicts its conditioning, whatever it sees. Counts the rows that it evaluates."""
 
     prediction = "sample"
-    path = VP()
+    noise_schedule = VariancePreserving()
 
     def __init__(self):
         self.evaluated = []

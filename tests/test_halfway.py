@@ -93,7 +93,7 @@ def test_another_noise_path_is_refused_row_by_row(whole, tmp_path):
     )
     assert (result.ok, result.failed) == (0, 12)
     reasons = {json.loads(line)["reason"] for path in tmp_path.glob("out/errors/*") for line in path.open()}
-    assert reasons == {"the latents are half-way on a noise path that is not this denoiser's"}
+    assert reasons == {"the latents are half-way on a noise schedule that is not this denoiser's"}
 
 
 def test_only_denoise_can_finish_them(whole, tmp_path):

@@ -92,7 +92,7 @@ def test_plugins_import_the_contract_and_what_goes_with_it():
                 "rows",
                 "schedulers",
                 "testing",
-            }  # schedulers: its noise paths
+            }  # schedulers: its noise schedules
             assert units(imports(path, path.parents[1])) <= allowed, path
 
 

@@ -15,7 +15,7 @@ from latentmill.schedulers.er_sde import ERSDE
 from latentmill.schedulers.euler import EDMEuler, Euler, EulerAncestral
 from latentmill.schedulers.heun import DPM2, DPM2Ancestral, Heun
 from latentmill.schedulers.multistep import DEIS, IPNDM, LMS, PNDM, GradientEstimation, RESMultistep
-from latentmill.schedulers.paths import VE, VP, Flow
+from latentmill.schedulers.noise_schedules import RectifiedFlow, VarianceExploding, VariancePreserving
 from latentmill.schedulers.sa_solver import SASolver
 from latentmill.schedulers.unipc import UniPC
 from latentmill.testing import GaussianField, SchedulerSuite, follow, measure_order
@@ -69,8 +69,8 @@ class TestLCM(SchedulerSuite):
     scheduler = LCM
 
     def test_the_distribution_is_reached(self):
-        for path in (VP(), Flow()):
-            field = Consistency(path, double(0.7), 0.5, [5], (100_000,))
+        for schedule in (VariancePreserving(), RectifiedFlow()):
+            field = Consistency(schedule, double(0.7), 0.5, [5], (100_000,))
             times = torch.linspace(1, 0, 5, dtype=torch.float64)[None]
             x = follow(LCM(), field, field.start(times[:, 0]), times)
             assert abs(float(x.mean()) - 0.7) < 4 * 0.5 / math.sqrt(1e5)
@@ -83,7 +83,7 @@ class TestTCD(SchedulerSuite):
     scheduler = TCD
 
     def test_the_distribution_is_reached(self):
-        field = GaussianField(VP(), double(0.7), 0.5, [5], (50,))
+        field = GaussianField(VariancePreserving(), double(0.7), 0.5, [5], (50,))
         times = torch.linspace(1, 0, 6, dtype=torch.float64)[None]
         x = field.start(times[:, 0])
         for gamma, same in ((0.0, Euler()), (1.0, LCM())):
@@ -95,8 +95,8 @@ class TestTCD(SchedulerSuite):
 )
 def test_other_orders_and_variants_converge_as_they_should(scheduler):
     order = {UniPC: scheduler.args[0] + 1}.get(scheduler.func, scheduler.args[0])
-    for path in (VP(), Flow()):
-        assert measure_order(scheduler(), path) > 0.9 * order
+    for schedule in (VariancePreserving(), RectifiedFlow()):
+        assert measure_order(scheduler(), schedule) > 0.9 * order
 
 
 @pytest.mark.parametrize(
@@ -105,8 +105,8 @@ def test_other_orders_and_variants_converge_as_they_should(scheduler):
     ids=lambda scheduler: type(scheduler).__name__,
 )
 def test_stochastic_solvers_without_noise_have_the_order_of_their_drift(scheduler):
-    for path in (VP(), VE(), Flow()):
-        assert measure_order(scheduler, path) > 0.9 * scheduler.order
+    for schedule in (VariancePreserving(), VarianceExploding(), RectifiedFlow()):
+        assert measure_order(scheduler, schedule) > 0.9 * scheduler.order
 
 
 def test_the_table_of_orders(capsys):
@@ -116,7 +116,10 @@ def test_the_table_of_orders(capsys):
             continue
         scheduler = registry.build("scheduler", {"name": f"{entry.distribution}:{entry.name}"})
         if not scheduler.stochastic:
-            measured = [measure_order(scheduler, path) for path in (VP(), VE(), Flow())]
+            measured = [
+                measure_order(scheduler, schedule)
+                for schedule in (VariancePreserving(), VarianceExploding(), RectifiedFlow())
+            ]
             with capsys.disabled():
                 print(
                     f"\n{entry.name:<20} order {scheduler.order}  VP {measured[0]:.2f}  VE {measured[1]:.2f}  flow {measured[2]:.2f}",
@@ -137,10 +140,10 @@ def double(*values):
 
 def test_ddim_is_euler_on_a_variance_preserving_path():
     """Eq. 12 of Song et al. 2021, written out with alpha bar, eta 0.5."""
-    path, t, s, eta = VP(), double(0.8), double(0.6), 0.5
-    field = GaussianField(path, double(0.7), 0.5, [3])
+    schedule, t, s, eta = VariancePreserving(), double(0.8), double(0.6), 0.5
+    field = GaussianField(schedule, double(0.7), 0.5, [3])
     x = field.start(t)
-    bar_t, bar_s = float(path.scale(t)[0] ** 2), float(path.scale(s)[0] ** 2)
+    bar_t, bar_s = float(schedule.scale(t)[0] ** 2), float(schedule.scale(s)[0] ** 2)
     x0 = field.clean(x, t)
     eps = (x - math.sqrt(bar_t) * x0) / math.sqrt(1 - bar_t)
     up = eta * math.sqrt((1 - bar_s) / (1 - bar_t)) * math.sqrt(1 - bar_t / bar_s)
@@ -151,11 +154,11 @@ def test_ddim_is_euler_on_a_variance_preserving_path():
 
 def test_dpmpp_2m_is_algorithm_2():
     """Two steps of Lu et al. 2022 in their own notation."""
-    path = VP()
+    schedule = VariancePreserving()
     times = double(0.9, 0.7, 0.4)
-    field = GaussianField(path, double(0.7), 0.5, [3])
+    field = GaussianField(schedule, double(0.7), 0.5, [3])
     x = first = field.start(times[:1])
-    (a0, a1, a2), (s0, s1, s2) = (v.tolist() for v in path.scale(times))
+    (a0, a1, a2), (s0, s1, s2) = (v.tolist() for v in schedule.scale(times))
     l0, l1, l2 = (math.log(a / s) for a, s in ((a0, s0), (a1, s1), (a2, s2)))
     d0 = field.clean(x, times[:1])
     x = s1 / s0 * x - a1 * math.expm1(-(l1 - l0)) * d0
@@ -165,9 +168,9 @@ def test_dpmpp_2m_is_algorithm_2():
 
 
 def test_second_order_is_second_and_first_is_first():
-    for path in (VP(), Flow()):
-        assert measure_order(Euler(), path) == pytest.approx(1.0, abs=0.1)
-        assert measure_order(DPMpp2M(), path) > 1.8
+    for schedule in (VariancePreserving(), RectifiedFlow()):
+        assert measure_order(Euler(), schedule) == pytest.approx(1.0, abs=0.1)
+        assert measure_order(DPMpp2M(), schedule) > 1.8
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan"), True, "1"])
@@ -180,37 +183,37 @@ def test_an_eta_that_is_none_is_refused(eta):
 
 
 def test_vp_is_stable_diffusion_s():
-    path = VP()
+    schedule = VariancePreserving()
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     alpha_bar = np.cumprod(1 - betas)
-    alpha, sigma = path.scale(torch.arange(1, 1001, dtype=torch.float64) / 1000)
+    alpha, sigma = schedule.scale(torch.arange(1, 1001, dtype=torch.float64) / 1000)
     np.testing.assert_allclose(alpha**2, alpha_bar, rtol=1e-12)
     np.testing.assert_allclose(sigma**2, 1 - alpha_bar, rtol=1e-9)
     # The largest and smallest sigma in units of alpha, as everybody quotes them.
     assert float((sigma / alpha)[-1]) == pytest.approx(14.6146, abs=1e-4)
     assert float((sigma / alpha)[0]) == pytest.approx(0.0292, abs=1e-4)
-    assert path.timestep(double(1.0, 0.001)).tolist() == pytest.approx([999.0, 0.0], abs=1e-9)
+    assert schedule.timestep(double(1.0, 0.001)).tolist() == pytest.approx([999.0, 0.0], abs=1e-9)
 
 
 @pytest.mark.parametrize(
-    "path",
+    "schedule",
     [
-        VP(), VP("linear", 1e-4, 0.02), VP("squaredcos_cap_v2"), VP("sigmoid"), VP(zero_terminal_snr=True),
-        VP("squaredcos_cap_v2", zero_terminal_snr=True), VE(), VE(700.0), Flow(),
+        VariancePreserving(), VariancePreserving("linear", 1e-4, 0.02), VariancePreserving("squaredcos_cap_v2"), VariancePreserving("sigmoid"), VariancePreserving(zero_terminal_snr=True),
+        VariancePreserving("squaredcos_cap_v2", zero_terminal_snr=True), VarianceExploding(), VarianceExploding(700.0), RectifiedFlow(),
     ],
 )  # fmt: skip
-def test_time_is_the_inverse_of_the_ratio(path):
+def test_time_is_the_inverse_of_the_ratio(schedule):
     t = torch.linspace(0, 1, 777, dtype=torch.float64)[1:-1]
-    alpha, sigma = path.scale(t)
-    torch.testing.assert_close(path.time(sigma / alpha), t, rtol=1e-9, atol=1e-12)
-    assert path.scale(double(0.0))[1].tolist() == [0.0] and path.scale(double(0.0))[0].tolist() == [1.0]
-    assert path.time(double(0.0, math.inf)).tolist() == [0.0, 1.0]
+    alpha, sigma = schedule.scale(t)
+    torch.testing.assert_close(schedule.time(sigma / alpha), t, rtol=1e-9, atol=1e-12)
+    assert schedule.scale(double(0.0))[1].tolist() == [0.0] and schedule.scale(double(0.0))[0].tolist() == [1.0]
+    assert schedule.time(double(0.0, math.inf)).tolist() == [0.0, 1.0]
 
 
 def test_every_solver_is_finite_where_alpha_ends_at_zero():
-    path = VP(zero_terminal_snr=True)
-    assert float(path.scale(double(1.0))[0]) == 0.0
-    field = GaussianField(path, double(0.7), 0.5, [3])
+    schedule = VariancePreserving(zero_terminal_snr=True)
+    assert float(schedule.scale(double(1.0))[0]) == 0.0
+    field = GaussianField(schedule, double(0.7), 0.5, [3])
     for entry in registry.entries("scheduler"):
         if (
             entry.distribution == "latentmill-diffusers"
@@ -223,17 +226,17 @@ def test_every_solver_is_finite_where_alpha_ends_at_zero():
 
 def test_unknown_betas_are_refused():
     with pytest.raises(ValueError, match="betas must be"):
-        VP(betas="cosinee")
+        VariancePreserving(betas="cosinee")
 
 
 # ------------------------------------------------------------------------------------------------------------ grids
 
 
 def timesteps(grid, steps, strength=1.0):
-    path = VP()
-    times = grids.times(grid, path, steps, strength)
+    schedule = VariancePreserving()
+    times = grids.times(grid, schedule, steps, strength)
     assert times[-1] == 0.0 and bool((times.diff() < 0).all()) and times.dtype == torch.float64
-    return [round(k, 6) for k in path.timestep(times[:-1]).tolist()]
+    return [round(k, 6) for k in schedule.timestep(times[:-1]).tolist()]
 
 
 def test_spacings_are_diffusers_():
@@ -246,26 +249,26 @@ def test_spacings_are_diffusers_():
 
 
 def test_karras_is_the_formula():
-    path, steps = VP(), 6
+    schedule, steps = VariancePreserving(), 6
     high, low = 14.614641229333639, 0.029167533673379
     wanted = [(high ** (1 / 7) + i / (steps - 1) * (low ** (1 / 7) - high ** (1 / 7))) ** 7 for i in range(steps)]
-    alpha, sigma = path.scale(grids.times("karras", path, steps)[:-1])
+    alpha, sigma = schedule.scale(grids.times("karras", schedule, steps)[:-1])
     np.testing.assert_allclose((sigma / alpha).numpy(), wanted, rtol=1e-4)
-    flow = grids.times({"name": "karras", "sigma_min": 0.01, "rho": 3}, Flow(), 3)
+    flow = grids.times({"name": "karras", "sigma_min": 0.01, "rho": 3}, RectifiedFlow(), 3)
     np.testing.assert_allclose(flow, [1.0, ((1 + 0.01 ** (1 / 3)) / 2) ** 3, 0.01, 0.0], rtol=1e-12)
 
 
 def test_strength_keeps_the_last_steps():
     assert timesteps("trailing", 5, strength=0.6) == [599, 399, 199]
     assert timesteps("trailing", 5, strength=0.1) == [199], "some strength is some step"
-    assert grids.times("trailing", VP(), 5, strength=0.0).tolist() == [0.0]
+    assert grids.times("trailing", VariancePreserving(), 5, strength=0.0).tolist() == [0.0]
 
 
 def test_strength_on_a_flow_path_rounds_up_as_diffusers_flow_pipelines_do():
     """``t_start = int(max(n - min(n * strength, n), 0))``, written out."""
     for steps, strength in ((10, 0.55), (28, 0.6), (20, 0.33), (20, 1.0), (4, 0.5)):
         wanted = steps - int(max(steps - min(steps * strength, steps), 0))
-        assert len(grids.times("trailing", Flow(), steps, strength)) == wanted + 1
+        assert len(grids.times("trailing", RectifiedFlow(), steps, strength)) == wanted + 1
 
 
 def test_trailing_is_diffusers_for_every_number_of_steps():
@@ -276,18 +279,18 @@ def test_trailing_is_diffusers_for_every_number_of_steps():
 
 def test_more_steps_than_timesteps_are_refused():
     with pytest.raises(ValueError, match="1001 steps are more than the 1000 timesteps"):
-        grids.times("trailing", VP(), 1001)
+        grids.times("trailing", VariancePreserving(), 1001)
 
 
 def test_flow_times_are_not_rounded():
-    assert grids.times("trailing", Flow(), 3).tolist() == pytest.approx([1, 2 / 3, 1 / 3, 0], abs=1e-15)
+    assert grids.times("trailing", RectifiedFlow(), 3).tolist() == pytest.approx([1, 2 / 3, 1 / 3, 0], abs=1e-15)
 
 
 @pytest.mark.parametrize("grid", ["trailing", "leading", "linspace", "karras"])
-@pytest.mark.parametrize("path", [VP(), Flow()])
+@pytest.mark.parametrize("schedule", [VariancePreserving(), RectifiedFlow()])
 @pytest.mark.parametrize("steps", [1, 2, 999, 1000])
-def test_every_grid_descends_for_any_number_of_steps(grid, path, steps):
-    times = grids.times(grid, path, steps)
+def test_every_grid_descends_for_any_number_of_steps(grid, schedule, steps):
+    times = grids.times(grid, schedule, steps)
     assert len(times) == steps + 1 and bool((times.diff() < 0).all()) and 0 < times[0] <= 1
 
 
@@ -307,7 +310,7 @@ def test_a_wrong_grid_is_refused(grid, said):
 
 def test_karras_sigmas_must_be_in_order():
     with pytest.raises(ValueError, match="0 < sigma_min < sigma_max"):
-        grids.times({"name": "karras", "sigma_min": 20.0}, VP(), 5)
+        grids.times({"name": "karras", "sigma_min": 20.0}, VariancePreserving(), 5)
 
 
 # ------------------------------------------------------------------------------------------------------------ noise

@@ -5,7 +5,7 @@ import torch
 
 from latentmill.plugin import VAE, Denoiser, LatentSpec
 from latentmill.schedulers.euler import Euler, EulerAncestral
-from latentmill.schedulers.paths import VP
+from latentmill.schedulers.noise_schedules import VariancePreserving
 from latentmill.testing import DenoiserSuite, SchedulerSuite, VAESuite
 
 
@@ -92,7 +92,10 @@ def test_a_wrong_scheduler_is_found_and_told(wrong, test, says):
 
 def test_an_order_that_is_not_reached_is_told():
     suite = type("Suite", (SchedulerSuite,), {"scheduler": type("Boasts", (Euler,), {"order": 2})})
-    assert "order 1.00 on the VP path, where 2 was promised" in failures(suite)["test_the_distribution_is_reached"]
+    assert (
+        "order 1.00 on the VP noise schedule, where 2 was promised"
+        in failures(suite)["test_the_distribution_is_reached"]
+    )
 
 
 class Plain(VAE):
@@ -165,7 +168,7 @@ class Linear(Denoiser):
     """A network that adds what it is told."""
 
     prediction = "epsilon"
-    path = VP()
+    noise_schedule = VariancePreserving()
 
     def predict(self, x, t, conditioning):
         return 0.5 * x + (t + conditioning["embeds"]).reshape(-1, 1, 1, 1).float()

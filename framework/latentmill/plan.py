@@ -205,12 +205,12 @@ def _check_grid(job: Job, built: Parts) -> None:
     assert built.denoiser is not None and built.vae is not None
     name, grid = job.scheduler["name"], job.scheduler.get("grid", "trailing")
     with registry.asking(built.denoiser):
-        path, steps = built.denoiser.path, job.sampling.steps
+        schedule, steps = built.denoiser.noise_schedule, job.sampling.steps
         if built.denoiser.prediction not in get_args(Prediction):
             raise ValueError(f"prediction {built.denoiser.prediction!r}: expected {', '.join(get_args(Prediction))}")
     with registry.asking(built.scheduler):
         try:
-            own = built.scheduler.start(path, steps, steps, (built.vae.spec.channels, 64, 64))
+            own = built.scheduler.start(schedule, steps, steps, (built.vae.spec.channels, 64, 64))
         except ValueError as error:
             raise registry.PluginError(f"{job.name}: scheduler {name}: {error}") from error
     if own is not None and grid not in ("trailing", own.grid):
@@ -218,7 +218,7 @@ def _check_grid(job: Job, built: Parts) -> None:
     with registry.asking(built.denoiser):
         try:
             if own is None:
-                grids.times(grid, path, steps, model=built.denoiser.times)
+                grids.times(grid, schedule, steps, model=built.denoiser.times)
         except ValueError as error:
             raise registry.PluginError(f"{job.name}: scheduler.grid: {error}") from error
 

@@ -10,7 +10,7 @@ The class is built from the job's YAML, one keyword argument a key (``vae: {name
 driver builds plugins only to ask them what they are. ``load(device)`` is called in workers alone, before first use.
 
 Words. ``B`` is the batch axis and always comes first; a row is one sample. Time ``t`` is float64 in [0, 1]: 0 is
-clean, 1 is noise. A latent at time t is ``x = alpha(t) * x0 + sigma(t) * noise``; ``alpha`` and ``sigma`` are the noise path.
+clean, 1 is noise. A latent at time t is ``x = alpha(t) * x0 + sigma(t) * noise``; ``alpha`` and ``sigma`` are the noise schedule.
 
 Tensors that a plugin is given may lie in memory that other processes share: read them, never write into them.
 
@@ -36,7 +36,7 @@ __all__ = [
     "Field",
     "Fragment",
     "LatentSpec",
-    "NoisePath",
+    "NoiseSchedule",
     "Plugin",
     "Prediction",
     "Reject",
@@ -111,7 +111,7 @@ class Plugin:
 # ---------------------------------------------------------------------------------------------------- schedulers
 
 
-class NoisePath(ABC):
+class NoiseSchedule(ABC):
     """``alpha(t)`` and ``sigma(t)``: how much of the clean latent and how much noise is in a latent at time t."""
 
     @abstractmethod
@@ -138,7 +138,7 @@ class Field(ABC):
 
     @abstractmethod
     def scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """``(alpha, sigma)`` of the noise path at times ``t[B]``, float64, shaped ``[B, 1, ...]`` to multiply with x."""
+        """``(alpha, sigma)`` of the noise schedule at times ``t[B]``, float64, shaped ``[B, 1, ...]`` to multiply with x."""
 
     @abstractmethod
     def time(self, ratio: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ class Scheduler(Plugin, ABC):
 
     A scheduler is a value: it holds settings and nothing else. No grid, no counter, no seed, no history; what a multistep
     solver remembers is the ``State`` that it returns. Rows at different times stand in one batch and must not touch each
-    other. (The same split as a diffrax solver's; what diffusers fuses into one class is path, grid, solver and prediction.)
+    other. (The same split as a diffrax solver's; what diffusers fuses into one class is noise schedule, grid, solver and prediction.)
     """
 
     evaluations: ClassVar[int] = 1
@@ -191,7 +191,7 @@ class Scheduler(Plugin, ABC):
         """The state before the first step from ``x[B, ...]`` at ``t[B]``."""
         return {}
 
-    def start(self, path: NoisePath, steps: int, kept: int, shape: Sequence[int]) -> Start | None:
+    def start(self, noise_schedule: NoiseSchedule, steps: int, kept: int, shape: Sequence[int]) -> Start | None:
         """How a row of latents of ``shape`` begins that makes the last ``kept`` (1 or more) of ``steps`` steps.
 
         None: at the job's grid's times, with the state of ``init``, as all do that can move latents between any two times.
@@ -293,7 +293,7 @@ class Denoiser(Plugin, ABC):
     """The network: predicts, from noisy latents, what ``prediction`` says."""
 
     prediction: Prediction
-    path: NoisePath
+    noise_schedule: NoiseSchedule
     guidance_embedded: bool = False
     """Whether the network is told a row's guidance scale, as conditioning ``guidance_scale[B]``, and so guides itself: one
     evaluation, without the negative prompt."""
@@ -312,8 +312,8 @@ class Denoiser(Plugin, ABC):
         raise ValueError("this denoiser has no grid of its own: choose one by its name")
 
     def start_scale(self, t: Tensor) -> Tensor:
-        """Standard deviation of the noise that a row without picture or latents starts from, at times ``t``: the path's sigma."""
-        return self.path.scale(t)[1]
+        """Standard deviation of the noise that a row without picture or latents starts from, at times ``t``: the noise schedule's sigma."""
+        return self.noise_schedule.scale(t)[1]
 
     def guide(self, prompt: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
         """The guided prediction out of two ``[B, ...]``; ``scale`` broadcasts against them (Ho and Salimans 2022, eq. 6)."""

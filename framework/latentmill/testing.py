@@ -16,36 +16,40 @@ import torch
 from torch import Tensor
 
 from latentmill import tensors
-from latentmill.plugin import VAE, Conditioning, Denoiser, Field, NoisePath, RowError, Scheduler, State
+from latentmill.plugin import VAE, Conditioning, Denoiser, Field, NoiseSchedule, RowError, Scheduler, State
 from latentmill.schedulers import noise
-from latentmill.schedulers.paths import VE, VP, Flow
+from latentmill.schedulers.noise_schedules import RectifiedFlow, VarianceExploding, VariancePreserving
 
-PATHS: dict[str, Callable[[], NoisePath]] = {"VP": VP, "VE": VE, "flow": Flow}
-"""The noise paths on which a scheduler is checked."""
+NOISE_SCHEDULES: dict[str, Callable[[], NoiseSchedule]] = {
+    "VP": VariancePreserving,
+    "VE": VarianceExploding,
+    "flow": RectifiedFlow,
+}
+"""The noise schedules on which a scheduler is checked."""
 
 
 class GaussianField(Field):
     """The exact answers for data that are Gaussian, ``x0 ~ N(mean, std²)`` in every element, for B rows of one shape."""
 
     def __init__(
-        self, path: NoisePath, mean: Tensor, std: float, seeds: list[int], shape: tuple[int, ...] = (3,)
+        self, schedule: NoiseSchedule, mean: Tensor, std: float, seeds: list[int], shape: tuple[int, ...] = (3,)
     ) -> None:
         """``mean[B]`` is each row's own, so that a row that takes another's values shows."""
-        self.path, self.std, self.seeds, self.shape = path, std, seeds, shape
+        self.noise_schedule, self.std, self.seeds, self.shape = schedule, std, seeds, shape
         self.mean = self._column(mean.double())
         self.evaluations, self.draws = 0, 0
 
     def take(self, rows: list[int]) -> GaussianField:
         """The field of some of the rows, in that order."""
         mean = self.mean.flatten()[rows]
-        return GaussianField(self.path, mean, self.std, [self.seeds[row] for row in rows], self.shape)
+        return GaussianField(self.noise_schedule, mean, self.std, [self.seeds[row] for row in rows], self.shape)
 
     def scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, sigma = self.path.scale(t)
+        alpha, sigma = self.noise_schedule.scale(t)
         return self._column(alpha), self._column(sigma)
 
     def time(self, ratio: Tensor) -> Tensor:
-        return self.path.time(ratio.flatten())
+        return self.noise_schedule.time(ratio.flatten())
 
     def clean(self, x: Tensor, t: Tensor) -> Tensor:
         """``E[x0 | x]``, of a Gaussian prior and Gaussian noise."""
@@ -93,21 +97,21 @@ class SchedulerSuite:
 
     def test_rows_do_not_touch_each_other(self) -> None:
         """Each row of a mixed batch, at times of its own, against the row alone."""
-        for name, path in PATHS.items():
-            field, times = _mixed(path())
+        for name, schedule in NOISE_SCHEDULES.items():
+            field, times = _mixed(schedule())
             together = follow(self.scheduler(), field, field.start(times[:, 0]), times)
             for row in range(len(times)):
                 alone = field.take([row])
                 wanted = follow(self.scheduler(), alone, alone.start(times[row : row + 1, 0]), times[row : row + 1])
                 assert torch.allclose(together[row], wanted[0], rtol=1e-9, atol=1e-12), (
-                    f"on the {name} path row {row} came out otherwise in a batch than alone: "
+                    f"on the {name} noise schedule row {row} came out otherwise in a batch than alone: "
                     "a step must treat each row by its own times and state, and keep nothing in the scheduler"
                 )
 
     def test_state_is_a_value(self) -> None:
         """Rows saved to Arrow in the middle, read back in another order by another instance, go on as if nothing was."""
         order = [3, 0, 2, 1]
-        field, times = _mixed(VP())
+        field, times = _mixed(VariancePreserving())
         x = field.start(times[:, 0])
         wanted = follow(self.scheduler(), field, x, times)
         scheduler = self.scheduler()
@@ -141,43 +145,43 @@ class SchedulerSuite:
 
     def test_both_ends_are_finite(self) -> None:
         """From pure noise to clean, in one step and in five."""
-        for name, path in PATHS.items():
+        for name, schedule in NOISE_SCHEDULES.items():
             for steps in (1, 2, 5):
                 times = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64).repeat(2, 1)
-                field = GaussianField(path(), torch.tensor([0.5, -2.0]), 0.3, [1, 2])
+                field = GaussianField(schedule(), torch.tensor([0.5, -2.0]), 0.3, [1, 2])
                 x = follow(self.scheduler(), field, field.start(times[:, 0]), times)
                 assert bool(x.isfinite().all()), (
-                    f"not finite after {steps} steps from t = 1 to t = 0 on the {name} path: "
+                    f"not finite after {steps} steps from t = 1 to t = 0 on the {name} noise schedule: "
                     "alpha may be 0 at t = 1, and sigma is 0 at t = 0"
                 )
 
     def test_a_point_is_reached(self) -> None:
         """Data that are one point have one clean estimate, and every solver must end there."""
-        for name, path in PATHS.items():
+        for name, schedule in NOISE_SCHEDULES.items():
             times = torch.linspace(1.0, 0.0, 9, dtype=torch.float64).repeat(2, 1)
-            field = GaussianField(path(), torch.tensor([0.5, -2.0]), 0.0, [1, 2])
+            field = GaussianField(schedule(), torch.tensor([0.5, -2.0]), 0.0, [1, 2])
             x = follow(self.scheduler(), field, field.start(times[:, 0]), times)
             assert torch.allclose(x, field.mean.expand_as(x), rtol=1e-9, atol=1e-9), (
-                f"data that are the one point {field.mean.flatten().tolist()} came out as {x[:, 0].tolist()} on the {name} path"
+                f"data that are the one point {field.mean.flatten().tolist()} came out as {x[:, 0].tolist()} on the {name} noise schedule"
             )
 
     def test_the_distribution_is_reached(self) -> None:
         """Deterministic: the measured order of convergence. Stochastic: mean and variance of 100,000 samples."""
-        for name, path in PATHS.items():
+        for name, schedule in NOISE_SCHEDULES.items():
             if self.scheduler().stochastic:
-                check_moments(self.scheduler(), path(), name, steps=self.steps)
+                check_moments(self.scheduler(), schedule(), name, steps=self.steps)
             else:
-                measured = measure_order(self.scheduler(), path())
+                measured = measure_order(self.scheduler(), schedule())
                 promised = self.scheduler().order
                 assert measured >= 0.9 * promised, (
-                    f"order {measured:.2f} on the {name} path, where {promised} was promised: a coefficient is wrong"
+                    f"order {measured:.2f} on the {name} noise schedule, where {promised} was promised: a coefficient is wrong"
                 )
 
     def test_it_is_what_it_says(self) -> None:
         """``evaluations`` counts the calls of ``field.clean``, ``stochastic`` says whether noise is drawn."""
-        scheduler, path = self.scheduler(), VP()
+        scheduler, schedule = self.scheduler(), VariancePreserving()
         times = torch.linspace(0.9, 0.5, 6, dtype=torch.float64).repeat(2, 1)
-        field = GaussianField(path, torch.tensor([0.5, -2.0]), 0.3, [1, 2])
+        field = GaussianField(schedule, torch.tensor([0.5, -2.0]), 0.3, [1, 2])
         x = field.start(times[:, 0])
         state = scheduler.init(field, x, times[:, 0])
         for i in range(4):
@@ -192,7 +196,7 @@ class SchedulerSuite:
         )
 
 
-def measure_order(scheduler: Scheduler, path: NoisePath, steps: tuple[int, int] = (80, 160)) -> float:
+def measure_order(scheduler: Scheduler, schedule: NoiseSchedule, steps: tuple[int, int] = (80, 160)) -> float:
     """The order of convergence on Gaussian data, in float64: how the error shrinks when the steps are doubled.
 
     Steps are of one length h in lambda = log(alpha / sigma), from where sigma / alpha is 2.5 to where it is 0.45: nearer the
@@ -200,7 +204,7 @@ def measure_order(scheduler: Scheduler, path: NoisePath, steps: tuple[int, int] 
     h, so that the first steps of a multistep solver, which have no history and so are of low order, don't hide the order of
     the others.
     """
-    field = GaussianField(path, torch.tensor([0.7]), 0.5, [3], (64,))
+    field = GaussianField(schedule, torch.tensor([0.7]), 0.5, [3], (64,))
     first, last = math.log(2.5), math.log(0.45)
     errors = []
     for count in steps:
@@ -210,38 +214,40 @@ def measure_order(scheduler: Scheduler, path: NoisePath, steps: tuple[int, int] 
             lengths.append(lengths[-1] * 2)
         walked = torch.tensor([0.0, *lengths, *[length] * count], dtype=torch.float64).cumsum(0)
         ratios = torch.exp(first + (last - first) * walked[walked < abs(last - first) * (1 + 1e-9)] / abs(last - first))
-        times = path.time(ratios)[None]
+        times = schedule.time(ratios)[None]
         x = field.start(times[:, 0])
         error = follow(scheduler, field, x, times) - field.exact(x, times[:, 0], times[:, -1])
         errors.append(float(error.square().mean().sqrt()))
     return math.log(errors[0] / errors[1]) / math.log(steps[1] / steps[0])
 
 
-def check_moments(scheduler: Scheduler, path: NoisePath, name: str, samples: int = 100_000, steps: int = 1000) -> None:
+def check_moments(
+    scheduler: Scheduler, schedule: NoiseSchedule, name: str, samples: int = 100_000, steps: int = 1000
+) -> None:
     """Fail unless mean and variance of Gaussian data are reached within four standard errors."""
     mean, std = 0.7, 0.5
-    field = GaussianField(path, torch.tensor([mean]), std, [5], (samples,))
+    field = GaussianField(schedule, torch.tensor([mean]), std, [5], (samples,))
     # Equal steps in lambda. Stochastic solvers are of first order: at 1000 steps their bias is a third of what is allowed.
-    alpha, sigma = path.scale(torch.tensor(0.995, dtype=torch.float64))
+    alpha, sigma = schedule.scale(torch.tensor(0.995, dtype=torch.float64))
     first, last = math.log(float(sigma / alpha)), math.log(0.01)
-    inner = path.time(torch.exp(torch.linspace(first, last, steps, dtype=torch.float64)))
+    inner = schedule.time(torch.exp(torch.linspace(first, last, steps, dtype=torch.float64)))
     times = torch.cat([inner, torch.zeros(1, dtype=torch.float64)])[None]
     x = follow(scheduler, field, field.start(times[:, 0]), times)
     found_mean, found_variance = float(x.mean()), float(x.var())
     mean_error, variance_error = std / math.sqrt(samples), std**2 * math.sqrt(2 / samples)
     assert abs(found_mean - mean) <= 4 * mean_error, (
-        f"mean {found_mean:.4f} on the {name} path, where the data's is {mean} +- {mean_error:.4f}"
+        f"mean {found_mean:.4f} on the {name} noise schedule, where the data's is {mean} +- {mean_error:.4f}"
     )
     assert abs(found_variance - std**2) <= 4 * variance_error, (
-        f"variance {found_variance:.4f} on the {name} path, where the data's is {std**2} +- {variance_error:.4f}"
+        f"variance {found_variance:.4f} on the {name} noise schedule, where the data's is {std**2} +- {variance_error:.4f}"
     )
 
 
-def _mixed(path: NoisePath) -> tuple[GaussianField, Tensor]:
+def _mixed(schedule: NoiseSchedule) -> tuple[GaussianField, Tensor]:
     """Four rows with their own means, seeds and times ``[4, 7]``; the first two end clean, the last two on the way."""
     ends = [(1.0, 0.0), (0.6, 0.0), (0.9, 0.2), (0.3, 0.1)]
     times = torch.stack([torch.linspace(first, last, 7, dtype=torch.float64) for first, last in ends])
-    return GaussianField(path, torch.tensor([0.5, -2.0, 3.0, 0.0]), 0.3, [11, 12, 13, 14]), times
+    return GaussianField(schedule, torch.tensor([0.5, -2.0, 3.0, 0.0]), 0.3, [11, 12, 13, 14]), times
 
 
 class VAESuite:
@@ -333,7 +339,7 @@ class DenoiserSuite:
         """The driver asks for them, and never loads."""
         denoiser = self.denoiser()
         assert denoiser.prediction in ("epsilon", "v", "sample", "flow"), f"prediction {denoiser.prediction!r}"
-        alpha, sigma = denoiser.path.scale(torch.linspace(0, 1, 11, dtype=torch.float64))
+        alpha, sigma = denoiser.noise_schedule.scale(torch.linspace(0, 1, 11, dtype=torch.float64))
         assert float(sigma[0]) == 0.0 and bool((sigma.diff() > 0).all()), "sigma must grow with t, from 0"
         assert bool((alpha.diff() <= 0).all() and alpha[0] > 0), "alpha must not grow with t"
 

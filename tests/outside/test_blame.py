@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from latentmill import rows, tensors
 from latentmill.plugin import VAE, Denoiser, Fragment, LatentSpec, RowError, Scheduler, Source, Stage, TextEncoder
-from latentmill.schedulers.paths import Flow
+from latentmill.schedulers.noise_schedules import RectifiedFlow
 from latentmill.sinks.parquet import Parquet
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
@@ -81,12 +81,12 @@ class Network(Denoiser):
     contract, prediction = 1, "flow"
 
     def __init__(self, wrong: str = ""):
-        self.wrong, self._path = wrong, Flow()
+        self.wrong, self._noise_schedule = wrong, RectifiedFlow()
 
     @property
-    def path(self):
-        if self.wrong == "path": raise ValueError("trained_betas are not understood")
-        return self._path
+    def noise_schedule(self):
+        if self.wrong == "noise_schedule": raise ValueError("trained_betas are not understood")
+        return self._noise_schedule
 
     def check(self, spec):
         if self.wrong == "check": raise TypeError("no config")
@@ -421,7 +421,7 @@ PLANNING = [
     ("vae", "fingerprint", "two weights: which?"),
     ("vae", "number", "its fingerprint must be text, not 7"),
     ("vae", "notices", "ZeroDivisionError: nothing to say (--debug shows where)"),
-    ("denoiser", "path", "trained_betas are not understood"),
+    ("denoiser", "noise_schedule", "trained_betas are not understood"),
     ("denoiser", "check", "TypeError: no config (--debug shows where)"),
     ("denoiser", "times", "IndexError: list index out of range (--debug shows where)"),
     ("source", "latent_spec", "RuntimeError: not a file of ours (--debug shows where)"),

@@ -12,7 +12,7 @@ CODE = """
 import logging, warnings
 import torch
 from latentmill.plugin import Denoiser, RowError, TextEncoder
-from latentmill.schedulers.paths import VP
+from latentmill.schedulers.noise_schedules import VariancePreserving
 
 logger = logging.getLogger("acme.models")
 logger.propagate = False
@@ -41,7 +41,7 @@ class Words(TextEncoder):
         return {"embeds": torch.zeros(len(prompts), 1)}
 
 class Nothing(Denoiser):
-    contract, prediction, path = 1, "epsilon", VP()
+    contract, prediction, noise_schedule = 1, "epsilon", VariancePreserving()
 
     def predict(self, x, t, conditioning):
         return torch.zeros_like(x)

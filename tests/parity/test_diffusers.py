@@ -12,14 +12,14 @@ import diffusers
 import pytest
 import torch
 
-from latentmill.plugin import Field, NoisePath
+from latentmill.plugin import Field, NoiseSchedule
 from latentmill.schedulers import noise
 from latentmill.schedulers.consistency import LCM, TCD
 from latentmill.schedulers.dpmpp import DPMpp2M, DPMpp2MSDE, DPMpp2SAncestral, DPMpp3MSDE, DPMppSDE
 from latentmill.schedulers.euler import EDMEuler, Euler, EulerAncestral
 from latentmill.schedulers.heun import DPM2, DPM2Ancestral, Heun
 from latentmill.schedulers.multistep import DEIS, IPNDM, LMS, PNDM
-from latentmill.schedulers.paths import VE, VP, Flow
+from latentmill.schedulers.noise_schedules import RectifiedFlow, VarianceExploding, VariancePreserving
 from latentmill.schedulers.sa_solver import SASolver
 from latentmill.schedulers.unipc import UniPC
 from latentmill.stages.guidance import to_clean
@@ -46,17 +46,17 @@ class Network:
 class NetworkField(Field):
     """Ours: the same network behind what a scheduler may ask."""
 
-    def __init__(self, path, prediction="epsilon"):
-        self.path, self.prediction, self.network, self.asked = path, prediction, Network(), 0
+    def __init__(self, schedule, prediction="epsilon"):
+        self.noise_schedule, self.prediction, self.network, self.asked = schedule, prediction, Network(), 0
 
     def scale(self, t):
-        return tuple(v.reshape(-1, 1, 1, 1) for v in self.path.scale(t))
+        return tuple(v.reshape(-1, 1, 1, 1) for v in self.noise_schedule.scale(t))
 
     def time(self, ratio):
-        return self.path.time(ratio.flatten())
+        return self.noise_schedule.time(ratio.flatten())
 
     def clean(self, x, t):
-        return to_clean(self.prediction, self.network(x, self.path.timestep(t[0])), x, *self.scale(t))
+        return to_clean(self.prediction, self.network(x, self.noise_schedule.timestep(t[0])), x, *self.scale(t))
 
     def noise(self, t, s):
         self.asked += 1
@@ -126,7 +126,7 @@ CASES = {
 }
 
 
-class Interpolated(VP):
+class Interpolated(VariancePreserving):
     """Between timesteps diffusers interpolates log(sigma); where a solver evaluates half-way, ours must say the same."""
 
     def timestep(self, t):
@@ -154,11 +154,11 @@ def final_sigmas(name, scheduler, steps):
 def test_the_same_latents_as_diffusers(case, steps, monkeypatch):
     ours, name, settings = CASES[case]
     wanted, scheduler = theirs(monkeypatch, name, steps, **settings)
-    path = Interpolated()
+    schedule = Interpolated()
     sigmas = final_sigmas(name, scheduler, steps)
     sigmas = sigmas[: steps + 1] if len(sigmas) > steps + 1 else sigmas
-    times = path.time(sigmas).repeat(2, 1)
-    field = NetworkField(path)
+    times = schedule.time(sigmas).repeat(2, 1)
+    field = NetworkField(schedule)
     alpha, _ = field.scale(times[:, 0])
     variance_preserving = float(scheduler.init_noise_sigma) == 1.0
     x = NOISES[0] if variance_preserving else NOISES[0] * float(scheduler.init_noise_sigma) * alpha
@@ -173,7 +173,7 @@ def test_pndm_is_plms(steps, monkeypatch):
     wanted, scheduler = theirs(monkeypatch, "PNDMScheduler", steps, **SD, skip_prk_steps=True, steps_offset=0)
     at = [int(t) for t in scheduler.timesteps]
     times = (torch.tensor([at[0], *at[2:], 0]).double() + 1) / 1000
-    found = follow(PNDM(), NetworkField(VP()), NOISES[0], times.repeat(2, 1)[:, : steps + 1])
+    found = follow(PNDM(), NetworkField(VariancePreserving()), NOISES[0], times.repeat(2, 1)[:, : steps + 1])
     assert float((found - wanted).norm() / wanted.norm()) <= 1e-6
 
 
@@ -200,16 +200,16 @@ def test_dpmpp_sde(steps, monkeypatch):
     for t in scheduler.timesteps:
         x = scheduler.step(network(scheduler.scale_model_input(x, t), t), t, x).prev_sample
     sigmas = scheduler.sigmas
-    path = Interpolated()
-    times = path.time(torch.cat([sigmas[:1], sigmas[1:-1:2], sigmas[-1:]])).repeat(2, 1)
-    field = NetworkField(path)
+    schedule = Interpolated()
+    times = schedule.time(torch.cat([sigmas[:1], sigmas[1:-1:2], sigmas[-1:]])).repeat(2, 1)
+    field = NetworkField(schedule)
     start = NOISES[0] * float(scheduler.init_noise_sigma) * field.scale(times[:, 0])[0]
     found = follow(DPMppSDE(), field, start, times)
     assert float((found - x).norm() / x.norm()) <= 1e-6
 
 
-class Sine(NoisePath):
-    """The path that diffusers' IPNDMScheduler is on: sigma = sin²(pi t / 2), with timesteps of its own."""
+class Sine(NoiseSchedule):
+    """The schedule that diffusers' IPNDMScheduler is on: sigma = sin²(pi t / 2), with timesteps of its own."""
 
     def scale(self, t):
         sigma = torch.sin(t * math.pi / 2) ** 2
@@ -246,8 +246,8 @@ def test_ipndm(steps, monkeypatch):
 class KeyedField(NetworkField):
     """The noise of a step is the same whenever it is asked for."""
 
-    def __init__(self, path):
-        super().__init__(path)
+    def __init__(self, schedule):
+        super().__init__(schedule)
         self.drawn = {}
 
     def noise(self, t, s):
@@ -274,14 +274,14 @@ def test_sa_solver(tau, steps, monkeypatch):
     )
     settings = {**TRAILING, "predictor_order": 3, "corrector_order": 4, "lower_order_final": False}
     wanted, scheduler = theirs(monkeypatch, "SASolverScheduler", steps, **settings, tau_func=lambda t: tau)
-    path = VP()
-    times = path.time(scheduler.sigmas.double()).repeat(2, 1)
-    found = follow(SASolver(tau), KeyedField(path), NOISES[0] * float(scheduler.init_noise_sigma), times)
+    schedule = VariancePreserving()
+    times = schedule.time(scheduler.sigmas.double()).repeat(2, 1)
+    found = follow(SASolver(tau), KeyedField(schedule), NOISES[0] * float(scheduler.init_noise_sigma), times)
     error = float((found - wanted).norm() / wanted.norm())
     assert error <= 1e-6, error
 
 
-class Told(VP):
+class Told(VariancePreserving):
     """The network is told what their scheduler tells it at the nearest of its sigmas."""
 
     def __init__(self, scheduler):
@@ -298,10 +298,10 @@ def test_dpmpp_2s(steps, monkeypatch):
     """DPMSolverSinglestepScheduler takes two steps of its grid for one of ours: with sigmas a constant factor apart the first ends where ours evaluates. Without noise, of which it has none."""
     settings = {**SD, "solver_order": 2, "final_sigmas_type": "zero", "use_exponential_sigmas": True}
     wanted, scheduler = theirs(monkeypatch, "DPMSolverSinglestepScheduler", steps, **settings)
-    path = Told(scheduler)
+    schedule = Told(scheduler)
     sigmas = scheduler.sigmas
-    times = path.time(torch.cat([sigmas[:-1:2], sigmas[-1:]])).repeat(2, 1)
-    found = follow(DPMpp2SAncestral(eta=0), NetworkField(path), NOISES[0], times)
+    times = schedule.time(torch.cat([sigmas[:-1:2], sigmas[-1:]])).repeat(2, 1)
+    found = follow(DPMpp2SAncestral(eta=0), NetworkField(schedule), NOISES[0], times)
     assert float((found - wanted).norm() / wanted.norm()) <= 1e-6
 
 
@@ -318,13 +318,13 @@ def test_dpmpp_3m_has_the_whole_square_term(monkeypatch):
     for t in scheduler.timesteps[:3]:
         x = scheduler.step(network(x, t), t, x).prev_sample
         latents.append(x)
-    path = Interpolated()
-    times = path.time(scheduler.sigmas.double()).repeat(2, 1)
-    field, ours = NetworkField(path), DPMpp3MSDE(eta=0)
+    schedule = Interpolated()
+    times = schedule.time(scheduler.sigmas.double()).repeat(2, 1)
+    field, ours = NetworkField(schedule), DPMpp3MSDE(eta=0)
     assert float((follow(ours, field, NOISES[0], times[:, :3]) - latents[1]).norm()) <= 1e-6 * float(latents[1].norm())
     found = follow(ours, field, NOISES[0], times[:, :4])
     cleans = [field.clean(x, times[:, k]) for k, x in enumerate([NOISES[0], *latents[:2]])]
-    alpha, sigma = path.scale(times[0, :4])
+    alpha, sigma = schedule.scale(times[0, :4])
     at = torch.log(alpha / sigma)
     h = float(at[3] - at[2])
     slopes = [(cleans[2] - cleans[1]) / (at[2] - at[1]), (cleans[1] - cleans[0]) / (at[1] - at[0])]
@@ -334,7 +334,7 @@ def test_dpmpp_3m_has_the_whole_square_term(monkeypatch):
     assert float((found - latents[2] - half).norm() / x.norm()) <= 1e-6
 
 
-class Floored(VP):
+class Floored(VariancePreserving):
     """Time is the timestep itself, over 1000, and only whole ones count: so does TCDScheduler round (1 - gamma) * s."""
 
     def scale(self, t):
@@ -347,7 +347,7 @@ class Floored(VP):
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("steps", [5, 10, 20, 50])
 def test_tcd(steps, gamma, monkeypatch):
-    """Ours does not round; on a path of whole timesteps that is no difference."""
+    """Ours does not round; on a schedule of whole timesteps that is no difference."""
     asked = iter(range(1, 400))
     module = importlib.import_module(diffusers.TCDScheduler.__module__)
     monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: NOISES[next(asked)])
@@ -379,20 +379,20 @@ def test_edm_euler(steps, monkeypatch):
     With churn, ours is algorithm 2 written down, without its second-order correction.
     """
     wanted, scheduler = theirs(monkeypatch, "EDMEulerScheduler", steps)
-    path = VE(sigma_max=100.0)
-    times = path.time(scheduler.sigmas.double()).repeat(2, 1)
-    field = Preconditioned(path)
+    schedule = VarianceExploding(sigma_max=100.0)
+    times = schedule.time(scheduler.sigmas.double()).repeat(2, 1)
+    field = Preconditioned(schedule)
     start = NOISES[0] * float(scheduler.init_noise_sigma)
     assert float((follow(EDMEuler(churn=0), field, start, times) - wanted).norm() / wanted.norm()) <= 1e-6
 
     churn, x = 0.2, start
     for i in range(steps):
-        sigma, after = (float(path.scale(times[0, k])[1]) for k in (i, i + 1))
+        sigma, after = (float(schedule.scale(times[0, k])[1]) for k in (i, i + 1))
         raised = sigma * (1 + churn)
         x = x + 1.003 * math.sqrt(raised**2 - sigma**2) * NOISES[i + 1]
-        clean = field.clean(x, path.time(torch.tensor([raised, raised]).double()))
+        clean = field.clean(x, schedule.time(torch.tensor([raised, raised]).double()))
         x = x + (after - raised) * (x - clean) / raised
-    found = follow(EDMEuler(churn=churn, s_noise=1.003), Preconditioned(path), start, times)
+    found = follow(EDMEuler(churn=churn, s_noise=1.003), Preconditioned(schedule), start, times)
     assert float((found - x).norm() / x.norm()) <= 1e-6
 
 
@@ -403,11 +403,11 @@ def test_flow_matching(name, ours, steps, monkeypatch):
     wanted, scheduler = theirs(monkeypatch, f"FlowMatch{name}DiscreteScheduler", steps)
     sigmas = scheduler.sigmas.double()
     times = sigmas if name == "Euler" else torch.cat([sigmas[:1], sigmas[1:-1:2], sigmas[-1:]])
-    found = follow(ours, NetworkField(Flow(), "flow"), NOISES[0], times.repeat(2, 1))
+    found = follow(ours, NetworkField(RectifiedFlow(), "flow"), NOISES[0], times.repeat(2, 1))
     if name == "Euler":
         assert float((found - wanted).norm() / wanted.norm()) <= 1e-6
     else:
-        # On purpose: ours is Heun's method in (x / alpha, sigma / alpha) on every path; theirs, in (x, t), is another
+        # On purpose: ours is Heun's method in (x / alpha, sigma / alpha) on every schedule; theirs, in (x, t), is another
         # second-order method, and the first step of ours, from an infinite ratio, is Euler's.
         assert 1e-6 < float((found - wanted).norm() / wanted.norm()) < 0.5
 

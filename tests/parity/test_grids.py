@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from latentmill.schedulers import grids
-from latentmill.schedulers.paths import VP, Flow
+from latentmill.schedulers.noise_schedules import RectifiedFlow, VariancePreserving
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 STEPS = [5, 10, 20, 50]
 
 
 def ratios(grid, steps):
-    """Sigma over alpha at a grid's times on Stable Diffusion's path."""
-    alpha, sigma = VP().scale(grids.times(grid, VP(), steps))
+    """Sigma over alpha at a grid's times on Stable Diffusion's schedule."""
+    alpha, sigma = VariancePreserving().scale(grids.times(grid, VariancePreserving(), steps))
     return (sigma / alpha).numpy()
 
 
@@ -34,7 +34,7 @@ def test_timesteps_of_ddim_and_euler(grid, steps):
     name = "EulerDiscreteScheduler" if grid == "linspace" else "DDIMScheduler"
     theirs = getattr(diffusers, name)(**SD, timestep_spacing=grid, steps_offset=1)
     theirs.set_timesteps(steps)
-    ours = VP().timestep(grids.times(grid, VP(), steps)[:-1])
+    ours = VariancePreserving().timestep(grids.times(grid, VariancePreserving(), steps)[:-1])
     np.testing.assert_allclose(ours, np.asarray(theirs.timesteps, dtype=np.float64), rtol=2e-6, atol=1e-4)
 
 
@@ -45,7 +45,7 @@ def test_sigmas_of_flow_matching(shift, steps):
     theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     theirs.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
     np.testing.assert_allclose(
-        grids.times({"name": "trailing", "shift": shift}, Flow(), steps), theirs.sigmas, rtol=1e-6
+        grids.times({"name": "trailing", "shift": shift}, RectifiedFlow(), steps), theirs.sigmas, rtol=1e-6
     )
 
 
@@ -56,7 +56,7 @@ def test_the_dynamic_shift_is_flux_s(side):
     slope = (1.15 - 0.5) / (4096 - 256)
     mu = (side // 2) ** 2 * slope + 0.5 - slope * 256
     theirs.set_timesteps(sigmas=np.linspace(1, 1 / 20, 20).tolist(), mu=mu)
-    ours = grids.times({"name": "trailing", "shift": "dynamic"}, Flow(), 20, shape=(16, side, side))
+    ours = grids.times({"name": "trailing", "shift": "dynamic"}, RectifiedFlow(), 20, shape=(16, side, side))
     np.testing.assert_allclose(ours, theirs.sigmas, rtol=1e-6)
 
 
@@ -68,14 +68,14 @@ def test_linear_quadratic_is_mochi_s(steps):
     a, b = rest / (linear * quadratic**2), threshold / linear - 2 * rest / quadratic**2
     wanted = [1 - i * threshold / linear for i in range(linear)]
     wanted += [1 - (a * i**2 + b * i + a * linear**2) for i in range(linear, steps)]
-    np.testing.assert_allclose(grids.times("linear_quadratic", Flow(), steps)[:-1], wanted, rtol=1e-12)
+    np.testing.assert_allclose(grids.times("linear_quadratic", RectifiedFlow(), steps)[:-1], wanted, rtol=1e-12)
 
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_formulas_that_diffusers_does_not_have(steps):
     """kl_optimal, sgm_uniform and simple, as ComfyUI computes them: by sigmas, the smallest first in its table."""
-    path = VP()
-    alpha, sigma = path.scale(torch.arange(1, 1001, dtype=torch.float64) / 1000)
+    schedule = VariancePreserving()
+    alpha, sigma = schedule.scale(torch.arange(1, 1001, dtype=torch.float64) / 1000)
     table = (sigma / alpha).numpy()
     low, high = table[0], table[-1]
     at = np.arange(steps) / (steps - 1)
@@ -84,7 +84,9 @@ def test_formulas_that_diffusers_does_not_have(steps):
     wanted = [table[-(1 + int(i * 1000 / steps))] for i in range(steps)]
     np.testing.assert_allclose(ratios("simple", steps)[:-1], wanted, rtol=1e-12)
     timesteps = np.linspace(999, 0, steps + 1)[:-1]
-    np.testing.assert_allclose(path.timestep(grids.times("sgm_uniform", path, steps)[:-1]), timesteps, rtol=1e-9)
+    np.testing.assert_allclose(
+        schedule.timestep(grids.times("sgm_uniform", schedule, steps)[:-1]), timesteps, rtol=1e-9
+    )
 
 
 def test_align_your_steps_is_the_authors_table():
@@ -95,30 +97,34 @@ def test_align_your_steps_is_the_authors_table():
 
 
 @pytest.mark.parametrize("grid", [name for name in grids.GRIDS if name != "times"])
-@pytest.mark.parametrize("path", [VP(), Flow()])
+@pytest.mark.parametrize("schedule", [VariancePreserving(), RectifiedFlow()])
 @pytest.mark.parametrize("end", ["zero", "sigma_min"])
-def test_every_grid_on_every_path_with_both_ends(grid, path, end):
-    if grid == "align_your_steps" and isinstance(path, Flow):
+def test_every_grid_on_every_path_with_both_ends(grid, schedule, end):
+    if grid == "align_your_steps" and isinstance(schedule, RectifiedFlow):
         with pytest.raises(ValueError, match="not for flow paths"):
-            grids.times(grid, path, 5)
+            grids.times(grid, schedule, 5)
         return
     for steps in (2, 7, 40):
-        times = grids.times({"name": grid, "end": end}, path, steps)
+        times = grids.times({"name": grid, "end": end}, schedule, steps)
         assert len(times) == steps + 1 and 0 < float(times[0]) <= 1
         assert (float(times[-1]) == 0.0) == (end == "zero")
 
 
 def test_own_times_and_what_makes_no_sense():
-    assert grids.times({"times": [0.9, 0.5]}, Flow(), 2).tolist() == [0.9, 0.5, 0.0]
-    for grid, path, said in (
-        ({"times": [0.9, 0.5]}, Flow(), "has 2 steps, and 3 were asked for"),
-        ({"times": [0.5, 0.9, 0.1]}, Flow(), "must descend"),
-        ({"name": "trailing", "shift": 3.0}, VP(), "shift is for flow paths"),
-        ({"name": "align_your_steps", "model": "sd3"}, VP(), "model must be sd or sdxl or svd, not 'sd3'"),
-        ({"name": "trailing", "end": "one"}, VP(), "end must be zero or sigma_min"),
+    assert grids.times({"times": [0.9, 0.5]}, RectifiedFlow(), 2).tolist() == [0.9, 0.5, 0.0]
+    for grid, schedule, said in (
+        ({"times": [0.9, 0.5]}, RectifiedFlow(), "has 2 steps, and 3 were asked for"),
+        ({"times": [0.5, 0.9, 0.1]}, RectifiedFlow(), "must descend"),
+        ({"name": "trailing", "shift": 3.0}, VariancePreserving(), "shift is for flow paths"),
+        (
+            {"name": "align_your_steps", "model": "sd3"},
+            VariancePreserving(),
+            "model must be sd or sdxl or svd, not 'sd3'",
+        ),
+        ({"name": "trailing", "end": "one"}, VariancePreserving(), "end must be zero or sigma_min"),
     ):
         with pytest.raises(ValueError, match=said):
-            grids.times(grid, path, 3)
+            grids.times(grid, schedule, 3)
 
 
 @pytest.mark.parametrize(
@@ -136,5 +142,7 @@ def test_align_your_steps_are_diffusers_tables(model):
 def test_alpha_bars_are_diffusers(betas, zero):
     settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": betas, "rescale_betas_zero_snr": zero}
     theirs = diffusers.DDIMScheduler(**settings).alphas_cumprod.double()
-    alpha, _ = VP(betas, 0.00085, 0.012, zero_terminal_snr=zero).scale(torch.arange(1, 1001).double() / 1000)
+    alpha, _ = VariancePreserving(betas, 0.00085, 0.012, zero_terminal_snr=zero).scale(
+        torch.arange(1, 1001).double() / 1000
+    )
     np.testing.assert_allclose(alpha**2, theirs, rtol=2e-4, atol=1e-7)  # theirs are products of a thousand float32

@@ -1,1 +1,1 @@
-"""Solvers, and what they are put together with: noise paths, time grids, row-keyed noise."""
+"""Solvers, and what they are put together with: noise schedules, time grids, row-keyed noise."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from latentmill import checks, registry, rows, tensors, weights
-from latentmill.plugin import Conditioning, Denoiser, NoisePath, Reject, RowError, Scheduler, Stage, State
+from latentmill.plugin import Conditioning, Denoiser, NoiseSchedule, Reject, RowError, Scheduler, Stage, State
 from latentmill.schedulers import grids, noise
 from latentmill.stages.guidance import Guidance, ModelField
 
@@ -212,17 +212,17 @@ class Denoise(Stage):
 
         Raises ValueError, RowError among them.
         """
-        path, shape = self.denoiser.path, tuple(latents.shape)
+        schedule, shape = self.denoiser.noise_schedule, tuple(latents.shape)
         halfway = row.get("time")
         strength = row["strength"] if halfway is None else 1.0
-        kept, scheduler = grids.kept(path, row["steps"], strength), self.scheduler(row["scheduler"])
-        own = scheduler.start(path, row["steps"], kept, shape) if kept else None
+        kept, scheduler = grids.kept(schedule, row["steps"], strength), self.scheduler(row["scheduler"])
+        own = scheduler.start(schedule, row["steps"], kept, shape) if kept else None
         grid = (
-            own.times if own else grids.times(self.grid, path, row["steps"], strength, shape, self.denoiser.times)
+            own.times if own else grids.times(self.grid, schedule, row["steps"], strength, shape, self.denoiser.times)
         ).tolist()
         if halfway is not None:
-            if row["trajectory"].partition("/")[0] != path_hash(path):
-                raise RowError("the latents are half-way on a noise path that is not this denoiser's")
+            if row["trajectory"].partition("/")[0] != schedule_hash(schedule):
+                raise RowError("the latents are half-way on a noise schedule that is not this denoiser's")
             if own and not goes_on:
                 raise RowError(
                     f"the latents are half-way by another scheduler, and {row['scheduler']} can begin only on its own grid"
@@ -232,7 +232,7 @@ class Denoise(Stage):
         if halfway is not None or len(grid) == 1:
             return times, latents.to(torch.float32), None
         first = torch.tensor(times[0], dtype=torch.float64)
-        alpha, sigma = (own.alpha, own.sigma) if own else path.scale(first)
+        alpha, sigma = (own.alpha, own.sigma) if own else schedule.scale(first)
         if not bool(latents.any()):  # of a row without picture and latents
             sigma = own.scale if own else self.denoiser.start_scale(first)
         start = self.first_noise(row["seed"], shape).to(self.device)
@@ -365,11 +365,13 @@ class Denoise(Stage):
         return part
 
     def _identity(self, name: str) -> str:
-        """Of a trajectory: its noise path, without which its latents mean nothing, and what its state is of."""
+        """Of a trajectory: its noise schedule, without which its latents mean nothing, and what its state is of."""
         scheduler = self.scheduler(name)
         solver = type(scheduler).__qualname__, sorted(vars(scheduler).items()), scheduler.fingerprint()
         text = repr((type(self.denoiser).__qualname__, self.denoiser.fingerprint(), solver))
-        return f"{path_hash(self.denoiser.path)}/{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+        return (
+            f"{schedule_hash(self.denoiser.noise_schedule)}/{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+        )
 
 
 class Company:
@@ -426,7 +428,7 @@ class Company:
         checks.tensor(scheduler, "step", x, self.x.shape, "the shape of x")
         self.x, self.state = x.to(torch.float32), checks.state(scheduler, "step", state, len(x))
         if any(row.kept is not None for row in self.seats):
-            alpha, sigma = self.denoiser.path.scale(_times(self.seats, 1))
+            alpha, sigma = self.denoiser.noise_schedule.scale(_times(self.seats, 1))
             for k, row in enumerate(self.seats):
                 if row.at + 2 == len(row.times):  # some grids end a little before t = 0, and the picture is clean
                     alpha[k], sigma[k] = 1.0, 0.0
@@ -455,8 +457,8 @@ def is_passing(name: str) -> bool:
     )
 
 
-def path_hash(path: NoisePath) -> str:
-    """Tells noise paths apart by their values."""
-    alpha, sigma = path.scale(torch.linspace(0.0, 1.0, 65, dtype=torch.float64))
+def schedule_hash(schedule: NoiseSchedule) -> str:
+    """Tells noise schedules apart by their values."""
+    alpha, sigma = schedule.scale(torch.linspace(0.0, 1.0, 65, dtype=torch.float64))
     values = [f"{value:.9g}" for value in (*alpha.tolist(), *sigma.tolist())]
     return hashlib.blake2b(",".join(values).encode(), digest_size=8).hexdigest()

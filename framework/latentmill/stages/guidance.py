@@ -67,11 +67,11 @@ class ModelField(Field):
         return values.to(self.device).reshape(-1, *(1 for _ in self.shape))
 
     def scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, sigma = self.denoiser.path.scale(t)
+        alpha, sigma = self.denoiser.noise_schedule.scale(t)
         return self.column(alpha), self.column(sigma)
 
     def time(self, ratio: Tensor) -> Tensor:
-        return self.denoiser.path.time(ratio.flatten().cpu())
+        return self.denoiser.noise_schedule.time(ratio.flatten().cpu())
 
     def clean(self, x: Tensor, t: Tensor) -> Tensor:
         x = x.to(torch.float32)

@@ -22,9 +22,9 @@ import torch
 
 import latentmill
 from latentmill import registry
-from latentmill.plugin import Field, NoisePath
+from latentmill.plugin import Field, NoiseSchedule
 from latentmill.schedulers import grids
-from latentmill.schedulers.paths import VE
+from latentmill.schedulers.noise_schedules import VarianceExploding
 from latentmill.stages.guidance import to_clean
 from latentmill_diffusers import traced
 
@@ -136,7 +136,7 @@ WITHOUT_EFFECT = {
     "thresholding timestep_scaling timestep_spacing",
 }
 """Settings that a class has and doesn't look at, or that are of the noise that it would draw."""
-PATH = "a noise path that is neither of betas nor a flow"
+PATH = "a noise schedule that is neither of betas nor a flow"
 REFUSED = {
     (
         "KDPM2AncestralDiscreteScheduler",
@@ -173,27 +173,32 @@ class Drawn(Field):
     """Ours: the network behind what a scheduler may ask."""
 
     def __init__(self, denoiser, noisy):
-        self.path, self.prediction, self.network, self.noisy = denoiser.path, denoiser.prediction, Network(), noisy
+        self.noise_schedule, self.prediction, self.network, self.noisy = (
+            denoiser.noise_schedule,
+            denoiser.prediction,
+            Network(),
+            noisy,
+        )
 
     def scale(self, t):
-        return tuple(v.reshape(-1, 1, 1, 1) for v in self.path.scale(t))
+        return tuple(v.reshape(-1, 1, 1, 1) for v in self.noise_schedule.scale(t))
 
     def time(self, ratio):
-        return self.path.time(ratio.flatten())
+        return self.noise_schedule.time(ratio.flatten())
 
     def clean(self, x, t):
-        return to_clean(self.prediction, self.network(x, self.path.timestep(t)), x, *self.scale(t))
+        return to_clean(self.prediction, self.network(x, self.noise_schedule.timestep(t)), x, *self.scale(t))
 
     def noise(self, t, s):
-        return self.noisy * noise_of(float(self.path.timestep(t)))
+        return self.noisy * noise_of(float(self.noise_schedule.timestep(t)))
 
 
 def ours(scheduler, denoiser, steps):
     """The final latents, as the denoise stage makes them, but in float64."""
-    start, path = scheduler.start(denoiser.path, steps, steps, SHAPE), denoiser.path
+    start, schedule = scheduler.start(denoiser.noise_schedule, steps, steps, SHAPE), denoiser.noise_schedule
     field = Drawn(denoiser, getattr(scheduler, "name", "") != "DPMSolverSDEScheduler")
     if start is None:
-        times = grids.times("model", path, steps, shape=SHAPE, model=denoiser.times)
+        times = grids.times("model", schedule, steps, shape=SHAPE, model=denoiser.times)
         x = float(denoiser.start_scale(times[0])) * noise_of(-1)
         state = scheduler.init(field, x, times[:1])
     else:
@@ -268,7 +273,7 @@ def is_flow(name, settings):
     return name.startswith(("FlowM", "LTX")) or settings.get("use_flow_sigmas", False)
 
 
-class Wuerstchen(NoisePath):
+class Wuerstchen(NoiseSchedule):
     """The path of Stable Cascade: cosines of a time that the network is told as it is."""
 
     def __init__(self, settings):
@@ -289,9 +294,13 @@ class Wuerstchen(NoisePath):
 
 
 OF_OTHER_PATHS = {
-    "DDPMWuerstchenScheduler": lambda settings: SimpleNamespace(path=Wuerstchen(settings), prediction="epsilon"),
-    "EDMDPMSolverMultistepScheduler": lambda settings: SimpleNamespace(path=VE(), prediction="sample"),
-    "EDMEulerScheduler": lambda settings: SimpleNamespace(path=VE(), prediction="sample"),
+    "DDPMWuerstchenScheduler": lambda settings: SimpleNamespace(
+        noise_schedule=Wuerstchen(settings), prediction="epsilon"
+    ),
+    "EDMDPMSolverMultistepScheduler": lambda settings: SimpleNamespace(
+        noise_schedule=VarianceExploding(), prediction="sample"
+    ),
+    "EDMEulerScheduler": lambda settings: SimpleNamespace(noise_schedule=VarianceExploding(), prediction="sample"),
 }
 """Denoisers of paths that no model of ours has, and that scheduler=model refuses."""
 
@@ -403,12 +412,12 @@ def test_each_is_followed_or_refused_by_name(name, model, tmp_path):
             denoiser = OF_OTHER_PATHS[name](settings) if name in OF_OTHER_PATHS else None
             if denoiser is None:
                 denoiser = registry.build("denoiser", {"name": "diffusers", "path": folder})
-                assert denoiser.path and denoiser.prediction  # a job asks for them first
+                assert denoiser.noise_schedule and denoiser.prediction  # a job asks for them first
             scheduler = registry.build("scheduler", {"name": "model", "path": folder})
             off = 0.0 if failed else wrong(scheduler, denoiser, wanted)
             if off > 1e-6 or why or name in OF_OTHER_PATHS:
                 problems.append(f"{told}: model differs by {off:.1e}; expected: {why or 'the same'}")
-            traces = scheduler.start(denoiser.path, 10, 10, SHAPE) is not None and name != "TCDScheduler"
+            traces = scheduler.start(denoiser.noise_schedule, 10, 10, SHAPE) is not None and name != "TCDScheduler"
         except ValueError as refusal:
             refusals.append((PATH if name in OF_OTHER_PATHS and not why else why, str(refusal)))
             traces = False
@@ -432,14 +441,14 @@ def test_each_is_followed_or_refused_by_name(name, model, tmp_path):
 class Gaussian(Field):
     """Latents of standard deviation 0.5: what a perfect network answers, and where the ODE leads, are known exactly."""
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, schedule):
+        self.noise_schedule = schedule
 
     def scale(self, t):
-        return tuple(v.reshape(-1, 1, 1, 1) for v in self.path.scale(t))
+        return tuple(v.reshape(-1, 1, 1, 1) for v in self.noise_schedule.scale(t))
 
     def time(self, ratio):
-        return self.path.time(ratio.flatten())
+        return self.noise_schedule.time(ratio.flatten())
 
     def clean(self, x, t):
         alpha, sigma = self.scale(t)
@@ -468,10 +477,10 @@ def test_where_we_differ_we_are_nearer_to_the_solution(name, prediction, strengt
     settings |= {"skip_prk_steps": True, "set_alpha_to_one": True} if name == "PNDMScheduler" else {}
     folder = folder_of(tmp_path, model, name, settings)
     denoiser = registry.build("denoiser", {"name": "diffusers", "path": folder})
-    solver, field = registry.build("scheduler", {"name": "model", "path": folder}), Gaussian(denoiser.path)
-    times = grids.times("model", denoiser.path, steps, strength, SHAPE, denoiser.times)
+    solver, field = registry.build("scheduler", {"name": "model", "path": folder}), Gaussian(denoiser.noise_schedule)
+    times = grids.times("model", denoiser.noise_schedule, steps, strength, SHAPE, denoiser.times)
     begin = torch.full((1, 1, 1, 1), 1.3, dtype=torch.float64)
-    assert solver.start(denoiser.path, steps, kept, SHAPE) is None
+    assert solver.start(denoiser.noise_schedule, steps, kept, SHAPE) is None
     x, state = begin, solver.init(field, begin, times[:1])
     for t, s in zip(times[:, None], times[1:, None]):
         x, state = solver.step(field, x, t, s, state)

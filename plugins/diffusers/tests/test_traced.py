@@ -23,8 +23,8 @@ import torch
 import latentmill
 from latentmill import registry, tensors
 from latentmill.plan import PlanError
-from latentmill.plugin import Field, NoisePath
-from latentmill.schedulers.paths import VE, VP, Flow
+from latentmill.plugin import Field, NoiseSchedule
+from latentmill.schedulers.noise_schedules import RectifiedFlow, VarianceExploding, VariancePreserving
 from latentmill.stages.guidance import to_clean
 from latentmill_diffusers import traced
 
@@ -60,23 +60,25 @@ def noise_of(seed, timestep):
 class NetworkField(Field):
     """Ours: the same network behind what a scheduler may ask."""
 
-    def __init__(self, path, prediction, seeds):
-        self.path, self.prediction, self.seeds, self.network = path, prediction, seeds, Network()
+    def __init__(self, schedule, prediction, seeds):
+        self.noise_schedule, self.prediction, self.seeds, self.network = schedule, prediction, seeds, Network()
 
     def scale(self, t):
-        return tuple(v.reshape(-1, 1, 1, 1) for v in self.path.scale(t))
+        return tuple(v.reshape(-1, 1, 1, 1) for v in self.noise_schedule.scale(t))
 
     def time(self, ratio):
-        return self.path.time(ratio.flatten())
+        return self.noise_schedule.time(ratio.flatten())
 
     def clean(self, x, t):
-        return to_clean(self.prediction, self.network(x, self.path.timestep(t)), x, *self.scale(t))
+        return to_clean(self.prediction, self.network(x, self.noise_schedule.timestep(t)), x, *self.scale(t))
 
     def noise(self, t, s):
-        return torch.stack([noise_of(seed, at) for seed, at in zip(self.seeds, self.path.timestep(t).tolist())])
+        return torch.stack(
+            [noise_of(seed, at) for seed, at in zip(self.seeds, self.noise_schedule.timestep(t).tolist())]
+        )
 
 
-class Tabled(NoisePath):
+class Tabled(NoiseSchedule):
     """The path of a diffusers scheduler's own alphas: of CogVideoX, and of UnCLIP's cosines."""
 
     def __init__(self, bars):
@@ -95,7 +97,7 @@ class Tabled(NoisePath):
         return 1000 * t - 1
 
 
-class Wuerstchen(NoisePath):
+class Wuerstchen(NoiseSchedule):
     """The path of Stable Cascade: cosines of a time that the network is told as it is."""
 
     def scale(self, t):
@@ -115,22 +117,22 @@ def parameters(name):
 
 
 def setting(name, prediction):
-    """``(settings, noise path, our prediction)`` with which a class is tried."""
+    """``(settings, noise schedule, our prediction)`` with which a class is tried."""
     known = parameters(name)
     settings = {key: value for key, value in SD.items() if key in known and name != "UnCLIPScheduler"}
     settings |= {"clip_sample": False} if "clip_sample" in known else {}
     if name.startswith(("FlowMatch", "FlowMap", "LTX")):
-        return settings, Flow(), "flow"
+        return settings, RectifiedFlow(), "flow"
     if name.startswith("EDM"):
-        return {}, VE(), "sample"
+        return {}, VarianceExploding(), "sample"
     if name == "DDPMWuerstchenScheduler":
         return {}, Wuerstchen(), "epsilon"
     settings |= {"prediction_type": prediction}
     if prediction == "flow_prediction":
-        return settings | {"use_flow_sigmas": True}, Flow(), "flow"
+        return settings | {"use_flow_sigmas": True}, RectifiedFlow(), "flow"
     if name.startswith(("CogVideoX", "UnCLIP")):
         return settings, Tabled(getattr(diffusers, name)(**settings).alphas_cumprod), PREDICTIONS[prediction]
-    return settings, VP(), PREDICTIONS[prediction]
+    return settings, VariancePreserving(), PREDICTIONS[prediction]
 
 
 def directly(monkeypatch, name, steps, kept, settings, seed, trailing=False, in_step=None, prediction=None):
@@ -184,9 +186,9 @@ def directly(monkeypatch, name, steps, kept, settings, seed, trailing=False, in_
     return x[0]
 
 
-def run(scheduler, path, prediction, rows):
+def run(scheduler, schedule, prediction, rows):
     """Latents of rows ``(seed, steps, kept)`` that go together, each at its own place, until the last has arrived."""
-    begun = [scheduler.start(path, steps, kept, SHAPE) for _, steps, kept in rows]
+    begun = [scheduler.start(schedule, steps, kept, SHAPE) for _, steps, kept in rows]
     x = [start.scale * noise_of(seed, 0) for start, (seed, _, _) in zip(begun, rows)]
     states = [dict(start.state) for start in begun]
     at = [0] * len(rows)
@@ -194,7 +196,7 @@ def run(scheduler, path, prediction, rows):
         t, s = (torch.stack([begun[i].times[at[i] + ahead] for i in going]) for ahead in (0, 1))
         state = {key: torch.stack([states[i][key] for i in going]) for key in states[0]}
         state = {key: value.double() if value.is_floating_point() else value for key, value in state.items()}
-        field = NetworkField(path, prediction, [rows[i][0] for i in going])
+        field = NetworkField(schedule, prediction, [rows[i][0] for i in going])
         moved, state = scheduler.step(field, torch.stack([x[i] for i in going]), t, s, state)
         for k, i in enumerate(going):
             x[i], states[i], at[i] = moved[k], {key: value[k] for key, value in state.items()}, at[i] + 1
@@ -263,7 +265,7 @@ def test_the_readme_has_the_table():
 @pytest.mark.parametrize("name", traced.TRACED)
 def test_it_is_what_the_class_itself_makes(name, monkeypatch):
     for prediction in predictions(name):
-        settings, path, ours = setting(name, prediction)
+        settings, schedule, ours = setting(name, prediction)
         scheduler = getattr(traced, name)(**settings)
         # LTX's can't noise a picture, and SASolver's forgets the flow when it does.
         noises = name != "LTXEulerAncestralRFScheduler" and (name, ours) != ("SASolverScheduler", "flow")
@@ -271,7 +273,7 @@ def test_it_is_what_the_class_itself_makes(name, monkeypatch):
             for kept in {steps, steps * 3 // 5 if noises else steps}:
                 with monkeypatch.context() as patch:
                     wanted = directly(patch, name, steps, kept, settings, 3)
-                [found] = run(scheduler, path, ours, [(3, steps, kept)])
+                [found] = run(scheduler, schedule, ours, [(3, steps, kept)])
                 wrong = error(found, wanted)
                 assert wrong <= 1e-6, f"{prediction}, the last {kept} of {steps} steps: relative error {wrong:.1e}"
 
@@ -293,12 +295,12 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_with_other_settings(variant, monkeypatch):
     name, more = VARIANTS[variant]
-    settings, path, ours = setting(name, "epsilon")
+    settings, schedule, ours = setting(name, "epsilon")
     settings |= more
     for steps in (5, 10, 20):
         with monkeypatch.context() as patch:
             wanted = directly(patch, name, steps, steps, settings, 3)
-        [found] = run(getattr(traced, name)(**settings), path, ours, [(3, steps, steps)])
+        [found] = run(getattr(traced, name)(**settings), schedule, ours, [(3, steps, steps)])
         assert error(found, wanted) <= 1e-6, f"{steps} steps: relative error {error(found, wanted):.1e}"
 
 
@@ -315,11 +317,11 @@ def limiting():
 @pytest.mark.parametrize(("name", "limits"), limiting())
 def test_clipping_and_thresholding(name, limits, monkeypatch):
     """In a batch of rows that need their limits at different steps, each is what the class itself makes of it alone."""
-    settings, path, ours = setting(name, "epsilon")
+    settings, schedule, ours = setting(name, "epsilon")
     rows = [(3, 5, 5), (4, 20, 20), (5, 10, 6)]
-    unlimited = run(getattr(traced, name)(**settings), path, ours, rows)
+    unlimited = run(getattr(traced, name)(**settings), schedule, ours, rows)
     settings |= limits
-    together = run(getattr(traced, name)(**settings), path, ours, rows)
+    together = run(getattr(traced, name)(**settings), schedule, ours, rows)
     for (seed, steps, kept), found, other in zip(rows, together, unlimited):
         with monkeypatch.context() as patch:
             wanted = directly(patch, name, steps, kept, settings, seed)
@@ -330,10 +332,10 @@ def test_clipping_and_thresholding(name, limits, monkeypatch):
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "TCDScheduler"])
 def test_a_parameter_of_step_is_a_setting(name, monkeypatch):
-    settings, path, ours = setting(name, "epsilon")
+    settings, schedule, ours = setting(name, "epsilon")
     with monkeypatch.context() as patch:
         wanted = directly(patch, name, 10, 10, settings, 3, in_step={"eta": 0.7})
-    [found] = run(getattr(traced, name)(**settings, eta=0.7), path, ours, [(3, 10, 10)])
+    [found] = run(getattr(traced, name)(**settings, eta=0.7), schedule, ours, [(3, 10, 10)])
     assert error(found, wanted) <= 1e-6
 
 
@@ -344,7 +346,7 @@ def test_the_grid_of_flux(monkeypatch):
     with monkeypatch.context() as patch:
         wanted = directly(patch, "FlowMatchEulerDiscreteScheduler", 8, 8, settings, 3, trailing={"mu": mu})
     scheduler = traced.FlowMatchEulerDiscreteScheduler(**settings, sigmas="trailing")
-    [found] = run(scheduler, Flow(), "flow", [(3, 8, 8)])
+    [found] = run(scheduler, RectifiedFlow(), "flow", [(3, 8, 8)])
     assert error(found, wanted) <= 1e-6
 
 
@@ -353,27 +355,27 @@ def test_the_grid_of_flux(monkeypatch):
 
 @pytest.mark.parametrize("name", traced.TRACED)
 def test_rows_of_other_steps_strengths_and_seeds_do_not_touch_each_other(name):
-    settings, path, ours = setting(name, "epsilon")
+    settings, schedule, ours = setting(name, "epsilon")
     scheduler = getattr(traced, name)(**settings)
     rows = [(1, 5, 5), (2, 20, 20), (3, 10, 10), (4, 10, 6 if name != "LTXEulerAncestralRFScheduler" else 10)]
-    together = run(scheduler, path, ours, rows)
+    together = run(scheduler, schedule, ours, rows)
     for row, found in zip(rows, together):
-        [alone] = run(scheduler, path, ours, [row])
+        [alone] = run(scheduler, schedule, ours, [row])
         assert torch.equal(found, alone), f"row {row} came out otherwise than alone"
 
 
 @pytest.mark.parametrize("name", ["LMSDiscreteScheduler", "HeunDiscreteScheduler", "DDIMScheduler"])
 def test_state_is_a_value(name):
     """Rows saved to Arrow half-way, read back in another order by another instance, go on as if nothing was."""
-    settings, path, ours = setting(name, "epsilon")
+    settings, schedule, ours = setting(name, "epsilon")
     make = getattr(traced, name)
-    starts = [make(**settings).start(path, steps, steps, SHAPE) for steps in (8, 12, 10)]
+    starts = [make(**settings).start(schedule, steps, steps, SHAPE) for steps in (8, 12, 10)]
     x = torch.stack([start.scale * noise_of(seed, 0) for seed, start in enumerate(starts)])
     state = {key: torch.stack([start.state[key] for start in starts]) for key in starts[0].state}
     times = torch.stack([start.times[:8] for start in starts])
 
     def go(scheduler, x, state, order, steps):
-        field = NetworkField(path, ours, order)
+        field = NetworkField(schedule, ours, order)
         for i in steps:
             x, state = scheduler.step(field, x, times[order, i], times[order, i + 1], state)
         return x, state
@@ -391,10 +393,10 @@ def test_state_is_a_value(name):
 
 def test_what_its_class_says_of_it_is_true():
     for name, (_, evaluations, stochastic) in traced.TRACED.items():
-        settings, path, ours = setting(name, "epsilon")
+        settings, schedule, ours = setting(name, "epsilon")
         scheduler = getattr(traced, name)(**settings)
-        start = scheduler.start(path, 20, 20, SHAPE)
-        field = NetworkField(path, ours, [1])
+        start = scheduler.start(schedule, 20, 20, SHAPE)
+        field = NetworkField(schedule, ours, [1])
         asked = {"clean": [], "noise": 0}
         clean, noise = field.clean, field.noise
 
@@ -434,12 +436,12 @@ def test_settings_that_it_can_not_have(name, settings, said):
 
 
 def test_another_noise_path_than_the_denoiser_s():
-    with pytest.raises(ValueError, match="another noise path than the denoiser"):
-        traced.EulerDiscreteScheduler(beta_schedule="linear").start(VP(), 10, 10, SHAPE)
-    with pytest.raises(ValueError, match="another noise path than the denoiser"):
-        traced.FlowMatchEulerDiscreteScheduler().start(VP(), 10, 10, SHAPE)
+    with pytest.raises(ValueError, match="another noise schedule than the denoiser"):
+        traced.EulerDiscreteScheduler(beta_schedule="linear").start(VariancePreserving(), 10, 10, SHAPE)
+    with pytest.raises(ValueError, match="another noise schedule than the denoiser"):
+        traced.FlowMatchEulerDiscreteScheduler().start(VariancePreserving(), 10, 10, SHAPE)
     with pytest.raises(ValueError, match="LCMScheduler has no grid of 51 steps"):
-        traced.LCMScheduler().start(VP(), 51, 51, SHAPE)
+        traced.LCMScheduler().start(VariancePreserving(), 51, 51, SHAPE)
 
 
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "CogVideoXDDIMScheduler", "UniPCMultistepScheduler"])
@@ -448,7 +450,7 @@ def test_without_settings_the_path_is_the_denoiser_s(name, monkeypatch):
     more = {"snr_shift_scale": 1.0} if name.startswith("Cog") else {}
     with monkeypatch.context() as patch:
         wanted = directly(patch, name, 10, 10, {**SD, **more}, 3)
-    [found] = run(getattr(traced, name)(), VP(), "epsilon", [(3, 10, 10)])
+    [found] = run(getattr(traced, name)(), VariancePreserving(), "epsilon", [(3, 10, 10)])
     assert error(found, wanted) <= 1e-4
 
 
@@ -543,7 +545,7 @@ def test_a_job_that_can_not_be_is_refused_before_it_starts(tmp_path):
     on = ["cluster=inline", f"output={tmp_path}"]
     with pytest.raises(PlanError, match="scheduler DDIMScheduler has a grid of its own: leave scheduler.grid out"):
         latentmill.run("txt2img", [*on, "scheduler=DDIMScheduler", "scheduler.grid=karras"])
-    with pytest.raises(ValueError, match="another noise path than the denoiser: give scheduler.path"):
+    with pytest.raises(ValueError, match="another noise schedule than the denoiser: give scheduler.path"):
         latentmill.run("txt2img", [*on, "scheduler=diffusers:FlowMatchEulerDiscreteScheduler"])
 
 

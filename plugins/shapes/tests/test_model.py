@@ -80,7 +80,7 @@ def test_v_at_little_noise_points_back_to_the_clean_latents(
     x0 = vae.encode(torch.from_numpy(draw(scenes, 0)).permute(0, 3, 1, 2).float() / 127.5 - 1)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     t = torch.full((16,), 0.3, dtype=torch.float64)
-    alpha, sigma = (a.float().reshape(-1, 1, 1, 1) for a in denoiser.path.scale(t))
+    alpha, sigma = (a.float().reshape(-1, 1, 1, 1) for a in denoiser.noise_schedule.scale(t))
     v = denoiser.predict(alpha * x0 + sigma * noise, t, text_encoder.encode([s.caption for s in scenes]))
     error = (alpha * (alpha * x0 + sigma * noise) - sigma * v - x0).square().mean()
     assert float(error) < 0.02

@@ -9,16 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentmill.plugin import Denoiser, LatentSpec, NoisePath, Prediction, RowError
+from latentmill.plugin import Denoiser, LatentSpec, NoiseSchedule, Prediction, RowError
 from latentmill_diffusers import lora
 from latentmill_diffusers.families import NO_NEGATIVE, Family, Network, family_of
 from latentmill_diffusers.folder import LOCATION, Folder, completed, dtype_of, part_class
 from latentmill_diffusers.lora import loras_of
-from latentmill_diffusers.schedule import path_of, prediction_of, scheduler_of, starts_with_unit_variance, times_of
+from latentmill_diffusers.schedule import (
+    noise_schedule_of,
+    prediction_of,
+    scheduler_of,
+    starts_with_unit_variance,
+    times_of,
+)
 
 
 class DiffusersDenoiser(Denoiser):
-    """The network of the model at ``path``: its UNet or transformer, with noise path, prediction and grid as its config says.
+    """The network of the model at ``path``: its UNet or transformer, with noise schedule, prediction and grid as its config says.
 
     ``loras`` are added to the weights: ``[{path: FILE.safetensors, weight: 0.8}]``. ``attention`` is a backend of diffusers
     (``flash``, ``sage``, ...); ``storage`` a dtype, float8_e4m3fn say, that the weights are kept in and cast from; ``offload``
@@ -78,8 +84,8 @@ class DiffusersDenoiser(Denoiser):
         return scheduler_of(self.folder)
 
     @cached_property
-    def path(self) -> NoisePath:  # type: ignore[override]
-        return path_of(self.scheduler)
+    def noise_schedule(self) -> NoiseSchedule:  # type: ignore[override]
+        return noise_schedule_of(self.scheduler)
 
     @cached_property
     def prediction(self) -> Prediction:  # type: ignore[override]
@@ -100,7 +106,7 @@ class DiffusersDenoiser(Denoiser):
         if key not in self._times:  # rows ask one by one, and mostly for the same
             scheduler = scheduler_of(self.folder)  # of its own: it keeps what it is told
             told = self.family.schedule(scheduler.config, steps, shape)
-            self._times[key] = times_of(scheduler, self.path, steps, told)
+            self._times[key] = times_of(scheduler, self.noise_schedule, steps, told)
         return self._times[key]
 
     @property
@@ -155,7 +161,7 @@ class DiffusersDenoiser(Denoiser):
         # Not the guidance scale: what is made of it, in steps of a thousandth, would be another in bfloat16.
         plain = {n for n, v in conditioning.items() if n == "guidance_scale" or not v.is_floating_point()}
         told = {n: v if n in plain else v.to(self.logical) for n, v in conditioning.items()}
-        timestep = self.path.timestep(t)
+        timestep = self.noise_schedule.timestep(t)
         if self.family.told is not None:
             timestep = self.family.told(self.scheduler.config, timestep, x.shape[1:])
         predicted = self._called(self._network, x.to(self.logical), timestep.to(x.device, torch.float32), told)

@@ -32,7 +32,7 @@ class Network:
 
 Call = Callable[[Network, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """``call(network, x, timestep, conditioning)``: the prediction for latents ``x[B, C, h, w]``, all of the network's dtype but the
-timesteps ``[B]``, float32, which are what the noise path says (1000 t on a flow path)."""
+timesteps ``[B]``, float32, which are what the noise schedule says (1000 t on a flow path)."""
 
 
 @dataclass(frozen=True)

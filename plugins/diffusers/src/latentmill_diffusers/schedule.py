@@ -1,4 +1,4 @@
-"""What a model's ``scheduler_config.json`` says of noise path, prediction and grid, each in our terms.
+"""What a model's ``scheduler_config.json`` says of noise schedule, prediction and grid, each in our terms.
 
 All numbers are those of the class itself: its alphas, and the sigmas or timesteps that its ``set_timesteps`` makes.
 """
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentmill.plugin import NoisePath, Prediction
-from latentmill.schedulers.paths import VP, Flow
+from latentmill.plugin import NoiseSchedule, Prediction
+from latentmill.schedulers.noise_schedules import RectifiedFlow, VariancePreserving
 from latentmill_diffusers.families import FAMILIES
 from latentmill_diffusers.folder import Folder
 
@@ -134,7 +134,7 @@ def is_flow(scheduler: Any) -> bool:
     return bool(scheduler.config.get("use_flow_sigmas")) or type(scheduler).__name__.startswith(FLOWS)
 
 
-class ModelPath(VP):
+class ModelBetas(VariancePreserving):
     """The variance-preserving path of a scheduler of diffusers: its own ``alphas_cumprod``, and what it interpolates.
 
     Timestep k of N is at time ``(k + 1) / N``. In between, sigma / alpha is linear, or its logarithm is. ``told`` is what the
@@ -177,7 +177,7 @@ class ModelPath(VP):
         return timestep.round() if self.told == "whole" else timestep
 
 
-class ModelFlow(Flow):
+class ModelFlow(RectifiedFlow):
     """The flow path, told as so many timesteps: as they are, or those that are ``whole``, rounded down."""
 
     def __init__(self, steps: int, whole: bool) -> None:
@@ -188,8 +188,8 @@ class ModelFlow(Flow):
         return (timestep + NEAR).floor() if self.whole else timestep
 
 
-def path_of(scheduler: Any) -> NoisePath:
-    """The noise path. Raises ValueError for one that is neither of betas nor a flow."""
+def noise_schedule_of(scheduler: Any) -> NoiseSchedule:
+    """The noise schedule. Raises ValueError for one that is neither of betas nor a flow."""
     name, config = type(scheduler).__name__, scheduler.config
     if not is_flow(scheduler) and config.get("prediction_type") == "flow_prediction":
         raise ValueError(
@@ -199,11 +199,11 @@ def path_of(scheduler: Any) -> NoisePath:
     if is_flow(scheduler):
         return ModelFlow(config.num_train_timesteps, whole)
     if not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(f"{name} has a noise path that is neither of betas nor a flow")
+        raise ValueError(f"{name} has a noise schedule that is neither of betas nor a flow")
     # Where sigmas come first their timesteps are interpolated in the logarithm, and so are those between two steps.
     logarithmic = name == "DPMSolverSDEScheduler" or any(config.get(key) for key in BY_SIGMA)
     continuous = config.get("timestep_type") == "continuous" and config.prediction_type == "v_prediction"
-    return ModelPath(scheduler.alphas_cumprod, logarithmic, "continuous" if continuous else "whole" if whole else "")
+    return ModelBetas(scheduler.alphas_cumprod, logarithmic, "continuous" if continuous else "whole" if whole else "")
 
 
 def prediction_of(scheduler: Any) -> Prediction:
@@ -239,20 +239,22 @@ def set_timesteps(scheduler: Any, steps: int, told: Mapping[str, Any]) -> None:
         raise ValueError(f"{type(scheduler).__name__} has no grid of {steps} steps: {said(error)}") from error
 
 
-def times_of(scheduler: Any, path: NoisePath, steps: int, told: Mapping[str, Any]) -> Tensor:
+def times_of(scheduler: Any, schedule: NoiseSchedule, steps: int, told: Mapping[str, Any]) -> Tensor:
     """The times of ``set_timesteps``, float64, of those of one moment the first: its sigmas where it has such, its timesteps elsewhere."""
     set_timesteps(scheduler, steps, told)
     sigmas = getattr(scheduler, "sigmas", None)
-    if isinstance(path, Flow):
+    if isinstance(schedule, RectifiedFlow):
         # A single step stretched to end at shift_terminal is 0/0.
         return sigmas.double().nan_to_num(nan=1.0).unique_consecutive().clamp(max=1.0)
-    assert isinstance(path, VP)
+    assert isinstance(schedule, VariancePreserving)
     if sigmas is not None:
-        times = path.time(sigmas.double())
+        times = schedule.time(sigmas.double())
     else:
         # The second of PNDM's timesteps stands there twice.
         at = torch.as_tensor(scheduler.timesteps).double()
         clean = float(getattr(scheduler, "final_alpha_cumprod", 1.0)) == 1.0
-        times = torch.cat([(at + 1) / path.steps, torch.tensor([0.0 if clean else 1 / path.steps])])
-    whole = (times * path.steps).round()
-    return torch.where((times * path.steps - whole).abs() < NEAR, whole / path.steps, times).unique_consecutive()
+        times = torch.cat([(at + 1) / schedule.steps, torch.tensor([0.0 if clean else 1 / schedule.steps])])
+    whole = (times * schedule.steps).round()
+    return torch.where(
+        (times * schedule.steps - whole).abs() < NEAR, whole / schedule.steps, times
+    ).unique_consecutive()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from latentmill.plugin import Field, NoisePath, Prediction, Scheduler, Start, State
+from latentmill.plugin import Field, NoiseSchedule, Prediction, Scheduler, Start, State
 from latentmill.schedulers.dpmpp import DPMpp2M, DPMppSDE
 from latentmill.schedulers.euler import Euler, EulerAncestral
 from latentmill.schedulers.heun import DPM2, DPM2Ancestral, Heun
@@ -31,7 +31,7 @@ from latentmill_diffusers.folder import LOCATION, Folder
 from latentmill_diffusers.schedule import (
     changed,
     mended,
-    path_of,
+    noise_schedule_of,
     prediction_of,
     said,
     scheduler_of,
@@ -133,12 +133,12 @@ def _itself(scheduler: Any, steps: int, told: Mapping[str, Any]) -> Tensor:
 
 def _by(solver: Scheduler, scheduler: Any, steps: int, told: Mapping[str, Any]) -> Tensor | None:
     """The final latents of our solver on the grid of a scheduler of diffusers; None if that isn't one of as many steps."""
-    path = path_of(scheduler)
-    times = times_of(scheduler, path, steps, told)
+    schedule = noise_schedule_of(scheduler)
+    times = times_of(scheduler, schedule, steps, told)
     if len(times) != steps + 1 or not bool((times.diff() < 0).all()):
         return None
-    field = _Model(path, prediction_of(scheduler), not _is_brownian(scheduler))
-    scale = 1.0 if starts_with_unit_variance(scheduler) else float(path.scale(times[0])[1])
+    field = _Model(schedule, prediction_of(scheduler), not _is_brownian(scheduler))
+    scale = 1.0 if starts_with_unit_variance(scheduler) else float(schedule.scale(times[0])[1])
     x = scale * _noise(torch.tensor(-1.0))
     state = solver.init(field, x, times[:1])
     for t, s in zip(times[:, None], times[1:, None]):
@@ -151,18 +151,18 @@ def _is_brownian(scheduler: Any) -> bool:
 
 
 class _Model(Field):
-    def __init__(self, path: NoisePath, prediction: Prediction, noisy: bool) -> None:
-        self.path, self.prediction, self.noisy = path, prediction, noisy
+    def __init__(self, schedule: NoiseSchedule, prediction: Prediction, noisy: bool) -> None:
+        self.noise_schedule, self.prediction, self.noisy = schedule, prediction, noisy
 
     def scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, sigma = self.path.scale(t)
+        alpha, sigma = self.noise_schedule.scale(t)
         return alpha.reshape(-1, 1, 1, 1), sigma.reshape(-1, 1, 1, 1)
 
     def time(self, ratio: Tensor) -> Tensor:
-        return self.path.time(ratio.flatten())
+        return self.noise_schedule.time(ratio.flatten())
 
     def clean(self, x: Tensor, t: Tensor) -> Tensor:
-        answer, (alpha, sigma) = _network(x, self.path.timestep(t)), self.scale(t)
+        answer, (alpha, sigma) = _network(x, self.noise_schedule.timestep(t)), self.scale(t)
         of_x, of_answer = {
             "sample": (0.0 * sigma, 0.0 * sigma + 1),
             "epsilon": (1 / alpha, -sigma / alpha),
@@ -172,7 +172,7 @@ class _Model(Field):
         return of_x * x + of_answer * answer
 
     def noise(self, t: Tensor, s: Tensor) -> Tensor:
-        return self.noisy * _noise(self.path.timestep(t))
+        return self.noisy * _noise(self.noise_schedule.timestep(t))
 
 
 @cache
@@ -199,7 +199,7 @@ class ModelScheduler(Scheduler):
             scheduler = scheduler_of(folder)
             cls = type(scheduler)
             self.name, self.settings = cls.__name__, ""
-            path_of(scheduler)
+            noise_schedule_of(scheduler)
             self.solver = solver_of(folder)
             """Our solver; "" if the class itself is traced."""
             if not self.solver:
@@ -233,13 +233,13 @@ class ModelScheduler(Scheduler):
         """What the model's pipeline changes in its scheduler's config."""
         return [f"scheduler model: {said} in {self.name}, as the model's pipeline has it" for said in self.mended]
 
-    def start(self, path: NoisePath, steps: int, kept: int, shape: Sequence[int]) -> Start | None:
+    def start(self, noise_schedule: NoiseSchedule, steps: int, kept: int, shape: Sequence[int]) -> Start | None:
         if not self.solver and self.name == "PNDMScheduler" and kept < steps:
             raise ValueError(
                 "PNDMScheduler with skip_prk_steps: false begins with its Runge-Kutta steps, and can't begin in the middle, "
                 "from a picture: scheduler=pndm can"
             )
-        start = self._inner.start(path, steps, kept, shape)
+        start = self._inner.start(noise_schedule, steps, kept, shape)
         return None if start is None else replace(start, grid="model")
 
     def init(self, field: Field, x: Tensor, t: Tensor) -> State:

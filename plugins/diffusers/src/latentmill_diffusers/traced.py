@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
-from latentmill.plugin import Field, NoisePath, Scheduler, Start, State
+from latentmill.plugin import Field, NoiseSchedule, Scheduler, Start, State
 from latentmill_diffusers.families import FAMILIES, shift
 from latentmill_diffusers.folder import Folder
 from latentmill_diffusers.schedule import FLOWS, PREDICTIONS, changed, is_flow, mend, require_known, said, set_timesteps
@@ -97,7 +97,7 @@ REFUSED: dict[str, str] = {
 """Why the others of diffusers' schedulers are none of ours."""
 
 BETAS = {"beta_start", "beta_end", "beta_schedule", "trained_betas", "snr_shift_scale", "rescale_betas_zero_snr"}
-"""Settings that say what the noise path is."""
+"""Settings that say what the noise schedule is."""
 Scale: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 """alpha and sigma at times: a path's or a field's."""
 Limit: TypeAlias = Callable[[Tensor], Tensor]
@@ -116,8 +116,8 @@ class Table:
     """``[G]``, float64."""
     mixed: Tensor
     """``[G, 2]``: alpha and sigma that the scheduler takes the sample for; NaN if it doesn't say."""
-    path: Tensor | None
-    """``[N, 2]``: alpha and sigma of the scheduler's own noise path at its N timesteps; None if it doesn't say."""
+    own: Tensor | None
+    """``[N, 2]``: alpha and sigma of the scheduler's own noise schedule at its N timesteps; None if it doesn't say."""
     calls: list[int]
     """``[G + 1]``: group g is the calls from ``calls[g]`` to ``calls[g + 1]``."""
     weights: Tensor
@@ -148,7 +148,7 @@ class Traced(Scheduler):
     Settings are those of the class in diffusers; ``path`` (and ``revision``) is a model's folder whose scheduler's settings
     are taken where none is given, as ``from_config`` does. A parameter of ``step`` (``eta``, say) is a setting, too, and
     ``sigmas: trailing`` gives ``set_timesteps`` the sigmas 1 to 1/n, as the pipelines of FLUX and its like do. ``clip_sample``
-    is false unless it or a path is given: latents have no range. With neither ``path`` nor settings of betas, they are those of the denoiser's noise path; otherwise the two have
+    is false unless it or a path is given: latents have no range. With neither ``path`` nor settings of betas, they are those of the denoiser's noise schedule; otherwise the two have
     to be the same.
     """
 
@@ -189,17 +189,17 @@ class Traced(Scheduler):
         """What the model's pipeline changes in its scheduler's config."""
         return [f"scheduler {self.diffusers_class}: {said}, as the model's pipeline has it" for said in self.mended]
 
-    def start(self, path: NoisePath, steps: int, kept: int, shape: Sequence[int]) -> Start:
-        table = self._table(self._betas(path.scale), steps, steps - kept, shape)
-        times = _times(path, table.timesteps, table.mixed)
-        wanted = ours = torch.stack(path.scale(times), 1)
+    def start(self, noise_schedule: NoiseSchedule, steps: int, kept: int, shape: Sequence[int]) -> Start:
+        table = self._table(self._betas(noise_schedule.scale), steps, steps - kept, shape)
+        times = _times(noise_schedule, table.timesteps, table.mixed)
+        wanted = ours = torch.stack(noise_schedule.scale(times), 1)
         theirs = table.mixed
-        if table.path is not None:
-            theirs, count = table.path, len(table.path)
-            ours = torch.stack(path.scale(torch.arange(1, count + 1, dtype=torch.float64) / count), 1)
+        if table.own is not None:
+            theirs, count = table.own, len(table.own)
+            ours = torch.stack(noise_schedule.scale(torch.arange(1, count + 1, dtype=torch.float64) / count), 1)
         if not bool((theirs.isnan() | torch.isclose(theirs, ours, rtol=0.01, atol=0.01)).all()):
             raise ValueError(
-                f"{self.diffusers_class} has another noise path than the denoiser: give scheduler.path, the model's folder, "
+                f"{self.diffusers_class} has another noise schedule than the denoiser: give scheduler.path, the model's folder, "
                 "or beta_schedule, beta_start and beta_end as it was trained"
             )
         alpha, sigma = wanted[0] if bool(table.mixed[0].isnan().any()) else table.mixed[0]
@@ -246,19 +246,19 @@ class Traced(Scheduler):
 
 
 def _betas(scale: Scale, steps: int) -> bytes:
-    """The betas of a noise path of so many timesteps, as float64; none for a path that isn't variance preserving."""
+    """The betas of a noise schedule of so many timesteps, as float64; none for one that isn't variance preserving."""
     alpha, sigma = (value.flatten() for value in scale(torch.arange(1, steps + 1, dtype=torch.float64) / steps))
     bars = torch.cat([torch.ones_like(alpha[:1]), alpha**2])
     preserves = torch.allclose(alpha**2 + sigma**2, torch.ones_like(alpha))
     return (1 - bars[1:] / bars[:-1]).cpu().numpy().tobytes() if preserves else b""
 
 
-def _times(path: NoisePath, timesteps: Tensor, mixed: Tensor) -> Tensor:
-    """The times at which networks are told these timesteps; of a path whose timesteps aren't linear in t, by sigma / alpha."""
-    first, last = path.timestep(torch.tensor([0.0, 1.0], dtype=torch.float64))
+def _times(schedule: NoiseSchedule, timesteps: Tensor, mixed: Tensor) -> Tensor:
+    """The times at which networks are told these timesteps; of a schedule whose timesteps aren't linear in t, by sigma / alpha."""
+    first, last = schedule.timestep(torch.tensor([0.0, 1.0], dtype=torch.float64))
     times = (timesteps - first) / (last - first)
-    if not bool(first.isfinite()) or not torch.allclose(path.timestep(times), timesteps):
-        times = path.time(mixed[:, 1] / mixed[:, 0])
+    if not bool(first.isfinite()) or not torch.allclose(schedule.timestep(times), timesteps):
+        times = schedule.time(mixed[:, 1] / mixed[:, 0])
     return times.clamp(max=1.0)
 
 
@@ -323,10 +323,10 @@ def _trace(name: str, settings: str, steps: int, begin: int, told: str, betas: b
         if int(weights[start:stop, :, 2].any(1).sum()) > 1:
             raise ValueError(f"{name} adds noise twice at one timestep: it isn't traced")
     noise = float(getattr(scheduler, "init_noise_sigma", 1.0)) * scales[0]
-    path = None
+    own = None
     if hasattr(scheduler, "alphas_cumprod") and not is_flow(scheduler):
-        path = torch.stack([scheduler.alphas_cumprod, 1 - scheduler.alphas_cumprod], 1).double().sqrt()
-    return Table(first, mixed[ends] * scale[ends, None], path, [*ends, len(calls)], weights, limit, noise)
+        own = torch.stack([scheduler.alphas_cumprod, 1 - scheduler.alphas_cumprod], 1).double().sqrt()
+    return Table(first, mixed[ends] * scale[ends, None], own, [*ends, len(calls)], weights, limit, noise)
 
 
 def settings_of(folder: Folder | None, settings: Mapping[str, Any]) -> str:
@@ -395,7 +395,7 @@ def _make(name: str, settings: str, betas: bytes = b"") -> _Made:
 
 
 def _named(scheduler: Any) -> str:
-    """A scheduler's settings that are neither its defaults nor of its noise path."""
+    """A scheduler's settings that are neither its defaults nor of its noise schedule."""
     known = inspect.signature(type(scheduler).__init__).parameters
     config = {key: value for key, value in scheduler.config.items() if key in known and key not in BETAS}
     told = [f"{key}: {value}" for key, value in config.items() if value != known[key].default]

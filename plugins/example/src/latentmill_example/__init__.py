@@ -38,7 +38,7 @@ class Patches(VAE):
 
 
 class Trapezoid(Scheduler):
-    """Second order from two evaluations: the trapezoidal rule, on any noise path.
+    """Second order from two evaluations: the trapezoidal rule, on any noise schedule.
 
     ``x_s = keep * x + (alpha_s - keep * alpha_t) * x0`` with ``keep = sigma_s / sigma_t``, where x0 is the mean of the clean
     estimates at both ends of the step (Lu et al. 2022, arXiv:2211.01095, eq. 8). The step to t = 0, where sigma is 0, is

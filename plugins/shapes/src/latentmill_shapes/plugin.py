@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from latentmill import weights
 from latentmill.plugin import VAE, Conditioning, Denoiser, LatentSpec, TextEncoder
-from latentmill.schedulers.paths import VP
+from latentmill.schedulers.noise_schedules import VariancePreserving
 from latentmill_shapes.autoencoder import Autoencoder
 from latentmill_shapes.denoiser import UNet
 from latentmill_shapes.text import TextTransformer, tokenise
@@ -105,13 +105,13 @@ class ShapesTextEncoder(TextEncoder):
 
 
 class ShapesDenoiser(Denoiser):
-    """Predicts v on Stable Diffusion's noise path. Latent sides must be divisible by 4; trained on 16x16."""
+    """Predicts v on Stable Diffusion's noise schedule. Latent sides must be divisible by 4; trained on 16x16."""
 
     contract = 1
     prediction = "v"
 
     def __init__(self) -> None:
-        self.path = VP()
+        self.noise_schedule = VariancePreserving()
         self._model: UNet | None = None
 
     def fingerprint(self) -> str:
@@ -133,7 +133,7 @@ class ShapesDenoiser(Denoiser):
             raise ValueError(
                 f"latents of {x.shape[2]}x{x.shape[3]}: sides must be multiples of 4, pictures' sides multiples of 16"
             )
-        alpha, sigma = self.path.scale(t)
+        alpha, sigma = self.noise_schedule.scale(t)
         log_ratio = torch.log(alpha / sigma.clamp(min=1e-3)).to(device=x.device, dtype=x.dtype)
         x = x.contiguous(memory_format=torch.channels_last)
         return self._model(x, log_ratio, conditioning["embeds"], conditioning["pooled"]).contiguous()

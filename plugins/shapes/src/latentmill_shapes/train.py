@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from latentmill.schedulers.paths import VP
+from latentmill.schedulers.noise_schedules import VariancePreserving
 from latentmill_shapes.autoencoder import Autoencoder
 from latentmill_shapes.denoiser import UNet
 from latentmill_shapes.draw import Scene, draw, training_scenes
@@ -205,7 +205,7 @@ def train_denoiser(
     latents, tokens, shift, scale = torch.load(cache, weights_only=True)
     print(f"{len(latents)} latents, shift {shift:.4f}, scale {scale:.4f}", flush=True)
     model = Conditional()
-    alpha_bar = VP().log_alpha_bar[1:].exp().float()  # of each of the 1000 timesteps
+    alpha_bar = VariancePreserving().log_alpha_bar[1:].exp().float()  # of each of the 1000 timesteps
     empty = torch.tensor(tokenise(""))
 
     def loss(m: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:

@@ -1,14 +1,14 @@
-"""Noise paths: how much of the clean latent and how much noise is in a latent at time t."""
+"""Noise schedules: how much of the clean latent and how much noise is in a latent at time t."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from latentmill.plugin import NoisePath
+from latentmill.plugin import NoiseSchedule
 
 
-class VP(NoisePath):
+class VariancePreserving(NoiseSchedule):
     """Variance preserving: ``alpha² + sigma² = 1``, from the betas of a discrete training schedule.
 
     ``alpha(t)²`` is alpha bar of Ho et al. 2020 (arXiv:2006.11239, eq. 4). Timestep k of ``steps`` is at time
@@ -69,7 +69,7 @@ class VP(NoisePath):
         return self.steps * t - 1.0
 
 
-class VE(NoisePath):
+class VarianceExploding(NoiseSchedule):
     """Variance exploding: ``alpha = 1``, ``sigma = sigma_max * t^7`` (Karras et al. 2022, arXiv:2206.00364).
 
     With rho = 7, equal steps of t are their grid. The networks are told ``log(sigma) / 4``, eq. 7 and table 1.
@@ -90,7 +90,7 @@ class VE(NoisePath):
         return torch.log(self.scale(t)[1]) / 4
 
 
-class Flow(NoisePath):
+class RectifiedFlow(NoiseSchedule):
     """Rectified flow, a straight line: ``alpha = 1 - t``, ``sigma = t`` (Liu et al. 2022, arXiv:2209.03003)."""
 
     def scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
