@@ -1,0 +1,130 @@
+"""What every scheduler must hold."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from latentmill import tensors
+from latentmill.plugin import NoiseSchedule, Scheduler, State
+from latentmill.schedulers.noise_schedules import VariancePreserving
+from latentmill.testing.gaussian import NOISE_SCHEDULES, GaussianField, check_moments, follow, measure_order
+
+
+class SchedulerSuite:
+    """What every scheduler must hold: rows that don't touch each other, state as a value, exact answers."""
+
+    scheduler: ClassVar[type[Scheduler]]
+    """The class; for other settings than its defaults, a subclass or ``functools.partial`` of it."""
+    steps: ClassVar[int] = 1000
+    """Steps after which a stochastic scheduler's bias is to be within the sampling error; fewer where its drift allows."""
+
+    def test_rows_do_not_touch_each_other(self) -> None:
+        """Each row of a mixed batch, at times of its own, against the row alone."""
+        for name, schedule in NOISE_SCHEDULES.items():
+            field, times = _mixed(schedule())
+            together = follow(self.scheduler(), field, field.start(times[:, 0]), times)
+            for row in range(len(times)):
+                alone = field.take([row])
+                wanted = follow(self.scheduler(), alone, alone.start(times[row : row + 1, 0]), times[row : row + 1])
+                assert torch.allclose(together[row], wanted[0], rtol=1e-9, atol=1e-12), (
+                    f"on the {name} noise schedule row {row} came out otherwise in a batch than alone: "
+                    "a step must treat each row by its own times and state, and keep nothing in the scheduler"
+                )
+
+    def test_state_is_a_value(self) -> None:
+        """Rows saved to Arrow in the middle, read back in another order by another instance, go on as if nothing was."""
+        order = [3, 0, 2, 1]
+        field, times = _mixed(VariancePreserving())
+        x = field.start(times[:, 0])
+        wanted = follow(self.scheduler(), field, x, times)
+        scheduler = self.scheduler()
+        state = scheduler.init(field, x, times[:, 0])
+        for i in range(2):
+            x, state = scheduler.step(field, x, times[:, i], times[:, i + 1], state)
+        for name, value in state.items():
+            assert value.shape[:1] == (len(times),), (
+                f"state {name!r} of shape {tuple(value.shape)}: the batch axis comes first"
+            )
+        table = tensors.with_tensor(pa.table({"row": list(range(len(times)))}), "x", x)
+        for name, value in state.items():
+            table = tensors.with_tensor(table, f"state:{name}", value)
+        table = table.take(order)
+        restored: State = {
+            name: tensors.from_arrow(table, f"state:{name}").clone().reshape(len(order), *value.shape[1:])
+            for name, value in state.items()
+        }
+        x, field, times, scheduler = (
+            tensors.from_arrow(table, "x").clone(),
+            field.take(order),
+            times[order],
+            self.scheduler(),
+        )
+        for i in range(2, times.shape[1] - 1):
+            x, restored = scheduler.step(field, x, times[:, i], times[:, i + 1], restored)
+        assert torch.equal(x, wanted[order]), (
+            "rows that were saved after two steps and resumed elsewhere came out otherwise: "
+            "everything that a step remembers must be in the state that it returns"
+        )
+
+    def test_both_ends_are_finite(self) -> None:
+        """From pure noise to clean, in one step and in five."""
+        for name, schedule in NOISE_SCHEDULES.items():
+            for steps in (1, 2, 5):
+                times = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64).repeat(2, 1)
+                field = GaussianField(schedule(), torch.tensor([0.5, -2.0]), 0.3, [1, 2])
+                x = follow(self.scheduler(), field, field.start(times[:, 0]), times)
+                assert bool(x.isfinite().all()), (
+                    f"not finite after {steps} steps from t = 1 to t = 0 on the {name} noise schedule: "
+                    "alpha may be 0 at t = 1, and sigma is 0 at t = 0"
+                )
+
+    def test_a_point_is_reached(self) -> None:
+        """Data that are one point have one clean estimate, and every solver must end there."""
+        for name, schedule in NOISE_SCHEDULES.items():
+            times = torch.linspace(1.0, 0.0, 9, dtype=torch.float64).repeat(2, 1)
+            field = GaussianField(schedule(), torch.tensor([0.5, -2.0]), 0.0, [1, 2])
+            x = follow(self.scheduler(), field, field.start(times[:, 0]), times)
+            assert torch.allclose(x, field.mean.expand_as(x), rtol=1e-9, atol=1e-9), (
+                f"data that are the one point {field.mean.flatten().tolist()} came out as {x[:, 0].tolist()} on the {name} noise schedule"
+            )
+
+    def test_the_distribution_is_reached(self) -> None:
+        """Deterministic: the measured order of convergence. Stochastic: mean and variance of 100,000 samples."""
+        for name, schedule in NOISE_SCHEDULES.items():
+            if self.scheduler().stochastic:
+                check_moments(self.scheduler(), schedule(), name, steps=self.steps)
+            else:
+                measured = measure_order(self.scheduler(), schedule())
+                promised = self.scheduler().order
+                assert measured >= 0.9 * promised, (
+                    f"order {measured:.2f} on the {name} noise schedule, where {promised} was promised: a coefficient is wrong"
+                )
+
+    def test_it_is_what_it_says(self) -> None:
+        """``evaluations`` counts the calls of ``field.clean``, ``stochastic`` says whether noise is drawn."""
+        scheduler, schedule = self.scheduler(), VariancePreserving()
+        times = torch.linspace(0.9, 0.5, 6, dtype=torch.float64).repeat(2, 1)
+        field = GaussianField(schedule, torch.tensor([0.5, -2.0]), 0.3, [1, 2])
+        x = field.start(times[:, 0])
+        state = scheduler.init(field, x, times[:, 0])
+        for i in range(4):
+            x, state = scheduler.step(field, x, times[:, i], times[:, i + 1], state)
+        field.evaluations = field.draws = 0
+        scheduler.step(field, x, times[:, 4], times[:, 5], state)
+        assert field.evaluations == scheduler.evaluations, (
+            f"a step called field.clean {field.evaluations} times, and `evaluations` says {scheduler.evaluations}"
+        )
+        assert bool(field.draws) == scheduler.stochastic, (
+            f"a step drew noise {field.draws} times, and `stochastic` says {scheduler.stochastic}"
+        )
+
+
+def _mixed(schedule: NoiseSchedule) -> tuple[GaussianField, Tensor]:
+    """Four rows with their own means, seeds and times ``[4, 7]``; the first two end clean, the last two on the way."""
+    ends = [(1.0, 0.0), (0.6, 0.0), (0.9, 0.2), (0.3, 0.1)]
+    times = torch.stack([torch.linspace(first, last, 7, dtype=torch.float64) for first, last in ends])
+    return GaussianField(schedule, torch.tensor([0.5, -2.0, 3.0, 0.0]), 0.3, [11, 12, 13, 14]), times
