@@ -25,7 +25,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latentmill import flow, registry, rows, tensors
+from latentmill import flow, registry, tensors
+from latentmill.batch import NEGATIVE_PREFIX, PROMPT_PREFIX, SCHEDULER_KEY, from_dicts, with_latents
 from latentmill.plugin import Denoiser, LatentSpec, Reject, Stage
 from latentmill.run import KINDS, drive
 from latentmill.schedulers import grids, noise
@@ -65,8 +66,8 @@ class Start(Stage):
         for number in batch.column("row").to_pylist():
             by_scheduler.setdefault(self.given[number]["scheduler"], []).append(self.given[number])
         for name, members in by_scheduler.items():
-            table = rows.with_latents(rows.from_dicts(members), torch.zeros(len(members), 1, 2, 2), SPEC)
-            yield table.replace_schema_metadata({rows.SCHEDULER_KEY: name})
+            table = with_latents(from_dicts(members), torch.zeros(len(members), 1, 2, 2), SPEC)
+            yield table.replace_schema_metadata({SCHEDULER_KEY: name})
 
 
 class End(Stage):
@@ -126,7 +127,7 @@ def overhead(repeats: int) -> list[float]:
     stage.load(cpu)
     prompt = "a red star above a blue ring on a yellow background"
     alike = {"prompt": prompt, "steps": 20, "guidance_scale": 4.0, "width": 64, "height": 64, "scheduler": "dpmpp_2m"}
-    given = rows.from_dicts([{**row, **alike} for row in mixed(CALL, ["dpmpp_2m"])])
+    given = from_dicts([{**row, **alike} for row in mixed(CALL, ["dpmpp_2m"])])
 
     def refuse(i: int, reason: str) -> None:
         raise ValueError(reason)
@@ -145,7 +146,7 @@ def overhead(repeats: int) -> list[float]:
                     for name in batch.column_names
                     if name.startswith(prefix)
                 }
-                for prefix in ("latents", rows.PROMPT, rows.NEGATIVE)
+                for prefix in ("latents", PROMPT_PREFIX, NEGATIVE_PREFIX)
             )
             seeds = batch.column("seed").to_pylist()
             shape = x[""].shape[1:]

@@ -115,7 +115,7 @@ def test_cfg_prints_the_whole_job_with_overrides_from_before_and_behind_it(here,
     assert config["stages"]["denoise"]["batch_size"] == 16 and list(here.iterdir()) == []
     (here / "again.yaml").write_text("defaults: [job, _self_]\n" + text)
     assert said(capsys, "run", "again.yaml", "--cfg", "job") == text
-    assert load_job("again.yaml").sampling.prompt == "s3cr3t"
+    assert load_job("again.yaml").sampling["prompt"] == "s3cr3t"
 
 
 def test_plan_says_what_a_job_would_make_and_makes_nothing(made, here, capsys):

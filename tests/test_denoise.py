@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from latentmill import registry, rows, tensors
+from latentmill import registry, tensors
+from latentmill.batch import NEGATIVE_PREFIX, PROMPT_PREFIX, FixedShape, concat, from_dicts, with_latents
 from latentmill.plugin import Denoiser, LatentSpec, Scheduler, Start
 from latentmill.schedulers import grids, noise
 from latentmill.schedulers.dpmpp import DPMpp2M
@@ -50,9 +51,9 @@ def batch(numbers, **changes):
         }
         for n in numbers
     ]  # fmt: skip
-    table = rows.from_dicts(per_row)
+    table = from_dicts(per_row)
     start = torch.stack([torch.full((2, 4, 3), float(n)) for n in numbers])
-    table = rows.with_latents(table, start, SPEC)
+    table = with_latents(table, start, SPEC)
     table = tensors.with_tensor(table, "prompt:mean", torch.tensor([0.5 + n for n in numbers]))
     return tensors.with_tensor(table, "negative:mean", torch.tensor([-1.0 - n for n in numbers]))
 
@@ -75,7 +76,7 @@ def test_a_row_does_not_depend_on_its_company():
 
 
 def test_with_fixed_shapes_a_row_s_bits_do_not_depend_on_its_company():
-    fixed = rows.FixedShape(batch_size=12, rows_per_shard=12)
+    fixed = FixedShape(batch_size=12, rows_per_shard=12)
     together = denoise(batch(range(12)), fixed)
     for numbers in ([3], [0, 5, 11], [1, 2, 4, 6, 7]):
         for n, latents in denoise(batch(numbers), fixed).items():
@@ -328,7 +329,7 @@ class Placed(Gaussian):
 
 def test_a_state_begins_in_the_row_s_own_slot():
     """Idle slots repeat a row: what the scheduler's init says of it there is not the row's."""
-    fixed = rows.FixedShape(batch_size=8, rows_per_shard=8)
+    fixed = FixedShape(batch_size=8, rows_per_shard=8)
 
     def first(numbers):
         stage = Denoise(Placed(), {"recalls": Recalls()}.__getitem__, "trailing", 8, fixed, until=0.5)
@@ -401,7 +402,7 @@ def test_latents_that_are_not_finite_are_rejected():
 def test_clean_latents_have_the_space_s_dtype_wherever_they_began():
     half = LatentSpec(**{**vars(SPEC), "dtype": "float16"})
     table = batch([1, 2], strength=1.0)
-    table = rows.with_latents(table, tensors.from_arrow(table, "latents").float(), half)
+    table = with_latents(table, tensors.from_arrow(table, "latents").float(), half)
     parts = list(Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16)(table, pytest.fail))
     assert {tensors.from_arrow(part, "latents").dtype for part in parts} == {torch.float16}
 
@@ -424,8 +425,8 @@ def mixed():
     schedulers = {name: registry.build("scheduler", {"name": name}) for name in names}
     encode = Encode(vae, text)
     encode.load(torch.device("cpu"))
-    of_each_scheduler = encode(rows.from_dicts(per_row), lambda i, reason: pytest.fail(reason))
-    table = rows.concat([part.replace_schema_metadata(None) for part in of_each_scheduler])
+    of_each_scheduler = encode(from_dicts(per_row), lambda i, reason: pytest.fail(reason))
+    table = concat([part.replace_schema_metadata(None) for part in of_each_scheduler])
     denoiser.load(torch.device("cpu"))
 
     def parts(given, fixed=None, until=0.0):
@@ -455,7 +456,7 @@ def test_sixty_four_mixed_rows_each_as_if_alone(mixed):
 
 def test_mixed_rows_bit_for_bit_where_the_shape_is_fixed(mixed):
     """A slot that is idle, or has arrived before the others, must not stand in a solver's way either."""
-    fixed = rows.FixedShape(batch_size=16, rows_per_shard=64)
+    fixed = FixedShape(batch_size=16, rows_per_shard=64)
     together = mixed(list(range(16)), fixed)
     for n, latents in mixed([14, 3, 7, 0, 9], fixed).items():
         assert torch.equal(latents, together[n]), n
@@ -463,10 +464,10 @@ def test_mixed_rows_bit_for_bit_where_the_shape_is_fixed(mixed):
 
 def test_mixed_rows_saved_in_the_middle_reordered_and_resumed(mixed):
     """Half-way rows are values: in Arrow, in another order, with what their scheduler remembers, they go on as if never stopped."""
-    fixed = rows.FixedShape(batch_size=8, rows_per_shard=64)
+    fixed = FixedShape(batch_size=8, rows_per_shard=64)
     together = mixed(list(range(8)), fixed)
     halves = mixed.parts(mixed.table.take(list(range(8))), fixed, until=0.5)
-    told = [name for name in mixed.table.column_names if name.startswith((rows.PROMPT, rows.NEGATIVE))]
+    told = [name for name in mixed.table.column_names if name.startswith((PROMPT_PREFIX, NEGATIVE_PREFIX))]
     shuffled = []
     for half in halves:
         assert min(half["time"].to_pylist()) > 0 and max(half["time"].to_pylist()) < 0.5
@@ -501,7 +502,7 @@ def test_a_denoiser_may_say_its_grid_its_start_and_that_it_guides_itself():
     """Grid model is ``times``, after which strength counts; an empty latent starts from noise of ``start_scale``."""
     stage = Denoise(Particular(), SCHEDULERS.__getitem__, "model", 16)
     table = batch([0], steps=4, guidance_scale=3.5, strength=1.0, scheduler="euler")
-    visit = stage.enter(rows.with_latents(table, torch.zeros(1, 2, 4, 3), SPEC), lambda i, reason: pytest.fail(reason))
+    visit = stage.enter(with_latents(table, torch.zeros(1, 2, 4, 3), SPEC), lambda i, reason: pytest.fail(reason))
     assert visit.rows[0].times == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
     stage.advance()
     scale, times, x = stage.denoiser.told

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from latentmill import rows, tensors
+from latentmill import tensors
+from latentmill.batch import FixedShape, from_dicts, with_latents
 from latentmill.plugin import VAE, LatentSpec, RowError, TextEncoder
 from latentmill.stages.decode import Decode, psnr
 from latentmill.stages.encode import Encode
@@ -46,7 +47,7 @@ class Lengths(TextEncoder):
 
 def batch(prompts, sizes=None, images=None):
     sizes = sizes or [(4, 6)] * len(prompts)
-    table = rows.from_dicts(
+    table = from_dicts(
         [
             {
                 "row": n, "row_id": str(n), "prompt": prompt, "negative_prompt": "no", "seed": n, "steps": 1, "width": w,
@@ -104,7 +105,7 @@ def test_pictures_come_back_as_they_were_and_psnr_says_so():
 
 def test_fixed_shapes_compute_at_the_row_s_slot():
     images = torch.randint(0, 256, (3, 4, 6, 3), dtype=torch.uint8)
-    fixed = rows.FixedShape(batch_size=5, rows_per_shard=5)
+    fixed = FixedShape(batch_size=5, rows_per_shard=5)
     text = Lengths()
     [part], _ = call(Encode(Lossless(), text, fixed), batch(["a", "b", "c"], images=images).slice(1))
     assert text.encoded[0] == ["", "b", "c", "", ""]
@@ -124,7 +125,7 @@ def test_a_vae_refuses_another_s_latents():
         call(Decode(Other()), part)
 
 
-@pytest.mark.parametrize("fixed", [None, rows.FixedShape(batch_size=6, rows_per_shard=6)])
+@pytest.mark.parametrize("fixed", [None, FixedShape(batch_size=6, rows_per_shard=6)])
 def test_conditioning_that_is_not_finite_is_rejected_and_names_the_text_encoder(fixed):
     class Overflowing(Lengths):
         def encode(self, prompts):
@@ -174,7 +175,7 @@ def test_pictures_that_are_not_finite_are_rejected():
     [part], _ = call(Encode(Lossless(), None), batch(["a", "b"]))
     latents = tensors.from_arrow(part, "latents").clone()
     latents[0, 3, 1, 1] = float("nan")
-    out, rejected = call(Decode(Lossless()), rows.with_latents(part, latents, Lossless().spec))
+    out, rejected = call(Decode(Lossless()), with_latents(part, latents, Lossless().spec))
     assert rejected == {0: "the VAE's picture of these latents is not finite"}
     assert out.column("row").to_pylist() == [1]
 
@@ -216,7 +217,7 @@ def test_a_mask_comes_to_the_size_of_the_latents():
     assert tensors.from_arrow(part, "mask").tolist() == [[[[0, 1, 0], [0, 0, 0]]], [[[1, 1, 1], [1, 1, 1]]]]
 
 
-@pytest.mark.parametrize("fixed", [None, rows.FixedShape(batch_size=4, rows_per_shard=4)])
+@pytest.mark.parametrize("fixed", [None, FixedShape(batch_size=4, rows_per_shard=4)])
 def test_the_masked_picture_is_gray_where_it_is_to_be_painted(fixed):
     images = torch.randint(0, 256, (3, 4, 6, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(3, 4, 6, dtype=torch.uint8)

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import latentmill
-from latentmill import ids, rows
+from latentmill import ids
+from latentmill.batch import from_dicts, with_latents
 from latentmill.cli import main
+from latentmill.fields import ID
 from latentmill.ids import Twice, find_twice
 from latentmill.plugin import Fragment, LatentSpec, RowError, Source
 from latentmill.sinks.parquet import Parquet
@@ -147,9 +149,9 @@ def test_latents_keep_the_id_of_their_row(tmp_path, column, expected):
         "prompt": "", "negative_prompt": "", "seed": 1, "steps": 1, "guidance_scale": 1.0, "strength": 1.0,
         "scheduler": "", "width": 8, "height": 8,
     }  # fmt: skip
-    table = rows.from_dicts([{**same, "row": n, "row_id": str(n)} for n in range(2)])
-    table = table.append_column(rows.ID, pa.array(["cat", "dog"]))
-    table = Parquet().pack(rows.with_latents(table, torch.zeros(2, 4, 2, 2), spec)).drop_columns(["row"])
+    table = from_dicts([{**same, "row": n, "row_id": str(n)} for n in range(2)])
+    table = table.append_column(ID, pa.array(["cat", "dog"]))
+    table = Parquet().pack(with_latents(table, torch.zeros(2, 4, 2, 2), spec)).drop_columns(["row"])
     Parquet().write(str(tmp_path / "a.parquet"), table, {})
     source = Latents(str(tmp_path), id_column=column)
     [fragment] = source.fragments()

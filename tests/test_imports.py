@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "framework" / "latentmill"
 ORDER = """
-    failpoints streams values plugin digests weights syntax ids registry schedulers tensors rows checks job storage plan dataset
+    failpoints streams values plugin digests weights syntax ids identity fields registry schedulers tensors batch checks job storage plan dataset
     sources sinks
     stages verify
     flow leases workers progress report run simulate cli
@@ -89,7 +89,8 @@ def test_plugins_import_the_contract_and_what_goes_with_it():
                 "weights",
                 "syntax",
                 "tensors",
-                "rows",
+                "batch",
+                "fields",
                 "schedulers",
                 "testing",
             }  # schedulers: its noise schedules

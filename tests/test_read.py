@@ -8,26 +8,18 @@ import pyarrow as pa
 import pytest
 import torch
 
-from latentmill import rows, tensors
+from latentmill import tensors
+from latentmill.batch import require_spec
+from latentmill.fields import BATCH_SCHEMA
+from latentmill.identity import row_seed
 from latentmill.plugin import Fragment, LatentSpec, RowError, Source
 from latentmill.stages.read import Read, cover, crop
 
 SPEC = LatentSpec(channels=4, downscale=4, scale=0.5, shift=0.25, dtype="float16", fingerprint="abc")
 
 
-@dataclass
-class Sampling:
-    steps: int = 20
-    guidance_scale: float = 4.0
-    guidance_rescale: float = 0.0
-    guidance_from: float = 1.0
-    guidance_until: float = 0.0
-    strength: float = 1.0
-    width: int | None = 64
-    height: int | None = 32
-    max_pixels: int = 1 << 24
-    prompt: str = "the job's"
-    negative_prompt: str = "ugly"
+def Sampling(**given):
+    return {"width": 64, "height": 32, "max_pixels": 1 << 24, "prompt": "the job's", "negative_prompt": "ugly", **given}
 
 
 @dataclass
@@ -43,11 +35,7 @@ class Plan:
     def row_id(self, row):
         return f"{row:09d}"
 
-    def id_seed(self, id, sample):
-        return 100 * len(id) + sample
-
-    def row_seed(self, row):
-        return 1000 + row
+    seed = 0
 
 
 class Given(Source):
@@ -74,7 +62,7 @@ def read(source, numbers=None, samples=1, sampling=None, multiple_of=1):
     stage = Read(source, Plan(samples), sampling or Sampling(), "euler", multiple_of)
     batch = pa.table({"row": pa.array(numbers, pa.int64())})
     tables = list(stage(batch, lambda i, reason: rejected.setdefault(numbers[i], reason)))
-    found = {row["row"]: row for table in tables for row in table.select(rows.SCALARS.names).to_pylist()}
+    found = {row["row"]: row for table in tables for row in table.select(BATCH_SCHEMA.names).to_pylist()}
     assert sorted([*found, *rejected]) == sorted(numbers)
     return found, rejected, tables
 
@@ -105,21 +93,23 @@ def test_the_row_s_values_stand_over_the_job_s():
     }
     found, rejected, [table] = read(Given({}, {"prompt": None, "steps": None, "seed": None}, own))
     assert not rejected
-    assert table.schema == rows.SCALARS
+    assert table.schema == BATCH_SCHEMA
     job = {
         "prompt": "the job's",
         "negative_prompt": "ugly",
         "steps": 20,
         "guidance_scale": 4.0,
-        **rows.PLAIN_GUIDANCE,
+        "guidance_rescale": 0.0,
+        "guidance_from": 1.0,
+        "guidance_until": 0.0,
         "strength": 1.0,
         "scheduler": "euler",
         "width": 64,
         "height": 32,
         "warning": "",
     }
-    assert found[0] == {"row": 0, "row_id": "000000000", "seed": 1000, **job}
-    assert found[1] == {"row": 1, "row_id": "000000001", "seed": 1001, **job}
+    assert found[0] == {"row": 0, "row_id": "000000000", "seed": row_seed(0, "000000000", 0), **job}
+    assert found[1] == {"row": 1, "row_id": "000000001", "seed": row_seed(0, "000000001", 0), **job}
     del own["something else"]
     assert found[2] == {"row": 2, "row_id": "000000002", **own, "guidance_scale": 1.0, "warning": ""}
 
@@ -183,9 +173,9 @@ def test_samples_share_their_source_row_and_differ_in_seed():
     found, _, _ = read(source, samples=3)
     assert [found[n]["prompt"] for n in range(9)] == ["a"] * 3 + ["b"] * 3 + ["c"] * 3
     assert [found[n]["seed"] for n in range(9)] == [
-        *[1000, 1001, 1002],
+        *[row_seed(0, f"{n:09d}", n) for n in range(3)],
         *[2**64 - 2, 12345672033774617821, 1848412668411221896],  # hashes of seed and sample
-        *[1006, 1007, 1008],  # -1 is the row's own, as null is
+        *[row_seed(0, f"{n:09d}", n - 6) for n in (6, 7, 8)],  # -1 is the row's own, as null is
     ]
     assert source.asked == [("0", 0, 3), ("0", 2, 3)]  # and one again, to compare
 
@@ -196,11 +186,14 @@ def test_a_declared_id_travels_and_the_seed_hangs_on_it_unless_there_is_one():
 
     source = Declaring({"id": "cat", "prompt": "a"}, {"id": "horse", "seed": 7}, {"prompt": "no id"})
     found, rejected, [table] = read(source, samples=2)
-    assert table.schema.names == [*rows.SCALARS.names, "id"]
+    assert table.schema.names == [*BATCH_SCHEMA.names, "id"]
     assert table.column("id").to_pylist() == ["cat", "cat", "horse", "horse"]
-    assert [found[n]["seed"] for n in range(4)] == [300, 301, 7, 2174948161648732372]
+    assert [found[n]["seed"] for n in range(4)] == [
+        *[row_seed(0, "", sample, id="cat") for sample in (0, 1)],
+        *[7, 2174948161648732372],
+    ]
     assert rejected == {4: "id must be text, not None", 5: "id must be text, not None"}
-    assert read(Given({"id": "cat"}, {}, {}))[2][0].schema == rows.SCALARS  # not declared: any other column
+    assert read(Given({"id": "cat"}, {}, {}))[2][0].schema == BATCH_SCHEMA  # not declared: any other column
 
 
 def test_runs_of_rows_are_read_in_one_call_each_and_any_order_will_do():
@@ -265,12 +258,12 @@ def test_pictures_of_one_size_share_a_table():
     found, rejected, tables = read(source, sampling=Sampling(width=None, height=None), multiple_of=4)
     assert not rejected
     assert [table.column("row").to_pylist() for table in tables] == [[0, 2], [1], [3]]
-    assert tables[0].column_names == [*rows.SCALARS.names, "image"]
+    assert tables[0].column_names == [*BATCH_SCHEMA.names, "image"]
     images = tensors.from_arrow(tables[0], "image")
     assert images.dtype == torch.uint8 and images.shape == (2, 8, 8, 3)
     assert images[0, :, 0, 0].tolist() == list(range(8)) and images[1, 0, :, 1].tolist() == list(range(8))
     assert [(found[n]["width"], found[n]["height"]) for n in range(4)] == [(8, 8), (4, 4), (8, 8), (4, 4)]
-    assert tables[2].column_names == rows.SCALARS.names
+    assert tables[2].column_names == BATCH_SCHEMA.names
 
 
 def test_a_picture_keeps_its_own_size_less_the_remainder_from_both_edges():
@@ -306,7 +299,7 @@ def test_latents_keep_their_dtype_and_give_the_row_its_size(dtype):
     assert (found[1]["width"], found[1]["height"], found[1]["prompt"]) == (12, 8, "a")
     got = tensors.from_arrow(table, "latents")
     assert got.dtype == dtype and torch.equal(got, torch.stack([tensor, tensor]))
-    rows.require_spec(table, SPEC)
+    require_spec(table, SPEC)
 
 
 def test_latents_that_can_t_be_are_rejected():

@@ -12,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from latentmill import rows, tensors
+from latentmill import tensors
+from latentmill.batch import SPEC_KEY, from_dicts, spec_from_json, with_latents
+from latentmill.fields import BATCH_SCHEMA
 from latentmill.plugin import LatentSpec
 from latentmill.sinks.parquet import Parquet
 
@@ -20,7 +22,7 @@ SPEC = LatentSpec(channels=4, downscale=4, scale=0.5, shift=0.25, dtype="float16
 
 
 def scalars(numbers):
-    return rows.from_dicts(
+    return from_dicts(
         [
             {
                 "row": n,
@@ -71,7 +73,7 @@ def test_datasets_opens_pictures_as_pictures(tmp_path):
     batch = batch.append_column("psnr", pa.array([30.5, 31.5]))
     batch = tensors.with_tensor(batch, "prompt:tokens", torch.zeros(2, 5))
     data = load(stored(tmp_path / "00000.parquet", Parquet(), [batch]))
-    assert data.column_names == [*rows.SCALARS.names[1:], "image", "psnr"]
+    assert data.column_names == [*BATCH_SCHEMA.names[1:], "image", "psnr"]
     for n, row in enumerate(data):
         assert isinstance(row["image"], Image.Image) and row["image"].size == (8, 4)
         assert np.array_equal(np.asarray(row["image"]), pictures([n])[0].numpy())
@@ -107,7 +109,7 @@ def test_settings_that_make_no_sense_are_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
 def test_datasets_opens_latents_as_lists_with_their_shape(tmp_path, dtype):
-    batch = rows.with_latents(scalars([3, 4]), latents([3, 4], dtype=dtype), SPEC)
+    batch = with_latents(scalars([3, 4]), latents([3, 4], dtype=dtype), SPEC)
     path = stored(tmp_path / "00000.parquet", Parquet(), [batch])
     wide = "float16" if dtype == torch.float16 else "float32"
     data = load(path)
@@ -115,12 +117,12 @@ def test_datasets_opens_latents_as_lists_with_their_shape(tmp_path, dtype):
     for n, row in zip([3, 4], data.with_format("numpy")):
         assert np.array_equal(row["latents"].reshape(row["shape"]), latents([n], dtype=dtype)[0].float().numpy())
     schema = pq.read_schema(path)
-    assert rows.spec_from_json(schema.metadata[rows.SPEC_KEY]) == SPEC
+    assert spec_from_json(schema.metadata[SPEC_KEY]) == SPEC
     assert schema.field("latents").metadata[tensors.DTYPE_KEY].decode() == str(dtype).removeprefix("torch.")
 
 
 def test_the_posterior_s_standard_deviation_is_stored_as_its_mean_is(tmp_path):
-    batch = rows.with_latents(scalars([0, 1]), latents([0, 1]), SPEC)
+    batch = with_latents(scalars([0, 1]), latents([0, 1]), SPEC)
     batch = tensors.with_tensor(batch, "latents_std", 1 + latents([0, 1]))
     path = stored(tmp_path / "x.parquet", Parquet(), [batch])
     opened = datasets.load_dataset("parquet", data_files=str(path), split="train")
@@ -131,8 +133,8 @@ def test_the_posterior_s_standard_deviation_is_stored_as_its_mean_is(tmp_path):
 
 def test_latents_of_two_sizes_share_a_shard(tmp_path):
     sink = Parquet()
-    small = rows.with_latents(scalars([0]), latents([0]), SPEC)
-    large = rows.with_latents(scalars([1]), latents([1], (4, 5, 2)), SPEC)
+    small = with_latents(scalars([0]), latents([0]), SPEC)
+    large = with_latents(scalars([1]), latents([1], (4, 5, 2)), SPEC)
     stored(tmp_path / "00001.parquet", sink, [small])
     stored(tmp_path / "00002.parquet", sink, [large])
     assert len(load(tmp_path / "0000[12].parquet")) == 2, "shards of one size each are of one type"
@@ -144,10 +146,10 @@ def test_latents_of_two_sizes_share_a_shard(tmp_path):
 def test_a_shard_without_rows_loads_beside_others(tmp_path):
     sink = Parquet()
     image = tensors.with_tensor(scalars([0]), "image", pictures([0]))
-    latent = rows.with_latents(scalars([0]), latents([0]), SPEC)
-    nothing = rows.SCALARS.empty_table()
+    latent = with_latents(scalars([0]), latents([0]), SPEC)
+    nothing = BATCH_SCHEMA.empty_table()
     no_image = tensors.with_tensor(nothing, "image", pictures([0])[:0])
-    no_latent = rows.with_latents(nothing, latents([0])[:0], SPEC)
+    no_latent = with_latents(nothing, latents([0])[:0], SPEC)
     for name, full, empty in (("image", image, no_image), ("latents", latent, no_latent)):
         folder = tmp_path / name
         folder.mkdir()
@@ -170,7 +172,7 @@ def test_the_same_rows_give_the_same_bytes_however_they_were_batched(tmp_path):
 
 def test_a_row_group_is_small_enough_to_read_at_random(tmp_path):
     big = latents(range(10), (4, 512, 512))  # 2 MB a row
-    path = stored(tmp_path / "a.parquet", Parquet(), [rows.with_latents(scalars(range(10)), big, SPEC)])
+    path = stored(tmp_path / "a.parquet", Parquet(), [with_latents(scalars(range(10)), big, SPEC)])
     assert [pq.read_metadata(path).row_group(g).num_rows for g in range(2)] == [8, 2]
 
 

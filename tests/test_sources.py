@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from latentmill import rows
+from latentmill.batch import SPEC_KEY, from_dicts, with_latents
 from latentmill.plugin import LatentSpec, RowError
 from latentmill.sinks.parquet import STATE, Parquet
 from latentmill.sources.images import DEPTH, RUN, Images
@@ -621,7 +621,7 @@ SPEC = LatentSpec(channels=4, downscale=4, scale=0.5, shift=0.25, dtype="float16
 
 
 def shard(folder, name, numbers, spec=SPEC, scheduler="", shape=(4, 2, 3)):
-    table = rows.from_dicts(
+    table = from_dicts(
         [
             {
                 "row": n,
@@ -642,7 +642,7 @@ def shard(folder, name, numbers, spec=SPEC, scheduler="", shape=(4, 2, 3)):
     latents = torch.stack([torch.full(shape, n + 0.5) for n in numbers]).to(getattr(torch, spec.dtype))
     sink = Parquet()
     folder.mkdir(parents=True, exist_ok=True)
-    sink.write(str(folder / name), sink.pack(rows.with_latents(table, latents, spec)).drop_columns(["row"]), {})
+    sink.write(str(folder / name), sink.pack(with_latents(table, latents, spec)).drop_columns(["row"]), {})
 
 
 def test_latents_come_back_with_prompt_and_seed(tmp_path):
@@ -656,7 +656,8 @@ def test_latents_come_back_with_prompt_and_seed(tmp_path):
         latents = row.pop("latents")
         assert latents.dtype == np.float16 and latents.shape == (4, 2, 3) and (latents == n + 0.5).all()
     text = {"negative_prompt": "ugly", "warning": ""}
-    sampling = {"steps": 20, "guidance_scale": 4.0, **rows.PLAIN_GUIDANCE, "strength": 0.5, "scheduler": "euler"}
+    sampling = {"steps": 20, "guidance_scale": 4.0, "strength": 0.5, "scheduler": "euler"}
+    sampling |= {"guidance_rescale": 0.0, "guidance_from": 1.0, "guidance_until": 0.0}
     assert found == [
         {"prompt": "prompt 0", "seed": 2**64 - 1, **text, **sampling},
         {"prompt": "prompt 1", "seed": 2**64 - 2, **text, **sampling},
@@ -759,7 +760,7 @@ def test_a_file_that_is_no_latents_of_ours_is_refused_before_the_start(tmp_path,
 def said(path, text):
     """The file, with another text about its latent space."""
     table = pq.read_table(path)
-    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, rows.SPEC_KEY: text.encode()}), path)
+    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, SPEC_KEY: text.encode()}), path)
 
 
 def test_many_files_don_t_stay_open(tmp_path):

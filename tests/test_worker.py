@@ -4,8 +4,8 @@ import pyarrow as pa
 import pytest
 import torch
 
+from latentmill.batch import FixedShape
 from latentmill.plugin import Stage
-from latentmill.rows import FixedShape
 from latentmill.workers.worker import Worker
 
 

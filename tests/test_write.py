@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from latentmill import rows, storage, tensors
+from latentmill import storage, tensors
+from latentmill.batch import from_dicts, with_latents
 from latentmill.dataset import Dataset, done_shards
 from latentmill.plugin import LatentSpec
 from latentmill.sinks.parquet import Parquet
@@ -56,7 +57,7 @@ def scalars(numbers):
         "width": 8,
         "height": 8,
     }
-    return rows.from_dicts(
+    return from_dicts(
         [{"row": n, "row_id": f"{n:09d}", "prompt": f"p{n}", "seed": n, "steps": 20, **same} for n in numbers]
     )
 
@@ -186,10 +187,10 @@ def test_a_reason_is_one_line_and_not_a_long_one():
                 torch.zeros(4, 8, 8, 3, dtype=torch.uint8),
             ),
         ),
-        (("read", "encode", "write"), rows.with_latents(scalars([0, 1, 2, 3]), torch.zeros(4, 4, 2, 2).half(), SPEC)),
+        (("read", "encode", "write"), with_latents(scalars([0, 1, 2, 3]), torch.zeros(4, 4, 2, 2).half(), SPEC)),
         (
             ("read", "encode", "denoise", "write"),
-            rows.with_latents(scalars([0, 1, 2, 3]), torch.zeros(4, 4, 2, 2).half(), SPEC),
+            with_latents(scalars([0, 1, 2, 3]), torch.zeros(4, 4, 2, 2).half(), SPEC),
         ),
     ],
 )
@@ -294,7 +295,7 @@ for shard in range(20):
 
 
 def test_of_racing_processes_one_commits_each_shard_and_one_killed_does_no_harm(tmp_path):
-    paths = [str(Path(rows.__file__).parents[1]), str(Path(__file__).parent)]
+    paths = [str(Path(tensors.__file__).parents[1]), str(Path(__file__).parent)]
     drivers = [
         subprocess.Popen(
             [sys.executable, "-c", DRIVER, *paths, str(tmp_path), str(me)],

@@ -13,7 +13,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latentmill import rows, tensors
+from latentmill import tensors
+from latentmill.batch import SPEC_KEY, spec_from_json
+from latentmill.fields import BATCH_SCHEMA
 from latentmill.plugin import Conditioning, LatentSpec, Plugin, RowError, State, TextEncoder
 from latentmill.registry import called
 
@@ -154,7 +156,7 @@ def same_columns(plugin: Plugin, given: pa.Table, returned: Sequence[pa.Table]) 
     """Raise ContractError if a column that later stages need is gone or has another type, or a tensor is not as large as its row says."""
     who = called(plugin)
     for table in returned:
-        for field in rows.SCALARS:
+        for field in BATCH_SCHEMA:
             if field.name in given.column_names:
                 if field.name not in table.column_names:
                     raise ContractError(f"{who} returned rows without the column {field.name}")
@@ -180,10 +182,10 @@ def _sizes(who: str, table: pa.Table) -> Iterator[tuple[str, tuple[int, int]]]:
         if name == "image":
             yield "pictures", (field.type.shape[1], field.type.shape[0])
             continue
-        about = (field.metadata or {}).get(rows.SPEC_KEY)
+        about = (field.metadata or {}).get(SPEC_KEY)
         if about is None:
-            raise ContractError(f"{who} returned latents that don't say of which space they are: use rows.with_latents")
-        downscale = rows.spec_from_json(about).downscale
+            raise ContractError(f"{who} returned latents that don't say of which space they are: use with_latents")
+        downscale = spec_from_json(about).downscale
         yield "latents", (field.type.shape[-1] * downscale, field.type.shape[-2] * downscale)
 
 

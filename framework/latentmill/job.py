@@ -9,12 +9,12 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args, get_type_hints
 
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.core.config_search_path import ConfigSearchPath
@@ -36,8 +36,9 @@ from omegaconf.errors import (
 )
 
 from latentmill import registry, values
+from latentmill.fields import IN_JOB, parse, python_type
+from latentmill.plugin import RowError
 from latentmill.registry import near
-from latentmill.rows import LIMITS
 from latentmill.schedulers import grids
 
 logger = logging.getLogger("latentmill")
@@ -47,27 +48,17 @@ class JobError(ValueError):
     """The job is not right; one line that names the key, what is there and what was expected."""
 
 
-@dataclass
-class Sampling:
-    """What each row is made with; a column of the source of the same name takes a value's place, row by row."""
-
-    steps: int = MISSING
-    guidance_scale: float = MISSING
-    guidance_rescale: float = MISSING
-    guidance_from: float = MISSING
-    guidance_until: float = MISSING
-    strength: float = MISSING
-    width: int | None = None
-    """Pixels. None: the picture's own."""
-    height: int | None = None
-    max_pixels: int = MISSING
-    """The most that a row may be made with: width times height."""
-    prompt: str = ""
-    negative_prompt: str | None = None
-    """None: none is given. What an empty one is to a model may be another thing."""
-    first_noise: str = "latentmill"
-    until: float = 0.0
-    """Above 0: rows stop half-way, at the first of their times below it."""
+if TYPE_CHECKING:
+    Sampling: TypeAlias = Any
+else:
+    Sampling = make_dataclass(
+        "Sampling",
+        [
+            (key, python_type(of) | (None if of.default is None else python_type(of)), field(default=of.default))
+            for key, of in IN_JOB.items()
+        ],
+    )
+    """The keys of ``sampling`` and their types, as ``fields`` has them."""
 
 
 @dataclass
@@ -159,7 +150,8 @@ class Job:
     denoiser: dict[str, Any] | None
     text_encoder: dict[str, Any] | None
     scheduler: dict[str, Any] | None
-    sampling: Sampling
+    sampling: dict[str, Any]
+    """What each row is made with; a column of the source of the same name takes a value's place, row by row."""
     stages: dict[str, StageSettings]
     cluster: Cluster
 
@@ -176,7 +168,7 @@ class Job:
             "deterministic": self.deterministic,
             "rows_per_shard": self.rows_per_shard,
             "flow": list(self.flow),
-            "sampling": vars(self.sampling),
+            "sampling": self.sampling,
             **({"model": config["model"]} if config["model"] else {}),
             **({"latents_std": True} if self.latents_std else {}),
             **{kind: config[kind] for kind in registry.KINDS if kind in config},
@@ -467,7 +459,7 @@ def _checked(name: str, config: DictConfig, text: str) -> Job:
             **settled,
             "flow": flow,
             "output": place(settled["output"] or ""),
-            "sampling": Sampling(**settled["sampling"]),
+            "sampling": {**{key: of.default for key, of in IN_JOB.items()}, **settled["sampling"]},
             "stages": {key: StageSettings(**stage) for key, stage in settled["stages"].items()},
             "cluster": Cluster(**settled["cluster"]),
         },
@@ -522,30 +514,22 @@ def _holds_keys(value: Any, name: str, at: str) -> None:
 def _wrong(job: Job) -> Iterator[str]:
     """What is wrong with the values, one line each."""
     sampling = job.sampling
-    for key, value, least in [
-        ("samples_per_row", job.samples_per_row, 1),
-        ("rows_per_shard", job.rows_per_shard, 1),
-        ("sampling.steps", sampling.steps, 1),
-        ("sampling.width", sampling.width, 1),
-        ("sampling.height", sampling.height, 1),
-        ("sampling.max_pixels", sampling.max_pixels, 1),
-    ]:
-        if value is not None and value < least:
-            yield f"{key} must be {least} or more, not {value}"
-    for key, most in LIMITS.items():
-        if (getattr(sampling, key) or 0) > most:
-            yield f"sampling.{key} must be from 1 to {most}, not {getattr(sampling, key)}"
-    if (pixels := (sampling.width or 0) * (sampling.height or 0)) > sampling.max_pixels:
-        size = f"sampling.width={sampling.width} and sampling.height={sampling.height}"
-        yield f"{size} are {pixels} pixels, more than sampling.max_pixels={sampling.max_pixels} allows"
-    if (sampling.width is None) != (sampling.height is None):
+    for key in ("samples_per_row", "rows_per_shard"):
+        if getattr(job, key) < 1:
+            yield f"{key} must be 1 or more, not {getattr(job, key)}"
+    for key, of in IN_JOB.items():
+        if sampling[key] is not None and not (isinstance(sampling[key], str) and _not_utf8(sampling[key])):
+            try:
+                parse(of, sampling[key], f"sampling.{key}")
+            except RowError as error:
+                yield str(error)
+    width, height = sampling["width"], sampling["height"]
+    if (pixels := (width or 0) * (height or 0)) > sampling["max_pixels"]:
+        size = f"sampling.width={width} and sampling.height={height}"
+        yield f"{size} are {pixels} pixels, more than sampling.max_pixels={sampling['max_pixels']} allows"
+    if (width is None) != (height is None):
         yield "sampling.width and sampling.height must be given together, or neither"
-    if not math.isfinite(sampling.guidance_scale):
-        yield f"sampling.guidance_scale must be a finite number, not {sampling.guidance_scale}"
-    for key in ("guidance_rescale", "guidance_from", "guidance_until", "strength"):
-        if not 0.0 <= getattr(sampling, key) <= 1.0:
-            yield f"sampling.{key} must be from 0 to 1, not {getattr(sampling, key)}"
-    for key, text in [("output", job.output), *((f"sampling.{k}", v) for k, v in vars(sampling).items())]:
+    for key, text in [("output", job.output), *((f"sampling.{k}", v) for k, v in sampling.items())]:
         if isinstance(text, str) and not text.isascii() and _not_utf8(text):
             yield f"{key} must be UTF-8, not {text!r}"
     if not job.output or "\0" in job.output or Path(job.output).is_file():
@@ -554,11 +538,11 @@ def _wrong(job: Job) -> Iterator[str]:
         yield f"on_error must be {' or '.join(ON_ERROR)}, not {job.on_error!r}"
     if not 0.0 <= job.max_error_rate <= 1.0:
         yield f"max_error_rate must be from 0 to 1, not {job.max_error_rate}"
-    if sampling.first_noise not in FIRST_NOISE:
-        yield f"sampling.first_noise must be {' or '.join(FIRST_NOISE)}, not {sampling.first_noise!r}"
-    if not 0.0 <= sampling.until < 1.0:
-        yield f"sampling.until must be a time from 0 to less than 1, not {sampling.until}"
-    if sampling.until and ("denoise" not in job.flow or job.flow[-2] != "denoise"):
+    if sampling["first_noise"] not in FIRST_NOISE:
+        yield f"sampling.first_noise must be {' or '.join(FIRST_NOISE)}, not {sampling['first_noise']!r}"
+    if not 0.0 <= sampling["until"] < 1.0:
+        yield f"sampling.until must be a time from 0 to less than 1, not {sampling['until']}"
+    if sampling["until"] and ("denoise" not in job.flow or job.flow[-2] != "denoise"):
         yield f"sampling.until leaves latents half-way, so flow must end with denoise, write, not {list(job.flow)}"
     if job.latents_std and job.flow[-2] != "encode":
         yield f"latents_std is of latents as they were encoded, so flow must end with encode, write, not {list(job.flow)}"

@@ -18,6 +18,7 @@ from importlib import metadata
 from itertools import accumulate, chain, islice
 from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
 
+from latentmill import identity as identities
 from latentmill import ids, registry, syntax
 from latentmill.job import Job, without_secrets
 from latentmill.plugin import (
@@ -90,16 +91,7 @@ class Plan:
 
     def row_id(self, row: int) -> str:
         """A row's name for ever; safe as a file name."""
-        source_row, sample = divmod(row, self.samples_per_row)
-        return f"{source_row:09d}-{sample:03d}"
-
-    def row_seed(self, row: int) -> int:
-        """The seed of a row that brings none: 63 bits of a hash of the job's seed and the row's id."""
-        return _seed(f"{self.seed}/{self.row_id(row)}")
-
-    def id_seed(self, id: str, sample: int) -> int:
-        """The same of a row with an id of its own: it stays when rows come and go before it in the source."""
-        return _seed(f"{self.seed}/id/{sample:03d}/{id}")
+        return identities.row_id(*divmod(row, self.samples_per_row))
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -205,7 +197,7 @@ def _check_grid(job: Job, built: Parts) -> None:
     assert built.denoiser is not None and built.vae is not None
     name, grid = job.scheduler["name"], job.scheduler.get("grid", "trailing")
     with registry.asking(built.denoiser):
-        schedule, steps = built.denoiser.noise_schedule, job.sampling.steps
+        schedule, steps = built.denoiser.noise_schedule, job.sampling["steps"]
         if built.denoiser.prediction not in get_args(Prediction):
             raise ValueError(f"prediction {built.denoiser.prediction!r}: expected {', '.join(get_args(Prediction))}")
     with registry.asking(built.scheduler):
@@ -312,7 +304,7 @@ def foreign_prompts(job: Job, built: Parts, plan: Plan) -> list[str]:
     reads = next((reader.reads for reader in readers if reader.reads is not None), None)
     if reads is None:
         return []
-    default = job.sampling.prompt, job.sampling.negative_prompt
+    default = job.sampling["prompt"], job.sampling["negative_prompt"]
     texts = chain.from_iterable(built.source.texts(fragment) for fragment in plan.fragments)
     found: Counter[str] = Counter()
     looked_at = 0
@@ -527,10 +519,6 @@ def _unlike(old: list[Any], new: list[Any]) -> tuple[Any, Any]:
         if a != b:
             return a, b
     return f"{len(old)} items", f"{len(new)} items"
-
-
-def _seed(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 @_discreet

@@ -41,6 +41,7 @@ __all__ = [
     "Prediction",
     "Reject",
     "RowError",
+    "RowField",
     "Scheduler",
     "Sink",
     "Source",
@@ -69,6 +70,25 @@ Reject: TypeAlias = Callable[[int, str], None]
 
 class RowError(ValueError):
     """This row can't be used, and why, in one line. It ends in the error table; the job goes on."""
+
+
+@dataclass(frozen=True)
+class RowField:
+    """A value that each row has: a column of every batch, a key of the job's ``sampling``, a column that a source may have."""
+
+    name: str
+    type: pa.DataType
+    """Of the column: text, a whole number, a floating-point number or a bool. A value that doesn't fit makes its row an error."""
+    meaning: str
+    """In a few words, for the dataset's card."""
+    default: Any = None
+    """The value of rows for which neither job nor source says one. None: they must, unless the field is nullable."""
+    least: float | None = None
+    most: float | None = None
+    """The range of a number, ends included."""
+    nullable: bool = False
+    stored: bool = True
+    """Whether it is a column of the dataset."""
 
 
 class Plugin:
@@ -408,7 +428,7 @@ class Stage(Plugin, ABC):
 
     @abstractmethod
     def __call__(self, batch: pa.Table, reject: Reject) -> pa.Table | Iterable[pa.Table]:
-        """The batch's rows, changed. See ``latentmill.rows`` for the columns.
+        """The batch's rows, changed. See ``latentmill.batch`` for the columns.
 
         Keep ``row`` and ``row_id`` as they are; leave out the rows that were rejected, and only those: a row that
         disappears without a reason is an error. Return several tables if rows part into several tensor shapes.

@@ -5,35 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from latentmill.fields import meaning
 from latentmill.progress import counted
 from latentmill.report.files import MARK, put
 from latentmill.report.material import Material, identity
-
-MEANING = {
-    "image": "the picture",
-    "latents": "the latents, channels first, flattened",
-    "shape": "shape of the latents: channels, height, width",
-    "prompt": "what was asked for",
-    "negative_prompt": "what was asked not to be there",
-    "seed": "all noise of the row follows from it",
-    "steps": "steps of the scheduler",
-    "guidance_scale": "classifier-free guidance; 1 is none",
-    "guidance_rescale": "how far guided predictions were brought back to the spread of unguided ones",
-    "time": "half-way latents: the time that they are at, from 1 for noise down to 0",
-    "trajectory": "half-way latents: the noise schedule that they are on, and the model and scheduler that state is of",
-    "state": "half-way latents: what the scheduler remembers",
-    "guidance_from": "the time, from 1 for noise down to 0, at which guidance began",
-    "guidance_until": "the time at which it ended",
-    "strength": "share of the noise schedule that was walked; 1 starts from pure noise",
-    "scheduler": "the solver",
-    "width": "pixels",
-    "height": "pixels",
-    "row": "the row's number in the plan",
-    "row_id": "the row's name, which never changes",
-    "id": "the row's own name in the source",
-    "warning": "what is to be known of the row, and did not make it fail",
-    "psnr": "PSNR of the reconstruction against the source picture, in dB",
-}
 
 
 def make(dataset: Material) -> None:
@@ -55,7 +30,7 @@ def make(dataset: Material) -> None:
     parts.append(
         '```python\nimport datasets\n\ndataset = datasets.load_dataset("PATH_OF_THIS_FOLDER", split="train")\n```'
     )
-    parts.append(_markdown(["column", "meaning"], [[f"`{name}`", MEANING.get(name, "")] for name in dataset.columns]))
+    parts.append(_markdown(["column", "meaning"], [[f"`{name}`", meaning(name)] for name in dataset.columns]))
     plugins = [[kind, *identity(plugin)] for kind, plugin in dataset.plan["plugins"].items()]
     parts.append("## Made with\n\n" + _markdown(["part", "plugin", "from", "weights"], plugins))
     if dataset.plan.get("latents"):

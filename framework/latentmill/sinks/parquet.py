@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentmill import failpoints, rows, tensors
+from latentmill import failpoints, tensors
+from latentmill.batch import SPEC_KEY, STATE_PREFIX
+from latentmill.fields import HALFWAY
 from latentmill.plugin import Sink
 
 EXTENSIONS = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
@@ -73,12 +75,12 @@ class Parquet(Sink):
                 lists, dtype = _lists(latents), {tensors.DTYPE_KEY: about[tensors.DTYPE_KEY]}
                 fields += [pa.field("latents", lists.type, metadata=dtype), pa.field("shape", pa.list_(pa.int32()))]
                 columns += [lists, pa.array([list(latents.shape[1:])] * len(latents), pa.list_(pa.int32()))]
-                if rows.SPEC_KEY in about:
-                    metadata[rows.SPEC_KEY] = about[rows.SPEC_KEY]
+                if SPEC_KEY in about:
+                    metadata[SPEC_KEY] = about[SPEC_KEY]
             elif field.name == "latents_std":
                 columns.append(_lists(tensors.from_arrow(batch, "latents_std")))
                 fields.append(pa.field("latents_std", columns[-1].type))
-        if rows.HALFWAY.names[0] in batch.column_names:
+        if HALFWAY.names[0] in batch.column_names:
             fields.append(pa.field("state", STATE))
             columns.append(_states(batch))
         return pa.Table.from_arrays(columns, schema=pa.schema(fields, metadata=metadata))
@@ -144,10 +146,10 @@ def _lists(latents: Tensor) -> pa.LargeListArray:
 
 
 def _states(batch: pa.Table) -> pa.Array:
-    named = [(n, tensors.from_arrow(batch, n)) for n in batch.column_names if n.startswith(rows.STATE)]
+    named = [(n, tensors.from_arrow(batch, n)) for n in batch.column_names if n.startswith(STATE_PREFIX)]
     dtypes = [str(tensor.dtype).removeprefix("torch.") for _, tensor in named]
     about = [
-        {"name": name.removeprefix(rows.STATE), "dtype": dtype, "shape": list(tensor.shape[1:])}
+        {"name": name.removeprefix(STATE_PREFIX), "dtype": dtype, "shape": list(tensor.shape[1:])}
         for (name, tensor), dtype in zip(named, dtypes)
     ]
     values = [

@@ -11,12 +11,14 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from latentmill import rows, storage, tensors
+from latentmill import storage, tensors
+from latentmill.batch import SPEC_KEY, spec_from_json
 from latentmill.dataset import Dataset, data_name, load
+from latentmill.fields import BATCH_SCHEMA, HALFWAY, MAX_SIDE, OURS
 from latentmill.plugin import Fragment, LatentSpec, RowError, Source
 from latentmill.sources import ParquetRows, as_id, changed, find, fingerprint, is_small, locate, root
 
-SAMPLING = ("steps", "guidance_scale", *rows.PLAIN_GUIDANCE, "strength", "scheduler")
+SAMPLING = tuple(field.name for field in OURS if field.sampling)
 
 
 class Latents(Source):
@@ -55,7 +57,7 @@ class Latents(Source):
     def read(self, fragment: str, start: int, stop: int) -> Iterator[Mapping[str, Any] | RowError]:
         """``latents`` is an array, or a tensor where the space's dtype is bfloat16, which numpy lacks."""
         file = self._file(fragment)
-        names = [*rows.SCALARS.names, *rows.HALFWAY.names, "state"]
+        names = [*BATCH_SCHEMA.names, *HALFWAY.names, "state"]
         kept = [name for name in names if name in file.schema.names and name not in DROPPED]
         dtype = (file.schema.field("latents").metadata or {}).get(tensors.DTYPE_KEY)
         if self.id_column is not None and self.id_column not in kept:
@@ -147,7 +149,7 @@ class Latents(Source):
 
     def _spec(self, name: str) -> LatentSpec:
         schema = self._file(name).schema
-        text = (schema.metadata or {}).get(rows.SPEC_KEY)
+        text = (schema.metadata or {}).get(SPEC_KEY)
         if text is None or not {"latents", "shape"} <= {*schema.names}:
             raise ValueError(f"{self.path}: {name} holds no latents of ours")
         for column, fits in (("latents", pa.types.is_floating), ("shape", pa.types.is_integer)):
@@ -156,12 +158,12 @@ class Latents(Source):
             if not lists or not fits(type.value_type):
                 raise ValueError(f"{self.path}: {name}: column {column} is {type}, which it can't be")
         try:
-            spec = rows.spec_from_json(text)
+            spec = spec_from_json(text)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self.path}: {name} says of its latents what can't be read: {error}") from error
         if (
             not isinstance(spec.channels, int)
-            or not (isinstance(spec.downscale, int) and 1 <= spec.downscale <= rows.LIMITS["width"])
+            or not (isinstance(spec.downscale, int) and 1 <= spec.downscale <= MAX_SIDE)
             or spec.dtype not in ("float32", "float16", "bfloat16")
         ):
             raise ValueError(f"{self.path}: {name} says of its latents what can't be: {spec}")

@@ -19,7 +19,8 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from latentmill.plugin import Fragment, RowError, Source
+from latentmill.fields import FROM_SOURCE, PICTURES, parse_text, python_type
+from latentmill.plugin import Fragment, RowError, RowField, Source
 from latentmill.sources import (
     ParquetRows,
     as_id,
@@ -37,28 +38,14 @@ from latentmill.sources import (
 from latentmill.sources.pictures import MAX_PIXELS, Pixels, decode, read_picture
 from latentmill.sources.text import BOM, PIECE, Lines, TextFile, count_lines, is_blank, is_utf8, loose, strict
 
-TEXTS = ("prompt", "negative_prompt", "scheduler")
-WHOLE = ("seed", "steps", "width", "height")
-REAL = ("guidance_scale", "guidance_rescale", "guidance_from", "guidance_until", "strength")
-PICTURES = ("image", "mask")
-COLUMNS = (*TEXTS, *WHOLE, *REAL, *PICTURES)
+COLUMNS: Mapping[str, RowField | None] = {
+    **{field.name: field for field in FROM_SOURCE if field.name != "warning"},
+    **dict.fromkeys(PICTURES),
+}
 """The columns that mean something. Pictures are paths below the file's folder; in Parquet they may be bytes as well."""
 
-LIKE = {
-    "prompt": "prompts caption captions text txt positive_prompt positive description",
-    "negative_prompt": "negative neg neg_prompt uc",
-    "scheduler": "sampler sampler_name scheduler_name",
-    "seed": "seeds noise_seed random_seed",
-    "steps": "num_inference_steps inference_steps sampling_steps num_steps step",
-    "width": "w",
-    "height": "h",
-    "guidance_scale": "cfg_scale cfg guidance scale",
-    "guidance_rescale": "cfg_rescale rescale rescale_cfg",
-    "strength": "denoising_strength denoise",
-    "image": "file_name image_path image_file init_image img picture path",
-    "mask": "mask_path mask_image mask_file",
-}
-"""What other tools call the columns, the likeliest first. Such a column is named to people, and never taken for ours."""
+LIKE = {**{field.name: field.also for field in FROM_SOURCE}, **PICTURES}
+"""What other tools call the columns. Such a column is named to people, and never taken for ours."""
 
 PEEK = 1000
 """Rows of JSON whose keys are looked at before a job starts: each row may have others."""
@@ -642,7 +629,7 @@ class _CSV(_Text):
             if name == "id":
                 row[name] = as_id(text)
             elif text or name == "prompt":
-                row[name] = text if name in (*TEXTS, *PICTURES) else _number(name, text)
+                row[name] = text if (field := COLUMNS[name]) is None else parse_text(field, text)
         return row
 
     def notices(self) -> Iterator[str]:
@@ -748,7 +735,7 @@ class _Parquet:
         self.columns = {name: column for name, column in table.theirs.items() if column in names}
         types = {name: self.file.schema.field(column).type for name, column in self.columns.items()}
         for name, type in types.items():
-            if not pa.types.is_null(type) and not any(fits(type) for fits in _TYPES[name]):
+            if not pa.types.is_null(type) and not _fits(COLUMNS[name], type):
                 raise ValueError(f"{path}: column {self.columns[name]} is {type}, which it can't be")
         if "prompt" in types and pa.types.is_null(types["prompt"]):
             raise ValueError(f"{path}: column {self.columns['prompt']} holds nulls and nothing else")
@@ -854,11 +841,16 @@ def _is_picture(type: pa.DataType) -> bool:
     return bool(pa.types.is_struct(type) and {field.name for field in type} >= {"bytes", "path"})
 
 
-_TYPES: dict[str, Sequence[Any]] = {
-    **{name: (is_text,) for name in TEXTS},
-    **{name: (pa.types.is_integer, pa.types.is_floating) for name in (*WHOLE, *REAL)},
-    **{name: (is_text, _is_binary, _is_picture) for name in PICTURES},
-}
+def _fits(field: RowField | None, type: pa.DataType) -> bool:
+    """Whether a column of this type may hold a field's values; None: pictures."""
+    if field is None:
+        return is_text(type) or _is_binary(type) or _is_picture(type)
+    kind = python_type(field)
+    if kind is str:
+        return is_text(type)
+    if kind is bool:
+        return bool(pa.types.is_boolean(type))
+    return bool(pa.types.is_integer(type) or pa.types.is_floating(type))
 
 
 def _name(path: Path, name: str) -> str:
@@ -867,16 +859,3 @@ def _name(path: Path, name: str) -> str:
     except UnicodeEncodeError:
         raise ValueError(f"{path}: the header is not UTF-8") from None
     return name
-
-
-def _number(name: str, text: str) -> int | float | None:
-    if not text.strip():
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError as error:
-        raise RowError(f"{name} must be a number, not {text!r:.80}") from error

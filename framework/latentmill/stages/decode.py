@@ -6,14 +6,15 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latentmill import checks, rows, tensors, weights
+from latentmill import checks, tensors, weights
+from latentmill.batch import FixedShape, fixed_slots, require_spec
 from latentmill.plugin import VAE, Reject, Stage
 
 
 class Decode(Stage):
     """Replaces ``latents`` by ``image``; ``source_image``, where there is one, by ``psnr``."""
 
-    def __init__(self, vae: VAE, fixed: rows.FixedShape | None = None) -> None:
+    def __init__(self, vae: VAE, fixed: FixedShape | None = None) -> None:
         self.vae, self.fixed = vae, fixed
         self.device = torch.device("cpu")
 
@@ -24,8 +25,8 @@ class Decode(Stage):
 
     @torch.inference_mode()
     def __call__(self, batch: pa.Table, reject: Reject) -> pa.Table:
-        rows.require_spec(batch, self.vae.spec)
-        slots, size = rows.slots(batch, self.fixed)
+        require_spec(batch, self.vae.spec)
+        slots, size = fixed_slots(batch, self.fixed)
         latents = tensors.spread(tensors.from_arrow(batch, "latents"), slots, size)
         with checks.inside(self.vae):
             images = self.vae.decode(latents.to(self.device, torch.float32))

@@ -18,7 +18,19 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latentmill import checks, registry, rows, tensors, weights
+from latentmill import checks, registry, tensors, weights
+from latentmill.batch import (
+    NEGATIVE_PREFIX,
+    PROMPT_PREFIX,
+    SPEC_KEY,
+    STATE_PREFIX,
+    FixedShape,
+    fixed_slots,
+    shape_key,
+    spec_from_json,
+    with_latents,
+)
+from latentmill.fields import BATCH_SCHEMA, HALFWAY
 from latentmill.plugin import Conditioning, Denoiser, NoiseSchedule, Reject, RowError, Scheduler, Stage, State
 from latentmill.schedulers import grids, noise
 from latentmill.stages.guidance import Guidance, ModelField
@@ -103,7 +115,7 @@ class Denoise(Stage):
     """Replaces ``latents`` by clean ones and drops the conditioning.
 
     ``batch_size`` is the evaluations of a call. With ``fixed``, batches are computed one after another, each row in its
-    slot. With ``until`` above 0 rows stop at the first of their times below it: see ``rows.HALFWAY``.
+    slot. With ``until`` above 0 rows stop at the first of their times below it: see ``HALFWAY``.
     """
 
     def __init__(
@@ -112,7 +124,7 @@ class Denoise(Stage):
         scheduler: Callable[[str], Scheduler],
         grid: str | Mapping[str, Any],
         batch_size: int,
-        fixed: rows.FixedShape | None = None,
+        fixed: FixedShape | None = None,
         first_noise: str = "latentmill",
         until: float = 0.0,
     ) -> None:
@@ -147,17 +159,17 @@ class Denoise(Stage):
             {
                 name.removeprefix(prefix): tensors.from_arrow(batch, name).to(self.device)
                 for name in batch.column_names
-                if name.startswith(prefix) and not (prefix == rows.NEGATIVE and self.denoiser.guidance_embedded)
+                if name.startswith(prefix) and not (prefix == NEGATIVE_PREFIX and self.denoiser.guidance_embedded)
             }
-            for prefix in (rows.PROMPT, rows.NEGATIVE, rows.STATE)
+            for prefix in (PROMPT_PREFIX, NEGATIVE_PREFIX, STATE_PREFIX)
         )
         masks, masked = (
             tensors.from_arrow(batch, name).to(self.device) if name in batch.column_names else None
             for name in ("mask", "masked")
         )
-        slots, _ = rows.slots(batch, self.fixed)
-        columns = [n for n in batch.column_names if n in rows.SCALARS.names or n in rows.HALFWAY.names]
-        shape_key, identity = rows.shape_key(batch), cache(self._identity)
+        slots, _ = fixed_slots(batch, self.fixed)
+        columns = [n for n in batch.column_names if n in BATCH_SCHEMA.names or n in HALFWAY.names]
+        key, identity = shape_key(batch), cache(self._identity)
         for i, row in enumerate(batch.select(columns).to_pylist()):
             try:
                 goes_on = "trajectory" in row and row["trajectory"] == identity(row["scheduler"])
@@ -171,7 +183,7 @@ class Denoise(Stage):
             except ValueError as error:
                 reject(i, str(error))
                 continue
-            kind = (shape_key, row["scheduler"], id(visit) if self.fixed else 0)
+            kind = (key, row["scheduler"], id(visit) if self.fixed else 0)
             scale, told = row["guidance_scale"], {}
             on = self.denoiser.guides(scale, row["negative_prompt"])
             if self.denoiser.guidance_embedded:
@@ -342,10 +354,10 @@ class Denoise(Stage):
             stays = [name for name in visit.batch.column_names if not is_passing(name)]
             part = visit.batch.select(stays).take([row.index for row in members]).replace_schema_metadata(None)
             about = part.schema.field("latents").metadata
-            latents, spec = torch.stack([row.x for row in members]).cpu(), rows.spec_from_json(about[rows.SPEC_KEY])
+            latents, spec = torch.stack([row.x for row in members]).cpu(), spec_from_json(about[SPEC_KEY])
             if not self.until:  # of one dtype, wherever the rows began
                 latents = latents.to(getattr(torch, spec.dtype))
-            part = rows.with_latents(part, latents, spec)
+            part = with_latents(part, latents, spec)
             yield self._halfway(part, name, members) if self.until else part
 
     def _culprit(self, row: Trajectory) -> str:
@@ -358,10 +370,12 @@ class Denoise(Stage):
             if row.state is None:  # it had no step to make
                 Company([row], self.denoiser, self.scheduler(name), self.device, self.fixed).part()
         values = ([row.times[-1] for row in members], [self._identity(name)] * len(members))
-        for column, each in zip(rows.HALFWAY, values):
+        for column, each in zip(HALFWAY, values):
             part = part.append_column(column, pa.array(each, column.type))
         for key in members[0].state or {}:
-            part = tensors.with_tensor(part, rows.STATE + key, torch.stack([(row.state or {})[key] for row in members]))
+            part = tensors.with_tensor(
+                part, STATE_PREFIX + key, torch.stack([(row.state or {})[key] for row in members])
+            )
         return part
 
     def _identity(self, name: str) -> str:
@@ -383,7 +397,7 @@ class Company:
         denoiser: Denoiser,
         scheduler: Scheduler,
         device: torch.device,
-        fixed: rows.FixedShape | None,
+        fixed: FixedShape | None,
     ) -> None:
         self.denoiser, self.device, self.fixed = denoiser, device, fixed
         self.rows = list(going)
@@ -452,8 +466,8 @@ def is_passing(name: str) -> bool:
     """Whether a column is only for the way: conditioning, masks, and the state of half-way latents."""
     return (
         name in ("mask", "masked")
-        or name.startswith((rows.PROMPT, rows.NEGATIVE, rows.STATE))
-        or name in rows.HALFWAY.names
+        or name.startswith((PROMPT_PREFIX, NEGATIVE_PREFIX, STATE_PREFIX))
+        or name in HALFWAY.names
     )
 
 

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from latentmill import checks, rows, syntax, tensors, weights
+from latentmill import checks, syntax, tensors, weights
+from latentmill.batch import (
+    NEGATIVE_PREFIX,
+    PROMPT_PREFIX,
+    SCHEDULER_KEY,
+    FixedShape,
+    fixed_slots,
+    with_latents,
+    with_warnings,
+)
 from latentmill.plugin import VAE, Conditioning, LatentSpec, Reject, RowError, Stage, TextEncoder
 
 
@@ -28,7 +37,7 @@ class Encode(Stage):
         self,
         vae: VAE,
         text_encoder: TextEncoder | None,
-        fixed: rows.FixedShape | None = None,
+        fixed: FixedShape | None = None,
         keep_image: bool = False,
         latents_std: bool = False,
     ) -> None:
@@ -68,11 +77,11 @@ class Encode(Stage):
             except RowError as error:
                 reject(i, str(error))
         if any(warnings):
-            batch = rows.warned(batch, warnings)
+            batch = with_warnings(batch, warnings)
         good_rows, wrong_rows = 0, dict[int, str]()
         for (shape, scheduler), members in groups.items():
             part = batch if len(members) == len(batch) else batch.take(members)
-            slots, size = rows.slots(part, self.fixed)
+            slots, size = fixed_slots(part, self.fixed)
             latents, std = self._latents(part, shape, slots, size)
             good = latents.isfinite().flatten(1).all(1).tolist()
             for i, fine in zip(members, good):
@@ -88,14 +97,14 @@ class Encode(Stage):
                     part = self._with_mask(part, tuple(latents.shape[-2:]), slots, size)
                 if self.latents_std:
                     part = tensors.with_tensor(part, "latents_std", std)
-                part = self._with_text(rows.with_latents(part, latents, self.vae.spec), slots, size)
+                part = self._with_text(with_latents(part, latents, self.vae.spec), slots, size)
                 wrong = not_finite(part)
                 wrong_rows |= {members[k]: reason for k, reason in wrong.items()}
                 if wrong:
                     part = part.filter(pa.array([k not in wrong for k in range(len(part))]))
             if len(part):
                 good_rows += len(part)
-                yield part.replace_schema_metadata({rows.SCHEDULER_KEY: scheduler} if scheduler else None)
+                yield part.replace_schema_metadata({SCHEDULER_KEY: scheduler} if scheduler else None)
         if wrong_rows and not good_rows:
             raise checks.NoRowError(next(iter(wrong_rows.values())))
         for i, reason in wrong_rows.items():
@@ -159,8 +168,8 @@ class Encode(Stage):
             return checks.conditioning(encoder, method, found, len(texts), self.shapes)
 
         for prefix, column, encode in (
-            (rows.PROMPT, "prompt", partial(checked, "encode")),
-            (rows.NEGATIVE, "negative_prompt", partial(checked, "encode_negative")),
+            (PROMPT_PREFIX, "prompt", partial(checked, "encode")),
+            (NEGATIVE_PREFIX, "negative_prompt", partial(checked, "encode_negative")),
         ):
             texts = part.column(column).to_pylist()
             for name, tensor in self._conditioning(encode, texts, slots, size).items():
@@ -190,7 +199,7 @@ def of_prompt(encoder: TextEncoder, prompt: str) -> list[str]:
 def not_finite(part: pa.Table) -> dict[int, str]:
     """Rows whose conditioning has NaN or infinity in it, with the reason: no picture that is made of it would be right."""
     wrong: dict[int, str] = {}
-    for prefix, prompt in ((rows.PROMPT, "prompt"), (rows.NEGATIVE, "negative prompt")):
+    for prefix, prompt in ((PROMPT_PREFIX, "prompt"), (NEGATIVE_PREFIX, "negative prompt")):
         for column in part.column_names:
             if column.startswith(prefix):
                 fine = tensors.from_arrow(part, column).reshape(len(part), -1).isfinite().all(1)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -14,16 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentmill import checks, rows, tensors
-from latentmill.plugin import Reject, RowError, Source, Stage
+from latentmill import checks, tensors
+from latentmill.batch import STATE_PREFIX, from_dicts, with_latents
+from latentmill.fields import BY_NAME, FROM_SOURCE, HALFWAY, ID, parse
+from latentmill.identity import row_seed
+from latentmill.plugin import Reject, RowError, RowField, Source, Stage
 from latentmill.registry import called
-
-if TYPE_CHECKING:
-    from latentmill.job import Sampling
-
-MAX_TEXT = 1_000_000
-"""Characters of a prompt; a longer one is a file that was taken for a line."""
-
 
 READ_AGAIN = 8
 """Rows that a worker reads a second time, to see whether a source gives what it is asked for."""
@@ -36,9 +30,8 @@ class Rows(Protocol):
 
     def row_id(self, row: int) -> str: ...
 
-    def row_seed(self, row: int) -> int: ...
-
-    def id_seed(self, id: str, sample: int) -> int: ...
+    @property
+    def seed(self) -> int: ...
 
 
 class Read(Stage):
@@ -49,15 +42,14 @@ class Read(Stage):
     downscale, cut evenly from both edges. Latents are taken as they are and give the row its size. A row of more pixels
     than ``sampling.max_pixels`` is an error before any are made, since the memory of every stage grows with them.
 
-    A row's seed from the source is its first sample's, as it stands; ``sample_seed`` of it is that of each further one. -1
-    and null stand for no seed, as in other tools.
+    A row's seed is ``identity.row_seed``'s. -1 and null in the source stand for none, as in other tools.
     """
 
     def __init__(
         self,
         source: Source,
         plan: Rows,
-        sampling: Sampling,
+        sampling: Mapping[str, Any],
         scheduler: str,
         multiple_of: int = 1,
         require: Callable[[str], None] = lambda fragment: None,
@@ -83,23 +75,19 @@ class Read(Stage):
                 continue
             key = ("time" in values, *((name, tuple(value.shape), value.dtype) for name, value in stored.items()))
             for _, number, sample in wanted:
-                if values["seed"] is not None:
-                    seed = sample_seed(values["seed"], sample)
-                elif "id" in values:
-                    seed = self.plan.id_seed(values["id"], sample)
-                else:
-                    seed = self.plan.row_seed(number)
-                row = {**values, "row": number, "row_id": self.plan.row_id(number), "seed": seed}
+                row_id = self.plan.row_id(number)
+                seed = row_seed(self.plan.seed, row_id, sample, values["seed"], values.get("id"))
+                row = {**values, "row": number, "row_id": row_id, "seed": seed}
                 groups[key].append((row, stored))
         for members in groups.values():
-            table = rows.from_dicts([row for row, _ in members])
-            for column in [column for column in (rows.ID, *rows.HALFWAY) if column.name in members[0][0]]:
+            table = from_dicts([row for row, _ in members])
+            for column in [column for column in (ID, *HALFWAY) if column.name in members[0][0]]:
                 table = table.append_column(column, pa.array([row[column.name] for row, _ in members], column.type))
             for name in members[0][1]:
                 stacked = torch.stack([stored[name] for _, stored in members])
                 if name == "latents":
                     assert self.spec is not None
-                    table = rows.with_latents(table, stacked, self.spec)
+                    table = with_latents(table, stacked, self.spec)
                 else:
                     table = tensors.with_tensor(table, name, stacked)
             yield table
@@ -183,27 +171,9 @@ class Read(Stage):
 
     def _row(self, found: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The scalars of a source row (``seed`` may be None), and its tensors. Raises RowError."""
-        job = self.sampling
-
-        def value(name: str, default: Any) -> Any:
-            return default if found.get(name) is None else found[name]
-
-        width, height = value("width", job.width), value("height", job.height)
-        negative = value("negative_prompt", job.negative_prompt)
-        values: dict[str, Any] = {
-            "prompt": text("prompt", value("prompt", job.prompt)),
-            "negative_prompt": None if negative is None else text("negative_prompt", negative),
-            "scheduler": text("scheduler", value("scheduler", self.scheduler)),
-            "seed": own_seed(found.get("seed")),
-            "steps": whole("steps", value("steps", job.steps), least=1),
-            "guidance_scale": real("guidance_scale", value("guidance_scale", job.guidance_scale)),
-            **{name: share(name, value(name, getattr(job, name))) for name in (*rows.PLAIN_GUIDANCE, "strength")},
-            "width": None if width is None else whole("width", width, least=1),
-            "height": None if height is None else whole("height", height, least=1),
-            "warning": text("warning", value("warning", "")),
-        }
+        values = {field.name: self._value(field, found) for field in FROM_SOURCE}
         if self.source.id_column is not None:
-            values["id"] = text("id", found.get("id"))
+            values["id"] = parse(BY_NAME["id"], found.get("id"))
         stored: dict[str, Tensor] = {}
         if found.get("latents") is not None:
             stored["latents"] = self._latents(found["latents"])
@@ -231,14 +201,21 @@ class Read(Stage):
             self._bound(values["width"], values["height"])
         return values, stored
 
+    def _value(self, field: RowField, found: Mapping[str, Any]) -> Any:
+        """A row's own value, or else the job's, or else the field's. None where it may be. Raises RowError."""
+        value = found.get(field.name)
+        if value is None:
+            value = self.scheduler if field.name == "scheduler" else self.sampling.get(field.name, field.default)
+        return None if value is None else parse(field, value)
+
     def _halfway(self, found: Mapping[str, Any], stored: dict[str, Tensor]) -> dict[str, Any]:
-        time = share("time", found["time"])
+        time = parse(BY_NAME["time"], found["time"])
         if not self.scheduler:
             if time > 0:
                 raise RowError(f"the latents are half-way, at time {time:g}: only a job with denoise can finish them")
             return {}
-        stored |= {rows.STATE + name: torch.as_tensor(value) for name, value in (found.get("state") or {}).items()}
-        return {"time": time, "trajectory": text("trajectory", found.get("trajectory"))}
+        stored |= {STATE_PREFIX + name: torch.as_tensor(value) for name, value in (found.get("state") or {}).items()}
+        return {"time": time, "trajectory": parse(BY_NAME["trajectory"], found.get("trajectory"))}
 
     def _latents(self, array: Any) -> Tensor:
         if self.spec is None:
@@ -262,8 +239,8 @@ class Read(Stage):
         return torch.from_numpy(cover(array, width, height))
 
     def _bound(self, width: int, height: int) -> None:
-        if width * height > self.sampling.max_pixels:
-            most = f"sampling.max_pixels={self.sampling.max_pixels}"
+        if width * height > self.sampling["max_pixels"]:
+            most = f"sampling.max_pixels={self.sampling['max_pixels']}"
             raise RowError(f"{width}x{height} are {width * height} pixels, more than {most} allows")
 
 
@@ -286,74 +263,3 @@ def crop(picture: np.ndarray[Any, Any], multiple_of: int) -> np.ndarray[Any, Any
         raise RowError(f"a picture of {picture.shape[1]}x{picture.shape[0]} pixels, and the VAE needs {multiple_of}")
     top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
     return np.array(picture[top : top + height, left : left + width])
-
-
-def text(name: str, value: Any) -> str:
-    """``value``, if it is text that can be stored as UTF-8. Raises RowError."""
-    if not isinstance(value, str):
-        raise RowError(f"{name} must be text, not {value!r:.80}")
-    if len(value) > MAX_TEXT:
-        raise RowError(f"{name} has {len(value)} characters, and {MAX_TEXT} are the most")
-    if "\0" in value:
-        raise RowError(f"{name} holds a NUL, at character {value.index(chr(0))}: is it text in UTF-8?")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RowError(f"{name} holds half a surrogate pair, at character {error.start}") from error
-    return value
-
-
-def sample_seed(seed: int, sample: int) -> int:
-    """The seed of a sample of a row whose seed the source says: that one for sample 0, a hash of 64 bits for the others.
-
-    Seeds that counted up would give rows with neighbouring seeds the same pictures.
-    """
-    if sample == 0:
-        return seed
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{sample}".encode(), digest_size=8).digest(), "little")
-
-
-def own_seed(value: Any) -> int | None:
-    """The seed that a source's row says, or None: it says none, or -1. Raises RowError."""
-    seed = None if value is None else whole("seed", value)
-    if seed is None or seed == -1:
-        return None
-    if not 0 <= seed < 2**64:
-        raise RowError(f"seed must be from 0 to 2^64 - 1, or -1 for the row's own, not {seed}"[:200])
-    return seed
-
-
-def whole(name: str, value: Any, least: int | None = None) -> int:
-    """``value`` as an int. Raises RowError.
-
-    A float that is whole will do: tables make floats of integers beside nulls.
-    """
-    if isinstance(value, (float, np.floating)) and float(value).is_integer() and abs(float(value)) < 2**53:
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise RowError(f"{name} must be a whole number, not {value!r:.80}")
-    number = int(value)
-    if least is not None and not least <= number <= rows.LIMITS[name]:
-        raise RowError(f"{name} must be from {least} to {rows.LIMITS[name]}, not {number}"[:200])
-    return number
-
-
-def real(name: str, value: Any) -> float:
-    """``value`` as a finite float. Raises RowError."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise RowError(f"{name} must be a number, not {value!r:.80}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise RowError(f"{name} must be a finite number, not {number}")
-    return number
-
-
-def share(name: str, value: Any) -> float:
-    """``value`` as a float from 0 to 1. Raises RowError."""
-    number = real(name, value)
-    if not 0.0 <= number <= 1.0:
-        raise RowError(f"{name} must be from 0 to 1, not {number:g}")
-    return number

@@ -16,8 +16,10 @@ from typing import Any, Protocol
 import pyarrow as pa
 import torch
 
-from latentmill import checks, failpoints, rows, tensors
+from latentmill import checks, failpoints, tensors
+from latentmill.batch import count_warnings, with_latents
 from latentmill.dataset import ERRORS_KEY, WARNINGS_KEY, copy_errors, data_name, error_lines
+from latentmill.fields import BATCH_SCHEMA, HALFWAY, ID
 from latentmill.job import without_secrets
 from latentmill.plugin import LatentSpec, Reject, Sink, Stage
 from latentmill.storage import Storage
@@ -80,7 +82,7 @@ class Write(Stage):
 
         name = data_name(shard, self.sink)
         about = {**self.metadata, ERRORS_KEY: json.dumps(failed)}
-        if warnings := rows.count_warnings(table):
+        if warnings := count_warnings(table):
             about[WARNINGS_KEY] = json.dumps(warnings)
 
         def check(temporary: str) -> None:
@@ -101,9 +103,9 @@ class Write(Stage):
     def _empty(self) -> pa.Table:
         """No rows, with the columns of this job's rows: a shard in which all failed must fit beside the others."""
         flow = self.plan.config["flow"]
-        batch = rows.SCALARS.empty_table()
+        batch = BATCH_SCHEMA.empty_table()
         if self.plan.config["source"].get("id_column") is not None:
-            batch = batch.append_column(rows.ID, pa.array([], rows.ID.type))
+            batch = batch.append_column(ID, pa.array([], ID.type))
         if "decode" in flow:
             if "encode" in flow and "denoise" not in flow:
                 batch = batch.append_column("psnr", pa.array([], pa.float64()))
@@ -113,8 +115,8 @@ class Write(Stage):
             height, width = (sampling[side] or spec.downscale for side in ("height", "width"))
             shape = spec.channels, height // spec.downscale, width // spec.downscale
             dtype = torch.float32 if sampling["until"] else getattr(torch, spec.dtype)
-            batch = rows.with_latents(batch, torch.zeros(0, *shape, dtype=dtype), spec)
-            for column in rows.HALFWAY if sampling["until"] else ():
+            batch = with_latents(batch, torch.zeros(0, *shape, dtype=dtype), spec)
+            for column in HALFWAY if sampling["until"] else ():
                 batch = batch.append_column(column, pa.array([], column.type))
         return batch
 

@@ -16,7 +16,8 @@ from typing import Any, TypeAlias, cast
 import pyarrow as pa
 import torch
 
-from latentmill import checks, failpoints, registry, rows, storage, weights
+from latentmill import checks, failpoints, registry, storage, weights
+from latentmill.batch import FixedShape, concat, shape_key
 from latentmill.dataset import PLAN_KEY
 from latentmill.job import Job
 from latentmill.plan import LIBRARIES, Plan, identity, of_row, plugin_of, versions
@@ -140,7 +141,7 @@ class Worker:
 
     def begin(self, cuts: Sequence[Cut], *blocks: Block) -> Call:
         """Take in one batch, to be worked on by ``advance``."""
-        return self._begin(rows.concat(_gather(cuts, blocks)))
+        return self._begin(concat(_gather(cuts, blocks)))
 
     def commit(self, shard: int, errors: list[dict[str, Any]], cuts: Sequence[Cut], *blocks: Block) -> bool:
         """Publish a shard; False if another driver had."""
@@ -220,7 +221,7 @@ class Worker:
         checks.same_rows(self.stage, call.batch, call.block, call.rejected)
         if not isinstance(self.stage, Write):
             checks.same_columns(self.stage, call.batch, call.block)
-        outcome = [(rows.shape_key(table), tuple(table.column("row").to_pylist())) for table in call.block]
+        outcome = [(shape_key(table), tuple(table.column("row").to_pylist())) for table in call.block]
         node = this_node() if self.read_later else ""
         heard, read = self.hearing.take(), dict(self.read_later)
         return Outcome(outcome, list(call.rejected.items()), heard, read, node), call.block
@@ -271,7 +272,7 @@ def make_stage(job: Job, plan: Plan, name: str) -> Stage:
     if name not in MAKERS:
         stage: Stage = as_planned(job, plan, f"stage {name}")
         return stage
-    fixed = rows.FixedShape(job.stages[name].batch_size, job.rows_per_shard) if job.deterministic else None
+    fixed = FixedShape(job.stages[name].batch_size, job.rows_per_shard) if job.deterministic else None
     return MAKERS[name](job, plan, fixed)
 
 
@@ -322,7 +323,7 @@ def this_node() -> str:
     return f"node {socket.gethostname()}{address}"
 
 
-def _read(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
+def _read(job: Job, plan: Plan, fixed: FixedShape | None) -> Stage:
     scheduler = job.scheduler["name"] if job.scheduler and "denoise" in job.flow else ""
     source: Source = as_planned(job, plan, "source")
     fragments = {fragment.name: fragment for fragment in plan.fragments}
@@ -338,13 +339,13 @@ def _read(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
     return Read(source, plan, job.sampling, scheduler, plan.spec.downscale if plan.spec else 1, require)
 
 
-def _encode(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
+def _encode(job: Job, plan: Plan, fixed: FixedShape | None) -> Stage:
     text_encoder = as_planned(job, plan, "text_encoder") if "denoise" in job.flow else None
     keep_image = "decode" in job.flow and "denoise" not in job.flow
     return Encode(as_planned(job, plan, "vae"), text_encoder, fixed, keep_image, job.latents_std)
 
 
-def _denoise(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
+def _denoise(job: Job, plan: Plan, fixed: FixedShape | None) -> Stage:
     assert job.scheduler is not None
     denoiser: Denoiser = as_planned(job, plan, "denoiser")
     schedulers: dict[str, Scheduler] = {job.scheduler["name"]: as_planned(job, plan, "scheduler")}
@@ -366,14 +367,14 @@ def _denoise(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
 
     grid = job.scheduler.get("grid", "trailing")
     sampling, batch_size = job.sampling, job.stages["denoise"].batch_size
-    return Denoise(denoiser, scheduler, grid, batch_size, fixed, sampling.first_noise, sampling.until)
+    return Denoise(denoiser, scheduler, grid, batch_size, fixed, sampling["first_noise"], sampling["until"])
 
 
-def _decode(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
+def _decode(job: Job, plan: Plan, fixed: FixedShape | None) -> Stage:
     return Decode(as_planned(job, plan, "vae"), fixed)
 
 
-def _write(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
+def _write(job: Job, plan: Plan, fixed: FixedShape | None) -> Stage:
     store = storage.at(job.output, job.single_writer)
     if not store.exists("plan.json") or read_plan(store)["hash"] != plan.hash:
         raise RuntimeError(
@@ -383,7 +384,7 @@ def _write(job: Job, plan: Plan, fixed: rows.FixedShape | None) -> Stage:
     return Write(as_planned(job, plan, "sink"), store, plan, {PLAN_KEY: plan.hash})
 
 
-MAKERS: dict[str, Callable[[Job, Plan, rows.FixedShape | None], Stage]] = {
+MAKERS: dict[str, Callable[[Job, Plan, FixedShape | None], Stage]] = {
     "read": _read,
     "encode": _encode,
     "denoise": _denoise,

@@ -21,7 +21,8 @@ from layouts import ordered
 from PIL import Image
 
 import latentmill
-from latentmill import rows, tensors
+from latentmill import tensors
+from latentmill.batch import PROMPT_PREFIX, from_dicts
 from latentmill.job import load_job
 from latentmill.registry import PluginError
 from latentmill_diffusers import pipeline, tiny
@@ -634,7 +635,7 @@ def prompts_of(name):
 
 
 def table_of(prompts, steps=2, guidance=4.0, size=(32, 64), **changes):
-    return rows.from_dicts(
+    return from_dicts(
         {
             "row": i, "row_id": str(i), "prompt": prompt, "negative_prompt": negative, "seed": i, "steps": steps,
             "guidance_scale": guidance, "strength": 1.0, "scheduler": "", "height": size[0], "width": size[1], **changes,
@@ -830,13 +831,13 @@ def test_what_rows_share_is_what_they_agree_in(model):
     encode, denoise = stages(model(name), name)
     [part] = encode(table_of(PROMPTS), lambda i, reason: pytest.fail(reason))
     wanted = ours(lambda table, reject: [table], denoise, part)
-    form = json.loads(part.schema.field(f"{rows.PROMPT}0").metadata[pipeline.NOTED])
+    form = json.loads(part.schema.field(f"{PROMPT_PREFIX}0").metadata[pipeline.NOTED])
     [shared] = pipeline._shared(form)
-    about = part.schema.field(f"{rows.PROMPT}{shared}").metadata
-    places = tensors.from_arrow(part, f"{rows.PROMPT}{shared}").clone()
+    about = part.schema.field(f"{PROMPT_PREFIX}{shared}").metadata
+    places = tensors.from_arrow(part, f"{PROMPT_PREFIX}{shared}").clone()
     places[1] += 1
-    moved = tensors.with_tensor(part, f"{rows.PROMPT}{shared}", places)
-    assert moved.schema.field(f"{rows.PROMPT}{shared}").metadata == about
+    moved = tensors.with_tensor(part, f"{PROMPT_PREFIX}{shared}", places)
+    assert moved.schema.field(f"{PROMPT_PREFIX}{shared}").metadata == about
     found = ours(lambda table, reject: [table], denoise, moved)
     same = [torch.allclose(one, other, atol=1e-5) for one, other in zip(found, wanted, strict=True)]
     assert same == [True, False, True]
@@ -848,7 +849,7 @@ def test_what_is_drawn_for_a_prompt_is_of_the_row_s_seed(model):
     encode, denoise = stages(model(name), name)
     table = table_of([("a red fox", None)] * 2, guidance=1.0, size=SIZES[name])
     [part] = encode(table, lambda i, reason: pytest.fail(reason))
-    first, second = tensors.from_arrow(part, f"{rows.PROMPT}0")
+    first, second = tensors.from_arrow(part, f"{PROMPT_PREFIX}0")
     assert first.shape == (32,) and not torch.equal(first, second)
     wanted = theirs(directly(model(name), name), name, denoise.spec, table)
     for found, one in zip(ours(encode, denoise, table), wanted, strict=True):
@@ -912,7 +913,7 @@ def test_a_job(model, tmp_path):
     for row in made:
         single = table_of([(row["prompt"], row["negative_prompt"])]).slice(0, 1).to_pylist()[0]
         single |= {key: row[key] for key in ("seed", "steps", "guidance_scale", "height", "width")}
-        [wanted] = theirs(directly(model(name), name), name, denoise.spec, rows.from_dicts([single]), "pil")
+        [wanted] = theirs(directly(model(name), name), name, denoise.spec, from_dicts([single]), "pil")
         found = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))).astype(int)
         assert (np.abs(found - np.asarray(wanted).astype(int)) <= 1).mean() >= 0.999
 

@@ -28,7 +28,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pixel_unshuffle
 
-from latentmill import rows, syntax, tensors, weights
+from latentmill import syntax, tensors, weights
+from latentmill.batch import PROMPT_PREFIX, with_latents, with_warnings
+from latentmill.fields import BATCH_SCHEMA, OURS
 from latentmill.plugin import LatentSpec, Reject, RowError, Stage
 from latentmill_diffusers.families import NO_NEGATIVE
 from latentmill_diffusers.folder import Folder, completed, dtype_of, part_class, pipeline_class, require_layers
@@ -39,6 +41,8 @@ from latentmill_diffusers.vae import DiffusersVAE
 NETWORKS = ("transformer", "unet", "unconditional_transformer")
 DECODERS = ("vae", "movq", "vqgan")
 """How the names of the parts begin that are the network, and that make pictures of latents."""
+READ_BY_LOOPS = ("steps", "guidance_scale")
+"""What of the fields that say how a row is denoised a pipeline's own loop reads."""
 SKIPPED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts that no latents of a prompt need."""
 OFF = ("use_resolution_binning", "enable_prompt_rewrite", "use_pe", "prompt_upsampling")
@@ -260,7 +264,7 @@ class PipelineEncode(Pipeline):
     def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
         noted: dict[tuple[Any, ...], dict[str, Any]] = {}
         groups: dict[str, list[tuple[int, list[Tensor]]]] = {}
-        columns = [name for name in rows.SCALARS.names if name in batch.column_names]
+        columns = [name for name in BATCH_SCHEMA.names if name in batch.column_names]
         given = [name for name in ("image", "mask", "latents") if name in batch.column_names]
         sigmas = self.folder.index.get("sample_sigmas")
         told = ["prompt", "negative_prompt", "guidance_scale", "width", "height"] + ["seed"] * (len(self.encoders) > 1)
@@ -286,12 +290,14 @@ class PipelineEncode(Pipeline):
             group = json.dumps([noted[key]["form"], shapes])
             groups.setdefault(group, []).append((i, noted[key]["leaves"]))
         if any(warnings):
-            batch = rows.warned(batch, warnings)
+            batch = with_warnings(batch, warnings)
         for group, members in groups.items():
             part = batch.take([i for i, _ in members])
             for k in range(len(members[0][1])):
-                part = tensors.with_tensor(part, f"{rows.PROMPT}{k}", torch.stack([leaves[k] for _, leaves in members]))
-            at = part.schema.get_field_index(f"{rows.PROMPT}0")
+                part = tensors.with_tensor(
+                    part, f"{PROMPT_PREFIX}{k}", torch.stack([leaves[k] for _, leaves in members])
+                )
+            at = part.schema.get_field_index(f"{PROMPT_PREFIX}0")
             field = part.schema.field(at)
             about = {**field.metadata, NOTED: json.dumps(json.loads(group)[0]).encode()}
             yield part.set_column(at, field.with_metadata(about), part.column(at))
@@ -380,11 +386,11 @@ class PipelineDenoise(Pipeline):
 
     @torch.inference_mode()
     def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
-        names = [f"{rows.PROMPT}{k}" for k in range(sum(n.startswith(rows.PROMPT) for n in batch.column_names))]
+        names = [f"{PROMPT_PREFIX}{k}" for k in range(sum(n.startswith(PROMPT_PREFIX) for n in batch.column_names))]
         form = json.loads(batch.schema.field(names[0]).metadata[NOTED])
         leaves = [tensors.from_arrow(batch, name) for name in names]
         shared = [k for k in _shared(form)]
-        given = batch.select(rows.SCALARS.names).to_pylist()
+        given = batch.select(BATCH_SCHEMA.names).to_pylist()
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, row in enumerate(given):
             told = (i,) if self.alone else tuple(tuple(leaves[k][i].flatten().tolist()) for k in shared)
@@ -416,7 +422,7 @@ class PipelineDenoise(Pipeline):
                 if not fine:
                     reject(i, f"the latents of {self.folder.pipeline} are not finite")
             latents = latents.to(getattr(torch, self.spec.dtype))
-            yield rows.with_latents(part, latents, self.spec).filter(pa.array(good))
+            yield with_latents(part, latents, self.spec).filter(pa.array(good))
 
     def _in_the_vae_s_order(self, made: Tensor, channels: int, height: int, width: int) -> Tensor:
         """``[B, C, h, w]`` of what the pipeline made.
@@ -464,10 +470,13 @@ def refused(cls: Any) -> str | None:
 
 def _check(row: Mapping[str, Any], pipeline: str) -> None:
     """Raise RowError for what a pipeline's own loop doesn't do."""
-    plain = {**rows.PLAIN_GUIDANCE, "strength": 1.0, "scheduler": ""}
-    for name, value in plain.items():
-        if row[name] != value:
-            raise RowError(f"{pipeline} runs its own loop, without {name}: {value!r} is expected, not {row[name]!r}")
+    for field in OURS:
+        if field.sampling and field.name not in READ_BY_LOOPS:
+            name, plain = field.name, "" if field.name == "scheduler" else field.default
+            if row[name] != plain:
+                raise RowError(
+                    f"{pipeline} runs its own loop, without {name}: {plain!r} is expected, not {row[name]!r}"
+                )
 
 
 class _Reached(BaseException):

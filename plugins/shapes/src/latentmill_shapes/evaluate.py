@@ -21,7 +21,8 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from latentmill import registry, rows, tensors
+from latentmill import registry, tensors
+from latentmill.batch import concat, from_dicts
 from latentmill.plugin import Scheduler
 from latentmill.stages.decode import Decode
 from latentmill.stages.denoise import Denoise
@@ -84,7 +85,7 @@ def generate(
 
     pictures = []
     for start in range(0, len(prompts), batch):
-        table = rows.from_dicts(
+        table = from_dicts(
             [
                 {
                     "row": start + i,
@@ -104,7 +105,7 @@ def generate(
         )
         for stage in stages:
             result = stage(table, reject)
-            table = result if isinstance(result, pa.Table) else rows.concat(list(result))
+            table = result if isinstance(result, pa.Table) else concat(list(result))
         pictures.append(tensors.from_arrow(table, "image").numpy())
     return np.concatenate(pictures)
 

@@ -1,27 +1,16 @@
 """What travels between the stages: a batch is a ``pa.Table`` of rows of one tensor shape.
 
+Its columns are the row's fields (``latentmill.fields``, from read to write), the source's columns that the job keeps, and
+
 =======================  ====================================  ==================================================
 column                   type                                  from, to
 =======================  ====================================  ==================================================
-row                      int64                                 its number in the plan; read to write
-row_id                   string                                its name for ever; read to the dataset
-id                       string                                its name in the source, where that declares one
-prompt                   string                                read to the dataset
-negative_prompt          string, null for none                 read to the dataset
-seed                     uint64                                read to the dataset: all noise of the row hangs on it
-steps                    int32                                 read to the dataset
-guidance_scale, strength float64                               read to the dataset
-guidance_rescale         float64, from 0 to 1                  read to the dataset
-guidance_from, _until    float64, times                        read to the dataset: guided where until < t <= from
-scheduler                string                                read to the dataset
-width, height            int32, pixels                         read to the dataset
-warning                  string, "" for none                   read, encode to the dataset: see ``warned``
 image                    tensor uint8 [H, W, 3], RGB           read to encode; decode to write
 mask                     tensor uint8 [H, W], [1, h, w]        read to encode, encode to denoise: 1 where to paint
 masked                   tensor as latents                     encode to denoise: of the picture, gray under the mask
 latents                  tensor [C, h, w], scaled              encode to denoise to decode or write
 latents_std              tensor as latents                     encode to write, where the job asks for it
-time, trajectory         float64, string                       beside half-way latents only: see HALFWAY
+time, trajectory         float64, string                       beside half-way latents only
 state:NAME               tensor                                with them: what the scheduler remembers
 source_image             tensor uint8 [H, W, 3]                encode to decode, where a job has no denoise
 psnr                     float64, dB                           decode to the dataset, where there is a source_image
@@ -44,41 +33,11 @@ import torch
 from torch import Tensor
 
 from latentmill import tensors
+from latentmill.fields import BATCH_SCHEMA, defaults
 from latentmill.plugin import LatentSpec
 
-SCALARS = pa.schema(
-    [
-        pa.field("row", pa.int64(), nullable=False),
-        pa.field("row_id", pa.string(), nullable=False),
-        pa.field("prompt", pa.string(), nullable=False),
-        pa.field("negative_prompt", pa.string()),  # null: none was given, which is not an empty one
-        pa.field("seed", pa.uint64(), nullable=False),
-        pa.field("steps", pa.int32(), nullable=False),
-        pa.field("guidance_scale", pa.float64(), nullable=False),
-        pa.field("guidance_rescale", pa.float64(), nullable=False),
-        pa.field("guidance_from", pa.float64(), nullable=False),
-        pa.field("guidance_until", pa.float64(), nullable=False),
-        pa.field("strength", pa.float64(), nullable=False),
-        pa.field("scheduler", pa.string(), nullable=False),
-        pa.field("width", pa.int32(), nullable=False),
-        pa.field("height", pa.int32(), nullable=False),
-        pa.field("warning", pa.string(), nullable=False),
-    ]
-)
-"""The columns that every batch has, from read to write."""
-
-PLAIN_GUIDANCE = {"guidance_rescale": 0.0, "guidance_from": 1.0, "guidance_until": 0.0}
-
-PROMPT, NEGATIVE, STATE = "prompt:", "negative:", "state:"
+PROMPT_PREFIX, NEGATIVE_PREFIX, STATE_PREFIX = "prompt:", "negative:", "state:"
 """Prefixes of columns of conditioning, and of what a scheduler remembers of half-way latents."""
-
-HALFWAY = pa.schema(
-    [pa.field("time", pa.float64(), nullable=False), pa.field("trajectory", pa.string(), nullable=False)]
-)
-"""Beside half-way latents: the time that they are at, and what their state can be continued with (see ``denoise``)."""
-
-ID = pa.field("id", pa.string(), nullable=False)
-"""The row's own id, where the source has an ``id_column``; read to the dataset."""
 
 SCHEDULER_KEY = b"latentmill.scheduler"
 """Metadata key of a batch whose rows have all one scheduler: what can be moved together travels together."""
@@ -87,17 +46,9 @@ SPEC_KEY = b"latentmill.latents"
 """Metadata key of the latent space, on the field of a ``latents`` column."""
 
 
-LIMITS = {"steps": 100_000, "width": 1 << 16, "height": 1 << 16}
-"""The most that a row or a job may ask for: beyond, it is a slip. Width times height is bounded by ``sampling.max_pixels``."""
-
-
 def from_dicts(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """A batch of the scalar columns of ``rows``; guidance is plain, and at all times, where a row doesn't say otherwise.
-
-    Without ``warning`` a row has none.
-    """
-    complete = ({**PLAIN_GUIDANCE, "warning": "", **row} for row in rows)
-    return pa.Table.from_pylist([{name: row[name] for name in SCALARS.names} for row in complete], schema=SCALARS)
+    """A batch of our fields of ``rows``, with a field's default where a row doesn't say it."""
+    return pa.Table.from_pylist(defaults(rows), schema=BATCH_SCHEMA)
 
 
 def shape_key(batch: pa.Table) -> str:
@@ -127,7 +78,7 @@ def with_latents(batch: pa.Table, latents: Any, spec: LatentSpec) -> pa.Table:
     )
 
 
-def warned(batch: pa.Table, warnings: Sequence[Sequence[str]]) -> pa.Table:
+def with_warnings(batch: pa.Table, warnings: Sequence[Sequence[str]]) -> pa.Table:
     """The batch with more of what people should know of each row, which is used all the same: each text once, after "; "."""
     column = [
         "; ".join(dict.fromkeys([*filter(None, there.split("; ")), *(text.replace("; ", ", ") for text in more)]))
@@ -173,7 +124,7 @@ class FixedShape:
     rows_per_shard: int
 
 
-def slots(batch: pa.Table, fixed: FixedShape | None) -> tuple[Tensor, int]:
+def fixed_slots(batch: pa.Table, fixed: FixedShape | None) -> tuple[Tensor, int]:
     """Where each row stands in the computed batch, ``[B]``, and that batch's size."""
     if fixed is None:
         return torch.arange(len(batch)), len(batch)
