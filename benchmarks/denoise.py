@@ -25,10 +25,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latentmill import flow, registry, tensors
+from latentmill import registry, tensors
 from latentmill.batch import NEGATIVE_PREFIX, PROMPT_PREFIX, SCHEDULER_KEY, from_dicts, with_latents
+from latentmill.driver.loop import drive
+from latentmill.driver.messages import StageSpec
+from latentmill.driver.state import DriverState
 from latentmill.plugin import Denoiser, LatentSpec, Reject, Stage
-from latentmill.run import KINDS, drive
+from latentmill.run import RUNNING_BATCHES
 from latentmill.schedulers import grids, noise
 from latentmill.schedulers.noise_schedules import VariancePreserving
 from latentmill.stages.denoise import Denoise
@@ -94,7 +97,7 @@ def mixed(count: int, schedulers: Sequence[str], seed: int = 0) -> list[dict[str
 
 
 def fullness(given: Sequence[Mapping[str, Any]]) -> float:
-    """Evaluations done / (calls x places), when the rows go through the flow."""
+    """Evaluations done / (calls x places), when the rows go through the driver."""
     denoiser = Idle()
     schedulers = {name: registry.build("scheduler", {"name": name}) for name in {row["scheduler"] for row in given}}
     makers = {
@@ -102,9 +105,9 @@ def fullness(given: Sequence[Mapping[str, Any]]) -> float:
         "denoise": lambda: Denoise(denoiser, schedulers.__getitem__, "trailing", CALL),
         "write": End,
     }
-    specs = [flow.StageSpec(name, CALL, kinds=KINDS if name == "denoise" else 1) for name in makers]
+    specs = [StageSpec(name, CALL, running_batches=RUNNING_BATCHES if name == "denoise" else 1) for name in makers]
     pool = InlinePool([StageWork(name, make) for name, make in makers.items()])
-    drive(flow.State(tuple(specs), len(given), rows_per_shard=256), pool, lambda: None)
+    drive(DriverState(tuple(specs), len(given), rows_per_shard=256), pool, lambda: None)
     return sum(denoiser.calls) / (len(denoiser.calls) * CALL)
 
 

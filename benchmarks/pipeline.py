@@ -18,9 +18,13 @@ import time
 import pyarrow as pa
 import torch
 
-from latentmill import flow, tensors
+from latentmill import tensors
+from latentmill.driver.apply import apply
+from latentmill.driver.decide import decide
+from latentmill.driver.loop import drive
+from latentmill.driver.messages import StageSpec, Started
+from latentmill.driver.state import DriverState
 from latentmill.plugin import Reject, Stage
-from latentmill.run import drive
 from latentmill.workers import ray_pool
 from latentmill.workers.cluster import connect
 from latentmill.workers.worker import StageWork
@@ -70,14 +74,14 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     connect(None)
     workers = ray_pool.RayPool([StageWork(name, make, count, num_cpus=0.1) for name, make, count in STAGES])
-    specs = tuple(flow.StageSpec(name, BATCH, count) for name, _, count in STAGES)
+    specs = tuple(StageSpec(name, BATCH, count) for name, _, count in STAGES)
 
     def run(rows: int) -> tuple[float, float]:
-        state = flow.State(specs, rows, rows_per_shard=256)
+        state = DriverState(specs, rows, rows_per_shard=256)
         if workers.actors:  # these workers are there from the run before
-            flow.decide(state)
+            decide(state)
             for stage, worker in list(state.starting):
-                flow.apply(state, flow.Started(stage, worker))
+                apply(state, Started(stage, worker))
         wall, cpu = time.perf_counter(), time.process_time()
         drive(state, workers, lambda: None)
         return time.perf_counter() - wall, time.process_time() - cpu

@@ -20,9 +20,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentmill import flow, storage
 from latentmill import plan as planning
+from latentmill import storage
 from latentmill.dataset import Dataset
+from latentmill.driver.decide import decide
 from latentmill.job import load_job
 from latentmill.run import begin
 
@@ -47,7 +48,7 @@ def measure(folder: str, settings: list[str]) -> None:
     before, started = _memory("VmRSS"), time.monotonic()
     plan = planning.plan(job, parts)
     state = begin(job, Dataset(storage.at(job.output), plan, parts.sink))
-    flow.decide(state)
+    decide(state)
     seconds = time.monotonic() - started
     print(
         f"{plan.rows:,} rows, {' '.join(settings).replace(folder + '/', '')}: {seconds:.1f} s, {_memory('VmHWM') - before:.0f} MB"

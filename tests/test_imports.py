@@ -10,7 +10,7 @@ ORDER = """
     failpoints streams values plugin digests weights syntax ids identity fields registry schedulers tensors batch checks job storage plan dataset
     sources sinks
     stages verify
-    flow leases workers progress report run simulate cli
+    progress driver workers report run cli
     testing
 """.split()
 DOOR = {"job", "plan", "registry", "run"}
@@ -104,7 +104,7 @@ def test_the_reader_sees_every_kind_of_import(tmp_path):
         """
 from __future__ import annotations
 import latentmill.run
-from latentmill import flow
+from latentmill import rows
 from . import noise
 from ..plan import Plan
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def late():
     )
     assert imports(module, tmp_path) == {
         "latentmill.run",
-        "latentmill.flow",
+        "latentmill.rows",
         "latentmill.schedulers.noise",
         "latentmill.plan.Plan",
         "latentmill.job.Job",

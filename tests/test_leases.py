@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-from latentmill import leases, storage
-from latentmill.flow import Claimed, Seen
-from latentmill.leases import Leases
+from latentmill import storage
+from latentmill.driver import leases
+from latentmill.driver.leases import Leases
+from latentmill.driver.messages import Claimed, LeasesSeen
 
 
 @pytest.fixture(params=["folder", "bucket"])
@@ -49,13 +50,13 @@ def test_the_others_shards_are_looked_at_now_and_then(store, clock):
     ):
         for shard in (1, 2, 3):
             claim(a, shard)
-        assert b.news({1, 2, 3}) is None  # it looked when it began
-        clock[0] += leases.EVERY
-        assert b.news(set()) is None
+        assert b.look({1, 2, 3}) is None  # it looked when it began
+        clock[0] += leases.BEAT_EVERY
+        assert b.look(set()) is None
         store.create("data/00001.parquet", b"")
         a.keep({2})
-        assert b.news({1, 2, 3}) == Seen(frozenset({1}), frozenset({3}))
-        assert b.news({2}) is None
+        assert b.look({1, 2, 3}) == LeasesSeen(frozenset({1}), frozenset({3}))
+        assert b.look({2}) is None
 
 
 def test_one_that_gives_no_sign_for_a_minute_is_gone(store, clock, monkeypatch):
@@ -66,15 +67,15 @@ def test_one_that_gives_no_sign_for_a_minute_is_gone(store, clock, monkeypatch):
     ):
         assert claim(a, 1) == "ours"
         assert claim(b, 1) == "taken"
-        clock[0] += leases.PATIENCE - 1
+        clock[0] += leases.MAX_SILENCE - 1
         assert claim(b, 1) == "taken"
         store.put(f"leases/{a.me.rpartition('/')[2]}.alive", b"7")  # one sign, and the minute begins anew
-        clock[0] += leases.PATIENCE - 1
+        clock[0] += leases.MAX_SILENCE - 1
         assert claim(b, 1) == "taken"
-        clock[0] += leases.PATIENCE - 1
-        assert b.news({1}) == Seen(frozenset(), frozenset())
-        clock[0] += 2 * leases.EVERY
-        assert b.news({1}) == Seen(frozenset(), frozenset({1}))
+        clock[0] += leases.MAX_SILENCE - 1
+        assert b.look({1}) == LeasesSeen(frozenset(), frozenset())
+        clock[0] += 2 * leases.BEAT_EVERY
+        assert b.look({1}) == LeasesSeen(frozenset(), frozenset({1}))
         assert claim(b, 1) == "ours"
         a.keep(set())  # it wakes up, is done with the shard, and leaves alone what is not its own any more
         assert claim(Leases(store, "data/{:05d}.parquet".format), 1) == "taken"
@@ -83,7 +84,7 @@ def test_one_that_gives_no_sign_for_a_minute_is_gone(store, clock, monkeypatch):
 KILLED = """
 import os, sys
 from latentmill import storage
-from latentmill.leases import Leases
+from latentmill.driver.leases import Leases
 driver = Leases(storage.at(sys.argv[1]), "data/{:05d}.parquet".format)
 driver.__enter__()
 print(driver.claim(1).outcome, flush=True)
@@ -140,10 +141,10 @@ def test_a_store_that_fails_once_costs_a_lease_and_no_more(store, clock):
     driver.keep(set())
     assert driver.held == {3}  # given back the next time
     driver.store.times = 1
-    clock[0] += leases.EVERY
-    assert driver.news({1, 2}) is None
-    clock[0] += leases.EVERY
-    assert driver.news({1, 2}) == Seen(frozenset(), frozenset({1, 2}))
+    clock[0] += leases.BEAT_EVERY
+    assert driver.look({1, 2}) is None
+    clock[0] += leases.BEAT_EVERY
+    assert driver.look({1, 2}) == LeasesSeen(frozenset(), frozenset({1, 2}))
     driver.store.times = 99
     with pytest.raises(OSError, match="Stale"):
         for shard in range(9):

@@ -47,7 +47,8 @@ def test_ten_million_rows_cost_nothing():
 MEASURE = """
 import sys, time
 from pathlib import Path
-from latentmill import flow, plan, storage
+from latentmill import plan, storage
+from latentmill.driver.decide import decide
 from latentmill.job import load_job
 from latentmill.dataset import Dataset
 from latentmill.run import begin
@@ -60,7 +61,7 @@ parts = plan.parts(job)
 Path("/proc/self/clear_refs").write_text("5")
 before, started = memory("VmRSS"), time.monotonic()
 made = plan.plan(job, parts)
-flow.decide(begin(job, Dataset(storage.at(job.output), made, parts.sink)))
+decide(begin(job, Dataset(storage.at(job.output), made, parts.sink)))
 print(made.rows, time.monotonic() - started, memory("VmHWM") - before)
 """
 

@@ -13,9 +13,12 @@ import torch
 from ray.cluster_utils import Cluster
 
 import latentmill
-from latentmill import flow, tensors
+from latentmill import tensors
+from latentmill.driver.decide import decide
+from latentmill.driver.loop import RunError, drive
+from latentmill.driver.messages import StageSpec, StartWorker
+from latentmill.driver.state import DriverState
 from latentmill.plugin import Stage
-from latentmill.run import RunError, drive
 from latentmill.workers import ray_pool
 from latentmill.workers.cluster import UnreachableError, _require_ray, connect
 from latentmill.workers.worker import StageWork
@@ -98,10 +101,10 @@ def run(folder, double, rows=24, replicas=2, timeout=None):
         StageWork("double", double, replicas, num_cpus=0.1, timeout=timeout),
         StageWork("write", partial(Write, folder), num_cpus=0.1),
     ]
-    specs = (flow.StageSpec("read", 6), flow.StageSpec("double", 4, replicas), flow.StageSpec("write", 4))
+    specs = (StageSpec("read", 6), StageSpec("double", 4, replicas), StageSpec("write", 4))
     workers = ray_pool.RayPool(work)
     try:
-        drive(flow.State(specs, rows, rows_per_shard=12), workers, lambda: None)
+        drive(DriverState(specs, rows, rows_per_shard=12), workers, lambda: None)
     finally:
         workers.close()
     done = [eval(path.read_text()) for path in sorted(folder.iterdir())]
@@ -134,7 +137,7 @@ def test_a_worker_that_hangs_is_replaced_and_the_row_at_which_it_does_is_found(t
 def test_a_worker_that_is_not_ready_for_long_is_told_of_once(caplog):
     workers = ray_pool.RayPool([StageWork("read", Read, num_cpus=0.1)])
     try:
-        workers.submit(flow.Start(0, 0))
+        workers.submit(StartWorker(0, 0))
         [reference] = workers.asked
         workers.asked[reference] -= ray_pool.PATIENCE
         for _ in range(2):
@@ -189,7 +192,7 @@ class Sees(Stage):
 def test_a_worker_sees_only_its_own_gpu(tmp_path):
     workers = ray_pool.RayPool([StageWork("denoise", partial(Sees, tmp_path), 2, num_cpus=0.1, num_gpus=1)])
     try:
-        for order in flow.decide(flow.State((flow.StageSpec("denoise", 1, 2),), 0, 1)):
+        for order in decide(DriverState((StageSpec("denoise", 1, 2),), 0, 1)):
             workers.submit(order)
         events = []
         while len(events) < 2:

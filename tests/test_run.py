@@ -20,9 +20,10 @@ from latentmill import plan as planning
 from latentmill import storage
 from latentmill.cli import main
 from latentmill.dataset import Dataset
+from latentmill.driver.loop import view
 from latentmill.job import load_job
 from latentmill.plan import PlanError
-from latentmill.run import begin, status, view
+from latentmill.run import begin, status
 
 SMALL = ["samples_per_row=1", "sampling.steps=4", "rows_per_shard=8", "stages.denoise.batch_size=4"]
 PROMPTS = [

@@ -1,10 +1,14 @@
-"""The simulator: our flow passes, and bugs planted on purpose don't."""
+"""The simulator: our driver passes, and bugs planted on purpose don't."""
 
 import pytest
+from tests.simulation import seeds
+from tests.simulation.seeds import trial
+from tests.simulation.store import Store
+from tests.simulation.world import World
 
-from latentmill import flow, simulate
-from latentmill.leases import Leases
-from latentmill.simulate import Store, World, trial
+from latentmill.driver import failures
+from latentmill.driver.leases import Leases
+from latentmill.driver.state import DriverState
 from latentmill.stages import write
 
 SEEDS = range(200)
@@ -37,13 +41,13 @@ def commit_before_verify(monkeypatch):
 
 def an_acknowledgement_lost(monkeypatch):
     """A worker that died while it committed is taken for one that had."""
-    again = flow._again
+    again = failures.try_again
 
     def forgets(state, dispatch, attempts):
-        if dispatch.kind != "commit":
+        if dispatch.task != "commit":
             again(state, dispatch, attempts)
 
-    monkeypatch.setattr(flow, "_again", forgets)
+    monkeypatch.setattr(failures, "try_again", forgets)
     return "not finished after"
 
 
@@ -63,9 +67,11 @@ def a_lease_trusted(monkeypatch):
 
 def half_of_a_batch_forgotten(monkeypatch):
     """A batch that failed twice is split into halves that leave out its last row."""
-    cut = flow._slice
+    rows_of = failures.rows_of
     monkeypatch.setattr(
-        flow, "_slice", lambda pieces, side: cut(pieces, slice(side.start, side.stop and max(side.stop - 1, 0)))
+        failures,
+        "rows_of",
+        lambda slices, side: rows_of(slices, slice(side.start, side.stop and max(side.stop - 1, 0))),
     )
     return "was promised rows"
 
@@ -73,26 +79,26 @@ def half_of_a_batch_forgotten(monkeypatch):
 def a_block_released_too_early(monkeypatch):
     """As soon as some of its rows are not needed any more."""
 
-    def drop(state, piece):
-        if state.blocks.pop(piece.block, None):
-            state.released.append(piece.block)
+    def drop(state, slice_):
+        if state.blocks.pop(slice_.block, None):
+            state.released.append(slice_.block)
 
-    monkeypatch.setattr(flow, "_drop", drop)
+    monkeypatch.setattr(DriverState, "drop", drop)
     return "is wanted, and was released"
 
 
 def rows_of_a_lost_commit_forgotten(monkeypatch):
     """A node took packed rows with it; the shard is committed with what is left."""
-    lost = flow._lost
+    lost = failures.data_lost
 
     def forgets(state, dispatch, reason):
-        if dispatch.kind == "commit":
+        if dispatch.task == "commit":
             state.shards[dispatch.shard].packed = []
             state.shards[dispatch.shard].committing = False
         else:
             lost(state, dispatch, reason)
 
-    monkeypatch.setattr(flow, "_lost", forgets)
+    monkeypatch.setattr(failures, "data_lost", forgets)
     return "places"
 
 
@@ -134,12 +140,12 @@ def test_leases_decide_nothing(monkeypatch):
 def test_a_seed_that_fails_says_how_to_see_it_again(monkeypatch, capfd):
     a_block_released_too_early(monkeypatch)
     wrong = trial(4)
-    monkeypatch.setattr(simulate.multiprocessing, "Pool", lambda: Here())
-    assert simulate.main(["--seeds", "5"]) == 1
+    monkeypatch.setattr(seeds.multiprocessing, "Pool", lambda: Here())
+    assert seeds.main(["--seeds", "5"]) == 1
     told = capfd.readouterr().out
-    assert f"seed 4: {wrong}\n    python -m latentmill.simulate --seed 4\n" in told
+    assert f"seed 4: {wrong}\n    python -m tests.simulation --seed 4\n" in told
     with pytest.raises(Exception, match="released"):
-        simulate.main(["--seed", "4"])
+        seeds.main(["--seed", "4"])
 
 
 class Here:

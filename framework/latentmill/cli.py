@@ -16,11 +16,12 @@ from rich.table import Table
 from latentmill import plan as planning
 from latentmill import registry, storage, values, verify
 from latentmill.dataset import Dataset
+from latentmill.driver.loop import OutputError, RunError
 from latentmill.job import JobError, load_job, place, shipped
 from latentmill.plan import PlanError
 from latentmill.plugin import Scheduler
 from latentmill.registry import PluginError
-from latentmill.run import OutputError, RunError, run, status
+from latentmill.run import run, status
 from latentmill.streams import guard
 from latentmill.workers.worker import OUT_OF_MEMORY
 

@@ -46,7 +46,7 @@ class View:
     """Since the run began."""
     shards_done: int
     shards: int
-    elsewhere: int = 0
+    leased_by_others: int = 0
     """Shards that other drivers work on."""
 
 
@@ -137,7 +137,7 @@ class Live:
         parts.append(" ".join(f"{stage.name} {stage.done:,}" for stage in view.stages))
         parts.append(f"{rate_text(self.pace.rate(-1))} rows/s")
         parts.append("starting" if left is None else f"{duration_text(round(left))} left")
-        parts += [f"{counted(view.elsewhere, 'shard')} with other drivers"] * bool(view.elsewhere)
+        parts += [f"{counted(view.leased_by_others, 'shard')} with other drivers"] * bool(view.leased_by_others)
         return " | ".join(parts)
 
     def table(self) -> RenderableType:
@@ -161,8 +161,8 @@ class Live:
             workers = f"{stage.busy} of {stage.workers}" if stage.workers else "starting"
             stages.add_row(stage.name, f"{stage.done:,}", f"{stage.queued:,}", rate_text(self.pace.rate(at)), workers)
         parts: list[RenderableType] = [head, stages]
-        if view.elsewhere:
-            parts.append(f"{counted(view.elsewhere, 'shard')} with other drivers")
+        if view.leased_by_others:
+            parts.append(f"{counted(view.leased_by_others, 'shard')} with other drivers")
         if view.failed:
             parts.append(f"[yellow]{counted(view.failed, 'row')} failed; the reasons are in errors/[/]")
         return Group(*parts)

@@ -3,50 +3,32 @@
 from __future__ import annotations
 
 import logging
-import signal
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
-from latentmill import dataset, failpoints, flow, leases, progress, report, storage
+from latentmill import dataset, failpoints, progress, report, storage
 from latentmill import plan as planning
 from latentmill.dataset import RETRIED, Dataset, data_name
+from latentmill.driver import leases
+from latentmill.driver.apply import apply
+from latentmill.driver.leases import Leases
+from latentmill.driver.loop import Pool, RunError, drive, interruptible, view
+from latentmill.driver.messages import StageSpec, TakenOut
+from latentmill.driver.state import DriverState, finished
 from latentmill.job import Job, load_job, without_secrets
-from latentmill.leases import Leases
 from latentmill.plan import Plan
 from latentmill.storage import Storage
 from latentmill.workers.worker import StageWork, make_stage
 
 logger = logging.getLogger("latentmill")
 
-KINDS = 4
-"""Shapes and schedulers of which a denoise worker holds rows at a time, so that the calls of each are full."""
-
-
-class RunError(RuntimeError):
-    """The job had to stop before its end; one line. The same command continues it."""
-
-
-class OutputError(RunError):
-    """It had to stop because its output can't be written: a full disk, a permission, a store that fails."""
-
-
-class Pool(Protocol):
-    """Where the work is done: Ray's actors, this process, or a simulation."""
-
-    def submit(self, order: flow.Order) -> None: ...
-
-    def collect(self, timeout: float) -> list[flow.Event]: ...
-
-    def release(self, block: int) -> None: ...
-
-    def close(self) -> None: ...
+RUNNING_BATCHES = 4
+"""A denoise worker holds rows of so many shapes and schedulers at a time, so that the calls for each are full."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +66,13 @@ def run(
     for line in planning.changed_libraries(plan, store):
         logger.warning(line)
     again = failed_shards(there, state.done, retry_failed) if retry_failed else []
-    if flow.finished(state) and not again and store.exists("_SUCCESS") and store.exists("plan.json"):
+    if finished(state) and not again and store.exists("_SUCCESS") and store.exists("plan.json"):
         return _result(job, state, seconds=0.0)
     pool: Pool | None = None
     started, interrupted = time.monotonic(), False
     try:
         with interruptible(), progress.live(job.name) as live:
-            if again or not flow.finished(state):
+            if again or not finished(state):
                 pool = make_pool(job, plan, store)
             store.check()
             planning.publish(plan, store)
@@ -100,14 +82,14 @@ def run(
                 store.delete("_SUCCESS")  # somebody has taken shards out
                 for shard in again:
                     there.take_out(shard, f"{RETRIED}-{uuid.uuid4().hex[:8]}")
-                flow.apply(state, flow.TakenOut(frozenset(again)))
+                apply(state, TakenOut(frozenset(again)))
                 data = partial(data_name, sink=parts.sink)
                 with nullcontext() if job.single_writer else Leases(store, data) as held:
                     show = partial(_show, live, state, plan, started)
                     known = {*there.taken_out()}
                     drive(state, pool, show, held, there.holds_ok)
                     while taken := _taken_out(there, known):
-                        flow.apply(state, flow.TakenOut(taken))
+                        apply(state, TakenOut(taken))
                         drive(state, pool, show, held, there.holds_ok)
             there.settle()
             report.finish(there, live.pace)
@@ -127,11 +109,11 @@ def run(
     return _result(job, state, time.monotonic() - started, interrupted)
 
 
-def _show(live: progress.Live, state: flow.State, plan: Plan, started: float) -> None:
+def _show(live: progress.Live, state: DriverState, plan: Plan, started: float) -> None:
     live.show(view(state, plan, time.monotonic() - started))
 
 
-def _result(job: Job, state: flow.State, seconds: float, interrupted: bool = False) -> Result:
+def _result(job: Job, state: DriverState, seconds: float, interrupted: bool = False) -> Result:
     now = status(job.output)
     counts = {name: now[name] for name in ("planned", "ok", "failed")}
     made = state.committed_ok + state.committed_failed
@@ -150,8 +132,8 @@ def _result(job: Job, state: flow.State, seconds: float, interrupted: bool = Fal
     return Result(job.output, **counts, seconds=seconds, text=text, interrupted=interrupted)
 
 
-def begin(job: Job, there: Dataset) -> flow.State:
-    """The flow's state at the start of a run: all shards that are not in the dataset yet.
+def begin(job: Job, there: Dataset) -> DriverState:
+    """The driver's state at the start of a run: all shards that are not in the dataset yet.
 
     Raises PlanError if what is in the dataset's place is another's.
     """
@@ -161,7 +143,7 @@ def begin(job: Job, there: Dataset) -> flow.State:
     if done and not there.store.exists("plan.json"):
         logger.warning(f"{job.output} has {len(done)} shards of this very job, and no plan.json: it is put back")
     stages = tuple(_spec(job, name) for name in job.flow)
-    return flow.State(
+    return DriverState(
         stages,
         plan.rows,
         plan.rows_per_shard,
@@ -187,10 +169,11 @@ def _taken_out(there: Dataset, known: set[str]) -> frozenset[int]:
     return frozenset(new & {*there.missing()})
 
 
-def _spec(job: Job, name: str) -> flow.StageSpec:
-    kinds, stage = KINDS if name == "denoise" and not job.deterministic else 1, job.stages[name]
+def _spec(job: Job, name: str) -> StageSpec:
+    stage = job.stages[name]
+    running = RUNNING_BATCHES if name == "denoise" and not job.deterministic else 1
     replicas = 1 if job.cluster.kind == "inline" else stage.replicas
-    return flow.StageSpec(name, stage.batch_size, replicas, kinds=kinds, retries=stage.retries)
+    return StageSpec(name, stage.batch_size, replicas, running_batches=running, retries=stage.retries)
 
 
 def make_pool(job: Job, plan: Plan, store: Storage) -> Pool:
@@ -218,96 +201,6 @@ def _sees(store: Storage, name: str) -> bool:
     return there
 
 
-def drive(
-    state: flow.State,
-    pool: Pool,
-    show: Callable[[], None],
-    leases: Leases | None = None,
-    holds_ok: Callable[[], bool] = lambda: False,
-) -> None:
-    """The loop. Raises RunError if the flow says that the job can't go on."""
-    while not flow.finished(state):
-        turn(state, pool, leases, holds_ok)
-        show()
-        if state.failed:
-            raise (OutputError if state.output_failed else RunError)(state.failed)
-        if state.elsewhere and not state.flying and not state.starting:
-            time.sleep(0.2)  # there is nothing to do but to wait for other drivers
-
-
-def turn(
-    state: flow.State, pool: Pool, leases: Leases | None = None, holds_ok: Callable[[], bool] = lambda: False
-) -> None:
-    """Decide, dispatch, collect, once. ``holds_ok`` says whether the dataset holds a row that is ok."""
-    while True:
-        answered = False
-        for order in flow.decide(state):
-            if isinstance(order, flow.Claim):
-                assert leases is not None
-                flow.apply(state, leases.claim(order.shard))
-                answered = True
-            elif isinstance(order, flow.Ask):
-                flow.apply(state, flow.Shown(holds_ok()))
-                answered = True
-            else:
-                pool.submit(order)
-        if not answered:
-            break
-    for event in pool.collect(timeout=0.5):
-        flow.apply(state, event)
-    if leases is not None:
-        leases.keep({*state.shards, *state.claimed})
-        if news := leases.news(state.elsewhere):
-            flow.apply(state, news)
-    for block in state.released:
-        pool.release(block)
-    state.released.clear()
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGTERM, which schedulers of clusters send before they take a machine away, stops as Ctrl-C does."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def view(state: flow.State, plan: Plan, seconds: float) -> progress.View:
-    """What a person is shown of a state."""
-    stages = [
-        progress.StageView(
-            name=spec.name,
-            done=state.finished_rows[at],
-            queued=state.queued(at) if at else sum(map(len, state.to_read)),
-            workers=len(state.workers[at]),
-            busy=sum(1 for held in state.workers[at].values() if held),
-        )
-        for at, spec in enumerate(state.stages)
-    ]
-    before = len(state.done) * plan.rows_per_shard
-    if plan.shards - 1 in state.done:  # the last may be short
-        before -= plan.rows_per_shard - len(plan.shard_rows(plan.shards - 1))
-    return progress.View(
-        stages=stages,
-        planned=plan.rows,
-        finished=before + state.committed_ok + state.committed_failed,
-        failed=state.committed_failed,
-        seconds=seconds,
-        shards_done=len(state.done) + state.committed_shards,
-        shards=plan.shards,
-        elsewhere=len(state.elsewhere),
-    )
-
-
 def _work(job: Job, plan: Plan, name: str) -> StageWork:
     stage = job.stages[name]
     threads: int | None = stage.threads
@@ -325,7 +218,7 @@ def _work(job: Job, plan: Plan, name: str) -> StageWork:
         accelerator_type=stage.accelerator_type,
         threads=threads,
         timeout=stage.timeout,
-        calls=(spec := _spec(job, name)).in_flight * spec.kinds,
+        calls=(spec := _spec(job, name)).batches_per_worker * spec.running_batches,
     )
 
 

@@ -22,8 +22,8 @@ PROMPTS = [
 DRIVER = """
 import sys
 import latentmill
-from latentmill import leases
-leases.EVERY, leases.PATIENCE = 0.2, 2.0
+from latentmill.driver import leases
+leases.BEAT_EVERY, leases.MAX_SILENCE = 0.2, 2.0
 result = latentmill.run("txt2img", sys.argv[1:])
 print(result.ok, result.failed, flush=True)
 """

@@ -6,7 +6,17 @@ from collections import deque
 from collections.abc import Sequence
 
 from latentmill.checks import cause, told
-from latentmill.flow import Died, Dispatch, Event, Failed, Finished, Order, Start, Started, Stop
+from latentmill.driver.messages import (
+    Died,
+    Dispatch,
+    Event,
+    Failed,
+    Finished,
+    PoolOrder,
+    Started,
+    StartWorker,
+    StopWorker,
+)
 from latentmill.stages.write import in_a_line
 from latentmill.workers.hearing import Telling
 from latentmill.workers.worker import Admit, Block, Call, Outcome, StageWork, Worker, WrongWorker, this_node
@@ -23,13 +33,13 @@ class InlinePool:
         self.stages, self.admit = stages, admit
         self.tell = Telling()
         self.workers: dict[int, Worker] = {}
-        self.orders: deque[Order] = deque()
+        self.orders: deque[PoolOrder] = deque()
         self.calls: dict[int, tuple[Dispatch, Call]] = {}
         """Batches that were begun, by the numbers of their orders."""
         self.blocks: dict[int, Block] = {}
 
-    def submit(self, order: Order) -> None:
-        if isinstance(order, Stop):  # what it held is given out anew, and the next worker is built afresh
+    def submit(self, order: PoolOrder) -> None:
+        if isinstance(order, StopWorker):  # what it held is given out anew, and the next worker is built afresh
             self.orders = deque(o for o in self.orders if o.worker != order.worker)
             self.calls = {id: (o, call) for id, (o, call) in self.calls.items() if o.worker != order.worker}
             self.workers.pop(order.stage, None)
@@ -43,9 +53,9 @@ class InlinePool:
             self.workers[stage].advance()
         return [self._end(order, call) for order, call in list(self.calls.values()) if call.done]
 
-    def _begin(self, order: Order) -> list[Event]:
-        assert not isinstance(order, Stop)
-        if isinstance(order, Start):
+    def _begin(self, order: PoolOrder) -> list[Event]:
+        assert not isinstance(order, StopWorker)
+        if isinstance(order, StartWorker):
             work = self.stages[order.stage]
             try:
                 if order.stage not in self.workers:
@@ -61,12 +71,12 @@ class InlinePool:
             return [Started(order.stage, order.worker)]
         worker = self.workers[order.stage]
         try:
-            if order.kind == "read":
+            if order.task == "read":
                 return [self._finished(order, *worker.read(order.rows))]
-            names = list(dict.fromkeys(piece.block for piece in order.pieces))
-            cuts = [(names.index(p.block), p.part, p.start, p.stop) for p in order.pieces]
+            names = list(dict.fromkeys(p.block for p in order.slices))
+            cuts = [(names.index(p.block), p.table, p.start, p.stop) for p in order.slices]
             blocks = [self.blocks[name] for name in names]
-            if order.kind == "commit":
+            if order.task == "commit":
                 worker.commit(order.shard, order.errors, cuts, *blocks)
                 return [Finished(order.id)]
             self.calls[order.id] = order, worker.begin(cuts, *blocks)

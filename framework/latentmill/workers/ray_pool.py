@@ -25,7 +25,17 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from latentmill.checks import cause, told
-from latentmill.flow import Died, Dispatch, Event, Failed, Finished, Order, Start, Started, Stop
+from latentmill.driver.messages import (
+    Died,
+    Dispatch,
+    Event,
+    Failed,
+    Finished,
+    PoolOrder,
+    Started,
+    StartWorker,
+    StopWorker,
+)
 from latentmill.plugin import Stage
 from latentmill.stages.write import Write, in_a_line
 from latentmill.weights import Reading
@@ -65,10 +75,10 @@ class RayPool:
         self.stages, self.owns_cluster, self.sees, self.admit = stages, owns_cluster, sees, admit
         self.tell = Telling()
         self.actors: dict[tuple[int, int], Any] = {}
-        self.starting: dict[Any, Start] = {}
+        self.starting: dict[Any, StartWorker] = {}
         self.asked: dict[Any, float] = {}
         """When those were asked for of which nobody has been told that they take long."""
-        self.flying: dict[Any, Dispatch] = {}
+        self.in_flight: dict[Any, Dispatch] = {}
         self.blocks: dict[int, Any] = {}
         self.heard: dict[tuple[int, int], float] = {}
         """When a worker that has work last finished some, or was given its first."""
@@ -76,11 +86,11 @@ class RayPool:
         self.group, self.free = _reserve(stages)
         self.bundles: dict[tuple[int, int], int] = {}
 
-    def submit(self, order: Order) -> None:
-        if isinstance(order, Stop):
+    def submit(self, order: PoolOrder) -> None:
+        if isinstance(order, StopWorker):
             self._bury(order.stage, order.worker)
             return
-        if isinstance(order, Start):
+        if isinstance(order, StartWorker):
             work = self.stages[order.stage]
             options = {**_resources(work), "max_concurrency": work.calls}
             if self.group is not None and self.free[order.stage]:
@@ -95,22 +105,22 @@ class RayPool:
             return
         actor = self.actors[order.stage, order.worker]
         self.heard.setdefault((order.stage, order.worker), time.monotonic())
-        if order.kind == "read":
+        if order.task == "read":
             outcome, block = actor.read.options(num_returns=2).remote(list(order.rows))
         else:
-            names = list(dict.fromkeys(piece.block for piece in order.pieces))
-            cuts = [(names.index(p.block), p.part, p.start, p.stop) for p in order.pieces]
+            names = list(dict.fromkeys(p.block for p in order.slices))
+            cuts = [(names.index(p.block), p.table, p.start, p.stop) for p in order.slices]
             blocks = [self.blocks[name] for name in names]
-            if order.kind == "commit":
-                self.flying[actor.commit.remote(order.shard, order.errors, cuts, *blocks)] = order
+            if order.task == "commit":
+                self.in_flight[actor.commit.remote(order.shard, order.errors, cuts, *blocks)] = order
                 return
             outcome, block = actor.batch.options(num_returns=2).remote(cuts, *blocks)
-        self.flying[outcome] = order
+        self.in_flight[outcome] = order
         self.blocks[order.id] = block
 
     def collect(self, timeout: float) -> list[Event]:
         """Wait up to ``timeout`` seconds for something to happen, and say all that has."""
-        waiting = [*self.flying, *self.starting]
+        waiting = [*self.in_flight, *self.starting]
         if not waiting:
             return []
         ready, rest = ray.wait(waiting, num_returns=1, timeout=timeout)
@@ -141,7 +151,7 @@ class RayPool:
                 else:
                     events.append(Started(start.stage, start.worker))
                 continue
-            order = self.flying[reference]
+            order = self.in_flight[reference]
             try:
                 outcome = ray.get(reference)
             except GONE as error:
@@ -159,13 +169,13 @@ class RayPool:
             except RayError as error:
                 events.append(self._failed(reference, "raised", error))
             else:
-                if order.kind != "commit" and (reason := self.admit(outcome.node, outcome.read)):
+                if order.task != "commit" and (reason := self.admit(outcome.node, outcome.read)):
                     self._bury(order.stage, order.worker)
                     events.append(Died(order.stage, order.worker, reason, wrong=True))
                     continue
-                del self.flying[reference]
-                parts, rejected = ((), ()) if order.kind == "commit" else (outcome.parts, outcome.rejected)
-                if order.kind != "commit":
+                del self.in_flight[reference]
+                parts, rejected = ((), ()) if order.task == "commit" else (outcome.parts, outcome.rejected)
+                if order.task != "commit":
                     self.tell(self.stages[order.stage].name, outcome.heard)
                 events.append(Finished(order.id, parts, rejected))
             self.heard[order.stage, order.worker] = time.monotonic()
@@ -185,7 +195,7 @@ class RayPool:
 
     def _hanging(self) -> list[Event]:
         """End workers that have work and have finished none for as long as their stage gives them."""
-        busy = {(order.stage, order.worker) for order in self.flying.values()}
+        busy = {(order.stage, order.worker) for order in self.in_flight.values()}
         self.heard = {key: when for key, when in self.heard.items() if key in busy}
         events: list[Event] = []
         for (stage, index), when in list(self.heard.items()):
@@ -205,14 +215,14 @@ class RayPool:
             ray.kill(actor)
         self.actors.clear()
         self.blocks.clear()
-        self.flying.clear()
+        self.in_flight.clear()
         if self.group is not None:
             remove_placement_group(self.group)
         if self.owns_cluster:
             disconnect()
 
     def _failed(self, reference: Any, why: Any, error: BaseException) -> Failed:
-        order = self.flying.pop(reference)
+        order = self.in_flight.pop(reference)
         self.blocks.pop(order.id, None)
         return Failed(order.id, why, in_a_line(told(error)))
 
@@ -223,9 +233,9 @@ class RayPool:
         self.heard.pop((stage, worker), None)
         if (stage, worker) in self.bundles:
             self.free[stage].append(self.bundles.pop((stage, worker)))
-        for reference, order in list(self.flying.items()):
+        for reference, order in list(self.in_flight.items()):
             if (order.stage, order.worker) == (stage, worker):
-                del self.flying[reference]
+                del self.in_flight[reference]
                 self.blocks.pop(order.id, None)
 
 

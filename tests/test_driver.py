@@ -1,16 +1,30 @@
-"""The flow, without Ray: every row ends once, whatever order, failures and deaths come in."""
+"""The driver, without Ray: every row ends once, whatever order, failures and deaths come in."""
 
 import random
 from collections import Counter
 
 import pytest
 
-from latentmill import flow
-from latentmill.flow import Ask, Died, Dispatch, Failed, Finished, Shown, StageSpec, Start, Started, State, Stop
+from latentmill.driver import limits
+from latentmill.driver.apply import apply
+from latentmill.driver.decide import decide
+from latentmill.driver.messages import (
+    CheckDataset,
+    DatasetChecked,
+    Died,
+    Dispatch,
+    Failed,
+    Finished,
+    StageSpec,
+    Started,
+    StartWorker,
+    StopWorker,
+)
+from latentmill.driver.state import DriverState, finished
 
 
 class World:
-    """Carries out what the flow orders, in a random order, with faults, and checks what comes by."""
+    """Carries out what the driver orders, in a random order, with faults, and checks what comes by."""
 
     def __init__(self, state, seed=0, shapes=1, reject=(), poison=(), fatal=(), flaky=0.0, deaths=0.0, losses=0.0):
         self.state, self.random, self.shapes = state, random.Random(seed), shapes
@@ -25,22 +39,22 @@ class World:
 
     def run(self, limit=200_000):
         for _ in range(limit):
-            if flow.finished(self.state) or self.state.failed:
+            if finished(self.state) or self.state.failed:
                 return self
-            for order in flow.decide(self.state):
-                if isinstance(order, Ask):
-                    flow.apply(self.state, Shown(self.made_before))
-                elif isinstance(order, Stop):
+            for order in decide(self.state):
+                if isinstance(order, CheckDataset):
+                    apply(self.state, DatasetChecked(self.made_before))
+                elif isinstance(order, StopWorker):
                     self.orders = [other for other in self.orders if other.worker != order.worker]
                 else:
                     self.orders.append(order)
             if not self.orders:
-                assert flow.finished(self.state) or self.state.failed or self.asked > 0, "deadlock: nothing to do"
+                assert finished(self.state) or self.state.failed or self.asked > 0, "deadlock: nothing to do"
                 self.asked -= 1
                 continue
             self.check_bounds()
             order = self.orders.pop(self.pick())
-            flow.apply(self.state, self.carry_out(order))
+            apply(self.state, self.carry_out(order))
             for block in self.state.released:
                 self.blocks.pop(block, None)
             self.state.released.clear()
@@ -50,12 +64,12 @@ class World:
         return self.random.randrange(len(self.orders))
 
     def carry_out(self, order):
-        if isinstance(order, Start):
+        if isinstance(order, StartWorker):
             return Started(order.stage, order.worker)
-        for piece in order.pieces:  # what the flow believes to be in a block is in it
-            assert self.blocks[piece.block][piece.part][piece.start : piece.stop] == list(piece.rows)
+        for slice_ in order.slices:  # what the driver believes to be in a block is in it
+            assert self.blocks[slice_.block][slice_.table][slice_.start : slice_.stop] == list(slice_.rows)
         rows = list(order.rows)
-        if order.kind != "commit":
+        if order.task != "commit":
             if self.random.random() < self.deaths or self.fatal & set(rows):
                 for other in [o for o in self.orders if isinstance(o, Dispatch) and o.worker == order.worker]:
                     self.orders.remove(other)
@@ -64,11 +78,11 @@ class World:
                 return Failed(order.id, "raised", "CUDA error")
             if self.random.random() < self.flaky or (order.stage == 2 and self.poison & set(rows)):
                 return Failed(order.id, "raised", "boom")
-        if order.pieces and self.random.random() < self.losses:
+        if order.slices and self.random.random() < self.losses:
             return Failed(order.id, "lost", "its node is gone")
-        if order.kind == "commit":
+        if order.task == "commit":
             assert order.shard not in self.committed
-            self.committed[order.shard] = (sorted(r for p in order.pieces for r in p.rows), order.errors)
+            self.committed[order.shard] = (sorted(r for p in order.slices for r in p.rows), order.errors)
             return Finished(order.id)
         self.batches.append((order.stage, rows))
         kept = [row for row in rows if not (order.stage == 1 and row in self.reject)]
@@ -80,16 +94,16 @@ class World:
     def check_bounds(self):
         for stage, spec in enumerate(self.state.stages):
             for held in self.state.workers[stage].values():
-                if spec.kinds == 1:
-                    assert len(held) <= spec.in_flight
+                if spec.running_batches == 1:
+                    assert len(held) <= spec.batches_per_worker
                     continue
-                dispatches = [self.state.flying[id] for id in held]
-                of_kind = Counter()
+                dispatches = [self.state.in_flight[id] for id in held]
+                of_key = Counter()
                 for dispatch in dispatches:
-                    of_kind[dispatch.group] += len(dispatch.rows)
+                    of_key[dispatch.stack_key] += len(dispatch.rows)
                 # one more may be given while there is room for a row
-                assert all(count < (spec.in_flight + 1) * spec.batch_size for count in of_kind.values())
-                assert sum(of_kind.values()) < (spec.in_flight * spec.kinds + 1) * spec.batch_size
+                assert all(count < (spec.batches_per_worker + 1) * spec.batch_size for count in of_key.values())
+                assert sum(of_key.values()) < (spec.batches_per_worker * spec.running_batches + 1) * spec.batch_size
         assert len(self.state.shards) <= 2 + 400 // self.state.rows_per_shard
 
     def ok(self):
@@ -99,20 +113,22 @@ class World:
         return {error["row"]: error["reason"] for _, errors in self.committed.values() for error in errors}
 
 
-def state(rows=100, rows_per_shard=16, sizes=(8, 4, 6, 4, 8), replicas=(1, 2, 3, 1, 1), kinds=1, retries=1, **settings):
+def state(
+    rows=100, rows_per_shard=16, sizes=(8, 4, 6, 4, 8), replicas=(1, 2, 3, 1, 1), running=1, retries=1, **settings
+):
     names = ("read", "encode", "denoise", "decode", "write")
     stages = [
-        StageSpec(*spec, kinds=kinds if spec[0] == "denoise" else 1, retries=retries)
+        StageSpec(*spec, running_batches=running if spec[0] == "denoise" else 1, retries=retries)
         for spec in zip(names, sizes, replicas)
     ]
-    return State(tuple(stages), rows, rows_per_shard, **settings)
+    return DriverState(tuple(stages), rows, rows_per_shard, **settings)
 
 
-@pytest.mark.parametrize(("fixed", "kinds"), [(False, 1), (False, 2), (True, 1)])
+@pytest.mark.parametrize(("fixed", "running"), [(False, 1), (False, 2), (True, 1)])
 @pytest.mark.parametrize("seed", range(40))
-def test_every_row_ends_once(seed, fixed, kinds):
+def test_every_row_ends_once(seed, fixed, running):
     world = World(
-        state(fixed=fixed, kinds=kinds),
+        state(fixed=fixed, running=running),
         seed,
         shapes=1 + seed % 3,
         reject={5, 17, 99},
@@ -140,7 +156,7 @@ def test_workers_that_die_are_replaced_and_the_row_that_kills_is_found(seed):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_what_a_dying_worker_only_held_is_not_condemned_with_it(seed):
+def test_what_a_dying_worker_only_held_is_not_quarantined_with_it(seed):
     """Even where the stage asks for no second try: of the batches that it held any may be the one."""
     world = World(state(sizes=(1,) * 5, retries=0), seed, fatal={41}).run()
     assert set(world.failed()) == {41}
@@ -153,17 +169,17 @@ def test_a_stage_whose_workers_always_die_ends_the_job():
 
 @pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("seed", range(10))
-def test_a_broken_worker_is_replaced_and_condemns_no_row(seed, fixed):
+def test_a_broken_worker_is_replaced_and_quarantines_no_row(seed, fixed):
     """A worker whose GPU is gone fails in no time, is idle at once, and would get everything."""
     world = World(state(rows=400, fixed=fixed), seed, poison={33, 34})
-    denoisers = [order.worker for order in world.state.to_start if order.stage == 2]
+    denoisers = [order.worker for order in world.state.worker_orders if order.stage == 2]
     world.broken = lambda worker: worker == denoisers[0]
     world.run()
     assert not world.state.failed
     assert set(world.failed()) == {33, 34} and len(world.ok()) == 398
 
 
-def test_a_stage_of_broken_workers_ends_the_job_and_condemns_no_row():
+def test_a_stage_of_broken_workers_ends_the_job_and_quarantines_no_row():
     world = World(state(rows=400), seed=1)
     world.broken = lambda worker: True
     world.run()
@@ -172,7 +188,7 @@ def test_a_stage_of_broken_workers_ends_the_job_and_condemns_no_row():
 
 
 @pytest.mark.parametrize("fixed", [False, True])
-def test_rows_that_fail_at_the_very_end_are_condemned_though_nothing_succeeds_after_them(fixed):
+def test_rows_that_fail_at_the_very_end_are_quarantined_though_nothing_succeeds_after_them(fixed):
     world = World(state(rows=3, rows_per_shard=1, fixed=fixed), seed=1, poison={0, 1, 2})
     world.made_before = True
     assert set(world.run().failed()) == {0, 1, 2} and not world.state.failed
@@ -195,7 +211,7 @@ def test_of_a_stage_that_has_done_nothing_in_this_run_few_rows_are_blamed_becaus
         world = World(state(rows=12, rows_per_shard=rows_per_shard), seed=2, poison=range(12))
         world.made_before, world.asked = True, 9
         world.run()
-        assert world.state.failed.startswith("stage denoise") and len(world.failed()) <= flow.STRIKES
+        assert world.state.failed.startswith("stage denoise") and len(world.failed()) <= limits.MAX_QUARANTINED_ON_TRUST
 
 
 @pytest.mark.parametrize("cause", ["unloaded", "contract"])
@@ -220,7 +236,7 @@ def test_a_worker_that_cannot_load_a_part_is_replaced_where_another_could():
     carry_out, unable = world.carry_out, []
 
     def broken(order):
-        if isinstance(order, Dispatch) and order.stage == 1 and world.state.worked >= {1}:
+        if isinstance(order, Dispatch) and order.stage == 1 and world.state.worked_stages >= {1}:
             if not unable:
                 unable.append(order.worker)
             if order.worker == unable[0]:
@@ -233,7 +249,7 @@ def test_a_worker_that_cannot_load_a_part_is_replaced_where_another_could():
     carry_out_never = never.carry_out
 
     def later(order):
-        if isinstance(order, Dispatch) and order.stage == 1 and never.state.worked >= {1} and 50 in order.rows:
+        if isinstance(order, Dispatch) and order.stage == 1 and never.state.worked_stages >= {1} and 50 in order.rows:
             return Failed(order.id, "unloaded", "no memory")
         return carry_out_never(order)
 
@@ -295,18 +311,20 @@ def test_rows_under_way_are_not_taken_for_failed_ones():
 
 
 def test_one_replacement_that_finds_no_place_does_not_hold_up_the_others():
-    """Its node went, and none came: the rest is done without it, the verdict that waits for a success included."""
+    """Its node went, and none came: the rest is done without it, the suspect that waits for a success included."""
 
     class Homeless(World):
         def pick(self):
             choices = [
-                i for i, o in enumerate(self.orders) if not (isinstance(o, Start) and o.stage == 2 and o.worker > lost)
+                i
+                for i, o in enumerate(self.orders)
+                if not (isinstance(o, StartWorker) and o.stage == 2 and o.worker > lost)
             ]
             assert choices, "everybody waits for the one that never comes"
             return self.random.choice(choices)
 
     world = Homeless(state(rows=8, replicas=(1, 1, 2, 1, 1)), seed=1, poison={7})
-    denoisers = [order.worker for order in world.state.to_start if order.stage == 2]
+    denoisers = [order.worker for order in world.state.worker_orders if order.stage == 2]
     lost = denoisers[0]
     assert set(world.run().failed()) == {7} and len(world.ok()) == 7
 
@@ -317,7 +335,7 @@ def test_a_node_that_goes_takes_nobody_s_rows_with_it():
     carry_out, gone = world.carry_out, Counter()
 
     def preempted(order):
-        if isinstance(order, Dispatch) and order.kind == "batch" and order.stage == 2 and gone[order.rows[0]] < 4:
+        if isinstance(order, Dispatch) and order.task == "batch" and order.stage == 2 and gone[order.rows[0]] < 4:
             gone[order.rows[0]] += 1
             world.orders = [o for o in world.orders if not (isinstance(o, Dispatch) and o.worker == order.worker)]
             return Died(order.stage, order.worker, "its node has died", with_node=True)
@@ -328,7 +346,7 @@ def test_a_node_that_goes_takes_nobody_s_rows_with_it():
     assert not world.state.failed and not world.failed() and len(world.ok()) == 100
 
 
-def test_one_row_alone_is_not_condemned_for_a_death_or_two():
+def test_one_row_alone_is_not_quarantined_for_a_death_or_two():
     world = World(state(sizes=(1,) * 5, retries=0), seed=3)
     carry_out, deaths = world.carry_out, Counter()
 
@@ -349,7 +367,7 @@ def test_a_replacement_that_cannot_start_does_not_end_a_stage_that_works():
     carry_out, events = world.carry_out, []
 
     def no_gpu(order):
-        if isinstance(order, Start) and order.worker > 5 and len(events) == 1:
+        if isinstance(order, StartWorker) and order.worker > 5 and len(events) == 1:
             events.append(Died(order.stage, order.worker, "No CUDA GPUs are available", at_start=True))
             return events[-1]
         if isinstance(order, Dispatch) and order.stage == 2 and not events:
@@ -366,39 +384,39 @@ def test_a_replacement_that_cannot_start_does_not_end_a_stage_that_works():
 
 
 def test_many_shapes_don_t_take_turns():
-    """Fifty groups of which none fills: while no more may come, no worker waits for what is not to come."""
+    """Fifty keys of which none fills: while no more may come, no worker waits for what is not to come."""
 
     class Crowded(World):
         def check_bounds(self):
             super().check_bounds()
             sizes = [stage.batch_size for stage in self.state.stages]
-            if not flow._has_room(self.state, 1, sizes[1]) and flow._has_room(self.state, 2, sizes[2]):
+            if not limits.has_room(self.state, 1, sizes[1]) and limits.has_room(self.state, 2, sizes[2]):
                 idle = not all(self.state.workers[2].values())
-                assert not (idle and self.state.queued(2)), "an idle worker before a full queue"
+                assert not (idle and self.state.rows_queued(2)), "an idle worker before a full queue"
 
     world = Crowded(state(rows=3000, rows_per_shard=3000, replicas=(1, 1, 4, 1, 1)), seed=2, shapes=50).run()
     assert len(world.ok()) == 3000
 
 
-def test_a_worker_that_works_on_several_batches_at_once_holds_some_of_each_kind():
+def test_a_worker_that_works_on_several_batches_at_once_holds_some_of_each_key():
     """Four shapes come mixed: whenever a denoiser has finished something, it still has rows of several."""
 
     class Watched(World):
         def __init__(self, *args, **settings):
             super().__init__(*args, **settings)
-            self.kinds = Counter()
+            self.keys = Counter()
 
         def check_bounds(self):
             super().check_bounds()
             for held in self.state.workers[2].values():
-                self.kinds[len({self.state.flying[id].group for id in held})] += 1
+                self.keys[len({self.state.in_flight[id].stack_key for id in held})] += 1
 
         def pick(self):  # denoise is what takes long
             return next((i for i, order in enumerate(self.orders) if order.stage != 2), 0)
 
-    world = Watched(state(rows=2000, rows_per_shard=500, replicas=(1, 1, 1, 1, 1), kinds=4), seed=5, shapes=4).run()
+    world = Watched(state(rows=2000, rows_per_shard=500, replicas=(1, 1, 1, 1, 1), running=4), seed=5, shapes=4).run()
     assert len(world.ok()) == 2000
-    assert world.kinds[3] + world.kinds[4] > 0.8 * world.kinds.total()  # with one kind at a time: never
+    assert world.keys[3] + world.keys[4] > 0.8 * world.keys.total()  # with one key at a time: never
 
 
 def test_nothing_is_kept_of_what_is_committed():
@@ -415,8 +433,8 @@ def test_a_slow_stage_holds_back_those_before_it():
             super().check_bounds()
             # batch x replicas x (in flight + 1) of the slow stage, and what the one before can hold
             before = self.state.stages[1]
-            held = before.batch_size * before.replicas * before.in_flight
-            assert self.state.queued(2) + self.state.in_flight(1) <= 6 * 3 * 3 + held
+            held = before.batch_size * before.replicas * before.batches_per_worker
+            assert self.state.rows_queued(2) + self.state.rows_in_flight(1) <= 6 * 3 * 3 + held
 
     world = Slow(state(rows=2000, rows_per_shard=2000), seed=3).run()
     assert len(world.ok()) == 2000
@@ -465,9 +483,9 @@ def test_the_same_events_give_the_same_decisions():
 
 def test_an_event_of_the_past_changes_nothing():
     fresh = state(rows=4)
-    flow.decide(fresh)
-    flow.apply(fresh, Started(0, 0))
-    [read] = [order for order in flow.decide(fresh) if isinstance(order, Dispatch)]
-    flow.apply(fresh, Died(0, 0, "killed"))
-    flow.apply(fresh, Finished(read.id, [("a", tuple(read.rows))]))
-    assert fresh.queued(1) == 0
+    decide(fresh)
+    apply(fresh, Started(0, 0))
+    [read] = [order for order in decide(fresh) if isinstance(order, Dispatch)]
+    apply(fresh, Died(0, 0, "killed"))
+    apply(fresh, Finished(read.id, [("a", tuple(read.rows))]))
+    assert fresh.rows_queued(1) == 0

@@ -4,6 +4,9 @@ A lease is a file, ``leases/00007``, with the name of the driver that created it
 file of its own that it changes every few seconds; one whose file stays the same for a minute, by the clock of whoever
 looks, has lost its leases. No two clocks are compared. A driver that was stopped for an hour and goes on may work on what
 another has taken over by then: both commit, and the commit decides.
+
+On Ctrl-C, on SIGTERM and on an error a driver leaves ``with Leases(...)`` and gives all its leases back there. One that is
+killed gives nothing back: others on its machine see that its process is gone, those on other machines wait for a minute.
 """
 
 from __future__ import annotations
@@ -17,15 +20,14 @@ from collections.abc import Callable, Set
 from contextlib import suppress
 from pathlib import Path
 
-from latentmill.flow import Claimed, Seen
+from latentmill.driver.messages import Claimed, LeasesSeen
 from latentmill.storage import Storage
 
-EVERY = 10.0
+BEAT_EVERY = 10.0
 """Seconds between two signs of life, and between two looks at the others'."""
-PATIENCE = 60.0
+MAX_SILENCE = 60.0
 """Seconds without a sign of life after which a driver counts as gone."""
-
-FAILURES = 2
+MAX_FAILED_CLAIMS = 2
 """Claims in a row that the store may fail before it is taken for broken."""
 
 
@@ -62,7 +64,7 @@ class Leases:
         self._stop.set()
         self._heart.join()
         with suppress(OSError):  # else they are gone in a minute
-            self.keep(set())
+            self.give_back_all()
             self.store.delete(_life(self.me))
 
     def claim(self, shard: int) -> Claimed:
@@ -75,7 +77,7 @@ class Leases:
             done = self.store.exists(self.data(shard))
         except OSError:
             self.failures += 1
-            if self.failures > FAILURES:
+            if self.failures > MAX_FAILED_CLAIMS:
                 raise
             return Claimed(shard, "taken")
         self.failures = 0
@@ -113,27 +115,31 @@ class Leases:
                 continue
             self.held.discard(shard)
 
-    def news(self, elsewhere: Set[int]) -> Seen | None:
+    def give_back_all(self) -> None:
+        """This driver ends: whoever wants its shards may have them now."""
+        self.keep(set())
+
+    def look(self, leased_by_others: Set[int]) -> LeasesSeen | None:
         """Every few seconds, what has become of the shards that others hold; None if it isn't time to look, or nobody answers."""
         now = self.clock()
-        if not elsewhere or now < self._looked + EVERY:
+        if not leased_by_others or now < self._looked + BEAT_EVERY:
             return None
         try:
             there = {f"data/{name}" for name in self.store.names("data")}
-            done = {shard for shard in elsewhere if self.data(shard) in there}
+            done = {shard for shard in leased_by_others if self.data(shard) in there}
             names = {int(name) for name in self.store.names("leases") if name.isdecimal()}
             owners = {}
-            for shard in sorted(elsewhere - done):
+            for shard in sorted(leased_by_others - done):
                 owners[shard] = ""
                 if shard in names:
                     with suppress(FileNotFoundError):
                         owners[shard] = self.store.read(f"leases/{shard:05d}").decode()
-            gone = {owner for owner in set(owners.values()) if owner == self.me or self._is_gone(owner)}
+            gone = {owner for owner in sorted({*owners.values()}) if owner == self.me or self._is_gone(owner)}
         except OSError:
             self._looked = now
             return None
         self._looked = self.clock() + 20 * (self.clock() - now)  # a store that is slow is asked less often
-        return Seen(frozenset(done), frozenset(shard for shard, owner in owners.items() if owner in gone))
+        return LeasesSeen(frozenset(done), frozenset(shard for shard, owner in owners.items() if owner in gone))
 
     def _is_gone(self, owner: str) -> bool:
         if not owner:
@@ -147,7 +153,7 @@ class Leases:
         now = self.clock()
         if self.lives.get(owner, (None,))[0] != sign:
             self.lives[owner] = sign, now
-        return now - self.lives[owner][1] >= PATIENCE
+        return now - self.lives[owner][1] >= MAX_SILENCE
 
     def beat(self) -> None:
         """Show that this driver lives."""
@@ -155,7 +161,7 @@ class Leases:
         self._beats += 1
 
     def _beat(self) -> None:
-        while not self._stop.wait(EVERY):
+        while not self._stop.wait(BEAT_EVERY):
             with suppress(OSError):  # a store that fails for a while costs the leases, at worst
                 self.beat()
 

@@ -1,0 +1,133 @@
+"""What an event changes in the state."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from latentmill.driver import failures
+from latentmill.driver.messages import (
+    Claimed,
+    DatasetChecked,
+    Died,
+    Dispatch,
+    Event,
+    Failed,
+    Finished,
+    LeasesSeen,
+    Started,
+    TableSlice,
+    TakenOut,
+)
+from latentmill.driver.state import DriverState
+
+
+def apply(state: DriverState, event: Event) -> DriverState:
+    """Take in what happened. An event about a dispatch that is not in flight any more changes nothing."""
+    if isinstance(event, Started):
+        if (event.stage, event.worker) in state.starting:
+            state.starting.discard((event.stage, event.worker))
+            state.loaded_stages.add(event.stage)
+            state.workers[event.stage][event.worker] = []
+    elif isinstance(event, Died):
+        failures.worker_died(state, event)
+    elif isinstance(event, Claimed):
+        state.claiming.discard(event.shard)
+        if event.outcome == "ours":
+            state.claimed.append(event.shard)
+        else:
+            (state.done if event.outcome == "done" else state.leased_by_others).add(event.shard)
+    elif isinstance(event, DatasetChecked):
+        state.dataset_holds_ok = event.holds_ok
+    elif isinstance(event, LeasesSeen):
+        state.done |= event.done & state.leased_by_others
+        state.free_shards.extend(sorted(event.free & state.leased_by_others))
+        state.leased_by_others -= event.done | event.free
+    elif isinstance(event, TakenOut):
+        state.done -= event.shards
+        state.free_shards.extend(shard for shard in sorted(event.shards) if shard < state.cursor)
+    elif event.id in state.in_flight:
+        dispatch = state.in_flight.pop(event.id)
+        held = state.workers[dispatch.stage].get(dispatch.worker)
+        if held is not None:
+            held.remove(dispatch.id)
+        if isinstance(event, Finished):
+            _dispatch_finished(state, dispatch, event)
+        else:
+            _dispatch_failed(state, dispatch, event)
+    return state
+
+
+def _dispatch_failed(state: DriverState, dispatch: Dispatch, event: Failed) -> None:
+    if event.cause == "lost":
+        failures.data_lost(state, dispatch, event.reason)
+    elif event.cause == "unloaded":
+        failures.load_failed(state, dispatch, event.reason)
+    elif event.cause == "contract":
+        state.failed = f"stage {state.stages[dispatch.stage].name}: {event.reason}"
+        failures.try_again(state, dispatch, dispatch.attempts)
+    else:
+        failures.dispatch_failed(state, dispatch, event.reason)
+        failures.count_failure(state, dispatch, event.reason)
+
+
+def _dispatch_finished(state: DriverState, dispatch: Dispatch, event: Finished) -> None:
+    failures.count_success(state, dispatch, has_done_a_row=any(rows for _, rows in event.tables))
+    for slice_ in dispatch.slices:
+        state.drop(slice_)
+    if dispatch.task == "commit":
+        _shard_committed(state, dispatch)
+        return
+    state.finished_rows[dispatch.stage] += len(dispatch.rows)
+    for row, reason in event.rejected:
+        failures.quarantine(state, row, dispatch.stage, reason)
+    wanted = sum(len(rows) for _, rows in event.tables)
+    if wanted:
+        state.blocks[dispatch.id] = wanted
+    else:
+        state.released.append(dispatch.id)
+    for table, (shape_key, rows) in enumerate(event.tables):
+        if not rows:
+            continue
+        slice_ = TableSlice(dispatch.id, table, 0, len(rows), tuple(rows))
+        if dispatch.stage == state.last_stage:
+            _arrive(state, slice_)
+        else:
+            _enqueue(state, dispatch.stage + 1, shape_key, slice_)
+
+
+def _shard_committed(state: DriverState, dispatch: Dispatch) -> None:
+    shard = state.shards.pop(dispatch.shard)
+    if state.fixed:
+        for stage in range(1, len(state.stages)):
+            for row in dispatch.rows[:: state.stages[stage].batch_size]:
+                state.accounted[stage].pop(state.chunk(stage, row), None)
+    state.committed_shards += 1
+    state.committed_failed += len(shard.errors)
+    state.committed_ok += len(dispatch.rows) - len(shard.errors)
+
+
+def _enqueue(state: DriverState, stage: int, shape_key: str, slice_: TableSlice) -> None:
+    """Rows wait for their next stage. Where batches are fixed, those of each chunk wait for one another."""
+    if not state.fixed:
+        state.queues[stage].setdefault(shape_key, deque()).append(slice_)
+        return
+    start = 0
+    for at in range(1, len(slice_.rows) + 1):
+        chunk = state.chunk(stage, slice_.rows[start])
+        if at == len(slice_.rows) or state.chunk(stage, slice_.rows[at]) != chunk:
+            state.queues[stage].setdefault((*chunk, shape_key), deque()).append(slice_.sub(start, at))
+            state.accounted[stage][chunk] += at - start
+            start = at
+
+
+def _arrive(state: DriverState, slice_: TableSlice) -> None:
+    """Rows have left the last stage: they wait for the rest of their shard."""
+    start = 0
+    for at in range(1, len(slice_.rows) + 1):
+        number = slice_.rows[start] // state.rows_per_shard
+        if at == len(slice_.rows) or slice_.rows[at] // state.rows_per_shard != number:
+            shard, arrived = state.shards[number], slice_.sub(start, at)
+            shard.missing.difference_update(arrived.rows)
+            shard.packed.append(arrived)
+            state.arrived += len(arrived.rows)
+            start = at

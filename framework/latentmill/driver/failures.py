@@ -1,0 +1,244 @@
+"""What becomes of what goes wrong: the ladder from a retry to the end of the job, as ``latentmill.driver`` says it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from latentmill.driver.limits import (
+    MAX_CONSECUTIVE_FAILURES,
+    MAX_DEATHS_PER_REPLICA,
+    MAX_LOSSES_PER_ROW,
+    MAX_QUARANTINED_ON_TRUST,
+    error_rate_exceeded,
+)
+from latentmill.driver.messages import CheckDataset, Died, Dispatch, StopWorker, TableSlice
+from latentmill.driver.state import DriverState, Retry, Suspect, WorkerRecord
+
+# ------------------------------------------------------------------------------------ a batch: retry, halves, row
+
+
+def dispatch_failed(state: DriverState, dispatch: Dispatch, reason: str, least: int = 0) -> None:
+    """Try a dispatch again; in halves after its stage's retries, or after ``least`` if that is more; or suspect its one row."""
+    attempts, retries = dispatch.attempts + 1, max(state.stages[dispatch.stage].retries, least)
+    if dispatch.task == "commit":
+        shard = state.shards[dispatch.shard]
+        shard.attempts += 1
+        if shard.attempts > retries:
+            state.failed, state.output_failed = f"shard {dispatch.shard} can't be committed: {reason}", True
+        try_again(state, dispatch, attempts)
+    elif attempts <= retries:
+        try_again(state, dispatch, attempts)
+    elif len(dispatch.rows) > 1:
+        _split(state, dispatch, attempts=max(retries, 1))
+    elif dispatch.worker in state.workers[dispatch.stage]:
+        state.records.setdefault(dispatch.worker, WorkerRecord()).suspects.append(Suspect(dispatch, reason))
+    elif dispatch.stage in state.worked_stages:  # its worker died, and it was all that the worker held
+        _quarantine_suspect(state, Suspect(dispatch, reason))
+    else:
+        state.fatal_suspects.append(Suspect(dispatch, reason))
+
+
+def try_again(state: DriverState, dispatch: Dispatch, attempts: int) -> None:
+    """Give a dispatch out anew, as it is."""
+    if dispatch.task == "commit":
+        state.shards[dispatch.shard].committing = False
+    else:
+        state.retries[dispatch.stage].append(Retry(dispatch.rows, dispatch.slices, attempts))
+
+
+def _split(state: DriverState, dispatch: Dispatch, attempts: int) -> None:
+    half = len(dispatch.rows) // 2
+    for side in (slice(half, None), slice(None, half)):
+        retry = Retry(dispatch.rows[side], rows_of(dispatch.slices, side), attempts)
+        state.retries[dispatch.stage].appendleft(retry)
+
+
+def rows_of(slices: Sequence[TableSlice], side: slice) -> list[TableSlice]:
+    """Rows ``side`` of what the slices hold one after another, as slices."""
+    total = sum(len(slice_.rows) for slice_ in slices)
+    start, stop, _ = side.indices(total)
+    out, at = [], 0
+    for slice_ in slices:
+        first, end = max(start - at, 0), min(stop - at, len(slice_.rows))
+        if first < end:
+            out.append(slice_.sub(first, end))
+        at += len(slice_.rows)
+    return out
+
+
+# ---------------------------------------------------------------------------------- a row: suspect, quarantine
+
+
+def quarantine(state: DriverState, row: int, stage: int, reason: str) -> None:
+    """A row ends in the error table. Ends the job if no row may fail, or too many have."""
+    shard, name = state.shards[row // state.rows_per_shard], state.stages[stage].name
+    shard.missing.discard(row)
+    shard.errors.append({"row": row, "stage": name, "reason": reason})
+    if state.fixed:
+        for later in range(stage + 1, len(state.stages)):
+            state.accounted[later][state.chunk(later, row)] += 1
+    state.quarantined += 1
+    if state.failed:
+        return
+    if state.stop_on_error:
+        state.failed = f"row {state.row_name(row)} failed in {name}, and on_error is stop: {reason}"
+    elif too_many := error_rate_exceeded(state):
+        state.failed = f"{too_many}; the last was row {state.row_name(row)}, in {name}: {reason}"
+
+
+def settle_suspects(state: DriverState) -> CheckDataset | None:
+    """Only suspects are left. The rows are to blame where their stage has worked; else the stage is, and the job ends.
+
+    A run that goes on where another stopped may find a bad row alone. So a few rows are to blame where the dataset shows that all
+    stages have worked before; what is returned is the question whether it does.
+    """
+    for stage in {*range(len(state.stages))} - state.worked_stages:
+        suspects = state.suspects(stage)
+        if suspects and state.dataset_holds_ok is None:
+            return CheckDataset()
+        state.quarantined_on_trust[stage] += len(suspects)
+        if suspects and (not state.dataset_holds_ok or state.quarantined_on_trust[stage] > MAX_QUARANTINED_ON_TRUST):
+            count = "the only row" if len(suspects) == 1 else f"each of {len(suspects)} rows"
+            state.failed = (
+                f"stage {state.stages[stage].name} failed for {count} that it was given: {suspects[-1].reason}"
+            )
+            return None
+    for worker in list(state.records):
+        _quarantine_suspects_of(state, worker)
+    _quarantine_fatal_suspects(state)
+    return None
+
+
+def _quarantine_suspect(state: DriverState, suspect: Suspect) -> None:
+    dispatch = suspect.dispatch
+    for slice_ in dispatch.slices:
+        state.drop(slice_)
+    state.finished_rows[dispatch.stage] += 1
+    quarantine(state, dispatch.rows[0], dispatch.stage, suspect.reason)
+
+
+def _quarantine_suspects_of(state: DriverState, worker: int) -> None:
+    """A worker is sound: what failed on it failed for its own sake."""
+    for suspect in state.records.pop(worker, WorkerRecord()).suspects:
+        _quarantine_suspect(state, suspect)
+
+
+def _quarantine_fatal_suspects(state: DriverState, stage: int | None = None) -> None:
+    """A stage works, or all do: the rows ended its workers."""
+    suspects = [suspect for suspect in state.fatal_suspects if stage in (None, suspect.dispatch.stage)]
+    state.fatal_suspects = [suspect for suspect in state.fatal_suspects if suspect not in suspects]
+    for suspect in suspects:
+        _quarantine_suspect(state, suspect)
+
+
+# ------------------------------------------------------------------- a worker: consecutive failures, load, death
+
+
+def count_success(state: DriverState, dispatch: Dispatch, has_done_a_row: bool) -> None:
+    """A dispatch is done: its stage's deaths count no more, and what failed on its worker was the rows' fault."""
+    state.deaths[dispatch.stage].clear()
+    if has_done_a_row and dispatch.stage not in state.worked_stages:
+        state.worked_stages.add(dispatch.stage)
+        _quarantine_fatal_suspects(state, dispatch.stage)
+    if dispatch.stage in state.worked_stages:
+        _quarantine_suspects_of(state, dispatch.worker)
+
+
+def count_failure(state: DriverState, dispatch: Dispatch, reason: str) -> None:
+    """Note that a worker failed; replace it if it fails at everything."""
+    record = state.records.setdefault(dispatch.worker, WorkerRecord())
+    rows = set(dispatch.rows)
+    if all(rows.isdisjoint(before) for before in record.consecutive_failures):
+        record.consecutive_failures.append(rows)
+    is_there = dispatch.worker in state.workers[dispatch.stage]
+    if len(record.consecutive_failures) >= MAX_CONSECUTIVE_FAILURES and is_there:
+        _stop_worker(state, dispatch.stage, dispatch.worker, reason)
+
+
+def load_failed(state: DriverState, dispatch: Dispatch, reason: str) -> None:
+    """A worker can't load weights that it first needs now. Another may, if any of the stage has worked; not time and again."""
+    spec = state.stages[dispatch.stage]
+    state.load_failures[dispatch.stage] += 1
+    too_often = state.load_failures[dispatch.stage] > MAX_DEATHS_PER_REPLICA * spec.replicas
+    if dispatch.stage not in state.worked_stages or too_often:
+        state.failed = f"stage {spec.name} can't start: {reason}"
+    try_again(state, dispatch, dispatch.attempts)
+    if not state.failed and dispatch.worker in state.workers[dispatch.stage]:
+        _stop_worker(state, dispatch.stage, dispatch.worker, reason)
+
+
+def worker_died(state: DriverState, event: Died) -> None:
+    """Replace a worker that is gone, and try again what it held, each dispatch alone."""
+    state.starting.discard((event.stage, event.worker))
+    name = state.stages[event.stage].name
+    if event.wrong:
+        state.failed = f"stage {name}: a worker is not what the plan says: {event.reason}"
+        return
+    if event.at_start and event.stage not in state.loaded_stages:
+        state.failed = f"stage {name} can't start: {event.reason}"
+        return
+    held = [state.in_flight.pop(id) for id in state.workers[event.stage].pop(event.worker, [])]
+    if event.with_node:
+        state.losses.update(row for dispatch in held for row in dispatch.rows)
+    rows = {row for dispatch in held for row in dispatch.rows}
+    _replace_worker(state, event.stage, event.worker, rows, event.reason, counts=not event.with_node)
+    for dispatch in held:
+        if event.with_node and max(state.losses[row] for row in dispatch.rows) <= MAX_LOSSES_PER_ROW:
+            try_again(state, dispatch, dispatch.attempts)
+            continue
+        # Of several it may have been any: each is tried again alone, whatever the stage's retries. And one row alone
+        # twice more, since workers die for other reasons, too.
+        least = 2 if len(dispatch.rows) == 1 else int(len(held) > 1)
+        dispatch_failed(state, dispatch, f"its worker died: {event.reason}", least)
+
+
+def _stop_worker(state: DriverState, stage: int, worker: int, reason: str) -> None:
+    """Replace a worker that lives. What it held is given out anew."""
+    state.worker_orders.append(StopWorker(stage, worker))
+    held = [state.in_flight.pop(id) for id in state.workers[stage].pop(worker)]
+    _replace_worker(state, stage, worker, set(), reason)
+    for dispatch in held:
+        try_again(state, dispatch, dispatch.attempts)
+
+
+def _replace_worker(
+    state: DriverState, stage: int, worker: int, rows: set[int], reason: str, counts: bool = True
+) -> None:
+    """Start another worker in the place of one that is gone, because of ``rows`` if of any. It tries the suspects of the first.
+
+    If it ``counts``, it is one of the deaths that end a job.
+    """
+    spec = state.stages[stage]
+    for suspect in state.records.pop(worker, WorkerRecord()).suspects:
+        try_again(state, suspect.dispatch, max(spec.retries, 1))
+    if counts and all(rows.isdisjoint(before) for before in state.deaths[stage]):
+        state.deaths[stage].append(rows)
+    if len(state.deaths[stage]) > MAX_DEATHS_PER_REPLICA * spec.replicas:
+        state.failed = f"stage {spec.name}: its workers fail one after another: {reason}"
+    state.start_worker(stage)
+
+
+# --------------------------------------------------------------------------------------------- a node and its data
+
+
+def data_lost(state: DriverState, dispatch: Dispatch, reason: str) -> None:
+    """The data of these rows is gone with a node: they begin again from the source."""
+    rows = list(dispatch.rows)
+    if dispatch.task == "commit":
+        shard = state.shards[dispatch.shard]
+        rows = [row for slice_ in shard.packed for row in slice_.rows]
+        shard.missing.update(rows)
+        shard.packed, shard.committing = [], False
+    for slice_ in dispatch.slices:
+        state.drop(slice_)
+    again = []
+    for row in rows:
+        state.losses[row] += 1
+        if state.losses[row] > MAX_LOSSES_PER_ROW:
+            quarantine(state, row, dispatch.stage, f"lost {MAX_LOSSES_PER_ROW} times with its node: {reason}")
+            continue
+        again.append(row)
+        for stage in range(1, dispatch.stage + 1) if state.fixed else ():
+            state.accounted[stage][state.chunk(stage, row)] -= 1
+    if again:
+        state.to_read.appendleft(again)

@@ -1,0 +1,129 @@
+"""The loop of a driver: decide, dispatch, collect, until every shard is committed. And how it is stopped, and shown."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Protocol
+
+from latentmill import progress
+from latentmill.driver.apply import apply
+from latentmill.driver.decide import decide
+from latentmill.driver.leases import Leases
+from latentmill.driver.messages import CheckDataset, Claim, DatasetChecked, Event, PoolOrder
+from latentmill.driver.state import DriverState, finished
+from latentmill.plan import Plan
+
+
+class RunError(RuntimeError):
+    """The job had to stop before its end; one line. The same command continues it."""
+
+
+class OutputError(RunError):
+    """It had to stop because its output can't be written: a full disk, a permission, a store that fails."""
+
+
+class Pool(Protocol):
+    """Where the work is done: Ray's actors, this process, or a simulation."""
+
+    def submit(self, order: PoolOrder) -> None: ...
+
+    def collect(self, timeout: float) -> list[Event]: ...
+
+    def release(self, block: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def drive(
+    state: DriverState,
+    pool: Pool,
+    show: Callable[[], None],
+    leases: Leases | None = None,
+    holds_ok: Callable[[], bool] = lambda: False,
+) -> None:
+    """The loop. Raises RunError if the state says that the job can't go on."""
+    while not finished(state):
+        turn(state, pool, leases, holds_ok)
+        show()
+        if state.failed:
+            raise (OutputError if state.output_failed else RunError)(state.failed)
+        if state.leased_by_others and not state.in_flight and not state.starting:
+            time.sleep(0.2)  # there is nothing to do but to wait for other drivers
+
+
+def turn(
+    state: DriverState, pool: Pool, leases: Leases | None = None, holds_ok: Callable[[], bool] = lambda: False
+) -> None:
+    """Decide, dispatch, collect, once. ``holds_ok`` says whether the dataset holds a row that is ok."""
+    while True:
+        answered = False
+        for order in decide(state):
+            if isinstance(order, Claim):
+                assert leases is not None
+                apply(state, leases.claim(order.shard))
+                answered = True
+            elif isinstance(order, CheckDataset):
+                apply(state, DatasetChecked(holds_ok()))
+                answered = True
+            else:
+                pool.submit(order)
+        if not answered:
+            break
+    for event in pool.collect(timeout=0.5):
+        apply(state, event)
+    if leases is not None:
+        leases.keep({*state.shards, *state.claimed})
+        if seen := leases.look(state.leased_by_others):
+            apply(state, seen)
+    for block in state.released:
+        pool.release(block)
+    state.released.clear()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM, which schedulers of clusters send before they take a machine away, stops as Ctrl-C does."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def view(state: DriverState, plan: Plan, seconds: float) -> progress.View:
+    """What a person is shown of a state."""
+    stages = [
+        progress.StageView(
+            name=spec.name,
+            done=state.finished_rows[at],
+            queued=state.rows_queued(at) if at else sum(map(len, state.to_read)),
+            workers=len(state.workers[at]),
+            busy=sum(1 for held in state.workers[at].values() if held),
+        )
+        for at, spec in enumerate(state.stages)
+    ]
+    before = len(state.done) * plan.rows_per_shard
+    if plan.shards - 1 in state.done:  # the last may be short
+        before -= plan.rows_per_shard - len(plan.shard_rows(plan.shards - 1))
+    return progress.View(
+        stages=stages,
+        planned=plan.rows,
+        finished=before + state.committed_ok + state.committed_failed,
+        failed=state.committed_failed,
+        seconds=seconds,
+        shards_done=len(state.done) + state.committed_shards,
+        shards=plan.shards,
+        leased_by_others=len(state.leased_by_others),
+    )

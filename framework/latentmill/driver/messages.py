@@ -1,0 +1,178 @@
+"""What the driver says to the workers, and what it hears: orders and events.
+
+A stage's output for one dispatch is a *block*: a list of tables, one for each shape of tensors. The driver never sees a block.
+It knows the row numbers in it. A *slice* is a run of rows of one table of a block, on its way into the next batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """What the driver must know of a stage."""
+
+    name: str
+    batch_size: int
+    replicas: int = 1
+    batches_per_worker: int = 2
+    """Batches that a worker is given at a time: it computes one, and the next is ready when it has."""
+    running_batches: int = 1
+    """Stack keys of which a worker may have ``batches_per_worker`` batches each. A stage that works continuously, on all rows of
+    one stack key together, takes more than 1."""
+    retries: int = 1
+    """How often a batch that failed is tried again as it is, before it is split to find the row."""
+
+
+@dataclass(frozen=True)
+class TableSlice:
+    """Rows ``start`` to ``stop`` of a table of a block."""
+
+    block: int
+    """The number of the dispatch that made the block."""
+    table: int
+    start: int
+    stop: int
+    rows: tuple[int, ...]
+    """The row numbers, one for each row."""
+
+    def sub(self, start: int, stop: int | None) -> TableSlice:
+        """Rows ``start`` to ``stop`` of this slice, counted from its own start."""
+        rows = self.rows[start:stop]
+        return TableSlice(self.block, self.table, self.start + start, self.start + start + len(rows), rows)
+
+
+# ------------------------------------------------------------------------------------------------------- orders
+
+
+@dataclass
+class Dispatch:
+    """An order to a worker: read rows, work on a batch of slices, or commit a shard."""
+
+    id: int
+    task: Literal["read", "batch", "commit"]
+    stage: int
+    worker: int
+    rows: Sequence[int]
+    slices: list[TableSlice] = field(default_factory=list)
+    shard: int = -1
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    attempts: int = 0
+    """How often these rows have failed together. Above 0, the worker is given nothing else meanwhile."""
+    stack_key: Any = None
+    """The key of the queue that the rows come from; None for what is tried again. Rows of one key can be stacked."""
+
+
+@dataclass(frozen=True)
+class StartWorker:
+    """An order to the pool: start a worker of a stage."""
+
+    stage: int
+    worker: int
+
+
+@dataclass(frozen=True)
+class StopWorker:
+    """An order to the pool: end a worker that fails at whatever it is given. What it held is given out anew."""
+
+    stage: int
+    worker: int
+
+
+@dataclass(frozen=True)
+class Claim:
+    """An order to whoever keeps the leases: try to get this shard for us."""
+
+    shard: int
+
+
+@dataclass(frozen=True)
+class CheckDataset:
+    """An order to whoever sees the dataset: say whether it holds a row that is ok."""
+
+
+PoolOrder: TypeAlias = "StartWorker | StopWorker | Dispatch"
+Order: TypeAlias = "PoolOrder | Claim | CheckDataset"
+
+# ------------------------------------------------------------------------------------------------------- events
+
+
+@dataclass(frozen=True)
+class Started:
+    """A worker is ready."""
+
+    stage: int
+    worker: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A dispatch is done."""
+
+    id: int
+    tables: Sequence[tuple[str, tuple[int, ...]]] = ()
+    """For each table of the block, its shape key and its row numbers."""
+    rejected: Sequence[tuple[int, str]] = ()
+    """Row numbers that end in the error table, with the reason."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A dispatch was not done."""
+
+    id: int
+    cause: Literal["raised", "lost", "unloaded", "contract"]
+    """Its stage raised; its input was lost with a node; its stage could not load weights that it first needed now; a plugin broke
+    the contract."""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Died:
+    """A worker is gone. All that it held is suspect, and is tried again on a worker of its own."""
+
+    stage: int
+    worker: int
+    reason: str = ""
+    at_start: bool = False
+    """It raised while it was being built or loaded. If no worker of its stage has ever been ready, none will be."""
+    with_node: bool = False
+    """Its node went, and all that was on it: no row is to blame."""
+    wrong: bool = False
+    """It is not what the plan says, and no other on its node would be. Ends the job: no row is to blame."""
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """What became of a claim: the shard is ours to do, another driver has taken it, or it is in the dataset already."""
+
+    shard: int
+    outcome: Literal["ours", "taken", "done"]
+
+
+@dataclass(frozen=True)
+class DatasetChecked:
+    """The answer to ``CheckDataset``: an ok row has been through every stage, in an earlier run or in another driver's."""
+
+    holds_ok: bool
+
+
+@dataclass(frozen=True)
+class LeasesSeen:
+    """Of the shards that others had leased: those that are in the dataset now, and those that nobody works on any more."""
+
+    done: frozenset[int]
+    free: frozenset[int]
+
+
+@dataclass(frozen=True)
+class TakenOut:
+    """Shards that were done are in the dataset no more: somebody wants them done again."""
+
+    shards: frozenset[int]
+
+
+Event: TypeAlias = "Started | Finished | Failed | Died | Claimed | LeasesSeen | DatasetChecked | TakenOut"

@@ -1,0 +1,242 @@
+"""Nodes, workers and blocks that are made up, under one driver."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tests.simulation.settings import NAMES, Gone, Row, Wrong, value
+
+from latentmill.driver.limits import MAX_QUARANTINED_ON_TRUST
+from latentmill.driver.messages import (
+    Died,
+    Dispatch,
+    Event,
+    Failed,
+    Finished,
+    PoolOrder,
+    Started,
+    StartWorker,
+    StopWorker,
+)
+from latentmill.stages import write
+
+if TYPE_CHECKING:
+    from tests.simulation.world import Driver, World
+
+
+@dataclass(eq=False)
+class Actor:
+    """A worker on a node, and what it has been given."""
+
+    stage: int
+    id: int
+    node: int
+    orders: list[Dispatch] = field(default_factory=list)
+    busy: bool = False
+
+
+class Pool:
+    """Nodes, workers and blocks of one driver's life."""
+
+    def __init__(self, world: World, driver: Driver) -> None:
+        self.world, self.driver = world, driver
+        self.inbox: list[Event] = []
+        self.nodes = list(range(world.settings.nodes))
+        self.next_node = len(self.nodes)
+        self.actors: dict[tuple[int, int], Actor] = {}
+        self.homeless: list[StartWorker] = []
+        self.blocks: dict[int, tuple[int, list[list[Row]]]] = {}
+        """Node and parts of each block that is held."""
+        self.lost: set[int] = set()
+
+    def submit(self, order: PoolOrder) -> None:
+        if isinstance(order, StopWorker):
+            self.actors.pop((order.stage, order.worker), None)
+        elif isinstance(order, StartWorker):
+            self._house(order)
+        else:
+            for slice_ in order.slices:
+                if slice_.block not in self.blocks and slice_.block not in self.lost:
+                    raise Wrong(f"block {slice_.block} is wanted, and was released")
+            actor = self.actors.get((order.stage, order.worker))
+            if actor is not None:  # else it has died, and the driver is about to hear
+                actor.orders.append(order)
+                self._work(actor)
+
+    def collect(self, timeout: float) -> list[Event]:
+        events, self.inbox = self.inbox, []
+        return events
+
+    def release(self, block: int) -> None:
+        if block not in self.blocks and block not in self.lost:
+            raise Wrong(f"block {block} is released twice")
+        self.blocks.pop(block, None)
+        self.lost.discard(block)
+
+    def close(self) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """All workers end."""
+        self.actors.clear()
+        self.homeless.clear()
+
+    def _house(self, start: StartWorker) -> None:
+        if not self.nodes:
+            self.homeless.append(start)
+            return
+        actor = Actor(start.stage, start.worker, self.world.dice.choice(self.nodes))
+
+        def ready() -> None:
+            if actor.node not in self.nodes:  # the node went before it was there
+                self._house(start)
+                return
+            self.actors[start.stage, start.worker] = actor
+            self.inbox.append(Started(start.stage, start.worker))
+
+        self.driver._while_alive(self.world.dice.uniform(0.5, 5), ready)
+
+    def _work(self, actor: Actor) -> None:
+        if actor.busy or not actor.orders:
+            return
+        world, order = self.world, actor.orders[0]
+        actor.busy = True
+        rows, settings = set(order.rows), world.settings
+        worst = order.stage == 2 and order.task == "batch"
+        if world.trouble("node"):
+            self._node_dies(actor.node)
+            return
+        if world.trouble("hang") or (worst and rows & settings.hanging):
+            self._while_there(actor, 60, lambda: self._die(actor, "it finished nothing for 60 s"))
+            return
+        seconds = world.dice.expovariate(1 / (0.2 + 0.1 * len(rows)))
+        wrecked = order.stage == self.driver.wreck and order.task != "commit"
+        if world.trouble("late"):
+            seconds += world.dice.uniform(0, 200)
+        if world.trouble("die") or (worst and rows & settings.killing) or (wrecked and self.driver.how == "dies"):
+            self._while_there(actor, seconds * world.dice.random(), lambda: self._die(actor, "killed"))
+        else:
+            self._while_there(actor, seconds, lambda: self._done(actor, order))
+
+    def _done(self, actor: Actor, order: Dispatch) -> None:
+        """A worker has come to the end of an order."""
+        world, settings = self.world, self.world.settings
+        answer: Event
+        if any(slice_.block in self.lost for slice_ in order.slices):
+            answer = Failed(order.id, "lost", "its node is gone")
+        elif order.stage == self.driver.wreck and order.task != "commit":
+            how: Any = self.driver.how
+            answer = Failed(order.id, how, "nothing works here")
+        elif world.trouble("raise") or (order.stage == 2 and set(order.rows) & settings.raising):
+            answer = Failed(order.id, "raised", "boom")
+        elif order.task == "commit":
+            try:
+                self._commit(order)
+            except Gone:  # it did, or didn't; nobody was told
+                self._die(actor, "killed while it committed")
+                return
+            except (OSError, RuntimeError) as error:
+                answer = Failed(order.id, "raised", str(error))
+            else:
+                answer = Finished(order.id)
+        else:
+            answer = self._made(actor, order)
+        actor.orders.remove(order)
+        actor.busy = False
+        self.inbox.append(answer)
+        self._work(actor)
+
+    def _made(self, actor: Actor, order: Dispatch) -> Finished:
+        settings = self.world.settings
+        given = [(row, value(row, -1)) for row in order.rows] if order.task == "read" else self._gather(order)
+        if [row for row, _ in given] != list(order.rows):
+            raise Wrong(f"{NAMES[order.stage]} was promised rows {order.rows}, and has {given}")
+        rejected = [row for row, _ in given if order.stage == 1 and row in settings.rejected]
+        parts: list[list[Row]] = [[] for _ in range(settings.shapes)]
+        for row, made in given:
+            if made != value(row, order.stage - 1):
+                raise Wrong(f"row {row} comes to {NAMES[order.stage]} as {made}")
+            if row not in rejected:
+                parts[row % settings.shapes].append((row, value(row, order.stage)))
+        self.blocks[order.id] = actor.node, parts
+        told = [(f"shape {k}", tuple(row for row, _ in part)) for k, part in enumerate(parts)]
+        return Finished(order.id, told, [(row, "unfit") for row in rejected])
+
+    def _gather(self, order: Dispatch) -> list[Row]:
+        return [row for p in order.slices for row in self.blocks[p.block][1][p.table][p.start : p.stop]]
+
+    def _commit(self, order: Dispatch) -> None:
+        """What ``Write.commit`` does, with a worker that may end before or after, and a disk that may lie."""
+        world, name = self.world, f"data/{order.shard:05d}"
+        rows, errors = sorted(self._gather(order)), sorted(error["row"] for error in order.errors)
+        self._check_blame(order)
+        content = json.dumps({"rows": rows, "errors": errors}).encode()
+
+        def store(temporary: str) -> None:
+            world.store.temporary[temporary] = content[:-9] if world.trouble("torn") else content
+
+        def check(temporary: str) -> None:
+            if world.store.temporary[temporary] != content:
+                raise RuntimeError("the file just written has not the rows that were written")
+
+        if world.trouble("dies before"):
+            if world.trouble("zombie"):  # what it had asked of the store is done later
+
+                def late() -> None:
+                    if name not in world.store.files:
+                        world.store.publish(name, content)
+
+                world.later(world.dice.uniform(0, 100), late)
+            raise Gone
+        write.publish(world.store, name, store, check)
+        if world.trouble("dies after"):
+            raise Gone
+
+    def _check_blame(self, order: Dispatch) -> None:
+        """No row is blamed for a stage that can do nothing, but for a few where the dataset shows that it could before."""
+        world, wreck = self.world, self.driver.wreck
+        if wreck is None:
+            return
+        blamed = {
+            error["row"] for error in order.errors if error["stage"] == NAMES[wreck] and error["reason"] != "unfit"
+        }
+        if blamed - world.blamed and not world.holds_ok():
+            raise Wrong(f"rows {sorted(blamed)} are blamed for a stage that never worked")
+        world.blamed |= blamed
+        self.driver.blamed_rows |= blamed
+        if len(self.driver.blamed_rows) > MAX_QUARANTINED_ON_TRUST:
+            raise Wrong(f"rows {sorted(self.driver.blamed_rows)} are blamed for a stage at which nothing can be done")
+
+    def _die(self, actor: Actor, why: str, with_node: bool = False) -> None:
+        if self.actors.pop((actor.stage, actor.id), None):
+            self.world.say(f"driver {self.driver.number}: a worker of {NAMES[actor.stage]} dies: {why}")
+            self.inbox.append(Died(actor.stage, actor.id, why, with_node=with_node))
+
+    def _node_dies(self, node: int) -> None:
+        self.world.say(f"driver {self.driver.number}: node {node} dies")
+        self.nodes.remove(node)
+        for actor in [actor for actor in self.actors.values() if actor.node == node]:
+            self._die(actor, "its node is gone", with_node=True)
+        gone = {block for block, (where, _) in self.blocks.items() if where == node}
+        self.lost |= gone
+        for block in gone:
+            del self.blocks[block]
+        if not self.nodes or self.world.dice.random() < 0.7:  # or none comes in its place
+            self.driver._while_alive(self.world.dice.uniform(0, 60), self._node_comes)
+
+    def _node_comes(self) -> None:
+        self.nodes.append(self.next_node)
+        self.next_node += 1
+        waiting, self.homeless = self.homeless, []
+        for start in waiting:
+            self._house(start)
+
+    def _while_there(self, actor: Actor, seconds: float, event: Callable[[], None]) -> None:
+        def happen() -> None:
+            if self.actors.get((actor.stage, actor.id)) is actor:
+                event()
+
+        self.world.later(seconds, happen)

@@ -1,0 +1,99 @@
+"""What a seed draws: a job, and how bad its world is."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from latentmill.driver.messages import StageSpec
+
+NAMES = ("read", "encode", "denoise", "decode", "write")
+TROUBLED = 120.0
+"""Virtual seconds until troubles end."""
+LONGEST = 20_000.0
+"""Virtual seconds after which a world that isn't finished never will be."""
+
+Row: TypeAlias = tuple[int, int]
+"""A row's number, and what has been made of it."""
+
+
+class Wrong(AssertionError):
+    """Something happened that must not."""
+
+
+class Gone(Exception):
+    """A process ended here."""
+
+
+@dataclass
+class Settings:
+    """What a seed draws: a job, and how bad its world is."""
+
+    rows: int
+    rows_per_shard: int
+    stages: tuple[StageSpec, ...]
+    fixed: bool
+    shapes: int
+    drivers: int
+    nodes: int
+    rejected: set[int]
+    """Rows that a stage rejects."""
+    raising: set[int]
+    killing: set[int]
+    hanging: set[int]
+    """Rows on which a stage raises, dies, or hangs, each time: for good."""
+    rates: dict[str, float]
+    """Chance of a trouble for each dispatch, commit, or use of the store."""
+
+    @property
+    def bad(self) -> set[int]:
+        """Rows that can't be done."""
+        return self.rejected | self.raising | self.killing | self.hanging
+
+    @classmethod
+    def draw(cls, dice: random.Random) -> Settings:
+        """Draw them."""
+        fixed, rows = dice.random() < 0.4, dice.randint(1, 70)
+        running = 1 if fixed else dice.choice((1, 1, 3))
+        stages = [
+            StageSpec(
+                name,
+                batch_size=dice.randint(1, 9),
+                replicas=dice.randint(1, 3),
+                batches_per_worker=dice.choice((1, 2, 2)),
+                running_batches=running if name == "denoise" else 1,
+                retries=dice.choice((0, 1, 1, 2)),
+            )
+            for name in NAMES
+        ]
+        often = ("torn", "dies before", "dies after", "zombie", "misheard")
+        seldom = ("raise", "die", "hang", "node", "late", "store", "driver", "pause")
+        wrecked = dice.choice((0.0, 0.0, 0.3, 0.6))
+        bad = dice.sample(range(rows), min(rows, dice.choice((0, 0, 1, 3))))
+        kinds_of_bad: list[set[int]] = [set(), set(), set(), set()]
+        for row in bad:
+            dice.choice(kinds_of_bad).add(row)
+        return cls(
+            rows,
+            dice.randint(1, 25),
+            tuple(stages),
+            fixed,
+            shapes=dice.choice((1, 1, 2, 4)),
+            drivers=dice.choice((1, 1, 2, 3)),
+            nodes=dice.randint(1, 3),
+            rejected=kinds_of_bad[0],
+            raising=kinds_of_bad[1],
+            killing=kinds_of_bad[2],
+            hanging=kinds_of_bad[3],
+            rates={
+                **{name: dice.choice((0.0, 0.0, 0.01, 0.04)) for name in seldom},
+                **{name: dice.choice((0.0, 0.1, 0.3)) for name in often},
+                "wrecked": wrecked,
+            },
+        )
+
+
+def value(row: int, stage: int) -> int:
+    """What a row is behind a stage: it depends on the row, and on nothing else."""
+    return row * 1_000_003 + stage

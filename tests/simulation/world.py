@@ -1,0 +1,188 @@
+"""A clock, a store, and the drivers."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+
+from tests.simulation.check import check
+from tests.simulation.pool import Pool
+from tests.simulation.settings import LONGEST, NAMES, TROUBLED, Settings, Wrong
+from tests.simulation.store import Store
+
+from latentmill.dataset import done_shards
+from latentmill.driver.leases import BEAT_EVERY, Leases
+from latentmill.driver.loop import turn
+from latentmill.driver.state import DriverState, finished
+
+
+class World:
+    """A clock, a store, and the drivers. What happens next is always the earliest event."""
+
+    def __init__(self, seed: int, told: Callable[[str], None] = lambda line: None) -> None:
+        self.dice = random.Random(seed)
+        self.settings, self.told = Settings.draw(self.dice), told
+        self.now = 0.0
+        self.events: list[tuple[float, int, Callable[[], None]]] = []
+        self.order = 0
+        self.blamed: set[int] = set()
+        """Rows that failed in a stage at which nothing could be done."""
+        self.store = Store(self)
+        self.drivers = [Driver(self, number) for number in range(self.settings.drivers)]
+
+    def run(self) -> None:
+        """Until all is finished. Raises Wrong."""
+        for driver in self.drivers:
+            self.later(self.dice.uniform(0, 20), driver.start)
+        while self.events:
+            self.now, _, event = heapq.heappop(self.events)
+            event()
+            if self.now > LONGEST:
+                raise Wrong(f"not finished after {LONGEST:g} s: {[driver.place() for driver in self.drivers]}")
+        self.check_end()
+
+    def later(self, seconds: float, event: Callable[[], None]) -> None:
+        """Let something happen in so many seconds."""
+        self.order += 1
+        heapq.heappush(self.events, (self.now + seconds, self.order, event))
+
+    def trouble(self, name: str) -> bool:
+        """Whether it happens now."""
+        rate = self.settings.rates[name]
+        return rate > 0 and self.now < TROUBLED and self.dice.random() < rate
+
+    def say(self, line: str) -> None:
+        """For whoever looks at one seed."""
+        self.told(f"{self.now:9.2f}  {line}")
+
+    def check_end(self) -> None:
+        """Every row is in the dataset, or in its errors, and those that can't be done are in the errors."""
+        settings, places = self.settings, Counter[int]()
+        failed = set()
+        for name in self.store.names("data"):
+            content = json.loads(self.store.files[f"data/{name}"])
+            places.update(row for row, _ in content["rows"])
+            places.update(content["errors"])
+            failed.update(content["errors"])
+        planned = set(range(settings.rows))
+        if self.hopeless():
+            planned &= places.keys()
+        if wrong := {row for row in planned if places[row] != 1} | (places.keys() - planned):
+            raise Wrong(f"rows {sorted(wrong)} are not in the dataset once: {[places[row] for row in sorted(wrong)]}")
+        bad = settings.bad
+        if bad & planned - failed:
+            raise Wrong(f"rows {sorted(bad & planned - failed)} can't be done, and are in the dataset")
+        chance = any(settings.rates[name] for name in ("raise", "die", "hang"))
+        if failed - bad - self.blamed and not chance:
+            raise Wrong(f"rows {sorted(failed - bad)} are in the errors, and nothing is wrong with them")
+
+    def hopeless(self) -> bool:
+        """Whether there is no row to show that it is not a stage's fault: none is ok, and none of those that are left will be."""
+        done, size = done_shards(self.store, ""), self.settings.rows_per_shard
+        left = {row for row in range(self.settings.rows) if row // size not in done}
+        return bool(left) and left <= self.settings.bad and not self.holds_ok()
+
+    def holds_ok(self) -> bool:
+        """Whether the dataset holds a row that is ok."""
+        return any(json.loads(file)["rows"] for name, file in self.store.files.items() if name.startswith("data/"))
+
+
+class Driver:
+    """A process that runs the job, killed or stopped at times and begun again, with nodes of its own."""
+
+    def __init__(self, world: World, number: int) -> None:
+        self.world, self.number = world, number
+        self.lives = 0
+        self.awake_at = 0.0
+        self.finished = False
+        self.state: DriverState | None = None
+
+    def place(self) -> str:
+        """Where it stands, for a message."""
+        return f"driver {self.number}: {'finished' if self.finished else (self.state and self.state.failed) or 'under way'}"
+
+    def start(self) -> None:
+        """Begin, or go on after a death: all that it knows is what is in the store."""
+        world, settings = self.world, self.world.settings
+        self.lives += 1
+        world.say(f"driver {self.number} begins, with {len(world.store.names('data'))} shards done")
+        self.wreck = world.dice.randrange(len(NAMES)) if world.trouble("wrecked") else None
+        """The stage at which nothing can be done in this life."""
+        self.how = world.dice.choice(("raised", "raised", "unloaded", "contract", "dies"))
+        self.blamed_rows: set[int] = set()
+        if self.wreck is not None:
+            world.say(f"driver {self.number}: {NAMES[self.wreck]} can do nothing: {self.how}")
+        self.pool = Pool(world, self)
+        self.leases = Leases(
+            world.store,
+            "data/{:05d}".format,
+            f"machine-{self.number}/{self.lives}/{self.number}.{self.lives}",
+            lambda: world.now,
+        )
+        self.state = DriverState(
+            settings.stages,
+            settings.rows,
+            settings.rows_per_shard,
+            done_shards(world.store, ""),
+            shared=True,
+            fixed=settings.fixed,
+        )
+        self._while_alive(0, self.turn)
+        self._while_alive(0, self.beat)
+
+    def end(self, why: str) -> None:
+        """The process is gone, and all its workers; what it had asked of the store may still be done."""
+        self.world.say(f"driver {self.number} ends: {why}")
+        self.lives += 1
+        self.pool.end()
+        self.world.later(self.world.dice.uniform(1, 100), self.start)
+
+    def beat(self) -> None:
+        """The heart of its leases."""
+        with suppress(OSError):
+            self.leases.beat()
+        self._while_alive(BEAT_EVERY, self.beat)
+
+    def turn(self) -> None:
+        """One turn of the loop."""
+        world, state = self.world, self.state
+        assert state is not None
+        if world.trouble("pause"):
+            self.awake_at = world.now + world.dice.uniform(0, 300)
+            world.say(f"driver {self.number} is stopped until {self.awake_at:.0f}")
+        if world.now < self.awake_at:
+            self._while_alive(self.awake_at - world.now, self.turn)
+            return
+        if world.trouble("driver"):
+            self.end("killed")
+            return
+        try:
+            turn(state, self.pool, self.leases, world.holds_ok)
+        except OSError as error:
+            self.end(str(error))
+            return
+        check(state)
+        if state.failed and world.now > TROUBLED and world.hopeless():
+            self.finished = True
+            self.lives += 1
+            self.pool.end()
+            world.say(f"driver {self.number} gives up: {state.failed}")
+        elif state.failed:
+            self.end(state.failed)
+        elif finished(state):
+            self.finished = True
+            self.lives += 1
+            self.pool.end()
+            world.say(f"driver {self.number} has finished")
+        else:
+            self._while_alive(0.5 if self.pool.inbox or not state.leased_by_others else BEAT_EVERY / 4, self.turn)
+
+    def _while_alive(self, seconds: float, event: Callable[[], None]) -> None:
+        """Let something happen later, unless the process has another life by then."""
+        life = self.lives
+        pause = max(0.0, self.awake_at - self.world.now)  # a stopped process does nothing, heart included
+        self.world.later(max(seconds, pause), lambda: event() if self.lives == life else None)
