@@ -297,15 +297,15 @@ def test_every_grid_descends_for_any_number_of_steps(grid, schedule, steps):
 @pytest.mark.parametrize(
     ("grid", "said"),
     [
-        ("karass", r"no grid 'karass' \(did you mean 'karras'\?\); there are trailing"),
+        ("karass", r"no grid 'karass' \(did you mean 'karras'\?\); there are align_your_steps, beta"),
         ({"name": "karras", "roh": 7}, r"no setting 'roh' \(did you mean 'rho'\?\)"),
-        ({"name": "karras", "rho": "x"}, "rho must be a number"),
+        ({"name": "karras", "rho": "x"}, "rho must be float"),
         ({"rho": 7}, "there is no grid 'None'"),
     ],
 )
 def test_a_wrong_grid_is_refused(grid, said):
     with pytest.raises(ValueError, match=said):
-        grids.resolve(grid)
+        grids.choose(grid)
 
 
 def test_karras_sigmas_must_be_in_order():

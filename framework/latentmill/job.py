@@ -588,7 +588,7 @@ def _wrong(job: Job) -> Iterator[str]:
         if not isinstance(grid, (str, Mapping)):
             yield f"scheduler.grid must be a name, or a name with settings, not {grid!r}"
         try:
-            grids.resolve(grid)
+            grids.choose(grid)
         except ValueError as error:
             yield f"scheduler.grid: {error}"
 

@@ -248,11 +248,12 @@ def plan(job: Job, built: Parts) -> Plan:
     plugins |= stages
     built.stages = [*stages.values()]
     config = job.meaning()
+    of_grid = grids.libraries(job.scheduler.get("grid", "trailing")) if job.scheduler and built.scheduler else set()
     return Plan(
         name=job.name,
         config=config,
         plugins={kind: identity(job, kind, plugin) for kind, plugin in plugins.items()},
-        libraries=versions({name for plugin in plugins.values() for name in (*LIBRARIES, *plugin.libraries)}),
+        libraries=versions({*LIBRARIES, *of_grid, *(name for plugin in plugins.values() for name in plugin.libraries)}),
         fingerprinted=_fingerprinted(config, plugins),
         fragments=fragments,
         samples_per_row=job.samples_per_row,

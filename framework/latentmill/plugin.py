@@ -35,6 +35,7 @@ __all__ = [
     "Denoiser",
     "Field",
     "Fragment",
+    "Grid",
     "LatentSpec",
     "NoiseSchedule",
     "Plugin",
@@ -132,22 +133,53 @@ class Plugin:
 
 
 class NoiseSchedule(ABC):
-    """``alpha(t)`` and ``sigma(t)``: how much of the clean latent and how much noise is in a latent at time t."""
+    """``alpha(t)`` and ``sigma(t)``: how much of the clean latent and how much noise is in a latent at time t.
+
+    No plugin kind: a denoiser brings its own, as an object. Tensors are float64 on the CPU and are the caller's.
+    """
+
+    timesteps: int | None = None
+    """Of a discrete one, how many timesteps the network was trained at: times ``1 / timesteps``, ... 1, to which grids round,
+    and as many steps at most. None: any time is as good."""
+
+    shiftable: bool = False
+    """Whether a grid's ``shift`` may move times towards noise, as in flow models. Betas have their shift in themselves."""
+
+    sigma_is_time: bool = False
+    """What grids over sigmas (karras, say) mean by sigma: the time itself, as in flow models, and not ``sigma / alpha``."""
+
+    strength_rounds_up: bool = False
+    """Whether ``steps * strength`` is rounded up to whole steps: up in diffusers' pipelines of flow models, down in all others."""
 
     @abstractmethod
     def scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """``(alpha, sigma)`` at times ``t``: float64 in [0, 1], any shape; both results have that shape.
+        """``(alpha, sigma)`` at times ``t``: float64 in [0, 1], any shape; both results are new, float64, of that shape.
 
         ``sigma`` is 0 at t = 0 and grows with t; ``alpha`` may reach 0 at t = 1.
         """
 
     @abstractmethod
     def time(self, ratio: Tensor) -> Tensor:
-        """The time at which ``sigma / alpha`` equals ``ratio`` (0 to infinity): the inverse that a grid over sigmas asks for."""
+        """The time, float64, at which ``sigma / alpha`` equals ``ratio`` (0 to infinity): the inverse that a grid over sigmas asks for."""
 
     def timestep(self, t: Tensor) -> Tensor:
-        """What a network trained on 1000 discrete steps is told of time ``t``."""
-        return 1000.0 * t
+        """What a network trained on discrete steps is told of times ``t[B]``: 0 to ``timesteps - 1``; 1000 t where there are none."""
+        return 1000.0 * t if self.timesteps is None else self.timesteps * t - 1.0
+
+
+class Grid(Plugin, ABC):
+    """At which times a row is computed: a job's ``scheduler.grid``, by name or as ``{name: ..., setting: ...}``.
+
+    Its settings are the constructor's. ``end`` and ``shift`` are settings of every grid, and the framework's. A grid is its
+    settings: no ``fingerprint`` and no ``load`` is asked of it. Another version of its distribution is another dataset.
+    """
+
+    @abstractmethod
+    def times(self, noise_schedule: NoiseSchedule, steps: int) -> Tensor:
+        """The time at which each step begins, float64 on the CPU, ``[steps]``, descending from 1 at most. The last step leads to 0.
+
+        Raises ValueError, saying why, if it can't be made on this noise schedule or of so many steps.
+        """
 
 
 class Field(ABC):

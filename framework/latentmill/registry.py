@@ -21,6 +21,7 @@ from latentmill.plugin import (
     CONTRACT,
     VAE,
     Denoiser,
+    Grid,
     Plugin,
     Scheduler,
     Sink,
@@ -31,6 +32,7 @@ from latentmill.plugin import (
 
 KINDS: dict[str, type[Plugin]] = {
     "scheduler": Scheduler,
+    "grid": Grid,
     "vae": VAE,
     "denoiser": Denoiser,
     "text_encoder": TextEncoder,

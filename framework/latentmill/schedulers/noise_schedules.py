@@ -9,7 +9,7 @@ from latentmill.plugin import NoiseSchedule
 
 
 class VariancePreserving(NoiseSchedule):
-    """Variance preserving: ``alpha² + sigma² = 1``, from the betas of a discrete training schedule.
+    """Variance preserving (VP), DDPM's: ``alpha² + sigma² = 1``, from the betas of a discrete training schedule.
 
     ``alpha(t)²`` is alpha bar of Ho et al. 2020 (arXiv:2006.11239, eq. 4). Timestep k of ``steps`` is at time
     ``t = (k + 1) / steps``, and t = 0 is clean; in between, log alpha bar is linear. ``betas``, by diffusers' names:
@@ -17,6 +17,8 @@ class VariancePreserving(NoiseSchedule):
     ``squaredcos_cap_v2`` (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 17), ``sigmoid`` (GeoDiff).
     ``zero_terminal_snr`` shifts alpha so that it ends at 0 (Lin et al. 2024, arXiv:2305.08891, algorithm 1).
     """
+
+    timesteps: int
 
     def __init__(
         self,
@@ -37,7 +39,7 @@ class VariancePreserving(NoiseSchedule):
             each = torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid() * (beta_end - beta_start) + beta_start
         else:
             raise ValueError(f"betas must be scaled_linear, linear, squaredcos_cap_v2 or sigmoid, not {betas!r}")
-        self.steps = steps
+        self.timesteps = steps
         log_alpha_bar = torch.log1p(-each).cumsum(0)
         if zero_terminal_snr:
             alpha = (0.5 * log_alpha_bar).exp()
@@ -46,8 +48,8 @@ class VariancePreserving(NoiseSchedule):
         """At times 0, 1 / steps, ... 1; the last is -inf with ``zero_terminal_snr``."""
 
     def scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        place = t.double().cpu().clamp(0.0, 1.0) * self.steps
-        below = place.floor().long().clamp(max=self.steps - 1)
+        place = t.double().cpu().clamp(0.0, 1.0) * self.timesteps
+        below = place.floor().long().clamp(max=self.timesteps - 1)
         low, high = self.log_alpha_bar[below], self.log_alpha_bar[below + 1]
         share = place - below
         # Where the last knot is -inf, alpha itself is linear: to 0 at t = 1.
@@ -59,18 +61,14 @@ class VariancePreserving(NoiseSchedule):
     def time(self, ratio: Tensor) -> Tensor:
         wanted = torch.log1p(ratio.double().square())  # -log alpha bar
         knots = -self.log_alpha_bar
-        above = torch.searchsorted(knots, wanted.contiguous()).clamp(1, self.steps)
+        above = torch.searchsorted(knots, wanted.contiguous()).clamp(1, self.timesteps)
         low, high = knots[above - 1], knots[above]
         share = torch.where(high.isinf(), -torch.expm1((low - wanted) / 2), (wanted - low) / (high - low))
-        return ((above - 1 + share) / self.steps).clamp(0.0, 1.0)
-
-    def timestep(self, t: Tensor) -> Tensor:
-        """The discrete step k, 0 to ``steps - 1``."""
-        return self.steps * t - 1.0
+        return ((above - 1 + share) / self.timesteps).clamp(0.0, 1.0)
 
 
 class VarianceExploding(NoiseSchedule):
-    """Variance exploding: ``alpha = 1``, ``sigma = sigma_max * t^7`` (Karras et al. 2022, arXiv:2206.00364).
+    """Variance exploding (VE), EDM's: ``alpha = 1``, ``sigma = sigma_max * t^7`` (Karras et al. 2022, arXiv:2206.00364).
 
     With rho = 7, equal steps of t are their grid. The networks are told ``log(sigma) / 4``, eq. 7 and table 1.
     """
@@ -91,7 +89,14 @@ class VarianceExploding(NoiseSchedule):
 
 
 class RectifiedFlow(NoiseSchedule):
-    """Rectified flow, a straight line: ``alpha = 1 - t``, ``sigma = t`` (Liu et al. 2022, arXiv:2209.03003)."""
+    """Rectified flow, a straight line: ``alpha = 1 - t``, ``sigma = t`` (Liu et al. 2022, arXiv:2209.03003).
+
+    Flow matching, as SD3, Flux, Qwen-Image and most of what came after were trained. Grids may shift its times.
+    """
+
+    shiftable = True
+    sigma_is_time = True
+    strength_rounds_up = True
 
     def scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = t.double()
@@ -100,3 +105,8 @@ class RectifiedFlow(NoiseSchedule):
     def time(self, ratio: Tensor) -> Tensor:
         ratio = ratio.double()
         return torch.where(ratio.isinf(), 1.0, ratio / (1.0 + ratio))
+
+
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """Times moved towards noise: ``shift * t / (1 + (shift - 1) * t)`` (Esser et al. 2024, arXiv:2403.03206, eq. 23)."""
+    return shift * t / (1 + (shift - 1) * t)

@@ -128,7 +128,8 @@ class Denoise(Stage):
         first_noise: str = "latentmill",
         until: float = 0.0,
     ) -> None:
-        self.denoiser, self.scheduler, self.grid, self.batch_size = denoiser, scheduler, grid, batch_size
+        self.denoiser, self.scheduler, self.batch_size = denoiser, scheduler, batch_size
+        self.grid = grids.choose(grid)
         self.fixed, self.until = fixed, until
         self.first_noise = noise.start_of_diffusers if first_noise == "diffusers" else noise.start
         self.device = torch.device("cpu")

@@ -142,14 +142,14 @@ class ModelBetas(VariancePreserving):
     """
 
     def __init__(self, bars: Tensor, logarithmic: bool = False, told: str = "") -> None:
-        self.steps, self.logarithmic, self.told = len(bars), logarithmic, told
+        self.timesteps, self.logarithmic, self.told = len(bars), logarithmic, told
         bars = torch.cat([torch.ones(1, dtype=torch.float64), bars.double().cpu()])
         self.ratios = ((1 - bars) / bars).sqrt()
         """Sigma / alpha at times 0, 1 / N, ... 1; the last may be infinite."""
 
     def scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        place = t.double().cpu().clamp(0.0, 1.0) * self.steps
-        below = place.floor().long().clamp(max=self.steps - 1)
+        place = t.double().cpu().clamp(0.0, 1.0) * self.timesteps
+        below = place.floor().long().clamp(max=self.timesteps - 1)
         low, high, share = self.ratios[below], self.ratios[below + 1], place - below
         ratio = torch.lerp(low, high, share)
         if self.logarithmic:  # but from 0
@@ -161,13 +161,13 @@ class ModelBetas(VariancePreserving):
 
     def time(self, ratio: Tensor) -> Tensor:
         wanted = ratio.double()
-        above = torch.searchsorted(self.ratios, wanted.contiguous()).clamp(1, self.steps)
+        above = torch.searchsorted(self.ratios, wanted.contiguous()).clamp(1, self.timesteps)
         low, high = self.ratios[above - 1], self.ratios[above]
         share = (wanted - low) / (high - low)
         if self.logarithmic:
             share = torch.where(above > 1, (wanted / low).log() / (high / low).log(), share)
         last = 1 - torch.sqrt((1 + low**2) / (1 + wanted**2))
-        return ((above - 1 + torch.where(high.isinf(), last, share)) / self.steps).clamp(0.0, 1.0)
+        return ((above - 1 + torch.where(high.isinf(), last, share)) / self.timesteps).clamp(0.0, 1.0)
 
     def timestep(self, t: Tensor) -> Tensor:
         if self.told == "continuous":
@@ -180,11 +180,11 @@ class ModelBetas(VariancePreserving):
 class ModelFlow(RectifiedFlow):
     """The flow path, told as so many timesteps: as they are, or those that are ``whole``, rounded down."""
 
-    def __init__(self, steps: int, whole: bool) -> None:
-        self.steps, self.whole = steps, whole
+    def __init__(self, count: int, whole: bool) -> None:
+        self.count, self.whole = count, whole
 
     def timestep(self, t: Tensor) -> Tensor:
-        timestep = self.steps * t
+        timestep = self.count * t
         return (timestep + NEAR).floor() if self.whole else timestep
 
 
@@ -243,18 +243,17 @@ def times_of(scheduler: Any, schedule: NoiseSchedule, steps: int, told: Mapping[
     """The times of ``set_timesteps``, float64, of those of one moment the first: its sigmas where it has such, its timesteps elsewhere."""
     set_timesteps(scheduler, steps, told)
     sigmas = getattr(scheduler, "sigmas", None)
-    if isinstance(schedule, RectifiedFlow):
+    if schedule.timesteps is None:
         # A single step stretched to end at shift_terminal is 0/0.
         return sigmas.double().nan_to_num(nan=1.0).unique_consecutive().clamp(max=1.0)
-    assert isinstance(schedule, VariancePreserving)
     if sigmas is not None:
         times = schedule.time(sigmas.double())
     else:
         # The second of PNDM's timesteps stands there twice.
         at = torch.as_tensor(scheduler.timesteps).double()
         clean = float(getattr(scheduler, "final_alpha_cumprod", 1.0)) == 1.0
-        times = torch.cat([(at + 1) / schedule.steps, torch.tensor([0.0 if clean else 1 / schedule.steps])])
-    whole = (times * schedule.steps).round()
+        times = torch.cat([(at + 1) / schedule.timesteps, torch.tensor([0.0 if clean else 1 / schedule.timesteps])])
+    whole = (times * schedule.timesteps).round()
     return torch.where(
-        (times * schedule.steps - whole).abs() < NEAR, whole / schedule.steps, times
+        (times * schedule.timesteps - whole).abs() < NEAR, whole / schedule.timesteps, times
     ).unique_consecutive()
