@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 
 from latentmill import plan as planning
 from latentmill import storage
+from latentmill.config import load_job
 from latentmill.dataset import Dataset
 from latentmill.driver.decide import decide
-from latentmill.job import load_job
 from latentmill.run import begin
 
 GROUP = 1_000_000

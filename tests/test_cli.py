@@ -10,7 +10,8 @@ import yaml
 
 import latentmill
 from latentmill import cli, registry
-from latentmill.job import JobError, load_job
+from latentmill.config import load_job
+from latentmill.errors import JobError
 
 TINY = "cluster=inline samples_per_row=1 sampling.steps=1".split()
 STATUS = {
@@ -87,7 +88,7 @@ def test_in_a_shell_there_is_no_traceback_unless_it_is_asked_for(tmp_path):
     assert code == 2 and line.startswith("latentmill: txt2img: there is no vae 'shape' (did you mean 'shapes'?); ")
     code, lines = shell("--debug")
     assert code == 1 and "Traceback (most recent call last):" in lines
-    assert lines[-1] == "latentmill.job.JobError: " + line.removeprefix("latentmill: ")
+    assert lines[-1] == "latentmill.errors.JobError: " + line.removeprefix("latentmill: ")
 
 
 def test_debug_may_stand_anywhere(here):

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import latentmill
-from latentmill.job import JobError, load_job
+from latentmill.config import load_job
+from latentmill.errors import JobError
 
 PROMPT = "a red star above a blue ring on a yellow background"
 SCHEDULERS = ["dpmpp_2m", "unipc", "euler_ancestral", "heun"]

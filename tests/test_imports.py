@@ -7,13 +7,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "framework" / "latentmill"
 ORDER = """
-    failpoints streams values plugin digests weights syntax ids identity fields registry schedulers tensors batch checks job storage plan dataset
+    failpoints errors text streams values plugin digests weights syntax ids identity fields registry schedulers tensors batch checks storage
+    config plan dataset
     sources sinks
     stages verify
     progress driver workers report run cli
     testing
 """.split()
-DOOR = {"job", "plan", "registry", "run"}
+DOOR = {"config", "plan", "registry", "run"}
 """What ``latentmill/__init__.py`` may open: it is the public door, and no module goes through it."""
 
 
@@ -88,6 +89,7 @@ def test_plugins_import_the_contract_and_what_goes_with_it():
                 "plugin",
                 "weights",
                 "syntax",
+                "text",
                 "tensors",
                 "batch",
                 "fields",
@@ -108,7 +110,7 @@ from latentmill import rows
 from . import noise
 from ..plan import Plan
 if TYPE_CHECKING:
-    from latentmill.job import Job
+    from latentmill.config import Job
 def late():
     from latentmill.workers.ray_pool import RayPool
 """
@@ -118,6 +120,6 @@ def late():
         "latentmill.rows",
         "latentmill.schedulers.noise",
         "latentmill.plan.Plan",
-        "latentmill.job.Job",
+        "latentmill.config.Job",
         "latentmill.workers.ray_pool.RayPool",
     }

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from latentmill.job import JobError, load_job, shipped
-from latentmill.registry import PluginError
+from latentmill.config import load_job, shipped
+from latentmill.errors import JobError, PluginError
 
 HEAD = """\
 defaults: [job, model: shapes, scheduler: euler, source: prompts, sink: parquet, cluster: inline, _self_]
@@ -295,7 +295,7 @@ def answers(tmp_path_factory):
     blur = HEAD + "flow: [read, encode, blur, write]\nstages: {blur: {replicas: 2, settings: {radius: 1}}}\n"
     code = f"""
 import json
-from latentmill.job import load_job
+from latentmill.config import load_job
 jobs = {{name: ("txt2img", overrides) for name, overrides in {ASKED!r}.items()}}
 jobs["set"] = ({str(file(site, blur))!r}, ["stages.blur.settings.radius=3", "stages.blur.settings.soft=true"])
 for name, (job, overrides) in jobs.items():

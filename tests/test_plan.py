@@ -12,7 +12,8 @@ import pytest
 
 from latentmill import plan as planning
 from latentmill import storage
-from latentmill.plan import Plan, PlanError
+from latentmill.errors import PlanError
+from latentmill.plan import Plan
 from latentmill.plugin import Fragment
 
 PLAN = Plan(
@@ -49,7 +50,8 @@ import sys, time
 from pathlib import Path
 from latentmill import plan, storage
 from latentmill.driver.decide import decide
-from latentmill.job import load_job
+from latentmill.config import load_job
+from latentmill.config import load_job
 from latentmill.dataset import Dataset
 from latentmill.run import begin
 

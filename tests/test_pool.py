@@ -15,12 +15,13 @@ from ray.cluster_utils import Cluster
 import latentmill
 from latentmill import tensors
 from latentmill.driver.decide import decide
-from latentmill.driver.loop import RunError, drive
+from latentmill.driver.loop import drive
 from latentmill.driver.messages import StageSpec, StartWorker
 from latentmill.driver.state import DriverState
+from latentmill.errors import PlacementError, RunError, UnreachableError
 from latentmill.plugin import Stage
 from latentmill.workers import ray_pool
-from latentmill.workers.cluster import UnreachableError, _require_ray, connect
+from latentmill.workers.cluster import _require_ray, connect
 from latentmill.workers.worker import StageWork
 
 
@@ -166,12 +167,12 @@ def test_a_job_that_has_no_place_says_which_stage_asks_for_what_and_what_there_i
     works = [StageWork("encode", Double, num_cpus=1), StageWork("denoise", Double, 3, num_cpus=1, num_gpus=1)]
     nodes = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 4.0}]
     with pytest.raises(
-        ray_pool.PlacementError,
+        PlacementError,
         match=r"denoise asks for 3 x \(CPU 1, GPU 1\), which do not fit beside .* CPU 8, GPU 2; CPU 4, GPU 0",
     ):
         ray_pool.check_placement(works, nodes)
     ray_pool.check_placement(works, [*nodes, {"CPU": 1.0, "GPU": 1.0}])
-    with pytest.raises(ray_pool.PlacementError, match="denoise asks for .* fit on no node"):
+    with pytest.raises(PlacementError, match="denoise asks for .* fit on no node"):
         ray_pool.check_placement([StageWork("denoise", Double, accelerator_type="H100", num_gpus=1)], nodes)
 
 
@@ -213,7 +214,7 @@ def test_a_job_joins_the_cluster_at_its_address_and_leaves_it_running(tmp_path, 
 
 
 def test_a_job_that_does_not_fit_is_refused_with_nothing_written(tmp_path):
-    with pytest.raises(ray_pool.PlacementError, match="stage denoise asks for 1 x"):
+    with pytest.raises(PlacementError, match="stage denoise asks for 1 x"):
         latentmill.run("txt2img", ["stages.denoise.num_gpus=3", f"output={tmp_path / 'out'}"])
     assert not (tmp_path / "out").exists()
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from latentmill import registry
-from latentmill.registry import PluginError
+from latentmill.errors import PluginError
 
 VAES = """
 from latentmill.plugin import VAE, Scheduler

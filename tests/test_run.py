@@ -19,10 +19,10 @@ import latentmill
 from latentmill import plan as planning
 from latentmill import storage
 from latentmill.cli import main
+from latentmill.config import load_job
 from latentmill.dataset import Dataset
 from latentmill.driver.loop import view
-from latentmill.job import load_job
-from latentmill.plan import PlanError
+from latentmill.errors import PlanError
 from latentmill.run import begin, status
 
 SMALL = ["samples_per_row=1", "sampling.steps=4", "rows_per_shard=8", "stages.denoise.batch_size=4"]

@@ -9,7 +9,7 @@ import pytest
 
 from latentmill import plan as planning
 from latentmill.cli import main
-from latentmill.job import load_job
+from latentmill.config import load_job
 from latentmill.sources.prompts import Prompts
 
 START = """

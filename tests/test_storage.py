@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from latentmill import storage
-from latentmill.storage import StorageError
+from latentmill.errors import AddressError, StorageError
 
 
 def put(output, name, text):
@@ -179,9 +179,7 @@ def test_what_the_store_says_is_one_line_of_ours(bucket):
     for write in (lambda store: store.create("a", b""), lambda store: store.put("a", b""), lambda store: store.check()):
         with pytest.raises(StorageError, match=r"^s3://elsewhere/.*: The specified bucket does not exist$"):
             write(storage.at("s3://elsewhere"))
-    with pytest.raises(
-        storage.AddressError, match=r"^ftp://x is no place for a dataset: a folder is, or s3://BUCKET/PREFIX"
-    ):
+    with pytest.raises(AddressError, match=r"^ftp://x is no place for a dataset: a folder is, or s3://BUCKET/PREFIX"):
         storage.at("ftp://x")
 
 

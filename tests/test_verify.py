@@ -11,7 +11,7 @@ from PIL import Image
 import latentmill
 from latentmill import storage
 from latentmill.cli import main
-from latentmill.plan import PlanError
+from latentmill.errors import PlanError
 from latentmill.verify import repair, verify
 
 PROMPTS = [f"a {colour} star on a white background" for colour in ("red", "blue", "green", "black", "yellow")]

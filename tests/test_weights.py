@@ -11,7 +11,7 @@ import torch
 
 import latentmill
 from latentmill import weights
-from latentmill.driver.loop import RunError
+from latentmill.errors import RunError
 
 GOOD = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "n": torch.tensor([1, 2])}
 

@@ -19,7 +19,8 @@ from latentmill.batch import from_dicts, with_latents
 from latentmill.dataset import Dataset, done_shards
 from latentmill.plugin import LatentSpec
 from latentmill.sinks.parquet import Parquet
-from latentmill.stages.write import Write, in_a_line
+from latentmill.stages.write import Write
+from latentmill.text import one_line
 
 SPEC = LatentSpec(channels=4, downscale=4, scale=0.5, shift=0.25, dtype="float16", fingerprint="abc")
 
@@ -169,9 +170,9 @@ def test_a_reason_holds_nothing_that_the_job_took_from_the_environment(tmp_path,
 
 
 def test_a_reason_is_one_line_and_not_a_long_one():
-    assert in_a_line("  said\nthe plugin\x1b[2J \udcff, ö\n") == r"said the plugin\x1b[2J \udcff, ö"
-    assert in_a_line("x" * 1000) == "x" * 1000
-    assert in_a_line("x" * 3_000_000) == "x" * 990 + " [cut off]"
+    assert one_line("  said\nthe plugin\x1b[2J \udcff, ö\n") == r"said the plugin\x1b[2J \udcff, ö"
+    assert one_line("x" * 1000) == "x" * 1000
+    assert one_line("x" * 3_000_000) == "x" * 990 + " [cut off]"
 
 
 @pytest.mark.parametrize(

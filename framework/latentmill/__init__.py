@@ -3,7 +3,7 @@
 ``latentmill.run("txt2img", ["sampling.steps=10"])`` is what the command line does. Plugins import ``latentmill.plugin``.
 """
 
-from latentmill.job import load_job
+from latentmill.config import load_job
 from latentmill.run import run, status  # imported here so that ``latentmill.run`` is the function, and not its module
 
 __version__ = "0.1.0"

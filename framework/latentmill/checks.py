@@ -15,21 +15,10 @@ from torch import Tensor
 
 from latentmill import tensors
 from latentmill.batch import SPEC_KEY, spec_from_json
+from latentmill.errors import ContractError, LoadError, NoRowError
 from latentmill.fields import BATCH_SCHEMA
 from latentmill.plugin import Conditioning, LatentSpec, Plugin, RowError, State, TextEncoder
 from latentmill.registry import called
-
-
-class ContractError(RuntimeError):
-    """A plugin gave back what its contract doesn't allow; one line that names it, what came and what was expected."""
-
-
-class LoadError(RuntimeError):
-    """A plugin can't be loaded; one line that names it and the cause."""
-
-
-class NoRowError(RuntimeError):
-    """Not one row of a batch came out right, and no row is known to be bad; one line."""
 
 
 def load(plugin: Plugin, device: torch.device) -> None:

@@ -15,18 +15,16 @@ from rich.table import Table
 
 from latentmill import plan as planning
 from latentmill import registry, storage, values, verify
+from latentmill.config import load_job, shipped
 from latentmill.dataset import Dataset
-from latentmill.driver.loop import OutputError, RunError
-from latentmill.job import JobError, load_job, place, shipped
-from latentmill.plan import PlanError
+from latentmill.errors import JobError, LatentmillError, PlanError
 from latentmill.plugin import Scheduler
-from latentmill.registry import PluginError
 from latentmill.run import run, status
+from latentmill.storage import place
 from latentmill.streams import guard
+from latentmill.text import escaped
 from latentmill.workers.worker import OUT_OF_MEMORY
 
-WRONG = (JobError, PluginError, PlanError)
-"""What a person has to put right in the job; exit 2, and nothing has been started or written."""
 MANY_SHARDS = 20_000
 """Files in one folder from which listing them, and reading their footers at the end, takes minutes."""
 
@@ -66,25 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except Exception as error:
-        # What is our own is one line. PlacementError's class is Ray's side of the house: known by being a ValueError
-        # with a module of ours, so that Ray is not imported to look at it.
-        ours = isinstance(error, (*WRONG, RunError, OSError, *OUT_OF_MEMORY)) or type(error).__module__.startswith(
-            "latentmill."
-        )
-        if options.debug or not ours:
+        memory = isinstance(error, OUT_OF_MEMORY)
+        if options.debug or not (memory or isinstance(error, (LatentmillError, OSError))):
             raise
-        said = f"out of memory: {error}" if isinstance(error, OUT_OF_MEMORY) else str(error)
-        print(f"latentmill: {in_one_line(said)}", file=sys.stderr)
-        if isinstance(error, (OutputError, OSError)):
-            return 3
-        if isinstance(error, (RunError, *OUT_OF_MEMORY)):
-            return 1
-        return int(getattr(error, "exit_code", 2))
-
-
-def in_one_line(text: str) -> str:
-    """``text`` with line breaks, control characters and bytes that are no text as escapes: as a path may have them."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        print(f"latentmill: {'out of memory: ' if memory else ''}{escaped(str(error))}", file=sys.stderr)
+        return 1 if memory else error.exit_code if isinstance(error, LatentmillError) else 3
 
 
 def _run(options: Any) -> int:

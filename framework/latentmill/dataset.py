@@ -20,9 +20,11 @@ from typing import Any, TypeVar
 
 from latentmill import plan as planning
 from latentmill import registry
-from latentmill.plan import Plan, PlanError
+from latentmill.errors import PlanError, StorageError
+from latentmill.plan import Plan
 from latentmill.plugin import Sink
-from latentmill.storage import Storage, StorageError
+from latentmill.storage import Storage
+from latentmill.text import one_line
 
 T = TypeVar("T")
 
@@ -91,7 +93,7 @@ class Dataset:
         except Exception as error:  # whatever a damaged or foreign file makes a reader say
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            said = " ".join(str(error).split())[:200]
+            said = one_line(error, 200)
             raise PlanError(f"{self._at(name)} can't be read as a shard of ours ({said}): {OUT_OF_THE_WAY}") from error
         if (made_by := about.get(PLAN_KEY)) != self.plan.hash:
             what = "is no shard of ours" if made_by is None else f"is a shard of another plan, {made_by}"

@@ -20,7 +20,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
 
 from latentmill import identity as identities
 from latentmill import ids, registry, syntax
-from latentmill.job import Job, without_secrets
+from latentmill.config import Job
+from latentmill.errors import PlanError, PluginError
 from latentmill.plugin import (
     VAE,
     Denoiser,
@@ -36,6 +37,7 @@ from latentmill.plugin import (
 )
 from latentmill.schedulers import grids
 from latentmill.storage import Storage
+from latentmill.text import redacted
 from latentmill.weights import Reading
 
 P = ParamSpec("P")
@@ -43,10 +45,6 @@ T = TypeVar("T")
 
 DTYPES = ("float32", "float16", "bfloat16")
 """What stored latents may be of."""
-
-
-class PlanError(ValueError):
-    """The job can't be planned, or contradicts the dataset that is there; one line for people."""
 
 
 @dataclass(frozen=True)
@@ -142,13 +140,8 @@ def _discreet(function: Callable[Concatenate[Job, P], T]) -> Callable[Concatenat
 
     @wraps(function)
     def wrapped(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        try:
+        with redacted(job.config):
             return function(job, *args, **kwargs)
-        except (PlanError, registry.PluginError) as error:
-            said = without_secrets(str(error), job.config)
-            if said == str(error):
-                raise
-            raise type(error)(said) from None
 
     return wrapped
 
@@ -173,7 +166,7 @@ def parts(job: Job) -> Parts:
             try:
                 built.denoiser.check(built.vae.spec)
             except ValueError as error:
-                raise registry.PluginError(
+                raise PluginError(
                     f"denoiser {job.denoiser['name']} and VAE {job.vae['name']} don't fit: {error}"  # type: ignore[index]
                 ) from error
         _check_grid(job, built)
@@ -204,7 +197,7 @@ def _check_grid(job: Job, built: Parts) -> None:
         try:
             own = built.scheduler.start(schedule, steps, steps, (built.vae.spec.channels, 64, 64))
         except ValueError as error:
-            raise registry.PluginError(f"{job.name}: scheduler {name}: {error}") from error
+            raise PluginError(f"{job.name}: scheduler {name}: {error}") from error
     if own is not None and grid not in ("trailing", own.grid):
         raise PlanError(f"{job.name}: scheduler {name} has a grid of its own: leave scheduler.grid out")
     with registry.asking(built.denoiser):
@@ -212,7 +205,7 @@ def _check_grid(job: Job, built: Parts) -> None:
             if own is None:
                 grids.times(grid, schedule, steps, model=built.denoiser.times)
         except ValueError as error:
-            raise registry.PluginError(f"{job.name}: scheduler.grid: {error}") from error
+            raise PluginError(f"{job.name}: scheduler.grid: {error}") from error
 
 
 def _check_spec(vae: VAE) -> None:
@@ -406,7 +399,7 @@ def of_row(name: str) -> str:
     try:
         found: Scheduler = registry.build("scheduler", {"name": name})
         return " ".join([*registry.provenance("scheduler", name).values(), found.fingerprint()]).strip()
-    except registry.PluginError:
+    except PluginError:
         return NOT_THERE
 
 

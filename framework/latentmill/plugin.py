@@ -29,6 +29,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from latentmill.errors import RowError
+
 __all__ = [
     "CONTRACT",
     "Conditioning",
@@ -67,10 +69,6 @@ Prediction: TypeAlias = Literal["epsilon", "v", "sample", "flow"]
 
 Reject: TypeAlias = Callable[[int, str], None]
 """``reject(i, reason)``: row ``i`` of the batch ends in the error table, with the reason."""
-
-
-class RowError(ValueError):
-    """This row can't be used, and why, in one line. It ends in the error table; the job goes on."""
 
 
 @dataclass(frozen=True)

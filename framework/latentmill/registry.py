@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 
 from packaging.utils import canonicalize_name
 
+from latentmill.errors import PluginError
 from latentmill.plugin import (
     CONTRACT,
     VAE,
@@ -29,6 +29,7 @@ from latentmill.plugin import (
     Stage,
     TextEncoder,
 )
+from latentmill.text import first_line, near, one_line
 
 KINDS: dict[str, type[Plugin]] = {
     "scheduler": Scheduler,
@@ -44,10 +45,6 @@ KINDS: dict[str, type[Plugin]] = {
 
 CONF_GROUP = "latentmill.conf"
 """Entry points whose value is a package of Hydra config (``my_package.conf``)."""
-
-
-class PluginError(ValueError):
-    """A plugin can't be used; one line that names it, its distribution and the cause."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +118,7 @@ def load(kind: str, name: str) -> type[Plugin]:
     try:
         found = entry.entry_point.load()
     except (Exception, SystemExit) as error:  # whatever a stranger's module raises
-        said = str(error).splitlines()[0] if str(error) else ""
-        raise PluginError(f"{who} can't be imported: {type(error).__name__}: {said}") from error
+        raise PluginError(f"{who} can't be imported: {type(error).__name__}: {first_line(error)}") from error
     expected = KINDS[kind]
     if not (isinstance(found, type) and issubclass(found, expected)):
         raise PluginError(f"{who}: {entry.entry_point.value} is no subclass of latentmill.plugin.{expected.__name__}")
@@ -165,7 +161,7 @@ def asking(plugin: Plugin) -> Iterator[None]:
 
 def refusal(who: str, error: Exception) -> PluginError:
     """What a plugin raised, in one line."""
-    said = " ".join(str(error).split())  # a stranger's message may have many lines
+    said = one_line(error)
     if not isinstance(error, (ValueError, OSError)) or not said:
         said = f"{type(error).__name__}: {said} (--debug shows where)"
     return PluginError(f"{who}: {said}")
@@ -233,12 +229,6 @@ def _hints(plugin: type[Plugin]) -> dict[str, Any]:
         return {}
 
 
-def near(name: str, names: typing.Iterable[str]) -> str:
-    """`` (did you mean ...?)``, if one of the names is like ``name``."""
-    found = difflib.get_close_matches(name, list(names), n=1)
-    return f" (did you mean {found[0]!r}?)" if found else ""
-
-
 # ------------------------------------------------------------------------------------------------------- the list
 
 
@@ -275,8 +265,7 @@ def _state(entry: Entry) -> str:
         try:
             __import__(entry.entry_point.value)
         except (Exception, SystemExit) as error:
-            said = " ".join(str(error).split())
-            return f"can't be imported: {type(error).__name__}: {said}"
+            return f"can't be imported: {type(error).__name__}: {one_line(error)}"
         return "ok"
     try:
         load(kind, f"{entry.distribution}:{entry.name}")

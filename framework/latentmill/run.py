@@ -13,16 +13,18 @@ from typing import Any
 
 from latentmill import dataset, failpoints, progress, report, storage
 from latentmill import plan as planning
+from latentmill.config import Job, load_job
 from latentmill.dataset import RETRIED, Dataset, data_name
 from latentmill.driver import leases
 from latentmill.driver.apply import apply
 from latentmill.driver.leases import Leases
-from latentmill.driver.loop import Pool, RunError, drive, interruptible, view
+from latentmill.driver.loop import Pool, drive, interruptible, view
 from latentmill.driver.messages import StageSpec, TakenOut
 from latentmill.driver.state import DriverState, finished
-from latentmill.job import Job, load_job, without_secrets
+from latentmill.errors import PlacementError, RunError
 from latentmill.plan import Plan
 from latentmill.storage import Storage
+from latentmill.text import without_secrets
 from latentmill.workers.worker import StageWork, make_stage
 
 logger = logging.getLogger("latentmill")
@@ -188,7 +190,7 @@ def make_pool(job: Job, plan: Plan, store: Storage) -> Pool:
     owned = cluster.connect(job.cluster.address if job.cluster.kind == "ray" else None)
     try:
         return ray_pool.RayPool(work, owned, partial(_sees, store), admit)
-    except ray_pool.PlacementError:
+    except PlacementError:
         if owned:
             cluster.disconnect()
         raise

@@ -21,17 +21,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from latentmill import failpoints
+from latentmill.errors import AddressError, StorageError
+from latentmill.text import one_line
 
 DAY = 86_400
 """Seconds."""
-
-
-class StorageError(OSError):
-    """The store refuses or fails; one line that names it and the file."""
-
-
-class AddressError(ValueError):
-    """What is no place for a dataset; one line that says what one looks like."""
 
 
 CREDENTIALS = {
@@ -42,6 +36,11 @@ CREDENTIALS = {
 """For each kind of object store the environment variables that say who one is."""
 METADATA = re.compile(r"169\.254\.169\.254|metadata\.google")
 """Where a client that was given no credentials asks the machine for some."""
+
+
+def place(output: str) -> str:
+    """A URL as it is, a folder with ``~`` for the home; ``~name`` that nobody is called is a folder's name."""
+    return output if "://" in output else output and str(Path(os.path.expanduser(output)))
 
 
 def at(output: str, single_writer: bool = False) -> Storage:
@@ -362,7 +361,7 @@ def _one_line(error: BaseException) -> str:
     """The store's own message, or what obstore says before it goes into detail."""
     text = str(error).partition("\n\nDebug source")[0]
     said = re.search(r"<Message>(.*?)</Message>", text, re.DOTALL)
-    return " ".join((said.group(1) if said else text).split())[:300]
+    return one_line(said.group(1) if said else text, 300)
 
 
 def _what(path: Path) -> str:

@@ -12,6 +12,7 @@ from latentmill import dataset
 from latentmill.dataset import ERRORS_KEY, PLAN_KEY, Dataset, data_name, error_lines, errors_name
 from latentmill.plan import Plan
 from latentmill.storage import Storage
+from latentmill.text import one_line
 
 
 @dataclass
@@ -89,7 +90,7 @@ def _check(there: Dataset, shard: int) -> tuple[int, str | bytes]:
         with store.open(data_name(shard, sink)) as file:
             found = list(sink.row_ids(file))
     except Exception as error:  # whatever a damaged file makes a reader say
-        return 0, f"can't be read: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return 0, f"can't be read: {type(error).__name__}: {one_line(error, 200)}"
     if about.get(PLAN_KEY) != plan.hash:
         return 0, f"was made by another plan, {about.get(PLAN_KEY)}"
     try:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from latentmill.digests import digest, digests
+from latentmill.text import one_line
 
 __all__ = ["digest", "digests", "load", "record"]
 
@@ -145,8 +146,8 @@ def _unpickled(path: str | os.PathLike[str], head: bytes, allow_pickle: bool) ->
     except MemoryError:
         raise
     except Exception as error:  # a broken pickle ends in whatever its bytes lead to
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: a pickle of more than weights, or a damaged one: {said:.200}") from error
+        said = one_line(error, 200) or type(error).__name__
+        raise ValueError(f"{path}: a pickle of more than weights, or a damaged one: {said}") from error
     if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
         found = found["state_dict"]
     if not isinstance(found, Mapping) or not all(isinstance(tensor, Tensor) for tensor in found.values()):

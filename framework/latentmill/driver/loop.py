@@ -16,15 +16,8 @@ from latentmill.driver.decide import decide
 from latentmill.driver.leases import Leases
 from latentmill.driver.messages import CheckDataset, Claim, DatasetChecked, Event, PoolOrder
 from latentmill.driver.state import DriverState, finished
+from latentmill.errors import OutputError, RunError
 from latentmill.plan import Plan
-
-
-class RunError(RuntimeError):
-    """The job had to stop before its end; one line. The same command continues it."""
-
-
-class OutputError(RunError):
-    """It had to stop because its output can't be written: a full disk, a permission, a store that fails."""
 
 
 class Pool(Protocol):

@@ -14,7 +14,7 @@ from latentmill.progress import Pace
 from latentmill.report import card, contact_sheet, html
 from latentmill.report.material import Material
 from latentmill.report.summary import summary
-from latentmill.stages.write import in_a_line
+from latentmill.text import one_line
 
 __all__ = ["finish", "summary"]
 
@@ -42,5 +42,5 @@ def _logged(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a font, a picture, a disk: whatever drawing and writing come upon
-        said = in_a_line(f"{type(error).__name__}: {error}")
+        said = one_line(f"{type(error).__name__}: {error}")
         logger.warning(f"{what} could not be made, and the dataset is complete without: {said}")

@@ -43,6 +43,7 @@ from torch import Tensor
 from latentmill import registry
 from latentmill.plugin import Grid, NoiseSchedule
 from latentmill.schedulers.noise_schedules import shifted
+from latentmill.text import near
 
 Choice: TypeAlias = "str | Mapping[str, Any]"
 """What a job says: a name, or ``{name: ..., setting: ...}``."""
@@ -87,7 +88,7 @@ def choose(choice: Choice) -> Chosen:
     name = choice if isinstance(choice, str) else str(settings.pop("name", "times" if "times" in settings else None))
     there = [*dict.fromkeys([entry.name for entry in registry.entries("grid")]), MODEL]
     if name not in there and ":" not in name:
-        raise ValueError(f"there is no grid {name!r}{registry.near(name, there)}; there are {', '.join(there)}")
+        raise ValueError(f"there is no grid {name!r}{near(name, there)}; there are {', '.join(there)}")
     if name == MODEL:
         if settings:
             raise ValueError(f"grid {name} has no setting {next(iter(settings))!r}; it has none")

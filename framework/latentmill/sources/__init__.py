@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from latentmill import digests
 from latentmill.digests import NO_FILE
 from latentmill.plugin import RowError
+from latentmill.text import escaped, first_line
 
 logger = logging.getLogger("latentmill")
 
@@ -94,7 +95,7 @@ def find(path: str, suffixes: Collection[str]) -> list[str]:
         raise ValueError(f"there is no file or folder {path}")
     known = [file for file in found if suffix(file.name) in suffixes]
     if lost := [file.name for file in known if file.is_symlink() and not file.exists()]:
-        raise ValueError(f"{path}: {shown(min(lost))} is a link to nothing")
+        raise ValueError(f"{path}: {escaped(min(lost))} is a link to nothing")
     names = sorted(file.relative_to(folder).as_posix() for file in known if file.is_file())
     if not names:
         raise ValueError(f"{path}: no {', '.join(s for s in suffixes if s.count('.') == 1)} file there")
@@ -123,11 +124,6 @@ def open_file(folder: Path, name: str, follow_links: bool = False) -> BinaryIO:
         if error.errno not in NO_FILE:  # the storage's, and may be gone at the next attempt
             raise
         raise RowError((error.strerror or str(error)).lower()) from error
-
-
-def shown(text: str) -> str:
-    """A name out of a file or of one, in a line for people, whatever bytes it has."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def as_id(value: Any) -> str:
@@ -192,7 +188,7 @@ class ParquetRows:
         except (pa.ArrowInvalid, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{path}: {first_line(error)}") from error
         self.path = path
         self.schema: pa.Schema = self.file.schema_arrow
         self.rows: int = self.file.metadata.num_rows
@@ -211,7 +207,7 @@ class ParquetRows:
                 except (pa.ArrowInvalid, OSError) as error:
                     if isinstance(error, OSError) and error.errno is not None:  # the storage's, and may be gone soon
                         raise
-                    reason = f"row group {group} of {self.path.name} is damaged: {str(error).splitlines()[0]:.200}"
+                    reason = f"row group {group} of {self.path.name} is damaged: {first_line(error, 200)}"
                     yield [RowError(reason)] * (last - first)
                 else:
                     yield table.slice(first - self._ends[group], last - first)

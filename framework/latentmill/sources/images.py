@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from latentmill.plugin import Fragment, RowError, Source
-from latentmill.sources import are_small, changed, fingerprint, locate, open_file, shown
+from latentmill.sources import are_small, changed, fingerprint, locate, open_file
 from latentmill.sources.pictures import MAX_PIXELS, read_picture
 from latentmill.sources.text import MARKS
+from latentmill.text import escaped
 
 SUFFIXES = frozenset(
     ".png .jpg .jpeg .jpe .jfif .webp .bmp .dib .tif .tiff .gif"
@@ -83,10 +84,10 @@ class Images(Source):
                     at = caption
                     row["prompt"] = self._prompt(folder, caption)
                 if self.id_column is not None:
-                    row["id"] = shown(name)
+                    row["id"] = escaped(name)
                 yield row
             except RowError as error:
-                yield RowError(f"{shown(at)}: {error}")
+                yield RowError(f"{escaped(at)}: {error}")
 
     def changed(self, fragment: Fragment) -> bool:
         _listing.cache_clear()
@@ -99,7 +100,7 @@ class Images(Source):
         return changed(folder, self._files(names), fragment.fingerprint)
 
     def ids(self, fragment: Fragment) -> Iterator[str]:
-        return map(shown, _run(str(locate(self.path)), self.follow_links, fragment.name))
+        return map(escaped, _run(str(locate(self.path)), self.follow_links, fragment.name))
 
     def notices(self) -> list[str]:
         lines = []
@@ -112,7 +113,7 @@ class Images(Source):
             lines.append(f"source images: {many}, passed over: source.follow_links=true walks into it")
         if tables := self._seen.tables:
             more = f" and {len(tables) - 1} more" if tables[1:] else ""
-            path = shown(f"{self.path.rstrip('/')}/{tables[0]}")
+            path = escaped(f"{self.path.rstrip('/')}/{tables[0]}")
             columns = "source.columns={image: file_name, prompt: text}"
             lines.append(
                 f"source images: {tables[0]}{more} is not read: source=prompts source.path={path} '{columns}' reads it"
@@ -170,7 +171,7 @@ def _run(folder: str, follow_links: bool, fragment: str) -> Sequence[str]:
     *folders, name = first.split("/")
     names = list(islice(_walk(folder, follow_links, [*(f"{part}/" for part in folders), name]), int(count)))
     if not names or _run_name(names) != fragment:
-        raise PicturesCameOrWent(f"pictures came or went in {folder} since the job began, at {shown(first)}")
+        raise PicturesCameOrWent(f"pictures came or went in {folder} since the job began, at {escaped(first)}")
     return names
 
 
@@ -195,15 +196,15 @@ def _walk(
     ``above`` are the folders that it lies in: a link that leads back to one of them is not followed.
     """
     if len(above) > DEPTH:
-        raise ValueError(f"{shown(folder[:200])}...: folders in folders, more than {DEPTH} deep")
+        raise ValueError(f"{escaped(folder[:200])}...: folders in folders, more than {DEPTH} deep")
     status = os.stat(folder)
     here = status.st_dev, status.st_ino
     if here in above:
         return
     listing = _listing(folder, follow_links)
     if seen is not None:
-        seen.links += [shown(below + name) for name in listing.links]
-        seen.tables += [shown(below + name) for name in listing.tables]
+        seen.links += [escaped(below + name) for name in listing.links]
+        seen.tables += [escaped(below + name) for name in listing.tables]
     at = bisect_left(listing.names, first[0]) if first else 0
     for name in islice(listing.names, at, None):
         if name.endswith("/"):

@@ -17,6 +17,7 @@ from latentmill.dataset import Dataset, data_name, load
 from latentmill.fields import BATCH_SCHEMA, HALFWAY, MAX_SIDE, OURS
 from latentmill.plugin import Fragment, LatentSpec, RowError, Source
 from latentmill.sources import ParquetRows, as_id, changed, find, fingerprint, is_small, locate, root
+from latentmill.text import first_line
 
 SAMPLING = tuple(field.name for field in OURS if field.sampling)
 
@@ -88,7 +89,7 @@ class Latents(Source):
                 try:
                     row["state"] = {s["name"]: _tensor(s["values"], s["dtype"], s["shape"]) for s in row["state"] or ()}
                 except (TypeError, KeyError, AttributeError, RuntimeError) as error:
-                    yield RowError(f"the state can't be read: {str(error).splitlines()[0]}")
+                    yield RowError(f"the state can't be read: {first_line(error)}")
                     continue
             latents = values.reshape(shape)
             row["latents"] = torch.tensor(latents).bfloat16() if dtype == b"bfloat16" else latents

@@ -32,11 +32,11 @@ from latentmill.sources import (
     locate,
     plain,
     root,
-    shown,
     suffix,
 )
 from latentmill.sources.pictures import MAX_PIXELS, Pixels, decode, read_picture
 from latentmill.sources.text import BOM, PIECE, Lines, TextFile, count_lines, is_blank, is_utf8, loose, strict
+from latentmill.text import escaped
 
 COLUMNS: Mapping[str, RowField | None] = {
     **{field.name: field for field in FROM_SOURCE if field.name != "warning"},
@@ -110,7 +110,7 @@ class Prompts(Source):
     def notices(self) -> list[str]:
         def which(names: Sequence[str]) -> str:
             more = f" and {len(names) - 1} more files" if len(names) > 1 else ""
-            return f"{shown(names[0])}{more}: " if names else ""
+            return f"{escaped(names[0])}{more}: " if names else ""
 
         return [f"source prompts: {which(names)}{line}" for line, names in self._said.items()]
 
@@ -258,7 +258,7 @@ class _Columns:
                     if match := difflib.get_close_matches(_bare(name), map(_bare, free), n=1, cutoff=0.8):
                         found[name] = next(column for column in free if _bare(column) == match[0])
         return (
-            f"source.columns={{{', '.join(f'{name}: {shown(column)}' for name, column in found.items())}}}"
+            f"source.columns={{{', '.join(f'{name}: {escaped(column)}' for name, column in found.items())}}}"
             if found
             else ""
         )
@@ -372,7 +372,7 @@ class _Text:
         if first.startswith("{") and _is_json(first):
             yield "lines of JSON are taken for prompts: let its name end in .jsonl"
         elif first and {_bare(name) for name in re.split("[,;\t]", first)} <= {_bare(name) for name in COLUMNS}:
-            yield f"the first line, {shown(first)}, is taken for a prompt: if it is a table's header, let its name end in .csv or .tsv"
+            yield f"the first line, {escaped(first)}, is taken for a prompt: if it is a table's header, let its name end in .csv or .tsv"
 
     def close(self) -> None:
         if self._reading is not None:
@@ -826,7 +826,7 @@ def _known(encoding: str | None) -> str | None:
 def _list(names: Iterable[str]) -> str:
     """Names, in a line for people."""
     listed = [*names]
-    return shown(", ".join(listed[:12]))[:200] + (f" and {len(listed) - 12} more" if len(listed) > 12 else "")
+    return escaped(", ".join(listed[:12]))[:200] + (f" and {len(listed) - 12} more" if len(listed) > 12 else "")
 
 
 def _bare(name: str) -> str:

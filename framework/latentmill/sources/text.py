@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 
 from latentmill.plugin import RowError
+from latentmill.text import first_line
 
 HEAD = 1 << 20
 """Bytes from which a file's encoding is guessed. What comes behind them and contradicts is refused."""
@@ -108,7 +109,7 @@ class TextFile:
         except (pa.ArrowInvalid, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            raise ValueError(f"{self.path} can't be unpacked: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{self.path} can't be unpacked: {first_line(error)}") from error
 
 
 class _Decoded(io.RawIOBase):

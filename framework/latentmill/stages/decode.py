@@ -8,6 +8,7 @@ from torch import Tensor
 
 from latentmill import checks, tensors, weights
 from latentmill.batch import FixedShape, fixed_slots, require_spec
+from latentmill.errors import NoRowError
 from latentmill.plugin import VAE, Reject, Stage
 
 
@@ -41,7 +42,7 @@ class Decode(Stage):
         batch = tensors.with_tensor(batch, "image", pixels)
         wrong = "the VAE's picture of these latents is not finite"
         if not any(good):
-            raise checks.NoRowError(wrong)
+            raise NoRowError(wrong)
         if not all(good):
             for i, fine in enumerate(good):
                 if not fine:

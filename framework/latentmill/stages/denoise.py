@@ -30,6 +30,7 @@ from latentmill.batch import (
     spec_from_json,
     with_latents,
 )
+from latentmill.errors import ContractError, NoRowError
 from latentmill.fields import BATCH_SCHEMA, HALFWAY
 from latentmill.plugin import Conditioning, Denoiser, NoiseSchedule, Reject, RowError, Scheduler, Stage, State
 from latentmill.schedulers import grids, noise
@@ -294,7 +295,7 @@ class Denoise(Stage):
                 return
             self.batch_size = max(1, sum(row.evaluations for row in going) // 2)
             logger.warning(f"out of memory: from now on {self.batch_size} evaluations a call")
-        except checks.ContractError as error:
+        except ContractError as error:
             self._fail(going, error)
         except Exception as error:
             if one:
@@ -348,7 +349,7 @@ class Denoise(Stage):
             else:
                 wrong[row.index] = f"the denoised latents are not finite ({self._culprit(row)})"
         if wrong and not by_scheduler:
-            raise checks.NoRowError(next(iter(wrong.values())))
+            raise NoRowError(next(iter(wrong.values())))
         for i, reason in wrong.items():
             visit.reject(i, reason)
         for name, members in by_scheduler.items():

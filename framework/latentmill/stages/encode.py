@@ -22,6 +22,7 @@ from latentmill.batch import (
     with_latents,
     with_warnings,
 )
+from latentmill.errors import NoRowError
 from latentmill.plugin import VAE, Conditioning, LatentSpec, Reject, RowError, Stage, TextEncoder
 
 
@@ -106,7 +107,7 @@ class Encode(Stage):
                 good_rows += len(part)
                 yield part.replace_schema_metadata({SCHEDULER_KEY: scheduler} if scheduler else None)
         if wrong_rows and not good_rows:
-            raise checks.NoRowError(next(iter(wrong_rows.values())))
+            raise NoRowError(next(iter(wrong_rows.values())))
         for i, reason in wrong_rows.items():
             reject(i, reason)
 

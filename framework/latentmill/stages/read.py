@@ -14,6 +14,7 @@ from torch import Tensor
 
 from latentmill import checks, tensors
 from latentmill.batch import STATE_PREFIX, from_dicts, with_latents
+from latentmill.errors import ContractError
 from latentmill.fields import BY_NAME, FROM_SOURCE, HALFWAY, ID, parse
 from latentmill.identity import row_seed
 from latentmill.plugin import Reject, RowError, RowField, Source, Stage
@@ -127,7 +128,7 @@ class Read(Stage):
             self.again -= 1
             last = self._compared(ends[-1])
             if self._compared(again) != last:
-                raise checks.ContractError(
+                raise ContractError(
                     f"{called(self.source)}: read gave another row {stop - 1} of {fragment} when asked for rows {first} to "
                     f"{stop - 1} than for rows {begin} to {stop - 1} (from 0 on): it must follow start and stop, and always give the same"
                 )
@@ -144,13 +145,13 @@ class Read(Stage):
                 item: Any = next(found, nothing)
             if (item is nothing) != (count == stop - first):
                 less = f"{count}" if item is nothing else "more than that"
-                raise checks.ContractError(
+                raise ContractError(
                     f"{who}: read was asked for rows {first} to {stop - 1} of {fragment}, {stop - first} of them, and gave {less}"
                 )
             if item is nothing:
                 return
             if not isinstance(item, (Mapping, RowError)):
-                raise checks.ContractError(
+                raise ContractError(
                     f"{who}: read gave a {type(item).__name__} for row {first + count} of {fragment}, not a dict or a RowError"
                 )
             count += 1

@@ -20,9 +20,9 @@ from latentmill import checks, failpoints, tensors
 from latentmill.batch import count_warnings, with_latents
 from latentmill.dataset import ERRORS_KEY, WARNINGS_KEY, copy_errors, data_name, error_lines
 from latentmill.fields import BATCH_SCHEMA, HALFWAY, ID
-from latentmill.job import without_secrets
 from latentmill.plugin import LatentSpec, Reject, Sink, Stage
 from latentmill.storage import Storage
+from latentmill.text import one_line, without_secrets
 
 
 class Shards(Protocol):
@@ -98,7 +98,7 @@ class Write(Stage):
         return first
 
     def _reason(self, reason: str) -> str:
-        return in_a_line(without_secrets(reason, json.dumps(self.plan.config)))
+        return one_line(without_secrets(reason, json.dumps(self.plan.config)))
 
     def _empty(self) -> pa.Table:
         """No rows, with the columns of this job's rows: a shard in which all failed must fit beside the others."""
@@ -132,12 +132,6 @@ def publish(store: Storage, name: str, write: Callable[[str], None], check: Call
         first = store.create(name, temporary)
         failpoints.reach("published")
     return first
-
-
-def in_a_line(reason: str) -> str:
-    """A reason as people can read it: whatever a plugin or a row put in, one line of at most 1000 characters."""
-    line = "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in reason.strip())
-    return line if len(line) <= 1000 else f"{line[:990]} [cut off]"
 
 
 def _require_planned(shard: int, planned: range, found: Sequence[int]) -> None:

@@ -16,6 +16,9 @@ import grpc
 import ray
 from ray._private import services
 
+from latentmill.errors import ClusterError, UnreachableError
+from latentmill.text import one_line
+
 ray_core: Any = ray._raylet  # whose types are not told
 
 SOCKET_PATH = 107
@@ -26,16 +29,6 @@ ASK = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 """A call that each Ray cluster answers."""
 STORE_VARIABLES = ("AWS_", "GOOGLE_", "GCS_", "AZURE_")
 """How the names of environment variables begin that an object store's address and keys stand in."""
-
-
-class ClusterError(ValueError):
-    """The cluster can't be joined or started; one line that says why, and what to do."""
-
-
-class UnreachableError(ClusterError):
-    """There is no cluster at the address, now."""
-
-    exit_code = 4
 
 
 def connect(address: str | None) -> bool:
@@ -187,4 +180,4 @@ def _token() -> str | None:
 
 def _line(error: BaseException) -> str:
     """The first lines of what Ray says, as one."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return one_line(error, 300) or type(error).__name__

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from latentmill.text import one_line
+
 logger = logging.getLogger("latentmill")
 
 EACH = 3
@@ -60,11 +62,11 @@ class Hearing:
         return taken
 
     def _hear(self, text: str, line: tuple[str, int]) -> None:
-        text = " ".join(re.sub(r"\x1b\[[\d;]*m", "", text).split())  # some write in colours
+        text = one_line(re.sub(r"\x1b\[[\d;]*m", "", text), 500)  # some write in colours
         if text not in self._known and self._of_line[line] < EACH:
             self._of_line[line] += 1
             self._known.add(text)
-            self.messages.append(text if len(text) <= 500 else f"{text[:490]} [cut off]")
+            self.messages.append(text)
 
 
 class Telling:

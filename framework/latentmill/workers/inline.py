@@ -17,9 +17,10 @@ from latentmill.driver.messages import (
     StartWorker,
     StopWorker,
 )
-from latentmill.stages.write import in_a_line
+from latentmill.errors import WrongWorker
+from latentmill.text import one_line
 from latentmill.workers.hearing import Telling
-from latentmill.workers.worker import Admit, Block, Call, Outcome, StageWork, Worker, WrongWorker, this_node
+from latentmill.workers.worker import Admit, Block, Call, Outcome, StageWork, Worker, this_node
 
 
 class InlinePool:
@@ -65,9 +66,9 @@ class InlinePool:
                         raise WrongWorker(reason)
                     self.workers[order.stage] = worker
             except WrongWorker as error:
-                return [Died(order.stage, order.worker, in_a_line(str(error)), wrong=True)]
+                return [Died(order.stage, order.worker, one_line(str(error)), wrong=True)]
             except Exception as error:
-                return [Died(order.stage, order.worker, in_a_line(told(error)), at_start=True)]
+                return [Died(order.stage, order.worker, one_line(told(error)), at_start=True)]
             return [Started(order.stage, order.worker)]
         worker = self.workers[order.stage]
         try:
@@ -109,5 +110,5 @@ class InlinePool:
 
 def _failed(order: Dispatch, error: Exception) -> Event:
     if isinstance(error, WrongWorker):
-        return Died(order.stage, order.worker, in_a_line(str(error)), wrong=True)
-    return Failed(order.id, cause(error), in_a_line(told(error)))
+        return Died(order.stage, order.worker, one_line(str(error)), wrong=True)
+    return Failed(order.id, cause(error), one_line(told(error)))

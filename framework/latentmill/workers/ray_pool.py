@@ -36,12 +36,14 @@ from latentmill.driver.messages import (
     StartWorker,
     StopWorker,
 )
+from latentmill.errors import BusyError, PlacementError, WrongWorker
 from latentmill.plugin import Stage
-from latentmill.stages.write import Write, in_a_line
+from latentmill.stages.write import Write
+from latentmill.text import one_line
 from latentmill.weights import Reading
-from latentmill.workers.cluster import ClusterError, disconnect, store_environment
+from latentmill.workers.cluster import disconnect, store_environment
 from latentmill.workers.hearing import Telling
-from latentmill.workers.worker import Admit, StageWork, Worker, WrongWorker, this_node
+from latentmill.workers.worker import Admit, StageWork, Worker, this_node
 
 logger = logging.getLogger("latentmill")
 
@@ -49,16 +51,6 @@ GONE = (RayActorError, OutOfMemoryError, WorkerCrashedError, NodeDiedError, Loca
 """What Ray raises for a call whose worker is no more. OutOfMemoryError: Ray's memory monitor killed it."""
 PATIENCE = 60.0
 """Seconds to wait for room on a cluster that would have it if others didn't use it."""
-
-
-class PlacementError(ClusterError):
-    """The cluster has no room for the job's workers; one line that says which stage asks for what."""
-
-
-class BusyError(PlacementError):
-    """It would have, and others use it now."""
-
-    exit_code = 4
 
 
 class RayPool:
@@ -140,7 +132,7 @@ class RayPool:
                     continue
                 if reason := found.wrong or self.admit(found.node, found.read):
                     self._bury(start.stage, start.worker)
-                    events.append(Died(start.stage, start.worker, in_a_line(reason), wrong=True))
+                    events.append(Died(start.stage, start.worker, one_line(reason), wrong=True))
                 elif found.probe and not self.sees(found.probe):
                     self._bury(start.stage, start.worker)
                     reason = (
@@ -162,7 +154,7 @@ class RayPool:
             except RayTaskError as error:
                 if isinstance(error.cause, WrongWorker):
                     self._bury(order.stage, order.worker)
-                    events.append(Died(order.stage, order.worker, in_a_line(str(error.cause)), wrong=True))
+                    events.append(Died(order.stage, order.worker, one_line(str(error.cause)), wrong=True))
                     continue
                 lost = isinstance(error.cause, ObjectLostError)
                 events.append(self._failed(reference, "lost" if lost else cause(error.cause), error.cause))
@@ -224,7 +216,7 @@ class RayPool:
     def _failed(self, reference: Any, why: Any, error: BaseException) -> Failed:
         order = self.in_flight.pop(reference)
         self.blocks.pop(order.id, None)
-        return Failed(order.id, why, in_a_line(told(error)))
+        return Failed(order.id, why, one_line(told(error)))
 
     def _bury(self, stage: int, worker: int) -> None:
         """Forget a worker, and end it if it lives: one that was only out of reach would keep its place."""
@@ -370,6 +362,6 @@ def _cause(error: RayError) -> str:
     if isinstance(raised, RayTaskError):
         raised = raised.cause
     if raised is not None:
-        return in_a_line(told(raised))
+        return one_line(told(raised))
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return in_a_line(lines[-1]) if lines else type(error).__name__
+    return one_line(lines[-1]) if lines else type(error).__name__

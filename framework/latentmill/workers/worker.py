@@ -18,8 +18,9 @@ import torch
 
 from latentmill import checks, failpoints, registry, storage, weights
 from latentmill.batch import FixedShape, concat, shape_key
+from latentmill.config import Job
 from latentmill.dataset import PLAN_KEY
-from latentmill.job import Job
+from latentmill.errors import PluginError, WrongWorker
 from latentmill.plan import LIBRARIES, Plan, identity, of_row, plugin_of, versions
 from latentmill.plan import read as read_plan
 from latentmill.plugin import Denoiser, Plugin, RowError, Scheduler, Source, Stage
@@ -38,10 +39,6 @@ Admit: TypeAlias = Callable[[str, weights.Reading], str]
 
 MANY = 1000
 """Names of schedulers in rows of which a worker tells: nobody has so many, and rows may hold anything."""
-
-
-class WrongWorker(RuntimeError):
-    """This worker is not what the plan says: it would make other rows. One line that names the node."""
 
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
@@ -282,7 +279,7 @@ def as_planned(job: Job, plan: Plan, kind: str) -> Any:
     what, same = f"{kind} {planned['name']}", "Install the same version on every node"
     try:
         here = identity(job, kind)
-    except registry.PluginError as error:
+    except PluginError as error:
         raise WrongWorker(
             f"{this_node()} lacks {what}, which the plan has of {planned['distribution']} {planned['version']}: "
             f"{error}. {same}"
@@ -295,7 +292,7 @@ def as_planned(job: Job, plan: Plan, kind: str) -> Any:
             )
     try:
         plugin: Plugin = plugin_of(job, kind)
-    except registry.PluginError as error:
+    except PluginError as error:
         if isinstance(error.__cause__, OSError):  # the storage's, and may be gone at the next attempt
             raise
         raise WrongWorker(f"{this_node()} can't build what the driver could: {error}") from error
@@ -361,7 +358,7 @@ def _denoise(job: Job, plan: Plan, fixed: FixedShape | None) -> Stage:
                 weights.note(f"scheduler {name}", name, of_row(name))
             try:
                 schedulers[name] = registry.build("scheduler", {"name": name})
-            except registry.PluginError as error:
+            except PluginError as error:
                 raise RowError(str(error)) from error
         return schedulers[name]
 

@@ -125,9 +125,9 @@ def test_workers_of_other_stages_never_see_diffusers(model, tmp_path):
     ]
     code = f"""
 import sys
-from latentmill import job, plan, storage
+from latentmill import config, plan, storage
 from latentmill.workers import worker
-job = job.load_job("denoise", {told!r})
+job = config.load_job("denoise", {told!r})
 plan = plan.load(storage.at(job.output, False))
 for name in ("read", "write"):
     worker.make_stage(job, plan, name)

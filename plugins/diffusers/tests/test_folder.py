@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 
 import latentmill
 from latentmill.cli import main
-from latentmill.job import load_job
-from latentmill.plan import PlanError, parts
-from latentmill.registry import PluginError
+from latentmill.config import load_job
+from latentmill.errors import PlanError, PluginError
+from latentmill.plan import parts
 from latentmill_diffusers import tiny
 from latentmill_diffusers.denoiser import DiffusersDenoiser
 from latentmill_diffusers.folder import Folder

@@ -4,7 +4,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import latentmill
-from latentmill.job import JobError, load_job
+from latentmill.config import load_job
+from latentmill.errors import JobError
 
 JOBS = {
     "sd15_txt2img": "StableDiffusionPipeline",

@@ -23,8 +23,8 @@ from PIL import Image
 import latentmill
 from latentmill import tensors
 from latentmill.batch import PROMPT_PREFIX, from_dicts
-from latentmill.job import load_job
-from latentmill.registry import PluginError
+from latentmill.config import load_job
+from latentmill.errors import PluginError
 from latentmill_diffusers import pipeline, tiny
 from latentmill_diffusers.pipeline import Absent, PipelineDenoise, PipelineEncode
 from latentmill_diffusers.vae import DiffusersVAE

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import latentmill
-from latentmill.job import load_job
-from latentmill.plan import PlanError, parts
-from latentmill.registry import PluginError
+from latentmill.config import load_job
+from latentmill.errors import PlanError, PluginError
+from latentmill.plan import parts
 from latentmill_diffusers.denoiser import DiffusersDenoiser
 from latentmill_diffusers.text_encoder import DiffusersTextEncoder
 

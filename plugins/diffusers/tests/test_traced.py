@@ -22,7 +22,7 @@ import torch
 
 import latentmill
 from latentmill import registry, tensors
-from latentmill.plan import PlanError
+from latentmill.errors import PlanError
 from latentmill.plugin import Field, NoiseSchedule
 from latentmill.schedulers.noise_schedules import RectifiedFlow, VarianceExploding, VariancePreserving
 from latentmill.stages.guidance import to_clean

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from latentmill.text import one_line
 from latentmill.weights import digests, record
 from latentmill_diffusers import messages as messages  # its filters, wherever the libraries are used
 from latentmill_diffusers import quantized
@@ -289,7 +290,7 @@ def _naming(path: Path) -> Iterator[None]:
     except KeyError as error:  # of a converter of names
         raise ValueError(f"{path} can't be loaded: it has no {error.args[0]}") from error
     except Exception as error:  # what diffusers, transformers, accelerate and safetensors raise is of all kinds
-        raise ValueError(f"{path} can't be loaded: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} can't be loaded: {one_line(error)}") from error
 
 
 def _require_finite(model: torch.nn.Module) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from latentmill import weights
+from latentmill.text import one_line
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def _naming(lora: Lora) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:  # the libraries' own converters
-        said = " ".join(str(error).split())
+        said = one_line(error)
         said = said if isinstance(error, ValueError) else f"{type(error).__name__}: {said}"
         raise ValueError(f"the LoRA {lora.path}: {said[:600]}") from error
 

@@ -15,7 +15,6 @@ agree in steps, guidance, size, and whether they give a negative prompt, go toge
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from latentmill import syntax, tensors, weights
 from latentmill.batch import PROMPT_PREFIX, with_latents, with_warnings
 from latentmill.fields import BATCH_SCHEMA, OURS
 from latentmill.plugin import LatentSpec, Reject, RowError, Stage
+from latentmill.text import near, one_line
 from latentmill_diffusers.families import NO_NEGATIVE
 from latentmill_diffusers.folder import Folder, completed, dtype_of, part_class, pipeline_class, require_layers
 from latentmill_diffusers.messages import quiet
@@ -138,9 +138,7 @@ class Pipeline(Stage):
         self.parameters = inspect.signature(self.cls.__call__).parameters
         for name in self.call:
             if name not in self.parameters:
-                close = difflib.get_close_matches(name, self.parameters, n=1)
-                meant = f" (did you mean {close[0]!r}?)" if close else ""
-                raise ValueError(f"call: {self.folder.pipeline} takes no {name!r}{meant}")
+                raise ValueError(f"call: {self.folder.pipeline} takes no {name!r}{near(name, self.parameters)}")
         if reason := refused(self.cls):
             raise ValueError(f"{self.folder.pipeline} can't be run by its parts: {reason}")
         self.guidance = self._guidance()
@@ -284,7 +282,7 @@ class PipelineEncode(Pipeline):
                     noted[key] = self._note(row)
                 warnings[i] = noted[key]["warnings"]
             except ValueError as error:
-                reject(i, " ".join(str(error).split()))
+                reject(i, one_line(error))
                 continue
             shapes = [[list(leaf.shape), str(leaf.dtype)] for leaf in noted[key]["leaves"]]
             group = json.dumps([noted[key]["form"], shapes])

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from latentmill.text import one_line
+
 
 def require(package: str, by: str) -> None:
     """Raise ValueError unless a package is installed that not everyone needs."""
@@ -68,7 +70,7 @@ def of_settings(settings: Mapping[str, Any], library: str) -> Any:
 
         return AutoQuantizationConfig.from_dict(told)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"quantization: {' '.join(str(error).split())}") from error
+        raise ValueError(f"quantization: {one_line(error)}") from error
 
 
 def torchao_config(name: str, settings: Mapping[str, Any]) -> Any:

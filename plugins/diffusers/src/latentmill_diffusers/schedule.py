@@ -19,6 +19,7 @@ from torch import Tensor
 
 from latentmill.plugin import NoiseSchedule, Prediction
 from latentmill.schedulers.noise_schedules import RectifiedFlow, VariancePreserving
+from latentmill.text import one_line
 from latentmill_diffusers.families import FAMILIES
 from latentmill_diffusers.folder import Folder
 
@@ -126,7 +127,7 @@ def changed(scheduler: Any, **settings: Any) -> Any:
 
 def said(error: Exception) -> str:
     """What an error of a library says, in a line; the line of its code that failed, if it says nothing."""
-    return " ".join(str(error).split()) or str(traceback.extract_tb(error.__traceback__)[-1].line)
+    return one_line(error) or str(traceback.extract_tb(error.__traceback__)[-1].line)
 
 
 def is_flow(scheduler: Any) -> bool:

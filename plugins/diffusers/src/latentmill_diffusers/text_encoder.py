@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import pad
 
 from latentmill.plugin import Conditioning, RowError, TextEncoder
+from latentmill.text import one_line
 from latentmill_diffusers import lora, tokens
 from latentmill_diffusers.families import Family, family_of
 from latentmill_diffusers.folder import (
@@ -204,7 +205,7 @@ class DiffusersTextEncoder(TextEncoder):
         try:
             count = _tokens(reader, prompt)
         except Exception as error:  # compel's own, and pyparsing's
-            raise RowError(f"compel can't read the prompt {prompt!r}: {' '.join(str(error).split())}") from error
+            raise RowError(f"compel can't read the prompt {prompt!r}: {one_line(error)}") from error
         if count > self._length:
             raise RowError(
                 f"a prompt of {count} tokens, by pieces of {len(self._nothing[0])}, and max_length is {self._length}"

@@ -16,7 +16,6 @@ belong together, a *group*, and are one step of ours: Heun's, for one, evaluates
 from __future__ import annotations
 
 import copy
-import difflib
 import hashlib
 import inspect
 import json
@@ -33,6 +32,7 @@ from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
 from latentmill.plugin import Field, NoiseSchedule, Scheduler, Start, State
+from latentmill.text import near
 from latentmill_diffusers.families import FAMILIES, shift
 from latentmill_diffusers.folder import Folder
 from latentmill_diffusers.schedule import FLOWS, PREDICTIONS, changed, is_flow, mend, require_known, said, set_timesteps
@@ -375,8 +375,7 @@ def _make(name: str, settings: str, betas: bytes = b"") -> _Made:
     require_known(name, {**{key: value for key, value in config.items() if key in known}, **options})
     for key in options:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            raise ValueError(f"{name} has no setting {key!r}{f' (did you mean {close[0]!r}?)' if close else ''}")
+            raise ValueError(f"{name} has no setting {key!r}{near(key, known)}")
     if betas:
         options |= {"trained_betas": np.frombuffer(betas).tolist()}
         options |= {"snr_shift_scale": 1.0} if "snr_shift_scale" in known else {}

@@ -1,0 +1,207 @@
+"""A composed job is checked whole: what is wrong is one line that names the key, what is there and what is right."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+from latentmill import registry, values
+from latentmill.config.messages import near_key
+from latentmill.config.schema import (
+    CLUSTERS,
+    FIRST_NOISE,
+    ON_ERROR,
+    STAGES,
+    Cluster,
+    Job,
+    Schema,
+    StageSettings,
+)
+from latentmill.errors import JobError, RowError
+from latentmill.fields import IN_JOB, parse
+from latentmill.schedulers import grids
+from latentmill.storage import place
+from latentmill.text import near
+
+
+def checked(name: str, config: DictConfig, text: str) -> Job:
+    """The job that a composed config is. Raises JobError or PluginError, or what OmegaConf says of an interpolation."""
+    _refuse_targets(name, OmegaConf.to_container(config))
+    try:
+        settled = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        key = str(error.full_key)
+        raise JobError(f"{name}: {key} has no value; set it in the job, or as {key}=...") from error
+    assert isinstance(settled, dict)
+    _refuse_targets(name, settled)  # an interpolation may bring one in
+    for key in get_type_hints(Schema):
+        if key not in settled:  # ~key takes it away
+            raise JobError(f"{name}: {key} has no value; set it in the job, or as {key}=...")
+    _unknown(settled, Schema, name)  # +key=value gets past even a typed config
+    if not isinstance(settled["flow"], list):
+        raise JobError(f"{name}: flow must be a list of stages, not {settled['flow']!r}")
+    flow = tuple(map(str, settled["flow"]))
+    for stage in (*STAGES, *flow):
+        settled["stages"].setdefault(stage, vars(StageSettings()))
+    job = Job(
+        name=name,
+        config=text,
+        **{
+            **settled,
+            "flow": flow,
+            "output": place(settled["output"] or ""),
+            "sampling": {**{key: of.default for key, of in IN_JOB.items()}, **settled["sampling"]},
+            "stages": {key: StageSettings(**stage) for key, stage in settled["stages"].items()},
+            "cluster": Cluster(**settled["cluster"]),
+        },
+    )
+    for wrong in _wrong(job):
+        raise JobError(f"{name}: {wrong}")
+    return job
+
+
+def _refuse_targets(name: str, values: Any) -> None:
+    for key in _keys(values):
+        if key.rpartition(".")[2] == "_target_":
+            raise JobError(f"{name}: {key} is refused; plugins are chosen by name")
+
+
+def _keys(node: Any, at: str = "") -> Iterator[str]:
+    children = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in children:
+        yield f"{at}.{key}" if at else str(key)
+        yield from _keys(value, f"{at}.{key}" if at else str(key))
+
+
+def _unknown(settled: Mapping[Any, Any], schema: Any, name: str, at: str = "") -> None:
+    hints = get_type_hints(schema)
+    for key, value in settled.items():
+        if key not in hints:
+            raise JobError(f"{name}: there is no key {at}{key}{near_key(f'{at}{key}')}")
+        hint = hints[key]
+        if is_dataclass(hint):
+            _holds_keys(value, name, f"{at}{key}")
+            _unknown(value, hint, name, f"{at}{key}.")
+        elif get_args(hint)[1:] == (StageSettings,):
+            _holds_keys(value, name, f"{at}{key}")
+            for stage, settings in value.items():
+                _holds_keys(settings, name, f"{at}{key}.{stage}")
+                _unknown(settings, StageSettings, name, f"{at}{key}.{stage}.")
+        elif values.is_dict(hint) and value is not None:
+            _holds_keys(value, name, f"{at}{key}")
+
+
+def _holds_keys(value: Any, name: str, at: str) -> None:
+    """What an interpolation brings in is checked by nobody else."""
+    if not isinstance(value, Mapping):
+        raise JobError(f"{name}: {at} must hold keys and their values, not {value!r}")
+
+
+def _wrong(job: Job) -> Iterator[str]:
+    """What is wrong with the values, one line each."""
+    sampling = job.sampling
+    for key in ("samples_per_row", "rows_per_shard"):
+        if getattr(job, key) < 1:
+            yield f"{key} must be 1 or more, not {getattr(job, key)}"
+    for key, of in IN_JOB.items():
+        if sampling[key] is not None and not (isinstance(sampling[key], str) and _not_utf8(sampling[key])):
+            try:
+                parse(of, sampling[key], f"sampling.{key}")
+            except RowError as error:
+                yield str(error)
+    width, height = sampling["width"], sampling["height"]
+    if (pixels := (width or 0) * (height or 0)) > sampling["max_pixels"]:
+        size = f"sampling.width={width} and sampling.height={height}"
+        yield f"{size} are {pixels} pixels, more than sampling.max_pixels={sampling['max_pixels']} allows"
+    if (width is None) != (height is None):
+        yield "sampling.width and sampling.height must be given together, or neither"
+    for key, text in [("output", job.output), *((f"sampling.{k}", v) for k, v in sampling.items())]:
+        if isinstance(text, str) and not text.isascii() and _not_utf8(text):
+            yield f"{key} must be UTF-8, not {text!r}"
+    if not job.output or "\0" in job.output or Path(job.output).is_file():
+        yield f"output must name a folder or a URL, not {job.output!r}"
+    if job.on_error not in ON_ERROR:
+        yield f"on_error must be {' or '.join(ON_ERROR)}, not {job.on_error!r}"
+    if not 0.0 <= job.max_error_rate <= 1.0:
+        yield f"max_error_rate must be from 0 to 1, not {job.max_error_rate}"
+    if sampling["first_noise"] not in FIRST_NOISE:
+        yield f"sampling.first_noise must be {' or '.join(FIRST_NOISE)}, not {sampling['first_noise']!r}"
+    if not 0.0 <= sampling["until"] < 1.0:
+        yield f"sampling.until must be a time from 0 to less than 1, not {sampling['until']}"
+    if sampling["until"] and ("denoise" not in job.flow or job.flow[-2] != "denoise"):
+        yield f"sampling.until leaves latents half-way, so flow must end with denoise, write, not {list(job.flow)}"
+    if job.latents_std and job.flow[-2] != "encode":
+        yield f"latents_std is of latents as they were encoded, so flow must end with encode, write, not {list(job.flow)}"
+    yield from _wrong_flow(job.flow)
+    for name, stage in job.stages.items():
+        if name not in job.flow and name not in STAGES:
+            yield f"stages.{name}: there is no such stage in the flow{near(name, {*job.flow, *STAGES})}"
+        for key in ("replicas", "batch_size"):
+            if getattr(stage, key) < 1:
+                yield f"stages.{name}.{key} must be 1 or more, not {getattr(stage, key)}"
+        if stage.retries < 0:
+            yield f"stages.{name}.retries must be 0 or more, not {stage.retries}"
+        if stage.timeout is not None and not stage.timeout > 0:
+            yield f"stages.{name}.timeout must be more than 0 seconds, or null, not {stage.timeout}"
+        for key in ("num_gpus", "num_cpus"):
+            number = getattr(stage, key)
+            if not (math.isfinite(number) and number >= 0):
+                yield f"stages.{name}.{key} must be a number from 0 on, not {number}"
+        if stage.memory is not None and not 0 <= values.in_bytes(stage.memory) < math.inf:
+            yield f"stages.{name}.memory must be bytes, as 8GiB, 500MB or a number, not {stage.memory!r}"
+        if stage.num_gpus > 1 and stage.num_gpus != int(stage.num_gpus):
+            yield f"stages.{name}.num_gpus above 1 must be whole, not {stage.num_gpus}"
+        if stage.settings and name in STAGES:
+            yield f"stages.{name}.settings: only a plugin's stage has settings"
+    if job.cluster.kind not in CLUSTERS:
+        yield f"cluster.kind must be one of {', '.join(CLUSTERS)}, not {job.cluster.kind!r}"
+    if job.cluster.kind == "ray" and not job.cluster.address:
+        yield "cluster.address must be set for cluster=ray: an address, or auto"
+    for kind in registry.KINDS:
+        choice = getattr(job, kind, None)
+        if choice is None:
+            continue
+        if not isinstance(choice.get("name"), str):
+            yield f"{kind}.name must be the name of a plugin, not {choice.get('name')!r}"
+        else:
+            registry.find(kind, choice["name"])
+    for key in job.model:
+        if not re.search(rf"\bmodel\.{re.escape(key)}\b", job.config):
+            used = re.findall(r"\bmodel\.(\w+)", job.config)
+            yield f"there is no key model.{key}{near(key, used)}: no part of the model reads it"
+    if job.scheduler is not None:
+        grid = job.scheduler.get("grid", "trailing")
+        if not isinstance(grid, (str, Mapping)):
+            yield f"scheduler.grid must be a name, or a name with settings, not {grid!r}"
+        try:
+            grids.choose(grid)
+        except ValueError as error:
+            yield f"scheduler.grid: {error}"
+
+
+def _not_utf8(text: str) -> bool:
+    """Whether there are bytes in it that a shell gave and UTF-8 doesn't have: no file of rows could hold them."""
+    return text != text.encode(errors="ignore").decode()
+
+
+def _wrong_flow(flow: tuple[str, ...]) -> Iterator[str]:
+    if len(flow) < 2 or flow[0] != "read" or flow[-1] != "write":
+        yield f"flow must begin with read and end with write, not {list(flow)}"
+    twice = [name for at, name in enumerate(flow) if name in flow[:at]]
+    if twice:
+        yield f"flow has {twice[0]} twice"
+    ours = [name for name in flow if name in STAGES]
+    if ours != sorted(ours, key=STAGES.index):
+        yield f"flow must keep the order {', '.join(STAGES)}, not {list(flow)}"
+    if "denoise" in flow and "encode" not in flow:
+        yield "flow needs encode before denoise: it turns the prompts into what the denoiser reads"
+    for name in flow:
+        if name not in STAGES:
+            registry.find("stage", name)

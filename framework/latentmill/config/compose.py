@@ -1,0 +1,142 @@
+"""Which configs a job is made of: Hydra is told where they are, and puts them together."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.object_type import ObjectType
+from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
+
+from latentmill import registry, values
+from latentmill.config.schema import Schema
+from latentmill.text import one_line
+
+logger = logging.getLogger("latentmill")
+
+THE_FILE = "job file"
+"""What a job's own file is called among the configs of its folder, whatever its name."""
+
+
+@cache
+def prepare() -> None:
+    """Tell Hydra our schema, our config folder and those that plugins bring, and a config for each plugin's name."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Schema)
+    Plugins.instance().register(_Folder)
+    Plugins.instance().register(_SearchPath)
+    packages = [package for _, package in _packages()]
+    for kind in registry.KINDS:
+        found = registry.entries(kind)
+        whole = [f"{e.distribution}:{e.name}" for e in found]
+        for name in {*(e.name for e in found), *whole, *(name.removeprefix("latentmill-") for name in whole)}:
+            if not any((files(package) / kind / f"{name}.yaml").is_file() for package in packages):
+                grid = {"grid": "trailing"} if kind == "scheduler" else {}
+                store.store(group=kind, name=name, node={"name": name, **grid})
+
+
+def composed(config_name: str, choices: Sequence[str]) -> tuple[DictConfig, Mapping[Any, Any]]:
+    """The config, and which config each group is."""
+    config = compose(config_name, overrides=list(choices), return_hydra_config=True)
+    chosen = OmegaConf.to_container(config.hydra.runtime.choices)
+    OmegaConf.set_struct(config, False)
+    del config["hydra"]
+    OmegaConf.set_struct(config, True)
+    assert isinstance(chosen, dict)
+    return config, chosen
+
+
+class _SearchPath(SearchPathPlugin):
+    """Where Hydra looks for what a job's defaults name, after the job's own folder."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for element in search_path.get_path():
+            if element.provider == "main":
+                element.path = f"{_Folder.scheme()}://{element.path.removeprefix('pkg://')}"
+        for distribution, package in _packages():
+            search_path.append(distribution, f"{_Folder.scheme()}://{package}")
+
+
+class _Folder(ConfigSource):
+    """The folder of a job's file, or a package of config; its path is the file's, or the package's name.
+
+    Unlike Hydra's own, a scalar stays as it was written until its type is known, the file may have any name, and it may
+    be a link: what lies beside it is found, then what lies beside the file that it leads to.
+    """
+
+    @staticmethod
+    def scheme() -> str:
+        return "latentmill"
+
+    def __init__(self, provider: str, path: str) -> None:
+        super().__init__(provider, path)
+        self.file = Path(self.path) if os.path.isabs(self.path) else None
+        self.folders: list[Traversable]
+        if self.file is not None:
+            self.folders = list(dict.fromkeys([self.file.parent, self.file.resolve().parent]))
+        else:
+            self.folders = [files(self.path)]
+
+    def _found(self, name: str) -> Traversable | None:
+        name = name.removesuffix(".yaml")
+        if self.file is not None and name == THE_FILE:
+            return self.file
+        if self.file is not None and name in ("job", "schema"):  # what all jobs begin with is ours
+            return None
+        there = (folder.joinpath(f"{name}.yaml") for folder in self.folders)
+        return next((file for file in there if file.is_file()), None)
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        file = self._found(config_path)
+        if file is None:
+            raise ConfigLoadError(f"Config not found : {config_path}")
+        text = file.read_text(encoding="utf-8")
+        held = values.load_yaml(text)
+        if not isinstance(held, (dict, list)):
+            raise ValueError(f"{file}: keys with values are expected, as in: seed: 1")
+        return ConfigResult(self.provider, self.full_path(), OmegaConf.create(held), self._get_header_dict(text))
+
+    def available(self) -> bool:
+        return True
+
+    def is_group(self, config_path: str) -> bool:
+        return any(folder.joinpath(config_path).is_dir() for folder in self.folders)
+
+    def is_config(self, config_path: str) -> bool:
+        return self._found(config_path) is not None
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        found: list[str] = []
+        for folder in self.folders:
+            if (group := folder.joinpath(config_path)).is_dir():
+                for name in (file.name for file in group.iterdir()):
+                    self._list_add_result(found, f"{config_path}/{name}".lstrip("/"), name, results_filter)
+        return sorted(set(found))
+
+
+@cache
+def _packages() -> list[tuple[str, str]]:
+    """Distributions and packages of config. One that can't be imported costs its user what is in it, and no more."""
+    found = [("latentmill", "latentmill.conf")]
+    for entry in registry.entries():
+        if entry.group != registry.CONF_GROUP:
+            continue
+        try:
+            files(entry.entry_point.value)
+        except (Exception, SystemExit) as error:  # whatever a stranger's module raises
+            logger.warning(f"the config of {entry} is left out: {type(error).__name__}: {one_line(error)}")
+        else:
+            found.append((entry.distribution, entry.entry_point.value))
+    return found

@@ -1,0 +1,90 @@
+"""A job by its name or its file: composed by Hydra, checked whole before anything starts."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from hydra import initialize_config_dir, initialize_config_module
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from latentmill.config.check import checked
+from latentmill.config.compose import THE_FILE, composed, prepare
+from latentmill.config.messages import explained
+from latentmill.config.overrides import assign, named, parse, settle
+from latentmill.config.schema import Job, Schema
+from latentmill.errors import JobError, PluginError
+from latentmill.text import near, without_secrets
+
+SHIPPED = "latentmill.jobs"
+
+
+def shipped() -> list[str]:
+    """The names of the jobs that come with the package."""
+    return sorted(Path(str(file)).stem for file in files(SHIPPED).iterdir() if file.name.endswith(".yaml"))
+
+
+def load_job(job: str, overrides: Sequence[str] = ()) -> Job:
+    """The job of that name, or of that YAML file, with ``key=value`` overrides. Raises JobError or PluginError."""
+    prepare()
+    name = Path(job).stem if _is_file(job) else job
+    choices, assignments = parse(overrides)
+    where: Any
+    if _is_file(job):
+        path = Path(os.path.abspath(os.path.expanduser(job)))  # a link is a job of its own name
+        if not path.is_file():
+            raise JobError(f"there is no job file {job}; shipped jobs are chosen by name: {', '.join(shipped())}")
+        if path.suffix != ".yaml":
+            raise JobError(f"{job}: a job file's name ends in .yaml")
+        if "hydra" in _raw(path):  # its searchpath imports what it names
+            raise JobError(f"{job}: hydra is refused; where config is looked for is not the job's to say")
+        where, config_name = initialize_config_dir(str(path), version_base="1.3"), THE_FILE
+    else:
+        if job not in shipped():
+            raise JobError(
+                f"there is no job {job!r}{near(job, shipped())}; there are: {', '.join(shipped())}; "
+                "a file's name ends in .yaml"
+            )
+        where, config_name = initialize_config_module(SHIPPED, version_base="1.3"), job
+    try:
+        with where, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*missing `_self_`")  # it is put last, where ours stands
+            config, chosen = composed(config_name, choices)
+            if more := list(named(assignments, config, chosen)):
+                config, _ = composed(config_name, [*choices, *more])
+    except Exception as error:  # Hydra's, OmegaConf's, YAML's, the file system's: a file may hold anything
+        raise JobError(f"{name}: {explained(error)}") from error
+    if OmegaConf.get_type(config) is not Schema:
+        raise JobError(f"{job}: its defaults must begin with job, as in: defaults: [job, model: shapes, ..., _self_]")
+    try:
+        for assignment in assignments:
+            assign(config, assignment)
+        settle(config)
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise JobError(f"{name}: {explained(error)}") from error
+    except JobError as error:
+        raise JobError(f"{name}: {error}") from error
+    text = OmegaConf.to_yaml(config)
+    try:
+        return checked(name, config, text)
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise JobError(without_secrets(f"{name}: {explained(error)}", text)) from None
+    except (JobError, PluginError) as error:
+        raise type(error)(without_secrets(str(error), text)) from None
+
+
+def _raw(path: Path) -> Any:
+    """What is at the top of a YAML file; nothing, if it can't be read, since Hydra then says why."""
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except Exception:
+        return ()
+
+
+def _is_file(job: str) -> bool:
+    return job.endswith((".yaml", ".yml")) or "/" in job

@@ -1,0 +1,156 @@
+"""``key=value``: what is given beside the file, and the type that a key's value has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from typing import Any, get_type_hints
+
+from hydra.core.override_parser.types import Quote, QuotedString
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from latentmill import registry, values
+from latentmill.config.messages import near_key
+from latentmill.config.schema import Schema
+from latentmill.errors import JobError
+
+GROUPS = (*registry.KINDS, "cluster", "model", "stages")
+"""Keys whose value may be the name of a config."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """``key=value`` that is no choice of a config."""
+
+    key: str
+    text: str
+    new: bool
+    """The key may be one that isn't there yet."""
+
+
+def parse(overrides: Sequence[str]) -> tuple[list[str], list[Assignment]]:
+    """What of the overrides is for Hydra, in its grammar, since it chooses or leaves out a config; and the rest."""
+    choices: list[str] = []
+    assignments: dict[str, Assignment] = {}
+    for override in overrides:
+        match = re.fullmatch(r"([~+]{0,2})([A-Za-z_][\w.@/:-]*)(?:=(.*))?", override, re.DOTALL)
+        if not match or (match[3] is None and match[1] != "~"):
+            raise JobError(f"{override!r} is no override: key=value is expected, as in sampling.steps=10")
+        sign, key, text = match.groups()
+        if "_target_" in key:
+            raise JobError(f"{override!r}: _target_ is refused; plugins are chosen by name")
+        if re.match(r"hydra\b", key):
+            raise JobError(f"{override!r}: hydra is refused; where config is looked for is not the job's to say")
+        value = (
+            key in {f.name for f in fields(Schema)} - {*GROUPS} or re.search(r"[.@/:]", key) or (text or "")[:1] == "{"
+        )
+        if sign == "~":
+            choices.append(f"~{key}" + ("" if text is None else f"={_quoted(text)}"))
+        elif value and not re.search(r"[@/:]", key):
+            plugin = re.match(rf"(model|{'|'.join(registry.KINDS)})\.\w|stages\.\w+\.settings(\.\w|$)", key)
+            assignments.pop(key, None)  # the last one counts, in its place
+            assignments[key] = Assignment(key, text, bool(sign or plugin) or text[:1] == "{")
+        elif key in GROUPS and re.fullmatch(r"null|true|false|[-+.\d]*|\[.*\]", text):
+            raise JobError(f"{override}: a name is expected; ~{key} leaves it out")
+        else:
+            choices.append(f"{sign.replace('++', '')}{key}={_quoted(text)}")
+    # The type of a setting is its plugin's to say, so names are known before settings, and what refers before what is read.
+    first = [a for a in assignments.values() if a.key == "flow" or a.key.endswith(".name") or "${" in a.text]
+    return choices, first + [a for a in assignments.values() if a not in first]
+
+
+def named(assignments: Sequence[Assignment], config: DictConfig, chosen: Mapping[Any, Any]) -> Iterator[str]:
+    """``scheduler=X`` for ``scheduler.name=X``, where the settings there are those of another scheduler's config."""
+    for assignment in assignments:
+        kind = assignment.key.removesuffix(".name")
+        if kind in registry.KINDS and kind in chosen and "${" not in assignment.text:
+            there = OmegaConf.to_container(config[kind]) or {}
+            if isinstance(there, dict) and there.keys() > {"name"} and there["name"] != assignment.text:
+                yield f"{kind}={_quoted(assignment.text)}"
+
+
+def _quoted(text: str) -> str:
+    return str(QuotedString(text, Quote.single).with_quotes())
+
+
+def assign(config: DictConfig, assignment: Assignment) -> None:
+    """Give a key its value, read as the type that the key has. Raises JobError."""
+    key, path = assignment.key, assignment.key.split(".")
+    new = assignment.new or (path[0] == "stages" and len(path) > 2 and path[1] in (config.get("flow") or ()))
+    hint: Any = str
+    if values.ambiguous(assignment.text):
+        hint = _hint(path, OmegaConf.to_container(config))
+    try:
+        value = values.read(assignment.text, hint)
+    except ValueError as error:
+        raise JobError(f"{key}: {error}") from error
+    try:
+        OmegaConf.update(config, key, value, force_add=new)
+    except (ConfigAttributeError, ConfigKeyError) as error:
+        raise JobError(f"there is no key {key}{near_key(key)}") from error
+    except (ValueError, AssertionError) as error:  # OmegaConf's of a key that goes into a list, or into text
+        if isinstance(error, OmegaConfBaseException):
+            raise
+        raise JobError(f"there is no key {key}") from error
+
+
+def settle(config: DictConfig) -> None:
+    """Give scalars of YAML files that were kept as they were written the type that their keys have."""
+    raw = OmegaConf.to_container(config)
+    for path, value in _leaves(raw):
+        text = values.kept(value)
+        if text is not None or isinstance(value, values.NUMBERS):
+            wanted = values.is_text(_hint(path, raw))
+            if text is not None or wanted:
+                node: Any = config
+                for key in path[:-1]:
+                    node = node[key]
+                node[path[-1]] = str(value) if text is None else text if wanted else values.as_yaml(text)
+
+
+def _hint(path: Sequence[Any], raw: Any) -> Any:
+    """The type that the schema, or a plugin's constructor, gives a key. Any: neither does, and no text is made of it."""
+    hint: Any = Schema
+    if path[0] in registry.KINDS and len(path) > 1:
+        hint, path = _setting(path[0], raw[path[0]], path[1]), path[2:]
+    elif path[0] == "stages" and len(path) > 3 and path[2] == "settings":
+        hint, path = _setting("stage", {"name": path[1]}, path[3]), path[4:]
+    elif path[0] == "model":
+        hint = (
+            str if any(_makes_text(".".join(map(str, path)), leaf, value, raw) for leaf, value in _leaves(raw)) else Any
+        )
+        path = ()
+    for key in path:
+        hint = _types(hint).get(key, Any) if isinstance(hint, type) and is_dataclass(hint) else values.inside(hint)
+    return hint
+
+
+@cache
+def _types(schema: Any) -> dict[str, Any]:
+    return get_type_hints(schema)
+
+
+def _setting(kind: str, choice: Any, key: str) -> Any:
+    if key == "name":
+        return str
+    name = choice.get("name") if isinstance(choice, Mapping) else None
+    return registry.hints(kind, str(name)).get(key, Any)
+
+
+def _makes_text(key: str, leaf: Sequence[str], value: Any, raw: Any) -> bool:
+    """Whether text is made of ``key`` at ``leaf``: it is part of a longer text there, or all of what takes text."""
+    if leaf[0] == "model" or not isinstance(value, str) or f"${{{key}}}" not in value:
+        return False
+    return value != f"${{{key}}}" or values.is_text(_hint(leaf, raw))
+
+
+def _leaves(node: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    children = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else None
+    if children is None:
+        yield at, node
+        return
+    for key, value in children:
+        yield from _leaves(value, (*at, key))

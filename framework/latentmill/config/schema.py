@@ -1,0 +1,158 @@
+"""The keys of a job, their types, and what they may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, make_dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from omegaconf import MISSING, OmegaConf
+
+from latentmill import registry, values
+from latentmill.fields import IN_JOB, python_type
+
+STAGES = ("read", "encode", "denoise", "decode", "write")
+"""Our own stages, in the order in which they can stand in a flow."""
+
+FIRST_NOISE = ("latentmill", "diffusers")
+
+ON_ERROR = ("quarantine", "stop")
+
+CLUSTERS = ("local", "inline", "ray")
+
+
+if TYPE_CHECKING:
+    Sampling: TypeAlias = Any
+else:
+    Sampling = make_dataclass(
+        "Sampling",
+        [
+            (key, python_type(of) | (None if of.default is None else python_type(of)), field(default=of.default))
+            for key, of in IN_JOB.items()
+        ],
+    )
+    """The keys of ``sampling`` and their types, as ``fields`` has them."""
+
+
+@dataclass
+class StageSettings:
+    """A stage's pool of workers. What a worker asks for is said in Ray's words."""
+
+    replicas: int = 1
+    batch_size: int = 16
+    num_gpus: float = 0.0
+    num_cpus: float = 1.0
+    memory: Any = None
+    """Bytes, as a number or in words: ``8GiB``, ``500MB``."""
+    resources: dict[str, float] = field(default_factory=dict)
+    accelerator_type: str | None = None
+    retries: int = 1
+    """How often a batch that failed is tried again as it is, before it is split to find the row."""
+    timeout: float | None = None
+    """Seconds in which a worker that has work must finish some of it; else it counts as hanging and is replaced."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """A plugin stage's own."""
+
+    @property
+    def threads(self) -> int:
+        """Torch's threads in a worker: one a CPU asked for, so that workers on a machine don't fight over its cores."""
+        return max(1, int(self.num_cpus))
+
+    @property
+    def bytes(self) -> int | None:
+        """``memory`` as a number."""
+        return None if self.memory is None else int(values.in_bytes(self.memory))
+
+
+@dataclass
+class Cluster:
+    """Where the workers run: ``local`` starts Ray here, ``inline`` is this process, ``ray`` joins a cluster."""
+
+    kind: str = MISSING
+    address: str | None = None
+
+
+@dataclass
+class Schema:
+    """The keys of a job and their types. Defaults are in conf/job.yaml, for people to read."""
+
+    output: str = MISSING
+    single_writer: bool = False
+    seed: int = MISSING
+    samples_per_row: int = MISSING
+    deterministic: bool = MISSING
+    rows_per_shard: int = MISSING
+    on_error: str = MISSING
+    max_error_rate: float = MISSING
+    flow: list[str] = MISSING
+    latents_std: bool = False
+    source: dict[str, Any] = MISSING
+    sink: dict[str, Any] = MISSING
+    model: dict[str, Any] = field(default_factory=dict)
+    vae: dict[str, Any] | None = None
+    denoiser: dict[str, Any] | None = None
+    text_encoder: dict[str, Any] | None = None
+    scheduler: dict[str, Any] | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    stages: dict[str, StageSettings] = field(default_factory=dict)
+    cluster: Cluster = field(default_factory=Cluster)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked job."""
+
+    name: str
+    config: str
+    """YAML of everything, environment variables left as ``${oc.env:...}``: what ``--cfg job`` prints."""
+    output: str
+    single_writer: bool
+    seed: int
+    samples_per_row: int
+    deterministic: bool
+    rows_per_shard: int
+    on_error: str
+    max_error_rate: float
+    flow: tuple[str, ...]
+    latents_std: bool
+    source: dict[str, Any]
+    sink: dict[str, Any]
+    model: dict[str, Any]
+    """What the parts of one model share, for their configs to point at: ``vae.path: ${model.path}``."""
+    vae: dict[str, Any] | None
+    denoiser: dict[str, Any] | None
+    text_encoder: dict[str, Any] | None
+    scheduler: dict[str, Any] | None
+    sampling: dict[str, Any]
+    """What each row is made with; a column of the source of the same name takes a value's place, row by row."""
+    stages: dict[str, StageSettings]
+    cluster: Cluster
+
+    def meaning(self) -> dict[str, Any]:
+        """What of the config changes the dataset: no cluster, output, workers or what they ask for.
+
+        Batch sizes and threads count only if the job is deterministic. In plugins' settings environment variables stay
+        ``${oc.env:...}``: secrets are none of a dataset's business.
+        """
+        config: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(self.config))  # type: ignore[assignment]
+        meant: dict[str, Any] = {
+            "seed": self.seed,
+            "samples_per_row": self.samples_per_row,
+            "deterministic": self.deterministic,
+            "rows_per_shard": self.rows_per_shard,
+            "flow": list(self.flow),
+            "sampling": self.sampling,
+            **({"model": config["model"]} if config["model"] else {}),
+            **({"latents_std": True} if self.latents_std else {}),
+            **{kind: config[kind] for kind in registry.KINDS if kind in config},
+        }
+        stages: dict[str, Any] = {}
+        for name in self.flow:
+            stage = config["stages"].get(name, {})
+            kept: dict[str, Any] = {}
+            if self.deterministic:  # what a matrix product gives depends on its size, and on how many threads share it
+                kept = {"batch_size": self.stages[name].batch_size, "threads": self.stages[name].threads}
+            if stage.get("settings"):
+                kept["settings"] = stage["settings"]
+            if kept:
+                stages[name] = kept
+        return {**meant, "stages": stages} if stages else meant

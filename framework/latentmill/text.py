@@ -1,0 +1,70 @@
+"""How a thing is said to people: in one line, counted, with the nearest right name, without secrets."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from latentmill.errors import LatentmillError
+
+
+def escaped(text: str) -> str:
+    r"""``text`` with line breaks, control characters and bytes that are no text as escapes: a name, whatever is in it.
+
+    >>> print(escaped("a\nfolder/b.txt"))
+    a\nfolder/b.txt
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def one_line(said: object, most: int = 1000) -> str:
+    r"""What a stranger says, as one line of at most ``most`` characters: a line break is a blank, the rest as ``escaped``.
+
+    >>> one_line("can't be read:\n    no such file\n")
+    "can't be read: no such file"
+    """
+    line = escaped(re.sub(r"\s*[^\S ]\s*", " ", str(said).strip()))
+    return line if len(line) <= most else f"{line[: most - 10]} [cut off]"
+
+
+def first_line(said: object, most: int = 1000) -> str:
+    """The first line of what a stranger says, as ``one_line``: what a library says at length begins with the cause."""
+    return one_line(str(said).strip().partition("\n")[0], most)
+
+
+def plural(number: int, what: str) -> str:
+    """``1 row``, ``1,000 rows``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """`` (did you mean ...?)``, if one of the names is like ``name``; else nothing."""
+    found = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def without_secrets(text: str, config: str) -> str:
+    """``text`` with the values of environment variables that ``config`` names taken out: others may read an error.
+
+    Those of at least 8 characters, lest a number or a word be taken for a secret.
+    """
+    for name in re.findall(r"""oc\.env:[\s'"\\]*([A-Za-z_]\w*)""", config):
+        value = os.environ.get(name, "")
+        if len(value) >= 8:
+            text = text.replace(value, f"${{oc.env:{name}}}")
+    return text
+
+
+@contextmanager
+def redacted(config: str) -> Iterator[None]:
+    """Errors of ours leave without the secrets that ``config`` takes from the environment: they may quote a plugin."""
+    try:
+        yield
+    except LatentmillError as error:
+        said = without_secrets(str(error), config)
+        if said == str(error):
+            raise
+        raise type(error)(said) from None
