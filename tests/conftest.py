@@ -1,8 +1,14 @@
-"""What tests of several modules share: an S3 server, spoken to over HTTP."""
+"""What tests of several modules share: an S3 server, spoken to over HTTP, and what happens at failpoints."""
 
+import os
 import urllib.request
+from pathlib import Path
 
 import pytest
+
+FAILPOINTS = str(Path(__file__).parent / "faults" / "actions")
+# Processes that tests start find there what is to happen at a failpoint.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [FAILPOINTS, os.environ.get("PYTHONPATH")]))
 
 
 @pytest.fixture

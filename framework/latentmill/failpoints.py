@@ -1,7 +1,7 @@
 """Named places at which tests make the worst happen. Without ``LATENTMILL_FAILPOINT`` in the environment they do nothing.
 
-``LATENTMILL_FAILPOINT=NAMES:ACTION:FOLDER`` acts the first time that any process reaches a place of ``NAMES`` (with commas
-between), at each of them once. ``FOLDER/NAME`` is created at that moment, holds the process's number, and is why it is the only time.
+What happens there is no part of this package: it is in a module of the tests, ``latentmill_failpoints``, which is imported
+then and must be found.
 
 =============  ==================================================================================================
 planning       the plan is published, nothing has started
@@ -10,86 +10,19 @@ writing        some of a shard's rows are in its temporary file
 data synced    the file is whole and synced, and has not its name yet
 published      it has its name, and nobody has been told
 finishing      all shards are there, _SUCCESS is not
-=============  ==================================================================================================
-
-=============  ==================================================================================================
-kill           SIGKILL to the process itself
-SIGTERM …      that signal to the process itself
-hang, pause    for ever; until ``FOLDER/go`` is there
-memory         torch's OutOfMemoryError is raised
-fill           ``FOLDER/output`` is filled to the last byte of its disk, with the file ``FOLDER/output/filler``
-lock           nothing may be written below ``FOLDER/output`` any more
-ENOSPC …       that error is raised
-store EIO …    that error is what the output's store answers from now on, until ``FOLDER/broken`` is gone
+store          the output's folder is used
 =============  ==================================================================================================
 """
 
 from __future__ import annotations
 
-import errno
+import importlib
 import os
-import signal
-import time
-from pathlib import Path
 
 VARIABLE = "LATENTMILL_FAILPOINT"
 
 
 def reach(name: str) -> None:
     """This place has been reached."""
-    asked = os.environ.get(VARIABLE)
-    if asked is None:
-        return
-    wanted, action, folder = asked.split(":", 2)
-    if name not in wanted.split(","):
-        return
-    try:
-        with Path(folder, name).open("x") as file:
-            file.write(str(os.getpid()))
-    except FileExistsError:
-        return
-    _act(action, Path(folder))
-
-
-def use_store() -> None:
-    """The output's store is asked for something."""
-    asked = os.environ.get(VARIABLE)
-    if asked is None:
-        return
-    _, action, folder = asked.split(":", 2)
-    if action.startswith("store ") and Path(folder, "broken").exists():
-        _raise(action.removeprefix("store "))
-
-
-def _act(action: str, folder: Path) -> None:
-    if action == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    elif action.startswith("SIG"):
-        os.kill(os.getpid(), signal.Signals[action])
-    elif action in ("hang", "pause"):
-        while action == "hang" or not (folder / "go").exists():
-            time.sleep(0.01)
-    elif action == "memory":
-        import torch
-
-        raise torch.OutOfMemoryError("a failpoint says: out of memory")
-    elif action == "fill":
-        with (folder / "output" / "filler").open("wb", buffering=0) as file:
-            try:
-                while True:
-                    file.write(bytes(4096))
-            except OSError:  # full
-                pass
-    elif action == "lock":
-        for path in (folder / "output", *(folder / "output").rglob("*")):
-            if path.is_dir():
-                path.chmod(0o555)
-    elif action.startswith("store "):
-        (folder / "broken").touch()
-    else:
-        _raise(action)
-
-
-def _raise(name: str) -> None:
-    code = getattr(errno, name)
-    raise OSError(code, os.strerror(code), "a failpoint")
+    if VARIABLE in os.environ:
+        importlib.import_module("latentmill_failpoints").reach(name)

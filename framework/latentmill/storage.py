@@ -135,7 +135,7 @@ class Folder(Storage):
 
     @contextmanager
     def aside(self, name: str) -> Iterator[str]:
-        failpoints.use_store()
+        failpoints.reach("store")
         folder = self.root / ".tmp"
         _make(folder)
         temporary = folder / f"{uuid.uuid4().hex}-{name.rpartition('/')[2]}"
@@ -149,7 +149,7 @@ class Folder(Storage):
             with self.aside(name) as temporary:
                 Path(temporary).write_bytes(content)
                 return self.create(name, temporary)
-        failpoints.use_store()
+        failpoints.reach("store")
         final = self.root / name
         _make(final.parent)
         _sync(content)
@@ -183,7 +183,7 @@ class Folder(Storage):
             os.replace(temporary, self.root / name)
 
     def read(self, name: str) -> bytes:
-        failpoints.use_store()
+        failpoints.reach("store")
         return (self.root / name).read_bytes()
 
     def open(self, name: str) -> BinaryIO:
