@@ -11,9 +11,10 @@ PROJECTS := pyproject.toml plugins/shapes/pyproject.toml plugins/diffusers/pypro
 demo: $(INSTALLED)
 	$(BIN)/latentmill run txt2img
 
-# Two files of tests at a time, each in one thread: they are many small ones, and two cores are what there is everywhere.
+# Two files of tests at a time, each in one thread: two cores are what there is everywhere. tests/conftest.py has the slow
+# files first; xdist's own order has the files of many tests first, and a slow one of few tests last.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""What tests of several modules share: an S3 server, spoken to over HTTP, and what happens at failpoints."""
+"""What tests of several modules share: an S3 server, what happens at failpoints, and which files come first."""
 
 import os
 import urllib.request
@@ -9,6 +9,17 @@ import pytest
 FAILPOINTS = str(Path(__file__).parent / "faults" / "actions")
 # Processes that tests start find there what is to happen at a failpoint.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [FAILPOINTS, os.environ.get("PYTHONPATH")]))
+
+SLOW = (
+    "test_scheduler_settings", "test_wrong_worker", "test_table", "test_tiers", "test_pipeline", "test_soak", "test_drivers",
+    "test_run", "test_pool", "test_long_prompts", "test_folder", "test_wheel", "test_cluster", "test_job", "test_simulate",
+)  # fmt: skip
+"""Files that take longest, the longest first. Two processes share the files: one of these last would leave one idle for minutes."""
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: number for number, name in enumerate(SLOW)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(SLOW)))
 
 
 @pytest.fixture
