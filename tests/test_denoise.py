@@ -11,7 +11,7 @@ import torch
 
 from latentmill import registry, tensors
 from latentmill.batch import NEGATIVE_PREFIX, PROMPT_PREFIX, FixedShape, concat, from_dicts, with_latents
-from latentmill.plugin import Denoiser, LatentSpec, Scheduler, Start
+from latentmill.plugin import Denoiser, FollowsAuthors, LatentSpec, Scheduler, Start
 from latentmill.schedulers import grids, noise
 from latentmill.schedulers.dpmpp import DPMpp2M
 from latentmill.schedulers.euler import Euler, EulerAncestral
@@ -482,7 +482,7 @@ def test_mixed_rows_saved_in_the_middle_reordered_and_resumed(mixed):
         assert torch.equal(latents, together[n]), n
 
 
-class Particular(Gaussian):
+class Particular(FollowsAuthors, Gaussian):
     """Has a grid of its own, starts with unit variance, and guides itself; remembers what it was told."""
 
     guidance_embedded = True

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latentmill.plugin import VAE, Denoiser, LatentSpec
+from latentmill.plugin import VAE, Denoiser, FollowsAuthors, LatentSpec
 from latentmill.schedulers.euler import Euler, EulerAncestral
 from latentmill.schedulers.noise_schedules import VariancePreserving
 from latentmill.testing import DenoiserSuite, SchedulerSuite, VAESuite
@@ -198,7 +198,7 @@ class Writes(Linear):
         return x.mul_(0.5) + (t + conditioning["embeds"]).reshape(-1, 1, 1, 1).float()
 
 
-class Climbs(Linear):
+class Climbs(FollowsAuthors, Linear):
     def times(self, steps, shape):
         return torch.linspace(0, 1, steps + 1, dtype=torch.float64)
 

@@ -55,7 +55,9 @@ def shape_key(batch: pa.Table) -> str:
     """Names what must agree for two batches to be stacked: the schema. Rows of one key can share a batch."""
     text = "|".join(f"{f.name}:{f.type}:{sorted((f.metadata or {}).items())}" for f in batch.schema)
     text += str((batch.schema.metadata or {}).get(SCHEDULER_KEY))
-    shape = next((f.type.shape for f in batch.schema if f.name in ("latents", "image") and tensors.is_tensor(f)), ())
+    shape = next(
+        (f.type.shape for f in batch.schema if f.name in ("latents", "image", "video") and tensors.is_tensor(f)), ()
+    )
     return "x".join(map(str, shape)) + "#" + hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
@@ -96,12 +98,21 @@ def count_warnings(batch: pa.Table) -> dict[str, int]:
 
 def spec_to_json(spec: LatentSpec) -> str:
     """The latent space as JSON, for metadata."""
-    return json.dumps(vars(spec), sort_keys=True)
+    return json.dumps(spec.about(), sort_keys=True)
 
 
 def spec_from_json(text: str | bytes) -> LatentSpec:
     """The latent space out of metadata."""
     return LatentSpec(**json.loads(text))
+
+
+def frames_of(batch: pa.Table, spec: LatentSpec) -> int | None:
+    """How many frames the batch's clips have, stored as ``video`` or as latents of ``spec``; None if it has none."""
+    if "video" in batch.column_names:
+        return int(batch.schema.field("video").type.shape[0])
+    if spec.time_downscale and "latents" in batch.column_names:
+        return spec.pixels(batch.schema.field("latents").type.shape)[0]
+    return None
 
 
 def require_spec(batch: pa.Table, spec: LatentSpec) -> None:

@@ -69,16 +69,16 @@ def tensor(plugin: Plugin, method: str, found: Any, expected: Sequence[int], why
 
 def latents(vae: Plugin, spec: LatentSpec, method: str, found: Any, images: Tensor) -> None:
     """Raise ContractError unless ``found`` are latents ``[B, C, h, w]`` of ``images[B, 3, H, W]`` as ``spec`` says."""
-    count, _, height, width = images.shape
+    count, _, *frames, height, width = images.shape
     why = f"the latents of {count} pictures of {width}x{height} pixels (channels {spec.channels}, downscale {spec.downscale})"
-    tensor(vae, method, found, (count, *spec.shape(height, width)), why)
+    tensor(vae, method, found, (count, *spec.shape(height, width, *frames)), why)
 
 
 def pictures(vae: Plugin, spec: LatentSpec, found: Any, given: Tensor) -> None:
     """Raise ContractError unless ``found`` are pictures ``[B, 3, H, W]`` of the latents ``given[B, C, h, w]`` as ``spec`` says."""
-    height, width = (side * spec.downscale for side in given.shape[2:])
+    *frames, height, width = spec.pixels(given.shape[1:])
     why = f"{len(given)} pictures of {width}x{height} pixels (downscale {spec.downscale})"
-    tensor(vae, "decode", found, (len(given), 3, height, width), why)
+    tensor(vae, "decode", found, (len(given), 3, *frames, height, width), why)
 
 
 def conditioning(
@@ -164,12 +164,12 @@ def same_columns(plugin: Plugin, given: pa.Table, returned: Sequence[pa.Table]) 
 
 def _sizes(who: str, table: pa.Table) -> Iterator[tuple[str, tuple[int, int]]]:
     """Width and height in pixels that the tensors of a table have."""
-    for name in {"image", "latents"} & {*table.column_names}:
+    for name in {"image", "video", "latents"} & {*table.column_names}:
         field = table.schema.field(name)
         if not tensors.is_tensor(field):
             continue
-        if name == "image":
-            yield "pictures", (field.type.shape[1], field.type.shape[0])
+        if name in ("image", "video"):
+            yield "pictures", (field.type.shape[-2], field.type.shape[-3])
             continue
         about = (field.metadata or {}).get(SPEC_KEY)
         if about is None:

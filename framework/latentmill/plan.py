@@ -25,6 +25,7 @@ from latentmill.errors import PlanError, PluginError
 from latentmill.plugin import (
     VAE,
     Denoiser,
+    FollowsAuthors,
     Fragment,
     LatentSpec,
     Plugin,
@@ -116,7 +117,7 @@ class Plan:
             "samples_per_row": self.samples_per_row,
             "rows_per_shard": self.rows_per_shard,
             "seed": self.seed,
-            "latents": vars(self.spec) if self.spec else None,
+            "latents": self.spec.about() if self.spec else None,
             "fragments": [[f.name, f.rows, f.fingerprint] for f in self.fragments],
         }
 
@@ -193,9 +194,10 @@ def _check_grid(job: Job, built: Parts) -> None:
         schedule, steps = built.denoiser.noise_schedule, job.sampling["steps"]
         if built.denoiser.prediction not in get_args(Prediction):
             raise ValueError(f"prediction {built.denoiser.prediction!r}: expected {', '.join(get_args(Prediction))}")
+    shape = example_shape(built.vae.spec)
     with registry.asking(built.scheduler):
         try:
-            own = built.scheduler.start(schedule, steps, steps, (built.vae.spec.channels, 64, 64))
+            own = built.scheduler.start(schedule, steps, steps, shape)
         except ValueError as error:
             raise PluginError(f"{job.name}: scheduler {name}: {error}") from error
     if own is not None and grid not in ("trailing", own.grid):
@@ -203,16 +205,21 @@ def _check_grid(job: Job, built: Parts) -> None:
     with registry.asking(built.denoiser):
         try:
             if own is None:
-                grids.times(grid, schedule, steps, model=built.denoiser.times)
+                grids.times(grid, schedule, steps, 1.0, shape, FollowsAuthors.of(built.denoiser).times)
         except ValueError as error:
             raise PluginError(f"{job.name}: scheduler.grid: {error}") from error
+
+
+def example_shape(spec: LatentSpec) -> tuple[int, ...]:
+    """Of some latents of a space, to ask a scheduler whether it can begin with."""
+    return spec.shape(64 * spec.downscale, 64 * spec.downscale, 1 if spec.time_downscale else None)
 
 
 def _check_spec(vae: VAE) -> None:
     """Raise PluginError unless the VAE says of which space its latents are."""
     with registry.asking(vae):
         spec = vae.spec
-        sides = (spec.channels, spec.downscale) if isinstance(spec, LatentSpec) else (0,)
+        sides = (spec.channels, spec.downscale, spec.time_downscale + 1) if isinstance(spec, LatentSpec) else (0,)
         if not all(isinstance(side, int) and side > 0 for side in sides):
             raise ValueError(f"its spec must be a LatentSpec with channels and downscale from 1 on, not {spec!r}")
         if spec.dtype not in DTYPES:

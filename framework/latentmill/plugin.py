@@ -36,6 +36,7 @@ __all__ = [
     "Conditioning",
     "Denoiser",
     "Field",
+    "FollowsAuthors",
     "Fragment",
     "Grid",
     "LatentSpec",
@@ -183,7 +184,7 @@ class Grid(Plugin, ABC):
 class Field(ABC):
     """What a scheduler may ask about the rows it moves. Prediction type, guidance and conditioning are hidden behind it.
 
-    Every result broadcasts against the latents ``x[B, ...]``.
+    Every result broadcasts against the latents ``x[B, ...]``, is on their device and is the scheduler's own.
     """
 
     @abstractmethod
@@ -221,11 +222,12 @@ class Start:
 
 
 class Scheduler(Plugin, ABC):
-    """Moves latents ``x[B, ...]`` from times ``t[B]`` to earlier times ``s[B]``.
+    """Moves latents ``x[B, ...]``, float32, from times ``t[B]`` to earlier times ``s[B]``, float64 on the CPU.
 
     A scheduler is a value: it holds settings and nothing else. No grid, no counter, no seed, no history; what a multistep
     solver remembers is the ``State`` that it returns. Rows at different times stand in one batch and must not touch each
-    other. (The same split as a diffrax solver's; what diffusers fuses into one class is noise schedule, grid, solver and prediction.)
+    other. What it is given is read only; latents and state that it returns are the framework's, on x's device and, of the state, of
+    the dtypes that it chose. (The same split as a diffrax solver's; what diffusers fuses into one class is noise schedule, grid, solver and prediction.)
     """
 
     evaluations: ClassVar[int] = 1
@@ -274,16 +276,52 @@ class LatentSpec:
     """Logical dtype of stored latents: ``float32``, ``float16`` or ``bfloat16``."""
     fingerprint: str
     """Hash of the weights that define the latent space."""
+    time_downscale: int = 0
+    """0: latents of pictures, ``[C, h, w]``. From 1 on: of clips, ``[C, t, h, w]``, with that many frames a latent frame
+    behind the first, which has its own, as causal video VAEs have it: ``t = 1 + (frames - 1) / time_downscale``."""
 
-    def shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Latent shape ``(C, H, W)`` of a picture of ``height`` x ``width`` pixels. Raises RowError if it doesn't divide."""
+    def shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
+        """Latent shape, ``(C, h, w)`` or ``(C, t, h, w)``, of ``height`` x ``width`` pixels, and of a clip's ``frames``.
+
+        Raises RowError if it doesn't divide, or a space of pictures is asked for a clip or the other way round.
+        """
         if height < 1 or width < 1 or height % self.downscale or width % self.downscale:
             raise RowError(f"size {width}x{height} is not a multiple of {self.downscale}, as the VAE needs")
-        return self.channels, height // self.downscale, width // self.downscale
+        sides = height // self.downscale, width // self.downscale
+        if not self.time_downscale:
+            if frames is not None:
+                raise RowError("a clip, and the VAE is one of pictures")
+            return self.channels, *sides
+        if frames is None:
+            raise RowError("no clip and no latents, and the VAE is one of clips")
+        if frames < 1 or (frames - 1) % self.time_downscale:
+            raise RowError(
+                f"{frames} frames are not one more than a multiple of {self.time_downscale}, as the VAE needs"
+            )
+        return self.channels, 1 + (frames - 1) // self.time_downscale, *sides
+
+    def pixels(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """``(height, width)`` of what latents of ``shape``, without the batch axis, decode to; of clips ``(frames, height, width)``."""
+        sides = shape[-2] * self.downscale, shape[-1] * self.downscale
+        return (1 + (shape[-3] - 1) * self.time_downscale, *sides) if self.time_downscale else sides
+
+    @property
+    def decoded(self) -> str:
+        """The column that latents are decoded to: ``image``, uint8 ``[H, W, 3]``, or ``video``, uint8 ``[T, H, W, 3]``."""
+        return "video" if self.time_downscale else "image"
+
+    def about(self) -> dict[str, Any]:
+        """What is stored of it, for JSON: all values, less those that only clips have."""
+        return {name: value for name, value in vars(self).items() if name != "time_downscale" or value}
 
 
 class VAE(Plugin, ABC):
-    """Pictures to latents and back. ``latents`` here are scaled (see LatentSpec)."""
+    """Pictures to latents and back. ``latents`` here are scaled (see LatentSpec).
+
+    Of a VAE of clips read ``[B, 3, T, H, W]`` for pictures and ``[B, C, t, h, w]`` for latents. What it is given is float32, on
+    the device of ``load``, and is read only. What it returns may be of any floating dtype and on any device, and is the
+    framework's: nothing that the VAE keeps or returns again.
+    """
 
     @property
     @abstractmethod
@@ -295,7 +333,7 @@ class VAE(Plugin, ABC):
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
-        """Pictures ``[B, 3, H, W]``, float32 RGB in [-1, 1], to the posterior's mean ``[B, C, h, w]``, scaled."""
+        """Pictures ``[B, 3, H, W]``, RGB in [-1, 1], to the posterior's mean ``[B, C, h, w]``, scaled."""
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the posterior, both as ``encode``'s result and scaled. Without one, 0 is the latter."""
@@ -308,7 +346,7 @@ class VAE(Plugin, ABC):
 
 
 class TextEncoder(Plugin, ABC):
-    """Prompts to conditioning."""
+    """Prompts to conditioning: tensors of any dtype, on any device, which are the framework's; what is not finite is an error."""
 
     reads: Mapping[str, str | None] = {}
     """What it does with other tools' syntax, by the names in ``latentmill.syntax.KINDS``: None for a kind that it reads as it is
@@ -340,7 +378,16 @@ class TextEncoder(Plugin, ABC):
 
 
 class Denoiser(Plugin, ABC):
-    """The network: predicts, from noisy latents, what ``prediction`` says."""
+    """The network: predicts, from noisy latents, what ``prediction`` says.
+
+    Tensors that it is given are read only and on the device of ``load``, but for ``t``, which is on the CPU; what it returns is
+    the framework's, on that device. Nothing may be kept from one call to the next: the next one's rows are others.
+
+    Conditioning, by name: what the text encoder makes; ``guidance_scale``, ``mask`` and ``masked``, if asked for below; and what
+    a stage before it adds as tensor columns ``prompt:NAME`` and ``negative:NAME`` ``[B, ...]``, of one shape for all rows that
+    are to be moved together: a control picture, say, raw or encoded by the VAE (docs/plugins.md). Both or, with
+    ``guidance_embedded``, ``prompt:NAME`` alone. Dtypes are kept; float conditioning must be finite.
+    """
 
     prediction: Prediction
     noise_schedule: NoiseSchedule
@@ -348,37 +395,55 @@ class Denoiser(Plugin, ABC):
     """Whether the network is told a row's guidance scale, as conditioning ``guidance_scale[B]``, and so guides itself: one
     evaluation, without the negative prompt."""
     inpaints: bool = False
-    """Whether the network was trained to paint a part of a picture anew: it is told, in both conditionings, ``mask[B, 1, h, w]``,
-    1 where to paint, and ``masked[B, C, h, w]``, the latents of the picture with gray there. Rows without a mask are errors."""
+    """Whether the network was trained for inpainting: it is told, in both conditionings, ``mask[B, 1, h, w]``, 1 where to paint,
+    and ``masked[B, C, h, w]``, the latents of the picture with gray there. Rows without a mask are errors."""
 
     def check(self, spec: LatentSpec) -> None:
         """Raise ValueError, saying what was expected, if the network was not trained on latents of this space."""
-
-    def times(self, steps: int, shape: Sequence[int]) -> Tensor:
-        """The grid that the model's authors intended, which ``scheduler.grid: model`` asks for.
-
-        Float64, descending, ``[steps + 1]``, for latents of ``shape``. Raises ValueError where there is none.
-        """
-        raise ValueError("this denoiser has no grid of its own: choose one by its name")
-
-    def start_scale(self, t: Tensor) -> Tensor:
-        """Standard deviation of the noise that a row without picture or latents starts from, at times ``t``: the noise schedule's sigma."""
-        return self.noise_schedule.scale(t)[1]
 
     def guide(self, prompt: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
         """The guided prediction out of two ``[B, ...]``; ``scale`` broadcasts against them (Ho and Salimans 2022, eq. 6)."""
         return negative + scale * (prompt - negative)
 
+    @abstractmethod
+    def predict(self, x: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """The prediction, shaped as latents ``x[B, C, h, w]`` (``[B, C, t, h, w]`` of clips), float32, at times ``t[B]``, float64 in [0, 1].
+
+        One evaluation; guidance calls it with rows of both conditionings in one batch. The result is of any floating dtype.
+        """
+
+
+class FollowsAuthors:
+    """What a denoiser may add that repeats its authors' pipeline: ``class Mine(FollowsAuthors, Denoiser)``.
+
+    As it stands it is what is done for a denoiser without it.
+    """
+
+    noise_schedule: NoiseSchedule
+
+    def times(self, steps: int, shape: Sequence[int]) -> Tensor:
+        """The grid that the model's authors intended, which ``scheduler.grid: model`` asks for.
+
+        Float64 on the CPU, descending, ``[steps + 1]``, for latents of ``shape``. Raises ValueError where there is none.
+        """
+        raise ValueError("this denoiser has no grid of its own: choose one by its name")
+
+    def start_scale(self, t: Tensor) -> Tensor:
+        """Standard deviation of the noise that a row without picture or latents starts from, at times ``t``, float64: sigma."""
+        return self.noise_schedule.scale(t)[1]
+
     def guides(self, scale: float, negative_prompt: str | None) -> bool:
         """Whether a row of this guidance scale is guided, and so costs two evaluations a step; None: it gives no negative prompt."""
         return scale > 1.0
 
-    @abstractmethod
-    def predict(self, x: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-        """The prediction, shaped as latents ``x[B, C, h, w]``, at times ``t[B]`` (float64 in [0, 1]).
-
-        One evaluation; guidance calls it with rows of both conditionings in one batch.
-        """
+    @staticmethod
+    def of(denoiser: Denoiser) -> FollowsAuthors:
+        """The denoiser itself, if it follows its authors, else what is done for it."""
+        if isinstance(denoiser, FollowsAuthors):
+            return denoiser
+        plain = FollowsAuthors()
+        plain.noise_schedule = denoiser.noise_schedule
+        return plain
 
 
 # ---------------------------------------------------------------------------------------------------------- data

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 from latentmill import tensors
-from latentmill.plugin import VAE, Denoiser, Fragment, LatentSpec, RowError, Scheduler, Source, Stage, TextEncoder
+from latentmill.plugin import VAE, Denoiser, FollowsAuthors, Fragment, LatentSpec, RowError, Scheduler, Source, Stage, TextEncoder
 from latentmill.schedulers.noise_schedules import RectifiedFlow
 from latentmill.sinks.parquet import Parquet
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
@@ -77,7 +77,7 @@ class Words(TextEncoder):
         return list(made) if self.wrong == "list" else made
 
 
-class Network(Denoiser):
+class Network(FollowsAuthors, Denoiser):
     contract, prediction = 1, "flow"
 
     def __init__(self, wrong: str = ""):

@@ -70,6 +70,15 @@ class Parquet(Sink):
                 fields.append(pa.field("image", PICTURE))
                 columns.append(self._pictures(batch.column("row_id").to_pylist(), tensors.from_arrow(batch, "image")))
                 metadata[b"huggingface"] = json.dumps(FEATURES).encode()
+            elif field.name == "video":
+                clips = tensors.from_arrow(batch, "video")
+                frames = self._pictures(
+                    [f"{i}-{k}" for i in batch.column("row_id").to_pylist() for k in range(clips.shape[1])],
+                    clips.flatten(0, 1),
+                )
+                ends = pa.array(range(0, len(frames) + 1, clips.shape[1]), pa.int32())
+                fields.append(pa.field("video", pa.list_(PICTURE)))
+                columns.append(pa.ListArray.from_arrays(ends, frames))
             elif field.name == "latents":
                 latents, about = tensors.from_arrow(batch, "latents"), field.metadata or {}
                 lists, dtype = _lists(latents), {tensors.DTYPE_KEY: about[tensors.DTYPE_KEY]}

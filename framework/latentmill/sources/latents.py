@@ -165,6 +165,7 @@ class Latents(Source):
         if (
             not isinstance(spec.channels, int)
             or not (isinstance(spec.downscale, int) and 1 <= spec.downscale <= MAX_SIDE)
+            or not (isinstance(spec.time_downscale, int) and spec.time_downscale >= 0)
             or spec.dtype not in ("float32", "float16", "bfloat16")
         ):
             raise ValueError(f"{self.path}: {name} says of its latents what can't be: {spec}")

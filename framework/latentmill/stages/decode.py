@@ -34,12 +34,12 @@ class Decode(Stage):
         checks.pictures(self.vae, self.vae.spec, images, latents)
         images = images[slots].cpu()
         good = images.isfinite().flatten(1).all(1).tolist()
-        pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).contiguous()
         batch = batch.drop_columns(["latents"])
         if "source_image" in batch.column_names:
             quality = psnr(pixels, tensors.from_arrow(batch, "source_image"))
             batch = batch.drop_columns(["source_image"]).append_column("psnr", pa.array(quality.tolist(), pa.float64()))
-        batch = tensors.with_tensor(batch, "image", pixels)
+        batch = tensors.with_tensor(batch, self.vae.spec.decoded, pixels)
         wrong = "the VAE's picture of these latents is not finite"
         if not any(good):
             raise NoRowError(wrong)

@@ -32,7 +32,17 @@ from latentmill.batch import (
 )
 from latentmill.errors import ContractError, NoRowError
 from latentmill.fields import BATCH_SCHEMA, HALFWAY
-from latentmill.plugin import Conditioning, Denoiser, NoiseSchedule, Reject, RowError, Scheduler, Stage, State
+from latentmill.plugin import (
+    Conditioning,
+    Denoiser,
+    FollowsAuthors,
+    NoiseSchedule,
+    Reject,
+    RowError,
+    Scheduler,
+    Stage,
+    State,
+)
 from latentmill.schedulers import grids, noise
 from latentmill.stages.guidance import Guidance, ModelField
 
@@ -130,7 +140,7 @@ class Denoise(Stage):
         until: float = 0.0,
     ) -> None:
         self.denoiser, self.scheduler, self.batch_size = denoiser, scheduler, batch_size
-        self.grid = grids.choose(grid)
+        self.grid, self.authors = grids.choose(grid), FollowsAuthors.of(denoiser)
         self.fixed, self.until = fixed, until
         self.first_noise = noise.start_of_diffusers if first_noise == "diffusers" else noise.start
         self.device = torch.device("cpu")
@@ -187,7 +197,7 @@ class Denoise(Stage):
                 continue
             kind = (key, row["scheduler"], id(visit) if self.fixed else 0)
             scale, told = row["guidance_scale"], {}
-            on = self.denoiser.guides(scale, row["negative_prompt"])
+            on = self.authors.guides(scale, row["negative_prompt"])
             if self.denoiser.guidance_embedded:
                 told, on = {"guidance_scale": torch.tensor(scale, device=self.device)}, False
             both = {}
@@ -232,7 +242,7 @@ class Denoise(Stage):
         kept, scheduler = grids.kept(schedule, row["steps"], strength), self.scheduler(row["scheduler"])
         own = scheduler.start(schedule, row["steps"], kept, shape) if kept else None
         grid = (
-            own.times if own else grids.times(self.grid, schedule, row["steps"], strength, shape, self.denoiser.times)
+            own.times if own else grids.times(self.grid, schedule, row["steps"], strength, shape, self.authors.times)
         ).tolist()
         if halfway is not None:
             if row["trajectory"].partition("/")[0] != schedule_hash(schedule):
@@ -248,7 +258,7 @@ class Denoise(Stage):
         first = torch.tensor(times[0], dtype=torch.float64)
         alpha, sigma = (own.alpha, own.sigma) if own else schedule.scale(first)
         if not bool(latents.any()):  # of a row without picture and latents
-            sigma = own.scale if own else self.denoiser.start_scale(first)
+            sigma = own.scale if own else self.authors.start_scale(first)
         start = self.first_noise(row["seed"], shape).to(self.device)
         x = (alpha * latents.double() + sigma * start.double()).to(torch.float32)
         return times, x, {name: value.to(self.device) for name, value in own.state.items()} if own else None

@@ -19,6 +19,7 @@ from latentmill.batch import (
     SCHEDULER_KEY,
     FixedShape,
     fixed_slots,
+    frames_of,
     with_latents,
     with_warnings,
 )
@@ -60,6 +61,7 @@ class Encode(Stage):
         groups = defaultdict(list)
         warnings: list[Sequence[str]] = [()] * len(batch)
         told: dict[str | None, list[str]] = {None: []}
+        frames = frames_of(batch, self.vae.spec)
         columns = ["prompt", "negative_prompt", "scheduler", "width", "height"]
         for i, row in enumerate(batch.select(columns).to_pylist()):
             try:
@@ -73,7 +75,7 @@ class Encode(Stage):
                                 told[row[name]] = of_prompt(self.text_encoder, row[name])
                     negative = [f"negative_prompt: {text}" for text in told[row["negative_prompt"]]]
                     warnings[i] = [*told[row["prompt"]], *negative]
-                shape = self.vae.spec.shape(row["height"], row["width"])
+                shape = self.vae.spec.shape(row["height"], row["width"], frames)
                 groups[shape, row["scheduler"] if self.text_encoder is not None else ""].append(i)
             except RowError as error:
                 reject(i, str(error))
@@ -116,7 +118,7 @@ class Encode(Stage):
         if "latents" in part.column_names:
             latents = tensors.from_arrow(part, "latents")
             return latents, torch.zeros_like(latents)
-        if "image" not in part.column_names:
+        if not {"image", "video"} & {*part.column_names}:
             return (torch.zeros(len(part), *shape, dtype=stored_dtype(self.vae.spec)),) * 2
         if not self.vae_loaded:  # a text-to-image job's encode workers never need the VAE's weights
             with weights.reading("vae"):
@@ -140,9 +142,9 @@ class Encode(Stage):
         return latents
 
     def _images(self, part: pa.Table, slots: Tensor, size: int) -> Tensor:
-        """Pictures ``[size, 3, H, W]`` in [-1, 1], each in its slot."""
-        images = tensors.spread(tensors.from_arrow(part, "image"), slots, size).to(self.device)
-        return images.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0
+        """Pictures ``[size, 3, H, W]``, or clips ``[size, 3, T, H, W]``, in [-1, 1], each in its slot."""
+        images = tensors.spread(tensors.from_arrow(part, self.vae.spec.decoded), slots, size).to(self.device)
+        return images.movedim(-1, 1).to(torch.float32) / 127.5 - 1.0
 
     def _with_mask(self, part: pa.Table, shape: tuple[int, ...], slots: Tensor, size: int) -> pa.Table:
         """The mask in the size of the latents, and ``masked``: what a network that was trained for inpainting is told."""
@@ -153,8 +155,9 @@ class Encode(Stage):
         return tensors.with_tensor(part, "masked", masked)
 
     def _with_text(self, part: pa.Table, slots: Tensor, size: int) -> pa.Table:
-        if "image" in part.column_names:
-            at = part.schema.get_field_index("image")
+        pictures = self.vae.spec.decoded
+        if pictures in part.column_names:
+            at = part.schema.get_field_index(pictures)
             if self.keep_image:
                 part = part.set_column(at, part.schema.field(at).with_name("source_image"), part.column(at))
             else:

@@ -25,7 +25,7 @@ class Guidance:
     stop: float = 0.0
     """Guided where ``stop < t <= start`` (Kynkäänniemi et al. 2024)."""
     on: bool = True
-    """Whether the row is guided at all, as ``Denoiser.guides`` says."""
+    """Whether the row is guided at all, as ``FollowsAuthors.guides`` says."""
 
     def guides(self, t: float, s: float) -> bool:
         """Whether a step from ``t`` to ``s`` asks for a guided evaluation anywhere."""

@@ -181,8 +181,8 @@ class Read(Stage):
             if found.get("time") is not None:
                 values |= self._halfway(found, stored)
             assert self.spec is not None
-            values["height"], values["width"] = (side * self.spec.downscale for side in stored["latents"].shape[-2:])
-            self._bound(values["width"], values["height"])
+            *frames, values["height"], values["width"] = self.spec.pixels(stored["latents"].shape)
+            self._bound(values["width"], values["height"], *frames)
         elif (values["width"] is None) != (values["height"] is None):
             raise RowError("width and height must be given together, or neither")
         elif found.get("image") is not None:
@@ -194,6 +194,9 @@ class Read(Stage):
                 painted = self._picture(found["mask"], values["width"], values["height"])
                 stored["mask"] = (painted.float().mean(-1) >= 127.5).to(torch.uint8)
             values["height"], values["width"] = picture.shape[:2]
+        elif found.get("video") is not None:
+            stored["video"] = self._clip(found["video"], values["width"], values["height"])
+            values["height"], values["width"] = stored["video"].shape[1:3]
         elif values["width"] is None:
             raise RowError("a row without a picture needs width and height")
         elif self.scheduler and values["strength"] < 1.0:
@@ -222,7 +225,11 @@ class Read(Stage):
         if self.spec is None:
             raise RowError("latents from a source that doesn't say of which space they are")
         latents = torch.tensor(array) if isinstance(array, np.ndarray) else torch.as_tensor(array)
-        if latents.ndim != 3 or latents.shape[0] != self.spec.channels or not latents.numel():
+        if (
+            latents.ndim != (4 if self.spec.time_downscale else 3)
+            or latents.shape[0] != self.spec.channels
+            or not latents.numel()
+        ):
             raise RowError(f"latents of shape {tuple(latents.shape)}, and {self.spec.channels} channels were expected")
         if not latents.is_floating_point() or not bool(latents.isfinite().all()):
             raise RowError("the latents are not finite numbers")
@@ -239,10 +246,20 @@ class Read(Stage):
         self._bound(width, height)
         return torch.from_numpy(cover(array, width, height))
 
-    def _bound(self, width: int, height: int) -> None:
-        if width * height > self.sampling["max_pixels"]:
+    def _clip(self, array: Any, width: int | None, height: int | None) -> Tensor:
+        """A clip ``[T, H, W, 3]``, each frame brought to size as a picture is."""
+        if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
+            raise RowError("a clip must be a uint8 array [T, H, W, 3]")
+        if not array.size:
+            raise RowError("the clip has no pixels")
+        self._bound(width or array.shape[2], height or array.shape[1], len(array))
+        return torch.stack([self._picture(frame, width, height) for frame in array])
+
+    def _bound(self, width: int, height: int, frames: int = 1) -> None:
+        if width * height * frames > self.sampling["max_pixels"]:
             most = f"sampling.max_pixels={self.sampling['max_pixels']}"
-            raise RowError(f"{width}x{height} are {width * height} pixels, more than {most} allows")
+            size = f"{width}x{height}" if frames == 1 else f"{frames} frames of {width}x{height}"
+            raise RowError(f"{size} are {width * height * frames} pixels, more than {most} allows")
 
 
 def cover(picture: np.ndarray[Any, Any], width: int, height: int) -> np.ndarray[Any, Any]:

@@ -109,11 +109,13 @@ class Write(Stage):
         if "decode" in flow:
             if "encode" in flow and "denoise" not in flow:
                 batch = batch.append_column("psnr", pa.array([], pa.float64()))
-            batch = tensors.with_tensor(batch, "image", torch.zeros(0, 1, 1, 3, dtype=torch.uint8))
+            name = self.plan.spec.decoded if self.plan.spec else "image"
+            sides = (1, 1, 1, 3) if name == "video" else (1, 1, 3)
+            batch = tensors.with_tensor(batch, name, torch.zeros(0, *sides, dtype=torch.uint8))
         elif self.plan.spec is not None:
             spec, sampling = self.plan.spec, self.plan.config["sampling"]
             height, width = (sampling[side] or spec.downscale for side in ("height", "width"))
-            shape = spec.channels, height // spec.downscale, width // spec.downscale
+            shape = spec.shape(height, width, 1 if spec.time_downscale else None)
             dtype = torch.float32 if sampling["until"] else getattr(torch, spec.dtype)
             batch = with_latents(batch, torch.zeros(0, *shape, dtype=dtype), spec)
             for column in HALFWAY if sampling["until"] else ():

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from latentmill.plugin import Conditioning, Denoiser
+from latentmill.plugin import Conditioning, Denoiser, FollowsAuthors
 
 
 class DenoiserSuite:
@@ -68,15 +68,15 @@ class DenoiserSuite:
 
     def test_its_grid_descends_from_noise_to_clean(self) -> None:
         """For few steps and many; or there is none, and it says so."""
-        denoiser = self.denoiser()
+        authors = FollowsAuthors.of(self.denoiser())
         for steps in (1, 4, 20):
             if not self.has_grid:
                 try:
-                    denoiser.times(steps, self.shape)
+                    authors.times(steps, self.shape)
                 except ValueError:
                     continue
                 raise AssertionError("a denoiser without a grid must raise ValueError")
-            times = denoiser.times(steps, self.shape)
+            times = authors.times(steps, self.shape)
             assert times.dtype == torch.float64 and times.shape == (steps + 1,), (
                 f"{steps} steps are {tuple(times.shape)} times"
             )

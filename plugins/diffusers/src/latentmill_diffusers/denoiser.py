@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentmill.plugin import Denoiser, LatentSpec, NoiseSchedule, Prediction, RowError
+from latentmill.plugin import Denoiser, FollowsAuthors, LatentSpec, NoiseSchedule, Prediction, RowError
 from latentmill_diffusers import lora
 from latentmill_diffusers.families import NO_NEGATIVE, Family, Network, family_of
 from latentmill_diffusers.folder import LOCATION, Folder, completed, dtype_of, part_class
@@ -23,7 +23,7 @@ from latentmill_diffusers.schedule import (
 )
 
 
-class DiffusersDenoiser(Denoiser):
+class DiffusersDenoiser(FollowsAuthors, Denoiser):
     """The network of the model at ``path``: its UNet or transformer, with noise schedule, prediction and grid as its config says.
 
     ``loras`` are added to the weights: ``[{path: FILE.safetensors, weight: 0.8}]``. ``attention`` is a backend of diffusers
