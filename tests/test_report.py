@@ -37,17 +37,6 @@ def dataset(root, rows, *, shard=4, errors=()):
         features["image"] = {"_type": "Image"}
         schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     ended = [*rows, *errors]
-    for number, start in enumerate(range(0, len(ended), shard)):
-        here = ended[start : start + shard]
-        table = [
-            {"row_id": row[0], "prompt": row[1], last.name: picture(row[2]) if pictures else [0.0] * 4}
-            for row in here
-            if isinstance(row, tuple)
-        ]
-        pq.write_table(pa.Table.from_pylist(table, schema), root / "data" / f"{number:05d}.parquet")
-        failed = "".join(json.dumps(error) + "\n" for error in here if not isinstance(error, tuple))
-        if failed:
-            (root / "errors" / f"{number:05d}.jsonl").write_text(failed)
     plugin = {"name": "shapes", "distribution": "latentmill-shapes", "version": "0.1.0", "fingerprint": "9f2c"}
     plan = Plan(
         name="test & try",
@@ -59,6 +48,21 @@ def dataset(root, rows, *, shard=4, errors=()):
         seed=7,
     )
     (root / "plan.json").write_text(plan.to_json())
+    for number, start in enumerate(range(0, len(ended), shard)):
+        here = ended[start : start + shard]
+        table = [
+            {"row_id": row[0], "prompt": row[1], last.name: picture(row[2]) if pictures else [0.0] * 4}
+            for row in here
+            if isinstance(row, tuple)
+        ]
+        failed = [error for error in here if not isinstance(error, tuple)]
+        about = {**(schema.metadata or {}), "latentmill.plan": plan.hash, "latentmill.errors": json.dumps(failed)}
+        pq.write_table(
+            pa.Table.from_pylist(table, schema.with_metadata(about)), root / "data" / f"{number:05d}.parquet"
+        )
+        if failed:
+            lines = "".join(json.dumps(error) + "\n" for error in failed)
+            (root / "errors" / f"{number:05d}.jsonl").write_text(lines)
     return str(root)
 
 
@@ -184,7 +188,7 @@ def test_summary_of_a_whole_run_says_where_everything_is(tmp_path):
     errors = [{"row": 24, "row_id": "24", "stage": "encode", "reason": "no such word"}]
     output = dataset(tmp_path / "out", six_prompts(), errors=errors)
     report.finish(load(storage.at(output)))
-    text = report.summary("job", output, planned=25, ok=24, failed=1, made=25, seconds=100.0)
+    text = report.summary("job", storage.at(output), planned=25, ok=24, failed=1, made=25, seconds=100.0)
     assert text.splitlines() == [
         "job: 25 of 25 rows, in 1 min 40 s (0.25 rows/s)",
         f"  dataset       {output}/data (24 rows)",
@@ -196,7 +200,7 @@ def test_summary_of_a_whole_run_says_where_everything_is(tmp_path):
 
 def test_summary_of_an_interrupted_run_says_how_to_go_on(tmp_path):
     text = report.summary(
-        "job", str(tmp_path), planned=2400, ok=1100, failed=100, made=600, seconds=4.0, interrupted=True
+        "job", storage.at(str(tmp_path)), planned=2400, ok=1100, failed=100, made=600, seconds=4.0, interrupted=True
     )
     assert text.splitlines() == [
         "job: stopped after 1,200 of 2,400 rows, 600 of them now, in 4 s (150 rows/s)",
@@ -205,7 +209,7 @@ def test_summary_of_an_interrupted_run_says_how_to_go_on(tmp_path):
 
 
 def test_summary_of_a_finished_job_says_that_there_was_nothing_to_do(tmp_path):
-    text = report.summary("job", str(tmp_path), planned=24, ok=23, failed=1, made=0, seconds=0.0)
+    text = report.summary("job", storage.at(str(tmp_path)), planned=24, ok=23, failed=1, made=0, seconds=0.0)
     assert text == "job: nothing to do, all 24 rows were finished before"
 
 

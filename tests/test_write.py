@@ -16,8 +16,9 @@ import torch
 
 from latentmill import storage, tensors
 from latentmill.batch import from_dicts, with_latents
-from latentmill.dataset import Dataset, done_shards
+from latentmill.dataset import Dataset
 from latentmill.plugin import LatentSpec
+from latentmill.shards import done_shards
 from latentmill.sinks.parquet import Parquet
 from latentmill.stages.write import Write
 from latentmill.text import one_line

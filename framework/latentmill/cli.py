@@ -151,21 +151,25 @@ def _status(options: Any) -> int:
 
 def _verify(options: Any) -> int:
     store = storage.at(options.output)
-    verdict = verify.verify(store)
-    plan = verdict.plan
+    found = verify.verify(store)
+    plan = found.plan
     print(f"{options.output}: job {plan.name}, {plan.rows:,} rows planned in {plan.shards:,} shards")
-    print(f"{verdict.ok:,} rows ok, {verdict.failed:,} failed with a reason, each once")
-    if verdict.missing:
-        print(f"{len(verdict.missing):,} shards are not done yet")
-    for shard, wrong in verdict.damaged.items():
+    print(f"{found.ok:,} rows ok, {found.failed:,} failed with a reason, each once")
+    if found.missing:
+        print(f"{len(found.missing):,} shards are not done yet")
+    for shard, wrong in found.damaged.items():
         print(f"shard {shard} {wrong}")
-    for line in [*(f"data/{name} is no shard of this dataset" for name in verdict.foreign), *verdict.strange]:
+    for line in [
+        *(f"data/{name} is no shard of this dataset" for name in found.foreign),
+        *(f"files/{name} is no file of this dataset" for name in found.stray),
+        *found.strange,
+    ]:
         print(line)
     if options.repair:
-        for line in verify.repair(store, verdict):
+        for line in verify.repair(store, found):
             print(line)
-    print("sound" if verdict.sound else "NOT SOUND" + ("" if options.repair else "; --repair takes out what is wrong"))
-    return 0 if verdict.sound else 1
+    print("sound" if found.sound else "NOT SOUND" + ("" if options.repair else "; --repair takes out what is wrong"))
+    return 0 if found.sound else 1
 
 
 def _plugins(options: Any) -> int:

@@ -1,4 +1,4 @@
-"""The dataset's folder: which names in it are ours, which shards are there, whose they are, and how far it is.
+"""The dataset: which names in its folder are ours, which shards are there, whose they are, what they hold, how far it is.
 
 Whoever asks about the folder asks here: a run before it starts and before it says that all is done, ``plan``, ``status``,
 ``verify``, the report, and a job that reads the dataset. A name in ``data/`` is one of three:
@@ -13,63 +13,56 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
 
 from latentmill import plan as planning
 from latentmill import registry
 from latentmill.errors import PlanError, StorageError
 from latentmill.plan import Plan
-from latentmill.plugin import Sink
+from latentmill.plugin import Sink, StoredShard
+from latentmill.shards import (
+    ERRORS_KEY,
+    FOLDER,
+    PLAN_KEY,
+    WARNINGS_KEY,
+    ShardFile,
+    copy_errors,
+    data_name,
+    error_lines,
+    errors_name,
+    shard_numbers,
+    side_file_shard,
+    side_files,
+)
 from latentmill.storage import Storage
 from latentmill.text import one_line
 
-T = TypeVar("T")
-
-ERRORS_KEY = "latentmill.errors"
-"""Metadata key of a shard's error rows, JSON."""
-WARNINGS_KEY = "latentmill.warnings"
-"""Metadata key of how many of a shard's rows have which warning, JSON; not there if none has any."""
-PLAN_KEY = "latentmill.plan"
-"""Metadata key of the hash of the plan that a shard is of."""
 RETRIED = "retried"
 """In the names of shards that were taken out so that their failed rows are done again."""
+OUT_OF_THE_WAY = "choose another output, or move it away (latentmill verify OUT --repair does)"
 
 
-def data_name(shard: int, sink: Sink) -> str:
-    """Where a shard's data is, or will be."""
-    return f"data/{shard:05d}{sink.suffix}"
-
-
-def errors_name(shard: int) -> str:
-    """Where a shard's errors are, if it has any."""
-    return f"errors/{shard:05d}.jsonl"
-
-
-def done_shards(store: Storage, suffix: str) -> set[int]:
-    """The shards that are committed: what is in ``data/`` is the progress, and nothing else is."""
-    return _numbers(store.names("data"), suffix)
-
-
-def _numbers(names: list[str], suffix: str) -> set[int]:
-    # Just as we write them: 00007.parquet.partial, 7.parquet and 00007 (1).parquet are somebody else's.
-    found = (re.fullmatch(rf"(\d{{5,}}){re.escape(suffix)}", name, re.ASCII) for name in names)
-    return {int(match[1]) for match in found if match and match[1] == f"{int(match[1]):05d}"}
-
-
-@dataclass(frozen=True)
+@dataclass
 class Dataset:
-    """A plan's dataset where it lies. It remembers nothing: each answer is looked up in the store."""
+    """A plan's dataset where it lies. Which files are there is looked up each time; what they say of themselves is read once."""
 
     store: Storage
     plan: Plan
     sink: Sink
+    _read: dict[int, tuple[str, dict[str, str] | PlanError]] = field(init=False, repr=False, default_factory=dict)
+    """Of each shard the tag of the file that was read, and its metadata or what is wrong with it."""
+    _taken_out: set[str] = field(init=False, repr=False, default_factory=set)
+    """Names of shards that were taken out, as far as ``newly_taken_out`` has told."""
+
+    # ------------------------------------------------------------------------------------------------ which are there
 
     def done(self) -> set[int]:
         """The plan's shards that are there."""
-        return {shard for shard in done_shards(self.store, self.sink.suffix) if shard < self.plan.shards}
+        return {*self._shards(self.store.names("data")).values()}
 
     def missing(self) -> list[int]:
         """The plan's shards that are not there."""
@@ -79,15 +72,38 @@ class Dataset:
     def foreign(self) -> list[str]:
         """Names in ``data/`` that are no shard of this plan's, the hidden left out."""
         names = self.store.names("data")
-        planned = {data_name(shard, self.sink).removeprefix("data/") for shard in self.done()}
+        planned = self._shards(names)
         return sorted(name for name in names if name not in planned and not name.startswith((".", "_")))
 
+    def stray_side_files(self) -> list[str]:
+        """Names in ``files/`` that no shard names, and none will: its shard is there, or will never be."""
+        names = self.store.names(FOLDER)  # before the shards are looked at: one that comes later names later files
+        if not names:
+            return []
+        shards = self._metadata()
+        named = {side.stored_as for found in shards.values() if isinstance(found, dict) for side in side_files(found)}
+        return sorted(name for name in names if name not in named and self._is_stray(side_file_shard(name), shards))
+
+    def _is_stray(self, shard: int | None, shards: Mapping[int, dict[str, str] | PlanError]) -> bool:
+        if shard is None or shard >= self.plan.shards:
+            return True
+        return isinstance(shards.get(shard), dict)  # else it may be at work, or belong to a damaged shard
+
+    def _shards(self, names: Iterable[str]) -> dict[str, int]:
+        found = shard_numbers(names, self.sink.suffix)
+        return {name: shard for name, shard in found.items() if shard < self.plan.shards}
+
+    # ---------------------------------------------------------------------------------------- what they say of themselves
+
+    def shard(self, shard: int) -> ShardFile:
+        """A shard's file, to read."""
+        return ShardFile(self.store, self.sink, data_name(shard, self.sink))
+
     def about(self, shard: int) -> dict[str, str]:
-        """A shard's metadata. Raises PlanError unless the shard is this plan's."""
+        """A shard's metadata, read anew. Raises PlanError unless the shard is this plan's, FileNotFoundError if there is none."""
         name = data_name(shard, self.sink)
         try:
-            with self.store.open(name) as file:
-                about = dict(self.sink.metadata(file))
+            about = self.shard(shard).metadata()
         except FileNotFoundError:
             raise
         except Exception as error:  # whatever a damaged or foreign file makes a reader say
@@ -98,11 +114,97 @@ class Dataset:
         if (made_by := about.get(PLAN_KEY)) != self.plan.hash:
             what = "is no shard of ours" if made_by is None else f"is a shard of another plan, {made_by}"
             raise PlanError(f"{self._at(name)} {what}: {OUT_OF_THE_WAY}")
+        try:
+            error_lines(about)
+        except (ValueError, TypeError) as error:
+            raise PlanError(f"{self._at(name)} has errors in it that can't be read: {OUT_OF_THE_WAY}") from error
         return about
+
+    def _metadata(self) -> dict[int, dict[str, str] | PlanError]:
+        """The metadata of all shards that are there. Reads those that it has not read, or that are other files by now."""
+        tags = self.store.tags("data")
+        there = {shard: tags[name] for name, shard in self._shards(tags).items()}
+        unread = sorted(shard for shard, tag in there.items() if self._read.get(shard, ("",))[0] != tag or not tag)
+
+        def read(shard: int) -> dict[str, str] | PlanError | None:
+            try:
+                return self.about(shard)
+            except FileNotFoundError:  # another driver has taken it out since it was listed
+                return None
+            except PlanError as error:
+                return error
+
+        with ThreadPoolExecutor(16) as threads:  # a store answers in its own time; all at once is one time
+            for shard, found in zip(unread, threads.map(read, unread)):
+                if found is None:
+                    del there[shard]
+                else:
+                    self._read[shard] = there[shard], found
+        self._read = {shard: self._read[shard] for shard in sorted(there)}
+        return {shard: found for shard, (_, found) in self._read.items()}
+
+    def _ours(self) -> dict[int, dict[str, str]]:
+        """The same. Raises PlanError if one can't be read or is another plan's."""
+        ours = {}
+        for shard, found in self._metadata().items():
+            if isinstance(found, PlanError):
+                raise found
+            ours[shard] = found
+        return ours
+
+    def _readable(self) -> dict[int, dict[str, str]]:
+        """The same of those that can be read and are this plan's. Of the others a run and verify tell."""
+        return {shard: found for shard, found in self._metadata().items() if isinstance(found, dict)}
+
+    # --------------------------------------------------------------------------------------------- what is in them
+
+    def errors(self) -> dict[int, list[dict[str, Any]]]:
+        """The error rows of the shards that are there, of those that have any."""
+        return _errors(self._readable())
+
+    def rows(self) -> dict[int, int]:
+        """How many rows are stored in each of the shards that are there: those that are ok."""
+        shards = self._readable()
+        failed = _errors(shards)
+        return {shard: len(self.plan.shard_rows(shard)) - len(failed.get(shard, ())) for shard in shards}
+
+    def holds_ok(self) -> bool:
+        """Whether a row that is ok is there."""
+        return any(self.rows().values())
+
+    def status(self) -> dict[str, Any]:
+        """How far it is.
+
+        Keys: ``name``, ``planned``, ``ok``, ``failed`` (rows), ``shards``, ``shards_done``, ``success`` (all
+        shards are there, and a run has said so), ``lost`` (a run had said so, and so many shards are there no more), ``foreign``
+        (names in ``data/`` that are no shard's), ``warnings`` (rows by what is to be known of them, the most frequent first).
+        """
+        shards = self._metadata()
+        readable = {shard: about for shard, about in shards.items() if isinstance(about, dict)}
+        failed = sum(map(len, _errors(readable).values()))
+        warnings: Counter[str] = Counter()
+        for about in readable.values():
+            warnings.update(json.loads(about.get(WARNINGS_KEY, "{}")))
+        missing, ended = self.plan.shards - len(shards), self.store.exists("_SUCCESS")
+        return {
+            "name": self.plan.name,
+            "planned": self.plan.rows,
+            "ok": sum(len(self.plan.shard_rows(shard)) for shard in shards) - failed,
+            "failed": failed,
+            "shards": self.plan.shards,
+            "shards_done": len(shards),
+            "success": ended and not missing,
+            "lost": missing if ended else 0,
+            "foreign": self.foreign(),
+            "warnings": dict(warnings.most_common()),
+        }
+
+    # ------------------------------------------------------------------------------------------ begin and end of a run
 
     def adopt(self) -> set[int]:
         """The shards that a run of this plan finds done. Raises PlanError, and changes nothing, if what is there is another's."""
         planning.compare(self.plan, self.store)
+        self.newly_taken_out()  # before the shards are listed: what is taken out from here on is new
         alien = [name for name in self.foreign() if name.endswith(self.sink.suffix)]
         if alien:
             more = f" and {len(alien) - 3} more" if len(alien) > 3 else ""
@@ -110,56 +212,41 @@ class Dataset:
                 f"{self._at('data')} holds what is no shard of this plan, and would be read as its rows: "
                 f"{', '.join(alien[:3])}{more}. Move it away, or choose another output"
             )
-        done = self.done()
-        for _ in self._each(self.about, done):
-            pass
-        return done
+        return {*self._ours()}
 
-    def settle(self) -> None:
-        """Compare what is in ``data/`` with the plan, and bring ``errors/`` in line with it.
+    def settle(self) -> frozenset[int]:
+        """Compare what is in ``data/`` with the plan, and bring ``errors/`` and ``files/`` in line with it.
 
-        Raises StorageError if a shard is not there, PlanError if one is not this plan's.
+        Returns the shards that another driver has taken out since ``newly_taken_out`` was asked, to do failed rows again: the
+        dataset is not complete then. Raises StorageError if one is not there for any other reason, PlanError if one is not this plan's.
         """
-        if lost := self.missing():
+        shards = self._ours()
+        if lost := [shard for shard in range(self.plan.shards) if shard not in shards]:
+            if (taken := self.newly_taken_out()) >= {*lost}:
+                return taken
             raise StorageError(
                 f"{len(lost)} of {self.plan.shards} shards were committed and are not to be seen from here, "
                 f"{self._at(data_name(lost[0], self.sink))} first: is this the same folder on every node? "
                 "The same command goes on with them"
             )
-        for _ in self._each(self.copy_errors, self.done()):
-            pass
+        copies = {*self.store.names("errors")}
+        told = [shard for shard, about in shards.items() if error_lines(about) or f"{shard:05d}.jsonl" in copies]
+        with ThreadPoolExecutor(16) as threads:
+            for _ in threads.map(lambda shard: copy_errors(self.store, shard, error_lines(shards[shard])), told):
+                pass
+        for name in self.stray_side_files():
+            self.store.delete(f"{FOLDER}/{name}")
+        return frozenset()
 
-    def counts(self) -> tuple[int, int]:
-        """Rows in the shards that are there: those that are ok, and those that failed."""
-        failed = sum(self.store.read(errors_name(shard)).count(b"\n") for shard in self.failed_shards())
-        return sum(len(self.plan.shard_rows(shard)) for shard in self.done()) - failed, failed
-
-    def warnings(self) -> dict[str, int]:
-        """How many rows of the shards that are there have which warning, the most frequent first. Reads metadata alone."""
-
-        def of(shard: int) -> dict[str, int]:
-            try:
-                found: dict[str, int] = json.loads(self.about(shard).get(WARNINGS_KEY, "{}"))
-            except (PlanError, FileNotFoundError):  # of which a run and verify tell
-                return {}
-            return found
-
-        total: Counter[str] = Counter()
-        for found in self._each(of, self.done()):
-            total.update(found)
-        return dict(total.most_common())
-
-    def holds_ok(self) -> bool:
-        """Whether a row that is ok is there. Reads no further than to the first."""
-        return any(len(self.errors(shard)) < len(self.plan.shard_rows(shard)) for shard in sorted(self.done()))
-
-    def failed_shards(self) -> list[int]:
-        """The shards that are there and have an error file."""
-        return sorted(_numbers(self.store.names("errors"), ".jsonl") & self.done())
-
-    def errors(self, shard: int) -> list[dict[str, Any]]:
-        """The error rows of a shard that is there."""
-        return list(json.loads(self.about(shard).get(ERRORS_KEY, "[]")))
+    def finish(self) -> None:
+        """Have the sink make what it stores for the whole dataset. Raises ValueError if it has no name that is free for it."""
+        shards = self._readable()
+        rows = self.rows()
+        stored = [StoredShard(data_name(shard, self.sink), rows[shard], about) for shard, about in shards.items()]
+        for name, content in self.sink.finish(stored).items():
+            if name in OURS or "/" in name or name.startswith((".", "_")):
+                raise ValueError(f"finish made a file {name!r}: not a name that is free at the top of a dataset")
+            self.store.put(name, content)
 
     def copy_errors(self, shard: int) -> None:
         """Make ``errors/NNNNN.jsonl`` of a committed shard what its data file says; no file, if no row failed.
@@ -168,6 +255,8 @@ class Dataset:
         Drivers that do so at the same time write the same.
         """
         copy_errors(self.store, shard, error_lines(self.about(shard)))
+
+    # ------------------------------------------------------------------------------------------------ taking shards out
 
     def take_out(self, shard: int, why: str) -> str:
         """Move a shard out of the dataset, into ``quarantine/``, so that a run does it again. Returns its new name.
@@ -178,54 +267,86 @@ class Dataset:
         to = f"quarantine/{name.removeprefix('data/')}-{why}"
         self.store.delete("_SUCCESS")
         self.store.delete(errors_name(shard))
+        beside = self._side_files(shard)
         try:
             self.store.move(name, to)
         except FileNotFoundError:
-            to = ""
+            to, beside = "", []
+        for side in beside:
+            self._move(f"{FOLDER}/{side}", f"quarantine/{side}-{why}")
         self.store.delete("_SUCCESS")  # a driver may have looked just before
         return to
 
+    def take_out_foreign(self) -> Iterator[tuple[str, str]]:
+        """Move what is no file of the dataset into ``quarantine/``. Gives old and new names."""
+        for folder, names in (("data", self.foreign()), (FOLDER, self.stray_side_files())):
+            for name in names:
+                to = f"quarantine/foreign-{name}"
+                self.store.move(f"{folder}/{name}", to)
+                yield f"{folder}/{name}", to
+
     def taken_out(self) -> dict[str, int]:
         """Names of what ``take_out`` took, by whatever driver, each with the shard that it was."""
-        pattern = re.compile(rf"quarantine/(\d{{5,}}){re.escape(self.sink.suffix)}-", re.ASCII)
-        names = [f"quarantine/{name}" for name in self.store.names("quarantine")]
-        return {name: int(match[1]) for name in names if (match := pattern.match(name))}
+        pattern = re.compile(rf"(\d{{5,}}){re.escape(self.sink.suffix)}-", re.ASCII)
+        found = {f"quarantine/{name}": pattern.match(name) for name in self.store.names("quarantine")}
+        return {name: int(match[1]) for name, match in found.items() if match}
+
+    def newly_taken_out(self) -> frozenset[int]:
+        """Shards that are missing since another driver took them out, after the last time that this was asked."""
+        names = self.taken_out()
+        new = {shard for name, shard in names.items() if name not in self._taken_out}
+        self._taken_out |= names.keys()
+        return frozenset(new & {*self.missing()}) if new else frozenset()
 
     def forget_retried(self) -> None:
         """Delete what was taken out so that its failed rows are done again, of the shards that are there again."""
         done = self.done()
-        for name, shard in self.taken_out().items():
-            if f"-{RETRIED}-" in name and shard in done:
-                self.store.delete(name)
+        for name in self.store.names("quarantine"):
+            number = re.match(r"\d{5,}", name, re.ASCII)
+            if f"-{RETRIED}-" in name and number and int(number[0]) in done:
+                self.store.delete(f"quarantine/{name}")
 
-    def _each(self, what: Callable[[int], T], shards: set[int]) -> Iterator[T]:
-        with ThreadPoolExecutor(16) as threads:  # a store answers in its own time; all at once is one time
-            yield from threads.map(what, sorted(shards))
+    def _side_files(self, shard: int) -> list[str]:
+        """A shard's side files in ``files/``; of one that can't be read, all that have its number."""
+        names = self.store.names(FOLDER)
+        if not names:
+            return []
+        try:
+            return [side.stored_as for side in side_files(self.about(shard))]
+        except FileNotFoundError:
+            return []
+        except PlanError:
+            return [name for name in names if side_file_shard(name) == shard]
+
+    def _move(self, name: str, to: str) -> None:
+        with suppress(FileNotFoundError):
+            self.store.move(name, to)
 
     def _at(self, name: str) -> str:
         return f"{self.store.url.rstrip('/')}/{name}"
 
 
-OUT_OF_THE_WAY = "choose another output, or move it away (latentmill verify OUT --repair does)"
+def _errors(shards: Mapping[int, Mapping[str, str]]) -> dict[int, list[dict[str, Any]]]:
+    found = ((shard, json.loads(about.get(ERRORS_KEY, "[]"))) for shard, about in shards.items())
+    return {shard: errors for shard, errors in found if errors}
+
+
+OURS = {
+    "plan.json",
+    "README.md",
+    "contact_sheet.png",
+    "report.html",
+    "data",
+    "errors",
+    FOLDER,
+    "leases",
+    "quarantine",
+    "weights",
+}
+"""Names at the top of a dataset that no sink may give to a file of its own."""
 
 
 def load(store: Storage) -> Dataset:
     """The dataset that lies in ``store``. Raises PlanError if there is none, PluginError if its sink isn't installed."""
     plan = planning.load(store)
     return Dataset(store, plan, registry.build("sink", plan.config["sink"]))
-
-
-def error_lines(about: dict[str, str]) -> bytes:
-    """The error rows in a shard's metadata, a line of JSON each."""
-    errors = json.loads(about.get(ERRORS_KEY, "[]"))
-    lines = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)
-    return lines.encode("utf-8", "backslashreplace")  # JSON's own escape, of half a surrogate
-
-
-def copy_errors(store: Storage, shard: int, content: bytes) -> None:
-    """Make a shard's error file say ``content``; no file, where that is empty."""
-    name = errors_name(shard)
-    if not content:
-        store.delete(name)
-    elif not store.create(name, content) and store.read(name) != content:  # of a file that was there before
-        store.put(name, content)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from latentmill import dataset, failpoints, progress, report, storage
+from latentmill import dataset, failpoints, progress, registry, report, storage
 from latentmill import plan as planning
 from latentmill.config import Job, load_job
-from latentmill.dataset import RETRIED, Dataset, data_name
+from latentmill.dataset import RETRIED, Dataset
 from latentmill.driver import leases
 from latentmill.driver.apply import apply
 from latentmill.driver.leases import Leases
@@ -23,6 +23,7 @@ from latentmill.driver.messages import StageSpec, TakenOut
 from latentmill.driver.state import DriverState, finished
 from latentmill.errors import PlacementError, RunError
 from latentmill.plan import Plan
+from latentmill.shards import data_name
 from latentmill.storage import Storage
 from latentmill.text import without_secrets
 from latentmill.workers.worker import StageWork, make_stage
@@ -69,7 +70,7 @@ def run(
         logger.warning(line)
     again = failed_shards(there, state.done, retry_failed) if retry_failed else []
     if finished(state) and not again and store.exists("_SUCCESS") and store.exists("plan.json"):
-        return _result(job, state, seconds=0.0)
+        return _result(job, there, state, seconds=0.0)
     pool: Pool | None = None
     started, interrupted = time.monotonic(), False
     try:
@@ -80,20 +81,22 @@ def run(
             planning.publish(plan, store)
             failpoints.reach("planning")
             store.sweep()
-            if pool is not None:
-                store.delete("_SUCCESS")  # somebody has taken shards out
-                for shard in again:
-                    there.take_out(shard, f"{RETRIED}-{uuid.uuid4().hex[:8]}")
-                apply(state, TakenOut(frozenset(again)))
-                data = partial(data_name, sink=parts.sink)
-                with nullcontext() if job.single_writer else Leases(store, data) as held:
-                    show = partial(_show, live, state, plan, started)
-                    known = {*there.taken_out()}
-                    drive(state, pool, show, held, there.holds_ok)
-                    while taken := _taken_out(there, known):
-                        apply(state, TakenOut(taken))
+            if again:
+                store.delete("_SUCCESS")
+            for shard in again:
+                there.take_out(shard, f"{RETRIED}-{uuid.uuid4().hex[:8]}")
+            show, data = partial(_show, live, state, plan, started), partial(data_name, sink=parts.sink)
+            taken = frozenset(again) | there.newly_taken_out()
+            while True:
+                apply(state, TakenOut(taken))
+                if not finished(state):
+                    pool = pool or make_pool(job, plan, store)
+                    store.delete("_SUCCESS")  # somebody has taken shards out
+                    with nullcontext() if job.single_writer else Leases(store, data) as held:
                         drive(state, pool, show, held, there.holds_ok)
-            there.settle()
+                if not (taken := there.newly_taken_out() or there.settle()):
+                    break
+            _finish_sink(there)
             report.finish(there, live.pace)
             failpoints.reach("finishing")
             store.put("_SUCCESS", b"")
@@ -108,21 +111,30 @@ def run(
     finally:
         if pool is not None:
             pool.close()
-    return _result(job, state, time.monotonic() - started, interrupted)
+    return _result(job, there, state, time.monotonic() - started, interrupted)
+
+
+def _finish_sink(there: Dataset) -> None:
+    try:
+        there.finish()
+    except OSError:  # the store's
+        raise
+    except Exception as error:
+        raise RunError(f"{registry.called(there.sink)}: finish: {type(error).__name__}: {error}") from error
 
 
 def _show(live: progress.Live, state: DriverState, plan: Plan, started: float) -> None:
     live.show(view(state, plan, time.monotonic() - started))
 
 
-def _result(job: Job, state: DriverState, seconds: float, interrupted: bool = False) -> Result:
-    now = status(job.output)
+def _result(job: Job, there: Dataset, state: DriverState, seconds: float, interrupted: bool = False) -> Result:
+    now = there.status()
     counts = {name: now[name] for name in ("planned", "ok", "failed")}
     made = state.committed_ok + state.committed_failed
     try:
         text = report.summary(
             job.name,
-            job.output,
+            there.store,
             **counts,
             made=made,
             seconds=seconds,
@@ -160,15 +172,7 @@ def begin(job: Job, there: Dataset) -> DriverState:
 
 def failed_shards(there: Dataset, done: Set[int], wanted: Callable[[Mapping[str, Any]], bool]) -> list[int]:
     """The shards that have error rows of which one or more are ``wanted``."""
-    return [shard for shard in sorted(done) if any(map(wanted, there.errors(shard)))]
-
-
-def _taken_out(there: Dataset, known: set[str]) -> frozenset[int]:
-    """Shards that are missing since another driver took them out, to do failed rows again. ``known`` is brought up to date."""
-    names = there.taken_out()
-    new = {shard for name, shard in names.items() if name not in known}
-    known |= names.keys()
-    return frozenset(new & {*there.missing()})
+    return [shard for shard, errors in there.errors().items() if shard in done and any(map(wanted, errors))]
 
 
 def _spec(job: Job, name: str) -> StageSpec:
@@ -225,25 +229,8 @@ def _work(job: Job, plan: Plan, name: str) -> StageWork:
 
 
 def status(output: str) -> dict[str, Any]:
-    """How far a dataset is, from its folder alone. Raises PlanError if the folder holds none.
+    """How far a dataset is, from its folder alone: ``output``, and what ``Dataset.status`` says.
 
-    Keys: ``output``, ``name``, ``planned``, ``ok``, ``failed`` (rows), ``shards``, ``shards_done``, ``success`` (all
-    shards are there, and a run has said so), ``lost`` (a run had said so, and so many shards are there no more), ``foreign``
-    (names in ``data/`` that are no shard's), ``warnings`` (rows by what is to be known of them).
+    Raises PlanError if the folder holds none.
     """
-    there = dataset.load(storage.at(output))
-    ok, failed = there.counts()
-    missing, ended = there.missing(), there.store.exists("_SUCCESS")
-    return {
-        "output": output,
-        "name": there.plan.name,
-        "planned": there.plan.rows,
-        "ok": ok,
-        "failed": failed,
-        "shards": there.plan.shards,
-        "shards_done": there.plan.shards - len(missing),
-        "success": ended and not missing,
-        "lost": len(missing) if ended else 0,
-        "foreign": there.foreign(),
-        "warnings": there.warnings(),
-    }
+    return {"output": output, **dataset.load(storage.at(output)).status()}

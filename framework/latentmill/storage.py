@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
 import tempfile
 import time
 import uuid
@@ -65,7 +66,10 @@ class Storage(ABC):
 
     @abstractmethod
     def aside(self, name: str) -> Any:
-        """A context with a local path at which to write what ``create`` is to publish; it is removed at the end."""
+        """A context with a local path at which to write what ``create`` is to publish.
+
+        Or to make a folder there, for several files. It is removed at the end.
+        """
 
     @abstractmethod
     def create(self, name: str, content: str | bytes) -> bool:
@@ -86,6 +90,10 @@ class Storage(ABC):
     @abstractmethod
     def names(self, folder: str) -> list[str]:
         """Names of the files right in a folder, without it; none if it is not there."""
+
+    def tags(self, folder: str) -> dict[str, str]:
+        """The same names, each with a text that is another once another file has the name; "" in a store that has none."""
+        return dict.fromkeys(self.names(folder), "")
 
     @abstractmethod
     def delete(self, name: str) -> None:
@@ -142,7 +150,7 @@ class Folder(Storage):
         try:
             yield os.path.abspath(temporary)  # Arrow takes the relative a:b/c for a URL
         finally:
-            temporary.unlink(missing_ok=True)
+            _remove(temporary)
 
     def create(self, name: str, content: str | bytes) -> bool:
         if isinstance(content, bytes):
@@ -199,6 +207,14 @@ class Folder(Storage):
         except (FileNotFoundError, NotADirectoryError):
             return []
 
+    def tags(self, folder: str) -> dict[str, str]:
+        found = {}
+        for name in self.names(folder):
+            with suppress(FileNotFoundError):  # gone in between
+                about = (self.root / folder / name).stat()
+                found[name] = f"{about.st_ino} {about.st_size} {about.st_mtime_ns}"
+        return found
+
     def delete(self, name: str) -> None:
         with suppress(NotADirectoryError):
             (self.root / name).unlink(missing_ok=True)
@@ -212,7 +228,7 @@ class Folder(Storage):
         for file in [*(self.root / ".tmp").glob("*"), *(self.root / "leases").glob("*.alive")]:
             with suppress(FileNotFoundError):  # another driver sweeps, too
                 if file.stat().st_mtime < time.time() - DAY:
-                    file.unlink()
+                    _remove(file)
 
 
 class Bucket(Storage):
@@ -294,6 +310,16 @@ class Bucket(Storage):
             found = obstore.list_with_delimiter(self.store, folder or None)["objects"]
             return [str(entry["path"]).rpartition("/")[2] for entry in found]
 
+    def tags(self, folder: str) -> dict[str, str]:
+        import obstore
+
+        with self._said(folder):
+            found = obstore.list_with_delimiter(self.store, folder or None)["objects"]
+            return {
+                str(entry["path"]).rpartition("/")[2]: f"{entry['e_tag']} {entry['size']} {entry['last_modified']}"
+                for entry in found
+            }
+
     def delete(self, name: str) -> None:
         import obstore
 
@@ -362,6 +388,13 @@ def _one_line(error: BaseException) -> str:
     text = str(error).partition("\n\nDebug source")[0]
     said = re.search(r"<Message>(.*?)</Message>", text, re.DOTALL)
     return one_line(said.group(1) if said else text, 300)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _what(path: Path) -> str:

@@ -9,14 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from latentmill import dataset
-from latentmill.dataset import ERRORS_KEY, PLAN_KEY, Dataset, data_name, error_lines, errors_name
+from latentmill.dataset import Dataset
 from latentmill.plan import Plan
+from latentmill.shards import ERRORS_KEY, PLAN_KEY, data_name, error_lines, errors_name
 from latentmill.storage import Storage
 from latentmill.text import one_line
 
 
 @dataclass
-class Verdict:
+class Findings:
     """What a dataset is found to be."""
 
     plan: Plan
@@ -32,63 +33,63 @@ class Verdict:
     """Shards that are right, with an error file that isn't."""
     foreign: list[str] = field(default_factory=list)
     """Names in ``data/`` that are no shard's."""
+    stray: list[str] = field(default_factory=list)
+    """Names in ``files/`` that no shard names."""
     strange: list[str] = field(default_factory=list)
     """What else is wrong, a line each."""
 
     @property
     def sound(self) -> bool:
         """Whether nothing is wrong; a dataset that isn't complete yet may be sound."""
-        return not self.damaged and not self.foreign and not self.strange
+        return not self.damaged and not self.foreign and not self.stray and not self.strange
 
 
-def verify(store: Storage) -> Verdict:
+def verify(store: Storage) -> Findings:
     """Re-read every shard of a dataset: checksums, each planned row exactly once. Raises PlanError if there is no plan."""
     there = dataset.load(store)
-    verdict = Verdict(there.plan, missing=there.missing(), foreign=there.foreign())
+    found = Findings(there.plan, missing=there.missing(), foreign=there.foreign(), stray=there.stray_side_files())
     with ThreadPoolExecutor(8) as threads:
         for shard, failed, wrong in threads.map(lambda shard: (shard, *_check(there, shard)), sorted(there.done())):
             if isinstance(wrong, str):
-                verdict.damaged[shard] = wrong
+                if not store.exists(data_name(shard, there.sink)):  # taken out since it was listed, to be made again
+                    found.missing.append(shard)
+                    continue
+                found.damaged[shard] = wrong
                 continue
-            verdict.ok += len(there.plan.shard_rows(shard)) - failed
-            verdict.failed += failed
+            found.ok += len(there.plan.shard_rows(shard)) - failed
+            found.failed += failed
             name = errors_name(shard)
             if store.exists(name) and store.read(name) != wrong:
-                verdict.copies.append(shard)
-                verdict.strange.append(f"{name} is not what {data_name(shard, there.sink)} says")
-    if store.exists("_SUCCESS") and (verdict.missing or verdict.damaged):
-        verdict.strange.append("_SUCCESS is there, and not all rows are")
-    return verdict
+                found.copies.append(shard)
+                found.strange.append(f"{name} is not what {data_name(shard, there.sink)} says")
+    if store.exists("_SUCCESS") and (found.missing or found.damaged):
+        found.strange.append("_SUCCESS is there, and not all rows are")
+    return found
 
 
-def repair(store: Storage, verdict: Verdict) -> Iterator[str]:
+def repair(store: Storage, found: Findings) -> Iterator[str]:
     """Take out of the dataset, into ``quarantine/``, what doesn't belong in it; the next run does damaged shards again.
 
     And make error files what their shards say. Tells what it does.
     """
     there = dataset.load(store)
-    if verdict.damaged or verdict.missing:
+    if found.damaged or found.missing:
         store.delete("_SUCCESS")
-    for shard in verdict.damaged:
+    for shard in found.damaged:
         to = there.take_out(shard, uuid.uuid4().hex[:8])
         yield f"moved {data_name(shard, there.sink)} -> {to}; the next run does it again"
-    for name in verdict.foreign:
-        to = f"quarantine/foreign-{name}"
-        store.move(f"data/{name}", to)
-        yield f"moved data/{name} -> {to}; it is no shard of this dataset"
-    for shard in verdict.copies:
+    for name, to in there.take_out_foreign():
+        yield f"moved {name} -> {to}; it is no {'shard' if name.startswith('data/') else 'file'} of this dataset"
+    for shard in found.copies:
         there.copy_errors(shard)
         yield f"made {errors_name(shard)} again"
 
 
 def _check(there: Dataset, shard: int) -> tuple[int, str | bytes]:
     """How many rows of a shard failed, and what its error file must say; or what is wrong with it."""
-    store, sink, plan = there.store, there.sink, there.plan
+    plan = there.plan
     try:
-        with store.open(data_name(shard, sink)) as file:
-            about = dict(sink.metadata(file))
-        with store.open(data_name(shard, sink)) as file:
-            found = list(sink.row_ids(file))
+        about, ids = there.shard(shard).read_whole()
     except Exception as error:  # whatever a damaged file makes a reader say
         return 0, f"can't be read: {type(error).__name__}: {one_line(error, 200)}"
     if about.get(PLAN_KEY) != plan.hash:
@@ -98,11 +99,11 @@ def _check(there: Dataset, shard: int) -> tuple[int, str | bytes]:
     except (ValueError, KeyError, TypeError):
         return 0, "has errors in it that can't be read"
     planned = [plan.row_id(row) for row in plan.shard_rows(shard)]
-    if sorted([*found, *failed]) != sorted(planned):
-        missing, foreign = set(planned) - {*found, *failed}, {*found, *failed} - set(planned)
-        twice = len(found) + len(failed) - len({*found, *failed})
+    if sorted([*ids, *failed]) != sorted(planned):
+        missing, foreign = set(planned) - {*ids, *failed}, {*ids, *failed} - set(planned)
+        twice = len(ids) + len(failed) - len({*ids, *failed})
         return 0, f"has not the planned rows: {len(missing)} missing, {twice} twice, {len(foreign)} foreign"
-    there_ids = set(found)
-    if found != [row_id for row_id in planned if row_id in there_ids]:
+    there_ids = set(ids)
+    if ids != [row_id for row_id in planned if row_id in there_ids]:
         return 0, "has its rows in another order"
     return len(failed), error_lines(about)

@@ -14,10 +14,10 @@ from tests.simulation.pool import Pool
 from tests.simulation.settings import LONGEST, NAMES, TROUBLED, Settings, Wrong
 from tests.simulation.store import Store
 
-from latentmill.dataset import done_shards
 from latentmill.driver.leases import BEAT_EVERY, Leases
 from latentmill.driver.loop import turn
 from latentmill.driver.state import DriverState, finished
+from latentmill.shards import done_shards
 
 
 class World:

@@ -17,7 +17,7 @@ def make(dataset: Material) -> None:
     size = next((label for most, label in sizes.items() if dataset.ok < most), "n>10M")
     parts = [
         f"---\npretty_name: {json.dumps(dataset.name)}\nsize_categories:\n- {size}\ntags:\n- latentmill\n- synthetic\n"
-        "configs:\n- config_name: default\n  data_files: data/*.parquet\n---",
+        "configs:\n- config_name: default\n  data_files: data/*" + dataset.there.sink.suffix + "\n---",
         f"# {dataset.name}",
         f"{counted(dataset.ok, 'row')}, made by latentmill"
         + (f"; {dataset.failed:,} more failed, with their reasons in `errors/`" if dataset.failed else "")
@@ -30,7 +30,8 @@ def make(dataset: Material) -> None:
     parts.append(
         '```python\nimport datasets\n\ndataset = datasets.load_dataset("PATH_OF_THIS_FOLDER", split="train")\n```'
     )
-    parts.append(_markdown(["column", "meaning"], [[f"`{name}`", meaning(name)] for name in dataset.columns]))
+    columns = [[f"`{name}`", found or meaning(name)] for name, found in dataset.columns.items()]
+    parts.append(_markdown(["column", "meaning"], columns))
     plugins = [[kind, *identity(plugin)] for kind, plugin in dataset.plan["plugins"].items()]
     parts.append("## Made with\n\n" + _markdown(["part", "plugin", "from", "weights"], plugins))
     if dataset.plan.get("latents"):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, BinaryIO
+from typing import Any
 
+import pyarrow as pa
 from PIL import Image
 
-from latentmill.dataset import Dataset, data_name, errors_name
-from latentmill.sinks.parquet import opened
+from latentmill import tensors
+from latentmill.dataset import Dataset
+from latentmill.plugin import RowError
 
 
 @dataclass(frozen=True)
@@ -38,20 +39,19 @@ class Material:
     def __post_init__(self) -> None:
         self.store = self.there.store
         self.plan: Mapping[str, Any] = json.loads(self.there.plan.to_json())
-        names = [data_name(shard, self.there.sink) for shard in sorted(self.there.done())]
-        self.files = [name.removeprefix("data/") for name in names if name.endswith(".parquet")]
-        self.columns: list[str] = []
-        if self.files:
-            with self.store.open(f"data/{self.files[0]}") as file:
-                self.columns = opened(file).schema_arrow.names
-        self.ok, self.failed = self.there.counts()
-        self.warnings = self.there.warnings()
-        for shard in self.there.failed_shards():
-            for line in self.store.read(errors_name(shard)).splitlines():
-                error = json.loads(line)
-                self.failed_in[error["stage"]] += 1
-                if len(self.errors) < 200:
-                    self.errors.append(error)
+        self.rows = self.there.rows()
+        self.columns: Mapping[str, str] = {}
+        """What is found in a shard's file, by name, and what it means if that is the sink's alone to know."""
+        self.has_pictures = False
+        if self.rows:
+            _, schema, _ = self.there.shard(next(iter(self.rows))).about()
+            self.columns = self.there.sink.layout(schema)
+            self.has_pictures = "image" in schema.names
+        now = self.there.status()
+        self.ok, self.failed, self.warnings = now["ok"], now["failed"], now["warnings"]
+        for errors in self.there.errors().values():
+            self.failed_in.update(error["stage"] for error in errors)
+            self.errors += errors[: 200 - len(self.errors)]
 
     @property
     def name(self) -> str:
@@ -61,20 +61,26 @@ class Material:
     @cached_property
     def tiles(self) -> list[Tile]:
         """Pictures from all over the dataset; first of all one of each prompt."""
-        if "image" not in self.columns:
+        if not self.has_pictures:
             return []
-        files = [self.files[at] for at in _evenly(len(self.files), self.most)]
-        places: dict[str, list[tuple[str, int]]] = {}
-        for name in files:
-            with self.store.open(f"data/{name}") as file:
-                prompts = opened(file).read(["prompt"], use_threads=False).column("prompt").to_pylist()
-            for at, prompt in enumerate(prompts):
-                places.setdefault(prompt, []).append((name, at))
+        shards = list(self.rows)
+        shards = [shards[at] for at in _evenly(len(shards), self.most)]
+        places: dict[str, list[tuple[int, int]]] = {}
+        for shard in shards:
+            at = 0
+            for piece in self.there.shard(shard).read(["prompt"], range(self.rows[shard])):
+                prompts = [None] if isinstance(piece, RowError) else piece.column("prompt").to_pylist()
+                for number, prompt in enumerate(prompts, start=at):
+                    if prompt is not None:
+                        places.setdefault(prompt, []).append((shard, number))
+                at += len(prompts)
         chosen = sorted(place for group in _choose(list(places.values()), self.most) for place in group)
-        found = []
-        for name in files:
-            with self.store.open(f"data/{name}") as file:
-                found += [_tile(row) for row in _read(file, [at for other, at in chosen if other == name])]
+        found: list[Tile] = []
+        for shard in shards:
+            rows = [at for other, at in chosen if other == shard]
+            for piece in self.there.shard(shard).read(["image", "prompt", "row_id", "psnr"], rows):
+                if not isinstance(piece, RowError):
+                    found += _tiles(piece)
         return found
 
 
@@ -98,25 +104,13 @@ def _choose(groups: Sequence[list[Any]], most: int) -> Iterator[list[Any]]:
         yield [group[at] for at in _evenly(len(group), count)]
 
 
-def _read(file: BinaryIO, wanted: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """The rows ``wanted`` of a file, of which no other row group is read."""
-    stored = opened(file)
-    columns = [name for name in ("image", "prompt", "row_id", "psnr") if name in stored.schema_arrow.names]
-    start = 0
-    for group in range(stored.num_row_groups):
-        stop = start + stored.metadata.row_group(group).num_rows
-        here = [at - start for at in wanted if start <= at < stop]
-        if here:
-            yield from stored.read_row_group(group, columns=columns, use_threads=False).take(here).to_pylist()
-        start = stop
-
-
-def _tile(row: Mapping[str, Any]) -> Tile:
-    with Image.open(io.BytesIO(row["image"]["bytes"])) as image:
+def _tiles(table: pa.Table) -> Iterator[Tile]:
+    images = tensors.from_arrow(table, "image").numpy()
+    for pixels, row in zip(images, table.drop_columns(["image"]).to_pylist()):
         caption = row["prompt"] or row["row_id"]
         if row.get("psnr") is not None:
             caption += f" ({row['psnr']:.1f} dB)"
-        return Tile(image.convert("RGB"), caption)
+        yield Tile(Image.fromarray(pixels), caption)
 
 
 def identity(plugin: Mapping[str, Any]) -> list[str]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from latentmill import storage
 from latentmill.progress import counted, duration_text, rate_text
+from latentmill.storage import Storage
 
 
 def summary(
     name: str,
-    output: str,
+    store: Storage,
     *,
     planned: int,
     ok: int,
@@ -36,7 +36,7 @@ def summary(
     if interrupted:
         lines[0] = lines[0].replace(f"{name}: ", f"{name}: stopped after ", 1)
         lines.append("  to go on      run the same command again; finished shards stay as they are")
-    store = storage.at(output)
+    output = store.url
     if store.names("data"):
         lines.append(f"  dataset       {output}/data ({ok:,} rows)")
     if failed and store.names("errors"):

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Mapping
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 from torch import Tensor
 
 from latentmill import failpoints, tensors
 from latentmill.batch import SPEC_KEY, STATE_PREFIX
 from latentmill.fields import HALFWAY
-from latentmill.plugin import Sink
+from latentmill.plugin import OpenSideFile, RowError, Sink
+from latentmill.sinks.picture_files import PictureFiles, decode
+from latentmill.sinks.rebuild import batches
+from latentmill.text import first_line
 
-EXTENSIONS = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 FEATURES = {"info": {"features": {"image": {"_type": "Image"}}}}
 """Without it ``datasets`` gives a dict of bytes and path. Columns that it doesn't name keep their Arrow types."""
@@ -52,11 +54,7 @@ class Parquet(Sink):
 
     def __init__(self, image_format: str = "png", quality: int = 90) -> None:
         """``quality``, 1 to 100, is that of webp and jpeg; png is without loss."""
-        if image_format not in EXTENSIONS:
-            raise ValueError(f"image_format must be one of {', '.join(EXTENSIONS)}, not {image_format!r}")
-        if not 1 <= quality <= 100:
-            raise ValueError(f"quality must be from 1 to 100, not {quality!r}")
-        self.image_format, self.quality = image_format, quality
+        self.pictures = PictureFiles(image_format, quality)
 
     def pack(self, batch: pa.Table) -> pa.Table:
         fields: list[pa.Field] = []
@@ -95,13 +93,8 @@ class Parquet(Sink):
         return pa.Table.from_arrays(columns, schema=pa.schema(fields, metadata=metadata))
 
     def _pictures(self, row_ids: list[str], images: Tensor) -> pa.StructArray:
-        files = []
-        for pixels in images.numpy():
-            file = io.BytesIO()
-            # Pillow has no quality of PNG; it ignores it.
-            Image.fromarray(pixels).save(file, self.image_format.upper(), quality=self.quality)
-            files.append(file.getvalue())
-        paths = [row_id + EXTENSIONS[self.image_format] for row_id in row_ids]
+        files = list(self.pictures.encode(images))
+        paths = [row_id + self.pictures.extension for row_id in row_ids]
         return pa.StructArray.from_arrays(
             [pa.array(files, pa.binary()), pa.array(paths, pa.string())], fields=list(PICTURE)
         )
@@ -135,6 +128,71 @@ class Parquet(Sink):
     def metadata(self, file: BinaryIO) -> dict[str, str]:
         found = opened(file).schema_arrow.metadata or {}
         return {key.decode(): value.decode() for key, value in found.items()}
+
+    def count(self, file: BinaryIO) -> int:
+        return int(opened(file).metadata.num_rows)
+
+    def schema(self, file: BinaryIO) -> pa.Schema:
+        stored = opened(file).schema_arrow
+        spec = (stored.metadata or {}).get(SPEC_KEY)
+        fields = []
+        for field in stored:
+            if field.name == "image" and pa.types.is_struct(field.type):
+                field = pa.field("image", pa.list_(pa.uint8()), nullable=False)
+            elif field.name in ("latents", "latents_std"):
+                if "shape" not in stored.names:
+                    continue
+                _require_lists(field, pa.types.is_floating)
+                _require_lists(stored.field("shape"), pa.types.is_integer)
+                about = {
+                    **(field.metadata or {}),
+                    **({SPEC_KEY: spec} if spec and field.name == "latents" else {}),
+                }
+                field = pa.field(field.name, pa.list_(field.type.value_type), metadata=about)
+            elif field.name == "shape" and "latents" in stored.names:
+                continue
+            elif field.name == "state":
+                field = pa.field(STATE_PREFIX, pa.list_(pa.float64()))
+            fields.append(field)
+        return pa.schema(fields)
+
+    def layout(self, schema: pa.Schema) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for name in schema.names:
+            if name == STATE_PREFIX:
+                found["state"] = "half-way latents: what the scheduler remembers"
+            elif name == "latents":
+                found["latents"] = "the latents, channels first, flattened"
+                found["shape"] = "shape of the latents: channels, height, width"
+            else:
+                found[name] = ""
+        return found
+
+    def read(
+        self, file: BinaryIO, columns: Sequence[str] | None, rows: Sequence[int], side_file: OpenSideFile
+    ) -> Iterator[pa.Table | RowError]:
+        stored = opened(file)
+        names, metadata = stored.schema_arrow.names, stored.schema_arrow.metadata or {}
+        wanted = names if columns is None else [n.removesuffix(":") for n in columns if n.removesuffix(":") in names]
+        if {"latents", "latents_std"} & {*wanted} and "shape" not in wanted:
+            wanted = [*wanted, "shape"]
+        start = 0
+        for group in range(stored.num_row_groups):
+            stop = start + stored.metadata.row_group(group).num_rows
+            here = [at - start for at in rows[bisect_left(rows, start) : bisect_left(rows, stop)]]
+            start = stop
+            if not here:
+                continue
+            try:
+                table = stored.read_row_group(group, columns=wanted, use_threads=False)
+            except (pa.ArrowInvalid, OSError) as error:
+                if isinstance(error, OSError) and error.errno is not None:  # the storage's, and may be gone soon
+                    raise
+                yield from [RowError(f"row group {group} is damaged: {first_line(error, 200)}")] * len(here)
+                continue
+            whole = here[-1] - here[0] == len(here) - 1
+            table = table.slice(here[0], len(here)) if whole else table.take(here)
+            yield from batches(_scalars(table), _tensors(table), metadata.get(SPEC_KEY))
 
 
 def opened(file: BinaryIO) -> pq.ParquetFile:
@@ -179,3 +237,54 @@ def _bytes(shard: pa.Table) -> int:
         column = shard.column(name)
         total += (pc.sum(pc.list_value_length(column)).as_py() or 0) * column.type.value_type.bit_width // 8
     return total
+
+
+def _require_lists(field: pa.Field, fits: Callable[[pa.DataType], bool]) -> None:
+    type = field.type
+    lists = pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type)
+    if not lists or not fits(type.value_type):
+        raise ValueError(f"column {field.name} is {type}, which it can't be")
+
+
+def _scalars(table: pa.Table) -> pa.Table:
+    """The columns that were no tensors when they travelled."""
+    stored = {"image", "latents", "latents_std", "state", *(["shape"] if "shape" in table.column_names else [])}
+    return table.drop_columns([name for name in table.column_names if name in stored]).replace_schema_metadata()
+
+
+def _tensors(table: pa.Table) -> Iterator[dict[str, Tensor] | RowError]:
+    """Each row's tensors, by the names that they travelled under."""
+    columns = {name: table.column(name).combine_chunks() for name in table.column_names}
+    dtypes = {name: (table.schema.field(name).metadata or {}).get(tensors.DTYPE_KEY) for name in columns}
+    for at in range(len(table)):
+        try:
+            found = {}
+            if "image" in columns:
+                found["image"] = decode(columns["image"][at].as_py()["bytes"])
+            for name in ("latents", "latents_std"):
+                if name in columns:
+                    found[name] = _latents(columns[name][at].values, columns["shape"][at].as_py(), dtypes[name])
+            for state in (columns["state"][at].as_py() or ()) if "state" in columns else ():
+                found[STATE_PREFIX + state["name"]] = _state(state["values"], state["dtype"], state["shape"])
+            yield found
+        except RowError as error:
+            yield error
+        except (TypeError, KeyError, AttributeError, RuntimeError) as error:
+            yield RowError(f"the state can't be read: {first_line(error)}")
+
+
+def _latents(values: pa.Array | None, shape: list[int] | None, dtype: bytes | None) -> Tensor:
+    if values is None or shape is None:
+        raise RowError("latents are null")
+    found = values.to_numpy(zero_copy_only=False)
+    if any(not side or side < 0 for side in shape) or found.size != math.prod(shape):
+        raise RowError(f"{found.size} latent values can't be of shape {shape}")
+    latents = torch.tensor(found.reshape(shape))
+    return latents.bfloat16() if dtype == b"bfloat16" else latents
+
+
+def _state(values: list[float], dtype: str, shape: list[int]) -> Tensor:
+    kind = getattr(torch, dtype)
+    if not isinstance(kind, torch.dtype):
+        raise TypeError(f"{dtype} is no dtype")
+    return torch.tensor(values, dtype=torch.float64).reshape(shape).to(kind)

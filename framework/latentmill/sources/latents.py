@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,14 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from latentmill import storage, tensors
-from latentmill.batch import SPEC_KEY, spec_from_json
-from latentmill.dataset import Dataset, data_name, load
+from latentmill import registry, storage, tensors
+from latentmill.batch import SPEC_KEY, STATE_PREFIX, spec_from_json
+from latentmill.dataset import Dataset, load
+from latentmill.errors import PluginError
 from latentmill.fields import BATCH_SCHEMA, HALFWAY, MAX_SIDE, OURS
 from latentmill.plugin import Fragment, LatentSpec, RowError, Source
-from latentmill.sources import ParquetRows, as_id, changed, find, fingerprint, is_small, locate, root
+from latentmill.shards import FOLDER, ShardFile, data_name, side_files
+from latentmill.sources import as_id, changed, find, fingerprint, is_small, is_text, locate, plain, root, suffix
 from latentmill.text import first_line
 
 SAMPLING = tuple(field.name for field in OURS if field.sampling)
@@ -33,7 +35,8 @@ class Latents(Source):
 
     def __init__(self, path: str, keep_sampling: bool = True, id_column: str | None = None) -> None:
         self.path, self.keep_sampling, self.id_column = path, keep_sampling, id_column
-        self._files: dict[str, ParquetRows] = {}
+        self._about: dict[str, tuple[dict[str, str], pa.Schema, int]] = {}
+        self._reader: _Reader | None = None
 
     def latent_spec(self) -> LatentSpec:
         """The space of the latents. Raises ValueError if there are no latents."""
@@ -43,71 +46,73 @@ class Latents(Source):
         """Raises ValueError if there are no latents, or latents of different spaces."""
         names = self._names()
         spec = self.latent_spec()
-        contents = is_small(self._root, names)
+        contents = is_small(self._root, [file for name in names for file in self._files(name)])
         self.fingerprinted = ("path",) if contents else ()
         found = []
         for name in names:
             if self._spec(name) != spec:
                 raise ValueError(f"{self.path}: {names[0]} and {name} hold latents of different spaces")
-            self._file(name).require_ids(self.id_column)
-            found.append(Fragment(name, self._file(name).rows, fingerprint(self._root, [name], contents)))
+            _, schema, count = self._of(name)
+            self._require_ids(name, schema)
+            found.append(Fragment(name, count, fingerprint(self._root, self._files(name), contents)))
         if not any(fragment.rows for fragment in found):
             raise ValueError(f"{self.path} has no rows")
         return found
 
     def read(self, fragment: str, start: int, stop: int) -> Iterator[Mapping[str, Any] | RowError]:
         """``latents`` is an array, or a tensor where the space's dtype is bfloat16, which numpy lacks."""
-        file = self._file(fragment)
-        names = [*BATCH_SCHEMA.names, *HALFWAY.names, "state"]
-        kept = [name for name in names if name in file.schema.names and name not in DROPPED]
-        dtype = (file.schema.field("latents").metadata or {}).get(tensors.DTYPE_KEY)
-        if self.id_column is not None and self.id_column not in kept:
-            kept.append(self.id_column)
-        for piece in file.read(start, stop, [*kept, "latents", "shape"]):
-            yield from piece if isinstance(piece, list) else self._rows(piece, dtype)
+        reader, self._reader = self._reader, None  # what fails on the way is begun anew
+        _, schema, count = self._of(fragment)
+        halfway = STATE_PREFIX in schema.names
+        if reader is None or (reader.fragment, reader.at) != (fragment, start):
+            known = [*BATCH_SCHEMA.names, *HALFWAY.names, STATE_PREFIX]
+            kept = [name for name in known if name in schema.names and name not in DROPPED]
+            if self.id_column is not None and self.id_column not in kept:
+                kept.append(self.id_column)
+            pieces = self._file(fragment).read([*kept, "latents"], range(start, count))
+            reader = _Reader(fragment, start, pieces)
+        for piece in reader.take(stop - start):
+            yield from [piece] if isinstance(piece, RowError) else self._rows(piece, halfway)
+        self._reader = reader
 
-    def _rows(self, table: pa.Table, dtype: bytes | None) -> Iterator[Mapping[str, Any] | RowError]:
-        column = table.column("latents").combine_chunks()
-        for i, row in enumerate(table.drop_columns(["latents"]).to_pylist()):
-            shape = row.pop("shape")
+    def _rows(self, table: pa.Table, halfway: bool) -> Iterator[Mapping[str, Any] | RowError]:
+        found = {f.name: tensors.from_arrow(table, f.name) for f in table.schema if tensors.is_tensor(f)}
+        latents: Any = found.pop("latents")
+        if latents.dtype != torch.bfloat16:
+            latents = latents.numpy()
+        for i, row in enumerate(table.drop_columns(["latents", *found]).to_pylist()):
             if self.id_column is not None:
                 try:
                     row["id"] = as_id(row[self.id_column])
                 except RowError as error:
                     yield error
                     continue
-            if column[i].values is None or shape is None:
-                yield RowError("latents are null")
-                continue
-            values = column[i].values.to_numpy(zero_copy_only=False)
-            if any(not side or side < 0 for side in shape) or values.size != math.prod(shape):
-                yield RowError(f"{values.size} latent values can't be of shape {shape}")
-                continue
             if not (self.keep_sampling and row.get("scheduler")):
                 row = {name: value for name, value in row.items() if name not in SAMPLING}
-            if "state" in row:
-                try:
-                    row["state"] = {s["name"]: _tensor(s["values"], s["dtype"], s["shape"]) for s in row["state"] or ()}
-                except (TypeError, KeyError, AttributeError, RuntimeError) as error:
-                    yield RowError(f"the state can't be read: {first_line(error)}")
-                    continue
-            latents = values.reshape(shape)
-            row["latents"] = torch.tensor(latents).bfloat16() if dtype == b"bfloat16" else latents
+            if halfway:
+                row["state"] = {name.removeprefix(STATE_PREFIX): tensor[i] for name, tensor in found.items()}
+            row["latents"] = latents[i]
             yield row
 
     def texts(self, fragment: Fragment) -> Iterator[tuple[str | None, str | None]]:
-        file = self._file(fragment.name)
-        kept = [name for name in ("prompt", "negative_prompt") if name in file.schema.names]
-        for piece in file.read(0, file.rows, kept):
-            for row in [{}] * len(piece) if isinstance(piece, list) else piece.to_pylist():
+        for piece in self._file(fragment.name).read(["prompt", "negative_prompt"], range(fragment.rows)):
+            for row in [{}] if isinstance(piece, RowError) else piece.to_pylist():
                 yield row.get("prompt"), row.get("negative_prompt")
 
     def changed(self, fragment: Fragment) -> bool:
-        return changed(self._root, [fragment.name], fragment.fingerprint)
+        return changed(self._root, self._files(fragment.name), fragment.fingerprint)
 
     def ids(self, fragment: Fragment) -> Iterator[str | None]:
         assert self.id_column is not None
-        return self._file(fragment.name).ids(self.id_column)
+        for piece in self._file(fragment.name).read([self.id_column], range(fragment.rows)):
+            if isinstance(piece, RowError):
+                yield None
+                continue
+            for value in plain(piece.column(self.id_column)).to_pylist():
+                try:
+                    yield as_id(value.decode() if isinstance(value, bytes) else value)
+                except (RowError, UnicodeDecodeError):
+                    yield None
 
     def notices(self) -> list[str]:
         if self._dataset is None:
@@ -118,11 +123,11 @@ class Latents(Source):
         return lines + [f"{self.path}/data/{name} is no shard of it, and is passed over" for name in foreign]
 
     def _names(self) -> list[str]:
-        names = find(self._data, [".parquet"])
         if self._dataset is None:
-            return names
-        ours = {data_name(shard, self._dataset.sink) for shard in self._dataset.done()}
-        kept = [name for name in names if f"data/{name}" in ours]
+            return find(self._data, [*self._sinks])
+        kept = [
+            f"{data_name(shard, self._dataset.sink).removeprefix('data/')}" for shard in sorted(self._dataset.done())
+        ]
         if not kept:
             raise ValueError(f"{self.path}: none of its shards is there yet")
         return kept
@@ -142,24 +147,56 @@ class Latents(Source):
     def _root(self) -> Path:
         return root(self._data)
 
-    def _file(self, name: str) -> ParquetRows:
-        if name not in self._files:
-            self._files.clear()  # one file's footer and row group are enough to keep
-            self._files[name] = ParquetRows(self._root / name)
-        return self._files[name]
+    @cached_property
+    def _sinks(self) -> dict[str, str]:
+        """The installed sinks, by the suffix of the files that they read."""
+        found: dict[str, str] = {}
+        for entry in registry.entries("sink"):
+            with suppress(PluginError):
+                found.setdefault(getattr(registry.load("sink", entry.name), "suffix", ""), entry.name)
+        return found
+
+    def _file(self, name: str) -> ShardFile:
+        if self._dataset is not None:
+            return ShardFile(self._dataset.store, self._dataset.sink, f"data/{name}")
+        return ShardFile(storage.at(str(self._root)), registry.build("sink", {"name": self._sinks[suffix(name)]}), name)
+
+    def _files(self, name: str) -> list[str]:
+        """A shard's file, and those beside it, relative to ``data/``."""
+        return [name, *(f"../{FOLDER}/{side.stored_as}" for side in side_files(self._of(name)[0]))]
+
+    def _of(self, name: str) -> tuple[dict[str, str], pa.Schema, int]:
+        """What a file says of itself. Raises ValueError if that can't be read."""
+        if name not in self._about:
+            try:
+                self._about[name] = self._file(name).about()
+            except ValueError as error:
+                raise ValueError(f"{self.path}: {name}: {first_line(error)}") from error
+            except OSError as error:  # Arrow's, of what is no file of its kind
+                if error.errno is not None:
+                    raise
+                raise ValueError(f"{self.path}: {name}: {first_line(error)}") from error
+        return self._about[name]
+
+    def _require_ids(self, name: str, schema: pa.Schema) -> None:
+        if self.id_column is None:
+            return
+        if self.id_column not in schema.names:
+            there = ", ".join(schema.names)[:200]
+            raise ValueError(f"{self._root / name} has no column {self.id_column} (id_column), only {there}")
+        type = schema.field(self.id_column).type
+        if not is_text(type) and not pa.types.is_integer(type):
+            raise ValueError(
+                f"{self._root / name}: column {self.id_column} is {type}, and ids are text or whole numbers"
+            )
 
     def _spec(self, name: str) -> LatentSpec:
-        schema = self._file(name).schema
-        text = (schema.metadata or {}).get(SPEC_KEY)
-        if text is None or not {"latents", "shape"} <= {*schema.names}:
+        _, schema, _ = self._of(name)
+        about = (schema.field("latents").metadata or {}) if "latents" in schema.names else {}
+        if SPEC_KEY not in about:
             raise ValueError(f"{self.path}: {name} holds no latents of ours")
-        for column, fits in (("latents", pa.types.is_floating), ("shape", pa.types.is_integer)):
-            type = schema.field(column).type
-            lists = pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type)
-            if not lists or not fits(type.value_type):
-                raise ValueError(f"{self.path}: {name}: column {column} is {type}, which it can't be")
         try:
-            spec = spec_from_json(text)
+            spec = spec_from_json(about[SPEC_KEY])
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self.path}: {name} says of its latents what can't be read: {error}") from error
         if (
@@ -172,11 +209,30 @@ class Latents(Source):
         return spec
 
 
-def _tensor(values: list[float], dtype: str, shape: list[int]) -> torch.Tensor:
-    kind = getattr(torch, dtype)
-    if not isinstance(kind, torch.dtype):
-        raise TypeError(f"{dtype} is no dtype")
-    return torch.tensor(values, dtype=torch.float64).reshape(shape).to(kind)
+class _Reader:
+    """Rows of a fragment from some row on, so that asking for the next ones reads nothing twice."""
+
+    def __init__(self, fragment: str, at: int, pieces: Iterator[pa.Table | RowError]) -> None:
+        self.fragment, self.at, self.pieces = fragment, at, pieces
+        self.rest: pa.Table | None = None
+        """Of a piece that was read and not taken."""
+
+    def take(self, count: int) -> Iterator[pa.Table | RowError]:
+        """The next ``count`` rows."""
+        while count:
+            piece = self.rest if self.rest is not None else next(self.pieces, None)
+            self.rest = None
+            if piece is None:
+                return
+            if isinstance(piece, RowError):
+                taken = 1
+            else:
+                taken = min(count, len(piece))
+                self.rest = piece.slice(taken) if taken < len(piece) else None
+                piece = piece.slice(0, taken)
+            count -= taken
+            self.at += taken
+            yield piece
 
 
 DROPPED = ("row", "row_id", "width", "height")

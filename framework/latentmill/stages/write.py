@@ -11,6 +11,7 @@ import json
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -18,9 +19,9 @@ import torch
 
 from latentmill import checks, failpoints, tensors
 from latentmill.batch import count_warnings, with_latents
-from latentmill.dataset import ERRORS_KEY, WARNINGS_KEY, copy_errors, data_name, error_lines
 from latentmill.fields import BATCH_SCHEMA, HALFWAY, ID
 from latentmill.plugin import LatentSpec, Reject, Sink, Stage
+from latentmill.shards import ERRORS_KEY, WARNINGS_KEY, ShardFile, copy_errors, data_name, error_lines, with_side_files
 from latentmill.storage import Storage
 from latentmill.text import one_line, without_secrets
 
@@ -80,21 +81,26 @@ class Write(Stage):
             table = pa.concat_tables([table.slice(at, 1) for at in order])
         table = table.drop_columns(["row"])
 
-        name = data_name(shard, self.sink)
         about = {**self.metadata, ERRORS_KEY: json.dumps(failed)}
         if warnings := count_warnings(table):
             about[WARNINGS_KEY] = json.dumps(warnings)
+        name, ids = data_name(shard, self.sink), [self.plan.row_id(number) for number in sorted(numbers)]
 
         def check(temporary: str) -> None:
             with open(temporary, "rb") as file:
-                if list(self.sink.row_ids(file)) != [self.plan.row_id(number) for number in sorted(numbers)]:
+                if list(self.sink.row_ids(file)) != ids:
                     raise RuntimeError(f"shard {shard}: the file just written has not the rows that were written")
+                file.seek(0)
                 if self.sink.metadata(file).get(ERRORS_KEY) != about[ERRORS_KEY]:
                     raise RuntimeError(f"shard {shard}: the file just written has not the errors that were written")
 
-        first = publish(self.store, name, lambda temporary: self.sink.write(temporary, table, about), check)
-        with self.store.open(name) as file:  # the winner's, whoever that is
-            copy_errors(self.store, shard, error_lines(dict(self.sink.metadata(file))))
+        with with_side_files(self.store, self.sink, shard, table) as side_files:
+            about |= side_files.metadata
+            if first := publish(self.store, name, lambda path: self.sink.write(path, table, about), check):
+                side_files.keep()
+        with suppress(FileNotFoundError):  # the winner's has been taken out again, to be made anew
+            winner = about if first else ShardFile(self.store, self.sink, name).metadata()
+            copy_errors(self.store, shard, error_lines(winner))
         return first
 
     def _reason(self, reason: str) -> str:

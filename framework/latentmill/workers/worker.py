@@ -19,11 +19,11 @@ import torch
 from latentmill import checks, failpoints, registry, storage, weights
 from latentmill.batch import FixedShape, concat, shape_key
 from latentmill.config import Job
-from latentmill.dataset import PLAN_KEY
 from latentmill.errors import PluginError, WrongWorker
 from latentmill.plan import LIBRARIES, Plan, identity, of_row, plugin_of, versions
 from latentmill.plan import read as read_plan
 from latentmill.plugin import Denoiser, Plugin, RowError, Scheduler, Source, Stage
+from latentmill.shards import PLAN_KEY
 from latentmill.stages.decode import Decode
 from latentmill.stages.denoise import Denoise, Visit
 from latentmill.stages.encode import Encode

@@ -1,0 +1,213 @@
+"""One shard as it is stored: the names of its files, its commit, and reading it back. Only here is a sink given a file.
+
+The create of the shard's own file, ``data/00007.parquet``, decides everything about it. Side files, if its sink writes any,
+are in ``files/`` before: under names with a token that no other writer has, and named, with sizes and hashes, in the metadata
+of the file that commits. So files of two writers are never mixed; what a writer leaves that lost, or died, no shard names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+
+from latentmill.plugin import RowError, Sink
+from latentmill.storage import Storage
+
+ERRORS_KEY = "latentmill.errors"
+"""Metadata key of a shard's error rows, JSON."""
+WARNINGS_KEY = "latentmill.warnings"
+"""Metadata key of how many of a shard's rows have which warning, JSON; not there if none has any."""
+PLAN_KEY = "latentmill.plan"
+"""Metadata key of the hash of the plan that a shard is of."""
+SIDE_FILES_KEY = "latentmill.files"
+"""Metadata key of a shard's side files, JSON; not there if it has none."""
+FOLDER = "files"
+"""Where side files are."""
+
+
+def data_name(shard: int, sink: Sink) -> str:
+    """Where a shard's data is, or will be."""
+    return f"data/{shard:05d}{sink.suffix}"
+
+
+def errors_name(shard: int) -> str:
+    """Where a shard's errors are, if it has any."""
+    return f"errors/{shard:05d}.jsonl"
+
+
+def shard_numbers(names: Iterable[str], suffix: str) -> dict[str, int]:
+    """The shards that file names are of, by name."""
+    # Just as we write them: 00007.parquet.partial, 7.parquet and 00007 (1).parquet are somebody else's.
+    found = ((name, re.fullmatch(rf"(\d{{5,}}){re.escape(suffix)}", name, re.ASCII)) for name in names)
+    return {name: int(match[1]) for name, match in found if match and match[1] == f"{int(match[1]):05d}"}
+
+
+def done_shards(store: Storage, suffix: str) -> set[int]:
+    """The shards that are committed: what is in ``data/`` is the progress, and nothing else is."""
+    return {*shard_numbers(store.names("data"), suffix).values()}
+
+
+def error_lines(metadata: Mapping[str, str]) -> bytes:
+    """The error rows in a shard's metadata, a line of JSON each."""
+    errors = json.loads(metadata.get(ERRORS_KEY, "[]"))
+    lines = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)
+    return lines.encode("utf-8", "backslashreplace")  # JSON's own escape, of half a surrogate
+
+
+def copy_errors(store: Storage, shard: int, content: bytes) -> None:
+    """Make a shard's error file say ``content``; no file, where that is empty."""
+    name = errors_name(shard)
+    if not content:
+        store.delete(name)
+    elif not store.create(name, content) and store.read(name) != content:  # of a file that was there before
+        store.put(name, content)
+
+
+@dataclass(frozen=True)
+class SideFile:
+    """One file of a shard beside its own."""
+
+    name: str
+    """What the sink calls it."""
+    stored_as: str
+    """What it is called in ``files/``."""
+    bytes: int
+    digest: str
+
+
+def side_files(metadata: Mapping[str, str]) -> list[SideFile]:
+    """The side files that a shard's metadata names."""
+    return [SideFile(**found) for found in json.loads(metadata.get(SIDE_FILES_KEY, "[]"))]
+
+
+def side_file_shard(stored_as: str) -> int | None:
+    """The shard that a file in ``files/`` is of, by its name; None if it has no such name."""
+    match = re.match(r"(\d{5,})-[0-9a-f]{12}-", stored_as, re.ASCII)
+    return int(match[1]) if match else None
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A shard's file, by its name. It remembers nothing; all raise FileNotFoundError if the file is not there."""
+
+    store: Storage
+    sink: Sink
+    name: str
+
+    def metadata(self) -> dict[str, str]:
+        """What the sink wrote beside the rows."""
+        with self.store.open(self.name) as file:
+            return dict(self.sink.metadata(file))
+
+    def about(self) -> tuple[dict[str, str], pa.Schema, int]:
+        """Metadata, the columns that can be read, and how many rows there are, without reading them."""
+        with self.store.open(self.name) as file:
+            metadata = dict(self.sink.metadata(file))
+            file.seek(0)
+            schema = self.sink.schema(file)
+            file.seek(0)
+            return metadata, schema, self.sink.count(file)
+
+    def read_whole(self) -> tuple[dict[str, str], list[str]]:
+        """Metadata and row ids, after all bytes were looked at, those of side files included. Raises if one is wrong."""
+        with self.store.open(self.name) as file:
+            metadata = dict(self.sink.metadata(file))
+            file.seek(0)
+            row_ids = list(self.sink.row_ids(file))
+        for side in side_files(metadata):
+            try:
+                with self.store.open(f"{FOLDER}/{side.stored_as}") as file:
+                    found = _digest(file)
+            except FileNotFoundError:
+                raise ValueError(f"{FOLDER}/{side.stored_as}, which belongs to it, is not there") from None
+            if found != (side.bytes, side.digest):
+                raise ValueError(f"{FOLDER}/{side.stored_as}, which belongs to it, is not as it was written")
+        return metadata, row_ids
+
+    def read(self, columns: Sequence[str] | None, rows: Sequence[int]) -> Iterator[pa.Table | RowError]:
+        """Rows by number, ascending, as they travelled; see ``Sink.read``."""
+        if not len(rows):
+            return
+        with self.store.open(self.name) as file:
+            named: dict[str, str] = {}
+
+            def side_file(name: str) -> BinaryIO:
+                if not named:
+                    at = file.tell()
+                    file.seek(0)
+                    named.update({side.name: side.stored_as for side in side_files(self.sink.metadata(file))})
+                    file.seek(at)
+                return self.store.open(f"{FOLDER}/{named[name]}")
+
+            yield from self.sink.read(file, columns, rows, side_file)
+
+
+class SideFiles:
+    """A shard's side files while it is committed: in the store, and not named by anybody yet."""
+
+    def __init__(self, store: Storage, paths: Mapping[str, Path]) -> None:
+        self.store, self.paths = store, paths
+        self.kept = False
+        self.metadata: dict[str, str] = {}
+        """What the shard's own file must say of them."""
+
+    def store_all(self) -> None:
+        """Put them into the store, durably."""
+        found = []
+        for stored_as, path in self.paths.items():
+            with path.open("rb") as file:
+                size, digest = _digest(file)
+            found.append(vars(SideFile(path.name, stored_as, size, digest)))
+            self.store.create(f"{FOLDER}/{stored_as}", str(path))
+        if found:
+            self.metadata = {SIDE_FILES_KEY: json.dumps(found)}
+
+    def keep(self) -> None:
+        """The shard has been committed, and names them."""
+        self.kept = True
+        there = self.store.names(FOLDER) if self.paths else []
+        for stored_as in self.paths.keys() - {*there}:
+            # Swept by a driver that saw another's shard in this one's place, which has been taken out since.
+            self.store.create(f"{FOLDER}/{stored_as}", str(self.paths[stored_as]))
+
+    def delete(self) -> None:
+        """Another shard was first: no file of this one stays."""
+        for stored_as in self.paths:
+            self.store.delete(f"{FOLDER}/{stored_as}")
+
+
+@contextmanager
+def with_side_files(store: Storage, sink: Sink, shard: int, table: pa.Table) -> Iterator[SideFiles]:
+    """Write a shard's side files and put them into the store, for the time of its commit; unless they are kept, they go again."""
+    if type(sink).write_side_files is Sink.write_side_files:
+        yield SideFiles(store, {})
+        return
+    token = uuid.uuid4().hex[:12]
+    with store.aside(f"{shard:05d}-{FOLDER}") as folder:
+        os.mkdir(folder)
+        sink.write_side_files(folder, table)
+        files = SideFiles(store, {f"{shard:05d}-{token}-{path.name}": path for path in sorted(Path(folder).iterdir())})
+        try:
+            files.store_all()
+            yield files
+        finally:
+            if not files.kept:
+                files.delete()
+
+
+def _digest(file: BinaryIO) -> tuple[int, str]:
+    digest, size = hashlib.blake2b(digest_size=16), 0
+    while piece := file.read(1 << 20):
+        digest.update(piece)
+        size += len(piece)
+    return size, digest.hexdigest()
