@@ -157,16 +157,10 @@ class Parquet(Sink):
         return pa.schema(fields)
 
     def layout(self, schema: pa.Schema) -> dict[str, str]:
-        found: dict[str, str] = {}
-        for name in schema.names:
-            if name == STATE_PREFIX:
-                found["state"] = "half-way latents: what the scheduler remembers"
-            elif name == "latents":
-                found["latents"] = "the latents, channels first, flattened"
-                found["shape"] = "shape of the latents: channels, height, width"
-            else:
-                found[name] = ""
-        return found
+        names = [name.removesuffix(":") for name in schema.names]
+        if "latents" in names:
+            names.insert(names.index("latents") + 1, "shape")
+        return dict.fromkeys(names, "")
 
     def read(
         self, file: BinaryIO, columns: Sequence[str] | None, rows: Sequence[int], side_file: OpenSideFile
