@@ -47,6 +47,8 @@ SPEC = LatentSpec(channels=1, downscale=8, scale=1.0, shift=0.0, dtype="float32"
 class Idle(Denoiser):
     """Predicts what it sees; counts calls and evaluations."""
 
+    contract = 2
+
     prediction = "sample"
     noise_schedule = VariancePreserving()
 
@@ -60,6 +62,8 @@ class Idle(Denoiser):
 
 class Start(Stage):
     """Latents for rows that have only a number."""
+
+    contract = 2
 
     def __init__(self, given: Sequence[Mapping[str, Any]]) -> None:
         self.given = given
@@ -75,6 +79,8 @@ class Start(Stage):
 
 class End(Stage):
     """Takes rows, and commits nothing."""
+
+    contract = 2
 
     def __call__(self, batch: pa.Table, reject: Reject) -> pa.Table:
         return batch

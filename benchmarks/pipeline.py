@@ -33,23 +33,31 @@ BATCH = 8
 
 
 class Read(Stage):
+    contract = 2
+
     def __call__(self, batch: pa.Table, reject: Reject) -> pa.Table:
         return batch
 
 
 class Encode(Stage):
+    contract = 2
+
     def __call__(self, batch: pa.Table, reject: Reject) -> pa.Table:
         time.sleep(0.005)
         return tensors.with_tensor(batch, "latents", torch.ones(len(batch), 4, 64, 64))
 
 
 class Denoise(Stage):
+    contract = 2
+
     def __call__(self, batch: pa.Table, reject: Reject) -> pa.Table:
         time.sleep(0.1)
         return tensors.with_tensor(batch, "latents", tensors.from_arrow(batch, "latents") / 2)
 
 
 class Decode(Stage):
+    contract = 2
+
     def __call__(self, batch: pa.Table, reject: Reject) -> pa.Table:
         time.sleep(0.02)
         pictures = torch.zeros(len(batch), 512, 512, 3, dtype=torch.uint8)
@@ -57,6 +65,8 @@ class Decode(Stage):
 
 
 class Write(Stage):
+    contract = 2
+
     def __call__(self, batch: pa.Table, reject: Reject) -> pa.Table:
         return batch.select(["row"])
 

@@ -27,6 +27,8 @@ SCHEDULERS = {"euler": Euler(), "euler_ancestral": EulerAncestral(), "dpmpp_2m":
 class Gaussian(Denoiser):
     """The exact denoiser of x0 ~ N(mean, 0.25), with the mean as conditioning; counts what it evaluates."""
 
+    contract = 2
+
     prediction = "sample"
     noise_schedule = VariancePreserving()
 
@@ -100,6 +102,8 @@ def test_the_first_noise_may_be_that_of_diffusers():
 
 class Halves(Scheduler):
     """On a grid of its own: two steps, of which each keeps what its row's state says, and no network."""
+
+    contract = 2
 
     def start(self, noise_schedule, steps, kept, shape):
         if steps != 2:

@@ -13,6 +13,8 @@ from latentmill.stages.encode import Encode
 class Lossless(VAE):
     """Space to depth: 2x2 pixels of 3 colours are 12 channels. Counts loads."""
 
+    contract = 2
+
     def __init__(self):
         self.loads = 0
 
@@ -32,6 +34,8 @@ class Lossless(VAE):
 
 class Lengths(TextEncoder):
     """A prompt's length is its embedding; refuses the word 'bad'. Remembers what it encoded."""
+
+    contract = 2
 
     def __init__(self):
         self.encoded = []

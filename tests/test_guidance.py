@@ -11,6 +11,8 @@ from latentmill.stages.guidance import Guidance, ModelField, to_clean
 class Pointing(Denoiser):
     """Predicts its conditioning, whatever it sees. Counts the rows that it evaluates."""
 
+    contract = 2
+
     prediction = "sample"
     noise_schedule = VariancePreserving()
 

@@ -25,6 +25,8 @@ from latentmill.sources.prompts import Prompts
 class Given(Source):
     """A source of ids that a test gives, each list a fragment."""
 
+    contract = 2
+
     id_column = "id"
 
     def __init__(self, *given):

@@ -26,12 +26,16 @@ from latentmill.workers.worker import StageWork
 
 
 class Read(Stage):
+    contract = 2
+
     def __call__(self, batch, reject):
         return tensors.with_tensor(batch, "latents", torch.ones(len(batch), 4, 8, 8))
 
 
 class Double(Stage):
     """Doubles latents; its process dies at the row `kill`, hangs at `hangs`, raises at `raises`, and it rejects `rejects`."""
+
+    contract = 2
 
     def __init__(self, kill=-1, raises=-1, rejects=-1, hangs=-1):
         self.kill, self.raises, self.rejects, self.hangs = kill, raises, rejects, hangs
@@ -51,11 +55,15 @@ class Double(Stage):
 
 
 class Forgets(Stage):
+    contract = 2
+
     def __call__(self, batch, reject):
         return batch.slice(1)
 
 
 class Broken(Stage):
+    contract = 2
+
     def load(self, device):
         raise FileNotFoundError("weights.safetensors is not there")
 
@@ -65,6 +73,8 @@ class Broken(Stage):
 
 class Write(Stage):
     """Commits into a folder: the rows and the sum of their latents."""
+
+    contract = 2
 
     def __init__(self, folder):
         self.folder = folder
@@ -178,6 +188,8 @@ def test_a_job_that_has_no_place_says_which_stage_asks_for_what_and_what_there_i
 
 class Sees(Stage):
     """Writes down which GPUs its process is shown."""
+
+    contract = 2
 
     def __init__(self, folder):
         self.folder = folder

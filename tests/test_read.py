@@ -41,6 +41,8 @@ class Plan:
 class Given(Source):
     """A source of rows that a test gives, which remembers what it was asked."""
 
+    contract = 2
+
     def __init__(self, *given, spec=None):
         self.given, self.spec, self.asked = given, spec, []
 

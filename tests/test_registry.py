@@ -12,7 +12,7 @@ VAES = """
 from latentmill.plugin import VAE, Scheduler
 
 class Whole(VAE):
-    contract = 1
+    contract = 2
     spec = None
 
     def __init__(self, path: str, tile: int = 8, gain: float = 1.0, soft: bool = False, note=None):
@@ -29,13 +29,16 @@ class Anything(Whole):
     def __init__(self, **settings): self.settings = settings
 
 class Bare(VAE):
-    contract, spec, encode, decode = 1, None, Whole.encode, Whole.decode
+    contract, spec, encode, decode = 2, None, Whole.encode, Whole.decode
 
 class Later(Whole):
-    contract = 2
+    contract = 3
 
 class Half(VAE):
-    contract = 1
+    contract = 2
+
+class Silent(VAE):
+    spec, encode, decode = None, Whole.encode, Whole.decode
 
 class Stranger: pass
 
@@ -44,7 +47,7 @@ class Euler(Scheduler):
 
 def maker(): return Whole("x")
 """
-NAMES = "whole=Whole anything=Anything bare=Bare later=Later half=Half stranger=Stranger euler=Euler maker=maker"
+NAMES = "whole=Whole anything=Anything bare=Bare later=Later half=Half silent=Silent stranger=Stranger euler=Euler maker=maker"
 
 
 def distribution(folder, name, version, points, **modules):
@@ -140,7 +143,11 @@ def test_a_plugin_that_can_not_be_imported_is_named_with_the_cause(at, code, cau
         ("stranger", "vae 'stranger' of acme 1.0: acme_vaes:Stranger is no subclass of latentmill.plugin.VAE"),
         ("euler", "vae 'euler' of acme 1.0: acme_vaes:Euler is no subclass of latentmill.plugin.VAE"),
         ("maker", "vae 'maker' of acme 1.0: acme_vaes:maker is no subclass of latentmill.plugin.VAE"),
-        ("later", "vae 'later' of acme 1.0 was written for contract 2, and this latentmill has 1"),
+        ("later", "vae 'later' of acme 1.0 was written for contract 3, and this latentmill has 2"),
+        (
+            "silent",
+            "vae 'silent' of acme 1.0 doesn't say for which contract it was written: write contract = 2 in Silent",
+        ),
         ("half", "vae 'half' is not complete: it lacks decode, encode, spec"),
     ],
 )
@@ -205,7 +212,7 @@ def test_examining_imports_each_in_another_process_and_says_what_became_of_it(tm
     states = {(e.distribution, e.name): e.state for e in registry.examine()}
     assert {key: state for key, state in states.items() if key[0] in ("acme", "zenith", "here")} == {
         ("acme", "whole"): "ok",
-        ("acme", "later"): "vae 'acme:later' of acme 1.0 was written for contract 2, and this latentmill has 1",
+        ("acme", "later"): "vae 'acme:later' of acme 1.0 was written for contract 3, and this latentmill has 2",
         ("acme", "twice"): "ok; the name is taken twice, choose acme:twice",
         ("zenith", "twice"): "ok; the name is taken twice, choose zenith:twice",
         ("acme", "breaks"): "stage 'acme:breaks' of acme 1.0 can't be imported: "

@@ -101,6 +101,8 @@ def test_an_order_that_is_not_reached_is_told():
 class Plain(VAE):
     """Pictures as latents of three channels, at full size."""
 
+    contract = 2
+
     def __init__(self):
         self.gain = 1.0
 
@@ -166,6 +168,8 @@ def test_a_right_one_passes():
 
 class Linear(Denoiser):
     """A network that adds what it is told."""
+
+    contract = 2
 
     prediction = "epsilon"
     noise_schedule = VariancePreserving()

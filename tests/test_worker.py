@@ -12,6 +12,8 @@ from latentmill.workers.worker import Worker
 class Narrow(Stage):
     """Has memory for so many rows; rejects rows that are multiples of 5."""
 
+    contract = 2
+
     def __init__(self, memory, error=torch.OutOfMemoryError):
         self.memory, self.error, self.given = memory, error, []
 

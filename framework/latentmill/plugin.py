@@ -58,8 +58,8 @@ __all__ = [
     "VAE",
 ]
 
-CONTRACT = 1
-"""Version of this module's promises. A plugin written for another one is refused when it is selected."""
+CONTRACT = 2
+"""Version of this module's promises. A plugin written for another one, or for none, is refused when it is selected."""
 
 State: TypeAlias = dict[str, Tensor]
 """What a scheduler remembers of each row between two steps: every tensor has the batch axis first."""
@@ -96,8 +96,9 @@ class RowField:
 class Plugin:
     """What all plugins have in common."""
 
-    contract: ClassVar[int] = 1
-    """The version of the contract that the class was written for. Write the number, not ``CONTRACT``."""
+    contract: ClassVar[int]
+    """The version of the contract that the class was written for. Each class says it, or a parent that is a plugin, too: write the
+    number, not ``CONTRACT``."""
 
     libraries: Sequence[str] = ()
     """Distributions whose versions change its numbers, as pip names them, beside latentmill, numpy, pillow, scipy and torch.

@@ -122,8 +122,13 @@ def load(kind: str, name: str) -> type[Plugin]:
     expected = KINDS[kind]
     if not (isinstance(found, type) and issubclass(found, expected)):
         raise PluginError(f"{who}: {entry.entry_point.value} is no subclass of latentmill.plugin.{expected.__name__}")
-    if found.contract != CONTRACT:
-        raise PluginError(f"{who} was written for contract {found.contract}, and this latentmill has {CONTRACT}")
+    contract = getattr(found, "contract", None)
+    if contract is None:
+        raise PluginError(
+            f"{who} doesn't say for which contract it was written: write contract = {CONTRACT} in {found.__name__}"
+        )
+    if contract != CONTRACT:
+        raise PluginError(f"{who} was written for contract {contract!r}, and this latentmill has {CONTRACT}")
     return found
 
 

@@ -18,7 +18,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 class Fine(VAE):
     """Two pixels a side become one. ``wrong`` says what is wrong with it."""
-    contract = 1
+    contract = 2
 
     def __init__(self, wrong: str = "", weights: str = ""):
         if wrong == "init": raise KeyError("no such setting")
@@ -61,7 +61,7 @@ class Fine(VAE):
 
 
 class Words(TextEncoder):
-    contract = 1
+    contract = 2
 
     def __init__(self, wrong: str = ""): self.wrong = wrong
 
@@ -78,7 +78,7 @@ class Words(TextEncoder):
 
 
 class Network(FollowsAuthors, Denoiser):
-    contract, prediction = 1, "flow"
+    contract, prediction = 2, "flow"
 
     def __init__(self, wrong: str = ""):
         self.wrong, self._noise_schedule = wrong, RectifiedFlow()
@@ -107,7 +107,7 @@ class Network(FollowsAuthors, Denoiser):
 
 
 class Solver(Scheduler):
-    contract = 1
+    contract = 2
 
     def __init__(self, wrong: str = ""): self.wrong = wrong
 
@@ -120,7 +120,7 @@ class Solver(Scheduler):
 
 
 class Between(Stage):
-    contract = 1
+    contract = 2
 
     def __init__(self, wrong: str = ""): self.wrong = wrong
 
@@ -140,7 +140,7 @@ class Between(Stage):
 
 
 class Packs(Parquet):
-    contract = 1
+    contract = 2
 
     def __init__(self, wrong: str = ""):
         super().__init__()
@@ -153,7 +153,7 @@ class Packs(Parquet):
 
 class Rows(Source):
     """Nine rows of the prompts a, bb, ccc ...."""
-    contract = 1
+    contract = 2
 
     def __init__(self, wrong: str = "", rows: int = 9):
         self.wrong, self.rows, self.calls = wrong, rows, 0

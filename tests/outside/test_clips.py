@@ -21,7 +21,7 @@ def clip(row):
 
 
 class Clips(Source):
-    contract = 1
+    contract = 2
 
     def __init__(self, path: str = "", frames: int = 5):
         self.frames = frames
@@ -37,7 +37,7 @@ class Clips(Source):
 class Film(VAE):
     """Two frames and 2 x 2 pixels a latent pixel, behind a first frame that stands alone; nothing is lost."""
 
-    contract, spec = 1, LatentSpec(24, 2, 1.0, 0.0, "float32", "film", time_downscale=2)
+    contract, spec = 2, LatentSpec(24, 2, 1.0, 0.0, "float32", "film", time_downscale=2)
 
     def encode(self, images):
         assert images.shape[1:] == (3, 5, 4, 6) and images.dtype == torch.float32
@@ -53,7 +53,7 @@ class Film(VAE):
 
 
 class Words(TextEncoder):
-    contract = 1
+    contract = 2
 
     def encode(self, prompts):
         return {"embeds": torch.zeros(len(prompts), 1)}
@@ -62,7 +62,7 @@ class Words(TextEncoder):
 class Still(Denoiser):
     """Says that every frame is as its prompt's first latent frame: 1/4."""
 
-    contract, prediction, noise_schedule = 1, "sample", RectifiedFlow()
+    contract, prediction, noise_schedule = 2, "sample", RectifiedFlow()
 
     def check(self, spec):
         if spec.time_downscale != 2: raise ValueError("trained on clips of two frames a latent frame")
@@ -75,7 +75,7 @@ class Still(Denoiser):
 class Control(Stage):
     """Tells the denoiser how bright the row's picture is, pixel by pixel of the latents; it begins from noise."""
 
-    contract = 1
+    contract = 2
 
     def __call__(self, batch, reject):
         pictures = tensors.from_arrow(batch, "image").permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -87,7 +87,7 @@ class Control(Stage):
 class Controlled(Denoiser):
     """Its picture is the control picture, in the first channel."""
 
-    contract, prediction, noise_schedule = 1, "sample", RectifiedFlow()
+    contract, prediction, noise_schedule = 2, "sample", RectifiedFlow()
 
     def predict(self, x, t, conditioning):
         return conditioning["control"].expand_as(x)

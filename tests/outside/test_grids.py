@@ -13,7 +13,7 @@ import torch
 from latentmill.plugin import Denoiser, Grid, NoiseSchedule, TextEncoder
 
 class Quadratic(Grid):
-    contract = 1
+    contract = 2
 
     def __init__(self, power: float = 2.0):
         if power <= 0: raise ValueError("power must be above 0")
@@ -24,7 +24,7 @@ class Quadratic(Grid):
         return torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1] ** self.power
 
 class Words(TextEncoder):
-    contract = 1
+    contract = 2
 
     def encode(self, prompts):
         return {"embeds": torch.zeros(len(prompts), 1)}
@@ -41,7 +41,7 @@ class Fifty(NoiseSchedule):
 
 class Tells(Denoiser):
     '''Adds up the timesteps that it is told.'''
-    contract, prediction, noise_schedule = 1, "sample", Fifty()
+    contract, prediction, noise_schedule = 2, "sample", Fifty()
 
     def __init__(self):
         self.told = []

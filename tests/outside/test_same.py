@@ -27,7 +27,7 @@ from latentmill.plugin import VAE, LatentSpec
 class Keen(VAE):
     """Adds a number, its weights, to a picture; its fingerprint is always the same."""
 
-    contract = 1
+    contract = 2
 
     def __init__(self, path=""):
         self.path, self.shift = path, None
@@ -326,7 +326,7 @@ from latentmill.plugin import Stage
 
 
 class Changing(Stage):
-    contract = 1
+    contract = 2
 
     def __call__(self, batch, reject):
         return batch
@@ -370,7 +370,7 @@ from latentmill.schedulers.euler import Euler
 
 
 class Mine(Euler):
-    contract = 1
+    contract = 2
 """
 
 

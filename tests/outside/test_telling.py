@@ -43,6 +43,7 @@ def loud(here, monkeypatch):
     (package_of / "loud.py").write_text(
         "import sys\nfrom latentmill.plugin import Stage\n"
         "class Loud(Stage):\n"
+        "    contract = 2\n"
         "    def __call__(self, batch, reject):\n"
         "        print('here', flush=True)\n        print('here', file=sys.stderr)\n        return batch\n"
     )

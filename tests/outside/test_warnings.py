@@ -18,7 +18,7 @@ logger = logging.getLogger("acme.models")
 logger.propagate = False
 
 class Words(TextEncoder):
-    contract = 1
+    contract = 2
 
     def __init__(self, weights: bool = False) -> None:
         self.reads = {"weight": None if weights else "words.weights=true reads it"}
@@ -41,7 +41,7 @@ class Words(TextEncoder):
         return {"embeds": torch.zeros(len(prompts), 1)}
 
 class Nothing(Denoiser):
-    contract, prediction, noise_schedule = 1, "epsilon", VariancePreserving()
+    contract, prediction, noise_schedule = 2, "epsilon", VariancePreserving()
 
     def predict(self, x, t, conditioning):
         return torch.zeros_like(x)

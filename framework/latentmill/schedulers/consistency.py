@@ -15,7 +15,7 @@ class LCM(Scheduler):
     As latent consistency models use it (Luo et al. 2023, arXiv:2310.04378).
     """
 
-    contract = 1
+    contract = 2
     stochastic = True
 
     def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:
@@ -29,7 +29,7 @@ class TCD(Scheduler):
     Zheng et al. 2024 (arXiv:2402.19159), alg. 2 and eq. 20. ``gamma`` 0 is Euler (DDIM), 1 is LCM.
     """
 
-    contract = 1
+    contract = 2
     stochastic = True
 
     def __init__(self, gamma: float = 0.3) -> None:

@@ -21,7 +21,7 @@ class DPMpp2M(Scheduler):
     the step to t = 0, where h is infinite.
     """
 
-    contract = 1
+    contract = 2
     order = 2
 
     def init(self, field: Field, x: Tensor, t: Tensor) -> State:
@@ -38,7 +38,7 @@ class DPMpp2M(Scheduler):
 
 
 class _Stochastic(Scheduler):
-    contract = 1
+    contract = 2
     stochastic = True
 
     def __init__(self, eta: float = 1.0) -> None:

@@ -19,7 +19,7 @@ class ERSDE(Scheduler):
     ``phi(r) = r * (exp(r^0.3) + 10)`` of the ratio r = sigma / alpha.
     """
 
-    contract = 1
+    contract = 2
     stochastic = True
     order = 2
 

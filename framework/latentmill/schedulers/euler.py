@@ -20,7 +20,7 @@ class Euler(Scheduler):
     sampler (DDPM on a variance-preserving path).
     """
 
-    contract = 1
+    contract = 2
 
     def __init__(self, eta: float = 0.0) -> None:
         if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0.0 <= eta <= 1.0:
@@ -38,7 +38,7 @@ class Euler(Scheduler):
 class EulerAncestral(Euler):
     """Euler with fresh noise at every step (``sample_euler_ancestral`` of k-diffusion): ``eta`` 1 unless it is given."""
 
-    contract = 1
+    contract = 2
     stochastic = True
 
     def __init__(self, eta: float = 1.0) -> None:
@@ -52,7 +52,7 @@ class EDMEuler(Scheduler):
     and ``s_max`` are raised by the factor ``1 + min(churn, sqrt(2) - 1)``, with noise of standard deviation ``s_noise``.
     """
 
-    contract = 1
+    contract = 2
     stochastic = True
 
     def __init__(self, churn: float = 0.1, s_min: float = 0.0, s_max: float = math.inf, s_noise: float = 1.0) -> None:

@@ -152,6 +152,8 @@ def kept(noise_schedule: NoiseSchedule, steps: int, strength: float) -> int:
 class Trailing(Grid):
     """Equal steps from t = 1 down."""
 
+    contract = 2
+
     def times(self, noise_schedule: NoiseSchedule, steps: int) -> Tensor:
         count = noise_schedule.timesteps
         if count is not None:  # numpy's arange, since diffusers rounds what that makes of ties
@@ -161,6 +163,8 @@ class Trailing(Grid):
 
 class Leading(Grid):
     """Equal steps that end at the first timestep."""
+
+    contract = 2
 
     def __init__(self, offset: float = 1) -> None:
         self.offset = _number("offset", offset)
@@ -179,12 +183,16 @@ class Leading(Grid):
 class Linspace(Grid):
     """Equal steps from t = 1 to the first timestep, both included."""
 
+    contract = 2
+
     def times(self, noise_schedule: NoiseSchedule, steps: int) -> Tensor:
         return torch.linspace(1.0, first(noise_schedule), steps, dtype=torch.float64)
 
 
 class SGMUniform(Grid):
     """Equal steps from t = 1 to the first timestep, which is left out."""
+
+    contract = 2
 
     def times(self, noise_schedule: NoiseSchedule, steps: int) -> Tensor:
         return torch.linspace(1.0, first(noise_schedule), steps + 1, dtype=torch.float64)[:-1]
@@ -193,6 +201,8 @@ class SGMUniform(Grid):
 class Simple(Grid):
     """Every so manieth of the timesteps."""
 
+    contract = 2
+
     def times(self, noise_schedule: NoiseSchedule, steps: int) -> Tensor:
         count = noise_schedule.timesteps or 1000
         return torch.tensor([count - int(i * count / steps) for i in range(steps)], dtype=torch.float64) / count
@@ -200,6 +210,8 @@ class Simple(Grid):
 
 class OverSigmas(Grid):
     """A grid that spaces sigmas, from ``sigma_max`` down to ``sigma_min``: those of t = 1 and of the first timestep, if not given."""
+
+    contract = 2
 
     def __init__(self, sigma_min: float | None = None, sigma_max: float | None = None) -> None:
         self.sigma_min = None if sigma_min is None else _number("sigma_min", sigma_min)
@@ -285,6 +297,8 @@ class LinearQuadratic(OverSigmas):
 class AlignYourSteps(Grid):
     """The optimised times of Sabour et al. 2024 (arXiv:2404.14507)."""
 
+    contract = 2
+
     def __init__(self, model: str = "sd") -> None:
         if model not in ALIGNED:
             raise ValueError(f"model must be {' or '.join(ALIGNED)}, not {model!r}")
@@ -300,6 +314,8 @@ class AlignYourSteps(Grid):
 
 class Own(Grid):
     """The times of the job's own list."""
+
+    contract = 2
 
     def __init__(self, times: Sequence[float]) -> None:
         if not isinstance(times, Sequence) or isinstance(times, str):

@@ -15,7 +15,7 @@ class Heun(Scheduler):
     ``y = x / alpha``, ``r = sigma / alpha``. Euler's where r_t is infinite, and to t = 0.
     """
 
-    contract = 1
+    contract = 2
     evaluations = 2
     order = 2
 
@@ -34,7 +34,7 @@ class DPM2(Scheduler):
     draws fresh noise (``sample_dpm_2_ancestral``). Euler's where the ratio at t is infinite, and to t = 0.
     """
 
-    contract = 1
+    contract = 2
     evaluations = 2
     order = 2
 
@@ -58,7 +58,7 @@ class DPM2(Scheduler):
 class DPM2Ancestral(DPM2):
     """DPM2 with fresh noise at every step: ``eta`` 1 unless it is given (``sample_dpm_2_ancestral`` of k-diffusion)."""
 
-    contract = 1
+    contract = 2
     stochastic = True
 
     def __init__(self, eta: float = 1.0) -> None:

@@ -18,7 +18,7 @@ from latentmill.schedulers.step import Step, finite
 class Adams(Scheduler):
     """What they have in common. ``max_order`` values count, the newest first; a row's first steps have fewer."""
 
-    contract = 1
+    contract = 2
     limit = 4
     """The highest order there is."""
 

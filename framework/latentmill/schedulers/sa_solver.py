@@ -19,7 +19,7 @@ class SASolver(Scheduler):
     on which ``max_order`` p is of order p + 1.
     """
 
-    contract = 1
+    contract = 2
     stochastic = True
     order = 4
 

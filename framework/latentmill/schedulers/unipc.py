@@ -19,7 +19,7 @@ class UniPC(Scheduler):
     order p + 1. A row's first step is of order 1, its second of 2.
     """
 
-    contract = 1
+    contract = 2
     order = 3
 
     def __init__(self, max_order: int = 2, variant: Literal["bh1", "bh2"] = "bh2") -> None:

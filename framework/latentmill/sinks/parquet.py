@@ -50,6 +50,8 @@ class Parquet(Sink):
     What a scheduler remembers of half-way latents becomes the column ``state``. Other tensors are left out, all other columns kept. The same rows give the same bytes.
     """
 
+    contract = 2
+
     suffix = ".parquet"
 
     def __init__(self, image_format: str = "png", quality: int = 90) -> None:

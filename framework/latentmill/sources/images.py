@@ -46,6 +46,8 @@ class Images(Source):
     run of at most 1000 pictures, named after its first.
     """
 
+    contract = 2
+
     def __init__(
         self, path: str, max_pixels: int = MAX_PIXELS, follow_links: bool = False, id_column: str | None = None
     ) -> None:

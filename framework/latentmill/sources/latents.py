@@ -33,6 +33,8 @@ class Latents(Source):
     may be ``id``, if the job that made them declared one, or ``row_id``.
     """
 
+    contract = 2
+
     def __init__(self, path: str, keep_sampling: bool = True, id_column: str | None = None) -> None:
         self.path, self.keep_sampling, self.id_column = path, keep_sampling, id_column
         self._about: dict[str, tuple[dict[str, str], pa.Schema, int]] = {}

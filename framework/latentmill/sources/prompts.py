@@ -71,6 +71,8 @@ class Prompts(Source):
     ``{prompt: caption}``. ``encoding`` is that of all text files; without it they are UTF-8, UTF-16, or else cp1252.
     """
 
+    contract = 2
+
     def __init__(
         self,
         path: str,

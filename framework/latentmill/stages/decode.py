@@ -15,6 +15,8 @@ from latentmill.plugin import VAE, Reject, Stage
 class Decode(Stage):
     """Replaces ``latents`` by ``image``; ``source_image``, where there is one, by ``psnr``."""
 
+    contract = 2
+
     def __init__(self, vae: VAE, fixed: FixedShape | None = None) -> None:
         self.vae, self.fixed = vae, fixed
         self.device = torch.device("cpu")

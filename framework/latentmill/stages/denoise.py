@@ -129,6 +129,8 @@ class Denoise(Stage):
     slot. With ``until`` above 0 rows stop at the first of their times below it: see ``HALFWAY``.
     """
 
+    contract = 2
+
     def __init__(
         self,
         denoiser: Denoiser,

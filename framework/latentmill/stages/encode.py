@@ -35,6 +35,8 @@ class Encode(Stage):
     ``latents_std`` adds the posterior's standard deviation, which is 0 where there was no picture.
     """
 
+    contract = 2
+
     def __init__(
         self,
         vae: VAE,

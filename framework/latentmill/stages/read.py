@@ -46,6 +46,8 @@ class Read(Stage):
     A row's seed is ``identity.row_seed``'s. -1 and null in the source stand for none, as in other tools.
     """
 
+    contract = 2
+
     def __init__(
         self,
         source: Source,

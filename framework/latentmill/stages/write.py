@@ -43,6 +43,8 @@ class Shards(Protocol):
 class Write(Stage):
     """Packs batches as the sink stores them; ``commit`` publishes a whole shard."""
 
+    contract = 2
+
     def __init__(self, sink: Sink, store: Storage, plan: Shards, metadata: Mapping[str, str]) -> None:
         self.sink, self.store, self.plan, self.metadata = sink, store, plan, metadata
 

@@ -32,7 +32,7 @@ class DiffusersDenoiser(FollowsAuthors, Denoiser):
     diffusers' quantisers take, ``{quant_method: torchao, quant_type: Int8WeightOnlyConfig}`` say, for plain weights.
     """
 
-    contract = 1
+    contract = 2
     fingerprinted = (*LOCATION, "loras")
 
     def __init__(

@@ -125,7 +125,7 @@ class Pipeline(Stage):
     ``call`` holds more arguments for the pipeline, for all rows: ``{max_sequence_length: 128}``, say.
     """
 
-    contract = 1
+    contract = 2
     libraries = ("diffusers", "tokenizers", "transformers")
     fingerprinted = ("path", "revision")
 

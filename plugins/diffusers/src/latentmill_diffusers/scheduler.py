@@ -189,7 +189,7 @@ class ModelScheduler(Scheduler):
     Raises ValueError, saying what to take instead, if it can't be followed.
     """
 
-    contract = 1
+    contract = 2
     libraries = ("diffusers",)
     fingerprinted = LOCATION
 

@@ -58,7 +58,7 @@ class DiffusersTextEncoder(TextEncoder):
     between sentences, and shorter ones are filled up with the encoding of an empty prompt.
     """
 
-    contract = 1
+    contract = 2
     fingerprinted = (*LOCATION, "loras")
 
     def __init__(

@@ -152,7 +152,7 @@ class Traced(Scheduler):
     to be the same.
     """
 
-    contract = 1
+    contract = 2
     fingerprinted = ("path", "revision")
     diffusers_class: ClassVar[str]
 
@@ -547,7 +547,7 @@ for _name, (_order, _evaluations, _stochastic) in TRACED.items():
         {
             "__doc__": f"``{_name}`` of diffusers.",
             "__module__": __name__,
-            "contract": 1,
+            "contract": 2,
             "diffusers_class": _name,
             "order": _order,
             "evaluations": _evaluations,

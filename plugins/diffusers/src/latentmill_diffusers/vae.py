@@ -44,7 +44,7 @@ class DiffusersVAE(VAE):
     VAE that its config calls unsafe in it (``force_upcast``) stays in float32.
     """
 
-    contract = 1
+    contract = 2
     libraries = ("diffusers",)
     fingerprinted = LOCATION
 

@@ -12,7 +12,7 @@ from latentmill.plugin import VAE, Field, LatentSpec, Scheduler, State
 class Patches(VAE):
     """Each patch of side x side pixels becomes one latent pixel, with a channel for every value. Nothing is lost."""
 
-    contract = 1
+    contract = 2
 
     def __init__(self, side: int = 4) -> None:
         if side < 1:
@@ -45,7 +45,7 @@ class Trapezoid(Scheduler):
     Euler's.
     """
 
-    contract = 1
+    contract = 2
     evaluations = 2
     order = 2
 

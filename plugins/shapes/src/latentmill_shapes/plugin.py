@@ -46,7 +46,7 @@ def _filled(model: nn.Module, part: str, device: torch.device) -> None:
 class ShapesVAE(VAE):
     """Pictures with sides divisible by 4 to four channels at a quarter of the side; trained on 64x64."""
 
-    contract = 1
+    contract = 2
 
     def __init__(self) -> None:
         self._model: Autoencoder | None = None
@@ -81,7 +81,7 @@ class ShapesVAE(VAE):
 class ShapesTextEncoder(TextEncoder):
     """Prompts over the captions' vocabulary: `embeds` [B, 12, 64] and `pooled` [B, 192]."""
 
-    contract = 1
+    contract = 2
 
     def __init__(self) -> None:
         self._model: TextTransformer | None = None
@@ -107,7 +107,7 @@ class ShapesTextEncoder(TextEncoder):
 class ShapesDenoiser(Denoiser):
     """Predicts v on Stable Diffusion's noise schedule. Latent sides must be divisible by 4; trained on 16x16."""
 
-    contract = 1
+    contract = 2
     prediction = "v"
 
     def __init__(self) -> None:
