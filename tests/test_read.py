@@ -10,6 +10,7 @@ import torch
 
 from latentmill import tensors
 from latentmill.batch import require_spec
+from latentmill.columns import Columns
 from latentmill.fields import BATCH_SCHEMA
 from latentmill.identity import row_seed
 from latentmill.plugin import Fragment, LatentSpec, RowError, Source
@@ -36,6 +37,7 @@ class Plan:
         return f"{row:09d}"
 
     seed = 0
+    columns = Columns()
 
 
 class Given(Source):

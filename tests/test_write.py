@@ -16,6 +16,7 @@ import torch
 
 from latentmill import storage, tensors
 from latentmill.batch import from_dicts, with_latents
+from latentmill.columns import Columns
 from latentmill.dataset import Dataset
 from latentmill.plugin import LatentSpec
 from latentmill.shards import done_shards
@@ -35,6 +36,7 @@ class Plan:
     size: tuple[int | None, int | None] = (8, 8)
     config: dict = field(init=False)
     hash = "abc"
+    columns = Columns()
 
     def __post_init__(self):
         self.config = {

@@ -16,7 +16,7 @@ from torch import Tensor
 from latentmill import tensors
 from latentmill.batch import SPEC_KEY, spec_from_json
 from latentmill.errors import ContractError, LoadError, NoRowError
-from latentmill.fields import BATCH_SCHEMA
+from latentmill.fields import BATCH_SCHEMA, HALFWAY
 from latentmill.plugin import Conditioning, LatentSpec, Plugin, RowError, State, TextEncoder
 from latentmill.registry import called
 
@@ -145,8 +145,8 @@ def same_columns(plugin: Plugin, given: pa.Table, returned: Sequence[pa.Table]) 
     """Raise ContractError if a column that later stages need is gone or has another type, or a tensor is not as large as its row says."""
     who = called(plugin)
     for table in returned:
-        for field in BATCH_SCHEMA:
-            if field.name in given.column_names:
+        for field in given.schema:
+            if field.name in BATCH_SCHEMA.names or not _may_go(field):
                 if field.name not in table.column_names:
                     raise ContractError(f"{who} returned rows without the column {field.name}")
                 if (kind := table.schema.field(field.name).type) != field.type:
@@ -160,6 +160,11 @@ def same_columns(plugin: Plugin, given: pa.Table, returned: Sequence[pa.Table]) 
                     f"{who} returned {name} of {found[0]}x{found[1]} pixels for a row of {width}x{height}: "
                     "width and height must be changed along with it"
                 )
+
+
+def _may_go(field: pa.Field) -> bool:
+    """Whether a column is only for the way: tensors, and what stands beside half-way latents."""
+    return tensors.is_tensor(field) or field.name in HALFWAY.names
 
 
 def _sizes(who: str, table: pa.Table) -> Iterator[tuple[str, tuple[int, int]]]:

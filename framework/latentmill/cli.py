@@ -119,6 +119,8 @@ def _plan(options: Any) -> int:
             f"{kind:<13} {about['name']} ({about['distribution']} {about['version']}) {about['fingerprint']}".rstrip()
         )
     print(f"{'libraries':<13} {', '.join(f'{name} {version}' for name, version in plan.libraries.items())}")
+    if beside := [f"{column.name} {column.type}" for column in plan.columns.schema()]:
+        print(f"{'columns':<13} {', '.join(beside)}")
     print(f"hash     {plan.hash}")
     for line in [
         *planning.notices(built),

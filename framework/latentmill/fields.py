@@ -258,8 +258,9 @@ def parse(field: RowField, value: Any, called: str = "") -> Any:
     unset = getattr(field, "unset", None)
     if unset is not None and number == unset:
         return None
-    least, most = limits(field)
-    if (least is not None and number < least) or (most is not None and number > most):
+    for least, most in ((field.least, field.most), limits(field)):  # what it says, then what its type holds
+        if (least is None or number >= least) and (most is None or number <= most):
+            continue
         shown = str(number) if isinstance(number, int) else f"{number:g}"
         own = "" if unset is None else f", or {unset} for the row's own"
         raise RowError(f"{name} must be {_range(least, most)}{own}, not {shown}"[:200])

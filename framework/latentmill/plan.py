@@ -18,8 +18,9 @@ from importlib import metadata
 from itertools import accumulate, chain, islice
 from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
 
+from latentmill import columns, ids, registry, syntax
 from latentmill import identity as identities
-from latentmill import ids, registry, syntax
+from latentmill.columns import Columns
 from latentmill.config import Job
 from latentmill.errors import PlanError, PluginError
 from latentmill.plugin import (
@@ -64,6 +65,8 @@ class Plan:
     spec: LatentSpec | None = None
     libraries: Mapping[str, str] = field(default_factory=dict)
     """Versions of what the numbers come from: our own and the plugins' libraries. Part of the hash if the job is deterministic."""
+    columns: Columns = field(default_factory=Columns)
+    """What the rows have beside our fields."""
     fingerprinted: Sequence[str] = ()
     """Keys of the config, as ``vae.path``, that the fingerprints stand for: they are shown, and not hashed."""
 
@@ -119,6 +122,7 @@ class Plan:
             "seed": self.seed,
             "latents": self.spec.about() if self.spec else None,
             "fragments": [[f.name, f.rows, f.fingerprint] for f in self.fragments],
+            **self.columns.to_json(),
         }
 
 
@@ -229,6 +233,12 @@ def _check_spec(vae: VAE) -> None:
 @_discreet
 def plan(job: Job, built: Parts) -> Plan:
     """The plan of a job. Raises PlanError if the source is missing, empty, unreadable, or has an id twice."""
+    kinds = [kind for kind in KINDS if getattr(built, kind) is not None]
+    plugins: dict[str, Plugin] = {kind: getattr(built, kind) for kind in kinds}
+    stages = {f"stage {name}": plugin_of(job, f"stage {name}") for name in job.flow if name not in BUILT_IN}
+    plugins |= stages
+    built.stages = [*stages.values()]
+    found = _columns(job, built.source, plugins)
     with registry.asking(built.source):
         fragments = tuple(built.source.fragments())
         _check_fragments(fragments)
@@ -242,11 +252,6 @@ def plan(job: Job, built: Parts) -> Plan:
         raise PlanError(f"source {job.source['name']} has no rows")
     if twice is not None:
         raise PlanError(f"source {job.source['name']}: {twice}")
-    kinds = [kind for kind in KINDS if getattr(built, kind) is not None]
-    plugins: dict[str, Plugin] = {kind: getattr(built, kind) for kind in kinds}
-    stages = {f"stage {name}": plugin_of(job, f"stage {name}") for name in job.flow if name not in BUILT_IN}
-    plugins |= stages
-    built.stages = [*stages.values()]
     config = job.meaning()
     of_grid = grids.libraries(job.scheduler.get("grid", "trailing")) if job.scheduler and built.scheduler else set()
     return Plan(
@@ -260,7 +265,21 @@ def plan(job: Job, built: Parts) -> Plan:
         rows_per_shard=job.rows_per_shard,
         seed=job.seed,
         spec=built.vae.spec if built.vae else built.source.latent_spec(),
+        columns=found,
     )
+
+
+def _columns(job: Job, source: Source, plugins: Mapping[str, Plugin]) -> Columns:
+    """What the rows have beside our fields; the source is told. Raises PlanError."""
+    try:
+        source.job_fields = columns.of_plugins(plugins, job.sampling)
+        keep = columns.wanted(job.source["keep"]) if job.source.get("keep") else {}
+    except ValueError as error:
+        raise PlanError(f"{job.name}: {error}") from error
+    if keep:
+        with registry.asking(source):
+            source.kept = columns.kept(source, keep, [field.name for field in source.job_fields])
+    return Columns(tuple(source.job_fields), source.kept)
 
 
 def _check_fragments(fragments: Sequence[Fragment]) -> None:
@@ -278,6 +297,8 @@ def _check_fragments(fragments: Sequence[Fragment]) -> None:
 
 KINDS = ("source", "sink", "vae", "text_encoder", "denoiser", "scheduler")
 """The plugins of a job, by what they are called in it and in a plan; a stage's is called ``stage NAME``."""
+NOT_THEIRS = ("scheduler", "grid"), ("source", "keep")
+"""Keys of a plugin's choice that are the framework's, and no settings."""
 LIBRARIES = ("latentmill", "numpy", "pillow", "scipy", "torch")
 """Whose versions change our own numbers."""
 BUILT_IN = ("read", "encode", "denoise", "decode", "write")
@@ -346,7 +367,7 @@ def _without(config: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
 
 def _hashed(content: Mapping[str, Any]) -> dict[str, Any]:
     """What of a plan's content the hash is over."""
-    shown = {"hash", "rows", "shards", "name", "fingerprinted"}
+    shown = {"hash", "rows", "shards", "name", "fingerprinted", "arrow_schema"}
     if not content["config"].get("deterministic"):
         shown.add("libraries")
     kept = {key: value for key, value in content.items() if key not in shown}
@@ -493,6 +514,7 @@ def load(store: Storage) -> Plan:
             spec=LatentSpec(**found["latents"]) if found["latents"] else None,
             libraries=found["libraries"],
             fingerprinted=found["fingerprinted"],
+            columns=Columns.from_json(found),
         )
     except (KeyError, TypeError) as error:
         raise PlanError(f"{store.url}/plan.json can't be read as a plan: {error}") from error
@@ -529,7 +551,7 @@ def plugin_of(job: Job, kind: str) -> Any:
         name = kind.removeprefix("stage ")
         return registry.build("stage", {"name": name, **job.stages[name].settings})
     choice: Mapping[str, Any] = getattr(job, kind)
-    return registry.build(kind, {key: value for key, value in choice.items() if (kind, key) != ("scheduler", "grid")})
+    return registry.build(kind, {key: value for key, value in choice.items() if (kind, key) not in NOT_THEIRS})
 
 
 def identity(job: Job, kind: str, plugin: Plugin | None = None) -> dict[str, str]:

@@ -100,6 +100,10 @@ class Plugin:
     """The version of the contract that the class was written for. Each class says it, or a parent that is a plugin, too: write the
     number, not ``CONTRACT``."""
 
+    row_fields: Sequence[RowField] = ()
+    """Fields of its own that it reads of each row. A denoiser is given them as ``conditioning[name]``, ``[B]``, a text encoder as
+    keyword arguments of ``encode`` and ``encode_negative``, a stage and a sink in the batch. Known once it is built."""
+
     libraries: Sequence[str] = ()
     """Distributions whose versions change its numbers, as pip names them, beside latentmill, numpy, pillow, scipy and torch.
 
@@ -466,6 +470,10 @@ class Fragment:
 class Source(Plugin, ABC):
     """Where rows come from."""
 
+    job_fields: Sequence[RowField] = ()
+    """The fields of the job's plugins: a column of such a name gives them, as ours. The framework sets this first of all."""
+    kept: pa.Schema = pa.schema([])
+    """The columns that the job keeps. The framework sets this before ``fragments``."""
     id_column: str | None = None
     """The column with the rows' own ids, if the job declares one (by a setting of this name, as a rule)."""
 
@@ -479,13 +487,27 @@ class Source(Plugin, ABC):
 
         The same rows whenever and in whatever company they are asked for: some are read twice, and compared.
 
-        Keys that mean something: ``prompt``, ``negative_prompt``, ``seed``, ``steps``, ``guidance_scale``,
-        ``guidance_rescale``, ``guidance_from``, ``guidance_until``, ``width``, ``height``, ``strength``, ``scheduler``; ``image``,
-        a uint8 RGB array ``[H, W, 3]``; ``mask``, one of its size, light where the picture is to be painted anew;
-        ``latents``, a float array ``[C, h, w]`` of the space that ``latent_spec`` names, and with half-way ones ``time``, ``trajectory`` and ``state``
-        as our own job stored them; with ``id_column``, ``id``, text that no other row has, from which the row's seed is
-        hashed; ``warning``, what people should know of a row that is used all the same. None stands for the job's value; others are left out.
+        Keys that mean something: the fields of ``docs/fields.md`` and ``job_fields``; ``image``, a uint8 RGB array
+        ``[H, W, 3]``; ``mask``, one of its size, light where the picture is to be painted anew; ``latents``, a float array
+        ``[C, h, w]`` of the space that ``latent_spec`` names, and with half-way ones ``time``, ``trajectory`` and ``state`` as our
+        own job stored them; with ``id_column``, ``id``, text that no other row has, from which the row's seed is hashed;
+        ``kept``, a dict of the columns in ``self.kept``: Python values or ``pa.Scalar``, text for any type that Arrow reads from
+        text. None stands for the job's value, and for null in ``kept``; other keys are left out.
         """
+
+    def columns(self) -> Sequence[str]:
+        """The columns that no field is read from: what ``keep: all`` keeps. Asked in the driver, before ``fragments``.
+
+        Those that the job doesn't keep are to be named by ``notices``.
+        """
+        return ()
+
+    def column_types(self, names: Sequence[str]) -> pa.Schema:
+        """The Arrow types of some columns, over all fragments, without those that are nowhere. Raises ValueError.
+
+        Asked after ``columns``, and only of sources that a job keeps columns of.
+        """
+        return pa.schema([])
 
     def changed(self, fragment: Fragment) -> bool:
         """Whether a fragment is another than when the job was planned, or on this machine: then the job ends.

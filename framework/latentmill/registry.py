@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -23,6 +23,7 @@ from latentmill.plugin import (
     Denoiser,
     Grid,
     Plugin,
+    RowField,
     Scheduler,
     Sink,
     Source,
@@ -225,6 +226,15 @@ def hints(kind: str, name: str) -> dict[str, Any]:
         return _hints(load(kind, name))
     except PluginError:
         return {}
+
+
+def row_fields(kind: str, name: str) -> Sequence[RowField] | None:
+    """The row fields that a plugin's class declares; none, if it can't be imported, and None if only an object knows them."""
+    try:
+        found = load(kind, name).row_fields
+    except PluginError:
+        return ()
+    return found if isinstance(found, (list, tuple)) and all(isinstance(f, RowField) for f in found) else None
 
 
 def _hints(plugin: type[Plugin]) -> dict[str, Any]:

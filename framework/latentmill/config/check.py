@@ -21,8 +21,10 @@ from latentmill.config.schema import (
     STAGES,
     Cluster,
     Job,
+    Sampling,
     Schema,
     StageSettings,
+    plugin_fields,
 )
 from latentmill.errors import JobError, RowError
 from latentmill.fields import IN_JOB, parse
@@ -44,6 +46,9 @@ def checked(name: str, config: DictConfig, text: str) -> Job:
     for key in get_type_hints(Schema):
         if key not in settled:  # ~key takes it away
             raise JobError(f"{name}: {key} has no value; set it in the job, or as {key}=...")
+    for key in settled["sampling"] if isinstance(settled["sampling"], Mapping) else ():
+        if key not in IN_JOB and (own := plugin_fields(settled)) is not None and key not in own:
+            raise JobError(f"{name}: there is no key sampling.{key}{near_key(f'sampling.{key}', own)}")
     _unknown(settled, Schema, name)  # +key=value gets past even a typed config
     if not isinstance(settled["flow"], list):
         raise JobError(f"{name}: flow must be a list of stages, not {settled['flow']!r}")
@@ -88,7 +93,8 @@ def _unknown(settled: Mapping[Any, Any], schema: Any, name: str, at: str = "") -
         hint = hints[key]
         if is_dataclass(hint):
             _holds_keys(value, name, f"{at}{key}")
-            _unknown(value, hint, name, f"{at}{key}.")
+            if hint is not Sampling:  # which plugins add keys to
+                _unknown(value, hint, name, f"{at}{key}.")
         elif get_args(hint)[1:] == (StageSettings,):
             _holds_keys(value, name, f"{at}{key}")
             for stage, settings in value.items():

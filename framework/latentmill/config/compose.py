@@ -34,7 +34,9 @@ THE_FILE = "job file"
 def prepare() -> None:
     """Tell Hydra our schema, our config folder and those that plugins bring, and a config for each plugin's name."""
     store = ConfigStore.instance()
-    store.store(name="schema", node=Schema)
+    schema = OmegaConf.structured(Schema)
+    OmegaConf.set_struct(schema.sampling, False)  # plugins have row fields of their own
+    store.store(name="schema", node=schema)
     Plugins.instance().register(_Folder)
     Plugins.instance().register(_SearchPath)
     packages = [package for _, package in _packages()]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import fields
 
 from hydra.errors import MissingConfigException
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError
 
-from latentmill.config.schema import STAGES, Cluster, Sampling, Schema, StageSettings
+from latentmill.config.schema import STAGES, Cluster, Schema, StageSettings
+from latentmill.fields import IN_JOB
 from latentmill.text import near
 
 DOLLAR = "${oc.env:NAME} is an environment variable, ${KEY} another key of the job; \\${ is ${ as it stands"
@@ -56,11 +58,11 @@ def explained(error: BaseException) -> str:
     return f"{key}: {said}" if key and not re.search(rf"\b{re.escape(key)}\b", said) else said
 
 
-def near_key(key: str) -> str:
+def near_key(key: str, own: Iterable[str] = ()) -> str:
     """What was meant by a key that isn't there, if it can be told: all of it is like a right one, or its last part."""
     every = [
         *(f.name for f in fields(Schema)),
-        *(f"sampling.{f.name}" for f in fields(Sampling)),
+        *(f"sampling.{name}" for name in (*IN_JOB, *own)),
         *(f"cluster.{f.name}" for f in fields(Cluster)),
         *(f"stages.{stage}.{f.name}" for stage in STAGES for f in fields(StageSettings)),
     ]

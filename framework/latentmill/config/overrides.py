@@ -14,8 +14,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from latentmill import registry, values
 from latentmill.config.messages import near_key
-from latentmill.config.schema import Schema
+from latentmill.config.schema import Schema, plugin_fields
 from latentmill.errors import JobError
+from latentmill.fields import IN_JOB, python_type
 
 GROUPS = (*registry.KINDS, "cluster", "model", "stages")
 """Keys whose value may be the name of a config."""
@@ -79,7 +80,11 @@ def _quoted(text: str) -> str:
 def assign(config: DictConfig, assignment: Assignment) -> None:
     """Give a key its value, read as the type that the key has. Raises JobError."""
     key, path = assignment.key, assignment.key.split(".")
-    new = assignment.new or (path[0] == "stages" and len(path) > 2 and path[1] in (config.get("flow") or ()))
+    new = (
+        assignment.new
+        or path[0] == "sampling"
+        or (path[0] == "stages" and len(path) > 2 and path[1] in (config.get("flow") or ()))
+    )
     hint: Any = str
     if values.ambiguous(assignment.text):
         hint = _hint(path, OmegaConf.to_container(config))
@@ -114,6 +119,9 @@ def settle(config: DictConfig) -> None:
 def _hint(path: Sequence[Any], raw: Any) -> Any:
     """The type that the schema, or a plugin's constructor, gives a key. Any: neither does, and no text is made of it."""
     hint: Any = Schema
+    if path[0] == "sampling" and len(path) > 1 and path[1] not in IN_JOB:
+        of = (plugin_fields(raw) or {}).get(path[1])
+        return Any if of is None else python_type(of) | (None if of.default is None else python_type(of))
     if path[0] in registry.KINDS and len(path) > 1:
         hint, path = _setting(path[0], raw[path[0]], path[1]), path[2:]
     elif path[0] == "stages" and len(path) > 3 and path[2] == "settings":

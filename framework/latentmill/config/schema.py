@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, make_dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -9,6 +10,7 @@ from omegaconf import MISSING, OmegaConf
 
 from latentmill import registry, values
 from latentmill.fields import IN_JOB, python_type
+from latentmill.plugin import RowField
 
 STAGES = ("read", "encode", "denoise", "decode", "write")
 """Our own stages, in the order in which they can stand in a flow."""
@@ -156,3 +158,11 @@ class Job:
             if kept:
                 stages[name] = kept
         return {**meant, "stages": stages} if stages else meant
+
+
+def plugin_fields(config: Any) -> dict[str, RowField] | None:
+    """The row fields that the classes of a config's plugins declare; None if one declares them only once it is built."""
+    chosen = [(kind, config.get(kind)) for kind in registry.KINDS if isinstance(config.get(kind), Mapping)]
+    chosen += [("stage", {"name": name}) for name in config.get("flow") or () if name not in STAGES]
+    found = [registry.row_fields(kind, str(choice.get("name"))) for kind, choice in chosen]
+    return None if None in found else {of.name: of for each in found for of in each or ()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +13,14 @@ import torch
 
 from latentmill import registry, storage, tensors
 from latentmill.batch import SPEC_KEY, STATE_PREFIX, spec_from_json
+from latentmill.columns import reserved, unified
 from latentmill.dataset import Dataset, load
 from latentmill.errors import PluginError
 from latentmill.fields import BATCH_SCHEMA, HALFWAY, MAX_SIDE, OURS
 from latentmill.plugin import Fragment, LatentSpec, RowError, Source
 from latentmill.shards import FOLDER, ShardFile, data_name, side_files
 from latentmill.sources import as_id, changed, find, fingerprint, is_small, is_text, locate, plain, root, suffix
+from latentmill.sources.kept import rows_kept
 from latentmill.text import first_line
 
 SAMPLING = tuple(field.name for field in OURS if field.sampling)
@@ -44,6 +46,18 @@ class Latents(Source):
         """The space of the latents. Raises ValueError if there are no latents."""
         return self._spec(self._names()[0])
 
+    def columns(self) -> list[str]:
+        """Those that our own job would not make again: kept ones, and what its plugins added."""
+        found = dict.fromkeys(name for file in self._names() for name in self._of(file)[1].names)
+        used = {self.id_column, *(field.name for field in self.job_fields)}
+        return [name for name in found if name not in used and not reserved(name)]
+
+    def column_types(self, names: Sequence[str]) -> pa.Schema:
+        schemas = ((file, self._of(file)[1]) for file in self._names())
+        return unified(
+            (file, name, schema.field(name).type) for file, schema in schemas for name in names if name in schema.names
+        )
+
     def fragments(self) -> list[Fragment]:
         """Raises ValueError if there are no latents, or latents of different spaces."""
         names = self._names()
@@ -67,14 +81,19 @@ class Latents(Source):
         _, schema, count = self._of(fragment)
         halfway = STATE_PREFIX in schema.names
         if reader is None or (reader.fragment, reader.at) != (fragment, start):
-            known = [*BATCH_SCHEMA.names, *HALFWAY.names, STATE_PREFIX]
+            known = [*BATCH_SCHEMA.names, *HALFWAY.names, STATE_PREFIX, *(field.name for field in self.job_fields)]
             kept = [name for name in known if name in schema.names and name not in DROPPED]
             if self.id_column is not None and self.id_column not in kept:
                 kept.append(self.id_column)
-            pieces = self._file(fragment).read([*kept, "latents"], range(start, count))
+            wanted = dict.fromkeys([*kept, "latents", *self._beside(schema)])
+            pieces = self._file(fragment).read([*wanted], range(start, count))
             reader = _Reader(fragment, start, pieces)
         for piece in reader.take(stop - start):
-            yield from [piece] if isinstance(piece, RowError) else self._rows(piece, halfway)
+            if isinstance(piece, RowError):
+                yield piece
+                continue
+            for row, more in zip(self._rows(piece, halfway), rows_kept(piece, self._beside(schema))):
+                yield row if isinstance(row, RowError) else {**row, "kept": more}
         self._reader = reader
 
     def _rows(self, table: pa.Table, halfway: bool) -> Iterator[Mapping[str, Any] | RowError]:
@@ -82,7 +101,8 @@ class Latents(Source):
         latents: Any = found.pop("latents")
         if latents.dtype != torch.bfloat16:
             latents = latents.numpy()
-        for i, row in enumerate(table.drop_columns(["latents", *found]).to_pylist()):
+        beside = [name for name in self._beside(table.schema) if name != self.id_column]
+        for i, row in enumerate(table.drop_columns(["latents", *found, *beside]).to_pylist()):
             if self.id_column is not None:
                 try:
                     row["id"] = as_id(row[self.id_column])
@@ -95,6 +115,9 @@ class Latents(Source):
                 row["state"] = {name.removeprefix(STATE_PREFIX): tensor[i] for name, tensor in found.items()}
             row["latents"] = latents[i]
             yield row
+
+    def _beside(self, schema: pa.Schema) -> list[str]:
+        return [name for name in self.kept.names if name in schema.names]
 
     def texts(self, fragment: Fragment) -> Iterator[tuple[str | None, str | None]]:
         for piece in self._file(fragment.name).read(["prompt", "negative_prompt"], range(fragment.rows)):
@@ -117,12 +140,14 @@ class Latents(Source):
                     yield None
 
     def notices(self) -> list[str]:
+        left = [name for name in self.columns() if name not in self.kept.names]
+        unkept = [f"{self.path}: columns not kept: {', '.join(left)} (source.keep=all keeps them)"] if left else []
         if self._dataset is None:
-            return []
+            return unkept
         done, shards = len(self._dataset.done()), self._dataset.plan.shards
         lines = [f"{self.path} is not finished: {done} of its {shards} shards are there"] if done < shards else []
         foreign = self._dataset.foreign()
-        return lines + [f"{self.path}/data/{name} is no shard of it, and is passed over" for name in foreign]
+        return unkept + lines + [f"{self.path}/data/{name} is no shard of it, and is passed over" for name in foreign]
 
     def _names(self) -> list[str]:
         if self._dataset is None:

@@ -13,12 +13,13 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
 
+from latentmill.columns import unified
 from latentmill.fields import FROM_SOURCE, PICTURES, parse_text, python_type
 from latentmill.plugin import Fragment, RowError, RowField, Source
 from latentmill.sources import (
@@ -34,6 +35,7 @@ from latentmill.sources import (
     root,
     suffix,
 )
+from latentmill.sources.kept import guess_types, rows_kept, type_of_texts, type_of_values
 from latentmill.sources.pictures import MAX_PIXELS, Pixels, decode, read_picture
 from latentmill.sources.text import BOM, PIECE, Lines, TextFile, count_lines, is_blank, is_utf8, loose, strict
 from latentmill.text import escaped
@@ -67,7 +69,7 @@ class Prompts(Source):
     job's value everywhere except in ``prompt``, where it is an error. A table must have a ``prompt`` or an ``image``.
 
     ``max_pixels`` and ``follow_links`` are for pictures, as in the source ``images``. ``id_column`` names the column, of
-    text or whole numbers, that tells the rows apart. ``columns`` says what the file calls a column of ours:
+    text or whole numbers, that tells the rows apart; the job's ``source.keep`` names columns that travel. ``columns`` says what the file calls a column of ours:
     ``{prompt: caption}``. ``encoding`` is that of all text files; without it they are UTF-8, UTF-16, or else cp1252.
     """
 
@@ -85,9 +87,20 @@ class Prompts(Source):
         if max_pixels < 1:
             raise ValueError(f"max_pixels must be 1 or more, not {max_pixels}")
         self.path, self.max_pixels, self.follow_links, self.id_column = path, max_pixels, follow_links, id_column
-        self._table = _Columns(_checked(columns or {}), id_column, _known(encoding))
+        self._given, self._encoding = _checked({} if columns is None else columns), _known(encoding)
         self._files: dict[str, _File] = {}
         self._said: dict[str, list[str]] = {}
+
+    def columns(self) -> list[str]:
+        """Of all files; of JSON, all keys that there are."""
+        found = (self._file(name).columns() for name in find(self.path, FORMATS))
+        return list(dict.fromkeys(name for names in found for name in self._table.unused(names)))
+
+    def column_types(self, names: Sequence[str]) -> pa.Schema:
+        """Those that a Parquet file says; of text, those that all values have: whole numbers, numbers, bools, or text."""
+        self.kept = pa.schema([(name, pa.null()) for name in names])
+        files = find(self.path, FORMATS)
+        return unified((file, name, type) for file in files for name, type in self._file(file).types(names))
 
     def fragments(self) -> list[Fragment]:
         """Raises ValueError if nothing is there, a file can't be read as what it is called, or a column is missing."""
@@ -148,6 +161,13 @@ class Prompts(Source):
     def _root(self) -> Path:
         return root(self.path)
 
+    @cached_property
+    def _table(self) -> _Columns:
+        known = {**COLUMNS, **{field.name: field for field in self.job_fields}}
+        if wrong := [name for name in self._given if name not in known]:
+            raise ValueError(f"columns: {wrong[0]} is no column of ours; there are: {', '.join(known)}")
+        return _Columns(self._given, self.id_column, self._encoding, known, self)
+
     def _file(self, name: str) -> _File:
         if name not in self._files:
             for file in self._files.values():
@@ -194,6 +214,7 @@ class Prompts(Source):
                 if isinstance(row, RowError) or row.get("seed") in (None, -1):
                     continue
                 row.pop("id", None)
+                row.pop("kept", None)
                 key = hashlib.blake2b(repr(sorted(row.items())).encode("utf-8", "replace"), digest_size=8).digest()
                 twins += key in seen
                 seen.add(key)
@@ -212,11 +233,19 @@ class _Columns:
     given: Mapping[str, str]
     id_column: str | None
     encoding: str | None
+    known: Mapping[str, RowField | None]
+    """Our columns, and those of the job's plugins."""
+    source: Source
+
+    @property
+    def kept(self) -> list[str]:
+        """The columns that travel as they are."""
+        return list(self.source.kept.names)
 
     @cached_property
     def theirs(self) -> dict[str, str]:
         """Each column of ours, and what the files call it."""
-        return {name: self.given.get(name, name) for name in COLUMNS if name in self.given or name not in self.taken}
+        return {name: self.given.get(name, name) for name in self.known if name in self.given or name not in self.taken}
 
     @cached_property
     def pictures(self) -> set[str]:
@@ -239,18 +268,18 @@ class _Columns:
             if not like and path.name.lower().endswith((".csv", ".tsv")):
                 hint = "; its first line must name the columns"
             raise ValueError(f"{where} prompt or image{there}{hint}")
-        if twice := [name for name in self.theirs.values() if names.count(name) > 1]:
+        if twice := [name for name in (*self.theirs.values(), *self.kept) if names.count(name) > 1]:
             raise ValueError(f"{path}: there are two columns {twice[0]}")
 
     def unused(self, names: Iterable[str]) -> list[str]:
-        used = {*self.theirs.values(), self.id_column, ""}
+        used = {*self.theirs.values(), *self.kept, self.id_column, ""}
         return [name for name in names if name not in used]
 
     def like(self, names: Sequence[str]) -> str:
         """The setting that would take columns with other tools' names for ours; nothing if there are none."""
         free = self.unused(names)
         found = {}
-        for name in COLUMNS:
+        for name in self.known:
             if self.theirs.get(name, name) not in names:
                 for other in (name, *LIKE.get(name, "").split()):
                     if match := [column for column in free if _bare(column) == _bare(other)]:
@@ -280,6 +309,14 @@ class _File(Protocol):
 
     def count(self) -> int: ...
 
+    def columns(self) -> Sequence[str]:
+        """The names of all its columns."""
+        ...
+
+    def types(self, names: Sequence[str]) -> Iterator[tuple[str, pa.DataType]]:
+        """The types of those of the columns that it has. The source keeps them."""
+        ...
+
     def read(self, start: int, stop: int) -> Iterator[dict[str, Any] | RowError]: ...
 
     def ids(self) -> Iterator[str | None]: ...
@@ -303,6 +340,8 @@ class _Text:
     pictures = says_seeds = False
     names: Sequence[str] = ()
     first = b""
+    said = staticmethod(type_of_values)
+    """The type of a column's values."""
 
     def __init__(self, path: Path, table: _Columns) -> None:
         self.path, self.table = path, table
@@ -366,6 +405,13 @@ class _Text:
     def ids(self) -> Iterator[str | None]:
         return (None if isinstance(row, RowError) else row["id"] for row in self.read(0, self.count()))
 
+    def columns(self) -> Sequence[str]:
+        return self.names
+
+    def types(self, names: Sequence[str]) -> Iterator[tuple[str, pa.DataType]]:
+        rows = (row["kept"] for row in self.read(0, self.count()) if not isinstance(row, RowError) and "kept" in row)
+        return iter(guess_types(self.path, names, rows, self.said).items())
+
     def notices(self) -> Iterator[str]:
         yield from self.file.notices()
         if self.broken:
@@ -373,7 +419,9 @@ class _Text:
         first = loose(self.first).strip()
         if first.startswith("{") and _is_json(first):
             yield "lines of JSON are taken for prompts: let its name end in .jsonl"
-        elif first and {_bare(name) for name in re.split("[,;\t]", first)} <= {_bare(name) for name in COLUMNS}:
+        elif first and {_bare(name) for name in re.split("[,;\t]", first)} <= {
+            _bare(name) for name in self.table.known
+        }:
             yield f"the first line, {escaped(first)}, is taken for a prompt: if it is a table's header, let its name end in .csv or .tsv"
 
     def close(self) -> None:
@@ -432,6 +480,8 @@ class _JSONLines(_Text):
         kept = {name: row[column] for name, column in self.table.theirs.items() if column in row}
         if not {"prompt", "image"} & kept.keys():
             raise RowError(f"the row has neither prompt nor image, only {_list(row)}")
+        if self.table.kept:
+            kept["kept"] = {column: row[column] for column in self.table.kept if column in row}
         return kept if self.table.id_column is None else {**kept, "id": as_id(row.get(self.table.id_column))}
 
     def object(self, item: Any) -> Any:
@@ -448,6 +498,17 @@ class _JSONLines(_Text):
         rows = super().count()
         self._peek()
         return rows
+
+    def columns(self) -> Sequence[str]:
+        names: dict[str, None] = {}
+        _, lines, items = self._at(0)
+        with lines.file:
+            for item in items:
+                try:
+                    names |= dict.fromkeys(row if isinstance(row := self.object(item), dict) else ())
+                except RowError:
+                    continue
+        return list(names)
 
     def notices(self) -> Iterator[str]:
         yield from super().notices()
@@ -577,6 +638,7 @@ class _CSV(_Text):
     """CSV, or another separator that the header shows. Quotes are as RFC 4180 has them, and a stray one costs its row."""
 
     separators = ",;\t|"
+    said = staticmethod(type_of_texts)
 
     def begin(self, lines: Lines) -> None:
         self.separator = self.separators[0]
@@ -631,7 +693,10 @@ class _CSV(_Text):
             if name == "id":
                 row[name] = as_id(text)
             elif text or name == "prompt":
-                row[name] = text if (field := COLUMNS[name]) is None else parse_text(field, text)
+                row[name] = text if (field := self.table.known[name]) is None else parse_text(field, text)
+        if self.table.kept:
+            places = [(column, self.names.index(column)) for column in self.table.kept if column in self.names]
+            row["kept"] = {column: strict(item[at], column) or None for column, at in places}
         return row
 
     def notices(self) -> Iterator[str]:
@@ -646,7 +711,7 @@ class _CSV(_Text):
             names = [name.strip() for name in _split([loose(header)], separator)]
         except csv.Error:
             return 0
-        known = {_bare(name) for name in (*COLUMNS, *" ".join(LIKE.values()).split())}
+        known = {_bare(name) for name in (*self.table.known, *" ".join(LIKE.values()).split())}
         known |= {_bare(name) for name in (*self.table.given.values(), self.table.id_column or "prompt")}
         return sum(_bare(name) in known for name in names)
 
@@ -734,23 +799,35 @@ class _Parquet:
         table.require(path, names)
         if table.id_column is not None and names.count(table.id_column) > 1:
             raise ValueError(f"{path}: there are two columns {table.id_column}")
-        self.columns = {name: column for name, column in table.theirs.items() if column in names}
-        types = {name: self.file.schema.field(column).type for name, column in self.columns.items()}
+        self.ours = {name: column for name, column in table.theirs.items() if column in names}
+        types = {name: self.file.schema.field(column).type for name, column in self.ours.items()}
         for name, type in types.items():
-            if not pa.types.is_null(type) and not _fits(COLUMNS[name], type):
-                raise ValueError(f"{path}: column {self.columns[name]} is {type}, which it can't be")
+            if not pa.types.is_null(type) and not _fits(table.known[name], type):
+                raise ValueError(f"{path}: column {self.ours[name]} is {type}, which it can't be")
         if "prompt" in types and pa.types.is_null(types["prompt"]):
-            raise ValueError(f"{path}: column {self.columns['prompt']} holds nulls and nothing else")
+            raise ValueError(f"{path}: column {self.ours['prompt']} holds nulls and nothing else")
         self.file.require_ids(table.id_column)
         self.says_seeds = "seed" in types and all(is_text(types[name]) for name in PICTURES if name in types)
 
     def count(self) -> int:
         return self.file.rows
 
+    def columns(self) -> Sequence[str]:
+        return list(self.file.schema.names)
+
+    def types(self, names: Sequence[str]) -> Iterator[tuple[str, pa.DataType]]:
+        return ((name, self.file.schema.field(name).type) for name in names if name in self.file.schema.names)
+
     def read(self, start: int, stop: int) -> Iterator[dict[str, Any] | RowError]:
-        wanted = dict.fromkeys([*self.columns.values(), *([self.table.id_column] if self.table.id_column else [])])
-        for piece in self.file.read(start, stop, list(wanted)):
-            yield from piece if isinstance(piece, list) else self._rows(piece)
+        kept = [name for name in self.table.kept if name in self.file.schema.names]
+        ours = [*self.ours.values(), *([self.table.id_column] if self.table.id_column else [])]
+        for piece in self.file.read(start, stop, list(dict.fromkeys([*ours, *kept]))):
+            if isinstance(piece, list):
+                yield from piece
+                continue
+            beside = rows_kept(piece, kept) if self.table.kept else repeat({})
+            for row, more in zip(self._rows(piece.select(list(dict.fromkeys(ours)))), beside):
+                yield row if isinstance(row, RowError) or not self.table.kept else {**row, "kept": more}
 
     def _rows(self, table: pa.Table) -> Iterator[dict[str, Any] | RowError]:
         columns = {
@@ -762,14 +839,14 @@ class _Parquet:
                 for name, (column, text) in columns.items():
                     value = column[i].as_py()
                     values[name] = strict(value, name) if text and value is not None else value
-                row = {name: values[column] for name, column in self.columns.items()}
+                row = {name: values[column] for name, column in self.ours.items()}
                 yield row if self.table.id_column is None else {**row, "id": as_id(values[self.table.id_column])}
             except RowError as error:
                 yield error
 
     def texts(self) -> Iterator[dict[str, Any] | RowError]:
         """The rows, of their text columns alone."""
-        ours = {name: column for name, column in self.columns.items() if name in ("prompt", "negative_prompt")}
+        ours = {name: column for name, column in self.ours.items() if name in ("prompt", "negative_prompt")}
         for piece in self.file.read(0, self.file.rows, list(dict.fromkeys(ours.values()))):
             if isinstance(piece, list):
                 yield from piece
@@ -808,8 +885,6 @@ def _checked(columns: Mapping[str, str]) -> dict[str, str]:
     if not isinstance(columns, Mapping):
         raise ValueError(f"columns must be as {{prompt: caption}}, not {columns!r}")
     for name, column in columns.items():
-        if name not in COLUMNS:
-            raise ValueError(f"columns: {name} is no column of ours; there are: {', '.join(COLUMNS)}")
         if not isinstance(column, str) or not column:
             raise ValueError(f"columns: {name} must be the name of a column in the file, not {column!r}")
     return dict(columns)

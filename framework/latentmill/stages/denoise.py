@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeAlias
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -182,7 +183,8 @@ class Denoise(Stage):
             for name in ("mask", "masked")
         )
         slots, _ = fixed_slots(batch, self.fixed)
-        columns = [n for n in batch.column_names if n in BATCH_SCHEMA.names or n in HALFWAY.names]
+        fields = {field.name: field.type.to_pandas_dtype() for field in self.denoiser.row_fields}
+        columns = [n for n in batch.column_names if n in (*BATCH_SCHEMA.names, *HALFWAY.names, *fields)]
         key, identity = shape_key(batch), cache(self._identity)
         for i, row in enumerate(batch.select(columns).to_pylist()):
             try:
@@ -198,10 +200,12 @@ class Denoise(Stage):
                 reject(i, str(error))
                 continue
             kind = (key, row["scheduler"], id(visit) if self.fixed else 0)
-            scale, told = row["guidance_scale"], {}
+            scale = row["guidance_scale"]
+            own = {n: torch.as_tensor(np.asarray(row[n], dtype), device=self.device) for n, dtype in fields.items()}
+            told = own
             on = self.authors.guides(scale, row["negative_prompt"])
             if self.denoiser.guidance_embedded:
-                told, on = {"guidance_scale": torch.tensor(scale, device=self.device)}, False
+                told, on = {**own, "guidance_scale": torch.tensor(scale, device=self.device)}, False
             both = {}
             if self.denoiser.inpaints and masks is not None and masked is not None:
                 both = {"mask": masks[i].to(torch.float32), "masked": masked[i].to(torch.float32)}
@@ -215,7 +219,7 @@ class Denoise(Stage):
                     seed=row["seed"],
                     guidance=Guidance(scale, row["guidance_rescale"], row["guidance_from"], row["guidance_until"], on),
                     prompt={**{name: value[i] for name, value in prompt.items()}, **both, **told},
-                    negative={**{name: value[i] for name, value in negative.items()}, **both},
+                    negative={**{name: value[i] for name, value in negative.items()}, **both, **own},
                     x=start,
                     state={name: value[i] for name, value in states.items()} if goes_on else state,
                     kept=None if masks is None or both else self._kept(masks[i], x[i], row["seed"]),

@@ -64,7 +64,8 @@ class Encode(Stage):
         warnings: list[Sequence[str]] = [()] * len(batch)
         told: dict[str | None, list[str]] = {None: []}
         frames = frames_of(batch, self.vae.spec)
-        columns = ["prompt", "negative_prompt", "scheduler", "width", "height"]
+        own = [field.name for field in self.text_encoder.row_fields] if self.text_encoder is not None else []
+        columns = ["prompt", "negative_prompt", "scheduler", "width", "height", *own]
         for i, row in enumerate(batch.select(columns).to_pylist()):
             try:
                 if self.text_encoder is not None:
@@ -78,13 +79,14 @@ class Encode(Stage):
                     negative = [f"negative_prompt: {text}" for text in told[row["negative_prompt"]]]
                     warnings[i] = [*told[row["prompt"]], *negative]
                 shape = self.vae.spec.shape(row["height"], row["width"], frames)
-                groups[shape, row["scheduler"] if self.text_encoder is not None else ""].append(i)
+                scheduler = row["scheduler"] if self.text_encoder is not None else ""
+                groups[shape, scheduler, tuple(row[name] for name in own)].append(i)
             except RowError as error:
                 reject(i, str(error))
         if any(warnings):
             batch = with_warnings(batch, warnings)
         good_rows, wrong_rows = 0, dict[int, str]()
-        for (shape, scheduler), members in groups.items():
+        for (shape, scheduler, _), members in groups.items():
             part = batch if len(members) == len(batch) else batch.take(members)
             slots, size = fixed_slots(part, self.fixed)
             latents, std = self._latents(part, shape, slots, size)
@@ -167,10 +169,13 @@ class Encode(Stage):
         if self.text_encoder is None:
             return part
         encoder = self.text_encoder
+        told = {
+            field.name: part.column(field.name)[0].as_py() for field in encoder.row_fields
+        }  # one for all: see groups
 
         def checked(method: str, texts: Sequence[str]) -> Conditioning:
             with checks.inside(encoder):
-                found = getattr(encoder, method)(texts)
+                found = getattr(encoder, method)(texts, **told)
             return checks.conditioning(encoder, method, found, len(texts), self.shapes)
 
         for prefix, column, encode in (

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentmill import checks, tensors
+from latentmill import checks, columns, tensors
 from latentmill.batch import STATE_PREFIX, from_dicts, with_latents
+from latentmill.columns import Columns
 from latentmill.errors import ContractError
 from latentmill.fields import BY_NAME, FROM_SOURCE, HALFWAY, ID, parse
 from latentmill.identity import row_seed
@@ -33,6 +34,9 @@ class Rows(Protocol):
 
     @property
     def seed(self) -> int: ...
+
+    @property
+    def columns(self) -> Columns: ...
 
 
 class Read(Stage):
@@ -60,6 +64,8 @@ class Read(Stage):
         """``require`` raises if a fragment is not what was planned; asked whenever one is read."""
         self.source, self.plan, self.sampling, self.require = source, plan, sampling, require
         self.scheduler, self.multiple_of = scheduler, multiple_of
+        self.columns = plan.columns
+        source.job_fields, source.kept = self.columns.fields, self.columns.kept
         self.spec = source.latent_spec()
         self.again = READ_AGAIN
         self.sound: set[str] = set()
@@ -86,6 +92,9 @@ class Read(Stage):
             table = from_dicts([row for row, _ in members])
             for column in [column for column in (ID, *HALFWAY) if column.name in members[0][0]]:
                 table = table.append_column(column, pa.array([row[column.name] for row, _ in members], column.type))
+            for at, column in enumerate(self.columns.schema()):
+                each = [row["beside"][at] for row, _ in members]
+                table = table.append_column(column, pa.concat_arrays(each))
             for name in members[0][1]:
                 stacked = torch.stack([stored[name] for _, stored in members])
                 if name == "latents":
@@ -167,6 +176,7 @@ class Read(Stage):
             values, stored = self._row(item)
         except RowError:
             return None
+        values["beside"] = [str(array) for array in values["beside"]]
         return values, {
             name: (value.shape, value.dtype, value.flatten().view(torch.uint8).numpy().tobytes())
             for name, value in stored.items()
@@ -175,6 +185,7 @@ class Read(Stage):
     def _row(self, found: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The scalars of a source row (``seed`` may be None), and its tensors. Raises RowError."""
         values = {field.name: self._value(field, found) for field in FROM_SOURCE}
+        values["beside"] = [*self._of_plugins(found), *columns.values(self.columns.kept, found.get("kept") or {})]
         if self.source.id_column is not None:
             values["id"] = parse(BY_NAME["id"], found.get("id"))
         stored: dict[str, Tensor] = {}
@@ -213,6 +224,13 @@ class Read(Stage):
         if value is None:
             value = self.scheduler if field.name == "scheduler" else self.sampling.get(field.name, field.default)
         return None if value is None else parse(field, value)
+
+    def _of_plugins(self, found: Mapping[str, Any]) -> Iterator[pa.Array]:
+        for field in self.columns.fields:
+            value = self._value(field, found)
+            if value is None and not field.nullable:
+                raise RowError(f"the row has no {field.name}: a column of the source or sampling.{field.name} gives it")
+            yield pa.array([value], field.type)
 
     def _halfway(self, found: Mapping[str, Any], stored: dict[str, Tensor]) -> dict[str, Any]:
         time = parse(BY_NAME["time"], found["time"])

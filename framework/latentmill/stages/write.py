@@ -19,7 +19,8 @@ import torch
 
 from latentmill import checks, failpoints, tensors
 from latentmill.batch import count_warnings, with_latents
-from latentmill.fields import BATCH_SCHEMA, HALFWAY, ID
+from latentmill.columns import Columns
+from latentmill.fields import BATCH_SCHEMA, HALFWAY, ID, OURS
 from latentmill.plugin import LatentSpec, Reject, Sink, Stage
 from latentmill.shards import ERRORS_KEY, WARNINGS_KEY, ShardFile, copy_errors, data_name, error_lines, with_side_files
 from latentmill.storage import Storage
@@ -34,6 +35,9 @@ class Shards(Protocol):
 
     @property
     def config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def columns(self) -> Columns: ...
 
     def shard_rows(self, shard: int) -> range: ...
 
@@ -81,7 +85,8 @@ class Write(Stage):
         if numbers != sorted(numbers):  # by slices, since take() would copy, and can't past 2 GB of pictures
             order = sorted(range(len(numbers)), key=numbers.__getitem__)
             table = pa.concat_tables([table.slice(at, 1) for at in order])
-        table = table.drop_columns(["row"])
+        unstored = [*(field.name for field in OURS if not field.stored), *self.plan.columns.unstored()]
+        table = table.drop_columns([name for name in unstored if name in table.column_names])
 
         about = {**self.metadata, ERRORS_KEY: json.dumps(failed)}
         if warnings := count_warnings(table):
@@ -114,6 +119,8 @@ class Write(Stage):
         batch = BATCH_SCHEMA.empty_table()
         if self.plan.config["source"].get("id_column") is not None:
             batch = batch.append_column(ID, pa.array([], ID.type))
+        for column in self.plan.columns.schema():
+            batch = batch.append_column(column, pa.array([], column.type))
         if "decode" in flow:
             if "encode" in flow and "denoise" not in flow:
                 batch = batch.append_column("psnr", pa.array([], pa.float64()))

@@ -1,0 +1,237 @@
+"""What a job's rows have beside our fields: the fields that its plugins declare, and the source's columns that it keeps.
+
+Both are settled in the driver and stand in the plan, so that a worker knows them without the plugins that they come from.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import pyarrow as pa
+
+from latentmill.batch import NEGATIVE_PREFIX, PROMPT_PREFIX, STATE_PREFIX
+from latentmill.fields import BY_NAME, IN_JOB, TENSORS, arrow, parse
+from latentmill.plugin import Denoiser, Plugin, RowError, RowField, Source
+from latentmill.registry import called
+from latentmill.text import near
+
+Keep: TypeAlias = Literal["all"] | Mapping[str, pa.DataType | None]
+"""What ``source.keep`` says: every column that no field is read from, or some, with the type of those that are told one."""
+
+FIXED = pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_string
+READ_NO_ROWS = "vae", "scheduler"
+NONE_KEPT = pa.schema([])
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a job's rows beside ours."""
+
+    fields: tuple[RowField, ...] = ()
+    """Of plugins."""
+    kept: pa.Schema = NONE_KEPT
+    """The source's."""
+
+    def schema(self) -> pa.Schema:
+        """All of them, in the order in which they stand in a batch."""
+        return pa.schema([*(arrow(each) for each in self.fields), *self.kept])
+
+    def unstored(self) -> list[str]:
+        """Those that are no columns of the dataset."""
+        return [each.name for each in self.fields if not each.stored]
+
+    def to_json(self) -> dict[str, Any]:
+        """For a plan; nothing where there are none. ``arrow_schema`` repeats the types, for ``from_json``."""
+        if not self.schema().names:
+            return {}
+        about = [
+            {**{key: value for key, value in vars(each).items() if value is not None}, "type": str(each.type)}
+            for each in self.fields
+        ]
+        kept = {each.name: str(each.type) for each in self.kept}
+        return {
+            "columns": {"fields": about, "kept": kept},
+            "arrow_schema": base64.b64encode(self.schema().serialize().to_pybytes()).decode(),
+        }
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> Columns:
+        """Out of a plan. Raises KeyError or TypeError if it can't be."""
+        if "columns" not in content:
+            return Columns()
+        schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(content["arrow_schema"])))
+        fields = [
+            RowField(**{**field, "type": schema.field(field["name"]).type}) for field in content["columns"]["fields"]
+        ]
+        return Columns(tuple(fields), pa.schema(list(schema)[len(fields) :]))
+
+
+# ------------------------------------------------------------------------------------------------ plugins' fields
+
+
+def of_plugins(plugins: Mapping[str, Plugin], sampling: Mapping[str, Any]) -> tuple[RowField, ...]:
+    """The fields that a job's plugins declare, by their places in the job. Raises ValueError if one can't be.
+
+    So does a key of ``sampling`` that nobody reads, and one whose value is not of its field.
+    """
+    found: dict[str, tuple[str, RowField]] = {}
+    for kind, plugin in plugins.items():
+        for field in plugin.row_fields:
+            who = called(plugin)
+            _require(field, who, kind, plugin)
+            other, known = found.setdefault(field.name, (who, field))
+            if (known.type, known.default, limits_of(known)) != (field.type, field.default, limits_of(field)):
+                raise ValueError(f"{who} and {other} both have a row field {field.name}, and they are not the same")
+    fields = tuple(field for _, field in found.values())
+    for key, value in sampling.items():
+        if key not in IN_JOB and key not in found:
+            raise ValueError(
+                f"there is no key sampling.{key}{near(key, [*IN_JOB, *found])}: no plugin of the job reads it"
+            )
+        if key in found and value is not None:
+            parse(found[key][1], value, f"sampling.{key}")
+    return fields
+
+
+def limits_of(field: RowField) -> tuple[Any, ...]:
+    """What two plugins must say alike of a field that both read, beside its type."""
+    return field.least, field.most, field.nullable, field.stored
+
+
+def _require(field: Any, who: str, kind: str, plugin: Plugin) -> None:
+    if not isinstance(field, RowField):
+        raise ValueError(f"{who}: row_fields must be a list of RowField, and there is {field!r:.80}")
+    if kind in READ_NO_ROWS:
+        raise ValueError(f"{who} has row field {field.name}, and a {kind} is not given any")
+    if why := reserved(field.name):
+        raise ValueError(f"{who} has a row field {field.name}, which is {why}")
+    if not re.fullmatch(r"[A-Za-z_]\w*", field.name):
+        raise ValueError(f"{who}: the name of a row field must be letters, digits and underscores, not {field.name!r}")
+    if not any(test(field.type) for test in FIXED):
+        raise ValueError(f"{who}: row field {field.name} must be a number, a bool or a string, not {field.type}")
+    if isinstance(plugin, Denoiser) and (pa.types.is_string(field.type) or field.nullable):
+        raise ValueError(
+            f"{who}: row field {field.name} becomes a tensor, so it must be a number or a bool, and never null"
+        )
+    if field.default is not None:
+        try:
+            parse(field, field.default)
+        except RowError as error:
+            raise ValueError(f"{who}: the default of row field {field.name}: {error}") from error
+
+
+def reserved(name: str) -> str:
+    """What of ours has this name, in words; "" if nothing has."""
+    if name in BY_NAME:
+        return "a field of every row"
+    if name in IN_JOB:
+        return "a key of sampling"
+    if name in TENSORS or name.startswith((PROMPT_PREFIX, NEGATIVE_PREFIX, STATE_PREFIX)):
+        return "a column of ours"
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------- kept columns
+
+
+def wanted(keep: Any) -> Keep:
+    """What ``source.keep`` asks for. Raises ValueError."""
+    if keep == "all":
+        return "all"
+    if isinstance(keep, Mapping):
+        return {str(name): None if type is None else type_of(str(name), type) for name, type in keep.items()}
+    if isinstance(keep, list) and all(isinstance(name, str) for name in keep):
+        return dict.fromkeys(keep)
+    raise ValueError(
+        f"source.keep must be all, a list of columns, or columns and their types as {{score: float32}}, not {keep!r}"
+    )
+
+
+def type_of(name: str, text: Any) -> pa.DataType:
+    """The Arrow type that a job names. Raises ValueError."""
+    inside = re.fullmatch(r"list<(.+)>", str(text))
+    if inside:
+        return pa.list_(type_of(name, inside[1]))
+    try:
+        return pa.type_for_alias(str(text))
+    except ValueError:
+        raise ValueError(
+            f"source.keep: {name}: {text!r} is no type; int64, float32, string, bool, timestamp[us] and list<int64> are"
+        ) from None
+
+
+def kept(source: Source, keep: Keep, taken: Iterable[str]) -> pa.Schema:
+    """The columns that a job keeps. Raises ValueError for one that isn't there, or whose name is ``taken`` or ours."""
+    there = list(source.columns())
+    told = {} if keep == "all" else keep
+    names = there if keep == "all" else list(told)
+    if keep == "all" and not names:
+        raise ValueError("source.keep=all: the source has no columns that could be kept")
+    others = {*taken}
+    for name in names:
+        why = reserved(name) or ("a field of a plugin" if name in others else "")
+        if why:
+            hint = "; name the columns to keep, without it" if keep == "all" else ""
+            raise ValueError(f"source.keep: the column {name} can't be kept, since that is {why}{hint}")
+    guessed = [name for name in names if told.get(name) is None]
+    found = {field.name: plain_type(field.type) for field in source.column_types(names)}
+    for name in names:
+        if name not in found:
+            raise ValueError(f"source.keep: there is no column {name}{near(name, [*there, *found])}")
+    return pa.schema([pa.field(name, found[name] if name in guessed else told[name]) for name in names])
+
+
+def plain_type(type: pa.DataType) -> pa.DataType:
+    """A column's type without what is only its encoding or its name: a dictionary's values, an extension's storage."""
+    if pa.types.is_dictionary(type):
+        return plain_type(type.value_type)
+    return plain_type(type.storage_type) if isinstance(type, pa.BaseExtensionType) else type
+
+
+def unified(types: Iterable[tuple[str, str, pa.DataType]]) -> pa.Schema:
+    """One type for each column out of those that it has in several files: ``(file, column, type)``. Raises ValueError."""
+    found: dict[str, tuple[str, pa.Field]] = {}
+    for file, name, type in types:
+        field = pa.field(name, plain_type(type))
+        first, known = found.setdefault(name, (file, field))
+        try:
+            both = pa.unify_schemas([pa.schema([known]), pa.schema([field])], promote_options="permissive").field(0)
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            raise ValueError(
+                f"column {name} is {known.type} in {first} and {field.type} in {file}: say what it is to be, as "
+                f"source.keep={{{name}: string}}"
+            ) from None
+        found[name] = first, both
+    return pa.schema([field for _, field in found.values()])
+
+
+def values(columns: pa.Schema, given: Mapping[str, Any]) -> Iterator[pa.Array]:
+    """A row's values of the kept columns, an array of one each: null for one that isn't there. Raises RowError."""
+    for field in columns:
+        value = given.get(field.name)
+        try:
+            yield _array(value, field.type)
+        except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+            raise RowError(f"column {field.name}: {_shown(value)} is no {field.type}") from error
+
+
+def _array(value: Any, type: pa.DataType) -> pa.Array:
+    if isinstance(value, pa.Scalar):
+        array = pa.array([value if value.type == type else value.cast(type)], type)
+    elif isinstance(value, str) and not (pa.types.is_string(type) or pa.types.is_large_string(type)):
+        array = pa.array([value]).cast(type)  # text of a CSV file, say
+    else:
+        array = pa.array([value], type)
+    array.validate(full=True)  # text of a Parquet file may be no UTF-8
+    return array
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value.as_py() if isinstance(value, pa.Scalar) else value!r:.80}"
+    except UnicodeDecodeError:
+        return "what is no UTF-8"
