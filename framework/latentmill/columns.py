@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 import pyarrow as pa
 
 from latentmill.batch import NEGATIVE_PREFIX, PROMPT_PREFIX, STATE_PREFIX
-from latentmill.fields import BY_NAME, IN_JOB, TENSORS, arrow, parse
+from latentmill.fields import BY_NAME, IN_JOB, TENSORS, arrow, meaning, parse
 from latentmill.plugin import Denoiser, Plugin, RowError, RowField, Source
 from latentmill.registry import called
 from latentmill.text import near
@@ -39,6 +39,11 @@ class Columns:
     def schema(self) -> pa.Schema:
         """All of them, in the order in which they stand in a batch."""
         return pa.schema([*(arrow(each) for each in self.fields), *self.kept])
+
+    def meaning(self, name: str) -> str:
+        """What a column of the dataset is, ours among them; "" if we don't know."""
+        own = {of.name: of.meaning for of in self.fields}
+        return own.get(name) or ("as in the source" if name in self.kept.names else meaning(name))
 
     def unstored(self) -> list[str]:
         """Those that are no columns of the dataset."""
@@ -221,7 +226,8 @@ def values(columns: pa.Schema, given: Mapping[str, Any]) -> Iterator[pa.Array]:
 
 def _array(value: Any, type: pa.DataType) -> pa.Array:
     if isinstance(value, pa.Scalar):
-        array = pa.array([value if value.type == type else value.cast(type)], type)
+        array = pa.repeat(value, 1)
+        array = array if value.type == type else array.cast(type)
     elif isinstance(value, str) and not (pa.types.is_string(type) or pa.types.is_large_string(type)):
         array = pa.array([value]).cast(type)  # text of a CSV file, say
     else:

@@ -360,18 +360,18 @@ class TextEncoder(Plugin, ABC):
     meant, else what a person should do instead. Kinds that are not here are read as words."""
 
     @abstractmethod
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of B prompts. ``""`` is the unconditional prompt.
+    def encode(self, prompts: Sequence[str], *_: Any, **fields: Any) -> Conditioning:
+        """Conditioning of B prompts. ``""`` is the unconditional prompt. ``fields``: its ``row_fields``, of one value for all.
 
         Called for prompts that ``check`` has passed. Shapes behind the batch axis are the same for all prompts.
         """
 
-    def encode_negative(self, prompts: Sequence[str | None]) -> Conditioning:
+    def encode_negative(self, prompts: Sequence[str | None], *_: Any, **fields: Any) -> Conditioning:
         """Conditioning of what a picture is guided away from: ``encode``'s, unless the model treats it otherwise.
 
         None is a row that gives no negative prompt, which is encoded as an empty one, unless the model has something else for it.
         """
-        return self.encode([prompt or "" for prompt in prompts])
+        return self.encode([prompt or "" for prompt in prompts], **fields)
 
     def check(self, prompt: str) -> None:
         """Raise RowError, naming the cause, for a prompt that can't be encoded. Needs no weights."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from latentmill.fields import meaning
 from latentmill.progress import counted
 from latentmill.report.files import MARK, put
 from latentmill.report.material import Material, identity
@@ -30,7 +29,8 @@ def make(dataset: Material) -> None:
     parts.append(
         '```python\nimport datasets\n\ndataset = datasets.load_dataset("PATH_OF_THIS_FOLDER", split="train")\n```'
     )
-    columns = [[f"`{name}`", found or meaning(name)] for name, found in dataset.columns.items()]
+    known = dataset.there.plan.columns
+    columns = [[f"`{name}`", found or known.meaning(name)] for name, found in dataset.columns.items()]
     parts.append(_markdown(["column", "meaning"], columns))
     plugins = [[kind, *identity(plugin)] for kind, plugin in dataset.plan["plugins"].items()]
     parts.append("## Made with\n\n" + _markdown(["part", "plugin", "from", "weights"], plugins))
