@@ -1,0 +1,182 @@
+"""A shard of two files: a toy sink that keeps the rows' text in one and their sizes beside it, through all that can happen."""
+
+import importlib
+import json
+import sys
+
+import pytest
+
+from latentmill import failpoints
+from latentmill.plugin import CONTRACT
+
+SINK = '''
+"""JSON lines; the sizes of pictures are in a side file. It makes an index of the whole."""
+
+import json
+from pathlib import Path
+import pyarrow as pa
+from latentmill.plugin import Sink
+
+
+class TwoFiles(Sink):
+    contract = CONTRACT
+    suffix = ".lines"
+
+    def __init__(self, wrong: str = ""):
+        self.wrong = wrong
+
+    def pack(self, batch):
+        return batch.select(["row", "row_id", "prompt", "width", "height", "warning"])
+
+    def write(self, path, shard, metadata):
+        lines = [dict(metadata), *shard.select(["row_id", "prompt"]).to_pylist()]
+        Path(path).write_text("".join(json.dumps(line) + "\\n" for line in lines))
+
+    def write_side_files(self, folder, shard):
+        Path(folder, "sizes.json").write_text(json.dumps(shard.select(["width", "height"]).to_pylist()))
+
+    def _lines(self, file):
+        assert file.tell() == 0, "files come at position 0"
+        return [json.loads(line) for line in file.read().decode().splitlines()]
+
+    def row_ids(self, file):
+        return [row["row_id"] for row in self._lines(file)[1:]]
+
+    def metadata(self, file):
+        return self._lines(file)[0]
+
+    def count(self, file):
+        return len(self._lines(file)) - 1
+
+    def schema(self, file):
+        return pa.schema({"row_id": pa.string(), "prompt": pa.string(), "width": pa.int64(), "height": pa.int64()})
+
+    def read(self, file, columns, rows, side_file):
+        lines = self._lines(file)[1:]
+        with side_file("sizes.json") as sizes:
+            found = [{**row, **size} for row, size in zip(lines, json.loads(sizes.read()))]
+        wanted = [name for name in self.schema(file).names if columns is None or name in columns]
+        yield pa.Table.from_pylist([found[at] for at in rows]).select(wanted)
+
+    def finish(self, shards):
+        name = "plan.json" if self.wrong == "name" else "index.json"
+        return {name: json.dumps([[shard.name, shard.rows] for shard in shards]).encode()}
+'''
+
+
+@pytest.fixture
+def command(patches, pictures, tmp_path, monkeypatch):
+    """A job of four rows in two shards, by the sink above, installed as any plugin is; without its output."""
+    about = tmp_path / "site" / "two_files-1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: two-files\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[latentmill.sinks]\ntwo_files = toy_two_files:TwoFiles\n")
+    (tmp_path / "site" / "toy_two_files.py").write_text(SINK.replace("= CONTRACT", f"= {CONTRACT}"))
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    importlib.invalidate_caches()
+    sys.modules.pop("toy_two_files", None)
+    sink = "sink={name: two_files}"
+    return ["run", "reconstruct", f"source.path={pictures}", "rows_per_shard=2", *patches, "~sink", f"+{sink}"]
+
+
+@pytest.fixture
+def output(latentmill, command, tmp_path):
+    assert latentmill(*command, f"output={tmp_path / 'out'}") == 0, latentmill.said
+    return tmp_path / "out"
+
+
+def files(output, folder="files"):
+    return sorted(path.name for path in (output / folder).glob("*"))
+
+
+def names(output):
+    """The side files that the shards name."""
+    shards = [json.loads(path.open().readline()) for path in sorted(output.glob("data/*.lines"))]
+    return [side["stored_as"] for about in shards for side in json.loads(about["latentmill.files"])]
+
+
+def test_a_shard_names_the_files_beside_it_and_the_whole_has_an_index(output, latentmill):
+    assert files(output) == names(output) and [name[:6] for name in names(output)] == ["00000-", "00001-"]
+    assert json.loads((output / "index.json").read_text()) == [["data/00000.lines", 2], ["data/00001.lines", 2]]
+    assert latentmill("verify", output) == 0 and latentmill.out.endswith("sound\n")
+    assert latentmill("status", output) == 0 and "4 ok" in latentmill.out
+
+
+def test_rows_are_read_back_from_both(output):
+    from latentmill import dataset, storage
+
+    [table] = dataset.load(storage.at(str(output))).shard(1).read(["row_id", "width"], [1])
+    assert table.to_pylist() == [{"row_id": "000000003-000", "width": 4}]
+
+
+@pytest.mark.parametrize(("damage", "said"), [("gone", "is not there"), ("changed", "is not as it was written")])
+def test_a_side_file_that_is_wrong_damages_its_shard(output, latentmill, command, damage, said):
+    side = output / "files" / names(output)[0]
+    side.unlink() if damage == "gone" else side.write_text("[]")
+    assert latentmill("verify", output, "--repair") == 1
+    assert "shard 0 can't be read" in latentmill.out and said in latentmill.out
+    assert files(output) == names(output) and len(names(output)) == 1, "it went along with its shard"
+    assert len(files(output, "quarantine")) == (1 if damage == "gone" else 2)
+    assert latentmill(*command, f"output={output}") == 0
+    assert files(output) == names(output) and len(names(output)) == 2
+    assert latentmill("verify", output) == 0
+
+
+def test_a_file_that_no_shard_names_is_found_and_taken_out(output, latentmill):
+    stray = output / "files" / "00000-0123456789ab-sizes.json"
+    stray.write_text("[]")
+    assert latentmill("verify", output, "--repair") == 1
+    assert f"files/{stray.name} is no file of this dataset" in latentmill.out
+    assert files(output) == names(output) and files(output, "quarantine") == [f"foreign-{stray.name}"]
+    assert latentmill("verify", output) == 0
+
+
+def test_of_two_drivers_the_loser_s_files_are_deleted(latentmill, command, tmp_path, monkeypatch):
+    """The second runs whole while the first is between its side files and its commit."""
+    output, racing = tmp_path / "out", []
+
+    def overtake(name):
+        if name == "data synced" and not racing:
+            racing.append(name)
+            assert latentmill(*command, "single_writer=false", f"output={output}.other") == 0
+            for folder in ("files", "data"):
+                for path in (tmp_path / "out.other" / folder).iterdir():
+                    path.rename(output / folder / path.name) if folder == "files" else path.rename(
+                        _folder(output / folder) / path.name
+                    )
+
+    monkeypatch.setattr(failpoints, "reach", overtake)
+    assert latentmill(*command, f"output={output}") == 0, latentmill.said
+    assert racing and files(output) == names(output) and len(names(output)) == 2
+    assert latentmill("verify", output) == 0, latentmill.out
+
+
+def _folder(path):
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def test_what_a_killed_writer_left_is_swept(output, latentmill, command, tmp_path):
+    """A kill between side file and commit leaves a file that no shard names: as one copied here."""
+    left = output / "files" / "00001-0123456789ab-sizes.json"
+    left.write_text("[]")
+    (output / "data" / "00001.lines").unlink()
+    assert latentmill("verify", output) == 1 and left.name not in latentmill.out, "it may be at work"
+    assert latentmill(*command, f"output={output}") == 0
+    assert not left.exists() and files(output) == names(output)
+
+
+def test_failed_rows_are_retried_with_their_files(latentmill, command, pictures, tmp_path):
+    good = (pictures / "3.png").read_bytes()
+    (pictures / "3.png").write_bytes(b"no picture")
+    output = tmp_path / "out"
+    assert latentmill(*command, f"output={output}") == 0
+    before = names(output)
+    assert latentmill(*command, f"output={output}", "--retry-failed") == 0, latentmill.said
+    assert names(output)[0] == before[0] and names(output)[1] != before[1]
+    assert files(output) == names(output) and files(output, "quarantine") == [] and good
+
+
+def test_an_index_may_not_take_a_name_of_ours(latentmill, command, tmp_path):
+    assert latentmill(*command, "+sink.wrong=name", f"output={tmp_path / 'out'}") == 1
+    assert "two_files" in latentmill.err and "finish" in latentmill.err and "'plan.json'" in latentmill.err
