@@ -392,7 +392,7 @@ class Denoiser(Plugin, ABC):
 
     Conditioning, by name: what the text encoder makes; ``guidance_scale``, ``mask`` and ``masked``, if asked for below; and what
     a stage before it adds as tensor columns ``prompt:NAME`` and ``negative:NAME`` ``[B, ...]``, of one shape for all rows that
-    are to be moved together: a control picture, say, raw or encoded by the VAE (docs/plugins.md). Both or, with
+    are to be moved together: a control picture, say, raw or encoded by the VAE. Both or, with
     ``guidance_embedded``, ``prompt:NAME`` alone. Dtypes are kept; float conditioning must be finite.
     """
 

@@ -1,8 +1,7 @@
 """What tests of several modules share: tiny models, built once."""
 
 import pytest
-
-from latentmill_diffusers import tiny
+import tiny
 
 
 @pytest.fixture(scope="session")

@@ -9,13 +9,13 @@ from functools import partial
 import diffusers
 import pyarrow.parquet as pq
 import pytest
+import tiny
 import torch
 import transformers
 
 import latentmill
 from latentmill.plugin import RowError
 from latentmill.testing import DenoiserSuite, SchedulerSuite
-from latentmill_diffusers import tiny
 from latentmill_diffusers.denoiser import DiffusersDenoiser
 from latentmill_diffusers.scheduler import ModelScheduler
 from latentmill_diffusers.text_encoder import COMPEL, DiffusersTextEncoder

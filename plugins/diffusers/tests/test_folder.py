@@ -16,6 +16,7 @@ from pathlib import Path
 import diffusers
 import pyarrow.parquet as pq
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +25,6 @@ from latentmill.cli import main
 from latentmill.config import load_job
 from latentmill.errors import PlanError, PluginError
 from latentmill.plan import parts
-from latentmill_diffusers import tiny
 from latentmill_diffusers.denoiser import DiffusersDenoiser
 from latentmill_diffusers.folder import Folder
 from latentmill_diffusers.text_encoder import DiffusersTextEncoder

@@ -6,12 +6,12 @@ import shutil
 
 import pyarrow.parquet as pq
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
 import latentmill
 from latentmill.plugin import RowError
-from latentmill_diffusers import tiny
 from latentmill_diffusers.text_encoder import DiffusersTextEncoder
 
 CLIP = "the prompt is longer than the 77 tokens that the text encoder reads: the rest is cut off"

@@ -9,13 +9,13 @@ import diffusers
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tiny
 import torch
 from layouts import ordered
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
 import latentmill
-from latentmill_diffusers import tiny
 
 PROMPTS = [
     ("a red fox", None),

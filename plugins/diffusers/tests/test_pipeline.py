@@ -15,6 +15,11 @@ import diffusers
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tiny
+import tiny.autoencoders
+import tiny.text
+import tiny.transformer_models
+import tiny.unets
 import torch
 from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 from layouts import ordered
@@ -25,7 +30,7 @@ from latentmill import tensors
 from latentmill.batch import PROMPT_PREFIX, from_dicts
 from latentmill.config import load_job
 from latentmill.errors import PluginError
-from latentmill_diffusers import pipeline, tiny
+from latentmill_diffusers import pipeline
 from latentmill_diffusers.pipeline import Absent, PipelineDenoise, PipelineEncode
 from latentmill_diffusers.vae import DiffusersVAE
 
@@ -54,7 +59,7 @@ def flow(**settings):
 
 def packed_vae(channels=4):
     """FLUX's kind of autoencoder: its latents are packed into 2x2 patches."""
-    return tiny.autoencoder(
+    return tiny.autoencoders.autoencoder(
         channels, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
     )
 
@@ -72,7 +77,7 @@ def chroma():
         approximator_hidden_dim=16,
         approximator_layers=1,
     )
-    t5 = {"text_encoder": tiny.t5(), "tokenizer": tiny.tokenizer(512, begin=None)}
+    t5 = {"text_encoder": tiny.text.t5(), "tokenizer": tiny.text.tokenizer(512, begin=None)}
     return {"transformer": transformer, "vae": packed_vae(), "scheduler": flow(), **t5}
 
 
@@ -92,8 +97,8 @@ def cogview_3_plus():
     scheduler = diffusers.CogVideoXDDIMScheduler(
         prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
     )
-    t5 = {"text_encoder": tiny.t5(), "tokenizer": tiny.tokenizer(224, begin=None)}
-    return {"transformer": transformer, "vae": tiny.autoencoder(), "scheduler": scheduler, **t5}
+    t5 = {"text_encoder": tiny.text.t5(), "tokenizer": tiny.text.tokenizer(224, begin=None)}
+    return {"transformer": transformer, "vae": tiny.autoencoders.autoencoder(), "scheduler": scheduler, **t5}
 
 
 def lumina():
@@ -107,8 +112,8 @@ def lumina():
         multiple_of=16,
         cross_attention_dim=16,
     )
-    gemma = {"text_encoder": tiny.gemma(), "tokenizer": tiny.tokenizer(256, end=None)}
-    return {"transformer": transformer, "vae": tiny.autoencoder(blocks=4), "scheduler": flow(), **gemma}
+    gemma = {"text_encoder": tiny.text.gemma(), "tokenizer": tiny.text.tokenizer(256, end=None)}
+    return {"transformer": transformer, "vae": tiny.autoencoders.autoencoder(blocks=4), "scheduler": flow(), **gemma}
 
 
 def sana_sprint():
@@ -126,9 +131,9 @@ def sana_sprint():
         qk_norm="rms_norm_across_heads",
         guidance_embeds=True,
     )
-    gemma = {"text_encoder": tiny.gemma(), "tokenizer": tiny.tokenizer(300, end=None)}
+    gemma = {"text_encoder": tiny.text.gemma(), "tokenizer": tiny.text.tokenizer(300, end=None)}
     scheduler = diffusers.SCMScheduler()
-    return {"transformer": transformer, "vae": tiny.deep_compression(16), "scheduler": scheduler, **gemma}
+    return {"transformer": transformer, "vae": tiny.autoencoders.deep_compression(16), "scheduler": scheduler, **gemma}
 
 
 def bria():
@@ -141,14 +146,14 @@ def bria():
         joint_attention_dim=32,
         axes_dims_rope=[0, 4, 4],
     )
-    t5 = {"text_encoder": tiny.t5(), "tokenizer": tiny.tokenizer(128, begin=None)}
+    t5 = {"text_encoder": tiny.text.t5(), "tokenizer": tiny.text.tokenizer(128, begin=None)}
     return {"transformer": transformer, "vae": packed_vae(), "scheduler": flow(), **t5}
 
 
 def qwen_3(cls):
     import transformers
 
-    return getattr(transformers, cls)(transformers.Qwen3Config(**tiny.QWEN_3)).eval()
+    return getattr(transformers, cls)(transformers.Qwen3Config(**tiny.transformer_models.QWEN_3)).eval()
 
 
 def ovis():
@@ -162,7 +167,7 @@ def ovis():
         joint_attention_dim=16,
         axes_dims_rope=(4, 4, 8),
     )
-    tokenizer = tiny.tokenizer(512, begin=None, end=None, template=tiny.CHAT)
+    tokenizer = tiny.text.tokenizer(512, begin=None, end=None, template=tiny.text.CHAT)
     qwen = {"text_encoder": qwen_3("Qwen3Model"), "tokenizer": tokenizer}
     return {"transformer": transformer, "vae": packed_vae(), "scheduler": flow(), **qwen}
 
@@ -171,7 +176,7 @@ def hidream():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    llama = LlamaForCausalLM(LlamaConfig(**tiny.TEXT, **sizes)).eval()
+    llama = LlamaForCausalLM(LlamaConfig(**tiny.text.TEXT, **sizes)).eval()
     llama.config._attn_implementation = "eager"
     transformer = diffusers.HiDreamImageTransformer2DModel(
         patch_size=2,
@@ -191,14 +196,14 @@ def hidream():
         "transformer": transformer,
         "vae": packed_vae(),
         "scheduler": flow(),
-        "text_encoder": tiny.clip(16, projection=16, length=218),
-        "tokenizer": tiny.tokenizer(218, pad="</s>"),
-        "text_encoder_2": tiny.clip(16, projection=16, length=218),
-        "tokenizer_2": tiny.tokenizer(218),
-        "text_encoder_3": tiny.t5(),
-        "tokenizer_3": tiny.tokenizer(128, begin=None),
+        "text_encoder": tiny.text.clip(16, projection=16, length=218),
+        "tokenizer": tiny.text.tokenizer(218, pad="</s>"),
+        "text_encoder_2": tiny.text.clip(16, projection=16, length=218),
+        "tokenizer_2": tiny.text.tokenizer(218),
+        "text_encoder_3": tiny.text.t5(),
+        "tokenizer_3": tiny.text.tokenizer(128, begin=None),
         "text_encoder_4": llama,
-        "tokenizer_4": tiny.tokenizer(128, end=None),
+        "tokenizer_4": tiny.text.tokenizer(128, end=None),
     }
 
 
@@ -206,7 +211,7 @@ def qwen_2_5_vl():
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     text = {
-        **tiny.TEXT,
+        **tiny.text.TEXT,
         "hidden_size": 16,
         "intermediate_size": 16,
         "num_hidden_layers": 2,
@@ -215,7 +220,7 @@ def qwen_2_5_vl():
         "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1000000.0},
     }
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, vocab_size=tiny.VOCABULARY)
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, vocab_size=tiny.text.VOCABULARY)
     return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
@@ -230,14 +235,14 @@ def longcat():
         pooled_projection_dim=16,
         axes_dims_rope=[4, 4, 8],
     )
-    qwen = {"text_encoder": qwen_2_5_vl(), "tokenizer": tiny.tokenizer(512, begin=None, end=None)}
+    qwen = {"text_encoder": qwen_2_5_vl(), "tokenizer": tiny.text.tokenizer(512, begin=None, end=None)}
     return {"transformer": transformer, "vae": packed_vae(16), "scheduler": flow(), **qwen, "text_processor": None}
 
 
 def krea_2():
     from transformers import Qwen3VLConfig, Qwen3VLModel
 
-    text = {**tiny.QWEN_3, "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default"}}
+    text = {**tiny.transformer_models.QWEN_3, "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default"}}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
     encoder = Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)).eval()
     transformer = diffusers.Krea2Transformer2DModel(
@@ -259,10 +264,10 @@ def krea_2():
     )
     return {
         "transformer": transformer,
-        "vae": tiny.video_autoencoder("AutoencoderKLQwenImage"),
+        "vae": tiny.autoencoders.video_autoencoder("AutoencoderKLQwenImage"),
         "scheduler": flow(use_dynamic_shifting=True),
         "text_encoder": encoder,
-        "tokenizer": tiny.tokenizer(1024, begin=None, end=None),
+        "tokenizer": tiny.text.tokenizer(1024, begin=None, end=None),
         "text_encoder_select_layers": (1, 2),
     }
 
@@ -283,12 +288,12 @@ def kandinsky_5():
     )
     return {
         "transformer": transformer,
-        "vae": tiny.autoencoder(blocks=4),
+        "vae": tiny.autoencoders.autoencoder(blocks=4),
         "scheduler": flow(),
         "text_encoder": qwen_2_5_vl(),
-        "tokenizer": tiny.tokenizer(1024, begin=None, end=None),
-        "text_encoder_2": tiny.clip(),
-        "tokenizer_2": tiny.tokenizer(77, pad="</s>"),
+        "tokenizer": tiny.text.tokenizer(1024, begin=None, end=None),
+        "text_encoder_2": tiny.text.clip(),
+        "tokenizer_2": tiny.text.tokenizer(77, pad="</s>"),
     }
 
 
@@ -303,7 +308,7 @@ def ernie():
         text_in_dim=16,
         rope_axes_dim=(4, 2, 2),
     )
-    qwen = {"text_encoder": qwen_3("Qwen3Model"), "tokenizer": tiny.tokenizer(512, end=None)}
+    qwen = {"text_encoder": qwen_3("Qwen3Model"), "tokenizer": tiny.text.tokenizer(512, end=None)}
     parts = {"transformer": transformer, "vae": tiny.BUILDERS["Flux2Pipeline"]()["vae"], "scheduler": flow()}
     return {**parts, **qwen, "pe": None, "pe_tokenizer": None}
 
@@ -323,12 +328,12 @@ def hunyuan_image():
     )
     return {
         "transformer": transformer,
-        "vae": tiny.hunyuan_autoencoder(),
+        "vae": tiny.autoencoders.hunyuan_autoencoder(),
         "scheduler": flow(),
         "text_encoder": qwen_2_5_vl(),
-        "tokenizer": tiny.tokenizer(1200, begin=None, end=None),
-        "text_encoder_2": tiny.t5(),
-        "tokenizer_2": tiny.tokenizer(128, begin=None),
+        "tokenizer": tiny.text.tokenizer(1200, begin=None, end=None),
+        "text_encoder_2": tiny.text.t5(),
+        "tokenizer_2": tiny.text.tokenizer(128, begin=None),
         "guider": diffusers.AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=1),
     }
 
@@ -336,7 +341,7 @@ def hunyuan_image():
 def bria_fibo():
     from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
-    config = SmolLM3Config(**{**tiny.QWEN_3, "vocab_size": 128_001, "num_hidden_layers": 3})
+    config = SmolLM3Config(**{**tiny.transformer_models.QWEN_3, "vocab_size": 128_001, "num_hidden_layers": 3})
     transformer = diffusers.BriaFiboTransformer2DModel(
         in_channels=4,
         num_layers=1,
@@ -354,14 +359,14 @@ def bria_fibo():
         "vae": diffusers.AutoencoderKLWan(base_dim=8, z_dim=4, num_res_blocks=1, **sixteenth, **statistics),
         "scheduler": flow(),
         "text_encoder": SmolLM3ForCausalLM(config).eval(),
-        "tokenizer": tiny.tokenizer(512, begin=None, end=None),
+        "tokenizer": tiny.text.tokenizer(512, begin=None, end=None),
     }
 
 
 def qwen_3_vl(cls="Qwen3VLForConditionalGeneration", layers=2):
     import transformers
 
-    text = {**tiny.QWEN_3, "num_hidden_layers": layers}
+    text = {**tiny.transformer_models.QWEN_3, "num_hidden_layers": layers}
     text["rope_scaling"] = {"mrope_section": [1, 1, 2], "rope_type": "default"}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
     config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision)
@@ -373,8 +378,8 @@ def processor(length=1024):
     from transformers import CLIPImageProcessorPil, LlavaProcessor
 
     image = "<|image_pad|>"
-    tokenizer = tiny.tokenizer(length, begin=None, end=None, template=tiny.CHAT, extra={"image_token": image})
-    return LlavaProcessor(CLIPImageProcessorPil(), tokenizer, chat_template=tiny.CHAT, image_token=image)
+    tokenizer = tiny.text.tokenizer(length, begin=None, end=None, template=tiny.text.CHAT, extra={"image_token": image})
+    return LlavaProcessor(CLIPImageProcessorPil(), tokenizer, chat_template=tiny.text.CHAT, image_token=image)
 
 
 def kandinsky_3():
@@ -398,8 +403,8 @@ def kandinsky_3():
         vq_embed_dim=4,
         norm_type="spatial",
     )
-    t5 = {"text_encoder": tiny.t5(), "tokenizer": tiny.tokenizer(128, begin=None)}
-    scheduler = diffusers.DDPMScheduler(**tiny.SD_BETAS, clip_sample=False)
+    t5 = {"text_encoder": tiny.text.t5(), "tokenizer": tiny.text.tokenizer(128, begin=None)}
+    scheduler = diffusers.DDPMScheduler(**tiny.unets.SD_BETAS, clip_sample=False)
     return {"unet": unet, "movq": movq, "scheduler": scheduler, **t5}
 
 
@@ -413,7 +418,7 @@ def qwen_image_21():
         context_in_dim=16,
         axes_dims_rope=(8, 4, 4),
     )
-    parts = {"transformer": transformer, "vae": tiny.VAES["AutoencoderKLQwenImage21"]()}
+    parts = {"transformer": transformer, "vae": tiny.autoencoders.VAES["AutoencoderKLQwenImage21"]()}
     parts["scheduler"] = flow(use_dynamic_shifting=True)
     return {**parts, "text_encoder": qwen_3_vl(), "processor": processor()}
 
@@ -434,7 +439,7 @@ def nucleus():
     for name, parameter in transformer.named_parameters():
         if name.endswith(("gate_up_proj", "down_proj")):  # it leaves them as the memory was
             torch.nn.init.normal_(parameter, std=0.1)
-    parts = {"transformer": transformer, "vae": tiny.video_autoencoder("AutoencoderKLQwenImage")}
+    parts = {"transformer": transformer, "vae": tiny.autoencoders.video_autoencoder("AutoencoderKLQwenImage")}
     parts["scheduler"] = flow(use_dynamic_shifting=True)
     return {**parts, "text_encoder": qwen_3_vl(layers=8), "processor": processor()}
 
@@ -455,7 +460,12 @@ def ideogram_4():
     networks = {"transformer": network(), "unconditional_transformer": network()}
     parts = {"vae": tiny.BUILDERS["Flux2Pipeline"]()["vae"], "scheduler": flow(), "prompt_enhancer_head": None}
     qwen = {"text_encoder": qwen_3_vl("Qwen3VLModel", layers=36)}
-    return {**networks, **parts, **qwen, "tokenizer": tiny.tokenizer(512, begin=None, end=None, template=tiny.CHAT)}
+    return {
+        **networks,
+        **parts,
+        **qwen,
+        "tokenizer": tiny.text.tokenizer(512, begin=None, end=None, template=tiny.text.CHAT),
+    }
 
 
 def bria_fibo_2():
@@ -494,8 +504,12 @@ def dream_lite():
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=16,
     )
-    parts = {"unet": unet, "vae": tiny.VAES["AutoencoderTiny"](), "scheduler": flow(use_dynamic_shifting=True)}
-    tokenizer = tiny.tokenizer(1024, begin=None, end=None)
+    parts = {
+        "unet": unet,
+        "vae": tiny.autoencoders.VAES["AutoencoderTiny"](),
+        "scheduler": flow(use_dynamic_shifting=True),
+    }
+    tokenizer = tiny.text.tokenizer(1024, begin=None, end=None)
     return {**parts, "text_encoder": qwen_3_vl(), "tokenizer": tokenizer, "processor": processor()}
 
 
@@ -507,12 +521,17 @@ def prx():
         in_channels=4, context_in_dim=16, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=2, axes_dim=[8, 8]
     )
     gemma = {"hidden_size": 16, "intermediate_size": 37, "head_dim": 8, "num_attention_heads": 2}
-    gemma |= {**tiny.TEXT, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    gemma |= {**tiny.text.TEXT, "num_key_value_heads": 2, "num_hidden_layers": 2}
     config = T5GemmaConfig(encoder=gemma, decoder=gemma)
     encoder = T5GemmaEncoder(config.encoder).eval()
     encoder.config = config  # as it is saved: of both halves
-    t5 = {"text_encoder": encoder, "tokenizer": tiny.tokenizer(256, end=None)}
-    return {"transformer": transformer, "vae": tiny.autoencoder(shift_factor=0.1159), "scheduler": flow(), **t5}
+    t5 = {"text_encoder": encoder, "tokenizer": tiny.text.tokenizer(256, end=None)}
+    return {
+        "transformer": transformer,
+        "vae": tiny.autoencoders.autoencoder(shift_factor=0.1159),
+        "scheduler": flow(),
+        **t5,
+    }
 
 
 def glm_image():
@@ -529,7 +548,12 @@ def glm_image():
         condition_dim=4,
         prior_vq_quantizer_codebook_size=16,
     )
-    text = {**tiny.QWEN_3, "num_hidden_layers": 1, "vocab_size": tiny.VOCABULARY + 3, "vision_vocab_size": 16}
+    text = {
+        **tiny.transformer_models.QWEN_3,
+        "num_hidden_layers": 1,
+        "vocab_size": tiny.text.VOCABULARY + 3,
+        "vision_vocab_size": 16,
+    }
     del text["head_dim"], text["bos_token_id"]
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
     text["eos_token_id"] = 100  # it writes 0 to 15, and doesn't end before its time
@@ -539,22 +563,22 @@ def glm_image():
         text_config=text,
         vision_config=vision,
         vq_config=codes,
-        image_token_id=tiny.VOCABULARY,
+        image_token_id=tiny.text.VOCABULARY,
         image_start_token_id=2,
         image_end_token_id=3,
     )
     extra = {"image_token": "<|image|>", "grid_bos_token": "<sop>", "grid_eos_token": "<eop>"}
-    tokenizer = tiny.tokenizer(512, begin=None, end=None, side="left", template=tiny.CHAT, extra=extra)
+    tokenizer = tiny.text.tokenizer(512, begin=None, end=None, side="left", template=tiny.text.CHAT, extra=extra)
     images = transformers.GlmImageImageProcessorPil()
     statistics = {"latents_mean": [0.5, -1.0, 0.2, 0.0], "latents_std": [1.0, 2.0, 0.5, 1.5]}
     return {
         "transformer": transformer,
-        "vae": tiny.autoencoder(blocks=4, **statistics),
+        "vae": tiny.autoencoders.autoencoder(blocks=4, **statistics),
         "scheduler": flow(use_dynamic_shifting=True),
-        "text_encoder": tiny.t5(vocabulary=384),
+        "text_encoder": tiny.text.t5(vocabulary=384),
         "tokenizer": transformers.ByT5Tokenizer(),
         "vision_language_encoder": transformers.GlmImageForConditionalGeneration(config).eval(),
-        "processor": transformers.GlmImageProcessor(images, tokenizer, chat_template=tiny.CHAT),
+        "processor": transformers.GlmImageProcessor(images, tokenizer, chat_template=tiny.text.CHAT),
     }
 
 
@@ -568,14 +592,14 @@ def omnigen():
         in_channels=4,
         time_step_dim=4,
         rope_scaling={"long_factor": [1, 2], "short_factor": [1, 2]},
-        vocab_size=tiny.VOCABULARY,
+        vocab_size=tiny.text.VOCABULARY,
         pad_token_id=1,
     )
     return {
         "transformer": transformer,
-        "vae": tiny.autoencoder(blocks=4),
+        "vae": tiny.autoencoders.autoencoder(blocks=4),
         "scheduler": flow(invert_sigmas=True, num_train_timesteps=1),
-        "tokenizer": tiny.tokenizer(512),
+        "tokenizer": tiny.text.tokenizer(512),
     }
 
 

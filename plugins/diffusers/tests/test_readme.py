@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from latentmill_diffusers import tiny
+import tiny
+
 from latentmill_diffusers.families import FAMILIES
 from latentmill_diffusers.folder import Folder
 from latentmill_diffusers.scheduler import solver_of

@@ -11,11 +11,11 @@ import shutil
 import diffusers
 import pyarrow.parquet as pq
 import pytest
+import tiny
 import torch
 from layouts import ordered
 
 import latentmill
-from latentmill_diffusers import tiny
 
 ELSEWHERE = ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline")
 """Families that have no text-to-image."""

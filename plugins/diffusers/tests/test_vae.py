@@ -5,12 +5,13 @@ from functools import partial
 
 import diffusers
 import pytest
+import tiny
+import tiny.autoencoders
 import torch
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from latentmill.plugin import RowError
 from latentmill.testing import VAESuite
-from latentmill_diffusers import tiny
 from latentmill_diffusers.vae import DiffusersVAE
 
 CPU = torch.device("cpu")
@@ -19,7 +20,7 @@ PICTURES = torch.rand(3, 3, 32, 64, generator=torch.Generator().manual_seed(1)) 
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
-    """A VAE's folder by its name in tiny.VAES; built once."""
+    """A VAE's folder by its name in tiny.autoencoders.VAES; built once."""
     root, built = tmp_path_factory.mktemp("vaes"), {}
 
     def folder(name):
@@ -48,7 +49,7 @@ def affine(model, config):
     return 1 / scale, config.get("shift_factor") or 0.0
 
 
-@pytest.mark.parametrize("name", tiny.VAES)
+@pytest.mark.parametrize("name", tiny.autoencoders.VAES)
 @torch.inference_mode()
 def test_latents_their_spread_and_pictures_are_diffusers(name, vae):
     ours = loaded(vae(name))
@@ -126,7 +127,7 @@ def test_slices_and_tiles_make_the_same_of_what_fits_one_tile(vae):
 
 @torch.inference_mode()
 def test_half_precision_stays_in_float32_where_the_config_says_it_is_unsafe(vae, tmp_path):
-    model = tiny.autoencoder(force_upcast=False)
+    model = tiny.autoencoders.autoencoder(force_upcast=False)
     model.save_pretrained(tmp_path)
     unsafe, safe = loaded(vae("AutoencoderKL"), dtype="float16"), loaded(tmp_path, dtype="float16")
     assert (unsafe._model.dtype, safe._model.dtype) == (torch.float32, torch.float16)
@@ -149,6 +150,6 @@ class TestSuite(VAESuite):
     size = (32, 32)
     min_psnr = 0.0
 
-    @pytest.fixture(autouse=True, params=tiny.VAES)
+    @pytest.fixture(autouse=True, params=tiny.autoencoders.VAES)
     def _of(self, request, vae):
         type(self).vae = staticmethod(partial(DiffusersVAE, str(vae(request.param))))

@@ -1,6 +1,6 @@
 """Stable Diffusion 1.5 in its real architecture with random weights: that it runs, and what each stage holds in memory.
 
-    python -m latentmill_diffusers.memory
+    python benchmarks/memory.py
 
 needs 5 GB of disk for a while and prints a table: two pictures of 256x256 pixels in 2 steps with guidance, on the CPU in float32.
 """
@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+sys.path.append(str(Path(__file__).parents[1] / "plugins/diffusers/tests"))  # whose tiny models have a tokenizer
+
 STAGES = ("encode", "denoise", "decode")
 PROMPTS = ["a red fox", "two houses by the sea"]
 SIZE = (32, 32)
@@ -27,9 +29,9 @@ SIZE = (32, 32)
 def build(folder: Path) -> Path:
     """Write the model: 860M parameters of the UNet, 123M of the text encoder, 84M of the VAE."""
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from tiny.text import tokenizer
+    from tiny.unets import SD_BETAS
     from transformers import CLIPTextConfig, CLIPTextModel
-
-    from latentmill_diffusers.tiny import SD_BETAS, tokenizer
 
     text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
     StableDiffusionPipeline(
@@ -102,8 +104,8 @@ def main() -> None:
             "| stage | weights, MiB | peak of its process, MiB | of which before the weights | seconds |\n|---|---|---|---|---|"
         )
         for stage, part in zip(STAGES, sizes):
-            code = f"import json; from latentmill_diffusers import memory; print(json.dumps(memory.measure({stage!r}, {str(folder)!r})))"
-            said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+            again = [sys.executable, __file__, stage, str(folder)]
+            said = subprocess.run(again, capture_output=True, text=True, check=True).stdout
             found = json.loads(said.splitlines()[-1])
             print(
                 f"| {stage} | {sizes[part]:.0f} | {found['peak']:.0f} | {found['before']:.0f} | {found['seconds']:.0f} |"
@@ -111,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(measure(*sys.argv[1:]))) if sys.argv[1:] else main()
