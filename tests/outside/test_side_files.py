@@ -2,8 +2,13 @@
 
 import importlib
 import json
+import os
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from latentmill import failpoints
@@ -13,6 +18,9 @@ SINK = '''
 """JSON lines; the sizes of pictures are in a side file. It makes an index of the whole."""
 
 import json
+import os
+import signal
+import subprocess
 from pathlib import Path
 import pyarrow as pa
 from latentmill.plugin import Sink
@@ -180,3 +188,31 @@ def test_failed_rows_are_retried_with_their_files(latentmill, command, pictures,
 def test_an_index_may_not_take_a_name_of_ours(latentmill, command, tmp_path):
     assert latentmill(*command, "+sink.wrong=name", f"output={tmp_path / 'out'}") == 1
     assert "two_files" in latentmill.err and "finish" in latentmill.err and "'plan.json'" in latentmill.err
+
+
+def test_a_writer_that_is_killed_between_side_file_and_commit_leaves_nothing(latentmill, command, executable, tmp_path):
+    output, places = tmp_path / "out", tmp_path / "places"
+    places.mkdir()
+    actions = Path(__file__).parents[1] / "faults" / "actions"
+    paths = os.pathsep.join(map(str, [tmp_path / "site", actions]))
+    environment = {**os.environ, "PYTHONPATH": paths, "LATENTMILL_FAILPOINT": f"data synced:kill:{places}"}
+    killed = subprocess.run([*executable, *command, f"output={output}"], env=environment, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert files(output, "data") == [] and [name[:6] for name in files(output)] == ["00000-"]
+    [left] = files(output)
+    assert latentmill(*command, f"output={output}") == 0, latentmill.said
+    assert left not in files(output) and files(output) == names(output) and len(names(output)) == 2
+    assert latentmill("verify", output) == 0
+
+
+def test_the_loser_deletes_its_files_itself(command, tmp_path):
+    from latentmill import registry, storage
+    from latentmill.shards import with_side_files
+
+    store, sink = storage.at(str(tmp_path / "out")), registry.build("sink", {"name": "two_files"})
+    table = pa.table({"width": [4], "height": [4]})
+    with with_side_files(store, sink, 0, table) as winner:
+        winner.keep()
+    with with_side_files(store, sink, 0, table):
+        assert len(files(tmp_path / "out")) == 2
+    assert files(tmp_path / "out") == [*winner.paths]
