@@ -80,7 +80,7 @@ print(won)
 
 
 def test_of_several_processes_one_publishes_each_name(tmp_path):
-    source = str(Path(storage.__file__).parents[1])
+    source = str(Path(storage.__file__).parents[2])
     racers = [
         subprocess.Popen(
             [sys.executable, "-c", RACER, str(tmp_path), str(i)],

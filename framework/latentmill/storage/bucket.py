@@ -1,0 +1,181 @@
+"""A dataset in an object store."""
+
+from __future__ import annotations
+
+import io
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from latentmill import failpoints
+from latentmill.errors import StorageError
+from latentmill.storage.store import DAY, Storage
+from latentmill.text import one_line
+
+CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_ENDPOINT_URL for a store that is not Amazon's)",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+}
+"""For each kind of object store the environment variables that say who one is."""
+METADATA = re.compile(r"169\.254\.169\.254|metadata\.google")
+"""Where a client that was given no credentials asks the machine for some."""
+
+
+class Bucket(Storage):
+    """A prefix of an object store, through obstore: S3 and what speaks its protocol, Google Cloud Storage, Azure."""
+
+    def __init__(self, url: str, single_writer: bool = False) -> None:
+        super().__init__(url, single_writer)
+        try:
+            from obstore import exceptions
+            from obstore.store import from_url
+        except ImportError as error:
+            raise StorageError(f"{url}: an object store needs obstore: pip install 'latentmill[s3]'") from error
+        self._errors = exceptions
+        options: dict[str, Any] = {"client_options": {"timeout": "600s", "allow_http": True}}
+        if url.startswith("s3"):
+            options["config"] = {"checksum_algorithm": "sha256"}  # the store compares what it got with what was sent
+        try:
+            self.store: Any = from_url(url.rstrip("/"), **options)
+        except Exception as error:
+            raise StorageError(f"{url}: {_one_line(error)}") from error
+
+    @contextmanager
+    def aside(self, name: str) -> Iterator[str]:
+        with tempfile.TemporaryDirectory(prefix="latentmill-") as folder:
+            yield str(Path(folder, name.rpartition("/")[2]))
+
+    def create(self, name: str, content: str | bytes) -> bool:
+        import obstore
+
+        given = content if isinstance(content, bytes) else Path(content)
+        failpoints.reach(f"{name.partition('/')[0]} synced")
+        if self.single_writer:
+            if self.exists(name):
+                return False
+            with self._said(name, writes=True):
+                obstore.put(self.store, name, given)
+            return True
+        with self._said(name, writes=True):
+            try:
+                obstore.put(self.store, name, given, mode="create", use_multipart=False)
+                return True
+            except self._errors.AlreadyExistsError:
+                return False
+            except self._errors.NotSupportedError as error:
+                raise NotImplementedError(_one_line(error)) from error
+
+    def put(self, name: str, content: bytes) -> None:
+        import obstore
+
+        with self._said(name, writes=True):
+            obstore.put(self.store, name, content)
+
+    def read(self, name: str) -> bytes:
+        import obstore
+
+        with self._said(name):
+            return bytes(obstore.get(self.store, name).bytes())
+
+    def open(self, name: str) -> BinaryIO:
+        import obstore
+
+        with self._said(name):
+            return cast(BinaryIO, io.BufferedReader(_Remote(obstore.open_reader(self.store, name)), 1 << 20))
+
+    def exists(self, name: str) -> bool:
+        import obstore
+
+        with self._said(name):
+            try:
+                obstore.head(self.store, name)
+                return True
+            except FileNotFoundError:
+                return False
+
+    def names(self, folder: str) -> list[str]:
+        import obstore
+
+        with self._said(folder):
+            found = obstore.list_with_delimiter(self.store, folder or None)["objects"]
+            return [str(entry["path"]).rpartition("/")[2] for entry in found]
+
+    def tags(self, folder: str) -> dict[str, str]:
+        import obstore
+
+        with self._said(folder):
+            found = obstore.list_with_delimiter(self.store, folder or None)["objects"]
+            return {
+                str(entry["path"]).rpartition("/")[2]: f"{entry['e_tag']} {entry['size']} {entry['last_modified']}"
+                for entry in found
+            }
+
+    def delete(self, name: str) -> None:
+        import obstore
+
+        with self._said(name), suppress(FileNotFoundError):
+            obstore.delete(self.store, name)
+
+    def move(self, name: str, to: str) -> None:
+        import obstore
+
+        with self._said(name):
+            obstore.rename(self.store, name, to)
+
+    def sweep(self) -> None:  # nothing is written aside in the store
+        import obstore
+
+        with self._said("leases"):
+            for entry in obstore.list_with_delimiter(self.store, "leases")["objects"]:
+                if entry["path"].endswith(".alive") and entry["last_modified"].timestamp() < time.time() - DAY:
+                    self.delete(f"leases/{entry['path'].rpartition('/')[2]}")
+
+    @contextmanager
+    def _said(self, name: str, writes: bool = False) -> Iterator[None]:
+        """An object store's many-lined errors, as one line of ours."""
+        try:
+            yield
+        except (self._errors.BaseError, OSError) as error:  # for some it raises Python's own
+            if isinstance(error, FileNotFoundError) and not writes:
+                raise FileNotFoundError(f"{self.url.rstrip('/')}/{name} is not there") from error
+            said = _one_line(error)
+            if METADATA.search(said):
+                variables = CREDENTIALS[self.url.partition(":")[0]]
+                said = f"there are no credentials: set {variables}, here and, if they are other machines, on the nodes"
+            raise StorageError(f"{self.url.rstrip('/')}/{name}: {said}") from error
+
+
+class _Remote(io.RawIOBase):
+    """An object of a store as a file: read by ranges, as it is asked for."""
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        got = memoryview(self.reader.read(len(buffer)))
+        buffer[: len(got)] = got
+        return len(got)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self.reader.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self.reader.tell())
+
+
+def _one_line(error: BaseException) -> str:
+    """The store's own message, or what obstore says before it goes into detail."""
+    text = str(error).partition("\n\nDebug source")[0]
+    said = re.search(r"<Message>(.*?)</Message>", text, re.DOTALL)
+    return one_line(said.group(1) if said else text, 300)

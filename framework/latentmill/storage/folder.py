@@ -1,0 +1,147 @@
+"""A dataset in a folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from latentmill import failpoints
+from latentmill.errors import StorageError
+from latentmill.storage.store import DAY, Storage
+
+
+class Folder(Storage):
+    """A folder of a file system with hard links."""
+
+    def __init__(self, url: str, single_writer: bool = False) -> None:
+        super().__init__(url, single_writer)
+        self.root = Path(url)
+
+    @contextmanager
+    def aside(self, name: str) -> Iterator[str]:
+        failpoints.reach("store")
+        folder = self.root / ".tmp"
+        _make(folder)
+        temporary = folder / f"{uuid.uuid4().hex}-{name.rpartition('/')[2]}"
+        try:
+            yield os.path.abspath(temporary)  # Arrow takes the relative a:b/c for a URL
+        finally:
+            _remove(temporary)
+
+    def create(self, name: str, content: str | bytes) -> bool:
+        if isinstance(content, bytes):
+            with self.aside(name) as temporary:
+                Path(temporary).write_bytes(content)
+                return self.create(name, temporary)
+        failpoints.reach("store")
+        final = self.root / name
+        _make(final.parent)
+        _sync(content)
+        failpoints.reach(f"{name.partition('/')[0]} synced")
+        first = self._link(content, final)
+        _sync(str(final.parent))  # the loser too: whoever goes on relies on what the winner may not have synced yet
+        return first
+
+    def _link(self, source: str, final: Path) -> bool:
+        try:
+            os.link(source, final)
+            return True
+        except FileExistsError:
+            if not final.is_file():
+                raise StorageError(f"{final} is in the way: a {_what(final)}, where a file is to be made") from None
+            return False
+        except OSError as error:
+            if not self.single_writer and error.errno not in _LINKLESS:
+                raise
+            if not self.single_writer:
+                raise NotImplementedError(f"this file system has no hard links: {error.strerror}") from error
+        if final.exists():
+            return False
+        os.rename(source, final)
+        return True
+
+    def put(self, name: str, content: bytes) -> None:
+        with self.aside(name) as temporary:
+            Path(temporary).write_bytes(content)
+            _make((self.root / name).parent)
+            os.replace(temporary, self.root / name)
+
+    def read(self, name: str) -> bytes:
+        failpoints.reach("store")
+        return (self.root / name).read_bytes()
+
+    def open(self, name: str) -> BinaryIO:
+        return (self.root / name).open("rb")
+
+    def exists(self, name: str) -> bool:
+        return (self.root / name).is_file()
+
+    def names(self, folder: str) -> list[str]:
+        try:
+            with os.scandir(self.root / folder) as entries:
+                return [entry.name for entry in entries if entry.is_file()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def tags(self, folder: str) -> dict[str, str]:
+        found = {}
+        for name in self.names(folder):
+            with suppress(FileNotFoundError):  # gone in between
+                about = (self.root / folder / name).stat()
+                found[name] = f"{about.st_ino} {about.st_size} {about.st_mtime_ns}"
+        return found
+
+    def delete(self, name: str) -> None:
+        with suppress(NotADirectoryError):
+            (self.root / name).unlink(missing_ok=True)
+
+    def move(self, name: str, to: str) -> None:
+        _make((self.root / to).parent)
+        os.replace(self.root / name, self.root / to)
+        _sync(str((self.root / name).parent))
+
+    def sweep(self) -> None:
+        for file in [*(self.root / ".tmp").glob("*"), *(self.root / "leases").glob("*.alive")]:
+            with suppress(FileNotFoundError):  # another driver sweeps, too
+                if file.stat().st_mtime < time.time() - DAY:
+                    _remove(file)
+
+
+_LINKLESS = (1, 18, 31, 38, 95)
+"""EPERM, EXDEV, EMLINK, ENOSYS, EOPNOTSUPP: what file systems without hard links answer."""
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _what(path: Path) -> str:
+    return "folder" if path.is_dir() else "link to nothing" if path.is_symlink() else "special file"
+
+
+def _make(folder: Path) -> None:
+    if not folder.is_dir():
+        _make(folder.parent)
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileExistsError:
+            what = "file" if folder.is_file() else _what(folder)
+            raise StorageError(f"{folder} is in the way: a {what}, where a folder is to be made") from None
+        _sync(str(folder.parent))
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,88 @@
+"""What all places for a dataset have in common."""
+
+from __future__ import annotations
+
+import uuid
+from abc import ABC, abstractmethod
+from typing import Any, BinaryIO
+
+from latentmill.errors import StorageError
+
+DAY = 86_400
+"""Seconds."""
+
+
+class Storage(ABC):
+    """A dataset's files by name."""
+
+    def __init__(self, url: str, single_writer: bool = False) -> None:
+        self.url, self.single_writer = url, single_writer
+
+    @abstractmethod
+    def aside(self, name: str) -> Any:
+        """A context with a local path at which to write what ``create`` is to publish.
+
+        Or to make a folder there, for several files. It is removed at the end.
+        """
+
+    @abstractmethod
+    def create(self, name: str, content: str | bytes) -> bool:
+        """Publish bytes, or the local file of that path, durably, under a name that is free. False if it is taken."""
+
+    @abstractmethod
+    def put(self, name: str, content: bytes) -> None:
+        """Put a small file in place whole; one of that name is replaced."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """All of a file. Raises FileNotFoundError."""
+
+    @abstractmethod
+    def open(self, name: str) -> BinaryIO:
+        """A file to read and seek in. Raises FileNotFoundError."""
+
+    @abstractmethod
+    def names(self, folder: str) -> list[str]:
+        """Names of the files right in a folder, without it; none if it is not there."""
+
+    def tags(self, folder: str) -> dict[str, str]:
+        """The same names, each with a text that is another once another file has the name; "" in a store that has none."""
+        return dict.fromkeys(self.names(folder), "")
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Remove a file, if it is there."""
+
+    @abstractmethod
+    def move(self, name: str, to: str) -> None:
+        """Give a file another name; one of that name is replaced."""
+
+    @abstractmethod
+    def sweep(self) -> None:
+        """Remove what processes that were killed left, a day ago or longer: younger files may be in use.
+
+        That is what was written aside, and signs of life in ``leases/``, which whoever lives makes anew every few seconds.
+        """
+
+    @abstractmethod
+    def exists(self, name: str) -> bool:
+        """Whether a file is there."""
+
+    def check(self) -> None:
+        """Raise StorageError unless ``create`` can keep its promise here. Leaves nothing behind."""
+        if self.single_writer:
+            return
+        probe = f".tmp/{uuid.uuid4().hex}-probe"
+        try:
+            self.create(probe, b"first")  # an answer that was lost on the way, and asked for again, may be wrong
+            kept = not self.create(probe, b"second") and self.read(probe) == b"first"
+            why = "a second create of one name succeeded"
+        except NotImplementedError as error:
+            kept, why = False, str(error)
+        finally:
+            self.delete(probe)
+        if not kept:
+            raise StorageError(
+                f"{self.url} can't create a file only if its name is free ({why}), on which exactly-once rests; "
+                "set single_writer=true if no other driver writes there"
+            )
