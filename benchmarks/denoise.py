@@ -30,14 +30,14 @@ from latentmill.batch import NEGATIVE_PREFIX, PROMPT_PREFIX, SCHEDULER_KEY, from
 from latentmill.driver.loop import drive
 from latentmill.driver.messages import StageSpec
 from latentmill.driver.state import DriverState
-from latentmill.plugin import Denoiser, LatentSpec, Reject, Stage
-from latentmill.run import RUNNING_BATCHES
+from latentmill.plugin import Declaration, Denoiser, LatentSpec, Reject, Stage, StageContext
 from latentmill.schedulers import grids, noise
 from latentmill.schedulers.noise_schedules import VariancePreserving
 from latentmill.stages.denoise import Denoise
 from latentmill.stages.encode import Encode
 from latentmill.stages.guidance import Guidance, ModelField
 from latentmill.workers.inline import InlinePool
+from latentmill.workers.pools import RUNNING_BATCHES
 from latentmill.workers.worker import StageWork
 
 CALL = 16
@@ -102,13 +102,26 @@ def mixed(count: int, schedulers: Sequence[str], seed: int = 0) -> list[dict[str
     ]  # fmt: skip
 
 
+def _denoise(denoiser: Denoiser, schedulers: Mapping[str, Any]) -> Denoise:
+    stage = Denoise()
+    context = StageContext.of(
+        {"denoiser": denoiser, "scheduler": None},
+        batch_size=CALL,
+        sampling={"until": 0.0, "first_noise": "latentmill"},
+        choices={"scheduler": {"grid": "trailing"}},
+        scheduler_of=schedulers.__getitem__,
+    )
+    stage.prepare(context)
+    return stage
+
+
 def fullness(given: Sequence[Mapping[str, Any]]) -> float:
     """Evaluations done / (calls x places), when the rows go through the driver."""
     denoiser = Idle()
     schedulers = {name: registry.build("scheduler", {"name": name}) for name in {row["scheduler"] for row in given}}
     makers = {
         "read": lambda: Start(given),
-        "denoise": lambda: Denoise(denoiser, schedulers.__getitem__, "trailing", CALL),
+        "denoise": lambda: _denoise(denoiser, schedulers),
         "write": End,
     }
     specs = [StageSpec(name, CALL, running_batches=RUNNING_BATCHES if name == "denoise" else 1) for name in makers]
@@ -131,7 +144,9 @@ def overhead(repeats: int) -> list[float]:
     """Time of the stage / time of a plain loop over the same batches of 8 guided rows, 20 steps, on the shapes model."""
     vae, text, denoiser = (registry.build(kind, {"name": "shapes"}) for kind in ("vae", "text_encoder", "denoiser"))
     scheduler, cpu = registry.build("scheduler", {"name": "dpmpp_2m"}), torch.device("cpu")
-    encode, stage = Encode(vae, text), Denoise(denoiser, {"dpmpp_2m": scheduler}.__getitem__, "trailing", CALL)
+    encode, stage = Encode(), _denoise(denoiser, {"dpmpp_2m": scheduler})
+    later = [Declaration("denoise", needs=("denoiser",))]
+    encode.prepare(StageContext.of({"vae": vae, "text_encoder": text}, after=later))
     encode.load(cpu)
     stage.load(cpu)
     prompt = "a red star above a blue ring on a yellow background"

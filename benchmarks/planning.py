@@ -20,8 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latentmill import parts, storage
 from latentmill import plan as planning
-from latentmill import storage
 from latentmill.config import load_job
 from latentmill.dataset import Dataset
 from latentmill.driver.decide import decide
@@ -43,11 +43,11 @@ def make(folder: str, rows: int) -> None:
 def measure(folder: str, settings: list[str]) -> None:
     output = f"output={folder}/out"
     job = load_job("txt2img", ["samples_per_row=1", "rows_per_shard=10000", "cluster=inline", output, *settings])
-    parts = planning.parts(job)
+    built = parts.parts(job)
     Path("/proc/self/clear_refs").write_text("5")  # the highest that memory stood is what it stands at now
     before, started = _memory("VmRSS"), time.monotonic()
-    plan = planning.plan(job, parts)
-    state = begin(job, Dataset(storage.at(job.output), plan, parts.sink))
+    plan = planning.plan(job, built)
+    state = begin(job, Dataset(storage.at(job.output), plan, built.sink))
     decide(state)
     seconds = time.monotonic() - started
     print(

@@ -11,17 +11,38 @@ import torch
 
 from latentmill import registry, tensors
 from latentmill.batch import NEGATIVE_PREFIX, PROMPT_PREFIX, FixedShape, concat, from_dicts, with_latents
-from latentmill.plugin import Denoiser, FollowsAuthors, LatentSpec, Scheduler, Start
+from latentmill.plugin import Declaration, Denoiser, FollowsAuthors, LatentSpec, Scheduler, StageContext, Start
 from latentmill.schedulers import grids, noise
 from latentmill.schedulers.dpmpp import DPMpp2M
 from latentmill.schedulers.euler import Euler, EulerAncestral
 from latentmill.schedulers.noise_schedules import VariancePreserving
-from latentmill.stages.denoise import PATIENCE, Denoise
+from latentmill.stages.denoise import MAX_WAIT, Denoise
 from latentmill.stages.encode import Encode
 from latentmill.workers.worker import Worker
 
 SPEC = LatentSpec(channels=2, downscale=8, scale=1.0, shift=0.0, dtype="float32", fingerprint="test")
 SCHEDULERS = {"euler": Euler(), "euler_ancestral": EulerAncestral(), "dpmpp_2m": DPMpp2M()}
+
+
+def denoise_with(denoiser, schedulers, grid, batch_size, fixed=None, first_noise="latentmill", until=0.0):
+    stage = Denoise()
+    context = StageContext.of(
+        {"denoiser": denoiser, "scheduler": None},
+        batch_size=batch_size,
+        fixed=fixed,
+        sampling={"until": until, "first_noise": first_noise},
+        choices={"scheduler": {"name": "euler", "grid": grid}},
+        scheduler_of=schedulers,
+    )
+    stage.prepare(context)
+    return stage
+
+
+def encode_with(vae, text):
+    stage = Encode()
+    later = [Declaration("denoise", needs=("denoiser",))]
+    stage.prepare(StageContext.of({"vae": vae, "text_encoder": text}, after=later))
+    return stage
 
 
 class Gaussian(Denoiser):
@@ -61,7 +82,7 @@ def batch(numbers, **changes):
 
 
 def denoise(table, fixed=None, denoiser=None):
-    stage = Denoise(denoiser or Gaussian(), SCHEDULERS.__getitem__, "trailing", 16, fixed)
+    stage = denoise_with(denoiser or Gaussian(), SCHEDULERS.__getitem__, "trailing", 16, fixed)
     stage.load(torch.device("cpu"))
     parts = list(stage(table, lambda i, reason: pytest.fail(reason)))
     return {
@@ -90,7 +111,7 @@ def test_the_first_noise_may_be_that_of_diffusers():
     table = batch([2], steps=1, scheduler="euler", guidance_scale=1.0, strength=1.0)
     found = {}
     for name, draw in (("latentmill", noise.start), ("diffusers", noise.start_of_diffusers)):
-        stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16, first_noise=name)
+        stage = denoise_with(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16, first_noise=name)
         [part] = stage(table, lambda i, reason: pytest.fail(reason))
         alpha, sigma = (float(a) for a in VariancePreserving().scale(torch.tensor(1.0, dtype=torch.float64)))
         x = alpha * 2.0 + sigma * draw(1002, (2, 4, 3)).double()
@@ -126,7 +147,8 @@ def test_a_scheduler_may_have_a_grid_of_its_own(monkeypatch):
             batch([6], steps=2, scheduler="halves", strength=0.0),
         ]
     )
-    stage, rejected = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16), {}
+    table = table.append_column("from_noise", pa.array([number == 0 for number in table.column("row").to_pylist()]))
+    stage, rejected = denoise_with(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16), {}
     [part] = stage(table, rejected.__setitem__)
     assert rejected == {3: "two steps, not more"} and part.column("row").to_pylist() == [0, 2, 3, 6]
     found = tensors.from_arrow(part, "latents")
@@ -142,13 +164,13 @@ def test_half_way_latents_of_another_scheduler_can_not_begin_on_such_a_grid(monk
     monkeypatch.setitem(SCHEDULERS, "halves", Halves())
     plain = {"strength": 1.0, "guidance_scale": 1.0, "steps": 2}
     for name in ("euler", "halves"):
-        stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16, until=0.6)
+        stage = denoise_with(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16, until=0.6)
         [half] = stage(batch([1], **plain, scheduler=name), lambda i, reason: pytest.fail(reason))
         half = half.set_column(half.column_names.index("scheduler"), "scheduler", [["halves"]])
         for column in ("prompt:mean", "negative:mean"):
             half = tensors.with_tensor(half, column, torch.ones(1))
         rejected = {}
-        [*parts] = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16)(half, rejected.__setitem__)
+        [*parts] = denoise_with(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16)(half, rejected.__setitem__)
         said = "the latents are half-way by another scheduler, and halves can begin only on its own grid"
         assert rejected == ({0: said} if name == "euler" else {}) and len(parts) == (name == "halves")
     whole = denoise(batch([1], **plain, scheduler="halves"))[1]
@@ -194,11 +216,11 @@ def test_a_row_without_guidance_costs_one_evaluation_and_a_finished_one_none():
 def test_a_finished_row_s_place_is_taken_at_once_and_a_call_is_counted_in_evaluations():
     """Four places: a guided row takes two, one that doesn't fit lets a smaller one behind it go first."""
     denoiser = Gaussian()
-    stage = Denoise(denoiser, SCHEDULERS.__getitem__, "trailing", 4)
+    stage = denoise_with(denoiser, SCHEDULERS.__getitem__, "trailing", 4)
     plain = {"strength": 1.0, "scheduler": "euler"}
-    first = stage.enter(batch([1], steps=5, guidance_scale=1.0, **plain), pytest.fail)
-    second = stage.enter(batch([0, 2, 3], steps=2, guidance_scale=2.0, **plain), pytest.fail)
-    third = stage.enter(batch([5], steps=3, guidance_scale=1.0, **plain), pytest.fail)
+    first = stage.take(batch([1], steps=5, guidance_scale=1.0, **plain), pytest.fail)
+    second = stage.take(batch([0, 2, 3], steps=2, guidance_scale=2.0, **plain), pytest.fail)
+    third = stage.take(batch([5], steps=3, guidance_scale=1.0, **plain), pytest.fail)
     order = []
     while not (first.done and second.done and third.done):
         stage.advance()
@@ -207,21 +229,21 @@ def test_a_finished_row_s_place_is_taken_at_once_and_a_call_is_counted_in_evalua
         [1, 1, 0, 0, 1], [2, 2, 0, 0, 2], [3, 2, 1, 0, 3], [4, 2, 2, 0, 3], [5, 2, 2, 1, 3], [5, 2, 2, 2, 3],
     ]  # fmt: skip
     assert denoiser.evaluated == [4, 4, 4, 3, 3, 2]
-    assert stage.moving == {} and stage.companies == {}
+    assert stage.moving == {} and stage.running == {}
 
 
 def test_whoever_goes_when_a_row_is_the_same():
     """Rows that wait in the middle, in calls of every size, end as if they had been alone."""
     alone = {n: denoise(batch([n]))[n] for n in range(12)}
     for places in (1, 2, 3, 5, 8, 100):
-        stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", places)
-        visits = [stage.enter(batch(numbers), pytest.fail) for numbers in ([0, 1, 2, 3, 4], [5, 6], [7, 8, 9, 10, 11])]
+        stage = denoise_with(Gaussian(), SCHEDULERS.__getitem__, "trailing", places)
+        visits = [stage.take(batch(numbers), pytest.fail) for numbers in ([0, 1, 2, 3, 4], [5, 6], [7, 8, 9, 10, 11])]
         while not all(visit.done for visit in visits):
             stage.advance()
         found = {
             number: tensors.from_arrow(part, "latents")[i]
             for visit in visits
-            for part in stage.leave(visit)
+            for part in stage.finish(visit)
             for i, number in enumerate(part.column("row").to_pylist())
         }
         assert found.keys() == alone.keys()
@@ -248,7 +270,7 @@ def test_batches_of_several_threads_are_moved_together():
             return super().predict(x, t, conditioning)
 
     denoiser, plain = Waiting(), {"strength": 1.0, "steps": 4, "guidance_scale": 1.0, "scheduler": "euler"}
-    worker = Worker(lambda: Denoise(denoiser, SCHEDULERS.__getitem__, "trailing", 16), gpu=False, threads=None)
+    worker = Worker(lambda: denoise_with(denoiser, SCHEDULERS.__getitem__, "trailing", 16), gpu=False, threads=None)
     tables = [batch([0, 1, 2], **plain), batch([3, 4], **plain)]
     found = {}
 
@@ -288,27 +310,27 @@ class Broken(Gaussian):
 
 
 def test_rows_of_a_kind_that_others_are_always_added_to_do_not_keep_the_rest_waiting():
-    stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", 8)
+    stage = denoise_with(Gaussian(), SCHEDULERS.__getitem__, "trailing", 8)
     plain = {"guidance_scale": 1.0, "strength": 1.0, "steps": 4}
-    few = stage.enter(batch([1, 2], scheduler="dpmpp_2m", **plain), pytest.fail)
-    many = [stage.enter(batch(range(n, n + 8), scheduler="euler", **plain), pytest.fail) for n in (10, 20)]
+    few = stage.take(batch([1, 2], scheduler="dpmpp_2m", **plain), pytest.fail)
+    many = [stage.take(batch(range(n, n + 8), scheduler="euler", **plain), pytest.fail) for n in (10, 20)]
     turns = 0
-    while not few.done and turns < 4 * (PATIENCE + 2):
+    while not few.done and turns < 4 * (MAX_WAIT + 2):
         turns += 1
         stage.advance()
         if many[0].done:
-            many = [many[1], stage.enter(batch(range(30, 38), scheduler="euler", **plain), pytest.fail)]
-    assert few.done and turns > 4 * PATIENCE - 8  # it waits, and not for ever
+            many = [many[1], stage.take(batch(range(30, 38), scheduler="euler", **plain), pytest.fail)]
+    assert few.done and turns > 4 * MAX_WAIT - 8  # it waits, and not for ever
     while stage.moving:
         stage.advance()
     assert stage.moved_at == {}
 
 
 def test_kinds_of_which_as_many_can_go_take_turns():
-    stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", 8)
+    stage = denoise_with(Gaussian(), SCHEDULERS.__getitem__, "trailing", 8)
     plain = {"guidance_scale": 1.0, "strength": 1.0, "steps": 4}
     visits = [
-        stage.enter(batch(range(8), scheduler=name, **plain), pytest.fail) for name in ("euler", "euler_ancestral")
+        stage.take(batch(range(8), scheduler=name, **plain), pytest.fail) for name in ("euler", "euler_ancestral")
     ]
     at = []
     while stage.moving:
@@ -336,7 +358,7 @@ def test_a_state_begins_in_the_row_s_own_slot():
     fixed = FixedShape(batch_size=8, rows_per_shard=8)
 
     def first(numbers):
-        stage = Denoise(Placed(), {"recalls": Recalls()}.__getitem__, "trailing", 8, fixed, until=0.5)
+        stage = denoise_with(Placed(), {"recalls": Recalls()}.__getitem__, "trailing", 8, fixed, until=0.5)
         table = batch(numbers, scheduler="recalls", strength=1.0, steps=4)
         [part] = stage(table, lambda i, reason: pytest.fail(reason))
         return dict(zip(part["row"].to_pylist(), tensors.from_arrow(part, "state:first")))
@@ -348,16 +370,16 @@ def test_a_state_begins_in_the_row_s_own_slot():
 
 
 def test_a_row_that_raises_fails_its_batch_and_no_other():
-    stage = Denoise(Broken(refuses=6.5), SCHEDULERS.__getitem__, "trailing", 100)
-    visits = [stage.enter(batch(numbers, strength=1.0), pytest.fail) for numbers in ([0, 1, 2], [5, 6, 7], [8, 9])]
+    stage = denoise_with(Broken(refuses=6.5), SCHEDULERS.__getitem__, "trailing", 100)
+    visits = [stage.take(batch(numbers, strength=1.0), pytest.fail) for numbers in ([0, 1, 2], [5, 6, 7], [8, 9])]
     while not all(visit.done for visit in visits):
         stage.advance()
     assert [str(visit.error or "") for visit in visits] == ["", "no such mean", ""]
     with pytest.raises(ValueError, match="no such mean"):
-        list(stage.leave(visits[1]))
+        list(stage.finish(visits[1]))
     for visit, numbers in ((visits[0], [0, 1, 2]), (visits[2], [8, 9])):
         wanted = denoise(batch(numbers, strength=1.0))
-        for part in stage.leave(visit):
+        for part in stage.finish(visit):
             for i, n in enumerate(part.column("row").to_pylist()):
                 assert torch.allclose(tensors.from_arrow(part, "latents")[i], wanted[n], rtol=1e-5, atol=1e-6)
     assert stage.moving == {}
@@ -365,7 +387,7 @@ def test_a_row_that_raises_fails_its_batch_and_no_other():
 
 def test_out_of_memory_halves_the_calls_and_loses_nothing(caplog):
     denoiser = Broken(memory=5)
-    stage = Denoise(denoiser, SCHEDULERS.__getitem__, "trailing", 16)
+    stage = denoise_with(denoiser, SCHEDULERS.__getitem__, "trailing", 16)
     table = batch(range(12), strength=1.0, guidance_scale=1.0, scheduler="euler", steps=4)
     [part] = stage(table, pytest.fail)
     assert set(denoiser.evaluated) <= {1, 2, 3} and sum(denoiser.evaluated) == 48 and stage.batch_size == 3
@@ -377,13 +399,13 @@ def test_out_of_memory_halves_the_calls_and_loses_nothing(caplog):
     for i, n in enumerate(part.column("row").to_pylist()):
         assert torch.allclose(tensors.from_arrow(part, "latents")[i], wanted[n], rtol=1e-5, atol=1e-6)
     with pytest.raises(torch.OutOfMemoryError):  # one row alone: it can't be helped here
-        list(Denoise(Broken(memory=0), SCHEDULERS.__getitem__, "trailing", 16)(table, pytest.fail))
+        list(denoise_with(Broken(memory=0), SCHEDULERS.__getitem__, "trailing", 16)(table, pytest.fail))
 
 
 def test_a_row_whose_steps_cannot_be_is_rejected_alone():
     table = pa.concat_tables([batch([0], steps=3), batch([1], steps=1500), batch([2], steps=3)])
     rejected = {}
-    stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16)
+    stage = denoise_with(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16)
     parts = list(stage(table, rejected.__setitem__))
     assert sorted(row for part in parts for row in part.column("row").to_pylist()) == [0, 2]
     assert rejected == {1: "1500 steps are more than the 1000 timesteps of the noise schedule"}
@@ -397,7 +419,7 @@ def test_latents_that_are_not_finite_are_rejected():
         tensors.to_arrow(torch.tensor([0.0, float("nan"), 0.0])),
     )
     rejected = {}
-    stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16)
+    stage = denoise_with(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16)
     [part] = stage(broken, rejected.__setitem__)
     assert part.column("row").to_pylist() == [0, 2]
     assert rejected == {1: "the denoised latents are not finite (nor was a prediction of denoiser Gaussian)"}
@@ -407,7 +429,7 @@ def test_clean_latents_have_the_space_s_dtype_wherever_they_began():
     half = LatentSpec(**{**vars(SPEC), "dtype": "float16"})
     table = batch([1, 2], strength=1.0)
     table = with_latents(table, tensors.from_arrow(table, "latents").float(), half)
-    parts = list(Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16)(table, pytest.fail))
+    parts = list(denoise_with(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16)(table, pytest.fail))
     assert {tensors.from_arrow(part, "latents").dtype for part in parts} == {torch.float16}
 
 
@@ -427,14 +449,14 @@ def mixed():
     ]  # fmt: skip
     vae, text, denoiser = (registry.build(kind, {"name": "shapes"}) for kind in ("vae", "text_encoder", "denoiser"))
     schedulers = {name: registry.build("scheduler", {"name": name}) for name in names}
-    encode = Encode(vae, text)
+    encode = encode_with(vae, text)
     encode.load(torch.device("cpu"))
     of_each_scheduler = encode(from_dicts(per_row), lambda i, reason: pytest.fail(reason))
     table = concat([part.replace_schema_metadata(None) for part in of_each_scheduler])
     denoiser.load(torch.device("cpu"))
 
     def parts(given, fixed=None, until=0.0):
-        stage = Denoise(denoiser, schedulers.__getitem__, "trailing", 16, fixed, until=until)
+        stage = denoise_with(denoiser, schedulers.__getitem__, "trailing", 16, fixed, until=until)
         return list(stage(given, lambda i, reason: pytest.fail(reason)))
 
     def run(numbers, fixed=None):
@@ -504,15 +526,16 @@ class Particular(FollowsAuthors, Gaussian):
 
 def test_a_denoiser_may_say_its_grid_its_start_and_that_it_guides_itself():
     """Grid model is ``times``, after which strength counts; an empty latent starts from noise of ``start_scale``."""
-    stage = Denoise(Particular(), SCHEDULERS.__getitem__, "model", 16)
+    stage = denoise_with(Particular(), SCHEDULERS.__getitem__, "model", 16)
     table = batch([0], steps=4, guidance_scale=3.5, strength=1.0, scheduler="euler")
-    visit = stage.enter(with_latents(table, torch.zeros(1, 2, 4, 3), SPEC), lambda i, reason: pytest.fail(reason))
+    table = with_latents(table, torch.zeros(1, 2, 4, 3), SPEC).append_column("from_noise", pa.array([True]))
+    visit = stage.take(table, lambda i, reason: pytest.fail(reason))
     assert visit.rows[0].times == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
     stage.advance()
     scale, times, x = stage.denoiser.told
     assert (scale, times) == ([3.5], [pytest.approx(0.8)]) and stage.denoiser.evaluated == [1]
     torch.testing.assert_close(x[0], noise.start(1000, (2, 4, 3)), rtol=1e-6, atol=1e-6)
-    half = stage.enter(batch([3], steps=4, strength=0.5, scheduler="euler"), lambda i, reason: pytest.fail(reason))
+    half = stage.take(batch([3], steps=4, strength=0.5, scheduler="euler"), lambda i, reason: pytest.fail(reason))
     assert half.rows[0].times == pytest.approx([0.4, 0.2, 0.0])
     alpha, sigma = (float(a) for a in VariancePreserving().scale(torch.tensor(0.4, dtype=torch.float64)))
     torch.testing.assert_close(half.rows[0].x, alpha * 3.0 + sigma * noise.start(1003, (2, 4, 3)))
@@ -520,7 +543,7 @@ def test_a_denoiser_may_say_its_grid_its_start_and_that_it_guides_itself():
 
 def test_a_denoiser_without_a_grid_says_so():
     reasons = []
-    stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "model", 16)
+    stage = denoise_with(Gaussian(), SCHEDULERS.__getitem__, "model", 16)
     list(stage(batch([0]), lambda i, reason: reasons.append(reason)))
     assert reasons == ["this denoiser has no grid of its own: choose one by its name"]
 
@@ -533,18 +556,18 @@ def test_a_mask_keeps_the_picture_where_it_is_dark():
     for n in (3, 5):
         assert torch.equal(found[n][..., 1], torch.full((2, 4), float(n)))
         assert torch.equal(found[n][..., 0], plain[n][..., 0])  # this denoiser looks at each number alone
-    stage = Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16)
-    visit = stage.enter(table, lambda i, reason: pytest.fail(reason))
+    stage = denoise_with(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16)
+    visit = stage.take(table, lambda i, reason: pytest.fail(reason))
     stage.advance()
-    [company] = stage.companies.values()
-    for row, x in zip(company.rows, company.x):
+    [running] = stage.running.values()
+    for row, x in zip(running.rows, running.x):
         alpha, sigma = VariancePreserving().scale(torch.tensor(row.times[1], dtype=torch.float64))
         wanted = float(alpha) * float(row.seed - 1000) + float(sigma) * noise.start(row.seed, (2, 4, 3))
         torch.testing.assert_close(x[..., 1], wanted[..., 1])
     assert not visit.done
     reasons = []
     list(
-        Denoise(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16, until=0.5)(
+        denoise_with(Gaussian(), SCHEDULERS.__getitem__, "trailing", 16, until=0.5)(
             table, lambda i, reason: reasons.append(reason)
         )
     )
@@ -568,14 +591,16 @@ def test_a_network_that_was_trained_for_inpainting_is_told_mask_and_masked_pictu
     table = batch([3, 5], strength=0.8, steps=5, scheduler="euler", guidance_scale=guidance)
     reasons = []
     assert not list(
-        Denoise(Painter(), SCHEDULERS.__getitem__, "trailing", 16)(table, lambda i, said: reasons.append(said))
+        denoise_with(Painter(), SCHEDULERS.__getitem__, "trailing", 16)(table, lambda i, said: reasons.append(said))
     )
     assert reasons == ["the network paints a part of a picture anew: image and mask are expected"] * 2
     table = tensors.with_tensor(tensors.with_tensor(table, "mask", mask), "masked", masked)
     found = denoise(table, denoiser=Painter())
     for number, told in zip((3, 5), masked + 9 * mask):
         torch.testing.assert_close(found[number], told)
-    [part] = Denoise(Painter(), SCHEDULERS.__getitem__, "trailing", 16)(table, lambda i, reason: pytest.fail(reason))
+    [part] = denoise_with(Painter(), SCHEDULERS.__getitem__, "trailing", 16)(
+        table, lambda i, reason: pytest.fail(reason)
+    )
     assert not {"mask", "masked"} & set(part.column_names)
 
 

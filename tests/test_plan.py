@@ -48,7 +48,7 @@ def test_ten_million_rows_cost_nothing():
 MEASURE = """
 import sys, time
 from pathlib import Path
-from latentmill import plan, storage
+from latentmill import parts, plan, storage
 from latentmill.driver.decide import decide
 from latentmill.config import load_job
 from latentmill.config import load_job
@@ -59,11 +59,11 @@ def memory(key):
     return int(dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())[key].split()[0])
 
 job = load_job("txt2img", [f"source.path={sys.argv[1]}", "samples_per_row=1", "output=nowhere", "cluster=inline"])
-parts = plan.parts(job)
+built = parts.parts(job)
 Path("/proc/self/clear_refs").write_text("5")
 before, started = memory("VmRSS"), time.monotonic()
-made = plan.plan(job, parts)
-decide(begin(job, Dataset(storage.at(job.output), made, parts.sink)))
+made = plan.plan(job, built)
+decide(begin(job, Dataset(storage.at(job.output), made, built.sink)))
 print(made.rows, time.monotonic() - started, memory("VmHWM") - before)
 """
 

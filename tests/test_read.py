@@ -13,7 +13,7 @@ from latentmill.batch import require_spec
 from latentmill.columns import Columns
 from latentmill.fields import BATCH_SCHEMA
 from latentmill.identity import row_seed
-from latentmill.plugin import Fragment, LatentSpec, RowError, Source
+from latentmill.plugin import Declaration, Fragment, LatentSpec, RowError, Source, StageContext
 from latentmill.stages.read import Read, cover, crop
 
 SPEC = LatentSpec(channels=4, downscale=4, scale=0.5, shift=0.25, dtype="float16", fingerprint="abc")
@@ -59,11 +59,26 @@ class Given(Source):
         return self.spec
 
 
+def reading(source, plan, sampling, multiple_of=1):
+    plan.spec = LatentSpec(4, multiple_of, 1.0, 0.0, "float32", "")
+    stage = Read()
+    stage.prepare(
+        StageContext.of(
+            {"source": source},
+            plan=plan,
+            sampling=sampling,
+            choices={"scheduler": {"name": "euler"}},
+            after=[Declaration("denoise", needs=("denoiser",))],
+        )
+    )
+    return stage
+
+
 def read(source, numbers=None, samples=1, sampling=None, multiple_of=1):
     """The rows of all tables by number, the reasons by number, and the tables."""
     numbers = list(range(len(source.given) * samples)) if numbers is None else numbers
     rejected = {}
-    stage = Read(source, Plan(samples), sampling or Sampling(), "euler", multiple_of)
+    stage = reading(source, Plan(samples), sampling or Sampling(), multiple_of)
     batch = pa.table({"row": pa.array(numbers, pa.int64())})
     tables = list(stage(batch, lambda i, reason: rejected.setdefault(numbers[i], reason)))
     found = {row["row"]: row for table in tables for row in table.select(BATCH_SCHEMA.names).to_pylist()}
@@ -209,7 +224,7 @@ def test_runs_of_rows_are_read_in_one_call_each_and_any_order_will_do():
         [("0", 1, 2), ("1", 2, 3), ("2", 1, 3), ("3", 1, 3)],
     )
     assert source.asked == [each for pair in zip(runs, again) for each in pair]
-    stage, batch = Read(source, Plan(), Sampling(), "euler"), pa.table({"row": pa.array([0, 1], pa.int64())})
+    stage, batch = reading(source, Plan(), Sampling()), pa.table({"row": pa.array([0, 1], pa.int64())})
     for _ in range(3):
         list(stage(batch, {}.__setitem__))
     assert source.asked[8:] == [("0", 0, 2), ("0", 1, 2), ("0", 0, 2), ("0", 0, 2)]  # of a fragment once

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 import latentmill
+from latentmill import parts, storage
 from latentmill import plan as planning
-from latentmill import storage
 from latentmill.cli import main
 from latentmill.config import load_job
 from latentmill.dataset import Dataset
@@ -223,9 +223,9 @@ def test_a_run_in_which_no_row_succeeded_is_no_success(tmp_path, capsys):
 
 def test_the_view_counts_rows_of_earlier_runs_without_looking_at_each_shard(tmp_path, prompts):
     job = load_job("txt2img", [*SMALL, prompts, f"output={tmp_path / 'out'}"])
-    parts = planning.parts(job)
-    plan = planning.plan(job, parts)
-    state = begin(job, Dataset(storage.at(job.output), plan, parts.sink))
+    built = parts.parts(job)
+    plan = planning.plan(job, built)
+    state = begin(job, Dataset(storage.at(job.output), plan, built.sink))
     for done in ({0}, {2}, {0, 2}, {0, 1, 2}):  # of 18 rows in shards of 8
         state.done = done
         assert view(state, plan, 0.0).finished == sum(len(plan.shard_rows(shard)) for shard in done)

@@ -7,7 +7,7 @@ import traceback
 
 import pytest
 
-from latentmill import plan as planning
+from latentmill import parts
 from latentmill.cli import main
 from latentmill.config import load_job
 from latentmill.sources.prompts import Prompts
@@ -123,7 +123,7 @@ def test_an_error_names_the_variable_and_not_its_value(job, override, capsys):
     said = capsys.readouterr().err
     assert SECRET not in said and "${oc.env:SECRET}" in said and said.count("\n") == 1
     with pytest.raises(ValueError) as error:
-        planning.parts(load_job(job, [override])).source.fragments()
+        parts.parts(load_job(job, [override])).source.fragments()
     # What a source itself raises is redacted where it is told.
     assert "source.path" in override or SECRET not in "".join(traceback.format_exception(error.value))
 

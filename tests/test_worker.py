@@ -30,7 +30,7 @@ class Narrow(Stage):
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
 def test_out_of_memory_halves_the_batch_and_the_stage_remembers(error, caplog):
-    worker = Worker(lambda: Narrow(3, error), gpu=False, threads=None)
+    worker = Worker(lambda: Narrow(3, error), gpu=False, threads=None, name="narrow")
     outcome, block = worker.read(range(100, 112))
     assert [number for table in block for number in table["row"].to_pylist()] == [n for n in range(100, 112) if n % 5]
     assert dict(outcome.rejected) == {n: f"{n} is a multiple of five" for n in (100, 105, 110)}
@@ -38,8 +38,8 @@ def test_out_of_memory_halves_the_batch_and_the_stage_remembers(error, caplog):
     worker.read(range(4))
     assert worker.stage.given[6:] == [3, 1]
     assert [record.message for record in caplog.records] == [
-        "Narrow: out of memory with 12 rows; from now on 6 at a time",
-        "Narrow: out of memory with 6 rows; from now on 3 at a time",
+        "narrow: out of memory with 12 rows; from now on 6 at a time",
+        "narrow: out of memory with 6 rows; from now on 3 at a time",
     ]
 
 

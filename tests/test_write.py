@@ -14,14 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from latentmill import storage, tensors
+from latentmill import registry, storage, tensors
 from latentmill.batch import from_dicts, with_latents
 from latentmill.columns import Columns
 from latentmill.dataset import Dataset
-from latentmill.plugin import LatentSpec
+from latentmill.parts import declarations
+from latentmill.plugin import LatentSpec, StageContext
 from latentmill.shards import done_shards
 from latentmill.sinks.parquet import Parquet
-from latentmill.stages.write import Write
+from latentmill.sources.prompts import Prompts
 from latentmill.text import one_line
 
 SPEC = LatentSpec(channels=4, downscale=4, scale=0.5, shift=0.25, dtype="float16", fingerprint="abc")
@@ -52,6 +53,25 @@ class Plan:
         return f"{row:09d}"
 
 
+def writing(sink, store, plan):
+    """A stage that commits for ``plan``, with what the stages of its flow declare."""
+    stages = {name: registry.build("stage", {"name": name}) for name in plan.flow}
+    source = Prompts("no.txt")
+    declared = declarations(stages, lambda kind: source, plan.config["sampling"])
+    write = stages["write"]
+    write.prepare(
+        StageContext(
+            declared[-1],
+            before=declared[:-1],
+            plan=plan,
+            sampling=plan.config["sampling"],
+            build=lambda kind: sink,
+            open_output=lambda: store,
+        )
+    )
+    return write
+
+
 def scalars(numbers):
     same = {
         "negative_prompt": "",
@@ -76,7 +96,7 @@ def failed(row, reason="no", stage="read"):
 
 
 def commit(output, shard, batches, errors=(), plan=None):
-    write = Write(Parquet(), storage.at(str(output)), plan or Plan(), {"latentmill.plan": "abc"})
+    write = writing(Parquet(), storage.at(str(output)), plan or Plan())
     return write.commit(shard, [write(batch, None) for batch in batches], list(errors))
 
 
@@ -252,7 +272,7 @@ class Damaging(Parquet):
 
 @pytest.mark.parametrize("sink", [Forgetful(), Damaging()])
 def test_what_does_not_read_back_is_never_published(tmp_path, sink):
-    write = Write(sink, storage.at(str(tmp_path)), Plan(), {"latentmill.plan": "abc"})
+    write = writing(sink, storage.at(str(tmp_path)), Plan())
     with pytest.raises((RuntimeError, OSError)):
         write.commit(0, [write(pictures([0, 1, 2, 3]), None)], [])
     assert shown(tmp_path) == []
@@ -262,7 +282,7 @@ def test_of_racing_threads_one_commits_and_its_errors_are_the_errors(tmp_path):
     barrier, outcomes = threading.Barrier(4), {}
 
     def race(me):
-        write = Write(Parquet(), storage.at(str(tmp_path)), Plan(), {"latentmill.plan": "abc"})
+        write = writing(Parquet(), storage.at(str(tmp_path)), Plan())
         packed = [write(pictures([row for row in range(4) if row != me]), None)]
         barrier.wait()
         outcomes[me] = write.commit(0, packed, [failed(me, f"driver {me}")])
@@ -283,12 +303,12 @@ def test_of_racing_threads_one_commits_and_its_errors_are_the_errors(tmp_path):
 DRIVER = """
 import sys
 sys.path[:0] = sys.argv[1:3]
-from test_write import Parquet, Plan, Write, failed, pictures, storage
+from test_write import Parquet, Plan, failed, pictures, storage, writing
 output, me = sys.argv[3], int(sys.argv[4])
 class Long(Plan):
     def shard_rows(self, shard):
         return range(shard * 4, shard * 4 + 4)
-write = Write(Parquet(), storage.at(output), Long(), {"latentmill.plan": "abc"})
+write = writing(Parquet(), storage.at(output), Long())
 print("ready", flush=True)
 sys.stdin.readline()
 for shard in range(20):
@@ -334,7 +354,7 @@ def test_of_racing_processes_one_commits_each_shard_and_one_killed_does_no_harm(
 def test_a_full_disk_leaves_nothing_but_the_error(tmp_path):
     """A limit on the size of files stands for it."""
     noise = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    write = Write(Parquet(), storage.at(str(tmp_path)), Plan(), {"latentmill.plan": "abc"})
+    write = writing(Parquet(), storage.at(str(tmp_path)), Plan())
     packed = [write(tensors.with_tensor(scalars([0, 1, 2, 3]), "image", noise), None)]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))

@@ -8,6 +8,7 @@ column                   type                                  from, to
 image                    tensor uint8 [H, W, 3], RGB           read to encode; decode to write
 mask                     tensor uint8 [H, W], [1, h, w]        read to encode, encode to denoise: 1 where to paint
 masked                   tensor as latents                     encode to denoise: of the picture, gray under the mask
+from_noise               bool                                  encode to denoise: the row has no picture and no latents
 latents                  tensor [C, h, w], scaled              encode to denoise to decode or write
 latents_std              tensor as latents                     encode to write, where the job asks for it
 time, trajectory         float64, string                       beside half-way latents only
@@ -25,7 +26,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -33,11 +33,14 @@ import torch
 from torch import Tensor
 
 from latentmill import tensors
-from latentmill.fields import BATCH_SCHEMA, defaults
-from latentmill.plugin import LatentSpec
+from latentmill.fields import BATCH_SCHEMA, HALFWAY, ID, defaults
+from latentmill.plugin import Declaration, FixedShape, LatentSpec
 
 PROMPT_PREFIX, NEGATIVE_PREFIX, STATE_PREFIX = "prompt:", "negative:", "state:"
 """Prefixes of columns of conditioning, and of what a scheduler remembers of half-way latents."""
+
+PSNR = pa.field("psnr", pa.float64())
+"""Of a picture that was encoded and decoded again, in dB."""
 
 SCHEDULER_KEY = b"latentmill.scheduler"
 """Metadata key of a batch whose rows have all one scheduler: what can be moved together travels together."""
@@ -123,16 +126,45 @@ def require_spec(batch: pa.Table, spec: LatentSpec) -> None:
         raise ValueError(f"these latents are of the space {found}, and this VAE decodes {spec}")
 
 
-@dataclass(frozen=True)
-class FixedShape:
-    """How a deterministic job computes: every batch has ``batch_size`` slots, and a row's slot follows from its number.
+def empty(
+    stages: Sequence[Declaration], spec: LatentSpec | None, sampling: Mapping[str, Any], beside: Sequence[pa.Field] = ()
+) -> pa.Table:
+    """No rows, with the columns that rows have behind these stages: a shard in which all failed must fit beside the others.
 
-    What a matrix product gives for a row may depend on the batch's size and on the row's place in it, never on what
-    stands in the other places. So with both fixed a row's bits are the same alone, in company, and after a resume.
+    ``beside``: plugins' fields and the source's own columns, which the first stage adds.
+    Columns whose shapes only a stage's plugins know are left out: conditioning, masks, and what a scheduler remembers.
     """
+    batch = BATCH_SCHEMA.empty_table()
+    for stage in stages:
+        dropped = [name for name in batch.column_names if any(named(name, each) for each in stage.drops)]
+        batch = batch.drop_columns(dropped)
+        own = [column for column in stage.adds if column == ID.name]
+        for column in [*own, *(beside if stage.position == "first" else ()), *(c for c in stage.adds if c not in own)]:
+            if isinstance(column, pa.Field):
+                batch = batch.append_column(column, pa.array([], column.type))
+            elif column in (plain := {field.name: field for field in (ID, PSNR, *HALFWAY)}):
+                batch = batch.append_column(plain[column], pa.array([], plain[column].type))
+            elif column in ("image", "source_image"):
+                clips = spec is not None and spec.decoded == "video"
+                name = "video" if clips and column == "image" else column
+                sides = (1, 1, 1, 3) if clips else (1, 1, 3)
+                batch = tensors.with_tensor(batch, name, torch.zeros(0, *sides, dtype=torch.uint8))
+            elif column in ("latents", "latents_std") and spec is not None:
+                height, width = (sampling[side] or spec.downscale for side in ("height", "width"))
+                shape = spec.shape(height, width, 1 if spec.time_downscale else None)
+                dtype = torch.float32 if "time" in stage.adds else getattr(torch, spec.dtype)
+                zeros = torch.zeros(0, *shape, dtype=dtype)
+                batch = (
+                    with_latents(batch, zeros, spec)
+                    if column == "latents"
+                    else tensors.with_tensor(batch, column, zeros)
+                )
+    return batch
 
-    batch_size: int
-    rows_per_shard: int
+
+def named(name: str, declared: str) -> bool:
+    """Whether a stage that says ``declared`` means the column ``name``: itself, or, with a colon at the end, how it begins."""
+    return name.startswith(declared) if declared.endswith(":") else name == declared
 
 
 def fixed_slots(batch: pa.Table, fixed: FixedShape | None) -> tuple[Tensor, int]:

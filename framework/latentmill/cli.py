@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from latentmill import parts, registry, storage, values, verify
 from latentmill import plan as planning
-from latentmill import registry, storage, values, verify
 from latentmill.config import load_job, shipped
 from latentmill.dataset import Dataset
 from latentmill.errors import JobError, LatentmillError, PlanError
@@ -96,7 +96,7 @@ def _run(options: Any) -> int:
 
 def _plan(options: Any) -> int:
     job = load_job(options.job, options.overrides)
-    built = planning.parts(job)
+    built = parts.parts(job)
     plan = planning.plan(job, built)
     there = Dataset(storage.at(job.output), plan, built.sink)
     done = len(there.adopt())
@@ -123,8 +123,8 @@ def _plan(options: Any) -> int:
         print(f"{'columns':<13} {', '.join(beside)}")
     print(f"hash     {plan.hash}")
     for line in [
-        *planning.notices(built),
-        *planning.foreign_prompts(job, built, plan),
+        *parts.notices(built),
+        *parts.foreign_prompts(job, built, plan.fragments),
         *planning.changed_libraries(plan, there.store),
         *(f"{job.output}/data/{name} is no shard of this dataset" for name in there.foreign()),
     ]:

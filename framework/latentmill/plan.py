@@ -6,47 +6,30 @@ Rows are numbered by arithmetic: ``row = source_row * samples_per_row + sample``
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
 from bisect import bisect_right
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, wraps
+from functools import cached_property
 from importlib import metadata
-from itertools import accumulate, chain, islice
-from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
+from itertools import accumulate
+from typing import Any
 
-from latentmill import columns, ids, registry, syntax
+import pyarrow as pa
+
+from latentmill import columns, ids, registry
 from latentmill import identity as identities
 from latentmill.columns import Columns
 from latentmill.config import Job
 from latentmill.errors import PlanError, PluginError
-from latentmill.plugin import (
-    VAE,
-    Denoiser,
-    FollowsAuthors,
-    Fragment,
-    LatentSpec,
-    Plugin,
-    Prediction,
-    Scheduler,
-    Sink,
-    Source,
-    Stage,
-    TextEncoder,
-)
+from latentmill.parts import Parts, discreet, identity
+from latentmill.plugin import Declaration, Fragment, LatentSpec, Plugin, Scheduler, Source
 from latentmill.schedulers import grids
 from latentmill.storage import Storage
-from latentmill.text import redacted
 from latentmill.weights import Reading
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-DTYPES = ("float32", "float16", "bfloat16")
-"""What stored latents may be of."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +46,8 @@ class Plan:
     rows_per_shard: int
     seed: int
     spec: LatentSpec | None = None
+    stages: Sequence[Declaration] = ()
+    """What each stage of the flow says that it is. Not hashed: it follows from the plugins."""
     libraries: Mapping[str, str] = field(default_factory=dict)
     """Versions of what the numbers come from: our own and the plugins' libraries. Part of the hash if the job is deterministic."""
     columns: Columns = field(default_factory=Columns)
@@ -121,123 +106,16 @@ class Plan:
             "rows_per_shard": self.rows_per_shard,
             "seed": self.seed,
             "latents": self.spec.about() if self.spec else None,
+            "stages": [_stage_to_json(stage) for stage in self.stages],
             "fragments": [[f.name, f.rows, f.fingerprint] for f in self.fragments],
             **self.columns.to_json(),
         }
 
 
-@dataclass
-class Parts:
-    """The plugins of a job, built and not yet loaded."""
-
-    source: Source
-    sink: Sink
-    vae: VAE | None = None
-    text_encoder: TextEncoder | None = None
-    denoiser: Denoiser | None = None
-    scheduler: Scheduler | None = None
-    stages: list[Stage] = field(default_factory=list)
-    """Those of plugins, as ``plan`` built them to know what they are."""
-
-
-def _discreet(function: Callable[Concatenate[Job, P], T]) -> Callable[Concatenate[Job, P], T]:
-    """Its errors without the secrets that the job takes from the environment."""
-
-    @wraps(function)
-    def wrapped(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with redacted(job.config):
-            return function(job, *args, **kwargs)
-
-    return wrapped
-
-
-@_discreet
-def parts(job: Job) -> Parts:
-    """Build what the job's flow needs, and check that the pieces fit together. Loads no weights onto a device."""
-    built = Parts(source=plugin_of(job, "source"), sink=plugin_of(job, "sink"))
-    if job.vae and set(job.flow) & {"encode", "denoise", "decode"}:
-        built.vae = plugin_of(job, "vae")
-        _check_spec(built.vae)
-    if "denoise" in job.flow:
-        for kind in ("vae", "denoiser", "text_encoder", "scheduler"):
-            if not getattr(job, kind):
-                raise PlanError(f"{job.name}: denoise is in the flow, so the job needs {kind}.name")
-        built.denoiser = plugin_of(job, "denoiser")
-        built.text_encoder = plugin_of(job, "text_encoder")
-        assert job.scheduler is not None
-        built.scheduler = plugin_of(job, "scheduler")
-        assert built.vae is not None and built.denoiser is not None
-        with registry.asking(built.denoiser):
-            try:
-                built.denoiser.check(built.vae.spec)
-            except ValueError as error:
-                raise PluginError(
-                    f"denoiser {job.denoiser['name']} and VAE {job.vae['name']} don't fit: {error}"  # type: ignore[index]
-                ) from error
-        _check_grid(job, built)
-    elif set(job.flow) & {"encode", "decode"} and built.vae is None:
-        raise PlanError(
-            f"{job.name}: {'encode' if 'encode' in job.flow else 'decode'} is in the flow, so it needs vae.name"
-        )
-    with registry.asking(built.source):
-        stored = built.source.latent_spec()
-    if stored is not None and built.vae is not None and stored != built.vae.spec:
-        ours = built.vae.spec
-        wrong = ", ".join(f"{k} {v!r} and not {vars(ours)[k]!r}" for k, v in vars(stored).items() if v != vars(ours)[k])
-        raise PlanError(f"the source's latents are of another space than VAE {job.vae['name']}'s: {wrong}")  # type: ignore[index]
-    if job.flow[1] == "decode" and stored is None:
-        raise PlanError(f"{job.name}: decode needs a source of latents; source {job.source['name']} has none")
-    return built
-
-
-def _check_grid(job: Job, built: Parts) -> None:
-    assert job.scheduler is not None and built.scheduler is not None
-    assert built.denoiser is not None and built.vae is not None
-    name, grid = job.scheduler["name"], job.scheduler.get("grid", "trailing")
-    with registry.asking(built.denoiser):
-        schedule, steps = built.denoiser.noise_schedule, job.sampling["steps"]
-        if built.denoiser.prediction not in get_args(Prediction):
-            raise ValueError(f"prediction {built.denoiser.prediction!r}: expected {', '.join(get_args(Prediction))}")
-    shape = example_shape(built.vae.spec)
-    with registry.asking(built.scheduler):
-        try:
-            own = built.scheduler.start(schedule, steps, steps, shape)
-        except ValueError as error:
-            raise PluginError(f"{job.name}: scheduler {name}: {error}") from error
-    if own is not None and grid not in ("trailing", own.grid):
-        raise PlanError(f"{job.name}: scheduler {name} has a grid of its own: leave scheduler.grid out")
-    with registry.asking(built.denoiser):
-        try:
-            if own is None:
-                grids.times(grid, schedule, steps, 1.0, shape, FollowsAuthors.of(built.denoiser).times)
-        except ValueError as error:
-            raise PluginError(f"{job.name}: scheduler.grid: {error}") from error
-
-
-def example_shape(spec: LatentSpec) -> tuple[int, ...]:
-    """Of some latents of a space, to ask a scheduler whether it can begin with."""
-    return spec.shape(64 * spec.downscale, 64 * spec.downscale, 1 if spec.time_downscale else None)
-
-
-def _check_spec(vae: VAE) -> None:
-    """Raise PluginError unless the VAE says of which space its latents are."""
-    with registry.asking(vae):
-        spec = vae.spec
-        sides = (spec.channels, spec.downscale, spec.time_downscale + 1) if isinstance(spec, LatentSpec) else (0,)
-        if not all(isinstance(side, int) and side > 0 for side in sides):
-            raise ValueError(f"its spec must be a LatentSpec with channels and downscale from 1 on, not {spec!r}")
-        if spec.dtype not in DTYPES:
-            raise ValueError(f"its spec's dtype must be {' or '.join(DTYPES)}, not {spec.dtype!r}")
-
-
-@_discreet
+@discreet
 def plan(job: Job, built: Parts) -> Plan:
     """The plan of a job. Raises PlanError if the source is missing, empty, unreadable, or has an id twice."""
-    kinds = [kind for kind in KINDS if getattr(built, kind) is not None]
-    plugins: dict[str, Plugin] = {kind: getattr(built, kind) for kind in kinds}
-    stages = {f"stage {name}": plugin_of(job, f"stage {name}") for name in job.flow if name not in BUILT_IN}
-    plugins |= stages
-    built.stages = [*stages.values()]
+    plugins = built.plugins()
     found = _columns(job, built.source, plugins)
     with registry.asking(built.source):
         fragments = tuple(built.source.fragments())
@@ -265,6 +143,7 @@ def plan(job: Job, built: Parts) -> Plan:
         rows_per_shard=job.rows_per_shard,
         seed=job.seed,
         spec=built.vae.spec if built.vae else built.source.latent_spec(),
+        stages=built.flow,
         columns=found,
     )
 
@@ -295,49 +174,8 @@ def _check_fragments(fragments: Sequence[Fragment]) -> None:
         names.add(fragment.name)
 
 
-KINDS = ("source", "sink", "vae", "text_encoder", "denoiser", "scheduler")
-"""The plugins of a job, by what they are called in it and in a plan; a stage's is called ``stage NAME``."""
-NOT_THEIRS = ("scheduler", "grid"), ("source", "keep")
-"""Keys of a plugin's choice that are the framework's, and no settings."""
 LIBRARIES = ("latentmill", "numpy", "pillow", "scipy", "torch")
 """Whose versions change our own numbers."""
-BUILT_IN = ("read", "encode", "denoise", "decode", "write")
-"""The stages that we write; any other name in a flow is a plugin's."""
-
-
-def notices(built: Parts) -> list[str]:
-    """What a job's plugins have to say before it starts, a line each; of a source, once ``plan`` has asked for its fragments."""
-    plugins = [getattr(built, kind) for kind in KINDS]
-    lines: list[str] = []
-    for plugin in (*plugins, *built.stages):
-        if plugin is not None:
-            with registry.asking(plugin):
-                lines += plugin.notices()
-    return list(dict.fromkeys(lines))
-
-
-READ_BY_PLAN = 1_000_000
-"""Prompts that ``plan`` looks into, at most."""
-
-
-def foreign_prompts(job: Job, built: Parts, plan: Plan) -> list[str]:
-    """How many rows of the source hold prompts in another tool's language, a line for each kind. Reads their texts alone."""
-    readers = [built.text_encoder] if built.text_encoder is not None else built.stages
-    reads = next((reader.reads for reader in readers if reader.reads is not None), None)
-    if reads is None:
-        return []
-    default = job.sampling["prompt"], job.sampling["negative_prompt"]
-    texts = chain.from_iterable(built.source.texts(fragment) for fragment in plan.fragments)
-    found: Counter[str] = Counter()
-    looked_at = 0
-    with registry.asking(built.source):
-        for both in islice(texts, READ_BY_PLAN):
-            looked_at += 1
-            prompt, negative = (default[k] if text is None else text for k, text in enumerate(both))
-            found.update(syntax.told(prompt or "", reads))
-            found.update(f"negative_prompt: {line}" for line in syntax.told(negative or "", reads))
-    first = "first " * (looked_at == READ_BY_PLAN)
-    return [f"{rows:,} of the {first}{looked_at:,} rows: {line}" for line, rows in found.most_common()]
 
 
 def _fingerprinted(config: Mapping[str, Any], plugins: Mapping[str, Plugin]) -> list[str]:
@@ -367,7 +205,7 @@ def _without(config: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
 
 def _hashed(content: Mapping[str, Any]) -> dict[str, Any]:
     """What of a plan's content the hash is over."""
-    shown = {"hash", "rows", "shards", "name", "fingerprinted", "arrow_schema"}
+    shown = {"hash", "rows", "shards", "name", "fingerprinted", "arrow_schema", "stages"}
     if not content["config"].get("deterministic"):
         shown.add("libraries")
     kept = {key: value for key, value in content.items() if key not in shown}
@@ -512,6 +350,7 @@ def load(store: Storage) -> Plan:
             rows_per_shard=found["rows_per_shard"],
             seed=found["seed"],
             spec=LatentSpec(**found["latents"]) if found["latents"] else None,
+            stages=tuple(map(_stage_from_json, found["stages"])),
             libraries=found["libraries"],
             fingerprinted=found["fingerprinted"],
             columns=Columns.from_json(found),
@@ -544,24 +383,14 @@ def _unlike(old: list[Any], new: list[Any]) -> tuple[Any, Any]:
     return f"{len(old)} items", f"{len(new)} items"
 
 
-@_discreet
-def plugin_of(job: Job, kind: str) -> Any:
-    """One of a job's plugins, by its place in the plan, built and not yet loaded."""
-    if kind.startswith("stage "):
-        name = kind.removeprefix("stage ")
-        return registry.build("stage", {"name": name, **job.stages[name].settings})
-    choice: Mapping[str, Any] = getattr(job, kind)
-    return registry.build(kind, {key: value for key, value in choice.items() if (kind, key) not in NOT_THEIRS})
+def _stage_to_json(stage: Declaration) -> dict[str, Any]:
+    own = pa.schema([column for column in stage.adds if isinstance(column, pa.Field)])
+    types = {"columns": base64.b64encode(own.serialize()).decode()} if own.names else {}
+    return {**vars(stage), "adds": stage.added(), **types}
 
 
-def identity(job: Job, kind: str, plugin: Plugin | None = None) -> dict[str, str]:
-    """What a plan says of a plugin: name, distribution, version, and, once it is built, fingerprint."""
-    name = kind.removeprefix("stage ") if kind.startswith("stage ") else getattr(job, kind)["name"]
-    about = {"name": name, **registry.provenance(kind.partition(" ")[0], name)}
-    if plugin is None:
-        return about
-    with registry.asking(plugin):
-        fingerprint = plugin.fingerprint()
-        if not isinstance(fingerprint, str):
-            raise ValueError(f"its fingerprint must be text, not {fingerprint!r:.80}")
-    return {**about, "fingerprint": fingerprint}
+def _stage_from_json(found: Mapping[str, Any]) -> Declaration:
+    own = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(found["columns"]))) if "columns" in found else pa.schema([])
+    lists = {key: tuple(found[key]) for key in ("needs", "takes", "drops")}
+    adds = tuple(own.field(name) if name in own.names else name for name in found["adds"])
+    return Declaration(found["name"], **lists, adds=adds, position=found["position"], continuous=found["continuous"])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from latentmill import dataset, failpoints, progress, registry, report, storage
+from latentmill import dataset, failpoints, parts, progress, registry, report, storage
 from latentmill import plan as planning
 from latentmill.config import Job, load_job
 from latentmill.dataset import RETRIED, Dataset
@@ -19,19 +19,15 @@ from latentmill.driver import leases
 from latentmill.driver.apply import apply
 from latentmill.driver.leases import Leases
 from latentmill.driver.loop import Pool, drive, interruptible, view
-from latentmill.driver.messages import StageSpec, TakenOut
+from latentmill.driver.messages import TakenOut
 from latentmill.driver.state import DriverState, finished
-from latentmill.errors import PlacementError, RunError
+from latentmill.errors import RunError
 from latentmill.plan import Plan
 from latentmill.shards import data_name
-from latentmill.storage import Storage
 from latentmill.text import without_secrets
-from latentmill.workers.worker import StageWork, make_stage
+from latentmill.workers.pools import make_pool, stage_spec
 
 logger = logging.getLogger("latentmill")
-
-RUNNING_BATCHES = 4
-"""A denoise worker holds rows of so many shapes and schedulers at a time, so that the calls for each are full."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +55,12 @@ def run(
     written, RunError if the job has to stop.
     """
     job = load_job(job, overrides) if isinstance(job, str) else job
-    parts = planning.parts(job)
-    plan = planning.plan(job, parts)
-    for line in planning.notices(parts):
+    built = parts.parts(job)
+    plan = planning.plan(job, built)
+    for line in parts.notices(built):
         logger.warning(line)
     store = storage.at(job.output, job.single_writer)
-    there = Dataset(store, plan, parts.sink)
+    there = Dataset(store, plan, built.sink)
     state = begin(job, there)
     for line in planning.changed_libraries(plan, store):
         logger.warning(line)
@@ -85,7 +81,7 @@ def run(
                 store.delete("_SUCCESS")
             for shard in again:
                 there.take_out(shard, f"{RETRIED}-{uuid.uuid4().hex[:8]}")
-            show, data = partial(_show, live, state, plan, started), partial(data_name, sink=parts.sink)
+            show, data = partial(_show, live, state, plan, started), partial(data_name, sink=built.sink)
             taken = frozenset(again) | there.newly_taken_out()
             while True:
                 apply(state, TakenOut(taken))
@@ -156,7 +152,7 @@ def begin(job: Job, there: Dataset) -> DriverState:
         logger.warning(f"{job.output}/data/{name} is no shard of this dataset, and is passed over")
     if done and not there.store.exists("plan.json"):
         logger.warning(f"{job.output} has {len(done)} shards of this very job, and no plan.json: it is put back")
-    stages = tuple(_spec(job, name) for name in job.flow)
+    stages = tuple(stage_spec(job, stage) for stage in plan.stages)
     return DriverState(
         stages,
         plan.rows,
@@ -173,59 +169,6 @@ def begin(job: Job, there: Dataset) -> DriverState:
 def failed_shards(there: Dataset, done: Set[int], wanted: Callable[[Mapping[str, Any]], bool]) -> list[int]:
     """The shards that have error rows of which one or more are ``wanted``."""
     return [shard for shard, errors in there.errors().items() if shard in done and any(map(wanted, errors))]
-
-
-def _spec(job: Job, name: str) -> StageSpec:
-    stage = job.stages[name]
-    running = RUNNING_BATCHES if name == "denoise" and not job.deterministic else 1
-    replicas = 1 if job.cluster.kind == "inline" else stage.replicas
-    return StageSpec(name, stage.batch_size, replicas, running_batches=running, retries=stage.retries)
-
-
-def make_pool(job: Job, plan: Plan, store: Storage) -> Pool:
-    """The pool that the job's cluster asks for. Ray is imported only if it is wanted."""
-    work, admit = [_work(job, plan, name) for name in job.flow], planning.WeightsRead(plan, store)
-    if job.cluster.kind == "inline":
-        from latentmill.workers.inline import InlinePool
-
-        return InlinePool(work, admit)
-    from latentmill.workers import cluster, ray_pool
-
-    owned = cluster.connect(job.cluster.address if job.cluster.kind == "ray" else None)
-    try:
-        return ray_pool.RayPool(work, owned, partial(_sees, store), admit)
-    except PlacementError:
-        if owned:
-            cluster.disconnect()
-        raise
-
-
-def _sees(store: Storage, name: str) -> bool:
-    """Whether what a worker has written is there for this process, too."""
-    there = store.exists(name)
-    store.delete(name)
-    return there
-
-
-def _work(job: Job, plan: Plan, name: str) -> StageWork:
-    stage = job.stages[name]
-    threads: int | None = stage.threads
-    # In one process, and nothing to be reproduced bit by bit, torch takes all there are.
-    if job.cluster.kind == "inline" and not job.deterministic:
-        threads = None
-    return StageWork(
-        name=name,
-        make=partial(make_stage, job, plan, name),
-        replicas=stage.replicas,
-        num_cpus=stage.num_cpus,
-        num_gpus=stage.num_gpus,
-        memory=stage.bytes,
-        resources=stage.resources,
-        accelerator_type=stage.accelerator_type,
-        threads=threads,
-        timeout=stage.timeout,
-        calls=(spec := _spec(job, name)).batches_per_worker * spec.running_batches,
-    )
 
 
 def status(output: str) -> dict[str, Any]:

@@ -39,6 +39,8 @@ else:
 class StageSettings:
     """A stage's pool of workers. What a worker asks for is said in Ray's words."""
 
+    name: str | None = None
+    """The plugin that fills the stage; None: the one of the stage's own name."""
     replicas: int = 1
     batch_size: int = 16
     num_gpus: float = 0.0

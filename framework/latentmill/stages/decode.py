@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from latentmill import checks, tensors, weights
-from latentmill.batch import FixedShape, fixed_slots, require_spec
+from latentmill.batch import fixed_slots, require_spec
 from latentmill.errors import NoRowError
-from latentmill.plugin import VAE, Reject, Stage
+from latentmill.plugin import VAE, Declaration, Reject, Stage, StageContext
 
 
 class Decode(Stage):
     """Replaces ``latents`` by ``image``; ``source_image``, where there is one, by ``psnr``."""
 
     contract = 2
+    needs = ("vae",)
+    takes = ("latents",)
+    adds = ("image",)
+    drops = ("latents", "source_image")
 
-    def __init__(self, vae: VAE, fixed: FixedShape | None = None) -> None:
-        self.vae, self.fixed = vae, fixed
+    def declare(self, context: StageContext) -> Declaration:
+        found = super().declare(context)
+        given = any("source_image" in stage.added() for stage in context.before)
+        return replace(found, adds=("psnr", "image")) if given else found
+
+    def prepare(self, context: StageContext) -> None:
+        self.vae: VAE = context.plugin("vae")
+        self.fixed = context.fixed
         self.device = torch.device("cpu")
 
     def load(self, device: torch.device) -> None:

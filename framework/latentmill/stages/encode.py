@@ -1,9 +1,14 @@
-"""The encode stage: prompts to conditioning, pictures to latents, and an empty latent for a row that has neither."""
+"""The encode stages: prompts to conditioning, pictures to latents, and an empty latent for a row that has neither.
+
+``encode`` does both in one worker's process. ``encode_text`` and ``encode_images`` do one each, and can be sized apart; they may
+stand in either order. Their rows are the same, bit by bit in a deterministic job with equal batch sizes.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,70 +22,82 @@ from latentmill.batch import (
     NEGATIVE_PREFIX,
     PROMPT_PREFIX,
     SCHEDULER_KEY,
-    FixedShape,
     fixed_slots,
     frames_of,
     with_latents,
     with_warnings,
 )
 from latentmill.errors import NoRowError
-from latentmill.plugin import VAE, Conditioning, LatentSpec, Reject, RowError, Stage, TextEncoder
+from latentmill.plugin import (
+    VAE,
+    Conditioning,
+    Declaration,
+    FixedShape,
+    LatentSpec,
+    Reject,
+    RowError,
+    Stage,
+    StageContext,
+    TextEncoder,
+)
+
+RESOURCES: Mapping[str, Any] = {"batch_size": 32, "num_cpus": 0.25}
 
 
 class Encode(Stage):
-    """Adds ``latents``, and ``prompt:*`` and ``negative:*`` where there is a text encoder.
+    """Adds ``latents``, and ``prompt:*`` and ``negative:*`` where a later stage denoises.
 
-    A picture becomes the mean of the VAE's posterior. A row without picture and latents starts from an empty latent of
-    its width and height. What of a prompt the encoder will not read becomes the row's warning. ``keep_image`` passes the picture on as ``source_image``, to measure a reconstruction against;
-    ``latents_std`` adds the posterior's standard deviation, which is 0 where there was no picture.
+    A picture becomes the mean of the VAE's posterior. A row without picture and latents gets zeros of its width and height,
+    and is marked in ``from_noise``. What of a prompt the encoder will not read becomes the row's warning. The picture
+    travels on as ``source_image`` where it is decoded again at once, to measure the reconstruction against it;
+    ``latents_std`` is the posterior's standard deviation, which is 0 where there was no picture.
     """
 
     contract = 2
+    text, images = True, True
+    """Which of the two it encodes."""
+    drops: Sequence[str] = ("image", "video")
+    resources = RESOURCES
 
-    def __init__(
-        self,
-        vae: VAE,
-        text_encoder: TextEncoder | None,
-        fixed: FixedShape | None = None,
-        keep_image: bool = False,
-        latents_std: bool = False,
-    ) -> None:
-        self.vae, self.text_encoder, self.fixed, self.keep_image = vae, text_encoder, fixed, keep_image
-        self.latents_std = latents_std
-        self.device = torch.device("cpu")
-        self.vae_loaded = False
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        """Of the conditioning, by name, as the text encoder's first call made it."""
+    def declare(self, context: StageContext) -> Declaration:
+        denoises = context.needed_later("denoiser")
+        needs, adds = list[str](), list[str]()
+        if self.images:
+            needs.append("vae")
+            adds += ["latents_std"] * context.latents_std + ["latents"] + ["mask", "masked", "from_noise"] * denoises
+            if not denoises and any("source_image" in stage.drops for stage in context.after):
+                adds.append("source_image")
+        if self.text and (denoises or not self.images):
+            needs.append("text_encoder")
+            adds += [PROMPT_PREFIX, NEGATIVE_PREFIX]
+        return replace(super().declare(context), needs=tuple(needs), adds=tuple(adds))
+
+    def prepare(self, context: StageContext) -> None:
+        needs, self.fixed = context.declaration.needs, context.fixed
+        self.pictures = Pictures(context) if "vae" in needs else None
+        self.prompts = Prompts(context.plugin("text_encoder"), self.fixed) if "text_encoder" in needs else None
+        self.denoises = context.needed_later("denoiser")
 
     def load(self, device: torch.device) -> None:
-        self.device = device
-        if self.text_encoder is not None:
+        if self.pictures is not None:
+            self.pictures.device = device
+        if self.prompts is not None:
             with weights.reading("text_encoder"):
-                checks.load(self.text_encoder, device)
+                checks.load(self.prompts.encoder, device)
 
     @torch.inference_mode()
     def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
         groups = defaultdict(list)
         warnings: list[Sequence[str]] = [()] * len(batch)
-        told: dict[str | None, list[str]] = {None: []}
-        frames = frames_of(batch, self.vae.spec)
-        own = [field.name for field in self.text_encoder.row_fields] if self.text_encoder is not None else []
+        own = self.prompts.fields if self.prompts is not None else []
         columns = ["prompt", "negative_prompt", "scheduler", "width", "height", *own]
+        unread: dict[str | None, list[str]] = {None: []}
         for i, row in enumerate(batch.select(columns).to_pylist()):
             try:
-                if self.text_encoder is not None:
-                    with checks.inside(self.text_encoder):
-                        self.text_encoder.check(row["prompt"])
-                        if row["negative_prompt"] is not None:
-                            self.text_encoder.check(row["negative_prompt"])
-                        for name in ("prompt", "negative_prompt"):
-                            if row[name] not in told:  # samples of one prompt stand side by side
-                                told[row[name]] = of_prompt(self.text_encoder, row[name])
-                    negative = [f"negative_prompt: {text}" for text in told[row["negative_prompt"]]]
-                    warnings[i] = [*told[row["prompt"]], *negative]
-                shape = self.vae.spec.shape(row["height"], row["width"], frames)
-                scheduler = row["scheduler"] if self.text_encoder is not None else ""
-                groups[shape, scheduler, tuple(row[name] for name in own)].append(i)
+                if self.prompts is not None:
+                    warnings[i] = self.prompts.check(row, unread)
+                shape = self.pictures.shape(row, batch) if self.pictures is not None else ()
+                groups[shape, row["scheduler"] if self.denoises else "", tuple(row[name] for name in own)].append(i)
             except RowError as error:
                 reject(i, str(error))
         if any(warnings):
@@ -89,22 +106,15 @@ class Encode(Stage):
         for (shape, scheduler, _), members in groups.items():
             part = batch if len(members) == len(batch) else batch.take(members)
             slots, size = fixed_slots(part, self.fixed)
-            latents, std = self._latents(part, shape, slots, size)
-            good = latents.isfinite().flatten(1).all(1).tolist()
-            for i, fine in zip(members, good):
-                if not fine:
-                    wrong_rows[i] = "the VAE's latents of this picture are not finite"
-            if not all(good):
-                kept = torch.tensor(good)
-                part, slots = part.filter(pa.array(good)), slots[kept]
-                latents, std = latents[kept], std[kept]
-                members = [i for i, fine in zip(members, good) if fine]
-            if len(part):
-                if "mask" in part.column_names:
-                    part = self._with_mask(part, tuple(latents.shape[-2:]), slots, size)
-                if self.latents_std:
-                    part = tensors.with_tensor(part, "latents_std", std)
-                part = self._with_text(with_latents(part, latents, self.vae.spec), slots, size)
+            if self.pictures is not None:
+                part, good = self.pictures.encode(part, shape, slots, size)
+                fine = good.tolist()
+                wrong_rows |= {
+                    i: "the VAE's latents of this picture are not finite" for i, ok in zip(members, fine) if not ok
+                }
+                members, slots = [i for i, ok in zip(members, fine) if ok], slots[good]
+            if self.prompts is not None and len(part):
+                part = self.prompts.encode(part, slots, size)
                 wrong = not_finite(part)
                 wrong_rows |= {members[k]: reason for k, reason in wrong.items()}
                 if wrong:
@@ -117,27 +127,84 @@ class Encode(Stage):
         for i, reason in wrong_rows.items():
             reject(i, reason)
 
-    def _latents(self, part: pa.Table, shape: tuple[int, ...], slots: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Latents and the posterior's standard deviation, both ``[B, C, h, w]``; the latter is made only if asked for."""
+
+class EncodeText(Encode):
+    """Adds ``prompt:*`` and ``negative:*``. Its workers have the text encoder, and no VAE."""
+
+    text, images = True, False
+    drops = ()
+
+
+class EncodeImages(Encode):
+    """Adds ``latents``, and ``mask`` and ``masked`` where a row has a mask. Its workers have the VAE, and no text encoder."""
+
+    text, images = False, True
+
+
+class Pictures:
+    """Pictures to latents, by a VAE that is loaded when the first picture comes: text-to-image jobs never need its weights."""
+
+    def __init__(self, context: StageContext) -> None:
+        self.vae: VAE = context.plugin("vae")
+        self.fixed, self.adds = context.fixed, context.declaration.added()
+        self.marks = context.needed_later("denoiser")
+        self.device = torch.device("cpu")
+        self.loaded = False
+
+    def shape(self, row: Mapping[str, Any], batch: pa.Table) -> tuple[int, ...]:
+        """The shape of the latents of a row of this batch. Raises RowError."""
+        return self.vae.spec.shape(row["height"], row["width"], frames_of(batch, self.vae.spec))
+
+    def encode(self, part: pa.Table, shape: tuple[int, ...], slots: Tensor, size: int) -> tuple[pa.Table, Tensor]:
+        """The rows with their latents, less those whose latents are not finite, and which those are, as bools ``[B]``."""
+        from_noise = not {"latents", "image", "video"} & {*part.column_names}
+        latents, std = self._latents(part, shape, slots, size)
+        good = latents.isfinite().flatten(1).all(1)
+        if not bool(good.all()):
+            part, slots, latents = part.filter(pa.array(good.tolist())), slots[good], latents[good]
+            std = std[good] if std is not None else None
+        if not len(part):
+            return part, good
+        if "mask" in part.column_names:
+            part = self._with_mask(part, tuple(latents.shape[-2:]), slots, size)
+        if std is not None:
+            part = tensors.with_tensor(part, "latents_std", std)
+        part = with_latents(part, latents, self.vae.spec)
+        if self.marks:
+            part = part.append_column("from_noise", pa.array([from_noise] * len(part)))
+        pictures = self.vae.spec.decoded
+        if pictures in part.column_names:
+            at = part.schema.get_field_index(pictures)
+            if "source_image" in self.adds:
+                part = part.set_column(at, part.schema.field(at).with_name("source_image"), part.column(at))
+            else:
+                part = part.remove_column(at)
+        return part, good
+
+    def _latents(
+        self, part: pa.Table, shape: tuple[int, ...], slots: Tensor, size: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Latents and, if asked for, the posterior's standard deviation, both ``[B, C, h, w]``."""
+        wanted = "latents_std" in self.adds
         if "latents" in part.column_names:
             latents = tensors.from_arrow(part, "latents")
-            return latents, torch.zeros_like(latents)
+            return latents, torch.zeros_like(latents) if wanted else None
+        dtype = stored_dtype(self.vae.spec)
         if not {"image", "video"} & {*part.column_names}:
-            return (torch.zeros(len(part), *shape, dtype=stored_dtype(self.vae.spec)),) * 2
-        if not self.vae_loaded:  # a text-to-image job's encode workers never need the VAE's weights
+            zeros = torch.zeros(len(part), *shape, dtype=dtype)
+            return zeros, zeros if wanted else None
+        if not self.loaded:
             with weights.reading("vae"):
                 checks.load(self.vae, self.device)
-            self.vae_loaded = True
+            self.loaded = True
         images = self._images(part, slots, size)
-        if not self.latents_std:
-            mean = std = self._encoded(images)
-        else:
-            with checks.inside(self.vae):
-                mean, std = self.vae.posterior(images)
-            for values in (mean, std):
-                checks.latents(self.vae, self.vae.spec, "posterior", values, images)
-        mean, std = (values[slots].to(stored_dtype(self.vae.spec)) for values in (mean, std))
-        return mean, std
+        if not wanted:
+            return self._encoded(images)[slots].to(dtype), None
+        with checks.inside(self.vae):
+            mean, std = self.vae.posterior(images)
+        for values in (mean, std):
+            checks.latents(self.vae, self.vae.spec, "posterior", values, images)
+        return mean[slots].to(dtype), std[slots].to(dtype)
 
     def _encoded(self, images: Tensor) -> Tensor:
         with checks.inside(self.vae):
@@ -151,31 +218,46 @@ class Encode(Stage):
         return images.movedim(-1, 1).to(torch.float32) / 127.5 - 1.0
 
     def _with_mask(self, part: pa.Table, shape: tuple[int, ...], slots: Tensor, size: int) -> pa.Table:
-        """The mask in the size of the latents, and ``masked``: what a network that was trained for inpainting is told."""
+        """The mask in the size of the latents, and ``masked``: what a network that was trained for inpainting is given."""
         mask = tensors.from_arrow(part, "mask")[:, None]
         kept = tensors.spread(1 - mask, slots, size).to(self.device)
         masked = self._encoded(self._images(part, slots, size) * kept)[slots].to(stored_dtype(self.vae.spec))
         part = tensors.with_tensor(part, "mask", interpolate(mask, shape, mode="nearest"))
         return tensors.with_tensor(part, "masked", masked)
 
-    def _with_text(self, part: pa.Table, slots: Tensor, size: int) -> pa.Table:
-        pictures = self.vae.spec.decoded
-        if pictures in part.column_names:
-            at = part.schema.get_field_index(pictures)
-            if self.keep_image:
-                part = part.set_column(at, part.schema.field(at).with_name("source_image"), part.column(at))
-            else:
-                part = part.remove_column(at)
-        if self.text_encoder is None:
-            return part
-        encoder = self.text_encoder
-        told = {
-            field.name: part.column(field.name)[0].as_py() for field in encoder.row_fields
-        }  # one for all: see groups
+
+class Prompts:
+    """Prompts to conditioning, by a text encoder."""
+
+    def __init__(self, encoder: TextEncoder, fixed: FixedShape | None) -> None:
+        self.encoder, self.fixed = encoder, fixed
+        self.fields = [field.name for field in encoder.row_fields]
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        """Of the conditioning, by name, as the text encoder's first call made it."""
+
+    def check(self, row: Mapping[str, Any], unread: dict[str | None, list[str]]) -> list[str]:
+        """What of a row's prompts the encoder will not read. Raises RowError for one that can't be encoded.
+
+        ``unread`` holds the answers of texts that were asked for before: samples of one prompt stand side by side.
+        """
+        with checks.inside(self.encoder):
+            self.encoder.check(row["prompt"])
+            if row["negative_prompt"] is not None:
+                self.encoder.check(row["negative_prompt"])
+            for name in ("prompt", "negative_prompt"):
+                if row[name] not in unread:
+                    unread[row[name]] = of_prompt(self.encoder, row[name])
+        negative = [f"negative_prompt: {text}" for text in unread[row["negative_prompt"]]]
+        return [*unread[row["prompt"]], *negative]
+
+    def encode(self, part: pa.Table, slots: Tensor, size: int) -> pa.Table:
+        """The rows with ``prompt:*`` and ``negative:*``."""
+        encoder = self.encoder
+        own = {name: part.column(name)[0].as_py() for name in self.fields}  # one for all: rows are grouped by them
 
         def checked(method: str, texts: Sequence[str]) -> Conditioning:
             with checks.inside(encoder):
-                found = getattr(encoder, method)(texts, **told)
+                found = getattr(encoder, method)(texts, **own)
             return checks.conditioning(encoder, method, found, len(texts), self.shapes)
 
         for prefix, column, encode in (

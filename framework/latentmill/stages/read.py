@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from latentmill.columns import Columns
 from latentmill.errors import ContractError
 from latentmill.fields import BY_NAME, FROM_SOURCE, HALFWAY, ID, parse
 from latentmill.identity import row_seed
-from latentmill.plugin import Reject, RowError, RowField, Source, Stage
+from latentmill.plugin import Declaration, LatentSpec, Reject, RowError, RowField, Source, Stage, StageContext
 from latentmill.registry import called
 
 READ_AGAIN = 8
@@ -51,22 +52,26 @@ class Read(Stage):
     """
 
     contract = 2
+    needs = ("source",)
+    position = "first"
 
-    def __init__(
-        self,
-        source: Source,
-        plan: Rows,
-        sampling: Mapping[str, Any],
-        scheduler: str,
-        multiple_of: int = 1,
-        require: Callable[[str], None] = lambda fragment: None,
-    ) -> None:
-        """``require`` raises if a fragment is not what was planned; asked whenever one is read."""
-        self.source, self.plan, self.sampling, self.require = source, plan, sampling, require
-        self.scheduler, self.multiple_of = scheduler, multiple_of
-        self.columns = plan.columns
-        source.job_fields, source.kept = self.columns.fields, self.columns.kept
-        self.spec = source.latent_spec()
+    def declare(self, context: StageContext) -> Declaration:
+        source: Source = context.plugin("source")
+        own = ("id",) if source.id_column is not None else ()
+        return replace(super().declare(context), adds=(*own, "latents") if source.latent_spec() is not None else own)
+
+    def prepare(self, context: StageContext) -> None:
+        self.source: Source = context.plugin("source")
+        self.plan: Rows = context.plan
+        self.columns = self.plan.columns
+        self.source.job_fields, self.source.kept = self.columns.fields, self.columns.kept
+        self.sampling, self.require = context.sampling, context.require_fragment
+        self.denoises = context.needed_later("denoiser")
+        """Whether a scheduler will move the rows: else they have none, no mask, and no use for a strength."""
+        self.scheduler = str(context.choices["scheduler"]["name"]) if self.denoises else ""
+        latents: LatentSpec | None = context.plan.spec
+        self.multiple_of = latents.downscale if latents is not None else 1
+        self.spec = self.source.latent_spec()
         self.again = READ_AGAIN
         self.sound: set[str] = set()
         """Fragments of which a row was read twice."""
@@ -201,7 +206,7 @@ class Read(Stage):
         elif found.get("image") is not None:
             picture = self._picture(found["image"], values["width"], values["height"])
             stored["image"] = picture
-            if found.get("mask") is not None and self.scheduler:
+            if found.get("mask") is not None and self.denoises:
                 if np.shape(found["mask"])[:2] != np.shape(found["image"])[:2]:
                     raise RowError("the mask is of another size than the picture")
                 painted = self._picture(found["mask"], values["width"], values["height"])
@@ -212,7 +217,7 @@ class Read(Stage):
             values["height"], values["width"] = stored["video"].shape[1:3]
         elif values["width"] is None:
             raise RowError("a row without a picture needs width and height")
-        elif self.scheduler and values["strength"] < 1.0:
+        elif self.denoises and values["strength"] < 1.0:
             raise RowError(f"strength {values['strength']:g} is for rows with a picture or latents, and there are none")
         else:
             self._bound(values["width"], values["height"])
@@ -234,7 +239,7 @@ class Read(Stage):
 
     def _halfway(self, found: Mapping[str, Any], stored: dict[str, Tensor]) -> dict[str, Any]:
         time = parse(BY_NAME["time"], found["time"])
-        if not self.scheduler:
+        if not self.denoises:
             if time > 0:
                 raise RowError(f"the latents are half-way, at time {time:g}: only a job with denoise can finish them")
             return {}

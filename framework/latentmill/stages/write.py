@@ -15,20 +15,31 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 import pyarrow as pa
-import torch
 
-from latentmill import checks, failpoints, tensors
-from latentmill.batch import count_warnings, with_latents
+from latentmill import checks, failpoints
+from latentmill.batch import count_warnings, empty
 from latentmill.columns import Columns
-from latentmill.fields import BATCH_SCHEMA, HALFWAY, ID, OURS
-from latentmill.plugin import LatentSpec, Reject, Sink, Stage
-from latentmill.shards import ERRORS_KEY, WARNINGS_KEY, ShardFile, copy_errors, data_name, error_lines, with_side_files
+from latentmill.fields import OURS
+from latentmill.plugin import CommittingStage, LatentSpec, Reject, Sink, StageContext
+from latentmill.shards import (
+    ERRORS_KEY,
+    PLAN_KEY,
+    WARNINGS_KEY,
+    ShardFile,
+    copy_errors,
+    data_name,
+    error_lines,
+    with_side_files,
+)
 from latentmill.storage import Storage
 from latentmill.text import one_line, without_secrets
 
 
 class Shards(Protocol):
     """What a plan knows of shards."""
+
+    @property
+    def hash(self) -> str: ...
 
     @property
     def spec(self) -> LatentSpec | None: ...
@@ -44,13 +55,19 @@ class Shards(Protocol):
     def row_id(self, row: int) -> str: ...
 
 
-class Write(Stage):
+class Write(CommittingStage):
     """Packs batches as the sink stores them; ``commit`` publishes a whole shard."""
 
     contract = 2
+    needs = ("sink",)
 
-    def __init__(self, sink: Sink, store: Storage, plan: Shards, metadata: Mapping[str, str]) -> None:
-        self.sink, self.store, self.plan, self.metadata = sink, store, plan, metadata
+    def prepare(self, context: StageContext) -> None:
+        assert context.open_output is not None
+        self.sink: Sink = context.plugin("sink")
+        self.store: Storage = context.open_output()
+        self.plan: Shards = context.plan
+        self.metadata = {PLAN_KEY: self.plan.hash}
+        self.stages, self.sampling = context.before, context.sampling
 
     def __call__(self, batch: pa.Table, reject: Reject) -> pa.Table:
         with checks.inside(self.sink):
@@ -81,7 +98,10 @@ class Write(Stage):
         ]
         numbers = [number for table in packed for number in table.column("row").to_pylist()]
         _require_planned(shard, self.plan.shard_rows(shard), [*numbers, *(e["row"] for e in failed)])
-        table = pa.concat_tables(packed or [self.sink.pack(self._empty())], promote_options="default")
+        table = pa.concat_tables(
+            packed or [self.sink.pack(empty(self.stages, self.plan.spec, self.sampling, self.plan.columns.schema()))],
+            promote_options="default",
+        )
         if numbers != sorted(numbers):  # by slices, since take() would copy, and can't past 2 GB of pictures
             order = sorted(range(len(numbers)), key=numbers.__getitem__)
             table = pa.concat_tables([table.slice(at, 1) for at in order])
@@ -112,30 +132,6 @@ class Write(Stage):
 
     def _reason(self, reason: str) -> str:
         return one_line(without_secrets(reason, json.dumps(self.plan.config)))
-
-    def _empty(self) -> pa.Table:
-        """No rows, with the columns of this job's rows: a shard in which all failed must fit beside the others."""
-        flow = self.plan.config["flow"]
-        batch = BATCH_SCHEMA.empty_table()
-        if self.plan.config["source"].get("id_column") is not None:
-            batch = batch.append_column(ID, pa.array([], ID.type))
-        for column in self.plan.columns.schema():
-            batch = batch.append_column(column, pa.array([], column.type))
-        if "decode" in flow:
-            if "encode" in flow and "denoise" not in flow:
-                batch = batch.append_column("psnr", pa.array([], pa.float64()))
-            name = self.plan.spec.decoded if self.plan.spec else "image"
-            sides = (1, 1, 1, 3) if name == "video" else (1, 1, 3)
-            batch = tensors.with_tensor(batch, name, torch.zeros(0, *sides, dtype=torch.uint8))
-        elif self.plan.spec is not None:
-            spec, sampling = self.plan.spec, self.plan.config["sampling"]
-            height, width = (sampling[side] or spec.downscale for side in ("height", "width"))
-            shape = spec.shape(height, width, 1 if spec.time_downscale else None)
-            dtype = torch.float32 if sampling["until"] else getattr(torch, spec.dtype)
-            batch = with_latents(batch, torch.zeros(0, *shape, dtype=dtype), spec)
-            for column in HALFWAY if sampling["until"] else ():
-                batch = batch.append_column(column, pa.array([], column.type))
-        return batch
 
 
 def publish(store: Storage, name: str, write: Callable[[str], None], check: Callable[[str], None]) -> bool:

@@ -19,8 +19,9 @@ from latentmill.driver.messages import (
 )
 from latentmill.errors import WrongWorker
 from latentmill.text import one_line
+from latentmill.workers.context import this_node
 from latentmill.workers.hearing import Telling
-from latentmill.workers.worker import Admit, Block, Call, Outcome, StageWork, Worker, this_node
+from latentmill.workers.worker import Admit, Block, Call, Outcome, StageWork, Worker
 
 
 class InlinePool:

@@ -37,13 +37,13 @@ from latentmill.driver.messages import (
     StopWorker,
 )
 from latentmill.errors import BusyError, PlacementError, WrongWorker
-from latentmill.plugin import Stage
-from latentmill.stages.write import Write
+from latentmill.plugin import CommittingStage, Stage
 from latentmill.text import one_line
 from latentmill.weights import Reading
 from latentmill.workers.cluster import disconnect, store_environment
+from latentmill.workers.context import this_node
 from latentmill.workers.hearing import Telling
-from latentmill.workers.worker import Admit, StageWork, Worker, this_node
+from latentmill.workers.worker import Admit, StageWork, Worker
 
 logger = logging.getLogger("latentmill")
 
@@ -266,7 +266,7 @@ class _Actor(Worker):
         except WrongWorker as error:  # Ray would tell of it in words alone
             self.is_ready = Ready(this_node(), wrong=str(error))
         else:
-            probe = self.stage.probe() if isinstance(self.stage, Write) else ""
+            probe = self.stage.probe() if isinstance(self.stage, CommittingStage) else ""
             self.is_ready = Ready(this_node(), probe, self.loaded, self.hearing.take())
 
     def ready(self) -> Ready:

@@ -3,42 +3,26 @@
 from __future__ import annotations
 
 import logging
-import socket
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, TypeAlias, cast
 
 import pyarrow as pa
 import torch
 
-from latentmill import checks, failpoints, registry, storage, weights
-from latentmill.batch import FixedShape, concat, shape_key
-from latentmill.config import Job
-from latentmill.errors import PluginError, WrongWorker
-from latentmill.plan import LIBRARIES, Plan, identity, of_row, plugin_of, versions
-from latentmill.plan import read as read_plan
-from latentmill.plugin import Denoiser, Plugin, RowError, Scheduler, Source, Stage
-from latentmill.shards import PLAN_KEY
-from latentmill.stages.decode import Decode
-from latentmill.stages.denoise import Denoise, Visit
-from latentmill.stages.encode import Encode
-from latentmill.stages.read import Read
-from latentmill.stages.write import Write
+from latentmill import checks, failpoints, weights
+from latentmill.batch import concat, shape_key
+from latentmill.plugin import CommittingStage, ContinuousStage, Request, RowError, Stage
+from latentmill.workers.context import this_node
 from latentmill.workers.hearing import Hearing
 
 logger = logging.getLogger("latentmill")
 
 Admit: TypeAlias = Callable[[str, weights.Reading], str]
 """Of a node's name and what a worker on it has read: why its rows would not be the dataset's, or "" if they would."""
-
-
-MANY = 1000
-"""Names of schedulers in rows of which a worker tells: nobody has so many, and rows may hold anything."""
 
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
@@ -87,7 +71,7 @@ class Call:
 
     batch: pa.Table
     rejected: dict[int, str] = field(default_factory=dict)
-    visit: Visit | None = None
+    request: Request | None = None
     block: Block | None = None
     error: Exception | None = None
 
@@ -109,12 +93,12 @@ class Worker:
     def __init__(self, make: Callable[[], Stage], gpu: bool, threads: int | None, name: str = "") -> None:
         if threads is not None:
             torch.set_num_threads(threads)
-        self.threads, self.name = threads, f"stage {name}"
+        self.threads, self.name = threads, name
         self.hearing = Hearing()
         weights.taken()
         with self.hearing.on():
             self.stage = make()
-            with weights.reading(self.name):
+            with weights.reading(f"stage {name}"):
                 self.stage.load(torch.device("cuda" if gpu else "cpu"))
         self.loaded = weights.taken()
         """What was read while the stage was loaded."""
@@ -122,7 +106,7 @@ class Worker:
         """What was read since: weights that are needed for some rows only."""
         self.waiting: deque[Call] = deque()
         self.inside: list[Call] = []
-        """Denoise only: batches of which some rows are on their way."""
+        """Of a continuous stage: the batches that it has taken in."""
         self.turn = threading.Condition()
         self.taken = False
         self.most: int | None = None
@@ -142,21 +126,20 @@ class Worker:
 
     def commit(self, shard: int, errors: list[dict[str, Any]], cuts: Sequence[Cut], *blocks: Block) -> bool:
         """Publish a shard; False if another driver had."""
-        return cast(Write, self.stage).commit(shard, _gather(cuts, blocks), errors)
+        return cast(CommittingStage, self.stage).commit(shard, _gather(cuts, blocks), errors)
 
     def advance(self) -> None:
-        """Do the next piece of work: a batch, or, of those that are being denoised, a step of as many rows as go at a time."""
+        """Do the next piece of work: a batch, or a step of a continuous stage."""
         if self.threads is not None and torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)  # each thread has its own, and stages in one process share one
-        with self.hearing.on(), weights.reading(self.name, each=True):
+        with self.hearing.on(), weights.reading(f"stage {self.name}", each=True):
             self._advance()
 
     def _advance(self) -> None:
-        name = type(self.stage).__name__.lower()
-        if not isinstance(self.stage, Denoise):
+        if not isinstance(self.stage, ContinuousStage):
             call = self.waiting.popleft()
             with _noting(call):
-                failpoints.reach(name)
+                failpoints.reach(self.name)
                 block = self._in_memory(call)
                 self._note_reading()
                 call.block = block
@@ -164,15 +147,14 @@ class Worker:
         while self.waiting:
             call = self.waiting.popleft()
             with _noting(call):
-                failpoints.reach(name)
-                call.visit = self.stage.enter(call.batch, call.reject)
+                failpoints.reach(self.name)
+                call.request = self.stage.take(call.batch, call.reject)
                 self.inside.append(call)
         self.stage.advance()
-        for call in [call for call in self.inside if call.visit and call.visit.done]:
+        for call in [call for call in self.inside if call.request is not None and call.request.done]:
             self.inside.remove(call)
             with _noting(call):
-                assert call.visit is not None
-                block = list(self.stage.leave(call.visit))
+                block = list(self.stage.finish(call.request))
                 self._note_reading()
                 call.block = block
 
@@ -192,14 +174,12 @@ class Worker:
                 result = self.stage(call.batch.slice(start, count), rejected.__setitem__)
                 block += [result] if isinstance(result, pa.Table) else list(result)
             except OUT_OF_MEMORY as error:
-                if getattr(self.stage, "fixed", None) is not None:
+                if self.stage.fixed is not None:
                     raise type(error)(f"{error}; in a deterministic job only a smaller batch_size helps") from error
                 if count == 1:
                     raise
                 self.most = count // 2
-                logger.warning(
-                    f"{type(self.stage).__name__}: out of memory with {count} rows; from now on {self.most} at a time"
-                )
+                logger.warning(f"{self.name}: out of memory with {count} rows; from now on {self.most} at a time")
                 torch.cuda.empty_cache()
                 continue
             for i, reason in rejected.items():
@@ -216,7 +196,7 @@ class Worker:
             raise call.error
         assert call.block is not None
         checks.same_rows(self.stage, call.batch, call.block, call.rejected)
-        if not isinstance(self.stage, Write):
+        if not isinstance(self.stage, CommittingStage):
             checks.same_columns(self.stage, call.batch, call.block)
         outcome = [(shape_key(table), tuple(table.column("row").to_pylist())) for table in call.block]
         node = this_node() if self.read_later else ""
@@ -258,133 +238,3 @@ def _gather(cuts: Sequence[Cut], blocks: Sequence[Block]) -> list[pa.Table]:
         table = blocks[block][part]
         out.append(table if (start, stop) == (0, len(table)) else table.slice(start, stop - start))
     return out
-
-
-def make_stage(job: Job, plan: Plan, name: str) -> Stage:
-    """Build a stage by its name in the job's flow, with its own plugins and no others. Loads nothing onto a device.
-
-    Raises WrongWorker if what is installed here, or the plugins find, is not what the plan says.
-    """
-    _require_libraries(plan, LIBRARIES)
-    if name not in MAKERS:
-        stage: Stage = as_planned(job, plan, f"stage {name}")
-        return stage
-    fixed = FixedShape(job.stages[name].batch_size, job.rows_per_shard) if job.deterministic else None
-    return MAKERS[name](job, plan, fixed)
-
-
-def as_planned(job: Job, plan: Plan, kind: str) -> Any:
-    """One of the job's plugins, built, if it is the plan's; else raises WrongWorker."""
-    planned = plan.plugins[kind]
-    what, same = f"{kind} {planned['name']}", "Install the same version on every node"
-    try:
-        here = identity(job, kind)
-    except PluginError as error:
-        raise WrongWorker(
-            f"{this_node()} lacks {what}, which the plan has of {planned['distribution']} {planned['version']}: "
-            f"{error}. {same}"
-        ) from error
-    for key in ("distribution", "version"):
-        if here[key] != planned[key]:
-            raise WrongWorker(
-                f"{this_node()} has {what} of {here['distribution']} {here['version']}, "
-                f"and the plan of {planned['distribution']} {planned['version']}. {same}"
-            )
-    try:
-        plugin: Plugin = plugin_of(job, kind)
-    except PluginError as error:
-        if isinstance(error.__cause__, OSError):  # the storage's, and may be gone at the next attempt
-            raise
-        raise WrongWorker(f"{this_node()} can't build what the driver could: {error}") from error
-    _require_libraries(plan, plugin.libraries)
-    if (found := plugin.fingerprint()) != planned["fingerprint"]:
-        raise WrongWorker(
-            f"{this_node()} has other weights or files for {what}: its fingerprint is {found or 'empty'} there, and "
-            f"{planned['fingerprint'] or 'empty'} in the plan. Put the same files on every node"
-        )
-    return plugin
-
-
-def _require_libraries(plan: Plan, names: Sequence[str]) -> None:
-    for name, here in versions(names).items():
-        if here != plan.libraries.get(name, here):
-            raise WrongWorker(
-                f"{this_node()} has {name} {here}, and the driver {plan.libraries[name]}. Install the same version on every node"
-            )
-
-
-def this_node() -> str:
-    """Names the machine that this process runs on."""
-    ray = sys.modules.get("ray")
-    address = f" ({ray.util.get_node_ip_address()})" if ray and ray.is_initialized() else ""
-    return f"node {socket.gethostname()}{address}"
-
-
-def _read(job: Job, plan: Plan, fixed: FixedShape | None) -> Stage:
-    scheduler = job.scheduler["name"] if job.scheduler and "denoise" in job.flow else ""
-    source: Source = as_planned(job, plan, "source")
-    fragments = {fragment.name: fragment for fragment in plan.fragments}
-
-    @cache
-    def require(name: str) -> None:
-        if source.changed(fragments[name]):
-            raise WrongWorker(
-                f"{this_node()} has another {name} for source {job.source['name']} than was planned: "
-                "a source must be the same on every node, and stay so until the job is done"
-            )
-
-    return Read(source, plan, job.sampling, scheduler, plan.spec.downscale if plan.spec else 1, require)
-
-
-def _encode(job: Job, plan: Plan, fixed: FixedShape | None) -> Stage:
-    text_encoder = as_planned(job, plan, "text_encoder") if "denoise" in job.flow else None
-    keep_image = "decode" in job.flow and "denoise" not in job.flow
-    return Encode(as_planned(job, plan, "vae"), text_encoder, fixed, keep_image, job.latents_std)
-
-
-def _denoise(job: Job, plan: Plan, fixed: FixedShape | None) -> Stage:
-    assert job.scheduler is not None
-    denoiser: Denoiser = as_planned(job, plan, "denoiser")
-    schedulers: dict[str, Scheduler] = {job.scheduler["name"]: as_planned(job, plan, "scheduler")}
-    looked: set[str] = set()
-
-    def scheduler(name: str) -> Scheduler:
-        """The job's with the job's settings, a row's own with its defaults."""
-        if name not in schedulers:
-            if (
-                name not in looked and len(looked) < MANY
-            ):  # the plan doesn't know of it, and it must be the same on all nodes
-                looked.add(name)
-                weights.note(f"scheduler {name}", name, of_row(name))
-            try:
-                schedulers[name] = registry.build("scheduler", {"name": name})
-            except PluginError as error:
-                raise RowError(str(error)) from error
-        return schedulers[name]
-
-    grid = job.scheduler.get("grid", "trailing")
-    sampling, batch_size = job.sampling, job.stages["denoise"].batch_size
-    return Denoise(denoiser, scheduler, grid, batch_size, fixed, sampling["first_noise"], sampling["until"])
-
-
-def _decode(job: Job, plan: Plan, fixed: FixedShape | None) -> Stage:
-    return Decode(as_planned(job, plan, "vae"), fixed)
-
-
-def _write(job: Job, plan: Plan, fixed: FixedShape | None) -> Stage:
-    store = storage.at(job.output, job.single_writer)
-    if not store.exists("plan.json") or read_plan(store)["hash"] != plan.hash:
-        raise RuntimeError(
-            f"{this_node()} doesn't see the plan.json that the driver wrote in {job.output}: "
-            "the output must be one folder or store for all nodes, by its whole path"
-        )
-    return Write(as_planned(job, plan, "sink"), store, plan, {PLAN_KEY: plan.hash})
-
-
-MAKERS: dict[str, Callable[[Job, Plan, FixedShape | None], Stage]] = {
-    "read": _read,
-    "encode": _encode,
-    "denoise": _denoise,
-    "decode": _decode,
-    "write": _write,
-}

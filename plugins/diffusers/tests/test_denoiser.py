@@ -126,13 +126,13 @@ def test_workers_of_other_stages_never_see_diffusers(model, tmp_path):
     code = f"""
 import sys
 from latentmill import config, plan, storage
-from latentmill.workers import worker
+from latentmill.workers import context
 job = config.load_job("denoise", {told!r})
 plan = plan.load(storage.at(job.output, False))
 for name in ("read", "write"):
-    worker.make_stage(job, plan, name)
+    context.make_stage(job, plan, name)
     print(name, "diffusers" in sys.modules)
-worker.make_stage(job, plan, "denoise")
+context.make_stage(job, plan, "denoise")
 print("diffusers" in sys.modules)
 """
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import latentmill
 from latentmill.config import load_job
 from latentmill.errors import PlanError, PluginError
-from latentmill.plan import parts
+from latentmill.parts import parts
 from latentmill_diffusers.denoiser import DiffusersDenoiser
 from latentmill_diffusers.text_encoder import DiffusersTextEncoder
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 from latentmill import registry, tensors
 from latentmill.batch import concat, from_dicts
-from latentmill.plugin import Scheduler
+from latentmill.plugin import Declaration, Scheduler, Stage, StageContext
 from latentmill.stages.decode import Decode
 from latentmill.stages.denoise import Denoise
 from latentmill.stages.encode import Encode
@@ -76,8 +76,18 @@ def generate(
         built: Scheduler = registry.build("scheduler", {"name": name})
         return built
 
-    stages = [Encode(vae, ShapesTextEncoder()), Denoise(ShapesDenoiser(), build, grid, batch), Decode(vae)]
+    plugins = {"vae": vae, "text_encoder": ShapesTextEncoder(), "denoiser": ShapesDenoiser(), "scheduler": None}
+    context = StageContext.of(
+        plugins,
+        batch_size=batch,
+        after=[Declaration("denoise", needs=("denoiser",))],  # of encode
+        sampling={"until": 0.0, "first_noise": "latentmill"},
+        choices={"scheduler": {"name": scheduler, "grid": grid}},
+        scheduler_of=build,
+    )
+    stages: list[Stage] = [Encode(), Denoise(), Decode()]
     for stage in stages:
+        stage.prepare(context)
         stage.load(cpu)
 
     def reject(i: int, reason: str) -> None:

@@ -1,0 +1,150 @@
+"""A stage's worker, by the plan: the stage that the job names, with its own plugins and no others, each held against the plan."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
+
+from latentmill import registry, storage, weights
+from latentmill.config import Job
+from latentmill.errors import PluginError, WrongWorker
+from latentmill.parts import KINDS, identity, plugin_of
+from latentmill.plan import LIBRARIES, Plan, of_row, versions
+from latentmill.plan import read as read_plan
+from latentmill.plugin import FixedShape, Plugin, RowError, Scheduler, Stage, StageContext
+from latentmill.storage import Storage
+
+MANY = 1000
+"""Names of schedulers in rows of which a worker tells: nobody has so many, and rows may hold anything."""
+
+
+def make_stage(job: Job, plan: Plan, name: str) -> Stage:
+    """Build a stage by its name in the job's flow, with its own plugins and no others. Loads nothing onto a device.
+
+    Raises WrongWorker if what is installed here, or the plugins find, is not what the plan says.
+    """
+    _require_libraries(plan, LIBRARIES)
+    stage: Stage = as_planned(job, plan, f"stage {name}")
+    build = cache(partial(as_planned, job, plan))
+    at = job.flow.index(name)
+    batch_size = job.stages[name].batch_size
+    stage.prepare(
+        StageContext(
+            plan.stages[at],
+            before=plan.stages[:at],
+            after=plan.stages[at + 1 :],
+            batch_size=batch_size,
+            fixed=FixedShape(batch_size, job.rows_per_shard) if job.deterministic else None,
+            sampling=dict(job.sampling),
+            latents_std=job.latents_std,
+            choices={kind: getattr(job, kind) for kind in KINDS if getattr(job, kind) is not None},
+            plan=plan,
+            build=build,
+            scheduler_of=_Schedulers(job.scheduler["name"] if job.scheduler else "", build),
+            require_fragment=_Fragments(job, plan, build),
+            open_output=partial(_output, job, plan),
+        )
+    )
+    return stage
+
+
+def as_planned(job: Job, plan: Plan, kind: str) -> Any:
+    """One of the job's plugins, built, if it is the plan's; else raises WrongWorker."""
+    planned = plan.plugins[kind]
+    what, same = f"{kind} {planned['name']}", "Install the same version on every node"
+    try:
+        here = identity(job, kind)
+    except PluginError as error:
+        raise WrongWorker(
+            f"{this_node()} lacks {what}, which the plan has of {planned['distribution']} {planned['version']}: "
+            f"{error}. {same}"
+        ) from error
+    for key in ("distribution", "version"):
+        if here[key] != planned[key]:
+            raise WrongWorker(
+                f"{this_node()} has {what} of {here['distribution']} {here['version']}, "
+                f"and the plan of {planned['distribution']} {planned['version']}. {same}"
+            )
+    try:
+        plugin: Plugin = plugin_of(job, kind)
+    except PluginError as error:
+        if isinstance(error.__cause__, OSError):  # the storage's, and may be gone at the next attempt
+            raise
+        raise WrongWorker(f"{this_node()} can't build what the driver could: {error}") from error
+    _require_libraries(plan, plugin.libraries)
+    if (found := plugin.fingerprint()) != planned["fingerprint"]:
+        raise WrongWorker(
+            f"{this_node()} has other weights or files for {what}: its fingerprint is {found or 'empty'} there, and "
+            f"{planned['fingerprint'] or 'empty'} in the plan. Put the same files on every node"
+        )
+    return plugin
+
+
+def _require_libraries(plan: Plan, names: Sequence[str]) -> None:
+    for name, here in versions(names).items():
+        if here != plan.libraries.get(name, here):
+            raise WrongWorker(
+                f"{this_node()} has {name} {here}, and the driver {plan.libraries[name]}. Install the same version on every node"
+            )
+
+
+def this_node() -> str:
+    """Names the machine that this process runs on."""
+    ray = sys.modules.get("ray")
+    address = f" ({ray.util.get_node_ip_address()})" if ray and ray.is_initialized() else ""
+    return f"node {socket.gethostname()}{address}"
+
+
+class _Schedulers:
+    """Schedulers by the names that rows give: the job's own with the job's settings, any other with its defaults."""
+
+    def __init__(self, own: str, build: Callable[[str], Any]) -> None:
+        self.own, self.build = own, build
+        self.built: dict[str, Scheduler] = {}
+        self.noted: set[str] = set()
+
+    def __call__(self, name: str) -> Scheduler:
+        if name == self.own:
+            own: Scheduler = self.build("scheduler")
+            return own
+        if name not in self.built:
+            if name not in self.noted and len(self.noted) < MANY:
+                self.noted.add(name)  # the plan doesn't know of it, and it must be the same on all nodes
+                weights.note(f"scheduler {name}", name, of_row(name))
+            try:
+                self.built[name] = registry.build("scheduler", {"name": name})
+            except PluginError as error:
+                raise RowError(str(error)) from error
+        return self.built[name]
+
+
+class _Fragments:
+    """Raises WrongWorker if a fragment of the source is not what was planned; looks once."""
+
+    def __init__(self, job: Job, plan: Plan, build: Callable[[str], Any]) -> None:
+        self.name, self.build = job.source["name"], build
+        self.planned = {fragment.name: fragment for fragment in plan.fragments}
+        self.same: set[str] = set()
+
+    def __call__(self, name: str) -> None:
+        if name in self.same:
+            return
+        if self.build("source").changed(self.planned[name]):
+            raise WrongWorker(
+                f"{this_node()} has another {name} for source {self.name} than was planned: "
+                "a source must be the same on every node, and stay so until the job is done"
+            )
+        self.same.add(name)
+
+
+def _output(job: Job, plan: Plan) -> Storage:
+    store = storage.at(job.output, job.single_writer)
+    if not store.exists("plan.json") or read_plan(store)["hash"] != plan.hash:
+        raise RuntimeError(
+            f"{this_node()} doesn't see the plan.json that the driver wrote in {job.output}: "
+            "the output must be one folder or store for all nodes, by its whole path"
+        )
+    return store
