@@ -9,7 +9,8 @@ import pytest
 
 import latentmill
 from latentmill.config import load_job
-from latentmill.errors import JobError
+from latentmill.errors import JobError, PlanError
+from latentmill.parts import parts
 
 PROMPT = "a red star above a blue ring on a yellow background"
 SCHEDULERS = ["dpmpp_2m", "unipc", "euler_ancestral", "heun"]
@@ -105,10 +106,9 @@ def test_only_denoise_can_finish_them(whole, tmp_path):
     assert result.ok == 0
     reasons = {json.loads(line)["reason"] for path in tmp_path.glob("out/errors/*") for line in path.open()}
     assert all("half-way, at time 0." in reason and "only a job with denoise" in reason for reason in reasons)
-    with pytest.raises(
-        JobError, match=r"sampling\.until leaves latents half-way, so flow must end with denoise, write"
-    ):
-        load_job("txt2img", ["sampling.until=0.5"])
+    said = r"sampling\.until leaves latents half-way, so flow must end with denoise, write"
+    with pytest.raises(PlanError, match=said):
+        parts(load_job("txt2img", ["sampling.until=0.5"]))
     with pytest.raises(JobError, match=r"sampling\.until must be a time from 0 to less than 1, not 1\.0"):
         load_job("denoise", ["sampling.until=1"])
 

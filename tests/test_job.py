@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from latentmill.config import load_job, shipped
-from latentmill.errors import JobError, PluginError
+from latentmill.errors import JobError, PlanError, PluginError
+from latentmill.parts import parts
 
 HEAD = """\
 defaults: [job, model: shapes, scheduler: euler, source: prompts, sink: parquet, cluster: inline, _self_]
@@ -69,10 +70,9 @@ def test_what_the_parts_of_a_model_share_is_said_once_and_is_part_of_the_meaning
 def test_the_posterior_s_standard_deviation_may_be_asked_for():
     assert load_job("encode", ["latents_std=true"]).meaning()["latents_std"] is True
     assert "latents_std" not in load_job("encode").meaning()
-    said = refused("txt2img", "latents_std=true")
-    assert said.startswith(
-        "txt2img: latents_std is of latents as they were encoded, so flow must end with encode, write"
-    )
+    said = r"txt2img: latents_std is of latents as they were encoded, so flow must end with encode, write"
+    with pytest.raises(PlanError, match=said):
+        parts(load_job("txt2img", ["latents_std=true"]))
 
 
 def test_overrides_reach_every_part_of_a_job(monkeypatch):
@@ -179,13 +179,11 @@ def test_batch_sizes_mean_something_in_a_deterministic_job_in_its_own_stages():
         ("on_error=carry_on", r"on_error must be quarantine or stop, not 'carry_on'"),
         ("max_error_rate=2", r"max_error_rate must be from 0 to 1, not 2\.0"),
         ("stages.decode.num_gpus=1.5", r"stages\.decode\.num_gpus above 1 must be whole, not 1\.5"),
-        ("stages.decode.settings.x=1", r"stages\.decode\.settings: only a plugin's stage has settings"),
         ("scheduler.grid=karas", r"scheduler\.grid: there is no grid 'karas' \(did you mean 'karras'\?\).*"),
         ("cluster=ray cluster.address=null", r"cluster\.address must be set for cluster=ray: an address, or auto"),
         ("cluster.kind=moon", r"cluster\.kind must be one of local, inline, ray, not 'moon'"),
-        ("flow=[read,denoise,write]", r"flow needs encode before denoise.*"),
-        ("flow=[read,decode,encode,write]", r"flow must keep the order read, encode, denoise, decode, write, not .*"),
-        ("flow=[read,encode,encode,write]", r"flow has encode twice"),
+        ("flow=[read,encode,encode,write]", r"flow has encode twice: give one of them a name of its own, .*"),
+        ("flow=[read,{as:encode},write]", r"flow: \{'as': 'encode'\} has no name: .*"),
         # what isn't there
         ("output=", r"output must name a folder or a URL, not ''"),
         ("output=???", r"output has no value; set it in the job, or as output=\.\.\."),

@@ -114,7 +114,12 @@ def _plan(options: Any) -> int:
             f"         that is many files: rows_per_shard={-(-plan.rows // MANY_SHARDS // 100) * 100} would make fewer"
         )
     print(f"output   {job.output}")
-    for kind, about in plan.plugins.items():
+    plugins = {
+        kind: about
+        for kind, about in plan.plugins.items()
+        if (kind[:5], about["distribution"]) != ("stage", "latentmill")
+    }
+    for kind, about in plugins.items():
         print(
             f"{kind:<13} {about['name']} ({about['distribution']} {about['version']}) {about['fingerprint']}".rstrip()
         )

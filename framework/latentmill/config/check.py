@@ -16,18 +16,20 @@ from latentmill import registry, values
 from latentmill.config.messages import near_key
 from latentmill.config.schema import (
     CLUSTERS,
+    DEFAULTS,
     FIRST_NOISE,
     ON_ERROR,
-    STAGES,
     Cluster,
     Job,
     Sampling,
     Schema,
+    StageKeys,
     StageSettings,
     plugin_fields,
 )
 from latentmill.errors import JobError, RowError
 from latentmill.fields import IN_JOB, parse
+from latentmill.plugin import Stage
 from latentmill.schedulers import grids
 from latentmill.storage import place
 from latentmill.text import near
@@ -53,8 +55,10 @@ def checked(name: str, config: DictConfig, text: str) -> Job:
     if not isinstance(settled["flow"], list):
         raise JobError(f"{name}: flow must be a list of stages, not {settled['flow']!r}")
     flow = tuple(map(str, settled["flow"]))
-    for stage in (*STAGES, *flow):
-        settled["stages"].setdefault(stage, vars(StageSettings()))
+    for stage in flow:
+        settled["stages"].setdefault(stage, vars(StageKeys()))
+    for stage, settings in settled["stages"].items():
+        settled["stages"][stage] = _with_resources(settings, settings["name"] or stage if stage in flow else None)
     job = Job(
         name=name,
         config=text,
@@ -95,11 +99,11 @@ def _unknown(settled: Mapping[Any, Any], schema: Any, name: str, at: str = "") -
             _holds_keys(value, name, f"{at}{key}")
             if hint is not Sampling:  # which plugins add keys to
                 _unknown(value, hint, name, f"{at}{key}.")
-        elif get_args(hint)[1:] == (StageSettings,):
+        elif get_args(hint)[1:] == (StageKeys,):
             _holds_keys(value, name, f"{at}{key}")
             for stage, settings in value.items():
                 _holds_keys(settings, name, f"{at}{key}.{stage}")
-                _unknown(settings, StageSettings, name, f"{at}{key}.{stage}.")
+                _unknown(settings, StageKeys, name, f"{at}{key}.{stage}.")
         elif values.is_dict(hint) and value is not None:
             _holds_keys(value, name, f"{at}{key}")
 
@@ -141,14 +145,10 @@ def _wrong(job: Job) -> Iterator[str]:
         yield f"sampling.first_noise must be {' or '.join(FIRST_NOISE)}, not {sampling['first_noise']!r}"
     if not 0.0 <= sampling["until"] < 1.0:
         yield f"sampling.until must be a time from 0 to less than 1, not {sampling['until']}"
-    if sampling["until"] and ("denoise" not in job.flow or job.flow[-2] != "denoise"):
-        yield f"sampling.until leaves latents half-way, so flow must end with denoise, write, not {list(job.flow)}"
-    if job.latents_std and job.flow[-2] != "encode":
-        yield f"latents_std is of latents as they were encoded, so flow must end with encode, write, not {list(job.flow)}"
-    yield from _wrong_flow(job.flow)
+    yield from _wrong_flow(job)
     for name, stage in job.stages.items():
-        if name not in job.flow and name not in STAGES:
-            yield f"stages.{name}: there is no such stage in the flow{near(name, {*job.flow, *STAGES})}"
+        if name not in job.flow and name not in (known := {entry.name for entry in registry.entries("stage")}):
+            yield f"stages.{name}: there is no such stage in the flow{near(name, {*job.flow, *known})}"
         for key in ("replicas", "batch_size"):
             if getattr(stage, key) < 1:
                 yield f"stages.{name}.{key} must be 1 or more, not {getattr(stage, key)}"
@@ -164,8 +164,6 @@ def _wrong(job: Job) -> Iterator[str]:
             yield f"stages.{name}.memory must be bytes, as 8GiB, 500MB or a number, not {stage.memory!r}"
         if stage.num_gpus > 1 and stage.num_gpus != int(stage.num_gpus):
             yield f"stages.{name}.num_gpus above 1 must be whole, not {stage.num_gpus}"
-        if stage.settings and name in STAGES:
-            yield f"stages.{name}.settings: only a plugin's stage has settings"
     if job.cluster.kind not in CLUSTERS:
         yield f"cluster.kind must be one of {', '.join(CLUSTERS)}, not {job.cluster.kind!r}"
     if job.cluster.kind == "ray" and not job.cluster.address:
@@ -197,17 +195,24 @@ def _not_utf8(text: str) -> bool:
     return text != text.encode(errors="ignore").decode()
 
 
-def _wrong_flow(flow: tuple[str, ...]) -> Iterator[str]:
-    if len(flow) < 2 or flow[0] != "read" or flow[-1] != "write":
+def _wrong_flow(job: Job) -> Iterator[str]:
+    """What is wrong with the names in the flow; how its stages fit together is for ``parts`` to say."""
+    flow = job.flow
+    if len(flow) < 2:
         yield f"flow must begin with read and end with write, not {list(flow)}"
     twice = [name for at, name in enumerate(flow) if name in flow[:at]]
     if twice:
-        yield f"flow has {twice[0]} twice"
-    ours = [name for name in flow if name in STAGES]
-    if ours != sorted(ours, key=STAGES.index):
-        yield f"flow must keep the order {', '.join(STAGES)}, not {list(flow)}"
-    if "denoise" in flow and "encode" not in flow:
-        yield "flow needs encode before denoise: it turns the prompts into what the denoiser reads"
+        yield f"flow has {twice[0]} twice: give one of them a name of its own, as in {{name: {twice[0]}, as: another}}"
     for name in flow:
-        if name not in STAGES:
-            registry.find("stage", name)
+        registry.find("stage", job.stages[name].name or name)
+
+
+def _with_resources(settings: Mapping[str, Any], plugin: str | None) -> dict[str, Any]:
+    """A stage's settings with what the job doesn't say: what its plugin declares, or else DEFAULTS."""
+    unsaid = [key for key in DEFAULTS if settings[key] is None]
+    declared: Mapping[str, Any] = {}
+    if unsaid and plugin is not None:
+        cls = registry.load("stage", plugin)
+        assert issubclass(cls, Stage)
+        declared = cls.resources
+    return {**settings, **{key: declared.get(key, DEFAULTS[key]) for key in unsaid}}

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from latentmill.config.check import checked
 from latentmill.config.compose import THE_FILE, composed, prepare
+from latentmill.config.flow import spread
 from latentmill.config.messages import explained
 from latentmill.config.overrides import assign, named, parse, settle
 from latentmill.config.schema import Job, Schema
@@ -64,6 +65,7 @@ def load_job(job: str, overrides: Sequence[str] = ()) -> Job:
     try:
         for assignment in assignments:
             assign(config, assignment)
+        spread(config)
         settle(config)
     except (OmegaConfBaseException, RecursionError) as error:
         raise JobError(f"{name}: {explained(error)}") from error

@@ -10,7 +10,8 @@ from dataclasses import fields
 from hydra.errors import MissingConfigException
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError
 
-from latentmill.config.schema import STAGES, Cluster, Schema, StageSettings
+from latentmill import registry
+from latentmill.config.schema import Cluster, Schema, StageSettings
 from latentmill.fields import IN_JOB
 from latentmill.text import near
 
@@ -64,7 +65,11 @@ def near_key(key: str, own: Iterable[str] = ()) -> str:
         *(f.name for f in fields(Schema)),
         *(f"sampling.{name}" for name in (*IN_JOB, *own)),
         *(f"cluster.{f.name}" for f in fields(Cluster)),
-        *(f"stages.{stage}.{f.name}" for stage in STAGES for f in fields(StageSettings)),
+        *(
+            f"stages.{stage}.{f.name}"
+            for stage in sorted({e.name for e in registry.entries("stage")})
+            for f in fields(StageSettings)
+        ),
     ]
     same = [name for name in every if name.rpartition(".")[2] == key.rpartition(".")[2]]
     if len(same) == 1:

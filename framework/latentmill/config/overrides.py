@@ -13,8 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from latentmill import registry, values
+from latentmill.config.flow import name_of, names
 from latentmill.config.messages import near_key
-from latentmill.config.schema import Schema, plugin_fields
+from latentmill.config.schema import Schema, StageKeys, plugin_fields
 from latentmill.errors import JobError
 from latentmill.fields import IN_JOB, python_type
 
@@ -80,20 +81,19 @@ def _quoted(text: str) -> str:
 def assign(config: DictConfig, assignment: Assignment) -> None:
     """Give a key its value, read as the type that the key has. Raises JobError."""
     key, path = assignment.key, assignment.key.split(".")
-    new = (
-        assignment.new
-        or path[0] == "sampling"
-        or (path[0] == "stages" and len(path) > 2 and path[1] in (config.get("flow") or ()))
-    )
+    raw: Any = OmegaConf.to_container(config)
+    of_stage = path[0] == "stages" and len(path) > 2 and path[1] in names(raw.get("flow"))
+    if of_stage and path[1] not in raw["stages"]:
+        OmegaConf.update(config, f"stages.{path[1]}", StageKeys(), force_add=True)
     hint: Any = str
     if values.ambiguous(assignment.text):
-        hint = _hint(path, OmegaConf.to_container(config))
+        hint = _hint(path, raw)
     try:
         value = values.read(assignment.text, hint)
     except ValueError as error:
         raise JobError(f"{key}: {error}") from error
     try:
-        OmegaConf.update(config, key, value, force_add=new)
+        OmegaConf.update(config, key, value, force_add=assignment.new or of_stage or path[0] == "sampling")
     except (ConfigAttributeError, ConfigKeyError) as error:
         raise JobError(f"there is no key {key}{near_key(key)}") from error
     except (ValueError, AssertionError) as error:  # OmegaConf's of a key that goes into a list, or into text
@@ -125,7 +125,11 @@ def _hint(path: Sequence[Any], raw: Any) -> Any:
     if path[0] in registry.KINDS and len(path) > 1:
         hint, path = _setting(path[0], raw[path[0]], path[1]), path[2:]
     elif path[0] == "stages" and len(path) > 3 and path[2] == "settings":
-        hint, path = _setting("stage", {"name": path[1]}, path[3]), path[4:]
+        hint, path = _setting("stage", {"name": _stage(path[1], raw)}, path[3]), path[4:]
+    elif path[0] == "flow" and len(path) == 2:
+        return str
+    elif path[0] == "flow" and len(path) > 2:
+        hint, path = (str, ()) if path[2] == "as" else (_setting("stage", raw["flow"][path[1]], path[2]), path[3:])
     elif path[0] == "model":
         hint = (
             str if any(_makes_text(".".join(map(str, path)), leaf, value, raw) for leaf, value in _leaves(raw)) else Any
@@ -134,6 +138,15 @@ def _hint(path: Sequence[Any], raw: Any) -> Any:
     for key in path:
         hint = _types(hint).get(key, Any) if isinstance(hint, type) and is_dataclass(hint) else values.inside(hint)
     return hint
+
+
+def _stage(name: str, raw: Any) -> str:
+    """The plugin that a stage of the job is."""
+    said = raw["stages"].get(name)
+    inline = [
+        item["name"] for item in raw["flow"] if isinstance(item, dict) and name_of(item) == name and "name" in item
+    ]
+    return str((said.get("name") if isinstance(said, dict) else None) or next(iter(inline), name))
 
 
 @cache

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, make_dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
 
 from latentmill import registry, values
 from latentmill.fields import IN_JOB, python_type
 from latentmill.plugin import RowField
-
-STAGES = ("read", "encode", "denoise", "decode", "write")
-"""Our own stages, in the order in which they can stand in a flow."""
 
 FIRST_NOISE = ("latentmill", "diffusers")
 
@@ -54,7 +51,7 @@ class StageSettings:
     timeout: float | None = None
     """Seconds in which a worker that has work must finish some of it; else it counts as hanging and is replaced."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """A plugin stage's own."""
+    """The plugin's own."""
 
     @property
     def threads(self) -> int:
@@ -65,6 +62,28 @@ class StageSettings:
     def bytes(self) -> int | None:
         """``memory`` as a number."""
         return None if self.memory is None else int(values.in_bytes(self.memory))
+
+
+DEFAULTS = {"replicas": 1, "batch_size": 16, "num_gpus": 0.0, "num_cpus": 1.0, "retries": 1}
+"""Of a stage's workers, where neither the job nor the stage's ``resources`` say more."""
+
+if TYPE_CHECKING:
+    StageKeys: TypeAlias = Any
+else:
+    StageKeys = make_dataclass(
+        "StageKeys",
+        [
+            (of.name, get_type_hints(StageSettings)[of.name] | None, field(default=None))
+            if of.name in DEFAULTS
+            else (
+                of.name,
+                get_type_hints(StageSettings)[of.name],
+                field(default=None) if of.default is None else field(default_factory=of.default_factory),
+            )
+            for of in fields(StageSettings)
+        ],
+    )
+    """The keys of ``stages.NAME`` in a job: as StageSettings, and null is what the stage declares."""
 
 
 @dataclass
@@ -87,7 +106,7 @@ class Schema:
     rows_per_shard: int = MISSING
     on_error: str = MISSING
     max_error_rate: float = MISSING
-    flow: list[str] = MISSING
+    flow: list[Any] = MISSING
     latents_std: bool = False
     source: dict[str, Any] = MISSING
     sink: dict[str, Any] = MISSING
@@ -97,7 +116,7 @@ class Schema:
     text_encoder: dict[str, Any] | None = None
     scheduler: dict[str, Any] | None = None
     sampling: Sampling = field(default_factory=Sampling)
-    stages: dict[str, StageSettings] = field(default_factory=dict)
+    stages: dict[str, StageKeys] = field(default_factory=dict)
     cluster: Cluster = field(default_factory=Cluster)
 
 
@@ -151,20 +170,30 @@ class Job:
         }
         stages: dict[str, Any] = {}
         for name in self.flow:
-            stage = config["stages"].get(name, {})
+            stage = self._unresolved(name)
             kept: dict[str, Any] = {}
             if self.deterministic:  # what a matrix product gives depends on its size, and on how many threads share it
                 kept = {"batch_size": self.stages[name].batch_size, "threads": self.stages[name].threads}
             if stage.get("settings"):
                 kept["settings"] = stage["settings"]
+            if (self.stages[name].name or name) != name:
+                kept["name"] = self.stages[name].name
             if kept:
                 stages[name] = kept
         return {**meant, "stages": stages} if stages else meant
+
+    def _unresolved(self, stage: str) -> dict[str, Any]:
+        """What the config says of a stage, with interpolations as they were written, but for one that stands for all of it."""
+        node = OmegaConf.create(self.config).stages.get(stage)
+        return {} if node is None else OmegaConf.to_container(node)  # type: ignore[return-value]
 
 
 def plugin_fields(config: Any) -> dict[str, RowField] | None:
     """The row fields that the classes of a config's plugins declare; None if one declares them only once it is built."""
     chosen = [(kind, config.get(kind)) for kind in registry.KINDS if isinstance(config.get(kind), Mapping)]
-    chosen += [("stage", {"name": name}) for name in config.get("flow") or () if name not in STAGES]
+    flow, stages = config.get("flow"), config.get("stages") or {}
+    for stage in flow if isinstance(flow, Sequence) and not isinstance(flow, str) else ():
+        said = stage if isinstance(stage, Mapping) else stages.get(stage)
+        chosen.append(("stage", {"name": (said.get("name") if isinstance(said, Mapping) else None) or stage}))
     found = [registry.row_fields(kind, str(choice.get("name"))) for kind, choice in chosen]
     return None if None in found else {of.name: of for each in found for of in each or ()}

@@ -46,7 +46,7 @@ from latentmill.plugin import (
 )
 from latentmill.schedulers import grids, noise
 from latentmill.stages.guidance import Guidance
-from latentmill.stages.running_batch import InpaintingMask, Kind, Request, RunningBatch, Trajectory
+from latentmill.stages.running_batch import DenoiseRequest, InpaintingMask, Kind, RunningBatch, Trajectory
 
 logger = logging.getLogger("latentmill")
 
@@ -98,9 +98,9 @@ class Denoise(ContinuousStage):
             checks.load(self.denoiser, device)
 
     @torch.inference_mode()
-    def take(self, batch: pa.Table, reject: Reject) -> Request:
+    def take(self, batch: pa.Table, reject: Reject) -> DenoiseRequest:
         """Take in a batch. Its rows are moved by ``advance``, until the request is done."""
-        request = Request(batch, reject)
+        request = DenoiseRequest(batch, reject)
         x = tensors.from_arrow(batch, "latents").to(self.device)
         prompt, negative, states = (
             {
@@ -287,7 +287,7 @@ class Denoise(ContinuousStage):
             self.running.pop(kind, None)
 
     @torch.inference_mode()
-    def finish(self, request: Request) -> Iterator[pa.Table]:
+    def finish(self, request: DenoiseRequest) -> Iterator[pa.Table]:
         """The rows of a request that is done, a table for each scheduler. Raises what went wrong, if something did."""
         if request.error is not None:
             raise request.error

@@ -74,8 +74,8 @@ class Encode(Stage):
 
     def prepare(self, context: StageContext) -> None:
         needs, self.fixed = context.declaration.needs, context.fixed
-        self.pictures = Pictures(context) if "vae" in needs else None
-        self.prompts = Prompts(context.plugin("text_encoder"), self.fixed) if "text_encoder" in needs else None
+        self.pictures = PictureEncoding(context) if "vae" in needs else None
+        self.prompts = PromptEncoding(context.plugin("text_encoder"), self.fixed) if "text_encoder" in needs else None
         self.denoises = context.needed_later("denoiser")
 
     def load(self, device: torch.device) -> None:
@@ -141,7 +141,7 @@ class EncodeImages(Encode):
     text, images = False, True
 
 
-class Pictures:
+class PictureEncoding:
     """Pictures to latents, by a VAE that is loaded when the first picture comes: text-to-image jobs never need its weights."""
 
     def __init__(self, context: StageContext) -> None:
@@ -226,7 +226,7 @@ class Pictures:
         return tensors.with_tensor(part, "masked", masked)
 
 
-class Prompts:
+class PromptEncoding:
     """Prompts to conditioning, by a text encoder."""
 
     def __init__(self, encoder: TextEncoder, fixed: FixedShape | None) -> None:

@@ -19,7 +19,7 @@ Kind: TypeAlias = tuple[Any, ...]
 
 
 @dataclass(eq=False)
-class Request:
+class DenoiseRequest:
     """A batch in the denoise stage. Its rows leave together, when the last of them has arrived."""
 
     batch: pa.Table
@@ -55,7 +55,7 @@ class InpaintingMask:
 class Trajectory:
     """A row that is being denoised. Tensors are without the batch axis."""
 
-    request: Request
+    request: DenoiseRequest
     index: int
     """Of the row in its batch."""
     kind: Kind

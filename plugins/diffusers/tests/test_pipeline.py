@@ -944,11 +944,14 @@ def test_a_job(model, tmp_path):
 
 def test_its_stages_have_the_workers_of_encode_and_denoise():
     job = load_job("txt2img", ["model=pipeline", "model.path=x", "stages=gpu", "stages.denoise.replicas=3"])
-    for ours, theirs in (("pipeline_encode", "encode"), ("pipeline_denoise", "denoise")):
-        made, wanted = vars(job.stages[ours]), vars(job.stages[theirs])
-        assert {**made, "settings": {}} == wanted
-    assert job.stages["pipeline_denoise"].replicas == 3
-    assert job.stages["pipeline_denoise"].settings["vae"]["path"] == "x"
+    plain = load_job("txt2img", ["stages=gpu", "stages.denoise.replicas=3"])
+    assert job.flow == plain.flow
+    for stage in ("encode", "denoise"):
+        made = vars(job.stages[stage])
+        assert made["name"] == f"pipeline_{stage}" and made == vars(job.stages[f"pipeline_{stage}"])
+        assert {**made, "name": None, "settings": {}} == vars(plain.stages[stage])
+    assert job.stages["denoise"].replicas == 3
+    assert job.stages["denoise"].settings["vae"]["path"] == "x"
 
 
 def test_a_picture_is_not_passed_over(model):

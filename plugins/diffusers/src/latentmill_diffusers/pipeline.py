@@ -1,6 +1,6 @@
 """Any text-to-image pipeline of diffusers, with its own loop: two stages in place of encode and denoise.
 
-    flow: [read, pipeline_encode, pipeline_denoise, decode, write]
+    stages: {encode: {name: pipeline_encode, ...}, denoise: {name: pipeline_denoise, ...}}
 
 A pipeline is called as everyone calls it, twice, and each time with only some of its parts. In ``pipeline_encode`` it has text
 encoders and no network: what its ``encode_prompt`` returns is noted, and when the network is first called, the call ends. In
@@ -239,6 +239,7 @@ class PipelineEncode(Pipeline):
     """Adds ``prompt:*``: what the pipeline's ``encode_prompt`` returns for the row's prompt and negative prompt."""
 
     reads: Mapping[str, str | None] = {}
+    adds = (PROMPT_PREFIX,)
 
     def load(self, device: torch.device) -> None:
         super().load(device)
@@ -361,6 +362,10 @@ class PipelineDenoise(Pipeline):
 
     With ``alone`` the pipeline is called for each row by itself: a row's bits then don't depend on its company.
     """
+
+    takes = (PROMPT_PREFIX,)
+    adds = ("latents",)
+    drops = (PROMPT_PREFIX,)
 
     def __init__(
         self,
