@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from latentmill import tensors
-from latentmill.batch import SPEC_KEY, spec_from_json
+from latentmill.batch import SPEC_KEY, named, spec_from_json
 from latentmill.errors import ContractError, LoadError, NoRowError
 from latentmill.fields import BATCH_SCHEMA, HALFWAY
-from latentmill.plugin import Conditioning, LatentSpec, Plugin, RowError, State, TextEncoder
+from latentmill.plugin import Conditioning, LatentSpec, Plugin, RowError, Stage, State, TextEncoder
 from latentmill.registry import called
 
 
@@ -141,12 +141,13 @@ def same_rows(plugin: Plugin, given: pa.Table, returned: Sequence[Any], rejected
                     )
 
 
-def same_columns(plugin: Plugin, given: pa.Table, returned: Sequence[pa.Table]) -> None:
+def same_columns(stage: Stage, given: pa.Table, returned: Sequence[pa.Table]) -> None:
     """Raise ContractError if a column that later stages need is gone or has another type, or a tensor is not as large as its row says."""
-    who = called(plugin)
+    who = called(stage)
     for table in returned:
         for field in given.schema:
-            if field.name in BATCH_SCHEMA.names or not _may_go(field):
+            dropped = any(named(field.name, each) for each in stage.drops)
+            if field.name in BATCH_SCHEMA.names or not (dropped or _may_go(field)):
                 if field.name not in table.column_names:
                     raise ContractError(f"{who} returned rows without the column {field.name}")
                 if (kind := table.schema.field(field.name).type) != field.type:
