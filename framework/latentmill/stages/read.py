@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentmill import checks, columns, tensors
+from latentmill import checks, columns, registry, tensors
 from latentmill.batch import STATE_PREFIX, from_dicts, with_latents
 from latentmill.columns import Columns
 from latentmill.errors import ContractError
@@ -57,8 +57,10 @@ class Read(Stage):
 
     def declare(self, context: StageContext) -> Declaration:
         source: Source = context.plugin("source")
+        with registry.asking(source):
+            latents = ("latents",) if source.latent_spec() is not None else ()
         own = ("id",) if source.id_column is not None else ()
-        return replace(super().declare(context), adds=(*own, "latents") if source.latent_spec() is not None else own)
+        return replace(super().declare(context), adds=(*own, *latents))
 
     def prepare(self, context: StageContext) -> None:
         self.source: Source = context.plugin("source")
