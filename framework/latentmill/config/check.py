@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -27,7 +28,7 @@ from latentmill.config.schema import (
     StageSettings,
     plugin_fields,
 )
-from latentmill.errors import JobError, RowError
+from latentmill.errors import JobError, PluginError, RowError
 from latentmill.fields import IN_JOB, parse
 from latentmill.plugin import Stage
 from latentmill.schedulers import grids
@@ -212,7 +213,8 @@ def _with_resources(settings: Mapping[str, Any], plugin: str | None) -> dict[str
     unsaid = [key for key in DEFAULTS if settings[key] is None]
     declared: Mapping[str, Any] = {}
     if unsaid and plugin is not None:
-        cls = registry.load("stage", plugin)
-        assert issubclass(cls, Stage)
-        declared = cls.resources
+        with suppress(PluginError):  # parts says what is wrong with it
+            cls = registry.load("stage", plugin)
+            assert issubclass(cls, Stage)
+            declared = cls.resources
     return {**settings, **{key: declared.get(key, DEFAULTS[key]) for key in unsaid}}
