@@ -25,7 +25,6 @@ from latentmill.cli import main
 from latentmill.config import load_job
 from latentmill.errors import PlanError, PluginError
 from latentmill.parts import parts
-from latentmill_diffusers import tiny
 from latentmill_diffusers.denoiser import DiffusersDenoiser
 from latentmill_diffusers.folder import Folder
 from latentmill_diffusers.text_encoder import DiffusersTextEncoder
