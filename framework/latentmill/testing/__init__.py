@@ -7,6 +7,8 @@ class TestTrapezoid(SchedulerSuite):
 from latentmill.testing.denoiser import DenoiserSuite
 from latentmill.testing.gaussian import NOISE_SCHEDULES, GaussianField, check_moments, follow, measure_order
 from latentmill.testing.scheduler import SchedulerSuite
+from latentmill.testing.source import SourceSuite
+from latentmill.testing.text_encoder import TextEncoderSuite
 from latentmill.testing.vae import VAESuite
 
 __all__ = [
@@ -14,6 +16,8 @@ __all__ = [
     "DenoiserSuite",
     "GaussianField",
     "SchedulerSuite",
+    "SourceSuite",
+    "TextEncoderSuite",
     "VAESuite",
     "check_moments",
     "follow",

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from latentmill.plugin import Conditioning, Denoiser, FollowsAuthors
+from latentmill.plugin import Conditioning, Denoiser, FollowsAuthors, LatentSpec
+from latentmill.testing.behaviour import Call, Rows, loaded
+from latentmill.testing.suite import RowsSuite, identity, without_weights
 
 
-class DenoiserSuite:
+class DenoiserSuite(RowsSuite):
     """What every denoiser must hold. Runs on the CPU."""
 
+    kind = "denoiser"
     denoiser: ClassVar[type[Denoiser]]
     """The class; for other settings than its defaults, a subclass or ``functools.partial`` of it."""
     shape: ClassVar[tuple[int, ...]] = (4, 16, 16)
@@ -24,47 +29,45 @@ class DenoiserSuite:
         """That of three different prompts, as its text encoder makes it."""
         raise NotImplementedError
 
-    def test_path_and_prediction_are_known_before_loading(self) -> None:
+    def test_schedule_and_prediction_are_known_before_loading(self) -> None:
         """The driver asks for them, and never loads."""
         denoiser = self.denoiser()
-        assert denoiser.prediction in ("epsilon", "v", "sample", "flow"), f"prediction {denoiser.prediction!r}"
+        assert denoiser.prediction in ("epsilon", "v", "sample", "flow"), (
+            f"prediction {denoiser.prediction!r} is unknown: it is epsilon, v, sample or flow"
+        )
         alpha, sigma = denoiser.noise_schedule.scale(torch.linspace(0, 1, 11, dtype=torch.float64))
-        assert float(sigma[0]) == 0.0 and bool((sigma.diff() > 0).all()), "sigma must grow with t, from 0"
-        assert bool((alpha.diff() <= 0).all() and alpha[0] > 0), "alpha must not grow with t"
+        assert float(sigma[0]) == 0.0 and bool((sigma.diff() > 0).all()), (
+            "the noise schedule's sigma must be 0 at t = 0 and grow with t"
+        )
+        assert bool((alpha.diff() <= 0).all() and alpha[0] > 0), "the noise schedule's alpha must not grow with t"
+
+    def test_check_needs_no_weights(self) -> None:
+        """The driver asks it of the VAE's space, and never loads."""
+        without_weights(self.denoiser(), "check", _spec(self.shape))
 
     def test_predictions_are_finite_and_shaped_as_the_latents(self) -> None:
-        """From noise to nearly clean; and what was handed in is not written into."""
-        denoiser, x, t, told = self._loaded()
-        before = x.clone(), {name: value.clone() for name, value in told.items()}
-        predicted = denoiser.predict(x, t, told)
-        assert predicted.shape == x.shape, f"a prediction of shape {tuple(predicted.shape)} of latents {tuple(x.shape)}"
-        assert bool(predicted.isfinite().all()), f"not finite at some of the times {t.tolist()}"
-        same = torch.equal(x, before[0]) and all(torch.equal(told[name], value) for name, value in before[1].items())
-        assert same, "an input was written into"
-
-    def test_rows_do_not_touch_each_other(self) -> None:
-        """A row at a time of its own, alone and in company."""
-        denoiser, x, t, told = self._loaded()
-        together = denoiser.predict(x, t, told)
-        for i in range(len(x)):
-            alone = denoiser.predict(
-                x[i : i + 1], t[i : i + 1], {name: value[i : i + 1] for name, value in told.items()}
-            )
-            assert torch.allclose(alone[0], together[i], rtol=1e-3, atol=1e-4), f"row {i} depends on its company"
+        """From noise to nearly clean."""
+        rows = self._rows()
+        with torch.no_grad():
+            predicted = predict(loaded(self.denoiser), rows)["prediction"]
+        assert predicted.shape == rows["x"].shape, (
+            f"predict gives the shape {list(predicted.shape)} for latents {list(rows['x'].shape)}: a prediction is shaped as the latents"
+        )
+        assert bool(predicted.isfinite().all()), (
+            f"predict gives numbers that are not finite at some of the times {rows['t'].tolist()}"
+        )
 
     def test_latents_times_and_prompts_count(self) -> None:
         """Each changes the prediction."""
-        denoiser, x, t, told = self._loaded()
-        first = denoiser.predict(x, t, told)
-        others = {name: value.roll(1, 0) for name, value in told.items()}
-        for what, changed in (
-            ("latents", (x.roll(1, 0), t, told)),
-            ("times", (x, t.roll(1), told)),
-            ("prompts", (x, t, others)),
-        ):
-            assert not torch.allclose(denoiser.predict(*changed), first, rtol=1e-5, atol=1e-7), (
-                f"the {what} change nothing"
-            )
+        denoiser, rows = loaded(self.denoiser), self._rows()
+        told = [name for name in rows if name not in ("x", "t", "guidance_scale")]
+        with torch.no_grad():
+            first = predict(denoiser, rows)["prediction"].clone()
+            for what, names in (("latents", ["x"]), ("times", ["t"]), ("prompts", told)):
+                other = {name: value.roll(1, 0) if name in names else value for name, value in rows.items()}
+                assert not torch.allclose(predict(denoiser, other)["prediction"], first, rtol=1e-5, atol=1e-7), (
+                    f"the {what} change nothing in the prediction: predict does not read them"
+                )
 
     def test_its_grid_descends_from_noise_to_clean(self) -> None:
         """For few steps and many; or there is none, and it says so."""
@@ -75,21 +78,49 @@ class DenoiserSuite:
                     authors.times(steps, self.shape)
                 except ValueError:
                     continue
-                raise AssertionError("a denoiser without a grid must raise ValueError")
+                raise AssertionError(
+                    "times gives a grid, and the suite's has_grid says there is none: set it, or raise ValueError"
+                )
             times = authors.times(steps, self.shape)
             assert times.dtype == torch.float64 and times.shape == (steps + 1,), (
-                f"{steps} steps are {tuple(times.shape)} times"
+                f"times gives {list(times.shape)} times of {times.dtype} for {steps} steps: they are [steps + 1], float64"
             )
             inside = float(times[0]) <= 1 and float(times[-1]) >= 0
             assert inside and bool((times.diff() < 0).all()), (
-                f"times must descend from 1 at most to 0 at least: {times}"
+                f"times must descend from 1 at most to 0 at least\n{times}"
             )
 
-    def _loaded(self) -> tuple[Denoiser, Tensor, Tensor, Conditioning]:
-        denoiser = self.denoiser()
-        denoiser.load(torch.device("cpu"))
+    def _rows(self) -> dict[str, Tensor]:
         x = torch.randn(3, *self.shape, generator=torch.Generator().manual_seed(0))
-        told = self.conditioning()
-        if denoiser.guidance_embedded:
-            told = {**told, "guidance_scale": torch.tensor([1.0, 3.5, 7.0])}
-        return denoiser, x, torch.tensor([0.9, 0.5, 0.02], dtype=torch.float64), told
+        rows = {"x": x, "t": torch.tensor([0.9, 0.5, 0.02], dtype=torch.float64), **self.conditioning()}
+        if self.denoiser().guidance_embedded:
+            rows["guidance_scale"] = torch.tensor([1.0, 3.5, 7.0])
+        return rows
+
+    def _question(self) -> Callable[[Any], dict[str, Any]]:
+        return partial(asked, shape=tuple(self.shape))
+
+    def _calls(self) -> list[Call]:
+        return [Call("predict", predict, self._rows())]
+
+
+def asked(denoiser: Denoiser, shape: tuple[int, ...]) -> dict[str, Any]:
+    """What the driver asks a denoiser."""
+    alpha, sigma = denoiser.noise_schedule.scale(torch.linspace(0, 1, 11, dtype=torch.float64))
+    return {
+        **identity(denoiser),
+        "prediction": denoiser.prediction,
+        "the noise schedule's alpha": alpha,
+        "the noise schedule's sigma": sigma,
+        "check": str(without_weights(denoiser, "check", _spec(shape))),
+    }
+
+
+def predict(denoiser: Denoiser, rows: Rows) -> dict[str, Tensor]:
+    """``predict`` as a call."""
+    told = {name: value for name, value in rows.items() if name not in ("x", "t")}
+    return {"prediction": denoiser.predict(rows["x"], rows["t"], told)}
+
+
+def _spec(shape: tuple[int, ...]) -> LatentSpec:
+    return LatentSpec(shape[0], 8, 1.0, 0.0, "float32", "the suite's")

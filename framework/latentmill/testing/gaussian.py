@@ -99,7 +99,7 @@ def measure_order(scheduler: Scheduler, schedule: NoiseSchedule, steps: tuple[in
         ratios = torch.exp(first + (last - first) * walked[walked < abs(last - first) * (1 + 1e-9)] / abs(last - first))
         times = schedule.time(ratios)[None]
         x = field.start(times[:, 0])
-        error = follow(scheduler, field, x, times) - field.exact(x, times[:, 0], times[:, -1])
+        error = follow(scheduler, field, x.clone(), times) - field.exact(x, times[:, 0], times[:, -1])
         errors.append(float(error.square().mean().sqrt()))
     return math.log(errors[0] / errors[1]) / math.log(steps[1] / steps[0])
 

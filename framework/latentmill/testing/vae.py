@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from latentmill.plugin import VAE, RowError
+from latentmill.testing.behaviour import Call, Rows, loaded
+from latentmill.testing.suite import RowsSuite, identity
 
 
-class VAESuite:
+class VAESuite(RowsSuite):
     """What every VAE must hold. Runs on the CPU."""
 
+    kind = "vae"
     vae: ClassVar[type[VAE]]
     """The class; for other settings than its defaults, a subclass or ``functools.partial`` of it."""
     size: ClassVar[tuple[int, int]] = (64, 64)
     """Height and width of the pictures it is tried on, in pixels."""
+    odd_sizes: ClassVar[Sequence[tuple[int, int]] | None] = None
+    """Other heights and widths: 3 by 5 and 5 by 3 latents, unless it is said."""
     min_psnr: ClassVar[float] = 20.0
     """What a smooth picture must come back with, in dB."""
 
@@ -25,58 +31,141 @@ class VAESuite:
         """The driver asks for the spec, and never loads."""
         first, second = self.vae(), self.vae()
         spec = first.spec
-        assert spec == second.spec, f"two instances are of different spaces: {spec} and {second.spec}"
+        assert spec == second.spec, (
+            f"two instances are of different spaces: settings and weights alone make a space\n{spec} {second.spec}"
+        )
         first.load(torch.device("cpu"))
-        assert first.spec == spec, f"loading changed the space from {spec} to {first.spec}"
-        assert spec.fingerprint, "the spec needs a fingerprint, so that other weights' latents can be refused"
+        assert first.spec == spec, (
+            f"loading changes the spec: the driver asks for it, and never loads\n{spec} {first.spec}"
+        )
+        assert spec.fingerprint, "the spec has no fingerprint: without one, latents of other weights can't be refused"
 
     def test_shapes_are_what_the_spec_says(self) -> None:
-        """``encode`` gives what ``spec.shape`` says, ``decode`` the picture's shape, both finite."""
-        vae, pictures = self._loaded()
-        latents = vae.encode(pictures)
-        wanted = (len(pictures), *vae.spec.shape(*self.size))
-        assert tuple(latents.shape) == wanted, f"latents of shape {tuple(latents.shape)}, and the spec says {wanted}"
-        decoded = vae.decode(latents)
-        assert decoded.shape == pictures.shape, f"pictures of shape {tuple(decoded.shape)} from {tuple(pictures.shape)}"
-        assert bool(latents.isfinite().all() and decoded.isfinite().all()), "latents or pictures are not finite"
+        """``encode`` gives what ``spec.shape`` says, ``decode`` the picture's shape, both finite; odd sizes and one picture, too."""
+        vae = loaded(self.vae)
+        spec = vae.spec
+        odd = self.odd_sizes
+        if odd is None:
+            odd = [(3 * spec.downscale, 5 * spec.downscale), (5 * spec.downscale, 3 * spec.downscale)]
+        for height, width in (self.size, *odd):
+            pictures = _pictures(height, width)
+            with torch.no_grad():
+                latents = vae.encode(pictures.clone())
+                decoded = vae.decode(latents.clone())
+            wanted = (len(pictures), *spec.shape(height, width))
+            found = tuple(latents.shape)
+            about = f"{width}x{height} pixels"
+            if found != wanted and len(found) == len(wanted) and found[:2] == wanted[:2]:
+                raise AssertionError(
+                    f"encode gives latents of {found[-1]}x{found[-2]} for {about}, and the spec's downscale of {spec.downscale} "
+                    f"says {wanted[-1]}x{wanted[-2]}: `downscale` must be what encode does"
+                )
+            assert found == wanted, (
+                f"encode gives the shape {list(found)} for {about}, and the spec says {list(wanted)}"
+            )
+            assert decoded.shape == pictures.shape, (
+                f"decode gives the shape {list(decoded.shape)}, and the pictures were {list(pictures.shape)}"
+            )
+            for method, result in (("encode", latents), ("decode", decoded)):
+                assert result.is_floating_point(), f"{method} gives {result.dtype}: latents and pictures are floats"
+                assert bool(result.isfinite().all()), (
+                    f"{method} gives numbers that are not finite; pictures may reach -1 and 1"
+                )
         try:
-            vae.spec.shape(self.size[0] * vae.spec.downscale + 1, self.size[1])
+            spec.shape(self.size[0] * spec.downscale + 1, self.size[1])
         except RowError:
             return
-        assert vae.spec.downscale == 1, "a size that isn't a multiple of downscale must raise RowError"
+        assert spec.downscale == 1, "spec.shape takes a size that is no multiple of downscale: it must raise RowError"
 
     def test_pictures_come_back(self) -> None:
-        """And what was handed in is not written into."""
-        vae, pictures = self._loaded()
-        before = pictures.clone()
-        latents = vae.encode(pictures)
-        kept = latents.clone()
-        error = float((vae.decode(latents).clamp(-1, 1) - pictures).square().mean())
-        psnr = 10 * math.log10(4 / max(error, 1e-12))
-        assert psnr >= self.min_psnr, (
-            f"{psnr:.1f} dB after encode and decode, {self.min_psnr} expected: scale or shift?"
+        """Encoded and decoded, a smooth picture is about itself."""
+        vae, pictures = loaded(self.vae), _smooth(*self.size)
+        with torch.no_grad():
+            latents = vae.encode(pictures.clone())
+            psnr = _psnr(vae, latents, pictures)
+            if psnr >= self.min_psnr or not bool(latents.isfinite().all()):
+                return
+            scale, shift = vae.spec.scale, vae.spec.shift
+            for what, mended in (
+                ("scale", latents * scale),
+                ("scale", latents / scale),
+                ("shift", latents + shift),
+                ("shift", latents - shift),
+                ("shift", latents + shift * scale),
+                ("shift", latents - shift * scale),
+                ("scale and shift", latents / scale + shift),
+                ("scale and shift", (latents - shift) * scale),
+            ):
+                if _psnr(vae, mended, pictures) >= self.min_psnr:
+                    raise AssertionError(
+                        f"encode or decode leaves out the spec's {what}, and the other does not: encode gives (z - shift) * scale, "
+                        f"and decode undoes it\n{psnr:.1f} dB after encode and decode"
+                    )
+        raise AssertionError(
+            f"pictures do not come back: {psnr:.1f} dB after encode and decode, and min_psnr says {self.min_psnr}; is a scale or "
+            "shift on one side only, or the range another than -1 to 1?"
         )
-        assert torch.equal(pictures, before) and torch.equal(latents, kept), "an input was written into"
 
-    def test_rows_do_not_touch_each_other(self) -> None:
-        """A picture's latent is the same alone as in company."""
-        vae, pictures = self._loaded()
-        together = vae.encode(pictures)
-        decoded = vae.decode(together)
-        for row in range(len(pictures)):
-            alone = vae.encode(pictures[row : row + 1])
-            assert torch.allclose(alone[0], together[row], rtol=1e-3, atol=1e-4), (
-                f"encode: row {row} depends on its company"
-            )
-            alone = vae.decode(together[row : row + 1])
-            assert torch.allclose(alone[0], decoded[row], rtol=1e-3, atol=1e-4), (
-                f"decode: row {row} depends on its company"
-            )
+    def test_the_posterior_s_mean_is_what_encode_gives(self) -> None:
+        """And its standard deviation is of the same shape, finite and not negative."""
+        vae, pictures = loaded(self.vae), _pictures(*self.size)
+        with torch.no_grad():
+            latents = vae.encode(pictures.clone())
+            mean, std = vae.posterior(pictures.clone())
+        assert mean.shape == latents.shape == std.shape, (
+            f"posterior gives the shapes {list(mean.shape)} and {list(std.shape)}, and encode {list(latents.shape)}"
+        )
+        assert bool(std.isfinite().all() and (std >= 0).all()), (
+            "posterior gives standard deviations that are negative or not finite: is it the logarithm, or the variance's?"
+        )
+        if not torch.allclose(mean, latents, rtol=1e-3, atol=1e-4, equal_nan=True) and not self._explained():
+            raise AssertionError("posterior gives another mean than encode: both are scaled, (z - shift) * scale")
 
-    def _loaded(self) -> tuple[VAE, Tensor]:
-        vae = self.vae()
-        vae.load(torch.device("cpu"))
-        height, width = self.size
-        y, x = torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)[None, :]
-        colours = [torch.stack([x + 0 * y, 0 * x + y, x * y]) * gain for gain in (0.8, -0.6, 0.3)]
-        return vae, torch.stack(colours).contiguous()
+    def _question(self) -> Callable[[Any], dict[str, Any]]:
+        return asked
+
+    def _calls(self) -> list[Call]:
+        pictures = _pictures(*self.size)
+        latents = Call("encode", encode, {"images": pictures}).of(loaded(self.vae))["latents"]
+        return [
+            Call("encode", encode, {"images": pictures}),
+            Call("posterior", posterior, {"images": pictures}),
+            Call("decode", decode, {"latents": latents}),
+        ]
+
+
+def asked(vae: VAE) -> dict[str, Any]:
+    """What the driver asks a VAE."""
+    return {**identity(vae), "spec": vae.spec}
+
+
+def encode(vae: VAE, rows: Rows) -> dict[str, Tensor]:
+    """``encode`` as a call."""
+    return {"latents": vae.encode(rows["images"])}
+
+
+def posterior(vae: VAE, rows: Rows) -> dict[str, Tensor]:
+    """``posterior`` as a call."""
+    mean, std = vae.posterior(rows["images"])
+    return {"mean": mean, "std": std}
+
+
+def decode(vae: VAE, rows: Rows) -> dict[str, Tensor]:
+    """``decode`` as a call."""
+    return {"pictures": vae.decode(rows["latents"])}
+
+
+def _psnr(vae: VAE, latents: Tensor, pictures: Tensor) -> float:
+    error = float((vae.decode(latents.clone()).clamp(-1, 1) - pictures).square().mean())
+    return 10 * math.log10(4 / max(error, 1e-12))
+
+
+def _smooth(height: int, width: int) -> Tensor:
+    y, x = torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)[None, :]
+    return torch.stack([torch.stack([x + 0 * y, 0 * x + y, x * y]) * gain for gain in (0.8, -0.6, 0.3)]).contiguous()
+
+
+def _pictures(height: int, width: int) -> Tensor:
+    """A smooth picture, black and white squares, and all white."""
+    squares = (torch.arange(height)[:, None] + torch.arange(width)[None, :]) // 2 % 2 * 2.0 - 1
+    return torch.stack([_smooth(height, width)[0], squares.expand(3, -1, -1), torch.ones(3, height, width)])

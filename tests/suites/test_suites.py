@@ -1,0 +1,20 @@
+"""The suites that plugins inherit: each mistake is caught by the checks that should, with the sentence that says it."""
+
+import pytest
+from tests.suites import wrong_denoisers, wrong_schedulers, wrong_sources, wrong_text_encoders, wrong_vaes
+from tests.suites.mistakes import failures
+
+MODULES = [wrong_schedulers, wrong_vaes, wrong_text_encoders, wrong_denoisers, wrong_sources]
+MISTAKES = [mistake for module in MODULES for mistake in module.MISTAKES]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: f"{mistake.kind}: {mistake.what}")
+def test_a_mistake_is_caught_and_told(mistake):
+    said = mistake.said()
+    assert {*said} == mistake.caught_by, said
+    assert any(mistake.says in sentence for sentence in said.values()), said
+
+
+@pytest.mark.parametrize("suite", [suite for module in MODULES for suite in module.RIGHT])
+def test_a_right_plugin_passes(suite):
+    assert failures(suite) == {}
