@@ -1,10 +1,10 @@
 """The suites that plugins inherit: each mistake is caught by the checks that should, with the sentence that says it."""
 
 import pytest
-from tests.suites import wrong_denoisers, wrong_schedulers, wrong_sources, wrong_text_encoders, wrong_vaes
+from tests.suites import wrong_denoisers, wrong_schedulers, wrong_sinks, wrong_sources, wrong_text_encoders, wrong_vaes
 from tests.suites.mistakes import failures
 
-MODULES = [wrong_schedulers, wrong_vaes, wrong_text_encoders, wrong_denoisers, wrong_sources]
+MODULES = [wrong_schedulers, wrong_vaes, wrong_text_encoders, wrong_denoisers, wrong_sources, wrong_sinks]
 MISTAKES = [mistake for module in MODULES for mistake in module.MISTAKES]
 
 

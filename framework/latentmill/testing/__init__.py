@@ -7,6 +7,7 @@ class TestTrapezoid(SchedulerSuite):
 from latentmill.testing.denoiser import DenoiserSuite
 from latentmill.testing.gaussian import NOISE_SCHEDULES, GaussianField, check_moments, follow, measure_order
 from latentmill.testing.scheduler import SchedulerSuite
+from latentmill.testing.sink import SinkSuite
 from latentmill.testing.source import SourceSuite
 from latentmill.testing.text_encoder import TextEncoderSuite
 from latentmill.testing.vae import VAESuite
@@ -16,6 +17,7 @@ __all__ = [
     "DenoiserSuite",
     "GaussianField",
     "SchedulerSuite",
+    "SinkSuite",
     "SourceSuite",
     "TextEncoderSuite",
     "VAESuite",
