@@ -94,8 +94,9 @@ def test_plugins_import_the_contract_and_what_goes_with_it():
                 "batch",
                 "fields",
                 "schedulers",
+                "sinks",
                 "testing",
-            }  # schedulers: its noise schedules
+            }  # schedulers: its noise schedules; sinks: rows as batches again
             assert units(imports(path, path.parents[1])) <= allowed, path
 
 

@@ -46,3 +46,9 @@ def failures(suite) -> dict[str, str]:
         except Exception as error:
             said[name.removeprefix("test_")] = f"{type(error).__name__}: {error}".splitlines()[0]
     return said
+
+
+def line(mistake: Mistake, said: dict[str, str]) -> str:
+    """The mistake's line in docs/suites.md."""
+    sentence = next(text for text in said.values() if mistake.says in text)
+    return "| " + " | ".join(text.replace("|", "\\|") for text in (mistake.kind, mistake.what, sentence)) + " |\n"

@@ -128,7 +128,10 @@ class LearnsWords(Right):
 class ListsLetters(Right):
     def encode(self, prompts):
         letters = [*{c for c in "abcdefghijklmnopqrstuvwxyz"}]
-        return {"embeds": super().encode(prompts)["embeds"] + letters.index("f")}
+        return {
+            "embeds": super().encode(prompts)["embeds"]
+            + sum(i * i * ord(c) for i, c in enumerate(letters)) % 1009 / 1000
+        }
 
 
 class Cuda(Right):

@@ -112,7 +112,7 @@ class HashedPrint(Right):
 
 class SetPrint(Right):
     def print(self):
-        return "-".join({"encoder", "decoder", "quantizer", "scale", "shift", "norm"})
+        return "-".join({*"abcdefghijklmnopqrstuvwxyz"})
 
 
 class Numbered(Right):
@@ -145,7 +145,8 @@ class LoadsScale(Right):
 
 class HashedWeights(Right):
     def encode(self, images):
-        return super().encode(images) + hash("weights") % 97 / 9700
+        weights = torch.randn(12, 1, 1, generator=torch.Generator().manual_seed(hash("weights") % 2**32))
+        return super().encode(images) + 0.02 * weights
 
 
 class ScaleInDecodeOnly(Right):

@@ -9,6 +9,7 @@ from latentmill.testing.gaussian import NOISE_SCHEDULES, GaussianField, check_mo
 from latentmill.testing.scheduler import SchedulerSuite
 from latentmill.testing.sink import SinkSuite
 from latentmill.testing.source import SourceSuite
+from latentmill.testing.stage import StageSuite
 from latentmill.testing.text_encoder import TextEncoderSuite
 from latentmill.testing.vae import VAESuite
 
@@ -19,6 +20,7 @@ __all__ = [
     "SchedulerSuite",
     "SinkSuite",
     "SourceSuite",
+    "StageSuite",
     "TextEncoderSuite",
     "VAESuite",
     "check_moments",

@@ -26,7 +26,7 @@ class DenoiserSuite(RowsSuite):
     """Whether it has a grid of its own."""
 
     def conditioning(self) -> Conditioning:
-        """That of three different prompts, as its text encoder makes it."""
+        """That of three different prompts, as its text encoder makes it; and values of its ``row_fields`` that have no default."""
         raise NotImplementedError
 
     def test_schedule_and_prediction_are_known_before_loading(self) -> None:
@@ -60,7 +60,8 @@ class DenoiserSuite(RowsSuite):
     def test_latents_times_and_prompts_count(self) -> None:
         """Each changes the prediction."""
         denoiser, rows = loaded(self.denoiser), self._rows()
-        told = [name for name in rows if name not in ("x", "t", "guidance_scale")]
+        others = {"x", "t", "guidance_scale", *(field.name for field in self.denoiser().row_fields)}
+        told = [name for name in rows if name not in others]
         with torch.no_grad():
             first = predict(denoiser, rows)["prediction"].clone()
             for what, names in (("latents", ["x"]), ("times", ["t"]), ("prompts", told)):
@@ -93,8 +94,12 @@ class DenoiserSuite(RowsSuite):
     def _rows(self) -> dict[str, Tensor]:
         x = torch.randn(3, *self.shape, generator=torch.Generator().manual_seed(0))
         rows = {"x": x, "t": torch.tensor([0.9, 0.5, 0.02], dtype=torch.float64), **self.conditioning()}
-        if self.denoiser().guidance_embedded:
+        denoiser = self.denoiser()
+        if denoiser.guidance_embedded:
             rows["guidance_scale"] = torch.tensor([1.0, 3.5, 7.0])
+        for field in denoiser.row_fields:
+            if field.default is not None:
+                rows.setdefault(field.name, torch.tensor([field.default] * 3))
         return rows
 
     def _question(self) -> Callable[[Any], dict[str, Any]]:

@@ -58,7 +58,7 @@ class TextEncoderSuite(RowsSuite):
         with torch.no_grad():
             for method, prompts in (("encode", [*self.prompts]), ("encode_negative", [*self.prompts[1:], None])):
                 try:
-                    found = getattr(encoder, method)(prompts)
+                    found = getattr(encoder, method)(prompts, **defaults(encoder))
                 except Exception as error:
                     raise AssertionError(
                         f"{method} raises {type(error).__name__} for prompts that check passes, the empty one and, for negative "
@@ -88,7 +88,7 @@ class TextEncoderSuite(RowsSuite):
             for prompt in prompts:
                 if prompt not in self.prompts and isinstance(without_weights(encoder, "check", prompt), RowError):
                     continue  # too long, and said so
-                for name, value in encoder.encode([prompt]).items():
+                for name, value in encoder.encode([prompt], **defaults(encoder)).items():
                     shape = known.setdefault(name, list(value.shape[1:]))
                     assert list(value.shape[1:]) == shape, (
                         f"encode gives {name!r} of shape {list(value.shape[1:])} for one prompt and {shape} for another: "
@@ -99,7 +99,7 @@ class TextEncoderSuite(RowsSuite):
         """Different prompts give different conditioning."""
         encoder = loaded(self.text_encoder)
         with torch.no_grad():
-            found = [encoder.encode([prompt]) for prompt in self.prompts]
+            found = [encoder.encode([prompt], **defaults(encoder)) for prompt in self.prompts]
         shapes = {tuple(tuple(value.shape) for value in one.values()) for one in found}
         for a in range(len(found)):
             for b in range(a):
@@ -129,9 +129,14 @@ def asked(encoder: TextEncoder, prompts: Sequence[str]) -> dict[str, Any]:
 
 def encode(encoder: TextEncoder, rows: Rows) -> dict[str, Tensor]:
     """``encode`` as a call."""
-    return dict(encoder.encode(rows["prompts"]))
+    return dict(encoder.encode(rows["prompts"], **defaults(encoder)))
 
 
 def encode_negative(encoder: TextEncoder, rows: Rows) -> dict[str, Tensor]:
     """``encode_negative`` as a call."""
-    return dict(encoder.encode_negative(rows["prompts"]))
+    return dict(encoder.encode_negative(rows["prompts"], **defaults(encoder)))
+
+
+def defaults(encoder: TextEncoder) -> dict[str, Any]:
+    """The fields of rows that it reads, at their defaults."""
+    return {field.name: field.default for field in encoder.row_fields}

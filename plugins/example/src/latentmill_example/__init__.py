@@ -1,12 +1,14 @@
-"""A VAE and a scheduler for latentmill; the smallest there are that are of use."""
+"""A VAE, a scheduler and a stage for latentmill, the smallest there are that are of use; a sink is in ``arrow_stream``."""
 
 from __future__ import annotations
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from latentmill.plugin import VAE, Field, LatentSpec, Scheduler, State
+from latentmill import tensors
+from latentmill.plugin import VAE, Field, LatentSpec, Reject, Scheduler, Stage, State
 
 
 class Patches(VAE):
@@ -58,3 +60,29 @@ class Trapezoid(Scheduler):
             return euler, state
         mean = (clean + field.clean(euler, s)) / 2
         return keep * x + (alpha_s - keep * alpha_t) * torch.where(sigma_s > 0, mean, clean), state
+
+
+BRIGHTNESS = pa.field("brightness", pa.float64(), nullable=False)
+
+
+class Brightness(Stage):
+    """Adds each picture's mean, ``brightness``, from 0 to 1, and rejects pictures that are darker than ``least`` or lighter than ``most``."""
+
+    contract = 2
+    adds = (BRIGHTNESS,)
+
+    def __init__(self, least: float = 0.0, most: float = 1.0) -> None:
+        if not 0 <= least <= most <= 1:
+            raise ValueError(f"least and most must be from 0 to 1, not {least!r} and {most!r}")
+        self.least, self.most = least, most
+
+    def __call__(self, batch: pa.Table, reject: Reject) -> pa.Table:
+        images = tensors.from_arrow(batch, "image")  # read it, never write into it: others read the same memory
+        found = [float(image.double().mean()) / 255 for image in images]
+        kept = [i for i, value in enumerate(found) if self.least <= value <= self.most]
+        for i, value in enumerate(found):
+            if i not in kept:
+                reject(i, f"brightness {value:.3f}, which is not from {self.least} to {self.most}")
+        if "brightness" in batch.column_names:  # the stage may stand twice in a job
+            batch = batch.drop_columns(["brightness"])
+        return batch.append_column(BRIGHTNESS, pa.array(found, pa.float64())).take(pa.array(kept, pa.int64()))
