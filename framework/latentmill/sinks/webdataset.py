@@ -28,7 +28,7 @@ from latentmill.plugin import OpenSideFile, RowError, Sink
 from latentmill.sinks.picture_files import PictureFiles, decode
 from latentmill.sinks.rebuild import batches
 
-INDEX = "__latentmill__"
+INDEX_MEMBER = "__latentmill__"
 FILES = "webdataset:files"
 """The column of packed rows that holds their files, and of the index that says where they are."""
 PACKED = pa.large_list(
@@ -120,7 +120,7 @@ class WebDataset(Sink):
         with pa.ipc.new_stream(buffer, index.schema.with_metadata(about)) as stream:
             stream.write_table(index.replace_schema_metadata(about))
         with open(path, "wb") as out:
-            _add(out, INDEX, buffer.getvalue() + _digest(buffer.getvalue()))
+            _add(out, INDEX_MEMBER, buffer.getvalue() + _digest(buffer.getvalue()))
             for name, of_row in zip(names, files):
                 for file in of_row.as_py():
                     _add(out, f"{name}.{file['suffix']}", file["content"])
@@ -233,9 +233,9 @@ def _index(file: BinaryIO) -> pa.Table:
     size = _index_size(file)
     content = file.read(size)
     if _digest(content[:-16]) != content[-16:]:
-        raise ValueError(f"{INDEX} is not as it was written")
+        raise ValueError(f"{INDEX_MEMBER} is not as it was written")
     if file.read(_padding(size)).strip(b"\0"):
-        raise ValueError(f"there is something behind {INDEX}")
+        raise ValueError(f"there is something behind {INDEX_MEMBER}")
     return pa.ipc.open_stream(content[:-16]).read_all()
 
 
@@ -250,8 +250,8 @@ def _index_size(file: BinaryIO) -> int:
         info = tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "strict")
     except tarfile.HeaderError as error:
         raise ValueError(f"no tar: {error}") from error
-    if info.name != INDEX or _header(INDEX, info.size) != info.tobuf(tarfile.PAX_FORMAT):
-        raise ValueError(f"a tar that does not begin with {INDEX}")
+    if info.name != INDEX_MEMBER or _header(INDEX_MEMBER, info.size) != info.tobuf(tarfile.PAX_FORMAT):
+        raise ValueError(f"a tar that does not begin with {INDEX_MEMBER}")
     return info.size
 
 

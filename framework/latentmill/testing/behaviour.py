@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Rows: TypeAlias = Mapping[str, Any]
+Arguments: TypeAlias = Mapping[str, Any]
 """Arguments by name: each a tensor ``[B, ...]`` or a list of B."""
 Make: TypeAlias = Callable[[], Any]
 """What builds the plugin."""
@@ -27,9 +27,9 @@ class Call:
     """A method, and the rows with which it is called."""
 
     method: str
-    run: Callable[[Any, Rows], Mapping[str, Tensor]]
+    run: Callable[[Any, Arguments], Mapping[str, Tensor]]
     """Calls it on a plugin; a function at the top of a module, so that another process can, too."""
-    rows: Rows
+    rows: Arguments
 
     def of(self, plugin: Any, seeds: Sequence[int] = (0, 0, 0)) -> dict[str, Tensor]:
         """Its results, of copies of the rows, with the global generators at ``seeds``."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentmill.plugin import Conditioning, Denoiser, FollowsAuthors, LatentSpec
-from latentmill.testing.behaviour import Call, Rows, loaded
+from latentmill.testing.behaviour import Arguments, Call, loaded
 from latentmill.testing.suite import RowsSuite, identity, without_weights
 
 
@@ -121,7 +121,7 @@ def asked(denoiser: Denoiser, shape: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def predict(denoiser: Denoiser, rows: Rows) -> dict[str, Tensor]:
+def predict(denoiser: Denoiser, rows: Arguments) -> dict[str, Tensor]:
     """``predict`` as a call."""
     told = {name: value for name, value in rows.items() if name not in ("x", "t")}
     return {"prediction": denoiser.predict(rows["x"], rows["t"], told)}

@@ -12,7 +12,7 @@ from torch import Tensor
 from latentmill import tensors
 from latentmill.plugin import NoiseSchedule, Scheduler, State
 from latentmill.schedulers.noise_schedules import VariancePreserving
-from latentmill.testing.behaviour import Call, Rows, draws, writes
+from latentmill.testing.behaviour import Arguments, Call, draws, writes
 from latentmill.testing.gaussian import NOISE_SCHEDULES, GaussianField, check_moments, follow, measure_order
 from latentmill.testing.suite import PluginSuite, identity
 
@@ -164,7 +164,7 @@ def asked(scheduler: Scheduler) -> dict[str, Any]:
     }
 
 
-def step(scheduler: Scheduler, rows: Rows) -> dict[str, Tensor]:
+def step(scheduler: Scheduler, rows: Arguments) -> dict[str, Tensor]:
     """``step`` of the mixed rows as a call."""
     field, _ = _mixed(VariancePreserving())
     state = {name.removeprefix("state "): value for name, value in rows.items() if name.startswith("state ")}

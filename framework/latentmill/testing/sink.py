@@ -21,7 +21,7 @@ from latentmill.testing import batches
 from latentmill.testing.behaviour import GENERATORS, seed_all
 from latentmill.testing.suite import PluginSuite, identity
 
-METADATA = {"latentmill.errors": '[{"row": 3, "reason": "ein Bär\\n"}]', "plan": "0123"}
+SHARD_METADATA = {"latentmill.errors": '[{"row": 3, "reason": "ein Bär\\n"}]', "plan": "0123"}
 
 
 class SinkSuite(PluginSuite):
@@ -75,7 +75,7 @@ class SinkSuite(PluginSuite):
         for batch in self.batches().values():
             file = self._written(batch)
             found = self.sink().metadata(file)
-            lost = [name for name, value in METADATA.items() if found.get(name) != value]
+            lost = [name for name, value in SHARD_METADATA.items() if found.get(name) != value]
             assert not lost or self._blind(), f"metadata loses or changes what write was given: {', '.join(lost)}"
             assert not file.closed, "metadata closes the file that it is given: who opened it closes it"
 
@@ -165,7 +165,9 @@ class SinkSuite(PluginSuite):
         """It is called in each driver that ends."""
         shards = [
             StoredShard(
-                f"data/{at:05d}{self.sink.suffix if isinstance(self.sink, type) else self.sink().suffix}", 3, METADATA
+                f"data/{at:05d}{self.sink.suffix if isinstance(self.sink, type) else self.sink().suffix}",
+                3,
+                SHARD_METADATA,
             )
             for at in range(2)
         ]
@@ -195,7 +197,7 @@ class SinkSuite(PluginSuite):
 
         try:
             before = told(self.sink())
-            write(sink, batch.slice(0, 2), metadata={**METADATA, "plan": "another"})
+            write(sink, batch.slice(0, 2), metadata={**SHARD_METADATA, "plan": "another"})
             return bool(before != told(sink) or before != told(self.sink()))
         except (AttributeError, TypeError):
             return True  # one that never wrote a shard knows of none
@@ -229,7 +231,7 @@ class SinkSuite(PluginSuite):
         return (
             len(found) == len(wanted)
             and all(isinstance(a, pa.Table) and a.equals(b, check_metadata=True) for a, b in zip(found, wanted))
-            and METADATA.items() <= dict(self.sink().metadata(io.BytesIO(content))).items()
+            and SHARD_METADATA.items() <= dict(self.sink().metadata(io.BytesIO(content))).items()
         )
 
     def _explained(self) -> bool:
@@ -254,7 +256,9 @@ def write_all(sink: Sink, batches: Mapping[str, pa.Table]) -> dict[str, Any]:
     return {f"write.{name}": write(sink, batch) for name, batch in batches.items()}
 
 
-def write(sink: Sink, batch: pa.Table, parts: int = 2, metadata: Mapping[str, str] = METADATA) -> dict[str, bytes]:
+def write(
+    sink: Sink, batch: pa.Table, parts: int = 2, metadata: Mapping[str, str] = SHARD_METADATA
+) -> dict[str, bytes]:
     """A shard of the batch, packed in parts, as the framework writes it: its file under "", and its side files."""
     size = max(1, -(-len(batch) // parts))
     packed = [sink.pack(batch.slice(start, size)) for start in range(0, max(1, len(batch)), size)]

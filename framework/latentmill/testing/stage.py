@@ -11,7 +11,7 @@ import torch
 
 from latentmill import checks, tensors
 from latentmill.errors import ContractError
-from latentmill.plugin import Stage
+from latentmill.plugin import Stage, StageContext
 from latentmill.testing import batches
 from latentmill.testing.behaviour import GENERATORS, alike, seed_all
 from latentmill.testing.suite import PluginSuite, identity
@@ -23,7 +23,7 @@ class StageSuite(PluginSuite):
     kind = "stage"
     stage: ClassVar[type[Stage]]
     """The class; for other settings than its defaults, a subclass or ``functools.partial`` of it."""
-    context: ClassVar[Callable[[], Any] | None] = None
+    context: ClassVar[Callable[[], StageContext] | None] = None
     """A function at the top of a module that makes the ``StageContext`` of a stage that needs one."""
 
     def batch(self) -> pa.Table:
@@ -70,14 +70,14 @@ class StageSuite(PluginSuite):
         """Those that it was given, less ``drops``, and ``adds``; and those that all stages need, of their types."""
         batch, stage = self.batch(), self._ready()
         tables, _ = run(stage, batch)
-        adds = [column if isinstance(column, str) else column.name for column in getattr(stage, "adds", ())]
-        drops = list(getattr(stage, "drops", ()))
+        adds = [column if isinstance(column, str) else column.name for column in stage.adds]
+        drops = list(stage.drops)
         for table in tables:
             lost = [name for name in batch.column_names if name not in table.column_names and not _among(name, drops)]
             assert not lost, f"the stage loses the column {lost[0]!r}: keep it, or name it in `drops`"
             more = [name for name in table.column_names if name not in batch.column_names and not _among(name, adds)]
             assert not more, f"the stage adds the column {more[0]!r}: name it in `adds`, so that all shards have it"
-            for column in getattr(stage, "adds", ()):
+            for column in stage.adds:
                 name = column if isinstance(column, str) else column.name
                 assert name.endswith(":") or name in table.column_names, (
                     f"the stage adds no column {name!r}, which `adds` names"
@@ -164,18 +164,18 @@ class StageSuite(PluginSuite):
 
 def asked(stage: Stage) -> dict[str, Any]:
     """What the driver asks a stage."""
-    return {**identity(stage), "adds": [str(column) for column in getattr(stage, "adds", ())]}
+    return {**identity(stage), "adds": [str(column) for column in stage.adds]}
 
 
-def work(stage: Stage, batch: pa.Table, context: Callable[[], Any] | None) -> dict[str, Any]:
+def work(stage: Stage, batch: pa.Table, context: Callable[[], StageContext] | None) -> dict[str, Any]:
     """What becomes of the batch's rows."""
     return {"the stage": outcome(ready(stage, context), batch)}
 
 
-def ready(stage: Stage, context: Callable[[], Any] | None) -> Stage:
+def ready(stage: Stage, context: Callable[[], StageContext] | None) -> Stage:
     """The stage, prepared and loaded as in a worker."""
     if context is not None:
-        getattr(stage, "prepare")(context())  # noqa: B009
+        stage.prepare(context())
     stage.load(torch.device("cpu"))
     return stage
 

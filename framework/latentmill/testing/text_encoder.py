@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentmill.plugin import RowError, TextEncoder
-from latentmill.testing.behaviour import Call, Rows, close, loaded
+from latentmill.testing.behaviour import Arguments, Call, close, loaded
 from latentmill.testing.suite import RowsSuite, identity, without_weights
 
 
@@ -127,12 +127,12 @@ def asked(encoder: TextEncoder, prompts: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def encode(encoder: TextEncoder, rows: Rows) -> dict[str, Tensor]:
+def encode(encoder: TextEncoder, rows: Arguments) -> dict[str, Tensor]:
     """``encode`` as a call."""
     return dict(encoder.encode(rows["prompts"], **defaults(encoder)))
 
 
-def encode_negative(encoder: TextEncoder, rows: Rows) -> dict[str, Tensor]:
+def encode_negative(encoder: TextEncoder, rows: Arguments) -> dict[str, Tensor]:
     """``encode_negative`` as a call."""
     return dict(encoder.encode_negative(rows["prompts"], **defaults(encoder)))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentmill.plugin import VAE, RowError
-from latentmill.testing.behaviour import Call, Rows, loaded
+from latentmill.testing.behaviour import Arguments, Call, loaded
 from latentmill.testing.suite import RowsSuite, identity
 
 
@@ -139,18 +139,18 @@ def asked(vae: VAE) -> dict[str, Any]:
     return {**identity(vae), "spec": vae.spec}
 
 
-def encode(vae: VAE, rows: Rows) -> dict[str, Tensor]:
+def encode(vae: VAE, rows: Arguments) -> dict[str, Tensor]:
     """``encode`` as a call."""
     return {"latents": vae.encode(rows["images"])}
 
 
-def posterior(vae: VAE, rows: Rows) -> dict[str, Tensor]:
+def posterior(vae: VAE, rows: Arguments) -> dict[str, Tensor]:
     """``posterior`` as a call."""
     mean, std = vae.posterior(rows["images"])
     return {"mean": mean, "std": std}
 
 
-def decode(vae: VAE, rows: Rows) -> dict[str, Tensor]:
+def decode(vae: VAE, rows: Arguments) -> dict[str, Tensor]:
     """``decode`` as a call."""
     return {"pictures": vae.decode(rows["latents"])}
 
