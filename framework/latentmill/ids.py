@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from latentmill.plugin import Fragment, Source
 
-PARTS = 64
+SORT_FILES = 64
 """The hashes are sorted in so many parts, one at a time."""
 CHUNK = 1 << 16
 
@@ -37,11 +37,11 @@ def find_twice(source: Source, fragments: Sequence[Fragment]) -> Twice | None:
     Of each id a hash of 8 bytes goes into a temporary file, by its upper bits; memory holds one part in 64 at a time.
     """
     with ExitStack() as stack:
-        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(PARTS)]
+        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(SORT_FILES)]
         for hashes in _hashes(source, fragments):
             part = (hashes >> np.uint64(58)).astype(np.uint8)
             order = np.argsort(part, kind="stable")
-            ends = np.searchsorted(part[order], np.arange(1, PARTS))
+            ends = np.searchsorted(part[order], np.arange(1, SORT_FILES))
             for file, piece in zip(files, np.split(hashes[order], ends)):
                 file.write(piece.tobytes())
         for file in files:

@@ -362,7 +362,7 @@ class TextEncoder(Plugin, ABC):
     """Prompts to conditioning: tensors of any dtype, on any device, which are the framework's; what is not finite is an error."""
 
     reads: Mapping[str, str | None] = {}
-    """What it does with other tools' syntax, by the names in ``latentmill.syntax.KINDS``: None for a kind that it reads as it is
+    """What it does with other tools' syntax, by the names in ``latentmill.syntax.SYNTAXES``: None for a kind that it reads as it is
     meant, else what a person should do instead. Kinds that are not here are read as words."""
 
     @abstractmethod

@@ -13,7 +13,7 @@ LOOKED_AT = 10_000
 
 _WEIGHT = r"[-+]?(?:\d?\.\d+|\d)"
 
-KINDS: Mapping[str, tuple[str, tuple[str, ...], str]] = {
+SYNTAXES: Mapping[str, tuple[str, tuple[str, ...], str]] = {
     "lora": ("a LoRA as <lora:name:0.8>", ("<",), r"(?i)<(?:lora|lyco|lycoris|locon|hypernet):[^<>\n]+>"),
     "weight": ("a weight as (word:1.2)", (":",), rf"\((?!\s*:)[^()\n]*[^()\s\d]\s*:\s*{_WEIGHT}\s*\)"),
     "compel": (
@@ -45,11 +45,11 @@ KINDS: Mapping[str, tuple[str, tuple[str, ...], str]] = {
 }
 """By name: what a person is told that it is; characters, of which it has some, that are quick to look for; its pattern."""
 
-_PATTERNS = {kind: (marks, re.compile(pattern)) for kind, (_, marks, pattern) in KINDS.items()}
+_PATTERNS = {kind: (marks, re.compile(pattern)) for kind, (_, marks, pattern) in SYNTAXES.items()}
 
 
 def found(prompt: str) -> list[str]:
-    """The kinds of KINDS that a prompt holds."""
+    """The kinds of SYNTAXES that a prompt holds."""
     prompt = prompt[:LOOKED_AT]
     kinds = [
         kind
@@ -67,7 +67,7 @@ def told(prompt: str, reads: Mapping[str, str | None]) -> list[str]:
     for kind in found(prompt):
         advice = reads.get(kind, "")
         if advice is not None:
-            lines.append(f"the prompt holds {KINDS[kind][0]}, which is read as words{advice and f': {advice}'}")
+            lines.append(f"the prompt holds {SYNTAXES[kind][0]}, which is read as words{advice and f': {advice}'}")
     return lines
 
 

@@ -20,7 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf._utils import get_yaml_loader
 
 NUMBERS = (int, float, bool)
-WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]{0,99})")
+WHOLE_NUMBER = re.compile(r"[-+]?(0|[1-9][0-9]{0,99})")
 REAL = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 QUOTED = re.compile(r"""(['"])(.*)\1""", re.DOTALL)
 TAG = "tag:yaml.org,2002:"
@@ -60,7 +60,7 @@ def scalar(text: str) -> Any:
         return word == "true"
     if word == "null":
         return None
-    if WHOLE.fullmatch(text):
+    if WHOLE_NUMBER.fullmatch(text):
         return int(text)
     if REAL.fullmatch(text) and isfinite(number := float(text)):
         return number

@@ -17,7 +17,7 @@ from latentmill.text import near
 
 DOLLAR = "${oc.env:NAME} is an environment variable, ${KEY} another key of the job; \\${ is ${ as it stands"
 
-OURS = {
+BROUGHT_BY = {
     "shapes": "latentmill-shapes",
     "diffusers": "latentmill-diffusers",
     "scheduler/model": "latentmill-diffusers",
@@ -45,7 +45,7 @@ def explained(error: BaseException) -> str:
         there = sorted(name for name in error.options or ([] if group else ["job"]) if ":" not in name)
         what = group or "config"
         said = f"there is no {what} {wanted!r}{near(wanted.rpartition(':')[2], there)}; there are: {', '.join(there) or 'none'}"
-        brings = OURS.get(missing) or OURS.get(wanted.partition(":")[0])
+        brings = BROUGHT_BY.get(missing) or BROUGHT_BY.get(wanted.partition(":")[0])
         return f"{said}; pip install {brings} brings it" if brings else said
     key = _found(r"Could not override '([^']+)'", text) or _found(r"full_key: (\S+)", text)
     if key:

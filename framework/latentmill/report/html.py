@@ -20,7 +20,7 @@ from latentmill.report.material import Material, identity
 
 FIGURE = Template("<div><b>$value</b>$label</div>")
 SECTION = Template("<h2>$title</h2>$content")
-PICTURE = Template('<figure><img alt="" src="$uri"><figcaption>$caption</figcaption></figure>')
+TILE = Template('<figure><img alt="" src="$uri"><figcaption>$caption</figcaption></figure>')
 
 
 def make(dataset: Material, pace: Pace | None) -> None:
@@ -50,7 +50,7 @@ def _figures(dataset: Material, pace: Pace | None) -> Iterator[tuple[str, str]]:
 
 def _sections(dataset: Material, pace: Pace | None) -> Iterator[tuple[str, str]]:
     if dataset.tiles:
-        pictures = (PICTURE.substitute(uri=_data_uri(t.image), caption=escape(t.caption)) for t in dataset.tiles)
+        pictures = (TILE.substitute(uri=_data_uri(t.image), caption=escape(t.caption)) for t in dataset.tiles)
         yield "Pictures from all over the dataset", f'<div class="pictures">{"".join(pictures)}</div>'
     if _ran(pace):
         seconds = pace.last.seconds

@@ -26,7 +26,7 @@ from latentmill.text import escaped, first_line
 
 logger = logging.getLogger("latentmill")
 
-SMALL = 4 << 30
+MAX_DIGESTED_BYTES = 4 << 30
 """Bytes up to which a source is fingerprinted by its contents; beyond, by sizes and times of modification."""
 
 
@@ -149,9 +149,9 @@ def are_small(sizes: Iterable[int]) -> bool:
     total = 0
     for size in sizes:
         total += size
-        if total > SMALL:
+        if total > MAX_DIGESTED_BYTES:
             logger.warning(
-                f"a source of more than {SMALL >> 30} GiB is known by its files' names, sizes and times of modification, and not "
+                f"a source of more than {MAX_DIGESTED_BYTES >> 30} GiB is known by its files' names, sizes and times of modification, and not "
                 "by what they hold: one that is moved, copied or touched is another source"
             )
             return False

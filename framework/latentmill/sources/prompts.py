@@ -37,7 +37,7 @@ from latentmill.sources import (
 )
 from latentmill.sources.kept import guess_types, rows_kept, type_of_texts, type_of_values
 from latentmill.sources.pictures import MAX_PIXELS, Pixels, decode, read_picture
-from latentmill.sources.text import BOM, PIECE, Lines, TextFile, count_lines, is_blank, is_utf8, loose, strict
+from latentmill.sources.text import BOM, READ_BYTES, Lines, TextFile, count_lines, is_blank, is_utf8, loose, strict
 from latentmill.text import escaped
 
 COLUMNS: Mapping[str, RowField | None] = {
@@ -93,18 +93,18 @@ class Prompts(Source):
 
     def columns(self) -> list[str]:
         """Of all files; of JSON, all keys that there are."""
-        found = (self._file(name).columns() for name in find(self.path, FORMATS))
+        found = (self._file(name).columns() for name in find(self.path, READERS))
         return list(dict.fromkeys(name for names in found for name in self._table.unused(names)))
 
     def column_types(self, names: Sequence[str]) -> pa.Schema:
         """Those that a Parquet file says; of text, those that all values have: whole numbers, numbers, bools, or text."""
         self.kept = pa.schema([(name, pa.null()) for name in names])
-        files = find(self.path, FORMATS)
+        files = find(self.path, READERS)
         return unified((file, name, type) for file in files for name, type in self._file(file).types(names))
 
     def fragments(self) -> list[Fragment]:
         """Raises ValueError if nothing is there, a file can't be read as what it is called, or a column is missing."""
-        names = find(self.path, FORMATS)
+        names = find(self.path, READERS)
         contents = is_small(self._root, names)
         found, pictures = [], False
         self._said.clear()
@@ -173,7 +173,7 @@ class Prompts(Source):
             for file in self._files.values():
                 file.close()
             self._files.clear()  # one file's marks, or its footer and a row group, are enough to keep
-            self._files[name] = FORMATS[suffix(name)](self._root / name, self._table)
+            self._files[name] = READERS[suffix(name)](self._root / name, self._table)
         return self._files[name]
 
     def _row(self, row: dict[str, Any], folder: Path) -> Mapping[str, Any]:
@@ -573,8 +573,8 @@ def _json(path: Path, table: _Columns) -> _JSONLines:
 def _elements(path: Path, lines: Lines) -> Iterator[Any]:
     """The elements of an array, or values one after the other. Raises ValueError, naming the line, where they are none."""
     decoder = json.JSONDecoder()
-    text, at, number, size = "", 0, 1, PIECE
-    pieces = codecs.iterdecode(iter(partial(lines.take, PIECE), b""), "utf-8", "surrogateescape")
+    text, at, number, size = "", 0, 1, READ_BYTES
+    pieces = codecs.iterdecode(iter(partial(lines.take, READ_BYTES), b""), "utf-8", "surrogateescape")
     inside: bool | None = None  # in an array; None: before the first character
     comma = over = False
 
@@ -592,7 +592,7 @@ def _elements(path: Path, lines: Lines) -> Iterator[Any]:
                 at += inside
                 continue
             if inside and mark == "]":
-                if loose(lines.take(PIECE)).strip() or text[at + 1 :].strip():
+                if loose(lines.take(READ_BYTES)).strip() or text[at + 1 :].strip():
                     raise wrong("something stands behind the array")
                 return
             if inside and comma:
@@ -617,9 +617,9 @@ def _elements(path: Path, lines: Lines) -> Iterator[Any]:
                 raise wrong("the file ends within the array: is it cut off?")
             return
         number += text.count("\n", 0, at)
-        more = "".join(islice(pieces, max(1, size // PIECE)))
+        more = "".join(islice(pieces, max(1, size // READ_BYTES)))
         over = not more
-        size = 2 * size if at == 0 else PIECE
+        size = 2 * size if at == 0 else READ_BYTES
         text, at = text[at:] + more, 0
 
 
@@ -874,7 +874,7 @@ _OPEN: Mapping[str, Callable[[Path, _Columns], _File]] = {
     ".jsonl": _json,
     ".ndjson": _json,
 }
-FORMATS: Mapping[str, Callable[[Path, _Columns], _File]] = {
+READERS: Mapping[str, Callable[[Path, _Columns], _File]] = {
     **{name + packed: file for packed in ("", ".gz", ".zst") for name, file in _OPEN.items()},
     ".parquet": _Parquet,
 }

@@ -17,7 +17,7 @@ from latentmill.text import first_line
 HEAD = 1 << 20
 """Bytes from which a file's encoding is guessed. What comes behind them and contradicts is refused."""
 
-PIECE = 1 << 16
+READ_BYTES = 1 << 16
 
 BOM = b"\xef\xbb\xbf"
 
@@ -72,7 +72,7 @@ class TextFile:
         """The file in UTF-8, from its start. ``seek`` works if it is ``plain``."""
         if self.plain:
             return self.path.open("rb")
-        return cast(BinaryIO, io.BufferedReader(_Decoded(self), 2 * PIECE))
+        return cast(BinaryIO, io.BufferedReader(_Decoded(self), 2 * READ_BYTES))
 
     def notices(self) -> Iterator[str]:
         if self.guessed:
@@ -105,7 +105,7 @@ class TextFile:
 
     def _pull(self, file: Any) -> bytes:
         try:
-            return cast(bytes, file.read(PIECE))
+            return cast(bytes, file.read(READ_BYTES))
         except (pa.ArrowInvalid, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise

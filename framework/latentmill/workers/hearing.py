@@ -18,7 +18,7 @@ EACH = 3
 """How many messages of one line of code are heard; it may have another for every row."""
 DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ImportWarning, ResourceWarning)
 """Warnings for who writes a library, not for who runs a job."""
-OURS = ("latentmill", "ray", "asyncio")
+NOT_HEARD = ("latentmill", "ray", "asyncio")
 """Loggers, with those below them, that are heard elsewhere or are none of a row's business."""
 
 
@@ -39,7 +39,7 @@ class Hearing:
             made = factory(*args, **named)
             top = made.name.partition(".")[0]
             # A library that sorts its messages out by a filter has sorted them out for us, too.
-            if made.levelno >= logging.WARNING and top not in OURS and logging.getLogger(made.name).filter(made):
+            if made.levelno >= logging.WARNING and top not in NOT_HEARD and logging.getLogger(made.name).filter(made):
                 self._hear(f"{made.name}: {made.getMessage()}", (made.pathname, made.lineno))
             return made
 
