@@ -166,9 +166,9 @@ class Pipeline(Stage):
     def fingerprint(self) -> str:
         import diffusers
 
-        return f"diffusers {diffusers.__version__} {self.folder.fingerprint(*filter(self.needs, self.folder.index))}"
+        return f"diffusers {diffusers.__version__} {self.folder.fingerprint(*filter(self.loads, self.folder.index))}"
 
-    def needs(self, part: str) -> bool:
+    def loads(self, part: str) -> bool:
         """Whether the stage loads this part."""
         raise NotImplementedError
 
@@ -189,11 +189,11 @@ class Pipeline(Stage):
         cls = part_class(*found)
         if not issubclass(cls, torch.nn.Module):
             # Schedulers and guiders are light, and tokenizers aren't; a processor may be asked when the pipeline is built.
-            if not (self.needs(name) or found[0] == "diffusers" or name == "processor"):
+            if not (self.loads(name) or found[0] == "diffusers" or name == "processor"):
                 return None
             weights.record(*self.folder.files(name))
             return cls.from_pretrained(self.folder / name)
-        if self.needs(name):
+        if self.loads(name):
             return self.folder.load(cls, name, self.logical).to(device)
         absent = Network if name.startswith(NETWORKS) else Absent
         return absent(_config(cls, self.folder, name), self.logical)
@@ -255,7 +255,7 @@ class PipelineEncode(Pipeline):
             else [NO_NEGATIVE.format(self.folder.pipeline)]
         )
 
-    def needs(self, part: str) -> bool:
+    def loads(self, part: str) -> bool:
         others = (*NETWORKS, *DECODERS, *SKIPPED)
         return bool(self.encoders) and self.folder.class_of(part) is not None and not part.startswith(others)
 
@@ -383,7 +383,7 @@ class PipelineDenoise(Pipeline):
             raise ValueError("vae must be the job's (vae: ${vae}), and that the pipeline's own: vae=diffusers")
         self.spec: LatentSpec = DiffusersVAE(**settings).spec
 
-    def needs(self, part: str) -> bool:
+    def loads(self, part: str) -> bool:
         wanted = NETWORKS if self.encoders else (*NETWORKS, "tokenizer")
         return self.folder.class_of(part) is not None and part.startswith(wanted)
 
