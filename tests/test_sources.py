@@ -21,7 +21,8 @@ from latentmill.sinks.parquet import STATE, Parquet
 from latentmill.sources.images import DEPTH, RUN, Images
 from latentmill.sources.latents import Latents
 from latentmill.sources.pictures import decode
-from latentmill.sources.prompts import Prompts, _Text
+from latentmill.sources.prompts import Prompts
+from latentmill.sources.readers.text_reader import TextReader
 
 
 def written(path, content):
@@ -289,7 +290,7 @@ def test_a_fingerprint_follows_the_content_and_not_the_clock(tmp_path):
 
 @pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.csv"])
 def test_a_fresh_reader_finds_any_row_of_a_long_file(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(_Text, "MARK", 1000)  # many marks without a large file
+    monkeypatch.setattr(TextReader, "MARK", 1000)  # many marks without a large file
     prompts = [f"row {i}" + " x" * (i % 37) for i in range(5000)]
     if name == "p.csv":  # some quoted, over several lines, longer than a mark; blanks between
         prompts = [p + '\nsecond "line"\n\n' + "y" * (i % 1700) if i % 50 < 3 else p for i, p in enumerate(prompts)]
@@ -308,12 +309,12 @@ def test_a_fresh_reader_finds_any_row_of_a_long_file(tmp_path, name, monkeypatch
 
 
 def test_reading_on_does_not_start_at_the_top_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(_Text, "MARK", 1000)
+    monkeypatch.setattr(TextReader, "MARK", 1000)
     path = written(tmp_path / "p.txt", "\n".join(f"prompt {i:06d}" for i in range(10_000)))
     source = Prompts(path)
     assert source.fragments()[0].rows == 10_000
     parsed = []
-    monkeypatch.setattr(_Text, "items", lambda self, file: (parsed.append(line) or line for line in file))
+    monkeypatch.setattr(TextReader, "items", lambda self, file: (parsed.append(line) or line for line in file))
     for start in range(0, 10_000, 100):
         assert len(list(source.read("p.txt", start, start + 100))) == 100
     assert len(parsed) < 2 * 10_000
