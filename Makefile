@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PROJECTS := pyproject.toml plugins/shapes/pyproject.toml plugins/diffusers/pyproject.toml plugins/example/pyproject.toml
 
-.PHONY: demo test lint bench simulate
+.PHONY: demo test lint bench simulate docs
 
 demo: $(INSTALLED)
 	$(BIN)/latentmill run txt2img
@@ -23,6 +23,9 @@ lint: $(INSTALLED)
 
 simulate: $(INSTALLED)
 	$(BIN)/python -m tests.simulation --seeds $(SEEDS)
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/make.py
 
 bench: $(INSTALLED)
 	@for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

@@ -1,0 +1,67 @@
+"""Rewrites the marked parts of the pages: ``python docs/make.py``. Each maker's text goes between its two marks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from latentmill.fields import OURS, SOMETIMES, OwnField, limits, python_type
+
+DOCS = Path(__file__).parent
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def fields() -> str:
+    """The fields of a row."""
+
+    def default(field: OwnField) -> str:
+        return "null" if field.default is None else f"`{field.default!r}`" if field.default != "" else "empty"
+
+    def range_of(field: OwnField) -> str:
+        if python_type(field) not in (int, float) or not field.in_source:
+            return ""
+        least, most = limits(field)
+        shown = ["" if end is None else "2^64 - 1" if end == 2**64 - 1 else str(end) for end in (least, most)]
+        return " to ".join(shown) if any(shown) else "finite"
+
+    def given(field: OwnField) -> str:
+        where = [what for what, yes in (("source", field.in_source), ("`sampling`", field.in_job)) if yes]
+        return ", ".join(where) or "the framework"
+
+    rows = [
+        [
+            f"`{field.name}`",
+            str(field.type),
+            given(field),
+            default(field) if field.in_job else "",
+            range_of(field),
+            field.meaning,
+            ", ".join(field.read_by),
+            "yes" if field.stored else "no",
+        ]
+        for field in (*OURS, *SOMETIMES)
+    ]
+    return table(["field", "type", "given by", "default", "range", "meaning", "read by", "stored"], rows)
+
+
+PARTS: dict[str, tuple[str, Callable[[], str]]] = {"fields": ("fields.md", fields)}
+"""For each marked part: the page that it is in, and what makes it."""
+
+
+def renewed(page: str, name: str, made: str) -> str:
+    """The page's text with the part ``name`` made anew."""
+    marks = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    found = re.compile(re.escape(marks[0]) + ".*?" + re.escape(marks[1]), re.DOTALL)
+    assert found.search(page), f"there are no marks of {name}"
+    return found.sub(lambda _: f"{marks[0]}\n{made}\n{marks[1]}", page)
+
+
+if __name__ == "__main__":
+    for name, (page, make) in PARTS.items():
+        path = DOCS / page
+        path.write_text(renewed(path.read_text(encoding="utf-8"), name, make()), encoding="utf-8")
