@@ -93,7 +93,7 @@ class Latents(Source):
                 yield piece
                 continue
             for row, more in zip(self._rows(piece, halfway), rows_kept(piece, self._beside(schema))):
-                yield row if isinstance(row, RowError) else {**row, "kept": more}
+                yield row if isinstance(row, RowError) or not self.kept.names else {**row, "kept": more}
         self._reader = reader
 
     def _rows(self, table: pa.Table, halfway: bool) -> Iterator[Mapping[str, Any] | RowError]:
