@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from latentmill.fields import OURS, SOMETIMES, OwnField, limits, python_type
+from latentmill.fields import OWN_FIELDS, SOMETIMES, OwnField, limits, python_type
 
 DOCS = Path(__file__).parent
 
@@ -44,7 +44,7 @@ def fields() -> str:
             ", ".join(field.read_by),
             "yes" if field.stored else "no",
         ]
-        for field in (*OURS, *SOMETIMES)
+        for field in (*OWN_FIELDS, *SOMETIMES)
     ]
     return table(["field", "type", "given by", "default", "range", "meaning", "read by", "stored"], rows)
 

@@ -43,7 +43,7 @@ class OwnField(RowField):
 _NOBODY_S: dict[str, Any] = {"in_source": False, "in_job": False}
 _DENOISED: dict[str, Any] = {"sampling": True, "read_by": ("denoise",)}
 
-OURS: tuple[OwnField, ...] = (
+OWN_FIELDS: tuple[OwnField, ...] = (
     OwnField("row", pa.int64(), "the row's number in the plan", stored=False, **_NOBODY_S, read_by=("read", "write")),
     OwnField("row_id", pa.string(), "the row's name, which never changes", **_NOBODY_S, read_by=("write",)),
     OwnField(
@@ -214,10 +214,10 @@ JOB = (
 )
 """Keys of ``sampling`` that hold for all rows of a job, and are no fields."""
 
-BY_NAME: Mapping[str, OwnField] = {field.name: field for field in (*OURS, *SOMETIMES)}
-FROM_SOURCE = tuple(field for field in OURS if field.in_source)
+BY_NAME: Mapping[str, OwnField] = {field.name: field for field in (*OWN_FIELDS, *SOMETIMES)}
+FROM_SOURCE = tuple(field for field in OWN_FIELDS if field.in_source)
 """The fields that a row of any source may say."""
-IN_JOB: Mapping[str, RowField] = {field.name: field for field in (*(f for f in OURS if f.in_job), *JOB)}
+IN_JOB: Mapping[str, RowField] = {field.name: field for field in (*(f for f in OWN_FIELDS if f.in_job), *JOB)}
 """The keys of ``sampling`` that every job has."""
 
 
@@ -226,7 +226,7 @@ def arrow(field: RowField) -> pa.Field:
     return pa.field(field.name, field.type, nullable=field.nullable)
 
 
-BATCH_SCHEMA = pa.schema([arrow(field) for field in OURS])
+BATCH_SCHEMA = pa.schema([arrow(field) for field in OWN_FIELDS])
 """The columns that every batch has."""
 ID = arrow(SOMETIMES[0])
 """Of rows whose source has an ``id_column``."""
@@ -349,5 +349,5 @@ def real(name: str, value: Any) -> float:
 
 def defaults(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows with the default of each of our fields that they don't say."""
-    plain = {field.name: field.default for field in OURS if field.default is not None or field.nullable}
+    plain = {field.name: field.default for field in OWN_FIELDS if field.default is not None or field.nullable}
     return [{**plain, **row} for row in rows]

@@ -15,7 +15,7 @@ from latentmill.columns import plain_type, unified
 AT_ONCE = 10_000
 """Rows whose values are looked at together."""
 
-WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,17})")
+WHOLE_TEXT = re.compile(r"-?(0|[1-9][0-9]{0,17})")
 WRITTEN_REAL = re.compile(r"-?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 BOOL = re.compile("true|false", re.IGNORECASE)
 
@@ -49,7 +49,7 @@ def guess_types(
 
 def type_of_texts(values: Sequence[Any]) -> pa.DataType | None:
     """What texts of a table are: whole numbers without leading zeros, numbers, bools, or text."""
-    for form, type in ((WHOLE, pa.int64()), (WRITTEN_REAL, pa.float64()), (BOOL, pa.bool_())):
+    for form, type in ((WHOLE_TEXT, pa.int64()), (WRITTEN_REAL, pa.float64()), (BOOL, pa.bool_())):
         if all(form.fullmatch(text) for text in values):
             return type
     return pa.string()

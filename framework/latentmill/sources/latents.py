@@ -16,14 +16,14 @@ from latentmill.batch import SPEC_KEY, STATE_PREFIX, spec_from_json
 from latentmill.columns import reserved, unified
 from latentmill.dataset import Dataset, load
 from latentmill.errors import PluginError
-from latentmill.fields import BATCH_SCHEMA, HALFWAY, MAX_SIDE, OURS
+from latentmill.fields import BATCH_SCHEMA, HALFWAY, MAX_SIDE, OWN_FIELDS
 from latentmill.plugin import Fragment, LatentSpec, RowError, Source
 from latentmill.shards import FOLDER, ShardFile, data_name, side_files
 from latentmill.sources import as_id, changed, find, fingerprint, is_small, is_text, locate, plain, root, suffix
 from latentmill.sources.kept import rows_kept
 from latentmill.text import first_line
 
-SAMPLING = tuple(field.name for field in OURS if field.sampling)
+SAMPLING = tuple(field.name for field in OWN_FIELDS if field.sampling)
 
 
 class Latents(Source):

@@ -19,7 +19,7 @@ import pyarrow as pa
 from latentmill import checks, failpoints
 from latentmill.batch import count_warnings, empty
 from latentmill.columns import Columns
-from latentmill.fields import OURS
+from latentmill.fields import OWN_FIELDS
 from latentmill.plugin import CommittingStage, LatentSpec, Reject, Sink, StageContext
 from latentmill.shards import (
     ERRORS_KEY,
@@ -105,7 +105,7 @@ class Write(CommittingStage):
         if numbers != sorted(numbers):  # by slices, since take() would copy, and can't past 2 GB of pictures
             order = sorted(range(len(numbers)), key=numbers.__getitem__)
             table = pa.concat_tables([table.slice(at, 1) for at in order])
-        unstored = [*(field.name for field in OURS if not field.stored), *self.plan.columns.unstored()]
+        unstored = [*(field.name for field in OWN_FIELDS if not field.stored), *self.plan.columns.unstored()]
         table = table.drop_columns([name for name in unstored if name in table.column_names])
 
         about = {**self.metadata, ERRORS_KEY: json.dumps(failed)}

@@ -29,7 +29,7 @@ from torch.nn.functional import pixel_unshuffle
 
 from latentmill import syntax, tensors, weights
 from latentmill.batch import PROMPT_PREFIX, with_latents, with_warnings
-from latentmill.fields import BATCH_SCHEMA, OURS
+from latentmill.fields import BATCH_SCHEMA, OWN_FIELDS
 from latentmill.plugin import LatentSpec, Reject, RowError, Stage
 from latentmill.text import near, one_line
 from latentmill_diffusers.families import NO_NEGATIVE
@@ -473,7 +473,7 @@ def refused(cls: Any) -> str | None:
 
 def _check(row: Mapping[str, Any], pipeline: str) -> None:
     """Raise RowError for what a pipeline's own loop doesn't do."""
-    for field in OURS:
+    for field in OWN_FIELDS:
         if field.sampling and field.name not in READ_BY_LOOPS:
             name, plain = field.name, "" if field.name == "scheduler" else field.default
             if row[name] != plain:
