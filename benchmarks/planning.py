@@ -25,7 +25,7 @@ from latentmill import plan as planning
 from latentmill.config import load_job
 from latentmill.dataset import Dataset
 from latentmill.driver.decide import decide
-from latentmill.run import begin
+from latentmill.runner import begin
 
 GROUP = 1_000_000
 

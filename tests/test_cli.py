@@ -60,7 +60,7 @@ def said(capsys, *arguments, code=0):
     [
         ("run txt2img sede=1", "txt2img: there is no key sede (did you mean 'seed'?)"),
         ("run txt2img --cfg job sede=1", "txt2img: there is no key sede (did you mean 'seed'?)"),
-        ("plan txt2img sampling.steps=0", "txt2img: sampling.steps must be 1 or more, not 0"),
+        ("plan txt2img sampling.steps=0", "txt2img: sampling.steps must be from 1 to 100000, not 0"),
         ("run no.yaml", "there is no job file no.yaml; shipped jobs are chosen by name: "),
         ("run txt2img vae.name=shape", "no vae plugin 'shape' is installed (did you mean 'shapes'?); there are: "),
         ("run txt2img vae.tile=64", "vae shapes has no setting 'tile'; it has: none"),
@@ -162,7 +162,7 @@ def test_status_counts_what_is_in_a_dataset(made, capsys):
 
 
 def test_plugins_are_listed_with_where_they_come_from_and_whether_they_work(capsys):
-    found = json.loads(said(capsys, "plugins", "--json"))
+    found = json.loads(said(capsys, "plugins", "--json", "--check"))
     assert {tuple(plugin) for plugin in found} == {("group", "name", "distribution", "version", "state")}
     about = [tuple(plugin.values()) for plugin in found]
     assert [plugin[:4] for plugin in about] == [
@@ -170,7 +170,7 @@ def test_plugins_are_listed_with_where_they_come_from_and_whether_they_work(caps
     ]
     assert ("latentmill.schedulers", "euler", "latentmill", latentmill.__version__, "ok") in about
     assert {state for _, _, name, _, state in about if name in ("latentmill", "latentmill-shapes")} == {"ok"}
-    kind, *rows = [line.split() for line in said(capsys, "plugins").splitlines()]
+    kind, *rows = [line.split() for line in said(capsys, "plugins", "--check").splitlines()]
     assert kind == ["kind", "name", "distribution", "version", "state"]
     assert ["schedulers", "euler", "latentmill", latentmill.__version__, "ok"] in rows
 

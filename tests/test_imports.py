@@ -11,10 +11,10 @@ ORDER = """
     config parts plan shards dataset
     sources sinks
     stages verify
-    progress driver workers report run cli
+    progress driver workers report runner cli
     testing
 """.split()
-DOOR = {"config", "plan", "registry", "run"}
+DOOR = {"config", "dataset", "runner"}
 """What ``latentmill/__init__.py`` may open: it is the public door, and no module goes through it."""
 
 

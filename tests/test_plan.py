@@ -53,7 +53,7 @@ from latentmill.driver.decide import decide
 from latentmill.config import load_job
 from latentmill.config import load_job
 from latentmill.dataset import Dataset
-from latentmill.run import begin
+from latentmill.runner import begin
 
 def memory(key):
     return int(dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())[key].split()[0])

@@ -20,10 +20,10 @@ from latentmill import parts, storage
 from latentmill import plan as planning
 from latentmill.cli import main
 from latentmill.config import load_job
-from latentmill.dataset import Dataset
+from latentmill.dataset import Dataset, status
 from latentmill.driver.loop import view
 from latentmill.errors import PlanError
-from latentmill.run import begin, status
+from latentmill.runner import begin
 
 SMALL = ["samples_per_row=1", "sampling.steps=4", "rows_per_shard=8", "stages.denoise.batch_size=4"]
 PROMPTS = [

@@ -105,7 +105,7 @@ def test_the_shapes_weights_are_inside_and_small(wheels):
 
 
 def test_the_plugins_are_listed(installed, tmp_path):
-    listed = json.loads(latentmill(installed, tmp_path, "plugins", "--json"))
+    listed = json.loads(latentmill(installed, tmp_path, "plugins", "--json", "--check"))
     assert {entry["state"] for entry in listed} == {"ok"}
     by_distribution = {entry["distribution"] for entry in listed}
     assert by_distribution == {"latentmill", "latentmill-shapes", "latentmill-example"}

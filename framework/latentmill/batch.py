@@ -26,15 +26,16 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import torch
-from torch import Tensor
 
 from latentmill import tensors
 from latentmill.fields import BATCH_SCHEMA, HALFWAY, ID, defaults
 from latentmill.plugin import Declaration, FixedShape, LatentSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PROMPT_PREFIX, NEGATIVE_PREFIX, STATE_PREFIX = "prompt:", "negative:", "state:"
 """Prefixes of columns of conditioning, and of what a scheduler remembers of half-way latents."""
@@ -134,6 +135,8 @@ def empty(
     ``beside``: plugins' fields and the source's own columns, which the first stage adds.
     Columns whose shapes only a stage's plugins know are left out: conditioning, masks, and what a scheduler remembers.
     """
+    import torch
+
     batch = BATCH_SCHEMA.empty_table()
     for stage in stages:
         dropped = [name for name in batch.column_names if any(named(name, each) for each in stage.drops)]
@@ -169,6 +172,8 @@ def named(name: str, declared: str) -> bool:
 
 def fixed_slots(batch: pa.Table, fixed: FixedShape | None) -> tuple[Tensor, int]:
     """Where each row stands in the computed batch, ``[B]``, and that batch's size."""
+    import torch
+
     if fixed is None:
         return torch.arange(len(batch)), len(batch)
     numbers = batch.column("row").to_pylist()

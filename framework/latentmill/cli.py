@@ -8,23 +8,17 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from itertools import zip_longest
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from latentmill import parts, registry, storage, values, verify
-from latentmill import plan as planning
-from latentmill.config import load_job, shipped
-from latentmill.dataset import Dataset
+from latentmill import registry, storage
 from latentmill.errors import JobError, LatentmillError, PlanError
-from latentmill.plugin import Scheduler
-from latentmill.run import run, status
-from latentmill.storage import place
 from latentmill.streams import guard
 from latentmill.text import escaped
-from latentmill.workers.worker import OUT_OF_MEMORY
 
+# A command imports what it needs when it is run: --help, plugins and status take neither torch nor Hydra nor Ray.
+
+OURS = ("run", "plan", "status", "verify", "plugins", "schedulers")
 MANY_SHARDS = 20_000
 """Files in one folder from which listing them, and reading their footers at the end, takes minutes."""
 
@@ -44,13 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ``run`` and ``verify`` speak of the dataset alone: what they print may be lost.
     """
     stdout = guard()
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    if hasattr(options, "overrides"):  # argparse takes no more of them once an option has come
-        options.overrides += [word for word in rest if not word.startswith("-")]
-        rest = [word for word in rest if word.startswith("-")]
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and _is_plugins(words[0]):
+        options = argparse.Namespace(command=_theirs, words=words, debug="--debug" in words)
+    else:
+        options = _options(words)
     command: Callable[[Any], int] = options.command
     try:
         code = command(options)
@@ -64,14 +56,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except Exception as error:
-        memory = isinstance(error, OUT_OF_MEMORY)
+        memory = _is_memory(error)
         if options.debug or not (memory or isinstance(error, (LatentmillError, OSError))):
             raise
         print(f"latentmill: {'out of memory: ' if memory else ''}{escaped(str(error))}", file=sys.stderr)
         return 1 if memory else error.exit_code if isinstance(error, LatentmillError) else 3
 
 
+def _is_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # that is not there has run out of nothing
+    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+
+
+def _options(words: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    options, rest = parser.parse_known_args(words)
+    if hasattr(options, "overrides"):  # argparse takes no more of them once an option has come
+        options.overrides += [word for word in rest if not word.startswith("-")]
+        rest = [word for word in rest if word.startswith("-")]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
+
+
+def _is_plugins(word: str) -> bool:
+    """Whether a command is a plugin's. Ours come first: a plugin's of the same name is chosen with its distribution."""
+    return word not in OURS and any(entry.name == word.rpartition(":")[2] for entry in registry.entries("command"))
+
+
+def _theirs(options: Any) -> int:
+    name, *words = options.words
+    return registry.command(name)(words) or 0
+
+
 def _run(options: Any) -> int:
+    from latentmill import values
+    from latentmill.config import load_job
+    from latentmill.runner import run
+
     if options.cfg:
         print(load_job(options.job, options.overrides).config, end="")
         return 0
@@ -95,6 +117,11 @@ def _run(options: Any) -> int:
 
 
 def _plan(options: Any) -> int:
+    from latentmill import parts
+    from latentmill import plan as planning
+    from latentmill.config import load_job
+    from latentmill.dataset import Dataset
+
     job = load_job(options.job, options.overrides)
     built = parts.parts(job)
     plan = planning.plan(job, built)
@@ -138,6 +165,8 @@ def _plan(options: Any) -> int:
 
 
 def _status(options: Any) -> int:
+    from latentmill.dataset import status
+
     now = status(options.output)
     if options.json:
         print(json.dumps(now))
@@ -157,6 +186,8 @@ def _status(options: Any) -> int:
 
 
 def _verify(options: Any) -> int:
+    from latentmill import verify
+
     store = storage.at(options.output)
     found = verify.verify(store)
     plan = found.plan
@@ -180,18 +211,24 @@ def _verify(options: Any) -> int:
 
 
 def _plugins(options: Any) -> int:
-    found = registry.examine()
+    found = registry.examine() if options.check else registry.entries()
+    names = ["group", "name", "distribution", "version", *(["state"] if options.check else [])]
     if options.json:
-        names = ("group", "name", "distribution", "version", "state")
         print(json.dumps([{name: getattr(entry, name) for name in names} for entry in found], indent=1))
         return 0
-    table = Table("kind", "name", "distribution", "version", "state", box=None, header_style="bold", pad_edge=False)
-    for entry in found:
-        kind = entry.group.removeprefix("latentmill.")
-        style = "" if entry.state == "ok" else "yellow"
-        table.add_row(kind, entry.name, entry.distribution, entry.version, entry.state, style=style)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    rows = [[entry.group.removeprefix("latentmill."), *(getattr(entry, name) for name in names[1:])] for entry in found]
+    _print_table(["kind", *names[1:]], rows, ["" if entry.state == "ok" else "yellow" for entry in found])
     return 0
+
+
+def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str] = ()) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*head, box=None, header_style="bold", pad_edge=False)
+    for row, style in zip_longest(rows, styles):
+        table.add_row(*row, style=style)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def scheduler_table() -> list[dict[str, Any]]:
@@ -199,6 +236,8 @@ def scheduler_table() -> list[dict[str, Any]]:
 
     ``paper`` is the first arXiv number in the class's docstring or those of its parents.
     """
+    from latentmill.plugin import Scheduler
+
     found = []
     there = registry.entries("scheduler")
     for entry in sorted(there, key=lambda e: (e.distribution != "latentmill", e.distribution, e.name)):
@@ -224,18 +263,28 @@ def _schedulers(options: Any) -> int:
     if options.json:
         print(json.dumps(found, indent=1))
         return 0
-    table = Table("name", "order", "evaluations", "noise", "paper", "distribution", box=None, header_style="bold")
-    for row in found:
-        noise = "yes" if row["stochastic"] else ""
-        table.add_row(row["name"], str(row["order"]), str(row["evaluations"]), noise, row["paper"], row["distribution"])
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    rows = [
+        [
+            row["name"],
+            str(row["order"]),
+            str(row["evaluations"]),
+            "yes" * row["stochastic"],
+            row["paper"],
+            row["distribution"],
+        ]
+        for row in found
+    ]
+    _print_table(["name", "order", "evaluations", "noise", "paper", "distribution"], rows)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
+    theirs = [f"  {entry.name:<20}of {entry.distribution} {entry.version}" for entry in registry.entries("command")]
     parser = argparse.ArgumentParser(
         prog="latentmill",
         description="Batch latent diffusion: rows of prompts, images or latents become datasets, each row exactly once.",
+        epilog="\n".join(["commands of plugins:", *theirs]) if theirs else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"latentmill {metadata.version('latentmill')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -246,7 +295,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return command
 
-    job_help = f"a shipped job ({', '.join(shipped())}) or the path of a YAML file"
+    job_help = f"a job that is installed ({', '.join(registry.jobs())}) or the path of a YAML file"
     runs = add("run", _run, "Run a job to its end, or go on where an earlier run stopped.")
     plans = add("plan", _plan, "Say what a job would make, and run nothing.")
     for command in (runs, plans):
@@ -256,7 +305,10 @@ def _parser() -> argparse.ArgumentParser:
         )
     runs.add_argument("--cfg", choices=["job"], help="print the whole composed config, and run nothing")
     runs.add_argument(
-        "--fork", metavar="OUT2", type=place, help="begin anew in OUT2, for a job that has changed; nothing is reused"
+        "--fork",
+        metavar="OUT2",
+        type=storage.place,
+        help="begin anew in OUT2, for a job that has changed; nothing is reused",
     )
     runs.add_argument(
         "--retry-failed",
@@ -267,10 +319,10 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("--reason", metavar="TEXT", help="with --retry-failed: only for rows whose reason has this in it")
     plans.add_argument("--json", action="store_true", help="print the plan as it would be written to plan.json")
     states = add("status", _status, "Say how far a dataset is, from its folder alone.")
-    states.add_argument("output", metavar="OUT", type=place)
+    states.add_argument("output", metavar="OUT", type=storage.place)
     states.add_argument("--json", action="store_true")
     checks = add("verify", _verify, "Read a dataset back whole: checksums, and each planned row exactly once.")
-    checks.add_argument("output", metavar="OUT", type=place)
+    checks.add_argument("output", metavar="OUT", type=storage.place)
     checks.add_argument(
         "--repair",
         action="store_true",
@@ -278,6 +330,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     plugins = add("plugins", _plugins, "List all installed plugins.")
     plugins.add_argument("--json", action="store_true")
+    plugins.add_argument("--check", action="store_true", help="import each, in another process, and say its state")
     schedulers = add("schedulers", _schedulers, "Say of each scheduler its order, what a step costs, and the paper.")
     schedulers.add_argument("--json", action="store_true")
     return parser

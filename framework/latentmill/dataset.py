@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from latentmill import plan as planning
-from latentmill import registry
+from latentmill import registry, storage
 from latentmill.errors import PlanError, StorageError
 from latentmill.plan import Plan
 from latentmill.plugin import Sink, StoredShard
@@ -350,3 +350,11 @@ def load(store: Storage) -> Dataset:
     """The dataset that lies in ``store``. Raises PlanError if there is none, PluginError if its sink isn't installed."""
     plan = planning.load(store)
     return Dataset(store, plan, registry.build("sink", plan.config["sink"]))
+
+
+def status(output: str) -> dict[str, Any]:
+    """How far a dataset is, from its folder alone: ``output``, and what ``Dataset.status`` says.
+
+    Raises PlanError if the folder holds none.
+    """
+    return {"output": output, **load(storage.at(output)).status()}

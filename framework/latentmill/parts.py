@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from itertools import chain, islice
-from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, get_args
 
 from latentmill import registry, syntax
 from latentmill.batch import named
-from latentmill.config import Job
 from latentmill.errors import PlanError, PluginError
 from latentmill.plugin import (
     VAE,
@@ -29,8 +28,10 @@ from latentmill.plugin import (
     StageContext,
     TextEncoder,
 )
-from latentmill.schedulers import grids
 from latentmill.text import redacted
+
+if TYPE_CHECKING:
+    from latentmill.config import Job
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -169,6 +170,8 @@ def _wrong_flow(job: Job, built: Parts) -> Iterator[str]:
 
 
 def _check_grid(job: Job, denoiser: Denoiser, scheduler: Scheduler, spec: LatentSpec) -> None:
+    from latentmill.schedulers import grids
+
     assert job.scheduler is not None
     name, grid = job.scheduler["name"], job.scheduler.get("grid", "trailing")
     with registry.asking(denoiser):

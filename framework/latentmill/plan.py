@@ -16,20 +16,21 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from latentmill import columns, ids, registry
+from latentmill import columns, registry
 from latentmill import identity as identities
 from latentmill.columns import Columns
-from latentmill.config import Job
 from latentmill.errors import PlanError, PluginError
 from latentmill.parts import Parts, discreet, identity
 from latentmill.plugin import Declaration, Fragment, LatentSpec, Plugin, Scheduler, Source
-from latentmill.schedulers import grids
 from latentmill.storage import Storage
-from latentmill.weights import Reading
+
+if TYPE_CHECKING:  # a plan is read without torch and without Hydra
+    from latentmill.config import Job
+    from latentmill.weights import Reading
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,9 @@ class Plan:
 @discreet
 def plan(job: Job, built: Parts) -> Plan:
     """The plan of a job. Raises PlanError if the source is missing, empty, unreadable, or has an id twice."""
+    from latentmill import ids
+    from latentmill.schedulers import grids
+
     plugins = built.plugins()
     found = _columns(job, built.source, plugins)
     with registry.asking(built.source):

@@ -23,13 +23,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, BinaryIO, ClassVar, Literal, Protocol, TypeAlias
-
-import pyarrow as pa
-import torch
-from torch import Tensor
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, Protocol, TypeAlias
 
 from latentmill.errors import RowError
+
+if TYPE_CHECKING:  # to list plugins takes none of them
+    import pyarrow as pa
+    import torch
+    from torch import Tensor
 
 __all__ = [
     "CONTRACT",
@@ -67,10 +69,10 @@ __all__ = [
 CONTRACT = 2
 """Version of this module's promises. A plugin written for another one, or for none, is refused when it is selected."""
 
-State: TypeAlias = dict[str, Tensor]
+State: TypeAlias = "dict[str, Tensor]"
 """What a scheduler remembers of each row between two steps: every tensor has the batch axis first."""
 
-Conditioning: TypeAlias = dict[str, Tensor]
+Conditioning: TypeAlias = "dict[str, Tensor]"
 """What a text encoder hands to a denoiser, by name: every tensor has the batch axis first and one shape for all rows."""
 
 Prediction: TypeAlias = Literal["epsilon", "v", "sample", "flow"]
@@ -351,7 +353,7 @@ class VAE(Plugin, ABC):
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the posterior, both as ``encode``'s result and scaled. Without one, 0 is the latter."""
         mean = self.encode(images)
-        return mean, torch.zeros_like(mean)
+        return mean, mean.new_zeros(mean.shape)
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
@@ -478,8 +480,14 @@ class Source(Plugin, ABC):
 
     job_fields: Sequence[RowField] = ()
     """The fields of the job's plugins: a column of such a name gives them, as ours. The framework sets this first of all."""
-    kept: pa.Schema = pa.schema([])
-    """The columns that the job keeps. The framework sets this before ``fragments``."""
+
+    @cached_property
+    def kept(self) -> pa.Schema:
+        """The columns that the job keeps. The framework sets this before ``fragments``."""
+        import pyarrow as pa
+
+        return pa.schema([])
+
     id_column: str | None = None
     """The column with the rows' own ids, if the job declares one (by a setting of this name, as a rule)."""
 
@@ -513,6 +521,8 @@ class Source(Plugin, ABC):
 
         Asked after ``columns``, and only of sources that a job keeps columns of.
         """
+        import pyarrow as pa
+
         return pa.schema([])
 
     def changed(self, fragment: Fragment) -> bool:

@@ -7,16 +7,17 @@ import json
 import subprocess
 import sys
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from importlib.resources import files
 from typing import Any
 
 from packaging.utils import canonicalize_name
 
-from latentmill.errors import PluginError
+from latentmill.errors import JobError, PluginError
 from latentmill.plugin import (
     CONTRACT,
     VAE,
@@ -46,6 +47,8 @@ KINDS: dict[str, type[Plugin]] = {
 
 CONF_GROUP = "latentmill.conf"
 """Entry points whose value is a package of Hydra config (``my_package.conf``)."""
+SHIPPED = "latentmill.jobs"
+"""The package of our own jobs. A plugin's job is an entry point ``latentmill.jobs`` of its name; the value is the package with NAME.yaml."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def entries(kind: str | None = None) -> list[Entry]:
 @cache
 def _scan(path: tuple[str, ...]) -> list[Entry]:
     found = []
-    for name in (*map(group, KINDS), CONF_GROUP):
+    for name in (*map(group, (*KINDS, "command", "job")), CONF_GROUP):
         # Entry points are equal even if their distributions aren't, so they are told apart by both.
         points = {(p.name, p.dist.name if p.dist else ""): p for p in entry_points(group=name)}
         for point in (points[key] for key in sorted(points)):
@@ -93,12 +96,11 @@ def find(kind: str, name: str) -> Entry:
     The ``latentmill-`` that a distribution's name begins with may be left out: ``diffusers:DDIMScheduler``.
     """
     distribution, _, short = name.rpartition(":")
-    wanted = {canonicalize_name(distribution), canonicalize_name(f"latentmill-{distribution}")}
     there = entries(kind)
     found = [
         entry
         for entry in there
-        if entry.name == short and (not distribution or canonicalize_name(entry.distribution) in wanted)
+        if entry.name == short and (not distribution or _is_named(entry.distribution, distribution))
     ]
     if not found:
         names = sorted({entry.name for entry in there})
@@ -116,10 +118,7 @@ def load(kind: str, name: str) -> type[Plugin]:
     """Import the chosen plugin's class. Raises PluginError with distribution, version and cause if that fails."""
     entry = find(kind, name)
     who = f"{kind} {name!r} of {entry.distribution} {entry.version}"
-    try:
-        found = entry.entry_point.load()
-    except (Exception, SystemExit) as error:  # whatever a stranger's module raises
-        raise PluginError(f"{who} can't be imported: {type(error).__name__}: {first_line(error)}") from error
+    found = _imported(who, entry)
     expected = KINDS[kind]
     if not (isinstance(found, type) and issubclass(found, expected)):
         raise PluginError(f"{who}: {entry.entry_point.value} is no subclass of latentmill.plugin.{expected.__name__}")
@@ -131,6 +130,53 @@ def load(kind: str, name: str) -> type[Plugin]:
     if contract != CONTRACT:
         raise PluginError(f"{who} was written for contract {contract!r}, and this latentmill has {CONTRACT}")
     return found
+
+
+def jobs() -> list[str]:
+    """The names of the jobs that are installed. Imports no plugin."""
+    return sorted({*shipped(), *(entry.name for entry in entries("job"))})
+
+
+def shipped() -> list[str]:
+    """The names of the jobs that come with latentmill."""
+    return sorted(file.name.removesuffix(".yaml") for file in files(SHIPPED).iterdir() if file.name.endswith(".yaml"))
+
+
+def package_of(job: str) -> str:
+    """The package whose NAME.yaml the job ``NAME`` or ``distribution:NAME`` is. Raises JobError if that isn't exactly one."""
+    distribution, _, name = job.rpartition(":")
+    found = [(e.distribution, e.entry_point.value) for e in entries("job") if e.name == name]
+    found += [("latentmill", SHIPPED)] * (name in shipped())
+    found = [(brings, package) for brings, package in found if not distribution or _is_named(brings, distribution)]
+    if not found:
+        raise JobError(
+            f"there is no job {job!r}{near(name, jobs())}; there are: {', '.join(jobs())}; a file's name ends in .yaml"
+        )
+    if len(found) > 1:
+        choices = " or ".join(sorted(f"{brings}:{name}" for brings, _ in found))
+        raise JobError(f"job {job!r} is in {' and '.join(sorted(brings for brings, _ in found))}: write {choices}")
+    return found[0][1]
+
+
+def command(name: str) -> Callable[[Sequence[str]], int | None]:
+    """A plugin's command: a function that takes the words after its name and returns an exit code. Raises PluginError."""
+    entry = find("command", name)
+    function = _imported(f"command {name!r} of {entry.distribution} {entry.version}", entry)
+    if not callable(function):
+        raise PluginError(f"command {name!r} of {entry.distribution} {entry.version} is no function")
+    return function  # type: ignore[no-any-return]  # what it returns is its own affair
+
+
+def _imported(who: str, entry: Entry) -> Any:
+    try:
+        return entry.entry_point.load()
+    except (Exception, SystemExit) as error:  # whatever a stranger's module raises
+        raise PluginError(f"{who} can't be imported: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _is_named(distribution: str, wanted: str) -> bool:
+    """Whether a distribution may be called so: ``latentmill-`` may be left out."""
+    return canonicalize_name(distribution) in {canonicalize_name(wanted), canonicalize_name(f"latentmill-{wanted}")}
 
 
 _names: dict[type[Plugin], str] = {}
@@ -276,11 +322,18 @@ def _report() -> None:
 
 def _state(entry: Entry) -> str:
     kind = entry.group.removeprefix("latentmill.").removesuffix("s")
+    try:
+        if kind == "command":
+            command(f"{entry.distribution}:{entry.name}")
+        elif kind == "job" and not files(entry.entry_point.value).joinpath(f"{entry.name}.yaml").is_file():
+            return f"there is no {entry.name}.yaml in {entry.entry_point.value}"
+        elif kind not in KINDS:
+            files(entry.entry_point.value)
+    except PluginError as error:
+        return str(error)
+    except (Exception, SystemExit) as error:
+        return f"can't be imported: {type(error).__name__}: {one_line(error)}"
     if kind not in KINDS:
-        try:
-            __import__(entry.entry_point.value)
-        except (Exception, SystemExit) as error:
-            return f"can't be imported: {type(error).__name__}: {one_line(error)}"
         return "ok"
     try:
         load(kind, f"{entry.distribution}:{entry.name}")

@@ -5,9 +5,12 @@ Arrow has no bfloat16: it rides as uint16 and the field's metadata keeps the log
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pyarrow as pa
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:  # who reads only what is stored takes no torch
+    from torch import Tensor
 
 DTYPE_KEY = b"latentmill.dtype"
 PLAIN_KEY = b"latentmill.plain"
@@ -19,6 +22,8 @@ def to_arrow(tensor: Tensor) -> pa.FixedShapeTensorArray:
 
     bool becomes uint8, bfloat16 its bits as uint16. A tensor of one axis becomes B tensors of shape ``[1]``.
     """
+    import torch
+
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.view(torch.uint16)
@@ -49,6 +54,8 @@ def with_tensor(table: pa.Table, name: str, tensor: Tensor) -> pa.Table:
 
 def from_arrow(table: pa.Table, name: str) -> Tensor:
     """Column ``name`` as a tensor ``[B, ...]``: read-only memory shared with the table if it is one chunk; clone to write."""
+    import torch
+
     field = table.schema.field(name)
     column = table.column(name)
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
@@ -72,6 +79,8 @@ def spread(tensor: Tensor, slots: Tensor, size: int) -> Tensor:
     """``tensor[B, ...]`` laid out at ``slots[B]`` of a zero tensor ``[size, ...]``; itself if it already lies so."""
     if len(tensor) == size:
         return tensor
+    import torch
+
     out = torch.zeros(size, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
     out[slots.to(tensor.device)] = tensor
     return out

@@ -95,7 +95,7 @@ class _Folder(ConfigSource):
         name = name.removesuffix(".yaml")
         if self.file is not None and name == THE_FILE:
             return self.file
-        if self.file is not None and name in ("job", "schema"):  # what all jobs begin with is ours
+        if self.path != "latentmill.conf" and name in ("job", "schema"):  # what all jobs begin with is ours
             return None
         there = (folder.joinpath(f"{name}.yaml") for folder in self.folders)
         return next((file for file in there if file.is_file()), None)

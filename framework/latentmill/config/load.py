@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from hydra import initialize_config_dir, initialize_config_module
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from latentmill import registry
 from latentmill.config.check import checked
 from latentmill.config.compose import THE_FILE, composed, prepare
 from latentmill.config.flow import spread
@@ -20,14 +20,7 @@ from latentmill.config.messages import explained
 from latentmill.config.overrides import assign, named, parse, settle
 from latentmill.config.schema import Job, Schema
 from latentmill.errors import JobError, PluginError
-from latentmill.text import near, without_secrets
-
-SHIPPED = "latentmill.jobs"
-
-
-def shipped() -> list[str]:
-    """The names of the jobs that come with the package."""
-    return sorted(Path(str(file)).stem for file in files(SHIPPED).iterdir() if file.name.endswith(".yaml"))
+from latentmill.text import without_secrets
 
 
 def load_job(job: str, overrides: Sequence[str] = ()) -> Job:
@@ -39,19 +32,15 @@ def load_job(job: str, overrides: Sequence[str] = ()) -> Job:
     if _is_file(job):
         path = Path(os.path.abspath(os.path.expanduser(job)))  # a link is a job of its own name
         if not path.is_file():
-            raise JobError(f"there is no job file {job}; shipped jobs are chosen by name: {', '.join(shipped())}")
+            raise JobError(f"there is no job file {job}; shipped jobs are chosen by name: {', '.join(registry.jobs())}")
         if path.suffix != ".yaml":
             raise JobError(f"{job}: a job file's name ends in .yaml")
         if "hydra" in _raw(path):  # its searchpath imports what it names
             raise JobError(f"{job}: hydra is refused; where config is looked for is not the job's to say")
         where, config_name = initialize_config_dir(str(path), version_base="1.3"), THE_FILE
     else:
-        if job not in shipped():
-            raise JobError(
-                f"there is no job {job!r}{near(job, shipped())}; there are: {', '.join(shipped())}; "
-                "a file's name ends in .yaml"
-            )
-        where, config_name = initialize_config_module(SHIPPED, version_base="1.3"), job
+        package, config_name = registry.package_of(job), job.rpartition(":")[2]
+        name, where = config_name, initialize_config_module(package, version_base="1.3")
     try:
         with where, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(?s).*missing `_self_`")  # it is put last, where ours stands

@@ -6,13 +6,11 @@ import json
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
-from torch import Tensor
 
 from latentmill import failpoints, tensors
 from latentmill.batch import SPEC_KEY, STATE_PREFIX
@@ -21,6 +19,10 @@ from latentmill.plugin import OpenSideFile, RowError, Sink
 from latentmill.sinks.picture_files import PictureFiles, decode
 from latentmill.sinks.rebuild import batches
 from latentmill.text import first_line
+
+if TYPE_CHECKING:  # who reads no tensors takes no torch
+    from torch import Tensor
+
 
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 FEATURES = {"info": {"features": {"image": {"_type": "Image"}}}}
@@ -202,6 +204,8 @@ def opened(file: BinaryIO) -> pq.ParquetFile:
 
 def _lists(latents: Tensor) -> pa.LargeListArray:
     """Each of ``latents[B, ...]`` as a list of numbers, bfloat16 as float32."""
+    import torch
+
     if latents.dtype == torch.bfloat16:
         latents = latents.float()
     ends = torch.arange(len(latents) + 1) * latents.shape[1:].numel()
@@ -270,6 +274,8 @@ def _tensors(table: pa.Table) -> Iterator[dict[str, Tensor] | RowError]:
 
 
 def _latents(values: pa.Array | None, shape: list[int] | None, dtype: bytes | None) -> Tensor:
+    import torch
+
     if values is None or shape is None:
         raise RowError("latents are null")
     found = values.to_numpy(zero_copy_only=False)
@@ -280,6 +286,8 @@ def _latents(values: pa.Array | None, shape: list[int] | None, dtype: bytes | No
 
 
 def _state(values: list[float], dtype: str, shape: list[int]) -> Tensor:
+    import torch
+
     kind = getattr(torch, dtype)
     if not isinstance(kind, torch.dtype):
         raise TypeError(f"{dtype} is no dtype")

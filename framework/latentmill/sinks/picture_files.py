@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from latentmill.plugin import RowError
+
+if TYPE_CHECKING:  # who reads no tensors takes no torch
+    from torch import Tensor
+
 
 EXTENSIONS = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
 
@@ -45,6 +48,8 @@ class PictureFiles:
 
 def decode(content: bytes) -> Tensor:
     """The picture ``[H, W, 3]``, uint8 RGB, in a file. Raises RowError."""
+    import torch
+
     try:
         with Image.open(io.BytesIO(content)) as image:
             return torch.from_numpy(np.array(image.convert("RGB")))

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
-import torch
-from torch import Tensor
 
 from latentmill import tensors
 from latentmill.batch import spec_from_json, with_latents
 from latentmill.plugin import RowError
+
+if TYPE_CHECKING:  # who reads no tensors takes no torch
+    import torch
+    from torch import Tensor
+
 
 MOST = 64
 """Rows of a table that is given back: pictures are large, once they are decoded."""
@@ -48,6 +52,8 @@ def _key(row: Mapping[str, Tensor]) -> list[tuple[str, torch.dtype, torch.Size]]
 
 
 def _with_tensors(table: pa.Table, run: list[Mapping[str, Tensor]], spec: bytes | None) -> pa.Table:
+    import torch
+
     for name in run[0]:
         tensor = torch.stack([row[name] for row in run])
         if name == "latents" and spec is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from latentmill import dataset, failpoints, parts, progress, registry, report, storage
+from latentmill import failpoints, parts, progress, registry, report, storage
 from latentmill import plan as planning
 from latentmill.config import Job, load_job
 from latentmill.dataset import RETRIED, Dataset
@@ -169,11 +169,3 @@ def begin(job: Job, there: Dataset) -> DriverState:
 def failed_shards(there: Dataset, done: Set[int], wanted: Callable[[Mapping[str, Any]], bool]) -> list[int]:
     """The shards that have error rows of which one or more are ``wanted``."""
     return [shard for shard, errors in there.errors().items() if shard in done and any(map(wanted, errors))]
-
-
-def status(output: str) -> dict[str, Any]:
-    """How far a dataset is, from its folder alone: ``output``, and what ``Dataset.status`` says.
-
-    Raises PlanError if the folder holds none.
-    """
-    return {"output": output, **dataset.load(storage.at(output)).status()}

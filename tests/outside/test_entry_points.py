@@ -1,0 +1,150 @@
+"""A distribution brings jobs and commands, and the command line starts without what it doesn't need."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+JOB = """\
+defaults: [job, model: shapes, scheduler: euler, source: prompts, sink: parquet, cluster: inline, _self_]
+output: out/theirs
+source: {path: "pkg://acme_jobs/words.txt"}
+samples_per_row: 1
+rows_per_shard: 2
+sampling: {steps: 2, width: 64, height: 64}
+"""
+COMMAND = """\
+import sys
+from latentmill.errors import PlanError
+
+def count(words):
+    print(f"{len(words)} words: {' '.join(words)}")
+    return 7
+
+def refuse(words):
+    raise PlanError("there is nothing to\\ncount")
+"""
+
+
+def distribution(site, name, points):
+    about = site / f"{name}-1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(points)
+
+
+@pytest.fixture
+def acme(tmp_path, monkeypatch):
+    site = tmp_path / "site"
+    points = (
+        "[latentmill.jobs]\ntheir_job = acme_jobs\ntheir_other = acme_jobs\ntxt2img = acme_jobs\nlost = acme_jobs\n"
+    )
+    points += "[latentmill.commands]\ncount = acme_commands:count\nrefuse = acme_commands:refuse\ntwice = acme_commands:count\nrun = acme_commands:count\ngone = acme_commands:gone\n"
+    distribution(site, "acme", points)
+    distribution(site, "zenith", "[latentmill.commands]\ntwice = acme_commands:refuse\n")
+    (site / "acme_jobs").mkdir()
+    (site / "acme_jobs" / "__init__.py").write_text("")
+    for name in ("their_job", "txt2img"):
+        (site / "acme_jobs" / f"{name}.yaml").write_text(JOB)
+    other = "defaults: [their_job, _self_]\nsampling: {steps: 3}\n"
+    (site / "acme_jobs" / "their_other.yaml").write_text(other)
+    (site / "acme_jobs" / "words.txt").write_text("a red circle\na blue square\n")
+    (site / "acme_commands.py").write_text(COMMAND)
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.chdir(tmp_path)
+    yield
+    for name in ("acme_jobs", "acme_commands"):
+        sys.modules.pop(name, None)
+
+
+def test_a_plugin_s_job_is_run_by_its_name(acme, latentmill, tmp_path):
+    assert latentmill("run", "their_job") == 0, latentmill.err
+    assert (tmp_path / "out" / "theirs" / "_SUCCESS").exists()
+    assert latentmill("run", "their_other", "--cfg", "job") == 0
+    assert "steps: 3" in latentmill.out
+
+
+def test_a_job_s_name_that_two_bring_is_chosen_with_the_distribution(acme, latentmill):
+    assert latentmill("run", "txt2img", "--cfg", "job") == 2
+    assert latentmill.err == (
+        "latentmill: job 'txt2img' is in acme and latentmill: write acme:txt2img or latentmill:txt2img\n"
+    )
+    assert latentmill("run", "acme:txt2img", "--cfg", "job") == 0 and "out/theirs" in latentmill.out
+    assert latentmill("run", "latentmill:txt2img", "--cfg", "job") == 0 and "out/txt2img" in latentmill.out
+
+
+def test_a_job_that_is_not_there_is_answered_with_the_nearest(acme, latentmill):
+    assert latentmill("plan", "their_jobs") == 2
+    assert latentmill.err.startswith(
+        "latentmill: there is no job 'their_jobs' (did you mean 'their_job'?); there are: "
+    )
+
+
+def test_a_plugin_s_command_is_given_its_words_and_says_the_exit_code(acme, latentmill):
+    assert latentmill("count", "a", "--b", "key=value") == 7
+    assert latentmill.out == "3 words: a --b key=value\n"
+    assert latentmill("refuse") == 2
+    assert latentmill.err == "latentmill: there is nothing to\\ncount\n"
+    assert latentmill("acme:run", "a") == 7  # ours comes first
+    assert latentmill("twice") == 2
+    assert (
+        latentmill.err
+        == "latentmill: command 'twice' is in acme 1.0 and zenith 1.0: write acme:twice or zenith:twice\n"
+    )
+    assert latentmill("acme:twice") == 7 and latentmill("zenith:twice") == 2
+    assert latentmill("gone") == 2
+    assert latentmill.err.startswith("latentmill: command 'gone' of acme 1.0 can't be imported: AttributeError: ")
+
+
+def test_jobs_and_commands_are_listed_without_being_imported(acme, latentmill):
+    for words in (["plugins"], ["--help"], ["run", "--help"]):
+        assert latentmill(*words) == 0
+        assert all(name in latentmill.out for name in (["their_job"] if words[0] == "run" else ["count"]))
+    assert not {"acme_jobs", "acme_commands"} & sys.modules.keys()
+    latentmill("plugins", "--check", "--json")
+    states = {entry["name"]: entry["state"] for entry in json.loads(latentmill.out) if entry["distribution"] == "acme"}
+    assert states["their_job"] == states["count"] == "ok"
+    assert states["lost"] == "there is no lost.yaml in acme_jobs"
+    assert states["gone"].startswith("command 'acme:gone' of acme 1.0 can't be imported: AttributeError")
+
+
+HEAVY = {"torch", "ray", "hydra", "scipy", "diffusers", "latentmill_shapes"}
+
+
+@pytest.mark.parametrize(
+    ("words", "spared"),
+    [
+        (["--help"], HEAVY | {"pyarrow"}),
+        (["--version"], HEAVY | {"pyarrow"}),
+        (["plugins"], HEAVY | {"pyarrow"}),
+        (["status", "."], HEAVY),
+    ],
+)
+def test_a_command_imports_no_more_than_it_needs(words, spared, tmp_path):
+    code = f"""
+import sys
+from latentmill.cli import main
+try:
+    main({words!r})
+except SystemExit:
+    pass
+print(sorted({spared!r} & sys.modules.keys()), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_status_of_a_dataset_needs_neither_torch_nor_hydra(latentmill, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    settings = ["cluster=inline", "source.path=p.txt", "samples_per_row=1", "sampling.steps=1"]
+    assert latentmill("run", "txt2img", *settings) == 0
+    code = f"""
+import sys
+from latentmill.cli import main
+main(["status", "out/txt2img"])
+print(sorted({HEAVY!r} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
