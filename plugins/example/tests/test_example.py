@@ -26,7 +26,7 @@ class TestTrapezoid(SchedulerSuite):
 
 class TestBrightness(StageSuite):
     stage = Brightness
-    name = "brightness"
+    name = "mean_brightness"
 
 
 class TestArrowStream(SinkSuite):
