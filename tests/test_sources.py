@@ -784,3 +784,37 @@ def test_masks_of_prompts_are_pictures_beside_the_picture(tmp_path):
     first, second = all_rows(Prompts(path))
     assert first["image"][0, 0].tolist() == [255, 0, 0] and first["mask"][0, 0].tolist() == [255, 255, 255]
     assert second == "mask must be a path, not 7"
+
+
+KINDS_OF_FILES = "csv", "tsv", "json", "jsonl", "parquet"
+
+
+def table(path, rows):
+    """A file of rows, all with the same columns, as its suffix says."""
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        separator = "," if path.suffix == ".csv" else "\t"
+        path.write_text("\n".join(separator.join(row) for row in [rows[0], *(row.values() for row in rows)]))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_FILES)
+def test_a_file_that_names_pictures_is_not_known_by_its_contents_alone(kind, tmp_path):
+    written(tmp_path / "red.png", picture(color="red"))
+    for columns, fingerprinted in (({"prompt": "a"}, ("path",)), ({"prompt": "a", "image": "red.png"}, ())):
+        source = Prompts(table(tmp_path / f"p.{kind}", [columns]))
+        source.fragments()
+        assert source.fingerprinted == fingerprinted
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_FILES)
+def test_the_texts_of_rows_are_there_without_the_rows(kind, tmp_path):
+    rows = [{"prompt": name, "negative_prompt": f"no {name}", "image": "nowhere.png"} for name in "abc"]
+    source = Prompts(table(tmp_path / f"p.{kind}", rows))
+    [fragment] = source.fragments()
+    assert list(source.texts(fragment)) == [(name, f"no {name}") for name in "abc"]
