@@ -11,7 +11,7 @@ ALLOWED = {
 }
 LEFT = set(
     """
-    Block Call DTYPES Folder INDEX KINDS NETWORKS Network OURS Pixels REAL REFUSED Reading WHOLE
+    Folder KINDS OURS REAL WHOLE
     """.split()
 )
 """Names that stand twice and are to go. None may come to this list."""

@@ -30,8 +30,8 @@ from latentmill import tensors
 from latentmill.batch import PROMPT_PREFIX, from_dicts
 from latentmill.config import load_job
 from latentmill.errors import PluginError
-from latentmill_diffusers import pipeline
-from latentmill_diffusers.pipeline import Absent, PipelineDenoise, PipelineEncode
+from latentmill_diffusers.pipeline import PipelineDenoise, PipelineEncode, known, noted
+from latentmill_diffusers.pipeline.absent import Absent
 from latentmill_diffusers.vae import DiffusersVAE
 
 README = Path(__file__).parents[1] / "README.md"
@@ -633,7 +633,7 @@ WITH_TORCHVISION = {"OmniGenPipeline": omnigen}
 if find_spec("torchvision"):
     BUILDERS |= WITH_TORCHVISION
 
-FAMILIES = {name: build for name, build in tiny.BUILDERS.items() if not pipeline.refused(getattr(diffusers, name))}
+FAMILIES = {name: build for name, build in tiny.BUILDERS.items() if not known.refused(getattr(diffusers, name))}
 TESTED = {**FAMILIES, **BUILDERS}
 
 
@@ -855,8 +855,8 @@ def test_what_rows_share_is_what_they_agree_in(model):
     encode, denoise = stages(model(name), name)
     [part] = encode(table_of(PROMPTS), lambda i, reason: pytest.fail(reason))
     wanted = ours(lambda table, reject: [table], denoise, part)
-    form = json.loads(part.schema.field(f"{PROMPT_PREFIX}0").metadata[pipeline.NOTED])
-    [shared] = pipeline._shared(form)
+    form = json.loads(part.schema.field(f"{PROMPT_PREFIX}0").metadata[noted.NOTED])
+    [shared] = noted.shared_leaves(form)
     about = part.schema.field(f"{PROMPT_PREFIX}{shared}").metadata
     places = tensors.from_arrow(part, f"{PROMPT_PREFIX}{shared}").clone()
     places[1] += 1
@@ -888,11 +888,11 @@ def test_what_encode_prompt_returns_comes_back_for_several_rows():
         layers = [torch.stack(each), torch.stack(each) + 10, torch.stack(each) + 20]
         return torch.stack(each), torch.stack(each, 1), each, ends, 7, None, torch.arange(6), layers
 
-    form = pipeline._form(returned(1), returned(2), count())
+    form = noted.form_of(returned(1), returned(2), count())
     second = [v[1:] if k in (0, 2) else v for k, v in enumerate(returned(2))]
     second[1], second[3], second[7] = second[1][:, 1:], torch.tensor([0, 3]), [v[1:] for v in second[7]]
-    both = zip(pipeline._leaves(returned(1), form), pipeline._leaves(second, form), strict=True)
-    found = pipeline._filled(form, [torch.stack(pair) for pair in both])
+    both = zip(noted.leaves_of(returned(1), form), noted.leaves_of(second, form), strict=True)
+    found = noted.filled(form, [torch.stack(pair) for pair in both])
     wanted = returned(2)
     for k in (0, 1, 3, 6):
         assert torch.equal(found[k], wanted[k]), k
@@ -994,7 +994,7 @@ def test_a_pipeline_that_nobody_compared_has_no_rows_whose_axes_can_not_be_told(
     [found] = ours(encode, denoise, table)
     [wanted] = theirs(directly(folder, "NewPipeline"), "NewPipeline", denoise.spec, table)
     assert float((found - wanted).norm() / wanted.norm()) <= 2e-6
-    assert {*pipeline.COMPARED} == {*TESTED, *WITH_TORCHVISION}
+    assert {*known.COMPARED} == {*TESTED, *WITH_TORCHVISION}
 
 
 def test_layers_that_the_text_encoder_has_not_are_refused_when_it_is_built(model, tmp_path):
@@ -1054,7 +1054,7 @@ def table():
     names = {name for name in names if not any(word in name for word in OF_OTHER_INPUTS)} | set(ALSO)
     lines = ["| pipeline of diffusers | |\n", "|---|---|\n"]
     for name in sorted(names | set(TESTED)):
-        reason = pipeline.refused(getattr(diffusers, name))
+        reason = known.refused(getattr(diffusers, name))
         verdict = "works" if name in TESTED else f"no: {reason}" if reason else "not tried"
         verdict = "works; asks for torchvision" if name in WITH_TORCHVISION else verdict
         lines.append(f"| {name} | {verdict} |\n")

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from latentmill.plugin import Denoiser, FollowsAuthors, LatentSpec, NoiseSchedule, Prediction, RowError
 from latentmill_diffusers import lora
-from latentmill_diffusers.families import NO_NEGATIVE, Family, Network, family_of
-from latentmill_diffusers.folder import LOCATION, Folder, completed, dtype_of, part_class
+from latentmill_diffusers.configs import completed
+from latentmill_diffusers.families import NO_NEGATIVE, Family, family_of
+from latentmill_diffusers.folder import LOCATION, Folder
+from latentmill_diffusers.loading import dtype_of, part_class
 from latentmill_diffusers.lora import loras_of
+from latentmill_diffusers.networks import LoadedNetwork
 from latentmill_diffusers.schedule import (
     noise_schedule_of,
     prediction_of,
@@ -75,7 +78,7 @@ class DiffusersDenoiser(FollowsAuthors, Denoiser):
         )
         # Of 4 channels it is told latents alone; of 9, mask and the latents of the masked picture, too.
         self.inpaints = self.family.network == "unet" and int(self.config["in_channels"]) == 9
-        self._network: Network | None = None
+        self._network: LoadedNetwork | None = None
         self._times: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
     @cached_property
@@ -154,7 +157,7 @@ class DiffusersDenoiser(FollowsAuthors, Denoiser):
             model.set_attention_backend(self.attention)
         if self.compile:
             model.compile_repeated_blocks() if model._repeated_blocks else model.compile()
-        self._network = Network(model, self.folder.downscale)
+        self._network = LoadedNetwork(model, self.folder.downscale)
 
     def predict(self, x: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         assert self._network is not None, "load() comes first"
@@ -169,7 +172,7 @@ class DiffusersDenoiser(FollowsAuthors, Denoiser):
             predicted = predicted.chunk(2, dim=1)[0]
         return predicted.float()
 
-    def _called(self, network: Network, x: Tensor, timestep: Tensor, told: Mapping[str, Tensor]) -> Tensor:
+    def _called(self, network: LoadedNetwork, x: Tensor, timestep: Tensor, told: Mapping[str, Tensor]) -> Tensor:
         if not self.family.pad:
             return self.family.call(network, x, timestep, told)
         each = []

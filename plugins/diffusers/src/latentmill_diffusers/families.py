@@ -12,27 +12,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-
-@dataclass(frozen=True)
-class Network:
-    """What a call is told besides its inputs."""
-
-    model: Any
-    downscale: int
-    """Pixels of the picture per latent pixel, on each side."""
-
-    @property
-    def config(self) -> Any:
-        return self.model.config
-
-
-Call = Callable[[Network, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
-"""``call(network, x, timestep, conditioning)``: the prediction for latents ``x[B, C, h, w]``, all of the network's dtype but the
-timesteps ``[B]``, float32, which are what the noise schedule says (1000 t on a flow path)."""
+from latentmill_diffusers.networks import (
+    NetworkCall,
+    aura_flow,
+    cogview_4,
+    flux,
+    flux_2,
+    hunyuan_dit,
+    lumina_2,
+    patches,
+    pixart,
+    qwen_image,
+    sana,
+    stable_diffusion_3,
+    unet,
+    unpatched,
+    z_image,
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Family:
     """A row of the table."""
 
     name: str
-    call: Call
+    call: NetworkCall
     network: str = "transformer"
     """The part that is the network."""
     encoded: tuple[str, ...] = ("embeds -embeds",)
@@ -65,185 +63,6 @@ class Family:
     """The guidance scale above which the pipeline guides."""
     guides_without: bool = True
     """Whether the pipeline guides a row that gives no negative prompt, as by an empty one."""
-
-
-# ------------------------------------------------------------------------------------------------------- networks
-
-
-def unet(network: Network, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor]) -> Tensor:
-    """Stable Diffusion 1 and 2, and SDXL's relatives where there is a pooled embedding; the refiner has a score besides.
-
-    Networks that were trained for inpainting take the mask and what it leaves of the picture as more channels.
-    """
-    more: dict[str, Any] = {}
-    if "masked" in c:
-        x = torch.cat([x, c["mask"], c["masked"]], 1)
-    if "pooled" in c:
-        size = [x.shape[-2] * network.downscale, x.shape[-1] * network.downscale]
-        last = c["score"][:, None] if "score" in c else x.new_tensor([size]).expand(len(x), 2)
-        ids = torch.cat([x.new_tensor([[*size, 0, 0]]).expand(len(x), 4), last.to(x)], 1)  # size, crop, size or score
-        more["added_cond_kwargs"] = {"text_embeds": c["pooled"], "time_ids": ids}
-    if width := network.config.time_cond_proj_dim:  # LCM: the network is told the guidance scale
-        from diffusers import StableDiffusionPipeline
-
-        embedded = StableDiffusionPipeline.get_guidance_scale_embedding(
-            None, c["guidance_scale"].cpu().float() - 1, width
-        )
-        more["timestep_cond"] = embedded.to(x)
-    return first(network.model(x, timestep, encoder_hidden_states=c["embeds"], **more, return_dict=False))
-
-
-def stable_diffusion_3(network: Network, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor]) -> Tensor:
-    """Stable Diffusion 3 and 3.5."""
-    told = {"encoder_hidden_states": c["embeds"], "pooled_projections": c["pooled"]}
-    return first(network.model(hidden_states=x, timestep=timestep, **told, return_dict=False))
-
-
-def flux(network: Network, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor]) -> Tensor:
-    """FLUX.1: patches of 2x2 latent pixels as tokens, at places of their own; dev is told the guidance scale."""
-    height, width = x.shape[-2] // 2, x.shape[-1] // 2
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    places = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).to(x)
-    predicted = first(
-        network.model(
-            hidden_states=patches(x),
-            timestep=timestep / 1000,
-            guidance=c.get("guidance_scale"),
-            pooled_projections=c["pooled"],
-            encoder_hidden_states=c["embeds"],
-            txt_ids=places.new_zeros(c["embeds"].shape[1], 3),
-            img_ids=places,
-            return_dict=False,
-        )
-    )
-    return unpatched(predicted, height, width)
-
-
-def pixart(network: Network, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor]) -> Tensor:
-    """PixArt-alpha and -sigma; the large ones of alpha are told size and aspect ratio."""
-    height, width = x.shape[-2] * network.downscale, x.shape[-1] * network.downscale
-    size = {"resolution": None, "aspect_ratio": None}
-    if network.config.sample_size == 128:
-        size["resolution"] = x.new_tensor([height, width]).repeat(len(x), 1)
-        size["aspect_ratio"] = x.new_tensor([height / width]).repeat(len(x), 1)
-    told = {"encoder_hidden_states": c["embeds"], "encoder_attention_mask": c["mask"], "added_cond_kwargs": size}
-    return first(network.model(x, timestep=timestep, **told, return_dict=False))
-
-
-def sana(network: Network, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor]) -> Tensor:
-    """Sana 1.0 and 1.5."""
-    told = {"encoder_hidden_states": c["embeds"], "encoder_attention_mask": c["mask"]}
-    return first(network.model(x, timestep=timestep * network.config.timestep_scale, **told, return_dict=False))
-
-
-def lumina_2(network: Network, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor]) -> Tensor:
-    """Lumina 2: its time runs from noise to picture, and so does what it predicts."""
-    told = {"encoder_hidden_states": c["embeds"], "encoder_attention_mask": c["mask"]}
-    return -first(network.model(hidden_states=x, timestep=1 - timestep / 1000, **told, return_dict=False))
-
-
-def aura_flow(network: Network, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor]) -> Tensor:
-    """AuraFlow."""
-    told = {"encoder_hidden_states": c["embeds"], "timestep": timestep / 1000}
-    return first(network.model(x, **told, return_dict=False))
-
-
-def hunyuan_dit(network: Network, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor]) -> Tensor:
-    """HunyuanDiT: two text encoders side by side, the size of the picture, and places in a square of 512 pixels."""
-    from diffusers.models.embeddings import get_2d_rotary_pos_embed
-    from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
-
-    patch = network.config.patch_size
-    grid = x.shape[-2] // patch, x.shape[-1] // patch
-    crops = get_resize_crop_region_for_grid(grid, 64 // patch)
-    width = network.model.inner_dim // network.model.num_heads
-    places = get_2d_rotary_pos_embed(width, crops, grid, device=x.device, output_type="pt")
-    size = [1024, 1024, x.shape[-2] * network.downscale, x.shape[-1] * network.downscale, 0, 0]
-    return first(
-        network.model(
-            x,
-            timestep.to(x.dtype),
-            encoder_hidden_states=c["embeds"],
-            text_embedding_mask=c["mask"],
-            encoder_hidden_states_t5=c["embeds_2"],
-            text_embedding_mask_t5=c["mask_2"],
-            image_meta_size=x.new_tensor(size).repeat(len(x), 1),
-            style=torch.zeros(len(x), dtype=torch.long, device=x.device),
-            image_rotary_emb=places,
-            return_dict=False,
-        )
-    )
-
-
-def cogview_4(network: Network, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor]) -> Tensor:
-    """CogView 4."""
-    size = x.new_tensor([[x.shape[-2] * network.downscale, x.shape[-1] * network.downscale]])
-    told = {"original_size": size, "target_size": size, "crop_coords": torch.zeros_like(size)}
-    embeds = c["embeds"]
-    return first(
-        network.model(hidden_states=x, encoder_hidden_states=embeds, timestep=timestep, **told, return_dict=False)
-    )
-
-
-def qwen_image(network: Network, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor]) -> Tensor:
-    """Qwen-Image: patches of 2x2 latent pixels as tokens of a single frame."""
-    height, width = x.shape[-2] // 2, x.shape[-1] // 2
-    predicted = first(
-        network.model(
-            hidden_states=patches(x),
-            timestep=timestep / 1000,
-            guidance=c.get("guidance_scale"),
-            encoder_hidden_states_mask=None,
-            encoder_hidden_states=c["embeds"],
-            img_shapes=[[(1, height, width)]] * len(x),
-            return_dict=False,
-        )
-    )
-    return unpatched(predicted, height, width)
-
-
-def z_image(network: Network, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor]) -> Tensor:
-    """Z-Image: lists of pictures of one frame; its time and prediction run from noise to picture."""
-    return -torch.stack(
-        first(network.model(list(x[:, :, None]), (1000 - timestep) / 1000, list(c["embeds"]), return_dict=False))
-    )[:, :, 0]
-
-
-def flux_2(network: Network, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor]) -> Tensor:
-    """FLUX.2: latents are patches already; dev is told the guidance scale."""
-    height, width = x.shape[-2:]
-    one = torch.arange(1)
-    places = torch.cartesian_prod(one, torch.arange(height), torch.arange(width), one)
-    predicted = first(
-        network.model(
-            hidden_states=x.flatten(2).transpose(1, 2),
-            timestep=timestep / 1000,
-            guidance=c["guidance_scale"] if network.config.guidance_embeds else None,
-            encoder_hidden_states=c["embeds"],
-            txt_ids=torch.cartesian_prod(one, one, one, torch.arange(c["embeds"].shape[1])).to(x.device),
-            img_ids=places.to(x.device),
-            return_dict=False,
-        )
-    )
-    return predicted.transpose(1, 2).unflatten(2, (height, width))
-
-
-def first(result: tuple[Any, ...]) -> Any:
-    """What a network returns with ``return_dict=False``."""
-    return result[0]
-
-
-def patches(x: Tensor) -> Tensor:
-    """``x[B, C, h, w]`` as 2x2 patches ``[B, h/2 * w/2, 4 C]``, row by row."""
-    return pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
-
-
-def unpatched(tokens: Tensor, height: int, width: int) -> Tensor:
-    """``patches``, undone: ``height`` and ``width`` are in patches."""
-    return pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height, width)), 2)
-
-
-# ----------------------------------------------------------------------------------------------------------- grids
 
 
 def sd3_schedule(config: Any, steps: int, shape: Sequence[int]) -> dict[str, Any]:
@@ -292,9 +111,6 @@ def flux_2_schedule(config: Any, steps: int, shape: Sequence[int]) -> dict[str, 
     return {"sigmas": np.linspace(1.0, 1 / steps, steps), "mu": compute_empirical_mu(shape[-2] * shape[-1], steps)}
 
 
-# -------------------------------------------------------------------------------------------------------- guidance
-
-
 def lumina_2_guide(prompt: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
     """Everyone's formula, each line of pixels brought back to the length of the prompt's."""
     guided = negative + scale * (prompt - negative)
@@ -321,8 +137,6 @@ def shift(config: Any, tokens: int, most: float = 1.15) -> float:
     slope = (most - least) / (high - low)
     return float(tokens * slope + least - slope * low)
 
-
-# ------------------------------------------------------------------------------------------------------- the table
 
 NO_NEGATIVE = "{} guides only rows that give a negative prompt; an empty one will do"
 MASKS = "each row has image and mask"

@@ -30,7 +30,7 @@ FLOWS = ("FlowMatch", "FlowMap", "LTX")
 """How the names of schedulers begin that know no path but the flow."""
 IN_SIGMA = ("Euler", "Heun", "KDPM2", "LMS", "DPMSolverSDE")
 """Schedulers of diffusers that keep ``x / alpha``, and begin with the noise that their spacing says."""
-WHOLE = ("DPMSolverMultistep", "DPMSolverSinglestep", "DEIS", "SASolver", "UniPC")
+WHOLE_TIMESTEPS = ("DPMSolverMultistep", "DPMSolverSinglestep", "DEIS", "SASolver", "UniPC")
 """Schedulers of diffusers that tell the network whole timesteps only: rounded, and on a flow path rounded down."""
 BY_SIGMA = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 """Settings with which a grid is one of sigmas, and its timesteps follow."""
@@ -196,7 +196,7 @@ def noise_schedule_of(scheduler: Any) -> NoiseSchedule:
         raise ValueError(
             f"{name}: prediction_type: flow_prediction is of a flow path, and without use_flow_sigmas: true there is none"
         )
-    whole = name.startswith(WHOLE)
+    whole = name.startswith(WHOLE_TIMESTEPS)
     if is_flow(scheduler):
         return ModelFlow(config.num_train_timesteps, whole)
     if not hasattr(scheduler, "alphas_cumprod"):

@@ -25,7 +25,7 @@ from latentmill.schedulers.euler import Euler, EulerAncestral
 from latentmill.schedulers.heun import DPM2, DPM2Ancestral, Heun
 from latentmill.schedulers.multistep import LMS, PNDM
 from latentmill.schedulers.unipc import UniPC
-from latentmill_diffusers import traced
+from latentmill_diffusers import trace, traced
 from latentmill_diffusers.families import FAMILIES
 from latentmill_diffusers.folder import LOCATION, Folder
 from latentmill_diffusers.schedule import (
@@ -127,7 +127,7 @@ def _itself(scheduler: Any, steps: int, told: Mapping[str, Any]) -> Tensor:
     for k, t in enumerate(scheduler.timesteps):
         taken = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         with _Drawn(_noise(t)):
-            x = traced.step(scheduler, scheduler.timesteps, k, _network(taken, t), x, given)
+            x = trace.call_step(scheduler, scheduler.timesteps, k, _network(taken, t), x, given)
     return x
 
 
@@ -216,14 +216,14 @@ class ModelScheduler(Scheduler):
     def _settings(self, cls: type, folder: Folder) -> str:
         """Those of the traced class."""
         if self.name not in traced.TRACED:
-            why = traced.REFUSED.get(self.name, "it is none that is known here")
+            why = traced.NOT_TRACED.get(self.name, "it is none that is known here")
             raise ValueError(f"{self.name}: {why}")
         more: dict[str, Any] = {}
         if self.name == "PNDMScheduler":
             more = {"prediction_type": "epsilon"}
         elif "eta" in inspect.signature(cls.step).parameters:  # type: ignore[attr-defined]
             more = {"eta": 0.0}  # the pipelines' default, whatever the class's
-        return traced.settings_of(folder, more)
+        return trace.settings_of(folder, more)
 
     def fingerprint(self) -> str:
         # All that it takes from the model; the rest is the denoiser's.

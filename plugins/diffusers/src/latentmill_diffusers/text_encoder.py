@@ -18,16 +18,15 @@ from torch.nn.functional import pad
 from latentmill.plugin import Conditioning, RowError, TextEncoder
 from latentmill.text import one_line
 from latentmill_diffusers import lora, tokens
+from latentmill_diffusers.configs import completed
 from latentmill_diffusers.families import Family, family_of
 from latentmill_diffusers.folder import (
     LOCATION,
     Folder,
-    completed,
-    dtype_of,
-    part_class,
     pipeline_class,
     require_layers,
 )
+from latentmill_diffusers.loading import dtype_of, part_class
 from latentmill_diffusers.lora import loras_of
 from latentmill_diffusers.messages import quiet
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentmill_diffusers.folder import Folder, part_class
+from latentmill_diffusers.folder import Folder
+from latentmill_diffusers.loading import part_class
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from latentmill.plugin import VAE, LatentSpec
-from latentmill_diffusers.folder import INDEX, LOCATION, Folder, completed, downscale_of, dtype_of, part_class
+from latentmill_diffusers.configs import MODEL_INDEX, completed, downscale_of
+from latentmill_diffusers.folder import LOCATION, Folder
+from latentmill_diffusers.loading import dtype_of, part_class
 
-PARTS = ("vae", "movq")
+VAE_PARTS = ("vae", "movq")
 """What pipelines call it. They have a movq decode without its codebook."""
 AUTOENCODERS = (
     "AsymmetricAutoencoderKL",
@@ -60,8 +62,8 @@ class DiffusersVAE(VAE):
     ) -> None:
         self.folder = Folder(path, revision, config)
         alone = (self.folder / "config.json").is_file()
-        self.part = "" if alone else next((name for name in PARTS if (self.folder / name).is_dir()), PARTS[0])
-        pipeline = self.folder.pipeline if (self.folder / INDEX).is_file() else ""
+        self.part = "" if alone else next((name for name in VAE_PARTS if (self.folder / name).is_dir()), VAE_PARTS[0])
+        pipeline = self.folder.pipeline if (self.folder / MODEL_INDEX).is_file() else ""
         self.scaled, self.pixel_by_pixel = pipeline not in UNSCALED, pipeline in PIXEL_BY_PIXEL
         self.dtype, self.slicing, self.tiling, self.compile = dtype, slicing, tiling, compile
         self.logical = dtype_of(dtype)

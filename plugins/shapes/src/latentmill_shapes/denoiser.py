@@ -34,7 +34,7 @@ class Canvas(nn.Module):
         return h.transpose(1, 2).unflatten(2, (CANVAS, CANVAS))
 
 
-class Block(nn.Module):
+class ConvolutionBlock(nn.Module):
     """A residual block: [B, C, h, w] to the same.
 
     Between its two convolutions, what is said everywhere, `globally` [B, E], and what is said of each cell, `canvas`
@@ -108,15 +108,15 @@ class UNet(nn.Module):
         self.pooled = nn.Linear(pooled, embedding)
         self.canvas = Canvas(pooled, 256, canvas)
         self.enter = nn.Conv2d(4 * channels + canvas, width, 3, padding=1)
-        self.high_in = nn.ModuleList(Block(width, embedding, canvas) for _ in range(2))
+        self.high_in = nn.ModuleList(ConvolutionBlock(width, embedding, canvas) for _ in range(2))
         self.down = nn.Conv2d(width, low, 3, stride=2, padding=1)
-        self.low1 = Block(low, embedding, canvas)
+        self.low1 = ConvolutionBlock(low, embedding, canvas)
         self.low_attention = Attention(low, low)
-        self.low2 = Block(low, embedding, canvas)
+        self.low2 = ConvolutionBlock(low, embedding, canvas)
         self.up = nn.Conv2d(low, 4 * width, 1)
         self.merge = nn.Conv2d(2 * width, width, 1)
         self.text_attention = Attention(width, text)
-        self.high_out = nn.ModuleList(Block(width, embedding, canvas) for _ in range(3))
+        self.high_out = nn.ModuleList(ConvolutionBlock(width, embedding, canvas) for _ in range(3))
         self.norm = nn.GroupNorm(8, width)
         self.leave = nn.Conv2d(width, 4 * channels, 3, padding=1)
         nn.init.zeros_(self.leave.weight)

@@ -39,7 +39,7 @@ RELATIONS = ("above", "below", "left of", "right of")
 _MIRROR = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 
 Floats = npt.NDArray[np.float32]
-Pixels = npt.NDArray[np.uint8]
+Pictures = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def place(scene: Scene, rng: np.random.Generator) -> list[tuple[Thing, float, fl
     ]
 
 
-def draw(scenes: Sequence[Scene], seed: int) -> Pixels:
+def draw(scenes: Sequence[Scene], seed: int) -> Pictures:
     """Draw one picture of each scene: uint8 [N, 64, 64, 3], sRGB. The i-th depends on its scene, `seed` and i alone."""
     axis = np.arange(SIDE, dtype=np.float32) + 0.5
     x, y = axis[None, None, :], axis[None, :, None]

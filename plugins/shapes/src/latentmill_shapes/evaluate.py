@@ -27,7 +27,7 @@ from latentmill.plugin import Declaration, Scheduler, Stage, StageContext
 from latentmill.stages.decode import Decode
 from latentmill.stages.denoise import Denoise
 from latentmill.stages.encode import Encode
-from latentmill_shapes.draw import Pixels, Scene, draw, held_out_scenes
+from latentmill_shapes.draw import Pictures, Scene, draw, held_out_scenes
 from latentmill_shapes.judge import compare, read
 from latentmill_shapes.plugin import ShapesDenoiser, ShapesTextEncoder, ShapesVAE
 
@@ -41,7 +41,7 @@ def held_out(count: int, seed: int = 0) -> list[Scene]:
 
 
 @torch.inference_mode()
-def reconstruct(pictures: Pixels, batch: int = 64) -> Pixels:
+def reconstruct(pictures: Pictures, batch: int = 64) -> Pictures:
     """uint8 [N, 64, 64, 3] through the autoencoder and back."""
     vae = ShapesVAE()
     vae.load(torch.device("cpu"))
@@ -52,7 +52,7 @@ def reconstruct(pictures: Pixels, batch: int = 64) -> Pixels:
     return torch.cat(out).numpy()
 
 
-def psnr(pictures: Pixels, references: Pixels) -> float:
+def psnr(pictures: Pictures, references: Pictures) -> float:
     """The mean over pictures of 10 log10(255^2 / mean squared error), in dB."""
     error = (pictures.astype(np.float64) - references).reshape(len(pictures), -1)
     return float(np.mean(10 * np.log10(255**2 / np.mean(error**2, axis=1))))
@@ -68,7 +68,7 @@ def generate(
     side: int = 64,
     seed: int = 0,
     batch: int = 50,
-) -> Pixels:
+) -> Pictures:
     """One picture a prompt, uint8 [N, side, side, 3], through latentmill's encode, denoise and decode stages."""
     vae, cpu = ShapesVAE(), torch.device("cpu")
 
@@ -120,7 +120,7 @@ def generate(
     return np.concatenate(pictures)
 
 
-def accuracy(scenes: Sequence[Scene], pictures: Pixels) -> dict[str, float]:
+def accuracy(scenes: Sequence[Scene], pictures: Pictures) -> dict[str, float]:
     """Share of the pictures that have each attribute of their scene right, and `all` of them."""
     results = [compare(s, read(p)) for s, p in zip(scenes, pictures, strict=True)]
     return {name: float(np.mean([r[name] for r in results])) for name in results[0]}

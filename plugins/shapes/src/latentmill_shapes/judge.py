@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from latentmill_shapes.draw import COLOURS, SHAPES, SIDE, Floats, Pixels, Scene, distance
+from latentmill_shapes.draw import COLOURS, SHAPES, SIDE, Floats, Pictures, Scene, distance
 
 PURE = 65.0
 """Euclidean sRGB distance within which a pixel counts as a colour: half of that between the two nearest colours."""
@@ -40,7 +40,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Reading:
+class Judged:
     """What a picture shows. `background` is None where the border is of no known colour."""
 
     background: str | None
@@ -80,7 +80,7 @@ def _next_to(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     return wide[:, :-2] | wide[:, 1:-1] | wide[:, 2:]
 
 
-def read(picture: Pixels) -> Reading:
+def read(picture: Pictures) -> Judged:
     """What `picture`, uint8 [64, 64, 3], shows; things in order of the palette."""
     pixels = picture.astype(np.float32)
     border = np.concatenate(
@@ -108,7 +108,7 @@ def read(picture: Pixels) -> Reading:
         x, y = float((covered.sum(0) * _AXIS).sum()) / area, float((covered.sum(1) * _AXIS).sum()) / area
         shape, overlap = _fit(covered, area, x, y)
         things.append(Seen(_NAMES[i], shape, x, y, overlap))
-    return Reading(background, tuple(things))
+    return Judged(background, tuple(things))
 
 
 def relation(first: Seen, second: Seen) -> str:
@@ -119,7 +119,7 @@ def relation(first: Seen, second: Seen) -> str:
     return "left of" if dx < 0 else "right of"
 
 
-def compare(scene: Scene, reading: Reading) -> dict[str, bool]:
+def compare(scene: Scene, reading: Judged) -> dict[str, bool]:
     """Which of a caption's attributes a picture has right: background, colours, shapes, relation, and `all` of them."""
     wanted = {t.colour: t.shape for t in (scene.first, scene.second) if t is not None}
     seen = {t.colour: t for t in reading.things}
