@@ -86,6 +86,7 @@ class DiffusersDenoiser(FollowsAuthors, Denoiser):
         """The scheduler that the model names."""
         return scheduler_of(self.folder)
 
+    # Attributes of the contract, read of the model's files when they are first asked for.
     @cached_property
     def noise_schedule(self) -> NoiseSchedule:  # type: ignore[override]
         return noise_schedule_of(self.scheduler)

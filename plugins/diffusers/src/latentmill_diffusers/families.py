@@ -114,7 +114,8 @@ def flux_2_schedule(config: Any, steps: int, shape: Sequence[int]) -> dict[str, 
 def lumina_2_guide(prompt: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
     """Everyone's formula, each line of pixels brought back to the length of the prompt's."""
     guided = negative + scale * (prompt - negative)
-    return guided * (prompt.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+    scaled: Tensor = guided * (prompt.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+    return scaled
 
 
 def qwen_image_guide(prompt: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
@@ -130,7 +131,7 @@ def z_image_guide(prompt: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
     return prompt + scale * (prompt - negative)
 
 
-def shift(config: Any, tokens: int, most: float = 1.15) -> float:
+def shift(config: Any, tokens: float, most: float = 1.15) -> float:
     """``mu``: linear in the number of tokens, through two points of the config (``calculate_shift`` of diffusers)."""
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     least, most = config.get("base_shift", 0.5), config.get("max_shift", most)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from latentmill_diffusers.configs import MODEL_INDEX, read_json
 
@@ -52,7 +53,7 @@ def _snapshot(repository: str, revision: str, weights: bool, local_files_only: b
     """
     from huggingface_hub import constants, snapshot_download
 
-    wanted = {"repo_id": repository, "revision": revision, "local_files_only": local_files_only}
+    wanted: dict[str, Any] = {"repo_id": repository, "revision": revision, "local_files_only": local_files_only}
     folder = Path(snapshot_download(**wanted, allow_patterns=list(WITHOUT_WEIGHTS)))
     if not weights:
         return folder

@@ -52,10 +52,11 @@ def naming(path: Path) -> Iterator[None]:
 
 def require_finite(model: torch.nn.Module) -> None:
     """Raise ValueError, naming it, for a weight that is not finite."""
-    for name, tensor in model.named_parameters():
-        if type(tensor).dequantize is not torch.Tensor.dequantize:  # torchao's
-            tensor = tensor.dequantize()
-        elif type(tensor) is not torch.nn.Parameter:  # of another quantiser, packed
+    for name, parameter in model.named_parameters():
+        tensor: torch.Tensor = parameter
+        if type(parameter).dequantize is not torch.Tensor.dequantize:  # torchao's
+            tensor = parameter.dequantize()
+        elif type(parameter) is not torch.nn.Parameter:  # of another quantiser, packed
             continue
         if tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel():
             low, high = tensor.aminmax()

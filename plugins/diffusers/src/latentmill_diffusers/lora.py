@@ -124,7 +124,8 @@ class _Followed(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = super().__torch_function__(func, types, args, kwargs or {})
+        # mypy does not see behind super() that it is torch's.
+        made = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         given = [leaf.sources for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, _Followed)]
         for leaf in tree_leaves(made):
             if isinstance(leaf, _Followed):
@@ -151,7 +152,7 @@ def _require_converted(lora: Lora, convert: Callable[[dict[str, Tensor]], Mappin
 
 def _require_loaded(model: Any, adapter: str, own: Mapping[str, Tensor], part: str) -> None:
     """Raise ValueError unless the adapter in the model has all of a file's tensors, but those of zeros, and no others."""
-    from diffusers.utils import convert_unet_state_dict_to_peft
+    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
     from peft import get_peft_model_state_dict
 
     wanted = {name: name for name in own}
@@ -174,7 +175,7 @@ def _add(
     the rank in place of the rank (Kalajdzievski 2023, arXiv:2312.03732). For text encoders: transformers loads adapters with
     the newest peft alone. Raises ValueError for weights of other kinds (DoRA, LoKr, ...), and for those that fit no layer.
     """
-    from diffusers.utils import convert_state_dict_to_peft
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_peft
 
     if not any(".lora_A." in key for key in state):  # names of an older format
         state = convert_state_dict_to_peft(state)
@@ -199,7 +200,7 @@ def _add(
             raise ValueError(
                 f"no LoRA can be added to {part}.{name}, which is quantised: leave out text_encoder.quantization"
             )
-        target += (scale * up @ down).to(target)
+        target.add_((scale * up @ down).to(target))
 
 
 def _layer(model: Any, name: str) -> Any:

@@ -81,7 +81,7 @@ def flux(network: LoadedNetwork, x: Tensor, timestep: Tensor, c: Mapping[str, Te
 def pixart(network: LoadedNetwork, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor]) -> Tensor:
     """PixArt-alpha and -sigma; the large ones of alpha are told size and aspect ratio."""
     height, width = x.shape[-2] * network.downscale, x.shape[-1] * network.downscale
-    size = {"resolution": None, "aspect_ratio": None}
+    size: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
     if network.config.sample_size == 128:
         size["resolution"] = x.new_tensor([height, width]).repeat(len(x), 1)
         size["aspect_ratio"] = x.new_tensor([height / width]).repeat(len(x), 1)
@@ -163,9 +163,10 @@ def qwen_image(network: LoadedNetwork, x: Tensor, timestep: Tensor, c: Mapping[s
 
 def z_image(network: LoadedNetwork, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor]) -> Tensor:
     """Z-Image: lists of pictures of one frame; its time and prediction run from noise to picture."""
-    return -torch.stack(
-        first(network.model(list(x[:, :, None]), (1000 - timestep) / 1000, list(c["embeds"]), return_dict=False))
-    )[:, :, 0]
+    predicted: list[Tensor] = network.model(
+        list(x[:, :, None]), (1000 - timestep) / 1000, list(c["embeds"]), return_dict=False
+    )[0]
+    return -torch.stack(predicted)[:, :, 0]
 
 
 def flux_2(network: LoadedNetwork, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor]) -> Tensor:
@@ -184,12 +185,14 @@ def flux_2(network: LoadedNetwork, x: Tensor, timestep: Tensor, c: Mapping[str, 
             return_dict=False,
         )
     )
-    return predicted.transpose(1, 2).unflatten(2, (height, width))
+    latents: Tensor = predicted.transpose(1, 2).unflatten(2, (height, width))
+    return latents
 
 
-def first(result: tuple[Any, ...]) -> Any:
+def first(result: tuple[Any, ...]) -> Tensor:
     """What a network returns with ``return_dict=False``."""
-    return result[0]
+    predicted: Tensor = result[0]
+    return predicted
 
 
 def patches(x: Tensor) -> Tensor:

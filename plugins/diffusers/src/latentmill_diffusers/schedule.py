@@ -97,7 +97,9 @@ def mend(pipeline: str, scheduler: Any) -> list[str]:
         return []
     cls, before = getattr(diffusers, pipeline), dict(scheduler.config)
     known = inspect.signature(cls.__init__).parameters
-    given = {name: None for name, each in known.items() if name != "self" and each.default is each.empty}
+    given: dict[str, Any] = {
+        name: None for name, each in known.items() if name != "self" and each.default is each.empty
+    }
     if "requires_safety_checker" in known:  # else it would say that there is none
         given["requires_safety_checker"] = False
     with warnings.catch_warnings():
@@ -243,10 +245,11 @@ def set_timesteps(scheduler: Any, steps: int, told: Mapping[str, Any]) -> None:
 def times_of(scheduler: Any, schedule: NoiseSchedule, steps: int, told: Mapping[str, Any]) -> Tensor:
     """The times of ``set_timesteps``, float64, of those of one moment the first: its sigmas where it has such, its timesteps elsewhere."""
     set_timesteps(scheduler, steps, told)
-    sigmas = getattr(scheduler, "sigmas", None)
+    sigmas: Tensor | None = getattr(scheduler, "sigmas", None)
     if schedule.timesteps is None:
+        assert sigmas is not None, "flows have sigmas"
         # A single step stretched to end at shift_terminal is 0/0.
-        return sigmas.double().nan_to_num(nan=1.0).unique_consecutive().clamp(max=1.0)
+        return _no_moment_twice(sigmas.double().nan_to_num(nan=1.0)).clamp(max=1.0)
     if sigmas is not None:
         times = schedule.time(sigmas.double())
     else:
@@ -255,6 +258,10 @@ def times_of(scheduler: Any, schedule: NoiseSchedule, steps: int, told: Mapping[
         clean = float(getattr(scheduler, "final_alpha_cumprod", 1.0)) == 1.0
         times = torch.cat([(at + 1) / schedule.timesteps, torch.tensor([0.0 if clean else 1 / schedule.timesteps])])
     whole = (times * schedule.timesteps).round()
-    return torch.where(
-        (times * schedule.timesteps - whole).abs() < NEAR, whole / schedule.timesteps, times
-    ).unique_consecutive()
+    near_whole = (times * schedule.timesteps - whole).abs() < NEAR
+    return _no_moment_twice(torch.where(near_whole, whole / schedule.timesteps, times))
+
+
+def _no_moment_twice(times: Tensor) -> Tensor:
+    found: Tensor = times.unique_consecutive()
+    return found

@@ -210,10 +210,11 @@ class ModelScheduler(Scheduler):
                 f"{error} ({folder / 'scheduler'}): take another, as scheduler=dpmpp_2m, or model=pipeline, which runs the model "
                 "by its own"
             ) from error
+        # Of a class elsewhere; here the model's files say them.
         self.order, self.evaluations, self.stochastic = inner.order, inner.evaluations, inner.stochastic  # type: ignore[misc]
         self.mended = mended(folder)
 
-    def _settings(self, cls: type, folder: Folder) -> str:
+    def _settings(self, cls: Any, folder: Folder) -> str:
         """Those of the traced class."""
         if self.name not in traced.TRACED:
             why = traced.NOT_TRACED.get(self.name, "it is none that is known here")
@@ -221,7 +222,7 @@ class ModelScheduler(Scheduler):
         more: dict[str, Any] = {}
         if self.name == "PNDMScheduler":
             more = {"prediction_type": "epsilon"}
-        elif "eta" in inspect.signature(cls.step).parameters:  # type: ignore[attr-defined]
+        elif "eta" in inspect.signature(cls.step).parameters:
             more = {"eta": 0.0}  # the pipelines' default, whatever the class's
         return trace.settings_of(folder, more)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -77,7 +78,7 @@ class SingleFile:
                 raise ValueError(f"it holds no {cls.__name__}") from error
         else:
             t5 = cls.__name__ == "T5EncoderModel"
-            create = (
+            create: Any = (
                 single_file_utils.create_diffusers_t5_model_from_checkpoint
                 if t5
                 else single_file_utils.create_diffusers_clip_model_from_ldm
@@ -111,7 +112,9 @@ class SingleFile:
 
         with init_empty_weights():
             wanted = cls.from_config(config).state_dict().keys()
-        convert = SINGLE_FILE_LOADABLE_CLASSES[cls.__name__]["checkpoint_mapping_fn"]
+        known: Mapping[str, Any] = SINGLE_FILE_LOADABLE_CLASSES
+        convert = known[cls.__name__]["checkpoint_mapping_fn"]
         state = load_single_file_checkpoint(str(self.path))
         as_they_are = wanted - state.keys()
-        return list(min(as_they_are, wanted - convert(checkpoint=state, config=config).keys(), key=len))
+        fewest: set[str] = min(as_they_are, wanted - convert(checkpoint=state, config=config).keys(), key=len)
+        return list(fewest)

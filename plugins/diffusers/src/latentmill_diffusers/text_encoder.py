@@ -75,8 +75,8 @@ class DiffusersTextEncoder(TextEncoder):
     ) -> None:
         self.folder = Folder(path, revision, config)
         self.loras = loras_of(loras)
-        self.asked = {"clip_skip": clip_skip, "max_sequence_length": max_length}
-        self.asked = {name: value for name, value in self.asked.items() if value is not None}
+        asked = {"clip_skip": clip_skip, "max_sequence_length": max_length}
+        self.asked = {name: value for name, value in asked.items() if value is not None}
         self.logical = dtype_of(dtype)
         self.family: Family = family_of(self.folder.pipeline)
         self.cls = pipeline_class(self.folder)
@@ -89,10 +89,10 @@ class DiffusersTextEncoder(TextEncoder):
             if name.startswith("tokenizer") and (found := self.folder.class_of(name)):
                 part_class(*found)  # which some are only if a package is there
         taken = inspect.signature(self.cls.encode_prompt).parameters
-        for asked in self.asked if not compel else ():
-            if asked not in taken:
-                name = "max_length" if asked == "max_sequence_length" else asked
-                raise ValueError(f"text_encoder.{name}: {self.folder.pipeline} has no {asked}")
+        for setting in self.asked if not compel else ():
+            if setting not in taken:
+                name = "max_length" if setting == "max_sequence_length" else setting
+                raise ValueError(f"text_encoder.{name}: {self.folder.pipeline} has no {setting}")
         require_layers(self.folder, clip_skip)
         self.compel = compel
         if compel:

@@ -268,6 +268,7 @@ def call_step(
     if "old_pred_original_sample" in parameters:
         before = timesteps[k - 1] if k else None
         old = vars(scheduler).get("old_pred_original_sample")
+        moved: Tensor
         moved, scheduler.old_pred_original_sample = scheduler.step(
             output, old, t, before, sample, **given, return_dict=False
         )
@@ -276,7 +277,8 @@ def call_step(
         t = t[None]
     if "prev_timestep" in parameters:
         given = {**given, "prev_timestep": timesteps[k + 1] if k + 1 < len(timesteps) else None}
-    return scheduler.step(output, t, sample, **given, return_dict=False)[0]
+    moved = scheduler.step(output, t, sample, **given, return_dict=False)[0]
+    return moved
 
 
 def _slots(scheduler: Any) -> Iterator[tuple[Any, Any]]:
@@ -301,11 +303,12 @@ class _Watch(TorchFunctionMode):
             self.scheduler._threshold_sample = partial(
                 self._limited, partial(type(self.scheduler)._threshold_sample, self.scheduler)
             )
-        return super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch's, which mypy does not see behind super()
+        return self
 
     def __exit__(self, *raised: Any) -> None:
         vars(self.scheduler).pop("_threshold_sample", None)
-        super().__exit__(*raised)
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]  # as above
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -192,7 +192,7 @@ def _betas(scale: Scale, steps: int) -> bytes:
 def _times(schedule: NoiseSchedule, timesteps: Tensor, mixed: Tensor) -> Tensor:
     """The times at which networks are told these timesteps; of a schedule whose timesteps aren't linear in t, by sigma / alpha."""
     first, last = schedule.timestep(torch.tensor([0.0, 1.0], dtype=torch.float64))
-    times = (timesteps - first) / (last - first)
+    times: Tensor = (timesteps - first) / (last - first)
     if not bool(first.isfinite()) or not torch.allclose(schedule.timestep(times), timesteps):
         times = schedule.time(mixed[:, 1] / mixed[:, 0])
     return times.clamp(max=1.0)

@@ -136,7 +136,7 @@ class DiffusersVAE(VAE):
             drawn = [torch.Generator(z.device).manual_seed(0) for _ in z]
             return torch.cat([self._model.decode(one[None], g).sample for one, g in zip(z, drawn)]).float()
         more = {"force_not_quantize": True} if self.part == "movq" else {}
-        images = self._model.decode(z[:, :, None] if self._frames else z, **more).sample.float()
+        images: Tensor = self._model.decode(z[:, :, None] if self._frames else z, **more).sample.float()
         if self._frames:
             images = images[:, :, 0]
         if images.shape[1] == 4:  # transparency, laid on white

@@ -19,7 +19,7 @@ class Residual(nn.Module):
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]  # these have one
 
     def forward(self, x: Tensor) -> Tensor:
         h: Tensor = self.conv2(F.silu(self.conv1(F.silu(x))))

@@ -31,7 +31,8 @@ class Canvas(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         h = F.silu(self.what(pooled)[:, None, :] + self.where)
         h = self.out(F.silu(self.hidden(h)))
-        return h.transpose(1, 2).unflatten(2, (CANVAS, CANVAS))
+        canvas: Tensor = h.transpose(1, 2).unflatten(2, (CANVAS, CANVAS))
+        return canvas
 
 
 class ConvolutionBlock(nn.Module):
@@ -50,7 +51,7 @@ class ConvolutionBlock(nn.Module):
         self.film_canvas = nn.Conv2d(canvas, 2 * channels, 1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]  # these have one
 
     def forward(self, x: Tensor, globally: Tensor, canvas: Tensor) -> Tensor:
         h = self.norm2(self.conv1(F.silu(self.norm1(x))))
@@ -120,7 +121,7 @@ class UNet(nn.Module):
         self.norm = nn.GroupNorm(8, width)
         self.leave = nn.Conv2d(width, 4 * channels, 3, padding=1)
         nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]  # these have one
 
     def forward(self, x: Tensor, log_ratio: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
         angles = log_ratio[:, None] * self.frequencies

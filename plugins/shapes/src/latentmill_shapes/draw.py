@@ -188,8 +188,10 @@ def draw(scenes: Sequence[Scene], seed: int) -> Pictures:
             groups.setdefault((layer, thing.shape), []).append((i, thing, cx, cy, radius))
     for (_, shape), members in sorted(groups.items()):
         which = np.array([m[0] for m in members])
-        cx, cy, radius = (np.array([m[k] for m in members], dtype=np.float32)[:, None, None] for k in (2, 3, 4))
+        centre_x, centre_y, radii = (
+            np.array([m[k] for m in members], dtype=np.float32)[:, None, None] for k in (2, 3, 4)
+        )
         colour = np.array([COLOURS[m[1].colour] for m in members], dtype=np.float32)[:, None, None, :]
-        coverage = np.clip(0.5 - distance(shape, x - cx, y - cy, radius), 0, 1)[..., None]
+        coverage = np.clip(0.5 - distance(shape, x - centre_x, y - centre_y, radii), 0, 1)[..., None]
         canvas[which] += coverage * (colour - canvas[which])
     return np.rint(canvas).astype(np.uint8)

@@ -160,9 +160,9 @@ def main() -> None:
     json.dump(report, sys.stdout, indent=2)
     print()
     if args.save:
-        sheet = np.zeros((4 * 12, 64, 64, 3), dtype=np.uint8)
-        sheet[: len(pictures[:48])] = pictures[:48]
-        sheet = sheet.reshape(4, 12, 64, 64, 3).transpose(0, 2, 1, 3, 4).reshape(256, 768, 3)
+        drawn_first = np.zeros((4 * 12, 64, 64, 3), dtype=np.uint8)
+        drawn_first[: len(pictures[:48])] = pictures[:48]
+        sheet = drawn_first.reshape(4, 12, 64, 64, 3).transpose(0, 2, 1, 3, 4).reshape(256, 768, 3)
         Image.fromarray(sheet).save(args.save)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
     """About U V^T for a matrix g = U S V^T [m, n], by Muon's quintic Newton-Schulz iteration (Jordan et al. 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.T if g.shape[0] > g.shape[1] else g
+    x: Tensor = g.T if g.shape[0] > g.shape[1] else g
     x = x / (x.norm() + 1e-7)
     for _ in range(steps):
         s = x @ x.T
@@ -31,7 +31,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(list(params), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: nothing is evaluated twice
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:

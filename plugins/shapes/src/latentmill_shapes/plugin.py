@@ -40,7 +40,7 @@ def _metadata(path: Path) -> dict[str, str]:
 def _filled(model: nn.Module, part: str, device: torch.device) -> None:
     """Give `model` its float32 weights, and put it on `device`, ready for use."""
     model.load_state_dict(weights.load(WEIGHTS / f"{part}.safetensors", model.state_dict()))
-    model.eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types forget memory_format
 
 
 class ShapesVAE(VAE):
@@ -136,4 +136,5 @@ class ShapesDenoiser(Denoiser):
         alpha, sigma = self.noise_schedule.scale(t)
         log_ratio = torch.log(alpha / sigma.clamp(min=1e-3)).to(device=x.device, dtype=x.dtype)
         x = x.contiguous(memory_format=torch.channels_last)
-        return self._model(x, log_ratio, conditioning["embeds"], conditioning["pooled"]).contiguous()
+        predicted: Tensor = self._model(x, log_ratio, conditioning["embeds"], conditioning["pooled"]).contiguous()
+        return predicted

@@ -90,7 +90,7 @@ def optimise(
                 group["lr"] = rate
         value, report = loss(model, torch.Generator().manual_seed(seed * 1_000_003 + done))
         model.zero_grad(set_to_none=True)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         for optimiser in optimisers:
             optimiser.step()
         done += 1
@@ -133,7 +133,7 @@ def train_autoencoder(
     """Train on `pictures` pictures, `batch` a step; returns the averaged model."""
     torch.manual_seed(seed)
     _, data = draw_training(pictures, seed)
-    model = Autoencoder().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = Autoencoder().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types forget memory_format
 
     def loss(m: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         assert isinstance(m, Autoencoder)
@@ -186,7 +186,7 @@ class Conditional(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.denoiser = UNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.denoiser = UNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types forget memory_format
         self.text_encoder = TextTransformer()
 
     def forward(self, x: Tensor, log_ratio: Tensor, tokens: Tensor) -> Tensor:

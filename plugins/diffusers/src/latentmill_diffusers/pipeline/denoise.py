@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -72,8 +72,8 @@ class PipelineDenoise(Pipeline):
                 for i in members:
                     reject(i, str(error))
                 continue
-            noted = iter([filled(each, [leaf[members].to(self.device) for leaf in leaves]) for each in form])
-            made = self.run([given[i] for i in members], lambda _, noted=noted: lambda *a, **k: next(noted))
+            noted = [filled(each, [leaf[members].to(self.device) for leaf in leaves]) for each in form]
+            made = self.run([given[i] for i in members], _answering(noted))
             latents = self._in_the_vae_s_order(made, *shape).float().cpu()
             name, reason = self.folder.pipeline, ""
             if tuple(latents.shape[1:]) != shape:
@@ -111,7 +111,8 @@ class PipelineDenoise(Pipeline):
     def _of_tokens(self, made: Tensor, height: int, width: int) -> Tensor:
         """Of tokens ``[B, tokens, C]`` of a pixel each, or, where there are fewer, by the pipeline's own ``_unpack_latents``."""
         if made.shape[1] == height * width:
-            return made.transpose(1, 2).unflatten(2, (height, width))
+            pixels: Tensor = made.transpose(1, 2).unflatten(2, (height, width))
+            return pixels
         if not hasattr(self.pipeline, "_unpack_latents"):
             return made
         told = {"height": height * self.spec.downscale, "width": width * self.spec.downscale}
@@ -122,3 +123,9 @@ class PipelineDenoise(Pipeline):
             told["patch_size"] = self.pipeline.transformer.config.patch_size
         unpacked: Tensor = self.pipeline._unpack_latents(made, **told)
         return unpacked
+
+
+def _answering(noted: Iterable[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """What stands in place of each encoder: one after another, what was ``noted``."""
+    each = iter(noted)
+    return lambda encoder: lambda *positional, **named: next(each)

@@ -81,4 +81,5 @@ def shared_leaves(form: Any) -> Iterator[int]:
         for each in form:
             yield from shared_leaves(each)
     elif isinstance(form, dict) and (form.get("axis", 0) is None or "number" in form):
-        yield form.get("leaf", form.get("number"))
+        leaf: int = form["leaf"] if "leaf" in form else form["number"]
+        yield leaf
