@@ -1,6 +1,8 @@
 """Latents with a time axis from end to end, and pictures that condition a denoiser: both through the contract alone."""
 
+import io
 import json
+import tarfile
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -132,8 +134,6 @@ FILM = (*PARTS, "source=clips", "vae.name=film", "denoiser.name=still")
 
 def frames(row):
     """A stored clip as an array ``[T, H, W, 3]``."""
-    import io
-
     return np.stack([np.array(Image.open(io.BytesIO(frame["bytes"]))) for frame in row["video"]])
 
 
@@ -154,6 +154,19 @@ def test_clips_go_through_encode_denoise_and_decode_and_come_back(latentmill, ro
             row = found[f"clip {number}"]
             np.testing.assert_array_equal(frames(row), wanted(number))
             assert (row["width"], row["height"]) == (6, 4)
+
+
+def test_a_tar_holds_clips_as_arrays(latentmill, acme, tmp_path):
+    out = tmp_path / "out"
+    flow = ("flow=[read,encode,denoise,decode,write]", "sampling.strength=0.0", "sink=webdataset")
+    assert latentmill("run", "img2img", *FILM, *flow, f"output={out}") == 0, latentmill.said
+    with tarfile.open(out / "data" / "00000.tar") as tar:
+        members = [name for name in tar.getnames() if name.endswith(".video.npy")]
+        clips = [np.load(io.BytesIO(tar.extractfile(name).read())) for name in members]
+    assert len(clips) == 3 and all(found.dtype == np.uint8 for found in clips)
+    for number, found in enumerate(clips):
+        np.testing.assert_array_equal(found, clip(number))
+    assert latentmill("verify", str(out)) == 0, latentmill.said
 
 
 def test_latents_of_clips_are_stored_and_read_again(latentmill, rows, acme, tmp_path):

@@ -58,7 +58,7 @@ class WebDataset(Sink):
     """A tar a shard. Of the row ``000000007-000`` it holds ``000000007-000.png`` (or ``.webp``, ``.jpg``), ``.txt`` and ``.json``.
 
     ``.txt`` is the prompt, ``.json`` all other columns (numbers that JSON lacks are null there), ``.latents.npy`` and
-    ``.latents_std.npy`` latents, ``.state.NAME.npy`` what a scheduler remembers. bfloat16 is stored as float32, and the index
+    ``.latents_std.npy`` latents, ``.video.npy`` a clip, uint8 [T, H, W, 3], ``.state.NAME.npy`` what a scheduler remembers. bfloat16 is stored as float32, and the index
     remembers. Other tensors are left out. The same rows give the same bytes.
     """
 
@@ -82,7 +82,7 @@ class WebDataset(Sink):
                 suffix = self.pictures.extension.removeprefix(".")
                 contents = self.pictures.encode(tensors.from_arrow(batch, "image"))
                 found = [{"column": "image", "suffix": suffix, "dtype": "uint8", "content": c} for c in contents]
-            elif field.name in ("latents", "latents_std") or field.name.startswith(STATE_PREFIX):
+            elif field.name in ("latents", "latents_std", "video") or field.name.startswith(STATE_PREFIX):
                 found = _arrays(field.name, tensors.from_arrow(batch, field.name))
             else:
                 continue
@@ -171,6 +171,8 @@ class WebDataset(Sink):
                 found[self.pictures.extension.removeprefix(".")] = "the picture"
             elif name == "latents":
                 found["latents.npy"] = "the latents, channels first"
+            elif name == "video":
+                found["video.npy"] = "the clip, uint8 [frames, height, width, 3]"
             elif name == "latents_std":
                 found["latents_std.npy"] = "the standard deviation of the latents' posterior"
             elif name == STATE_PREFIX:
