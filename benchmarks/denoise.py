@@ -25,12 +25,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latentmill import registry, tensors
+from latentmill import registry
 from latentmill.batch import NEGATIVE_PREFIX, PROMPT_PREFIX, SCHEDULER_KEY, from_dicts, with_latents
 from latentmill.driver.loop import drive
 from latentmill.driver.messages import StageSpec
 from latentmill.driver.state import DriverState
-from latentmill.plugin import Declaration, Denoiser, LatentSpec, Reject, Stage, StageContext
+from latentmill.plugin import Declaration, Denoiser, LatentSpec, Reject, Stage, StageContext, tensors
 from latentmill.schedulers import grids, noise
 from latentmill.schedulers.noise_schedules import VariancePreserving
 from latentmill.stages.denoise import Denoise

@@ -18,13 +18,12 @@ import time
 import pyarrow as pa
 import torch
 
-from latentmill import tensors
 from latentmill.driver.apply import apply
 from latentmill.driver.decide import decide
 from latentmill.driver.loop import drive
 from latentmill.driver.messages import StageSpec, Started
 from latentmill.driver.state import DriverState
-from latentmill.plugin import Reject, Stage
+from latentmill.plugin import Reject, Stage, tensors
 from latentmill.workers import ray_pool
 from latentmill.workers.cluster import connect
 from latentmill.workers.worker import StageWork

@@ -4,9 +4,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from latentmill import tensors
 from latentmill.batch import FixedShape, concat, fixed_slots, require_spec, shape_key, with_latents
-from latentmill.plugin import LatentSpec
+from latentmill.plugin import LatentSpec, tensors
 
 SPEC = LatentSpec(channels=4, downscale=4, scale=1.0, shift=0.0, dtype="float32", fingerprint="a")
 

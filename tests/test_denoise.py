@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from latentmill import registry, tensors
+from latentmill import registry
 from latentmill.batch import NEGATIVE_PREFIX, PROMPT_PREFIX, FixedShape, concat, from_dicts, with_latents
-from latentmill.plugin import Declaration, Denoiser, FollowsAuthors, LatentSpec, Scheduler, StageContext, Start
+from latentmill.plugin import Declaration, Denoiser, FollowsAuthors, LatentSpec, Scheduler, StageContext, Start, tensors
 from latentmill.schedulers import grids, noise
 from latentmill.schedulers.dpmpp import DPMpp2M
 from latentmill.schedulers.euler import Euler, EulerAncestral

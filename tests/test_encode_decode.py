@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from latentmill import tensors
 from latentmill.batch import FixedShape, from_dicts, with_latents
-from latentmill.plugin import VAE, Declaration, LatentSpec, RowError, StageContext, TextEncoder
+from latentmill.plugin import VAE, Declaration, LatentSpec, RowError, StageContext, TextEncoder, tensors
 from latentmill.stages.decode import Decode, psnr
 from latentmill.stages.encode import Encode
 

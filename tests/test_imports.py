@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "framework" / "latentmill"
 ORDER = """
-    failpoints errors text streams values plugin digests weights syntax ids identity fields registry schedulers tensors batch columns checks storage
+    failpoints errors text streams values plugin digests weights syntax ids identity fields registry schedulers batch columns checks storage
     config parts plan shards dataset
     sources sinks
     stages verify
@@ -90,7 +90,6 @@ def test_plugins_import_the_contract_and_what_goes_with_it():
                 "weights",
                 "syntax",
                 "text",
-                "tensors",
                 "batch",
                 "fields",
                 "schedulers",

@@ -13,13 +13,12 @@ import torch
 from ray.cluster_utils import Cluster
 
 import latentmill
-from latentmill import tensors
 from latentmill.driver.decide import decide
 from latentmill.driver.loop import drive
 from latentmill.driver.messages import StageSpec, StartWorker
 from latentmill.driver.state import DriverState
 from latentmill.errors import PlacementError, RunError, UnreachableError
-from latentmill.plugin import Stage
+from latentmill.plugin import Stage, tensors
 from latentmill.workers import ray_pool
 from latentmill.workers.cluster import _require_ray, connect
 from latentmill.workers.worker import StageWork

@@ -8,12 +8,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from latentmill import tensors
 from latentmill.batch import require_spec
 from latentmill.columns import Columns
 from latentmill.fields import BATCH_SCHEMA
 from latentmill.identity import row_seed
-from latentmill.plugin import Declaration, Fragment, LatentSpec, RowError, Source, StageContext
+from latentmill.plugin import Declaration, Fragment, LatentSpec, RowError, Source, StageContext, tensors
 from latentmill.stages.read import Read, cover, crop
 
 SPEC = LatentSpec(channels=4, downscale=4, scale=0.5, shift=0.25, dtype="float16", fingerprint="abc")

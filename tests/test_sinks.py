@@ -12,10 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from latentmill import tensors
 from latentmill.batch import SPEC_KEY, from_dicts, spec_from_json, with_latents
 from latentmill.fields import BATCH_SCHEMA
-from latentmill.plugin import LatentSpec
+from latentmill.plugin import LatentSpec, tensors
 from latentmill.sinks.parquet import Parquet
 
 SPEC = LatentSpec(channels=4, downscale=4, scale=0.5, shift=0.25, dtype="float16", fingerprint="abc")

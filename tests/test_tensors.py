@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from latentmill import tensors
+from latentmill.plugin import tensors
 
 ROWS = pa.table({"row": [3, 1, 2]})
 

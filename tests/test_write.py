@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from latentmill import registry, storage, tensors
+from latentmill import registry, storage
 from latentmill.batch import from_dicts, with_latents
 from latentmill.columns import Columns
 from latentmill.dataset import Dataset
 from latentmill.parts import declarations
-from latentmill.plugin import LatentSpec, StageContext
+from latentmill.plugin import LatentSpec, StageContext, tensors
 from latentmill.shards import done_shards
 from latentmill.sinks.parquet import Parquet
 from latentmill.sources.prompts import Prompts

@@ -1,23 +1,7 @@
 """What travels between the stages: a batch is a ``pa.Table`` of rows of one tensor shape.
 
-Its columns are the row's fields (``latentmill.fields``, from read to write), the source's columns that the job keeps, and
-
-=======================  ====================================  ==================================================
-column                   type                                  from, to
-=======================  ====================================  ==================================================
-image                    tensor uint8 [H, W, 3], RGB           read to encode; decode to write
-mask                     tensor uint8 [H, W], [1, h, w]        read to encode, encode to denoise: 1 where to paint
-masked                   tensor as latents                     encode to denoise: of the picture, gray under the mask
-from_noise               bool                                  encode to denoise: the row has no picture and no latents
-latents                  tensor [C, h, w], scaled              encode to denoise to decode or write
-latents_std              tensor as latents                     encode to write, where the job asks for it
-time, trajectory         float64, string                       beside half-way latents only
-state:NAME               tensor                                with them: what the scheduler remembers
-source_image             tensor uint8 [H, W, 3]                encode to decode, where a job has no denoise
-psnr                     float64, dB                           decode to the dataset, where there is a source_image
-prompt:NAME              tensor, a conditioning                encode to denoise
-negative:NAME            tensor, the same of the negative      encode to denoise
-=======================  ====================================  ==================================================
+Its columns are the row's fields (``latentmill.fields``), the source's columns that the job keeps, and those in the table at the top
+of ``latentmill.plugin.stage``.
 """
 
 from __future__ import annotations
@@ -30,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from latentmill import tensors
 from latentmill.fields import BATCH_SCHEMA, HALFWAY, ID, defaults
-from latentmill.plugin import Declaration, FixedShape, LatentSpec
+from latentmill.plugin import Declaration, FixedShape, LatentSpec, tensors
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,11 +13,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latentmill import tensors
 from latentmill.batch import SPEC_KEY, named, spec_from_json
 from latentmill.errors import ContractError, LoadError, NoRowError
 from latentmill.fields import BATCH_SCHEMA, HALFWAY
-from latentmill.plugin import Conditioning, LatentSpec, Plugin, RowError, Stage, State, TextEncoder
+from latentmill.plugin import Conditioning, LatentSpec, Plugin, RowError, Stage, State, TextEncoder, tensors
 from latentmill.registry import called
 
 

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 import pyarrow as pa
 import torch
-from latentmill import tensors
+from latentmill.plugin import tensors
 from latentmill.plugin import VAE, Denoiser, FollowsAuthors, Fragment, LatentSpec, RowError, Scheduler, Source, Stage, TextEncoder
 from latentmill.schedulers.noise_schedules import RectifiedFlow
 from latentmill.sinks.parquet import Parquet

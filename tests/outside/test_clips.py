@@ -13,7 +13,7 @@ CODE = '''
 import numpy as np
 import torch
 from torch.nn.functional import avg_pool2d, pixel_shuffle, pixel_unshuffle
-from latentmill import tensors
+from latentmill.plugin import tensors
 from latentmill.plugin import VAE, Denoiser, Fragment, LatentSpec, Source, Stage, TextEncoder
 from latentmill.schedulers.noise_schedules import RectifiedFlow
 

@@ -13,7 +13,7 @@ ACME = '''
 import pyarrow as pa
 from latentmill.plugin import ContinuousStage, Stage
 from latentmill.stages.encode import Encode
-from latentmill.tensors import from_arrow
+from latentmill.plugin.tensors import from_arrow
 
 
 class Brightness(Stage):

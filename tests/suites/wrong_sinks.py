@@ -11,8 +11,7 @@ import pyarrow as pa
 import torch
 from tests.suites.mistakes import Mistake, suite_of
 
-from latentmill import tensors
-from latentmill.plugin import Sink
+from latentmill.plugin import Sink, tensors
 from latentmill.testing import SinkSuite
 from latentmill_example.arrow_stream import ArrowStream
 

@@ -6,8 +6,7 @@ import pyarrow as pa
 import torch
 from tests.suites.mistakes import Mistake, suite_of
 
-from latentmill import tensors
-from latentmill.plugin import Stage
+from latentmill.plugin import Stage, tensors
 from latentmill.testing import StageSuite
 from latentmill_example import Brightness
 

@@ -12,9 +12,8 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
-from latentmill import tensors
 from latentmill.dataset import Dataset
-from latentmill.plugin import RowError
+from latentmill.plugin import RowError, tensors
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from latentmill import failpoints, tensors
+from latentmill import failpoints
 from latentmill.batch import SPEC_KEY, STATE_PREFIX
 from latentmill.fields import HALFWAY
-from latentmill.plugin import OpenSideFile, RowError, Sink
+from latentmill.plugin import OpenSideFile, RowError, Sink, tensors
 from latentmill.sinks.picture_files import PictureFiles, decode
 from latentmill.sinks.rebuild import batches
 from latentmill.text import first_line

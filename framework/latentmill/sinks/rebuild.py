@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from latentmill import tensors
 from latentmill.batch import spec_from_json, with_latents
-from latentmill.plugin import RowError
+from latentmill.plugin import RowError, tensors
 
 if TYPE_CHECKING:  # who reads no tensors takes no torch
     import torch

@@ -22,9 +22,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latentmill import failpoints, tensors
+from latentmill import failpoints
 from latentmill.batch import SPEC_KEY, STATE_PREFIX
-from latentmill.plugin import OpenSideFile, RowError, Sink
+from latentmill.plugin import OpenSideFile, RowError, Sink, tensors
 from latentmill.sinks.picture_files import PictureFiles, decode
 from latentmill.sinks.rebuild import batches
 

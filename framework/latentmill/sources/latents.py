@@ -11,13 +11,13 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from latentmill import registry, storage, tensors
+from latentmill import registry, storage
 from latentmill.batch import SPEC_KEY, STATE_PREFIX, spec_from_json
 from latentmill.columns import reserved, unified
 from latentmill.dataset import Dataset, load
 from latentmill.errors import PluginError
 from latentmill.fields import BATCH_SCHEMA, HALFWAY, MAX_SIDE, OWN_FIELDS
-from latentmill.plugin import Fragment, LatentSpec, RowError, Source
+from latentmill.plugin import Fragment, LatentSpec, RowError, Source, tensors
 from latentmill.shards import FOLDER, ShardFile, data_name, side_files
 from latentmill.sources import as_id, changed, find, fingerprint, is_small, is_text, locate, plain, root, suffix
 from latentmill.sources.kept import rows_kept

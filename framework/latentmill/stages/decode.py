@@ -8,10 +8,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latentmill import checks, tensors, weights
+from latentmill import checks, weights
 from latentmill.batch import fixed_slots, require_spec
 from latentmill.errors import NoRowError
-from latentmill.plugin import VAE, Declaration, Reject, Stage, StageContext
+from latentmill.plugin import VAE, Declaration, Reject, Stage, StageContext, tensors
 
 
 class Decode(Stage):

@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latentmill import checks, registry, tensors, weights
+from latentmill import checks, registry, weights
 from latentmill.batch import (
     NEGATIVE_PREFIX,
     PROMPT_PREFIX,
@@ -43,6 +43,7 @@ from latentmill.plugin import (
     RowError,
     StageContext,
     State,
+    tensors,
 )
 from latentmill.schedulers import grids, noise
 from latentmill.stages.guidance import Guidance

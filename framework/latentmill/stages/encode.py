@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from latentmill import checks, syntax, tensors, weights
+from latentmill import checks, syntax, weights
 from latentmill.batch import (
     NEGATIVE_PREFIX,
     PROMPT_PREFIX,
@@ -39,6 +39,7 @@ from latentmill.plugin import (
     Stage,
     StageContext,
     TextEncoder,
+    tensors,
 )
 
 RESOURCES: Mapping[str, Any] = {"batch_size": 32, "num_cpus": 0.25}

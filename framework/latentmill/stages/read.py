@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentmill import checks, columns, registry, tensors
+from latentmill import checks, columns, registry
 from latentmill.batch import STATE_PREFIX, from_dicts, with_latents
 from latentmill.columns import Columns
 from latentmill.errors import ContractError
 from latentmill.fields import BY_NAME, FROM_SOURCE, HALFWAY, ID, parse
 from latentmill.identity import row_seed
-from latentmill.plugin import Declaration, LatentSpec, Reject, RowError, RowField, Source, Stage, StageContext
+from latentmill.plugin import Declaration, LatentSpec, Reject, RowError, RowField, Source, Stage, StageContext, tensors
 from latentmill.registry import called
 
 READ_AGAIN = 8

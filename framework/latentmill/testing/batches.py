@@ -5,9 +5,8 @@ from __future__ import annotations
 import pyarrow as pa
 import torch
 
-from latentmill import tensors
 from latentmill.batch import from_dicts, with_latents
-from latentmill.plugin import LatentSpec
+from latentmill.plugin import LatentSpec, tensors
 
 SPEC = LatentSpec(4, 8, 0.5, 0.1, "float32", "the suite's")
 

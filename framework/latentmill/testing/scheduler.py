@@ -9,8 +9,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latentmill import tensors
-from latentmill.plugin import NoiseSchedule, Scheduler, State
+from latentmill.plugin import NoiseSchedule, Scheduler, State, tensors
 from latentmill.schedulers.noise_schedules import VariancePreserving
 from latentmill.testing.behaviour import Arguments, Call, draws, writes
 from latentmill.testing.gaussian import NOISE_SCHEDULES, GaussianField, check_moments, follow, measure_order

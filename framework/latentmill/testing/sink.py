@@ -15,8 +15,7 @@ from typing import Any, BinaryIO, ClassVar
 
 import pyarrow as pa
 
-from latentmill import tensors
-from latentmill.plugin import RowError, Sink, StoredShard
+from latentmill.plugin import RowError, Sink, StoredShard, tensors
 from latentmill.testing import batches
 from latentmill.testing.behaviour import GENERATORS, seed_all
 from latentmill.testing.suite import PluginSuite, identity

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import torch
 
-from latentmill import checks, tensors
+from latentmill import checks
 from latentmill.errors import ContractError
-from latentmill.plugin import Stage, StageContext
+from latentmill.plugin import Stage, StageContext, tensors
 from latentmill.testing import batches
 from latentmill.testing.behaviour import GENERATORS, alike, seed_all
 from latentmill.testing.suite import PluginSuite, identity

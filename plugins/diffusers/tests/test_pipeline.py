@@ -26,10 +26,10 @@ from layouts import ordered
 from PIL import Image
 
 import latentmill
-from latentmill import tensors
 from latentmill.batch import PROMPT_PREFIX, from_dicts
 from latentmill.config import load_job
 from latentmill.errors import PluginError
+from latentmill.plugin import tensors
 from latentmill_diffusers.pipeline import PipelineDenoise, PipelineEncode, known, noted
 from latentmill_diffusers.pipeline.absent import Absent
 from latentmill_diffusers.vae import DiffusersVAE

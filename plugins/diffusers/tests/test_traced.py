@@ -21,9 +21,9 @@ import pytest
 import torch
 
 import latentmill
-from latentmill import registry, tensors
+from latentmill import registry
 from latentmill.errors import PlanError
-from latentmill.plugin import Field, NoiseSchedule
+from latentmill.plugin import Field, NoiseSchedule, tensors
 from latentmill.schedulers.noise_schedules import RectifiedFlow, VarianceExploding, VariancePreserving
 from latentmill.stages.guidance import to_clean
 from latentmill_diffusers import traced

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latentmill import tensors
+from latentmill.plugin import tensors
 from latentmill.testing import SchedulerSuite, SinkSuite, StageSuite, VAESuite
 from latentmill.testing.batches import with_pictures
 from latentmill_example import Brightness, Patches, Trapezoid

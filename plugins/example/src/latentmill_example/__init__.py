@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from latentmill import tensors
-from latentmill.plugin import VAE, Field, LatentSpec, Reject, Scheduler, Stage, State
+from latentmill.plugin import VAE, Field, LatentSpec, Reject, Scheduler, Stage, State, tensors
 
 
 class Patches(VAE):

@@ -12,9 +12,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latentmill import tensors
 from latentmill.batch import SPEC_KEY
-from latentmill.plugin import OpenSideFile, RowError, Sink
+from latentmill.plugin import OpenSideFile, RowError, Sink, tensors
 from latentmill.sinks.rebuild import batches
 
 TENSOR = b"example.tensor"

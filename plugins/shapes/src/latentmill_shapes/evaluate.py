@@ -21,9 +21,9 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from latentmill import registry, tensors
+from latentmill import registry
 from latentmill.batch import concat, from_dicts
-from latentmill.plugin import Declaration, Scheduler, Stage, StageContext
+from latentmill.plugin import Declaration, Scheduler, Stage, StageContext, tensors
 from latentmill.stages.decode import Decode
 from latentmill.stages.denoise import Denoise
 from latentmill.stages.encode import Encode

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pixel_unshuffle
 
-from latentmill import tensors
 from latentmill.batch import PROMPT_PREFIX, with_latents
 from latentmill.fields import BATCH_SCHEMA
-from latentmill.plugin import LatentSpec, Reject, RowError
+from latentmill.plugin import LatentSpec, Reject, RowError, tensors
 from latentmill_diffusers.pipeline.known import COMPARED, FRAME_FIRST, NETWORK_PARTS
 from latentmill_diffusers.pipeline.noted import NOTED, filled, shared_leaves
 from latentmill_diffusers.pipeline.stage import Pipeline

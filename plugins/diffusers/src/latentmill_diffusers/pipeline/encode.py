@@ -11,10 +11,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latentmill import syntax, tensors
+from latentmill import syntax
 from latentmill.batch import PROMPT_PREFIX, with_warnings
 from latentmill.fields import BATCH_SCHEMA, OWN_FIELDS
-from latentmill.plugin import Reject, RowError
+from latentmill.plugin import Reject, RowError, tensors
 from latentmill.text import one_line
 from latentmill_diffusers.families import NO_NEGATIVE
 from latentmill_diffusers.messages import quiet

@@ -1,0 +1,80 @@
+"""What all plugins have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+if TYPE_CHECKING:  # to list plugins takes none of them
+    import pyarrow as pa
+    import torch
+
+
+CONTRACT = 2
+"""Version of this module's promises. A plugin written for another one, or for none, is refused when it is selected."""
+
+
+Reject: TypeAlias = Callable[[int, str], None]
+"""``reject(i, reason)``: row ``i`` of the batch ends in the error table, with the reason."""
+
+
+@dataclass(frozen=True)
+class RowField:
+    """A value that each row has: a column of every batch, a key of the job's ``sampling``, a column that a source may have."""
+
+    name: str
+    type: pa.DataType
+    """Of the column: text, a whole number, a floating-point number or a bool. A value that doesn't fit makes its row an error."""
+    meaning: str
+    """In a few words, for the dataset's card."""
+    default: Any = None
+    """The value of rows for which neither job nor source says one. None: they must, unless the field is nullable."""
+    least: float | None = None
+    most: float | None = None
+    """The range of a number, ends included."""
+    nullable: bool = False
+    stored: bool = True
+    """Whether it is a column of the dataset."""
+
+
+class Plugin:
+    """What all plugins have in common."""
+
+    contract: ClassVar[int]
+    """The version of the contract that the class was written for. Each class says it, or a parent that is a plugin, too: write the
+    number, not ``CONTRACT``."""
+
+    row_fields: Sequence[RowField] = ()
+    """Fields of its own that it reads of each row. A denoiser is given them as ``conditioning[name]``, ``[B]``, a text encoder as
+    keyword arguments of ``encode`` and ``encode_negative``, a stage and a sink in the batch. Known once it is built."""
+
+    libraries: Sequence[str] = ()
+    """Distributions whose versions change its numbers, as pip names them, beside latentmill, numpy, pillow, scipy and torch.
+
+    A worker that has other versions than the driver is refused.
+    """
+
+    fingerprinted: Sequence[str] = ()
+    """Settings that its fingerprint stands for, or a source's fragments': paths, above all, whose contents are hashed there.
+
+    They may change, as when a model is moved, and the dataset goes on.
+    """
+
+    def fingerprint(self) -> str:
+        """Identify everything outside the settings that changes results, weights above all.
+
+        Becomes part of the plan: a dataset begun with one fingerprint is not continued with another, and a worker that finds
+        another than the driver is refused. ``latentmill.weights.digest(path)`` hashes a file whole, and only once.
+        """
+        return ""
+
+    def notices(self) -> Sequence[str]:
+        """What people should know before a job starts, a line each: columns that nothing reads, say.
+
+        Asked once, in the driver, by ``plan`` and ``run``; of a source, after its ``fragments``.
+        """
+        return ()
+
+    def load(self, device: torch.device) -> None:
+        """Make ready for use on ``device``. Called once in each worker, never in the driver."""

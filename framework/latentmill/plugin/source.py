@@ -1,0 +1,108 @@
+"""Sources."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from latentmill.errors import RowError
+from latentmill.plugin.contract import Plugin, RowField
+from latentmill.plugin.vae import LatentSpec
+
+if TYPE_CHECKING:  # to list plugins takes none of them
+    import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A run of a source's rows that can be read on its own: a file, as a rule."""
+
+    name: str
+    """Stable, relative to the source: part of the plan."""
+    rows: int
+    fingerprint: str = ""
+    """Changes when the content does: size and modification time, an ETag, a checksum."""
+
+
+class Source(Plugin, ABC):
+    """Where rows come from."""
+
+    job_fields: Sequence[RowField] = ()
+    """The fields of the job's plugins: a column of such a name gives them, as ours. The framework sets this first of all."""
+
+    @cached_property
+    def kept(self) -> pa.Schema:
+        """The columns that the job keeps. The framework sets this before ``fragments``."""
+        import pyarrow as pa
+
+        return pa.schema([])
+
+    id_column: str | None = None
+    """The column with the rows' own ids, if the job declares one (by a setting of this name, as a rule)."""
+
+    @abstractmethod
+    def fragments(self) -> Sequence[Fragment]:
+        """All fragments, in an order that never changes. Called once, in the driver, before anything starts."""
+
+    @abstractmethod
+    def read(self, fragment: str, start: int, stop: int) -> Iterator[Mapping[str, Any] | RowError]:
+        """Rows ``start`` to ``stop`` of a fragment, in order: exactly one item for each, a RowError for a bad one.
+
+        The same rows whenever and in whatever company they are asked for: some are read twice, and compared.
+
+        Keys that mean something: the fields of ``docs/fields.md`` and ``job_fields``; ``image``, a uint8 RGB array
+        ``[H, W, 3]``; ``mask``, one of its size, light where the picture is to be painted anew; ``latents``, a float array
+        ``[C, h, w]`` of the space that ``latent_spec`` names, and with half-way ones ``time``, ``trajectory`` and ``state`` as our
+        own job stored them; with ``id_column``, ``id``, text that no other row has, from which the row's seed is hashed;
+        ``kept``, a dict of the columns in ``self.kept``: Python values or ``pa.Scalar``, text for any type that Arrow reads from
+        text. None stands for the job's value, and for null in ``kept``; other keys are left out.
+        """
+
+    def columns(self) -> Sequence[str]:
+        """The columns that no field is read from: what ``keep: all`` keeps. Asked in the driver, before ``fragments``.
+
+        Those that the job doesn't keep are to be named by ``notices``.
+        """
+        return ()
+
+    def column_types(self, names: Sequence[str]) -> pa.Schema:
+        """The Arrow types of some columns, over all fragments, without those that are nowhere. Raises ValueError.
+
+        Asked after ``columns``, and only of sources that a job keeps columns of.
+        """
+        import pyarrow as pa
+
+        return pa.schema([])
+
+    def changed(self, fragment: Fragment) -> bool:
+        """Whether a fragment is another than when the job was planned, or on this machine: then the job ends.
+
+        Asked in each worker that reads, once, before the first of the fragment's rows.
+        """
+        return False
+
+    def ids(self, fragment: Fragment) -> Iterator[str | None]:
+        """The ids of a fragment's rows, in order; None for a row that will be an error.
+
+        Asked in the driver, of sources with an ``id_column``, to find ids that are there twice. Better than to read whole rows.
+        """
+        for row in self.read(fragment.name, 0, fragment.rows):
+            yield None if isinstance(row, RowError) else row["id"]
+
+    def reads_from(self, folder: str) -> bool:
+        """Whether files that come into this local folder, or below it, would be the source's: no job may write there."""
+        return False
+
+    def texts(self, fragment: Fragment) -> Iterator[tuple[str | None, str | None]]:
+        """Prompt and negative prompt of a fragment's rows, in order; None for one that a row doesn't have or that is bad.
+
+        Asked by ``plan``, to look for what no text encoder reads. No picture may be decoded for it. Without, it doesn't look.
+        """
+        return iter(())
+
+    def latent_spec(self) -> LatentSpec | None:
+        """The space of the latents that this source reads, or None if it reads none."""
+        return None

@@ -1,0 +1,222 @@
+"""Stages: what they declare, and what they are given.
+
+A batch is a ``pyarrow.Table`` of rows of one tensor shape. Its columns are the row's fields (``docs/fields.md``), the source's
+columns that the job keeps, and those of the table. ``latentmill.plugin.tensors`` turns a tensor's column into a tensor and back.
+
+=======================  ====================================  ==================================================
+column                   type                                  from, to
+=======================  ====================================  ==================================================
+image                    tensor uint8 [H, W, 3], RGB           read to encode; decode to write
+video                    tensor uint8 [T, H, W, 3], RGB        as image, of a row that is a clip
+mask                     tensor uint8 [H, W], [1, h, w]        read to encode, encode to denoise: 1 where to paint
+masked                   tensor as latents                     encode to denoise: of the picture, gray under the mask
+from_noise               bool                                  encode to denoise: the row has no picture and no latents
+latents                  tensor [C, h, w], scaled              encode to denoise to decode or write
+latents_std              tensor as latents                     encode to write, where the job asks for it
+time, trajectory         float64, string                       beside half-way latents only
+state:NAME               tensor                                with them: what the scheduler remembers
+source_image             tensor uint8 [H, W, 3]                encode to decode, where a job has no denoise
+psnr                     float64, dB                           decode to the dataset, where there is a source_image
+prompt:NAME              tensor, a conditioning                encode to denoise
+negative:NAME            tensor, the same of the negative      encode to denoise
+=======================  ====================================  ==================================================
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from latentmill.plugin.contract import Plugin, Reject
+from latentmill.plugin.scheduler import Scheduler
+
+if TYPE_CHECKING:  # to list plugins takes none of them
+    import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class FixedShape:
+    """How a deterministic job computes: every batch has ``batch_size`` slots, and a row's slot follows from its number.
+
+    What a matrix product gives for a row may depend on the batch's size and on the row's place in it, never on what
+    stands in the other places. So with both fixed a row's bits are the same alone, in company, and after a resume.
+    """
+
+    batch_size: int
+    rows_per_shard: int
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a stage is in a job. Plain values: they travel with the plan, so that no worker imports another's stage."""
+
+    name: str
+    """The stage's name in the job."""
+    needs: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
+    adds: tuple[str | pa.Field, ...] = ()
+    drops: tuple[str, ...] = ()
+    position: Literal["first", "between", "last"] = "between"
+    continuous: bool = False
+
+    def added(self) -> list[str]:
+        """The names of the columns that it adds."""
+        return [column if isinstance(column, str) else column.name for column in self.adds]
+
+
+@dataclass
+class StageContext:
+    """What a stage is given before it works: its place in the job, and the plugins that it needs."""
+
+    declaration: Declaration
+    before: Sequence[Declaration] = ()
+    after: Sequence[Declaration] = ()
+    """The other stages of the flow, in their order. ``declare`` is asked from the last stage to the first, and sees ``after`` alone."""
+    batch_size: int = 16
+    fixed: FixedShape | None = None
+    """Of a deterministic job."""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """The job's ``sampling``: what a row is made with that doesn't say otherwise."""
+    latents_std: bool = False
+    """Whether the job asks for the standard deviation of encoded latents."""
+    choices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What the job says of each kind of plugin: ``choices["scheduler"]["name"]``. Nothing is built for it."""
+    plan: Any = None
+    """The plan's arithmetic: ``locate``, ``row_id``, ``row_seed``, ``id_seed``, ``shard_rows``; its ``spec``, ``hash`` and ``config``."""
+    build: Callable[[str], Any] | None = None
+    """Builds a plugin of the job by its kind, and holds it against the plan."""
+    scheduler_of: Callable[[str], Scheduler] | None = None
+    """A scheduler by the name that a row gives it. Raises RowError if there is none."""
+    require_fragment: Callable[[str], None] = lambda name: None
+    """Raises if a fragment of the source is not what was planned."""
+    open_output: Callable[[], Any] | None = None
+    """The storage of the job's output."""
+
+    def plugin(self, kind: str) -> Any:
+        """The job's plugin of a kind that the stage says it needs, built and not yet loaded. Built when first asked for."""
+        if kind not in self.declaration.needs:
+            raise ValueError(f"stage {self.declaration.name} asks for a {kind}, which is not in its needs")
+        if kind not in self._built:
+            assert self.build is not None
+            self._built[kind] = self.build(kind)
+        return self._built[kind]
+
+    def __post_init__(self) -> None:
+        self._built: dict[str, Any] = {}
+
+    def needed_later(self, kind: str) -> bool:
+        """Whether a later stage needs a plugin of this kind: a denoiser, say."""
+        return any(kind in stage.needs for stage in self.after)
+
+    @classmethod
+    def of(cls, plugins: Mapping[str, Any], adds: Sequence[str] = (), **more: Any) -> StageContext:
+        """A context with these plugins, by kind: for tests, and for a stage that is used alone."""
+        declaration = Declaration("stage", needs=tuple(plugins), adds=tuple(adds))
+        return cls(declaration, build=plugins.__getitem__, **more)
+
+
+class Stage(Plugin, ABC):
+    """Work on a batch on its way: a filter, an upscaler, a scorer. Put into a job by its name in ``flow``.
+
+    The class says what it is: other stages, the plan and the pools ask its declaration and never its name.
+    """
+
+    reads: Mapping[str, str | None] | None = None
+    """Of a stage that encodes prompts: as TextEncoder's."""
+    needs: Sequence[str] = ()
+    """Kinds of the job's plugins that it works with: ``source``, ``sink``, ``vae``, ``text_encoder``, ``denoiser``, ``scheduler``."""
+    takes: Sequence[str] = ()
+    """Columns that it can't work without, and that a source doesn't give: a job in which no stage before it adds them is refused.
+
+    Here and below a name that ends in ``:`` stands for all columns that begin so, as ``prompt:``."""
+    adds: Sequence[str | pa.Field] = ()
+    """Columns of its results that it was not given, by name if they are in the table above, else as Arrow
+    fields. A shard in which all rows failed has the columns that its stages declare."""
+    drops: Sequence[str] = ()
+    """Columns that are not in its results."""
+    resources: Mapping[str, Any] = {}
+    """What of ``stages.NAME`` a job need not say: ``batch_size``, ``replicas``, ``num_cpus``, ``num_gpus`` and the like."""
+    position: ClassVar[Literal["first", "between", "last"]] = "between"
+    """``first``: is given tables of the column ``row`` alone, row numbers, and makes rows of them. ``last``: see CommittingStage."""
+    continuous: ClassVar[bool] = False
+    """Whether it works on several batches at a time: see ContinuousStage."""
+    fixed: FixedShape | None = None
+    """Set, in ``prepare``, by a stage that computes in the slots of a deterministic job: its batches are then never split."""
+
+    def declare(self, context: StageContext) -> Declaration:
+        """What it is in this job: by default what its class says. Asked in the driver alone, before there is a plan."""
+        return replace(
+            context.declaration,
+            needs=tuple(self.needs),
+            takes=tuple(self.takes),
+            adds=tuple(self.adds),
+            drops=tuple(self.drops),
+            position=self.position,
+            continuous=self.continuous,
+        )
+
+    def prepare(self, context: StageContext) -> None:
+        """Take what it needs from the context. Called once in each worker, before ``load``; never in the driver."""
+
+    @abstractmethod
+    def __call__(self, batch: pa.Table, reject: Reject) -> pa.Table | Iterable[pa.Table]:
+        """The batch's rows, changed. The columns are in the table above.
+
+        Keep ``row`` and ``row_id`` as they are; leave out the rows that were rejected, and only those: a row that
+        disappears without a reason is an error. Return several tables if rows part into several tensor shapes.
+        """
+
+
+class Request(Protocol):
+    """A batch in a continuous stage."""
+
+    @property
+    def done(self) -> bool:
+        """Whether it can be finished: all its rows are ready, or it has failed."""
+        ...
+
+
+class ContinuousStage(Stage):
+    """A stage that works on the rows of several batches at a time, a step at a time: a batch joins while others are on their way.
+
+    A worker takes in all batches that it has been given, makes one step, and hands back the requests that are done.
+    """
+
+    continuous: ClassVar[bool] = True
+
+    @abstractmethod
+    def take(self, batch: pa.Table, reject: Reject) -> Request:
+        """Take in a batch. An exception is this batch's."""
+
+    @abstractmethod
+    def advance(self) -> None:
+        """Make one step. What goes wrong is kept for the requests that it goes wrong for, and raised by ``finish``."""
+
+    @abstractmethod
+    def finish(self, request: Any) -> Iterable[pa.Table]:
+        """The rows of a request that is done, as ``__call__`` returns them. Raises what went wrong with it, if something did."""
+
+    def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
+        request = self.take(batch, reject)
+        while not request.done:
+            self.advance()
+        yield from self.finish(request)
+
+
+class CommittingStage(Stage):
+    """The last stage of a flow: packs batches, and publishes whole shards."""
+
+    position: ClassVar[Literal["first", "between", "last"]] = "last"
+
+    @abstractmethod
+    def commit(self, shard: int, packed: Sequence[pa.Table], errors: Sequence[Mapping[str, Any]]) -> bool:
+        """Publish a shard; False if another driver had, whose rows and errors then stand.
+
+        ``packed``: the rows that are ok, in any order; ``errors``: ``row``, ``stage`` and ``reason`` of the others.
+        """
+
+    @abstractmethod
+    def probe(self) -> str:
+        """The name of a file that it has just made where shards go, for the driver to look for."""

@@ -1,0 +1,48 @@
+"""Text encoders."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from latentmill.plugin.contract import Plugin
+
+if TYPE_CHECKING:  # to list plugins takes none of them
+    from torch import Tensor
+
+
+Conditioning: TypeAlias = "dict[str, Tensor]"
+"""What a text encoder hands to a denoiser, by name: every tensor has the batch axis first and one shape for all rows."""
+
+
+class TextEncoder(Plugin, ABC):
+    """Prompts to conditioning: tensors of any dtype, on any device, which are the framework's; what is not finite is an error."""
+
+    reads: Mapping[str, str | None] = {}
+    """What it does with other tools' syntax, by the names in ``latentmill.syntax.SYNTAXES``: None for a kind that it reads as it is
+    meant, else what a person should do instead. Kinds that are not here are read as words."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str], *_: Any, **fields: Any) -> Conditioning:
+        """Conditioning of B prompts. ``""`` is the unconditional prompt. ``fields``: its ``row_fields``, of one value for all.
+
+        Called for prompts that ``check`` has passed. Shapes behind the batch axis are the same for all prompts.
+        """
+
+    def encode_negative(self, prompts: Sequence[str | None], *_: Any, **fields: Any) -> Conditioning:
+        """Conditioning of what a picture is guided away from: ``encode``'s, unless the model treats it otherwise.
+
+        None is a row that gives no negative prompt, which is encoded as an empty one, unless the model has something else for it.
+        """
+        return self.encode([prompt or "" for prompt in prompts], **fields)
+
+    def check(self, prompt: str) -> None:
+        """Raise RowError, naming the cause, for a prompt that can't be encoded. Needs no weights."""
+
+    def warn(self, prompt: str) -> str:
+        """What of a prompt that ``check`` has passed will not be read, or "": it stands in the row's ``warning``.
+
+        The same words for all prompts of a kind, so that rows can be counted by them. Needs no weights.
+        """
+        return ""
