@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from latentmill import registry
+from latentmill.cli import scheduler_table
 from latentmill.fields import OWN_FIELDS, SOMETIMES, OwnField, limits, python_type
 
 DOCS = Path(__file__).parent
@@ -49,7 +52,43 @@ def fields() -> str:
     return table(["field", "type", "given by", "default", "range", "meaning", "read by", "stored"], rows)
 
 
-PARTS: dict[str, tuple[str, Callable[[], str]]] = {"fields": ("fields.md", fields)}
+def schedulers() -> str:
+    """Our schedulers."""
+    ours = [row for row in scheduler_table() if row["distribution"] == "latentmill"]
+    rows = [
+        [
+            f"`{row['name']}`",
+            str(row["order"]),
+            str(row["evaluations"]),
+            "yes" if row["stochastic"] else "",
+            row["paper"],
+        ]
+        for row in ours
+    ]
+    return table(["name", "order", "evaluations", "draws noise", "paper"], rows)
+
+
+def grids() -> str:
+    """Our grids: what each is, and its settings with their defaults."""
+    rows = []
+    for entry in sorted(registry.entries("grid"), key=lambda entry: entry.name):
+        if entry.distribution != "latentmill":
+            continue
+        grid = registry.load("grid", f"latentmill:{entry.name}")
+        settings = [
+            f"`{name}`" if setting.default in (None, setting.empty) else f"`{name}` {setting.default}"
+            for name, setting in inspect.signature(grid).parameters.items()
+        ]
+        about = (grid.__doc__ or "").partition("\n")[0]
+        rows.append([f"`{entry.name}`", about, ", ".join(settings)])
+    return table(["name", "times", "settings"], rows)
+
+
+PARTS: dict[str, tuple[str, Callable[[], str]]] = {
+    "fields": ("fields.md", fields),
+    "schedulers": ("schedulers.md", schedulers),
+    "grids": ("schedulers.md", grids),
+}
 """For each marked part: the page that it is in, and what makes it."""
 
 

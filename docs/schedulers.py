@@ -1,4 +1,4 @@
-"""Make docs/schedulers.md and docs/schedulers.png: every scheduler at 5, 10, 20 and 40 steps, one prompt, one seed.
+"""Make docs/schedulers.png: every scheduler at 5, 10, 20 and 40 steps, one prompt, one seed.
 
 python docs/schedulers.py
 """
@@ -23,7 +23,7 @@ SIDE, LABEL, GAP, COLUMNS = 64, 150, 6, 2
 
 
 def main() -> None:
-    """Run the job, and draw and write what came out."""
+    """Run the job, and draw what came out."""
     table = [row for row in scheduler_table() if row["distribution"] == "latentmill"]
     rows = [{"prompt": PROMPT, "seed": 3, "scheduler": row["name"], "steps": steps} for row in table for steps in STEPS]
     with tempfile.TemporaryDirectory() as folder:
@@ -49,27 +49,6 @@ def main() -> None:
         for at in range(len(STEPS)):
             sheet.paste(next(pictures), (x + LABEL + at * (SIDE + GAP), y))
     sheet.save(HERE / "schedulers.png")
-
-    text = [
-        "# Schedulers",
-        "",
-        "`latentmill schedulers` prints this table. The order is that of convergence, of a stochastic scheduler that of its",
-        "drift; evaluations are those of one step. Any of them goes with any grid (`scheduler.grid`), noise schedule and prediction.",
-        "",
-        "| name | order | evaluations | draws noise | paper |",
-        "|---|---|---|---|---|",
-    ]
-    for row in table:
-        noise = "yes" if row["stochastic"] else ""
-        text.append(f"| `{row['name']}` | {row['order']} | {row['evaluations']} | {noise} | {row['paper']} |")
-    text += [
-        "",
-        f'"{PROMPT}", one seed, trailing grid, guidance 4, on the shapes model (`python docs/schedulers.py`):',
-        "",
-    ]
-    text += ["![Every scheduler at 5, 10, 20 and 40 steps](schedulers.png)", ""]
-    text += ["LCM and TCD are for models distilled for them, which the shapes model is not."]
-    (HERE / "schedulers.md").write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
