@@ -829,9 +829,9 @@ def test_a_deterministic_job_makes_the_same_bytes_in_other_company(model, tmp_pa
     told += ["deterministic=true", "rows_per_shard=3", "stages.denoise.batch_size=3", "stages.denoise.retries=0"]
     told += ["flow=[read,pipeline_encode,pipeline_denoise,write]"]
     assert latentmill.run("txt2img", [*told, f"output={tmp_path / 'whole'}"]).ok == 3
-    monkeypatch.setenv("LATENTMILL_FAILPOINT", f"pipelinedenoise:memory:{tmp_path}")
+    monkeypatch.setenv("LATENTMILL_FAILPOINT", f"pipeline_denoise:memory:{tmp_path}")
     assert latentmill.run("txt2img", [*told, f"output={tmp_path / 'halves'}"]).ok == 3
-    assert (tmp_path / "pipelinedenoise").exists()
+    assert (tmp_path / "pipeline_denoise").exists()
     whole, halves = (tmp_path / name / "data" / "00000.parquet" for name in ("whole", "halves"))
     assert whole.read_bytes() == halves.read_bytes()
 
