@@ -5,6 +5,7 @@ A plugin that breaks its contract, or can't be loaded, is no row's fault: both e
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -144,6 +145,10 @@ def same_columns(stage: Stage, given: pa.Table, returned: Sequence[pa.Table]) ->
     """Raise ContractError if a column that later stages need is gone or has another type, or a tensor is not as large as its row says."""
     who = called(stage)
     for table in returned:
+        if twice := [name for name, count in Counter(table.column_names).items() if count > 1]:
+            raise ContractError(
+                f"{who} returned the column {twice[0]} twice: replace the one that is there, or name yours otherwise"
+            )
         for field in given.schema:
             dropped = any(named(field.name, each) for each in stage.drops)
             if field.name in BATCH_SCHEMA.names or not (dropped or _may_go(field)):

@@ -169,16 +169,15 @@ def type_of(name: str, text: Any) -> pa.DataType:
         ) from None
 
 
-def kept(source: Source, keep: Keep, taken: Iterable[str]) -> pa.Schema:
-    """The columns that a job keeps. Raises ValueError for one that isn't there, or whose name is ``taken`` or ours."""
+def kept(source: Source, keep: Keep, taken: Mapping[str, str]) -> pa.Schema:
+    """The columns that a job keeps. Raises ValueError for one that isn't there, or whose name is ours or ``taken``, by what."""
     there = list(source.columns())
     told = {} if keep == "all" else keep
     names = there if keep == "all" else list(told)
     if keep == "all" and not names:
         raise ValueError("source.keep=all: the source has no columns that could be kept")
-    others = {*taken}
     for name in names:
-        why = reserved(name) or ("a field of a plugin" if name in others else "")
+        why = reserved(name) or taken.get(name, "")
         if why:
             hint = "; name the columns to keep, without it" if keep == "all" else ""
             raise ValueError(f"source.keep: the column {name} can't be kept, since that is {why}{hint}")

@@ -67,6 +67,11 @@ class Parts:
         found: dict[str, Plugin] = {kind: getattr(self, kind) for kind in KINDS if getattr(self, kind) is not None}
         return found | {f"stage {name}": stage for name, stage in self.stages.items()}
 
+    def taken(self) -> dict[str, str]:
+        """Names that no column of the source may have in the dataset: those of plugins, each with what it is."""
+        added = {name: f"a column that stage {stage.name} adds" for stage in self.flow for name in stage.added()}
+        return added | {field.name: "a field of a plugin" for field in self.source.job_fields}
+
 
 def discreet(function: Callable[Concatenate[Job, P], T]) -> Callable[Concatenate[Job, P], T]:
     """Its errors without the secrets that the job takes from the environment."""

@@ -25,7 +25,7 @@ from latentmill import identity as identities
 from latentmill.columns import Columns
 from latentmill.errors import PlanError, PluginError
 from latentmill.parts import Parts, discreet, identity
-from latentmill.plugin import Declaration, Fragment, LatentSpec, Plugin, Scheduler, Source
+from latentmill.plugin import Declaration, Fragment, LatentSpec, Plugin, Scheduler
 from latentmill.storage import Storage
 
 if TYPE_CHECKING:  # a plan is read without torch and without Hydra
@@ -120,7 +120,7 @@ def plan(job: Job, built: Parts) -> Plan:
     from latentmill.schedulers import grids
 
     plugins = built.plugins()
-    found = _columns(job, built.source, plugins)
+    found = _columns(job, built, plugins)
     with registry.asking(built.source):
         fragments = tuple(built.source.fragments())
         _check_fragments(fragments)
@@ -152,16 +152,17 @@ def plan(job: Job, built: Parts) -> Plan:
     )
 
 
-def _columns(job: Job, source: Source, plugins: Mapping[str, Plugin]) -> Columns:
+def _columns(job: Job, built: Parts, plugins: Mapping[str, Plugin]) -> Columns:
     """What the rows have beside our fields; the source is told. Raises PlanError."""
     try:
+        source = built.source
         source.job_fields = columns.of_plugins(plugins, job.sampling)
         keep = columns.wanted(job.source["keep"]) if job.source.get("keep") else {}
     except ValueError as error:
         raise PlanError(f"{job.name}: {error}") from error
     if keep:
         with registry.asking(source):
-            source.kept = columns.kept(source, keep, [field.name for field in source.job_fields])
+            source.kept = columns.kept(source, keep, built.taken())
     return Columns(tuple(source.job_fields), source.kept)
 
 
@@ -178,6 +179,7 @@ def _check_fragments(fragments: Sequence[Fragment]) -> None:
         names.add(fragment.name)
 
 
+NOT_THERE = "not installed"
 LIBRARIES = ("latentmill", "numpy", "pillow", "scipy", "torch")
 """Whose versions change our own numbers."""
 
@@ -223,7 +225,7 @@ def versions(distributions: Iterable[str]) -> dict[str, str]:
         try:
             found[name] = metadata.version(name).partition("+")[0]
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
+            found[name] = NOT_THERE
     return found
 
 
@@ -259,9 +261,6 @@ def compare(plan: Plan, store: Storage) -> None:
         raise PlanError(
             f"{store.url} holds another job's dataset: {'; '.join(shown[:6])}{more}. Choose another output; --fork begins one."
         )
-
-
-NOT_THERE = "not installed"
 
 
 def of_row(name: str) -> str:

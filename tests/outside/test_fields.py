@@ -8,6 +8,7 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from latentmill.plugin import CONTRACT
 
@@ -360,6 +361,17 @@ def test_a_column_that_can_t_be_kept_is_refused_before_the_start(latentmill, job
     (tmp_path / "p.csv").write_text("prompt,score,psnr,shade\na,1,2,0.5\n")
     assert latentmill("run", job(tmp_path / "p.csv", source={"keep": keep})) == 2
     assert said in latentmill.err and not (tmp_path / "out").exists()
+
+
+def test_a_column_that_a_stage_adds_is_not_kept_beside_it(latentmill, patches, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "pictures" / "a.png")
+    (tmp_path / "p.csv").write_text("image,brightness\npictures/a.png,3\n")
+    told = ("source=prompts", f"source.path={tmp_path / 'p.csv'}", f"output={tmp_path / 'out'}")
+    flow = "flow=[read,encode,decode,mean_brightness,write]"
+    assert latentmill("run", "reconstruct", *patches, *told, flow, "source.keep=[brightness]") == 2
+    assert "can't be kept, since that is a column that stage mean_brightness adds" in latentmill.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_kept_is_part_of_the_plan_and_what_is_not_is_named(latentmill, job, tmp_path):

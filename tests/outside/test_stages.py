@@ -259,6 +259,14 @@ def test_a_shard_in_which_all_rows_failed_has_the_columns_that_its_stages_declar
     assert "score" in schemas[0].names and all(schema.equals(schemas[0]) for schema in schemas)
 
 
+def test_a_column_that_two_stages_add_is_a_fault_of_the_second(latentmill, patches, pictures, acme, tmp_path):
+    flow = "flow=[read, score, {name: score, as: again}, encode, write]"
+    job = ("run", "encode", *patches, f"source.path={pictures}", flow, f"output={tmp_path / 'out'}")
+    assert latentmill(*job) == 1
+    assert "stage score of acme 1 returned the column score twice" in latentmill.err, latentmill.err
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+
+
 def test_stages_that_do_not_fit_together_are_refused_before_anything_starts(latentmill, tmp_path):
     for flow, said in {
         "[read, denoise, write]": "denoise needs a source of latents; source prompts has none",
