@@ -16,6 +16,8 @@ PROMPTS = [
 SERVER = """
 import ctypes, json, os, signal, sys
 import latentmill.cli, latentmill.workers.inline, latentmill.sinks.parquet, latentmill_shapes.plugin
+import latentmill.runner, latentmill.report, latentmill.verify, latentmill.sources.prompts, latentmill.stages.denoise, latentmill.stages.decode
+import latentmill.stages.read, latentmill.stages.write, latentmill.schedulers.dpmpp, latentmill.conf, latentmill.jobs, pandas  # by Arrow
 
 for line in sys.stdin:
     asked = json.loads(line)
