@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
@@ -30,15 +31,26 @@ THE_FILE = "job file"
 """What a job's own file is called among the configs of its folder, whatever its name."""
 
 
-@cache
 def prepare() -> None:
     """Tell Hydra our schema, our config folder and those that plugins bring, and a config for each plugin's name."""
+    _register()
+    _offer(tuple(sys.path))
+
+
+@cache
+def _register() -> None:
     store = ConfigStore.instance()
     schema = OmegaConf.structured(Schema)
     OmegaConf.set_struct(schema.sampling, False)  # plugins have row fields of their own
     store.store(name="schema", node=schema)
     Plugins.instance().register(_Folder)
     Plugins.instance().register(_SearchPath)
+
+
+@cache
+def _offer(path: tuple[str, ...]) -> None:
+    """A config for each plugin's name that is installed on this path."""
+    store = ConfigStore.instance()
     packages = [package for _, package in _packages()]
     for kind in registry.KINDS:
         found = registry.entries(kind)

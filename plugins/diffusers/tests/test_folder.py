@@ -68,9 +68,8 @@ def test_weights_that_are_missing_or_pickles_are_refused_before_anything_starts(
 def test_a_family_that_we_don_t_know_is_named_with_those_that_we_do(copy):
     index = json.loads((copy / "model_index.json").read_text())
     (copy / "model_index.json").write_text(json.dumps({**index, "_class_name": "LTXPipeline"}))
-    assert refused(copy).startswith(
-        "denoiser diffusers: LTXPipeline is none of the families that run on our schedulers ("
-    )
+    _, _, said = refused(copy).partition(" diffusers: ")  # of whichever part is built first
+    assert said.startswith("LTXPipeline is none of the families that run on our schedulers (")
 
 
 def test_a_config_that_can_t_be_read(copy):
