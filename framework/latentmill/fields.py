@@ -120,7 +120,7 @@ OWN_FIELDS: tuple[OwnField, ...] = (
     OwnField(
         "strength",
         pa.float64(),
-        "share of the noise path that was walked; 1 starts from pure noise",
+        "share of the steps that were made; 1 starts from pure noise",
         default=1.0,
         least=0,
         most=1,
@@ -179,7 +179,7 @@ SOMETIMES: tuple[OwnField, ...] = (
     OwnField(
         "trajectory",
         pa.string(),
-        "half-way latents: the noise path that they are on, and the model and scheduler that state is of",
+        "half-way latents: the noise schedule that they are on, and the model and scheduler that state is of",
         in_job=False,
         read_by=("denoise",),
     ),
@@ -194,8 +194,10 @@ PICTURES = {
 
 TENSORS = {
     "image": "the picture",
-    "mask": "where the picture was painted anew",
-    "masked": "the latents of the picture without what was painted anew",
+    "video": "the clip",
+    "mask": "inpainting mask: light where the picture was made anew",
+    "masked": "the latents of the picture, gray under the inpainting mask",
+    "from_noise": "whether the row has no picture and no latents",
     "latents": "the latents, channels first, flattened",
     "latents_std": "the standard deviation of the latents' posterior",
     "shape": "shape of the latents: channels, height, width",

@@ -175,10 +175,10 @@ class SideFiles:
     def keep(self) -> None:
         """The shard has been committed, and names them."""
         self.kept = True
-        there = self.store.names(FOLDER) if self.paths else []
-        for stored_as in self.paths.keys() - {*there}:
-            # Swept by a driver that saw another's shard in this one's place, which has been taken out since.
-            self.store.create(f"{FOLDER}/{stored_as}", str(self.paths[stored_as]))
+        for stored_as, path in self.paths.items():
+            # A driver that saw another's shard in this one's place, which has been taken out since, may have swept them.
+            if not self.store.exists(f"{FOLDER}/{stored_as}"):
+                self.store.create(f"{FOLDER}/{stored_as}", str(path))
 
     def delete(self) -> None:
         """Another shard was first: no file of this one stays."""

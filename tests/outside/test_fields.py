@@ -351,6 +351,7 @@ def test_a_type_may_be_told_and_what_does_not_fit_it_is_its_row_s_error(latentmi
         (["scor"], "source.keep: there is no column scor (did you mean 'score'?)"),
         (["prompt"], "source.keep: the column prompt can't be kept, since that is a field of every row"),
         (["psnr"], "source.keep: the column psnr can't be kept, since that is a column of ours"),
+        (["video"], "source.keep: the column video can't be kept, since that is a column of ours"),
         (["shade"], "source.keep: the column shade can't be kept, since that is a field of a plugin"),
         ("all", "source.keep: the column psnr can't be kept, since that is a column of ours; name the columns to keep, without it"),
         ("some", "source.keep must be all, a list of columns, or columns and their types as {score: float32}, not 'some'"),
@@ -358,7 +359,7 @@ def test_a_type_may_be_told_and_what_does_not_fit_it_is_its_row_s_error(latentmi
     ],
 )  # fmt: skip
 def test_a_column_that_can_t_be_kept_is_refused_before_the_start(latentmill, job, tmp_path, keep, said):
-    (tmp_path / "p.csv").write_text("prompt,score,psnr,shade\na,1,2,0.5\n")
+    (tmp_path / "p.csv").write_text("prompt,score,psnr,video,shade\na,1,2,3,0.5\n")
     assert latentmill("run", job(tmp_path / "p.csv", source={"keep": keep})) == 2
     assert said in latentmill.err and not (tmp_path / "out").exists()
 

@@ -54,7 +54,7 @@ class Source(Plugin, ABC):
         The same rows whenever and in whatever company they are asked for: some are read twice, and compared.
 
         Keys that mean something: the fields of ``docs/fields.md`` and ``job_fields``; ``image``, a uint8 RGB array
-        ``[H, W, 3]``; ``mask``, one of its size, light where the picture is to be painted anew; ``latents``, a float array
+        ``[H, W, 3]``; ``mask``, one of its size, light where the picture is to be inpainted; ``latents``, a float array
         ``[C, h, w]`` of the space that ``latent_spec`` names, and with half-way ones ``time``, ``trajectory`` and ``state`` as our
         own job stored them; with ``id_column``, ``id``, text that no other row has, from which the row's seed is hashed;
         ``kept``, a dict of the columns in ``self.kept``: Python values or ``pa.Scalar``, text for any type that Arrow reads from

@@ -21,7 +21,7 @@ model               what the denoiser says (``Denoiser.times``), which follows i
 
 Sigma in the lower half of the table is in units of alpha, from ``sigma_min`` to ``sigma_max``; on the noise schedule of a
 flow model it is t itself, as in diffusers. All end with one more step, to t = 0; with ``end: sigma_min`` the last step leads to the grid's
-last time instead. On a flow path ``shift`` moves times towards noise (Esser et al. 2024, arXiv:2403.03206, eq. 23):
+last time instead. On the noise schedule of a flow model ``shift`` moves times towards noise (Esser et al. 2024, arXiv:2403.03206, eq. 23):
 ``shift * t / (1 + (shift - 1) * t)``; ``shift: dynamic`` makes it follow the latent's size, as Flux does.
 
 On a schedule of discrete timesteps, trailing and leading round to those. The spacings are those of diffusers' DDIMScheduler and

@@ -76,12 +76,12 @@ class InlinePool:
             if order.task == "read":
                 return [self._finished(order, *worker.read(order.rows))]
             names = list(dict.fromkeys(p.block for p in order.slices))
-            cuts = [(names.index(p.block), p.table, p.start, p.stop) for p in order.slices]
+            slices = [(names.index(p.block), p.table, p.start, p.stop) for p in order.slices]
             blocks = [self.blocks[name] for name in names]
             if order.task == "commit":
-                worker.commit(order.shard, order.errors, cuts, *blocks)
+                worker.commit(order.shard, order.errors, slices, *blocks)
                 return [Finished(order.id)]
-            self.calls[order.id] = order, worker.begin(cuts, *blocks)
+            self.calls[order.id] = order, worker.begin(slices, *blocks)
             return []
         except Exception as error:
             return [_failed(order, error)]

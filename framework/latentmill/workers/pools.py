@@ -16,7 +16,7 @@ from latentmill.workers.context import make_stage
 from latentmill.workers.worker import StageWork
 
 RUNNING_BATCHES = 4
-"""A denoise worker holds rows of so many shapes and schedulers at a time, so that the calls for each are full."""
+"""Stack keys (shapes, schedulers) of which a worker of a continuous stage holds rows at a time, so that the calls for each are full."""
 
 
 def stage_spec(job: Job, declared: Declaration) -> StageSpec:

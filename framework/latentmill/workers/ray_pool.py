@@ -101,12 +101,12 @@ class RayPool:
             outcome, block = actor.read.options(num_returns=2).remote(list(order.rows))
         else:
             names = list(dict.fromkeys(p.block for p in order.slices))
-            cuts = [(names.index(p.block), p.table, p.start, p.stop) for p in order.slices]
+            slices = [(names.index(p.block), p.table, p.start, p.stop) for p in order.slices]
             blocks = [self.blocks[name] for name in names]
             if order.task == "commit":
-                self.in_flight[actor.commit.remote(order.shard, order.errors, cuts, *blocks)] = order
+                self.in_flight[actor.commit.remote(order.shard, order.errors, slices, *blocks)] = order
                 return
-            outcome, block = actor.batch.options(num_returns=2).remote(cuts, *blocks)
+            outcome, block = actor.batch.options(num_returns=2).remote(slices, *blocks)
         self.in_flight[outcome] = order
         self.blocks[order.id] = block
 

@@ -1,4 +1,4 @@
-"""What a worker does with a dispatch, wherever it runs: gather its pieces, call its stage, account for every row."""
+"""What a worker does with a dispatch, wherever it runs: gather its table slices, call its stage, account for every row."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ Admit: TypeAlias = Callable[[str, weights.Reading], str]
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 Block: TypeAlias = list[pa.Table]
-Cut: TypeAlias = tuple[int, int, int, int]
-"""A piece as a worker sees it: which of the blocks given, which part of it, from which row to which."""
+SliceAddress: TypeAlias = tuple[int, int, int, int]
+"""A table slice as a worker sees it: which of the blocks given, which table of it, from which row to which."""
 
 
 @dataclass(frozen=True)
@@ -116,17 +116,17 @@ class Worker:
         """Read rows by number."""
         return self._finish(self._begin(pa.table({"row": pa.array(numbers, pa.int64())})))
 
-    def batch(self, cuts: Sequence[Cut], *blocks: Block) -> tuple[Outcome, Block]:
+    def batch(self, slices: Sequence[SliceAddress], *blocks: Block) -> tuple[Outcome, Block]:
         """Work on one batch."""
-        return self._finish(self.begin(cuts, *blocks))
+        return self._finish(self.begin(slices, *blocks))
 
-    def begin(self, cuts: Sequence[Cut], *blocks: Block) -> Call:
+    def begin(self, slices: Sequence[SliceAddress], *blocks: Block) -> Call:
         """Take in one batch, to be worked on by ``advance``."""
-        return self._begin(concat(_gather(cuts, blocks)))
+        return self._begin(concat(_gather(slices, blocks)))
 
-    def commit(self, shard: int, errors: list[dict[str, Any]], cuts: Sequence[Cut], *blocks: Block) -> bool:
+    def commit(self, shard: int, errors: list[dict[str, Any]], slices: Sequence[SliceAddress], *blocks: Block) -> bool:
         """Publish a shard; False if another driver had."""
-        return cast(CommittingStage, self.stage).commit(shard, _gather(cuts, blocks), errors)
+        return cast(CommittingStage, self.stage).commit(shard, _gather(slices, blocks), errors)
 
     def advance(self) -> None:
         """Do the next piece of work: a batch, or a step of a continuous stage."""
@@ -232,9 +232,9 @@ def _noting(call: Call) -> Iterator[None]:
         call.error = error
 
 
-def _gather(cuts: Sequence[Cut], blocks: Sequence[Block]) -> list[pa.Table]:
+def _gather(slices: Sequence[SliceAddress], blocks: Sequence[Block]) -> list[pa.Table]:
     out = []
-    for block, part, start, stop in cuts:
-        table = blocks[block][part]
+    for block, number, start, stop in slices:
+        table = blocks[block][number]
         out.append(table if (start, stop) == (0, len(table)) else table.slice(start, stop - start))
     return out
