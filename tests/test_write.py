@@ -24,6 +24,7 @@ from latentmill.shards import done_shards
 from latentmill.sinks.parquet import Parquet
 from latentmill.sources.prompts import Prompts
 from latentmill.text import one_line
+from latentmill_example import Patches
 
 SPEC = LatentSpec(channels=4, downscale=4, scale=0.5, shift=0.25, dtype="float16", fingerprint="abc")
 
@@ -57,7 +58,7 @@ def writing(sink, store, plan):
     """A stage that commits for ``plan``, with what the stages of its flow declare."""
     stages = {name: registry.build("stage", {"name": name}) for name in plan.flow}
     source = Prompts("no.txt")
-    declared = declarations(stages, lambda kind: source, plan.config["sampling"])
+    declared = declarations(stages, {"source": source, "vae": Patches()}.__getitem__, plan.config["sampling"])
     write = stages["write"]
     write.prepare(
         StageContext(

@@ -130,11 +130,10 @@ def empty(
                 batch = batch.append_column(column, pa.array([], column.type))
             elif column in (plain := {field.name: field for field in (ID, PSNR, *HALFWAY)}):
                 batch = batch.append_column(plain[column], pa.array([], plain[column].type))
-            elif column in ("image", "source_image"):
-                clips = spec is not None and spec.decoded == "video"
-                name = "video" if clips and column == "image" else column
-                sides = (1, 1, 1, 3) if clips else (1, 1, 3)
-                batch = tensors.with_tensor(batch, name, torch.zeros(0, *sides, dtype=torch.uint8))
+            elif column in ("image", "video", "source_image"):
+                shown = spec.decoded if spec is not None and column == "source_image" else column
+                sides = (1, 1, 1, 3) if shown == "video" else (1, 1, 3)
+                batch = tensors.with_tensor(batch, column, torch.zeros(0, *sides, dtype=torch.uint8))
             elif column in ("latents", "latents_std") and spec is not None:
                 height, width = (sampling[side] or spec.downscale for side in ("height", "width"))
                 shape = spec.shape(height, width, 1 if spec.time_downscale else None)

@@ -92,6 +92,9 @@ def parts(job: Job) -> Parts:
 
     def build(kind: str) -> Any:
         if getattr(built, kind) is None:
+            if not getattr(job, kind, None):
+                asks = next((name for name, stage in built.stages.items() if kind in stage.needs), "a stage")
+                raise PluginError(f"{job.name}: {asks} is in the flow, so the job needs {kind}.name")
             setattr(built, kind, plugin_of(job, kind))
         return getattr(built, kind)
 

@@ -156,6 +156,18 @@ def test_clips_go_through_encode_denoise_and_decode_and_come_back(latentmill, ro
             assert (row["width"], row["height"]) == (6, 4)
 
 
+def test_a_shard_of_error_rows_has_the_columns_of_clips(latentmill, failed, acme, tmp_path):
+    """Beside the others it must fit: `datasets` wants one schema."""
+    flow = ("flow=[read,encode,denoise,decode,write]", "rows_per_shard=1", "max_error_rate=1")
+    for more in ((), ("source.frames=4",)):
+        out = tmp_path / f"out{len(more)}"
+        latentmill("run", "img2img", *FILM, *flow, *more, f"output={out}")
+    assert [row["row"] for row in failed(out)] == [1], latentmill.said
+    schemas = [pq.read_schema(path) for path in sorted(out.glob("data/*.parquet"))]
+    assert len(schemas) == 3 and "video" in schemas[0].names and "image" not in schemas[0].names
+    assert schemas[1].equals(schemas[0]) and schemas[2].equals(schemas[0])
+
+
 def test_a_tar_holds_clips_as_arrays(latentmill, acme, tmp_path):
     out = tmp_path / "out"
     flow = ("flow=[read,encode,denoise,decode,write]", "sampling.strength=0.0", "sink=webdataset")

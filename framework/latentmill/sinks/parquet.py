@@ -46,7 +46,7 @@ ROW_GROUP = 16 << 20
 class Parquet(Sink):
     """A Parquet file a shard.
 
-    ``image`` becomes a struct of file ``bytes`` and ``path``; ``latents`` a list of numbers, with its ``shape`` beside.
+    ``image`` becomes a struct of file ``bytes`` and ``path``, ``video`` a list of such, a frame each; ``latents`` a list of numbers, with its ``shape`` beside.
     ``latents_std`` are stored likewise. Latents are float16 or float32; bfloat16 is stored as float32, and the field's metadata remembers. The list is never of
     fixed size, since another shard's latents may be of another, and ``datasets`` wants one type. The space of the latents stands in the file's metadata.
     What a scheduler remembers of half-way latents becomes the column ``state``. Other tensors are left out, all other columns kept. The same rows give the same bytes.
@@ -143,6 +143,8 @@ class Parquet(Sink):
         for field in stored:
             if field.name == "image" and pa.types.is_struct(field.type):
                 field = pa.field("image", pa.list_(pa.uint8()), nullable=False)
+            elif field.name == "video" and pa.types.is_list(field.type) and pa.types.is_struct(field.type.value_type):
+                field = pa.field("video", pa.list_(pa.uint8()), nullable=False)
             elif field.name in ("latents", "latents_std"):
                 if "shape" not in stored.names:
                     continue
@@ -248,7 +250,14 @@ def _require_lists(field: pa.Field, fits: Callable[[pa.DataType], bool]) -> None
 
 def _scalars(table: pa.Table) -> pa.Table:
     """The columns that were no tensors when they travelled."""
-    stored = {"image", "latents", "latents_std", "state", *(["shape"] if "shape" in table.column_names else [])}
+    stored = {
+        "image",
+        "video",
+        "latents",
+        "latents_std",
+        "state",
+        *(["shape"] if "shape" in table.column_names else []),
+    }
     return table.drop_columns([name for name in table.column_names if name in stored]).replace_schema_metadata()
 
 
@@ -261,6 +270,8 @@ def _tensors(table: pa.Table) -> Iterator[dict[str, Tensor] | RowError]:
             found = {}
             if "image" in columns:
                 found["image"] = decode(columns["image"][at].as_py()["bytes"])
+            if "video" in columns:
+                found["video"] = _clip(columns["video"][at].as_py())
             for name in ("latents", "latents_std"):
                 if name in columns:
                     found[name] = _latents(columns[name][at].values, columns["shape"][at].as_py(), dtypes[name])
@@ -271,6 +282,17 @@ def _tensors(table: pa.Table) -> Iterator[dict[str, Tensor] | RowError]:
             yield error
         except (TypeError, KeyError, AttributeError, RuntimeError) as error:
             yield RowError(f"the state can't be read: {first_line(error)}")
+
+
+def _clip(frames: list[dict[str, Any]] | None) -> Tensor:
+    import torch
+
+    if not frames:
+        raise RowError("the clip has no frames")
+    found = [decode(frame["bytes"]) for frame in frames]
+    if len({frame.shape for frame in found}) > 1:
+        raise RowError("the clip has frames of several sizes")
+    return torch.stack(found)
 
 
 def _latents(values: pa.Array | None, shape: list[int] | None, dtype: bytes | None) -> Tensor:

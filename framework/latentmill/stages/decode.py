@@ -8,25 +8,26 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latentmill import checks, weights
+from latentmill import checks, registry, weights
 from latentmill.batch import fixed_slots, require_spec
 from latentmill.errors import NoRowError
 from latentmill.plugin import VAE, Declaration, Reject, Stage, StageContext, tensors
 
 
 class Decode(Stage):
-    """Replaces ``latents`` by ``image``; ``source_image``, where there is one, by ``psnr``."""
+    """Replaces ``latents`` by ``image``, or by ``video`` where the VAE is one of clips; ``source_image``, where there is one, by ``psnr``."""
 
     contract = 2
     needs = ("vae",)
     takes = ("latents",)
-    adds = ("image",)
     drops = ("latents", "source_image")
 
     def declare(self, context: StageContext) -> Declaration:
-        found = super().declare(context)
+        vae: VAE = context.plugin("vae")
+        with registry.asking(vae):
+            pictures = vae.spec.decoded
         given = any("source_image" in stage.added() for stage in context.before)
-        return replace(found, adds=("psnr", "image")) if given else found
+        return replace(super().declare(context), adds=("psnr", pictures) if given else (pictures,))
 
     def prepare(self, context: StageContext) -> None:
         self.vae: VAE = context.plugin("vae")

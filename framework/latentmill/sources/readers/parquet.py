@@ -81,7 +81,8 @@ class ParquetReader(FileReader):
                 continue
             columns = {name: plain(piece.column(column)).to_pylist() for name, column in ours.items()}
             for i in range(len(piece)):
-                yield {name: value[i] and value[i].decode("utf-8", "replace") for name, value in columns.items()}
+                found = {name: value[i] for name, value in columns.items()}
+                yield {name: None if text is None else text.decode("utf-8", "replace") for name, text in found.items()}
 
     def ids(self) -> Iterator[str | None]:
         assert self.settings.id_column is not None
