@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 from tests.suites import (
+    wrong_clips,
     wrong_denoisers,
+    wrong_grids,
+    wrong_imports,
     wrong_schedulers,
     wrong_sinks,
     wrong_sources,
@@ -15,7 +18,10 @@ from tests.suites import (
 from tests.suites.mistakes import failures, line
 
 TABLE = (Path(__file__).parents[2] / "docs" / "suites.md").read_text(encoding="utf-8")
-MODULES = [wrong_schedulers, wrong_vaes, wrong_text_encoders, wrong_denoisers, wrong_sources, wrong_stages, wrong_sinks]
+MODULES = [
+    wrong_schedulers, wrong_grids, wrong_vaes, wrong_text_encoders, wrong_denoisers, wrong_clips, wrong_imports, wrong_sources,
+    wrong_stages, wrong_sinks,
+]  # fmt: skip
 MISTAKES = [mistake for module in MODULES for mistake in module.MISTAKES]
 
 

@@ -3,7 +3,7 @@
 import torch
 from tests.suites.mistakes import Mistake, suite_of
 
-from latentmill.plugin import CONTRACT, Denoiser, FollowsAuthors
+from latentmill.plugin import CONTRACT, Denoiser, FollowsAuthors, LatentSpec
 from latentmill.schedulers.noise_schedules import VariancePreserving
 from latentmill.testing import DenoiserSuite
 
@@ -103,6 +103,30 @@ class NormalisesOverBatch(Right):
         return super().predict(x - x.mean(0, keepdim=True), t, conditioning)
 
 
+class EvenSides(Right):
+    """Halves the sides and doubles them again."""
+
+    def predict(self, x, t, conditioning):
+        half = super().predict(x, t, conditioning)[:, :, ::2, ::2]
+        return half.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+class Square(Right):
+    """Has a learned place for each latent pixel of one size."""
+
+    places = torch.zeros(16, 16)
+
+    def predict(self, x, t, conditioning):
+        return super().predict(x + self.places, t, conditioning)
+
+
+class Turned(Right):
+    """Takes the height for the width when it takes its tokens apart again."""
+
+    def predict(self, x, t, conditioning):
+        return super().predict(x, t, conditioning).reshape(*x.shape[:2], x.shape[3], x.shape[2])
+
+
 class Climbs(FollowsAuthors, Right):
     def times(self, steps, shape):
         return torch.linspace(0, 1, steps + 1, dtype=torch.float64)
@@ -156,12 +180,18 @@ ROWS, WRITES, MEMORY, RANDOM = (
     "no_global_random_generator_is_used",
 )  # fmt: skip
 
+SPEC = LatentSpec(4, 8, 1.0, 0.0, "float32", "the test's")
+"""A space that the right denoiser takes."""
+
 MISTAKES = [
     denoiser("a prediction of no known name", UnknownPrediction, KNOWN, "prediction 'noise' is unknown"),
     denoiser("time runs backwards", Backwards, KNOWN, "sigma must be 0 at t = 0 and grow with t"),
     denoiser("`check` reads weights", ChecksWithWeights, f"{CHECK} {PROCESS}", "check needs weights"),
     denoiser("a prediction of another shape", Flat, FINITE, "a prediction is shaped as the latents"),
     denoiser("not finite near t = 1", Divides, FINITE, "predict gives numbers that are not finite"),
+    denoiser("even sides only, and does not say so", EvenSides, FINITE, "predict gives the shape [3, 4, 4, 6] for latents [3, 4, 3, 5]"),
+    denoiser("one size only", Square, FINITE, "predict raises RuntimeError for latents [3, 4, 3, 5]"),
+    denoiser("height for width", Turned, FINITE, "predict gives the shape [3, 4, 5, 3] for latents [3, 4, 3, 5]"),
     denoiser("does not read the times", NoTime, COUNT, "the times change nothing in the prediction"),
     denoiser("does not read the prompts", NoPrompt, COUNT, "the prompts change nothing in the prediction"),
     denoiser("the first row's time for all", FirstTime, ROWS, "predict gives row 1 otherwise in a batch than alone"),
@@ -180,4 +210,7 @@ MISTAKES = [
     denoiser("no contract line", NoContract, PLUGIN, "does not say for which contract it was written"),
 ]  # fmt: skip
 
-RIGHT = [suite_of(Suite, Right, changed=lambda self: Right(2.0))]
+RIGHT = [
+    suite_of(Suite, Right, changed=lambda self: Right(2.0)),
+    suite_of(Suite, EvenSides, other_shapes=((4, 6, 10), (4, 2, 4))),
+]

@@ -85,7 +85,7 @@ class Source(Plugin, ABC):
         return False
 
     def ids(self, fragment: Fragment) -> Iterator[str | None]:
-        """The ids of a fragment's rows, in order; None for a row that will be an error.
+        """The ids of a fragment's rows, in order; None for a row that has none. One that will be an error may have one.
 
         Asked in the driver, of sources with an ``id_column``, to find ids that are there twice. Better than to read whole rows.
         """

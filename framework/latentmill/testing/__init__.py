@@ -6,6 +6,7 @@ class TestTrapezoid(SchedulerSuite):
 
 from latentmill.testing.denoiser import DenoiserSuite
 from latentmill.testing.gaussian import NOISE_SCHEDULES, GaussianField, check_moments, follow, measure_order
+from latentmill.testing.grid import GridSuite
 from latentmill.testing.scheduler import SchedulerSuite
 from latentmill.testing.sink import SinkSuite
 from latentmill.testing.source import SourceSuite
@@ -17,6 +18,7 @@ __all__ = [
     "NOISE_SCHEDULES",
     "DenoiserSuite",
     "GaussianField",
+    "GridSuite",
     "SchedulerSuite",
     "SinkSuite",
     "SourceSuite",

@@ -42,6 +42,12 @@ def with_pictures(count: int = 5, height: int = 7, width: int = 5) -> pa.Table:
     return tensors.with_tensor(rows(count, height, width), "image", drawn.to(torch.uint8))
 
 
+def with_clips(count: int = 5, frames: int = 3, height: int = 7, width: int = 5) -> pa.Table:
+    """Rows with a column ``video``, uint8 ``[T, H, W, 3]``."""
+    drawn = torch.randint(0, 256, (count, frames, height, width, 3), generator=torch.Generator().manual_seed(0))
+    return tensors.with_tensor(rows(count, height, width), "video", drawn.to(torch.uint8))
+
+
 def with_stored_latents(count: int = 5, dtype: torch.dtype = torch.float32) -> pa.Table:
     """Rows with a column ``latents`` of the space ``SPEC``, ``[4, 3, 5]``."""
     drawn = torch.randn(count, 4, 3, 5, generator=torch.Generator().manual_seed(0)).to(dtype)

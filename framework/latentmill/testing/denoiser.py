@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -21,12 +21,17 @@ class DenoiserSuite(RowsSuite):
     denoiser: ClassVar[type[Denoiser]]
     """The class; for other settings than its defaults, a subclass or ``functools.partial`` of it."""
     shape: ClassVar[tuple[int, ...]] = (4, 16, 16)
-    """Of the latents that it is tried on."""
+    """Of the latents that it is tried on; of clips ``(C, t, h, w)``."""
+    other_shapes: ClassVar[Sequence[tuple[int, ...]] | None] = None
+    """Others that it takes: sides of 3 by 5 and 5 by 3, and of clips other numbers of frames, unless it is said."""
     has_grid: ClassVar[bool] = False
     """Whether it has a grid of its own."""
 
     def conditioning(self) -> Conditioning:
-        """That of three different prompts, as its text encoder makes it; and values of its ``row_fields`` that have no default."""
+        """That of three different prompts, as its text encoder makes it; and values of its ``row_fields`` that have no default.
+
+        Not ``mask`` and ``masked`` of a denoiser that ``inpaints``: the suite makes them.
+        """
         raise NotImplementedError
 
     def test_schedule_and_prediction_are_known_before_loading(self) -> None:
@@ -46,10 +51,23 @@ class DenoiserSuite(RowsSuite):
         without_weights(self.denoiser(), "check", _spec(self.shape))
 
     def test_predictions_are_finite_and_shaped_as_the_latents(self) -> None:
-        """From noise to nearly clean."""
-        rows = self._rows()
+        """From noise to nearly clean; odd and oblong latents, too."""
+        denoiser = loaded(self.denoiser)
+        self._check_prediction(denoiser, self._rows())
+        for shape in self._other_shapes():
+            try:
+                self._check_prediction(denoiser, self._rows(shape))
+            except AssertionError:
+                raise
+            except Exception as error:
+                raise AssertionError(
+                    f"predict raises {type(error).__name__} for latents {[3, *shape]}: latents may be of any sides; or name in "
+                    f"`other_shapes` those that it takes\n{error}"
+                ) from error
+
+    def _check_prediction(self, denoiser: Denoiser, rows: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
-            predicted = predict(loaded(self.denoiser), rows)["prediction"]
+            predicted = predict(denoiser, rows)["prediction"]
         assert predicted.shape == rows["x"].shape, (
             f"predict gives the shape {list(predicted.shape)} for latents {list(rows['x'].shape)}: a prediction is shaped as the latents"
         )
@@ -91,8 +109,14 @@ class DenoiserSuite(RowsSuite):
                 f"times must descend from 1 at most to 0 at least\n{times}"
             )
 
-    def _rows(self) -> dict[str, Tensor]:
-        x = torch.randn(3, *self.shape, generator=torch.Generator().manual_seed(0))
+    def _other_shapes(self) -> Sequence[tuple[int, ...]]:
+        if self.other_shapes is not None:
+            return self.other_shapes
+        channels, *frames = self.shape[:-2]
+        return [(channels, *(count + more for count in frames), *sides) for more, sides in ((2, (3, 5)), (-1, (5, 3)))]
+
+    def _rows(self, shape: tuple[int, ...] | None = None) -> dict[str, Tensor]:
+        x = torch.randn(3, *(shape or self.shape), generator=torch.Generator().manual_seed(0))
         rows = {"x": x, "t": torch.tensor([0.9, 0.5, 0.02], dtype=torch.float64), **self.conditioning()}
         denoiser = self.denoiser()
         if denoiser.guidance_embedded:
@@ -100,6 +124,8 @@ class DenoiserSuite(RowsSuite):
         for field in denoiser.row_fields:
             if field.default is not None:
                 rows.setdefault(field.name, torch.tensor([field.default] * 3))
+        if denoiser.inpaints:
+            rows |= {"mask": (x[:, :1].roll(1, -1) > 0).float(), "masked": x.flip(-1)}
         return rows
 
     def _question(self) -> Callable[[Any], dict[str, Any]]:
@@ -128,4 +154,4 @@ def predict(denoiser: Denoiser, rows: Arguments) -> dict[str, Tensor]:
 
 
 def _spec(shape: tuple[int, ...]) -> LatentSpec:
-    return LatentSpec(shape[0], 8, 1.0, 0.0, "float32", "the suite's")
+    return LatentSpec(shape[0], 8, 1.0, 0.0, "float32", "the suite's", time_downscale=4 if len(shape) > 3 else 0)

@@ -1,4 +1,4 @@
-"""A process of its own in which suites build and run a plugin again: under another PYTHONHASHSEED, with torch.cuda poisoned.
+"""A process of its own in which suites import, build and run a plugin again: under another PYTHONHASHSEED, with torch.cuda poisoned.
 
 There is one for a whole run of the tests: it starts when it is first asked, and imports torch once. A plugin class gets
 there by its module and its name, ``functools.partial`` of one pickled; so the class stands at the top of a module, or in a class
@@ -17,12 +17,15 @@ import struct
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import IO, Any
 
 import torch
+
+from latentmill.plugin import Plugin
 
 TOUCHING = """
     _lazy_init init is_available device_count current_device set_device get_device_name get_device_properties
@@ -48,27 +51,41 @@ class Answer:
 def ask(
     make: Callable[[], Any], question: Callable[[Any], Mapping[str, Any]], work: Callable[[Any], Mapping[str, Any]]
 ) -> Answer:
-    """Build the plugin there, ask it ``question(plugin)``, poisoned, and do ``work(plugin)``, which loads it; once for all who ask alike.
+    """Import and build the plugin there, ask it ``question(plugin)``, poisoned, and do ``work(plugin)``, which loads it; once for all who ask alike.
 
     Fails if ``make`` can't be sent.
     """
-    request = _packed((make, question, work))
+    request = _packed(make, (question, work))
     if request not in _answers:
         _answers[request] = _there.answer(request)
     return _answers[request]
 
 
-def _packed(request: Any) -> bytes:
-    file = io.BytesIO()
-    pickler = _Pickler(file)
+def _packed(make: Callable[[], Any], rest: Any) -> bytes:
+    """Both are pickled apart: there the plugin's module is to be imported, poisoned, before what the suite's own test file needs."""
+    files: dict[str, str] = {}
+    pickled = []
     try:
-        pickler.dump(request)
+        for each in (make, rest):
+            file = io.BytesIO()
+            pickler = _Pickler(file)
+            pickler.dump(each)
+            files |= pickler.files
+            pickled.append(file.getvalue())
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise AssertionError(
-            f"{request[0]!r} can't be sent to another process: name a class that stands at the top of a module, "
+            f"{make!r} can't be sent to another process: name a class that stands at the top of a module, "
             f"or functools.partial of one\n{error}"
         ) from error
-    return pickle.dumps((pickler.files, sys.path, file.getvalue()))
+    return pickle.dumps((files, sys.path, _packages(make), *pickled))
+
+
+def _packages(make: Any) -> set[str]:
+    """Where a plugin's class and its parents are from that are plugins, too: whose imports it answers for."""
+    while isinstance(make, partial):
+        make = make.func
+    classes = [cls for cls in make.__mro__ if issubclass(cls, Plugin)] if isinstance(make, type) else [make]
+    return {str(each.__module__).partition(".")[0] for each in classes}
 
 
 class _Pickler(pickle.Pickler):
@@ -99,7 +116,11 @@ class _Unpickler(pickle.Unpickler):
             spec = importlib.util.spec_from_file_location(module, self.files[module])
             assert spec is not None and spec.loader is not None
             sys.modules[module] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(sys.modules[module])
+            try:
+                spec.loader.exec_module(sys.modules[module])
+            except BaseException:
+                del sys.modules[module]
+                raise
         return super().find_class(module, name)
 
 
@@ -167,10 +188,15 @@ def serve() -> None:
 def _answer(request: bytes) -> Answer:
     answer = Answer()
     try:
-        files, path, data = pickle.loads(request)
+        files, path, packages, *pickled = pickle.loads(request)
         sys.path[:] = path
-        make, question, work = _Unpickler(data, files).load()
-        with poisoned() as touched:
+        with poisoned(packages) as touched:
+            try:
+                make = _Unpickler(pickled[0], files).load()
+            finally:
+                answer.touched = next(iter(touched), "")
+        question, work = _Unpickler(pickled[1], files).load()
+        with poisoned(packages, touched):
             try:
                 plugin = make()
                 answer.asked = dict(question(plugin))
@@ -184,14 +210,18 @@ def _answer(request: bytes) -> Answer:
 
 
 @contextmanager
-def poisoned() -> Iterator[list[str]]:
-    """While this lasts, calls that touch a GPU raise, and are noted: who called what."""
-    touched: list[str] = []
+def poisoned(packages: Collection[str], touched: list[str] | None = None) -> Iterator[list[str]]:
+    """While this lasts, calls that touch a GPU raise, and are noted: who called what.
+
+    Not those of a module that is being imported, unless it is of one of ``packages``.
+    """
+    touched = [] if touched is None else touched
+    lasts = True
     there = {name: getattr(torch.cuda, name) for name in TOUCHING}
 
     def poison(name: str) -> Callable[..., Any]:
         def touch(*args: Any, **kwargs: Any) -> Any:
-            caller = _caller()
+            caller = _caller(packages) if lasts else None  # a module may have taken the function for its own
             if caller is None:
                 return there[name](*args, **kwargs)
             touched.append(f"{caller} calls torch.cuda.{name.replace('_lazy_init', 'init')}")
@@ -204,19 +234,23 @@ def poisoned() -> Iterator[list[str]]:
     try:
         yield touched
     finally:
+        lasts = False
         for name in TOUCHING:
             setattr(torch.cuda, name, there[name])
 
 
-def _caller() -> str | None:
-    """The function outside torch that called; None while a module is being imported, which is nobody's choice."""
-    frame, found = sys._getframe(2), ""
-    walked: Any = frame
+def _caller(packages: Collection[str]) -> str | None:
+    """Who outside torch called. None while a library's module is being imported, which is nobody's choice, or a file of tests."""
+    found, imported = "", ""
+    walked: Any = sys._getframe(2)
     while walked is not None:
-        if walked.f_code.co_filename.startswith("<frozen importlib"):
-            return None
-        module = str(walked.f_globals.get("__name__", ""))
-        if not found and module.split(".")[0] != "torch":
-            found = walked.f_code.co_qualname
+        module, code = str(walked.f_globals.get("__name__", "")), walked.f_code
+        if code.co_filename.startswith("<frozen importlib"):
+            own = imported.partition(".")[0] in packages and not imported.rpartition(".")[2].startswith("test_")
+            return f"the import of {imported}" if own else None
+        if module.partition(".")[0] != "torch":
+            found = found or code.co_qualname
+            if code.co_name == "<module>":
+                imported = module
         walked = walked.f_back
     return found

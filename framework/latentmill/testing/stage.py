@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from functools import partial
 from typing import Any, ClassVar
 
@@ -10,8 +11,8 @@ import pyarrow as pa
 import torch
 
 from latentmill import checks
-from latentmill.errors import ContractError
-from latentmill.plugin import Stage, StageContext, tensors
+from latentmill.errors import ContractError, NoRowError
+from latentmill.plugin import RowError, Stage, StageContext, tensors
 from latentmill.testing import batches
 from latentmill.testing.behaviour import GENERATORS, alike, seed_all
 from latentmill.testing.suite import PluginSuite, identity
@@ -70,14 +71,14 @@ class StageSuite(PluginSuite):
         """Those that it was given, less ``drops``, and ``adds``; and those that all stages need, of their types."""
         batch, stage = self.batch(), self._ready()
         tables, _ = run(stage, batch)
-        adds = [column if isinstance(column, str) else column.name for column in stage.adds]
-        drops = list(stage.drops)
+        declared = stage.declare(context_of(type(self).context))
+        adds, drops = declared.added(), list(declared.drops)
         for table in tables:
             lost = [name for name in batch.column_names if name not in table.column_names and not _among(name, drops)]
             assert not lost, f"the stage loses the column {lost[0]!r}: keep it, or name it in `drops`"
             more = [name for name in table.column_names if name not in batch.column_names and not _among(name, adds)]
             assert not more, f"the stage adds the column {more[0]!r}: name it in `adds`, so that all shards have it"
-            for column in stage.adds:
+            for column in declared.adds:
                 name = column if isinstance(column, str) else column.name
                 assert name.endswith(":") or name in table.column_names, (
                     f"the stage adds no column {name!r}, which `adds` names"
@@ -93,10 +94,10 @@ class StageSuite(PluginSuite):
     def test_arguments_are_left_as_they_were(self) -> None:
         """A batch may lie in memory that other processes read."""
         batch = self.batch()
-        given = fresh(batch)
+        given, kept = fresh(batch), fresh(batch)
         run(self._ready(), given)
         for name in batch.column_names:
-            assert given.column(name).equals(batch.column(name)), (
+            assert stream(given.select([name])).equals(stream(kept.select([name]))), (
                 f"the stage writes into the column {name!r} of its batch: other processes read the same memory; change a copy"
             )
 
@@ -162,6 +163,11 @@ class StageSuite(PluginSuite):
         return partial(work, batch=self.batch(), context=type(self).context)
 
 
+def context_of(make: Callable[[], StageContext] | None) -> StageContext:
+    """What a stage is given to say what it is in a job."""
+    return StageContext.of({}) if make is None else make()
+
+
 def asked(stage: Stage) -> dict[str, Any]:
     """What the driver asks a stage."""
     return {**identity(stage), "adds": [str(column) for column in stage.adds]}
@@ -173,9 +179,11 @@ def work(stage: Stage, batch: pa.Table, context: Callable[[], StageContext] | No
 
 
 def ready(stage: Stage, context: Callable[[], StageContext] | None) -> Stage:
-    """The stage, prepared and loaded as in a worker."""
+    """The stage, prepared and loaded as in a worker, with what another instance declares."""
     if context is not None:
-        stage.prepare(context())
+        given = context()
+        given.declaration = copy(stage).declare(given)
+        stage.prepare(given)
     stage.load(torch.device("cpu"))
     return stage
 
@@ -186,9 +194,14 @@ def run(
     """The tables that a batch becomes, and the rows that are rejected."""
     rejected: list[tuple[int, str]] = []
     seed_all(seeds)
-    with torch.no_grad():
-        found = stage(batch, lambda at, reason: rejected.append((at, reason)))
-        tables = [found] if isinstance(found, pa.Table) or not isinstance(found, Iterable) else list(found)
+    try:
+        with torch.no_grad():
+            found = stage(batch, lambda at, reason: rejected.append((at, reason)))
+            tables = [found] if isinstance(found, pa.Table) or not isinstance(found, Iterable) else list(found)
+    except (RowError, NoRowError) as error:
+        if len(batch) > 1:
+            raise
+        return [], [(0, str(error))]  # as a worker takes it, of a row alone
     return [table for table in tables if isinstance(table, pa.Table)] if strict else tables, rejected
 
 
@@ -213,10 +226,15 @@ def outcome(stage: Stage, batch: pa.Table, seeds: Sequence[int] = (0, 0, 0)) -> 
 
 def fresh(batch: pa.Table) -> pa.Table:
     """The batch in memory of its own, as it is when it has travelled."""
+    return pa.ipc.open_stream(stream(batch).to_pybytes()).read_all().combine_chunks()
+
+
+def stream(batch: pa.Table) -> pa.Buffer:
+    """The batch as an Arrow stream: equal bytes for equal batches, NaN included."""
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema) as stream:
-        stream.write_table(batch)
-    return pa.ipc.open_stream(sink.getvalue().to_pybytes()).read_all().combine_chunks()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_table(batch)
+    return sink.getvalue()
 
 
 def _as_tensor(value: Any) -> Any:

@@ -61,7 +61,7 @@ class PluginSuite:
             )
 
     def test_building_and_asking_touch_no_gpu(self) -> None:
-        """The driver builds plugins and asks them what they are, on a machine that may have no GPU."""
+        """The driver imports and builds plugins, and asks them what they are, on a machine that may have no GPU."""
         touched = self._there().touched
         assert not touched, (
             f"{touched} before load(device): the driver builds plugins and asks them where there may be no GPU; "

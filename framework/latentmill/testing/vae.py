@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from latentmill.plugin import VAE, RowError
+from latentmill.plugin import VAE, LatentSpec, RowError
 from latentmill.testing.behaviour import Arguments, Call, loaded
 from latentmill.testing.suite import RowsSuite, identity
 
 
 class VAESuite(RowsSuite):
-    """What every VAE must hold. Runs on the CPU."""
+    """What every VAE must hold, of pictures or of clips. Runs on the CPU."""
 
     kind = "vae"
     vae: ClassVar[type[VAE]]
@@ -24,6 +24,10 @@ class VAESuite(RowsSuite):
     """Height and width of the pictures it is tried on, in pixels."""
     odd_sizes: ClassVar[Sequence[tuple[int, int]] | None] = None
     """Other heights and widths: 3 by 5 and 5 by 3 latents, unless it is said."""
+    frames: ClassVar[int | None] = None
+    """Of the clips that a VAE of clips is tried on: those of three latent frames, unless it is said."""
+    other_frames: ClassVar[Sequence[int] | None] = None
+    """Other numbers of frames: one, and those of two latent frames, unless it is said."""
     min_psnr: ClassVar[float] = 20.0
     """What a smooth picture must come back with, in dB."""
 
@@ -41,21 +45,23 @@ class VAESuite(RowsSuite):
         assert spec.fingerprint, "the spec has no fingerprint: without one, latents of other weights can't be refused"
 
     def test_shapes_are_what_the_spec_says(self) -> None:
-        """``encode`` gives what ``spec.shape`` says, ``decode`` the picture's shape, both finite; odd sizes and one picture, too."""
+        """``encode`` gives what ``spec.shape`` says, ``decode`` the picture's shape, both finite; odd sizes, and clips of one frame, too."""
         vae = loaded(self.vae)
         spec = vae.spec
-        odd = self.odd_sizes
-        if odd is None:
-            odd = [(3 * spec.downscale, 5 * spec.downscale), (5 * spec.downscale, 3 * spec.downscale)]
-        for height, width in (self.size, *odd):
-            pictures = _pictures(height, width)
+        for height, width, *frames in self._sizes():
+            pictures = _pictures(height, width, *frames)
             with torch.no_grad():
                 latents = vae.encode(pictures.clone())
                 decoded = vae.decode(latents.clone())
-            wanted = (len(pictures), *spec.shape(height, width))
+            wanted = (len(pictures), *spec.shape(height, width, *frames))
             found = tuple(latents.shape)
-            about = f"{width}x{height} pixels"
-            if found != wanted and len(found) == len(wanted) and found[:2] == wanted[:2]:
+            about = "".join(f"{count} frame{'s' * (count > 1)} of " for count in frames) + f"{width}x{height} pixels"
+            if frames and len(found) == len(wanted) and (*found[:2], *found[3:]) == (*wanted[:2], *wanted[3:]):
+                assert found == wanted, (
+                    f"encode gives latents of {found[2]} frames for {about}, and the spec's time_downscale of {spec.time_downscale} "
+                    f"says {wanted[2]}: `time_downscale` must be what encode does"
+                )
+            if found != wanted and len(found) == len(wanted) and found[:-2] == wanted[:-2]:
                 raise AssertionError(
                     f"encode gives latents of {found[-1]}x{found[-2]} for {about}, and the spec's downscale of {spec.downscale} "
                     f"says {wanted[-1]}x{wanted[-2]}: `downscale` must be what encode does"
@@ -71,15 +77,17 @@ class VAESuite(RowsSuite):
                 assert bool(result.isfinite().all()), (
                     f"{method} gives numbers that are not finite; pictures may reach -1 and 1"
                 )
-        try:
-            spec.shape(self.size[0] * spec.downscale + 1, self.size[1])
-        except RowError:
-            return
-        assert spec.downscale == 1, "spec.shape takes a size that is no multiple of downscale: it must raise RowError"
+        height, width, *frames = self._sizes()[0]
+        assert spec.downscale == 1 or _refuses(spec, height * spec.downscale + 1, width, *frames), (
+            "spec.shape takes a size that is no multiple of downscale: it must raise RowError"
+        )
+        assert spec.time_downscale < 2 or _refuses(spec, height, width, frames[0] + 1), (
+            "spec.shape takes a number of frames that is not one more than a multiple of time_downscale: it must raise RowError"
+        )
 
     def test_pictures_come_back(self) -> None:
-        """Encoded and decoded, a smooth picture is about itself."""
-        vae, pictures = loaded(self.vae), _smooth(*self.size)
+        """Encoded and decoded, a smooth picture or clip is about itself."""
+        vae, pictures = loaded(self.vae), _smooth(*self._sizes()[0])
         with torch.no_grad():
             latents = vae.encode(pictures.clone())
             psnr = _psnr(vae, latents, pictures)
@@ -101,14 +109,15 @@ class VAESuite(RowsSuite):
                         f"encode or decode leaves out the spec's {what}, and the other does not: encode gives (z - shift) * scale, "
                         f"and decode undoes it\n{psnr:.1f} dB after encode and decode"
                     )
+        what = "clips" if vae.spec.time_downscale else "pictures"
         raise AssertionError(
-            f"pictures do not come back: {psnr:.1f} dB after encode and decode, and min_psnr says {self.min_psnr}; is a scale or "
+            f"{what} do not come back: {psnr:.1f} dB after encode and decode, and min_psnr says {self.min_psnr}; is a scale or "
             "shift on one side only, or the range another than -1 to 1?"
         )
 
     def test_the_posterior_s_mean_is_what_encode_gives(self) -> None:
         """And its standard deviation is of the same shape, finite and not negative."""
-        vae, pictures = loaded(self.vae), _pictures(*self.size)
+        vae, pictures = loaded(self.vae), _pictures(*self._sizes()[0])
         with torch.no_grad():
             latents = vae.encode(pictures.clone())
             mean, std = vae.posterior(pictures.clone())
@@ -121,11 +130,24 @@ class VAESuite(RowsSuite):
         if not torch.allclose(mean, latents, rtol=1e-3, atol=1e-4, equal_nan=True) and not self._explained():
             raise AssertionError("posterior gives another mean than encode: both are scaled, (z - shift) * scale")
 
+    def _sizes(self) -> list[tuple[int, ...]]:
+        """Height and width, and of clips the frames, that it is tried on; the first is that of most checks."""
+        spec = self.vae().spec
+        down, time = spec.downscale, spec.time_downscale
+        odd = self.odd_sizes
+        if odd is None:
+            odd = [(3 * down, 5 * down), (5 * down, 3 * down)]
+        if not time:
+            return [self.size, *odd]
+        frames = 1 + 2 * time if self.frames is None else self.frames
+        others = (1, 1 + time) if self.other_frames is None else self.other_frames
+        return [(*self.size, frames), *((*self.size, other) for other in others), *((*size, frames) for size in odd)]
+
     def _question(self) -> Callable[[Any], dict[str, Any]]:
         return asked
 
     def _calls(self) -> list[Call]:
-        pictures = _pictures(*self.size)
+        pictures = _pictures(*self._sizes()[0])
         latents = Call("encode", encode, {"images": pictures}).of(loaded(self.vae))["latents"]
         return [
             Call("encode", encode, {"images": pictures}),
@@ -155,17 +177,28 @@ def decode(vae: VAE, rows: Arguments) -> dict[str, Tensor]:
     return {"pictures": vae.decode(rows["latents"])}
 
 
+def _refuses(spec: LatentSpec, *size: int) -> bool:
+    try:
+        spec.shape(*size)
+    except RowError:
+        return True
+    return False
+
+
 def _psnr(vae: VAE, latents: Tensor, pictures: Tensor) -> float:
     error = float((vae.decode(latents.clone()).clamp(-1, 1) - pictures).square().mean())
     return 10 * math.log10(4 / max(error, 1e-12))
 
 
-def _smooth(height: int, width: int) -> Tensor:
+def _smooth(height: int, width: int, frames: int | None = None) -> Tensor:
+    """Three pictures ``[3, 3, H, W]``, or clips ``[3, 3, T, H, W]`` that fade into their negatives."""
     y, x = torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)[None, :]
-    return torch.stack([torch.stack([x + 0 * y, 0 * x + y, x * y]) * gain for gain in (0.8, -0.6, 0.3)]).contiguous()
+    found = torch.stack([torch.stack([x + 0 * y, 0 * x + y, x * y]) * gain for gain in (0.8, -0.6, 0.3)]).contiguous()
+    return found if frames is None else found[:, :, None] * torch.linspace(1, -1, frames)[:, None, None]
 
 
-def _pictures(height: int, width: int) -> Tensor:
-    """A smooth picture, black and white squares, and all white."""
+def _pictures(height: int, width: int, frames: int | None = None) -> Tensor:
+    """A smooth picture or clip, black and white squares, and all white."""
     squares = (torch.arange(height)[:, None] + torch.arange(width)[None, :]) // 2 % 2 * 2.0 - 1
-    return torch.stack([_smooth(height, width)[0], squares.expand(3, -1, -1), torch.ones(3, height, width)])
+    smooth = _smooth(height, width, frames)[0]
+    return torch.stack([smooth, squares.expand_as(smooth), torch.ones_like(smooth)])

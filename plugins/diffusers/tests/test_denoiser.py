@@ -55,9 +55,8 @@ class TestSuite(DenoiserSuite):
         config = DiffusersDenoiser(folder)
         channels = 4 if config.inpaints else config.config["in_channels"] // config.family.packed**2
         type(self).shape, type(self).told = (channels, 8, 16), dict(encoded(name))
-        if config.inpaints:
-            picture = torch.randn(3, channels + 1, 8, 16, generator=torch.Generator().manual_seed(1))
-            type(self).told |= {"mask": (picture[:, :1] > 0).float(), "masked": picture[:, 1:]}
+        side = config.multiple
+        type(self).other_shapes = [(channels, 3 * side, 5 * side), (channels, 5 * side, 3 * side)]
         with torch.inference_mode():
             yield
 
