@@ -50,7 +50,7 @@ def shape_key(batch: pa.Table) -> str:
 
 def concat(batches: Sequence[pa.Table]) -> pa.Table:
     """One batch out of several of one key, each column one chunk, in the order of their row numbers."""
-    batch = batches[0] if len(batches) == 1 else pa.concat_tables(batches).combine_chunks()
+    batch = batches[0] if len(batches) == 1 else tensors.concat(batches)
     numbers = batch.column("row").to_pylist()
     if any(a > b for a, b in zip(numbers, numbers[1:])):
         batch = batch.take(sorted(range(len(numbers)), key=numbers.__getitem__))

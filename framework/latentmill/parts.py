@@ -98,7 +98,8 @@ def parts(job: Job) -> Parts:
             setattr(built, kind, plugin_of(job, kind))
         return getattr(built, kind)
 
-    built.flow = declarations(built.stages, build, job.sampling, job.latents_std)
+    choices = {kind: getattr(job, kind) for kind in KINDS if getattr(job, kind) is not None}
+    built.flow = declarations(built.stages, build, job.sampling, job.latents_std, choices)
     for wrong in _wrong_flow(job, built):
         raise PlanError(f"{job.name}: {wrong}")
     for stage in built.flow:
@@ -130,7 +131,11 @@ def parts(job: Job) -> Parts:
 
 
 def declarations(
-    stages: Mapping[str, Stage], build: Callable[[str], Any], sampling: Mapping[str, Any], latents_std: bool = False
+    stages: Mapping[str, Stage],
+    build: Callable[[str], Any],
+    sampling: Mapping[str, Any],
+    latents_std: bool = False,
+    choices: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[Declaration, ...]:
     """What each stage, by its name in the job, says that it is in this flow: asked from the last to the first, and once more from the first to the last.
 
@@ -146,6 +151,7 @@ def declarations(
             after=found[at + 1 :],
             sampling=dict(sampling),
             latents_std=latents_std,
+            choices=choices or {},
             build=build,
         )
         with registry.asking(stage):

@@ -394,6 +394,6 @@ def _stage_to_json(stage: Declaration) -> dict[str, Any]:
 
 def _stage_from_json(found: Mapping[str, Any]) -> Declaration:
     own = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(found["columns"]))) if "columns" in found else pa.schema([])
-    lists = {key: tuple(found[key]) for key in ("needs", "takes", "drops")}
+    lists = {key: tuple(found.get(key, ())) for key in ("needs", "takes", "drops", "ignores")}
     adds = tuple(own.field(name) if name in own.names else name for name in found["adds"])
     return Declaration(found["name"], **lists, adds=adds, position=found["position"], continuous=found["continuous"])

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from latentmill import registry, values
+from latentmill import registry, storage, values
 from latentmill.config.messages import near_key
 from latentmill.config.schema import (
     CLUSTERS,
@@ -28,11 +28,10 @@ from latentmill.config.schema import (
     StageSettings,
     plugin_fields,
 )
-from latentmill.errors import JobError, PluginError, RowError
+from latentmill.errors import AddressError, JobError, PluginError, RowError
 from latentmill.fields import IN_JOB, parse
 from latentmill.plugin import Stage
 from latentmill.schedulers import grids
-from latentmill.storage import place
 from latentmill.text import near
 
 
@@ -66,7 +65,8 @@ def checked(name: str, config: DictConfig, text: str) -> Job:
         **{
             **settled,
             "flow": flow,
-            "output": place(settled["output"] or ""),
+            "output": storage.place(settled["output"] or ""),
+            "prompt_cache": storage.place(settled["prompt_cache"]) if settled["prompt_cache"] else None,
             "sampling": {**{key: of.default for key, of in IN_JOB.items()}, **settled["sampling"]},
             "stages": {key: StageSettings(**stage) for key, stage in settled["stages"].items()},
             "cluster": Cluster(**settled["cluster"]),
@@ -133,11 +133,17 @@ def _wrong(job: Job) -> Iterator[str]:
         yield f"{size} are {pixels} pixels, more than sampling.max_pixels={sampling['max_pixels']} allows"
     if (width is None) != (height is None):
         yield "sampling.width and sampling.height must be given together, or neither"
-    for key, text in [("output", job.output), *((f"sampling.{k}", v) for k, v in sampling.items())]:
+    for key, text in [
+        ("output", job.output),
+        ("prompt_cache", job.prompt_cache),
+        *((f"sampling.{k}", v) for k, v in sampling.items()),
+    ]:
         if isinstance(text, str) and not text.isascii() and _not_utf8(text):
             yield f"{key} must be UTF-8, not {text!r}"
     if not job.output or "\0" in job.output or Path(job.output).is_file():
         yield f"output must name a folder or a URL, not {job.output!r}"
+    if job.prompt_cache is not None:
+        yield from _wrong_place(job.prompt_cache)
     if job.on_error not in ON_ERROR:
         yield f"on_error must be {' or '.join(ON_ERROR)}, not {job.on_error!r}"
     if not 0.0 <= job.max_error_rate <= 1.0:
@@ -189,6 +195,15 @@ def _wrong(job: Job) -> Iterator[str]:
             grids.choose(grid)
         except ValueError as error:
             yield f"scheduler.grid: {error}"
+
+
+def _wrong_place(folder: str) -> Iterator[str]:
+    if "\0" in folder or Path(folder).is_file():
+        yield f"prompt_cache must name a folder or a URL, not {folder!r}"
+    try:
+        storage.at(folder)
+    except AddressError as error:
+        yield f"prompt_cache: {str(error).replace('a dataset', 'prompts')}"
 
 
 def _not_utf8(text: str) -> bool:

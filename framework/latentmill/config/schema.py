@@ -108,6 +108,7 @@ class Schema:
     max_error_rate: float = MISSING
     flow: list[Any] = MISSING
     latents_std: bool = False
+    prompt_cache: str | None = None
     source: dict[str, Any] = MISSING
     sink: dict[str, Any] = MISSING
     model: dict[str, Any] = field(default_factory=dict)
@@ -137,6 +138,8 @@ class Job:
     max_error_rate: float
     flow: tuple[str, ...]
     latents_std: bool
+    prompt_cache: str | None
+    """A folder or a URL where encoded prompts are kept from run to run."""
     source: dict[str, Any]
     sink: dict[str, Any]
     model: dict[str, Any]

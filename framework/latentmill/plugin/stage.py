@@ -17,7 +17,7 @@ time, trajectory         float64, string                       beside half-way l
 state:NAME               tensor                                with them: what the scheduler remembers
 source_image             tensor uint8 [H, W, 3]                encode to decode, where a job has no denoise
 psnr                     float64, dB                           decode to the dataset, where there is a source_image
-prompt:NAME              tensor, a conditioning                encode to denoise
+prompt:NAME              tensor, a conditioning                encode to denoise; see shares_tensors
 negative:NAME            tensor, the same of the negative      encode to denoise
 =======================  ====================================  ==================================================
 """
@@ -60,6 +60,7 @@ class Declaration:
     drops: tuple[str, ...] = ()
     position: Literal["first", "between", "last"] = "between"
     continuous: bool = False
+    ignores: tuple[str, ...] = ()
 
     def added(self) -> list[str]:
         """The names of the columns that it adds."""
@@ -93,6 +94,8 @@ class StageContext:
     """Raises if a fragment of the source is not what was planned."""
     open_output: Callable[[], Any] | None = None
     """The storage of the job's output."""
+    open_prompt_cache: Callable[[], Any] | None = None
+    """The storage of the job's prompt cache; None: the job has none."""
 
     def plugin(self, kind: str) -> Any:
         """The job's plugin of a kind that the stage says it needs, built and not yet loaded. Built when first asked for."""
@@ -109,6 +112,12 @@ class StageContext:
     def needed_later(self, kind: str) -> bool:
         """Whether a later stage needs a plugin of this kind: a denoiser, say."""
         return any(kind in stage.needs for stage in self.after)
+
+    def is_read(self, column: str) -> bool:
+        """Whether a column that is made for denoisers, by its name in the table above, is made for any: a later stage takes it, or
+        none says that it ignores it.
+        """
+        return any(column in stage.takes for stage in self.after) or not any(column in s.ignores for s in self.after)
 
     @classmethod
     def of(cls, plugins: Mapping[str, Any], adds: Sequence[str] = (), **more: Any) -> StageContext:
@@ -136,6 +145,11 @@ class Stage(Plugin, ABC):
     fields. A shard in which all rows failed has the columns that its stages declare."""
     drops: Sequence[str] = ()
     """Columns that are not in its results."""
+    ignores: Sequence[str] = ()
+    """Columns of the table above that it doesn't read, though others of its kind do: no stage before it makes them for its sake."""
+    shares_tensors: ClassVar[bool] = False
+    """Whether it takes columns of tensors that rows share as they are (``latentmill.plugin.tensors.shared``). If not, each row of
+    its batches has its own."""
     resources: Mapping[str, Any] = {}
     """What of ``stages.NAME`` a job need not say: ``batch_size``, ``replicas``, ``num_cpus``, ``num_gpus`` and the like."""
     position: ClassVar[Literal["first", "between", "last"]] = "between"
@@ -153,6 +167,7 @@ class Stage(Plugin, ABC):
             takes=tuple(self.takes),
             adds=tuple(self.adds),
             drops=tuple(self.drops),
+            ignores=tuple(self.ignores),
             position=self.position,
             continuous=self.continuous,
         )

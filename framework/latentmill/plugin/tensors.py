@@ -1,20 +1,28 @@
 """Tensors as Arrow columns: ``arrow.fixed_shape_tensor``, without a copy on the way in and on the way out.
 
 Arrow has no bfloat16: it rides as uint16 and the field's metadata keeps the logical dtype.
+
+Rows may share a tensor, as rows of one prompt do its conditioning: the column is then a dictionary, values and an index a row. A
+stage sees such a column only if it says ``shares_tensors``.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 if TYPE_CHECKING:  # who reads only what is stored takes no torch
+    import torch
     from torch import Tensor
 
 DTYPE_KEY = b"latentmill.dtype"
 PLAIN_KEY = b"latentmill.plain"
 """Of a tensor of one axis: a number a row, which Arrow keeps as a tensor of shape ``[1]``."""
+SHAPE_KEY = b"latentmill.shape"
+"""Of tensors that rows share: the shape of one, as JSON. Arrow's own tensors in a dictionary can't be written to a stream."""
 
 
 def to_arrow(tensor: Tensor) -> pa.FixedShapeTensorArray:
@@ -52,15 +60,48 @@ def with_tensor(table: pa.Table, name: str, tensor: Tensor) -> pa.Table:
     return table.append_column(field, column) if at < 0 else table.set_column(at, field, column)
 
 
+def with_shared(table: pa.Table, name: str, values: Tensor, index: Sequence[int]) -> pa.Table:
+    """The table with a column ``name``, new or replaced, of which row ``i`` is ``values[index[i]]``: each value is kept once."""
+    about = field_of(name, values)
+    column = pa.DictionaryArray.from_arrays(pa.array(index, pa.int32()), to_arrow(values).storage)
+    metadata = {**about.metadata, SHAPE_KEY: json.dumps(list(about.type.shape)).encode()}
+    field = pa.field(name, column.type, nullable=False, metadata=metadata)
+    at = table.schema.get_field_index(name)
+    return table.append_column(field, column) if at < 0 else table.set_column(at, field, column)
+
+
 def from_arrow(table: pa.Table, name: str) -> Tensor:
     """Column ``name`` as a tensor ``[B, ...]``: read-only memory shared with the table if it is one chunk; clone to write."""
-    import torch
-
-    field = table.schema.field(name)
+    if is_shared(table.schema.field(name)):
+        values, index = shared(table, name)
+        return values[index]
     column = table.column(name)
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):
         array = array.chunk(0)
+    return _tensor(array, table.schema.field(name))
+
+
+def shared(table: pa.Table, name: str) -> tuple[Tensor, list[int]]:
+    """The values ``[U, ...]`` of a column whose rows share them, and which of them each row has."""
+    field = table.schema.field(name)
+    array = _joined(table.column(name).chunks, field.type)
+    kind = pa.fixed_shape_tensor(array.type.value_type.value_type, json.loads(field.metadata[SHAPE_KEY]))
+    return _tensor(pa.ExtensionArray.from_storage(kind, array.dictionary), field), array.indices.to_pylist()
+
+
+def by_row(table: pa.Table, name: str, device: torch.device) -> Sequence[Tensor]:
+    """Column ``name`` as a tensor for each row, on ``device``: rows that share one there share one here."""
+    if not is_shared(table.schema.field(name)):
+        return from_arrow(table, name).to(device).unbind()
+    values, index = shared(table, name)
+    each = values.to(device).unbind()
+    return [each[k] for k in index]
+
+
+def _tensor(array: Any, field: pa.Field) -> Tensor:
+    import torch
+
     logical = (field.metadata or {}).get(DTYPE_KEY)
     tensor = torch.utils.dlpack.from_dlpack(array)
     if logical == b"bfloat16":
@@ -72,7 +113,64 @@ def from_arrow(table: pa.Table, name: str) -> Tensor:
 
 def is_tensor(field: pa.Field) -> bool:
     """Whether the column holds tensors."""
-    return isinstance(field.type, pa.FixedShapeTensorType)
+    return isinstance(field.type, pa.FixedShapeTensorType) or is_shared(field)
+
+
+def is_shared(field: pa.Field) -> bool:
+    """Whether the column holds tensors that rows share."""
+    return pa.types.is_dictionary(field.type) and SHAPE_KEY in (field.metadata or {})
+
+
+def expanded(table: pa.Table) -> pa.Table:
+    """The table with a tensor of its own for each row."""
+    for field in table.schema:
+        if is_shared(field):
+            table = with_tensor(table, field.name, from_arrow(table, field.name))
+    return table
+
+
+def compact(table: pa.Table) -> pa.Table:
+    """The table without shared values that no row of it has: a part of another table has them all."""
+    for at, field in enumerate(table.schema):
+        if is_shared(field):
+            table = table.set_column(at, field, _joined(table.column(at).chunks, field.type))
+    return table
+
+
+def concat(tables: Sequence[pa.Table]) -> pa.Table:
+    """One table of several of one schema, each column one chunk. Arrow can't put dictionaries of tensors together."""
+    schema = tables[0].schema
+    names = [field.name for field in schema if is_shared(field)]
+    plain = pa.concat_tables([table.drop_columns(names) for table in tables]).combine_chunks()
+    columns = [
+        _joined([chunk for table in tables for chunk in table.column(name).chunks], schema.field(name).type)
+        if name in names
+        else plain.column(name)
+        for name in schema.names
+    ]
+    return pa.table(columns, schema=schema)
+
+
+def _joined(chunks: Sequence[pa.DictionaryArray], kind: pa.DictionaryType) -> pa.DictionaryArray:
+    """One array of several, with those values alone that are used; itself, if it is so."""
+    dictionaries: dict[tuple[int, ...], pa.Array] = {}
+    """By where they lie: parts of one table have one."""
+    rows: list[tuple[tuple[int, ...], int]] = []
+    for chunk in chunks:
+        dictionary = chunk.dictionary
+        where = dictionary.buffers()[-1].address, dictionary.offset, len(dictionary)
+        dictionaries[where] = dictionary
+        rows += [(where, k) for k in chunk.indices.to_pylist()]
+    used = {*rows}
+    if len(chunks) == 1 and len(used) == len(chunks[0].dictionary):
+        return chunks[0]
+    places, values = dict[tuple[tuple[int, ...], int], int](), [pa.array([], kind.value_type)]
+    for lies, dictionary in dictionaries.items():
+        those = sorted(k for at, k in used if at == lies)
+        places |= {(lies, k): len(places) + n for n, k in enumerate(those)}
+        values.append(dictionary if len(those) == len(dictionary) else dictionary.take(pa.array(those, pa.int32())))
+    index = pa.array([places[row] for row in rows], pa.int32())
+    return pa.DictionaryArray.from_arrays(index, pa.concat_arrays(values) if len(values) != 2 else values[1])
 
 
 def spread(tensor: Tensor, slots: Tensor, size: int) -> Tensor:

@@ -70,9 +70,14 @@ class Denoise(ContinuousStage):
     takes = ("latents", PROMPT_PREFIX)
     adds = ("latents",)
     drops = ("latents", *PASSING)
+    shares_tensors = True
 
     def declare(self, context: StageContext) -> Declaration:
         found = super().declare(context)
+        if "denoiser" in context.choices:
+            denoiser: Denoiser = context.plugin("denoiser")
+            unread = [NEGATIVE_PREFIX] * denoiser.guidance_embedded + ["masked"] * (not denoiser.inpaints)
+            found = replace(found, ignores=tuple(unread))
         return replace(found, adds=("latents", *HALFWAY.names)) if context.sampling["until"] else found
 
     def prepare(self, context: StageContext) -> None:
@@ -105,7 +110,7 @@ class Denoise(ContinuousStage):
         x = tensors.from_arrow(batch, "latents").to(self.device)
         prompt, negative, states = (
             {
-                name.removeprefix(prefix): tensors.from_arrow(batch, name).to(self.device)
+                name.removeprefix(prefix): tensors.by_row(batch, name, self.device)
                 for name in batch.column_names
                 if name.startswith(prefix) and not (prefix == NEGATIVE_PREFIX and self.denoiser.guidance_embedded)
             }

@@ -7,9 +7,8 @@ stand in either order. Their rows are the same, bit by bit in a deterministic jo
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from latentmill import checks, syntax, weights
+from latentmill import checks, weights
 from latentmill.batch import (
     NEGATIVE_PREFIX,
     PROMPT_PREFIX,
@@ -30,17 +29,15 @@ from latentmill.batch import (
 from latentmill.errors import NoRowError
 from latentmill.plugin import (
     VAE,
-    Conditioning,
     Declaration,
-    FixedShape,
     LatentSpec,
     Reject,
     RowError,
     Stage,
     StageContext,
-    TextEncoder,
     tensors,
 )
+from latentmill.stages.prompts import PromptEncoding, not_finite
 
 RESOURCES: Mapping[str, Any] = {"batch_size": 32, "num_cpus": 0.25}
 
@@ -55,6 +52,7 @@ class Encode(Stage):
     """
 
     contract = 2
+    shares_tensors = True
     text, images = True, True
     """Which of the two it encodes."""
     drops: Sequence[str] = ("image", "video")
@@ -65,26 +63,26 @@ class Encode(Stage):
         needs, adds = list[str](), list[str]()
         if self.images:
             needs.append("vae")
-            adds += ["latents_std"] * context.latents_std + ["latents"] + ["mask", "masked", "from_noise"] * denoises
+            adds += ["latents_std"] * context.latents_std + ["latents"] + ["mask", "from_noise"] * denoises
+            adds += ["masked"] * (denoises and context.is_read("masked"))
             if not denoises and any("source_image" in stage.drops for stage in context.after):
                 adds.append("source_image")
         if self.text and (denoises or not self.images):
             needs.append("text_encoder")
-            adds += [PROMPT_PREFIX, NEGATIVE_PREFIX]
+            adds += [PROMPT_PREFIX] + [NEGATIVE_PREFIX] * context.is_read(NEGATIVE_PREFIX)
         return replace(super().declare(context), needs=tuple(needs), adds=tuple(adds))
 
     def prepare(self, context: StageContext) -> None:
         needs, self.fixed = context.declaration.needs, context.fixed
         self.pictures = PictureEncoding(context) if "vae" in needs else None
-        self.prompts = PromptEncoding(context.plugin("text_encoder"), self.fixed) if "text_encoder" in needs else None
+        self.prompts = PromptEncoding(context) if "text_encoder" in needs else None
         self.denoises = context.needed_later("denoiser")
 
     def load(self, device: torch.device) -> None:
         if self.pictures is not None:
             self.pictures.device = device
         if self.prompts is not None:
-            with weights.reading("text_encoder"):
-                checks.load(self.prompts.encoder, device)
+            self.prompts.load(device)
 
     @torch.inference_mode()
     def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
@@ -92,11 +90,10 @@ class Encode(Stage):
         warnings: list[Sequence[str]] = [()] * len(batch)
         own = self.prompts.fields if self.prompts is not None else []
         columns = ["prompt", "negative_prompt", "scheduler", "width", "height", *own]
-        unread: dict[str | None, list[str]] = {None: []}
         for i, row in enumerate(batch.select(columns).to_pylist()):
             try:
                 if self.prompts is not None:
-                    warnings[i] = self.prompts.check(row, unread)
+                    warnings[i] = self.prompts.check(row)
                 shape = self.pictures.shape(row, batch) if self.pictures is not None else ()
                 groups[shape, row["scheduler"] if self.denoises else "", tuple(row[name] for name in own)].append(i)
             except RowError as error:
@@ -149,6 +146,7 @@ class PictureEncoding:
         self.vae: VAE = context.plugin("vae")
         self.fixed, self.adds = context.fixed, context.declaration.added()
         self.marks = context.needed_later("denoiser")
+        self.masked = not context.after or (self.marks and context.is_read("masked"))
         self.device = torch.device("cpu")
         self.loaded = False
 
@@ -219,89 +217,14 @@ class PictureEncoding:
         return images.movedim(-1, 1).to(torch.float32) / 127.5 - 1.0
 
     def _with_mask(self, part: pa.Table, shape: tuple[int, ...], slots: Tensor, size: int) -> pa.Table:
-        """The mask in the size of the latents, and ``masked``: what a network that was trained for inpainting is given."""
+        """The mask in the size of the latents, and, for a network that was trained for inpainting, ``masked``."""
         mask = tensors.from_arrow(part, "mask")[:, None]
+        smaller = tensors.with_tensor(part, "mask", interpolate(mask, shape, mode="nearest"))
+        if not self.masked:
+            return smaller
         kept = tensors.spread(1 - mask, slots, size).to(self.device)
         masked = self._encoded(self._images(part, slots, size) * kept)[slots].to(stored_dtype(self.vae.spec))
-        part = tensors.with_tensor(part, "mask", interpolate(mask, shape, mode="nearest"))
-        return tensors.with_tensor(part, "masked", masked)
-
-
-class PromptEncoding:
-    """Prompts to conditioning, by a text encoder."""
-
-    def __init__(self, encoder: TextEncoder, fixed: FixedShape | None) -> None:
-        self.encoder, self.fixed = encoder, fixed
-        self.fields = [field.name for field in encoder.row_fields]
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        """Of the conditioning, by name, as the text encoder's first call made it."""
-
-    def check(self, row: Mapping[str, Any], unread: dict[str | None, list[str]]) -> list[str]:
-        """What of a row's prompts the encoder will not read. Raises RowError for one that can't be encoded.
-
-        ``unread`` holds the answers of texts that were asked for before: samples of one prompt stand side by side.
-        """
-        with checks.inside(self.encoder):
-            self.encoder.check(row["prompt"])
-            if row["negative_prompt"] is not None:
-                self.encoder.check(row["negative_prompt"])
-            for name in ("prompt", "negative_prompt"):
-                if row[name] not in unread:
-                    unread[row[name]] = of_prompt(self.encoder, row[name])
-        negative = [f"negative_prompt: {text}" for text in unread[row["negative_prompt"]]]
-        return [*unread[row["prompt"]], *negative]
-
-    def encode(self, part: pa.Table, slots: Tensor, size: int) -> pa.Table:
-        """The rows with ``prompt:*`` and ``negative:*``."""
-        encoder = self.encoder
-        own = {name: part.column(name)[0].as_py() for name in self.fields}  # one for all: rows are grouped by them
-
-        def checked(method: str, texts: Sequence[str]) -> Conditioning:
-            with checks.inside(encoder):
-                found = getattr(encoder, method)(texts, **own)
-            return checks.conditioning(encoder, method, found, len(texts), self.shapes)
-
-        for prefix, column, encode in (
-            (PROMPT_PREFIX, "prompt", partial(checked, "encode")),
-            (NEGATIVE_PREFIX, "negative_prompt", partial(checked, "encode_negative")),
-        ):
-            texts = part.column(column).to_pylist()
-            for name, tensor in self._conditioning(encode, texts, slots, size).items():
-                part = tensors.with_tensor(part, prefix + name, tensor)
-        return part
-
-    def _conditioning(
-        self, encode: Callable[[Sequence[Any]], Conditioning], prompts: Sequence[str | None], slots: Tensor, size: int
-    ) -> Conditioning:
-        if self.fixed is not None:
-            padded: list[str | None] = [""] * size
-            for slot, prompt in zip(slots.tolist(), prompts):
-                padded[slot] = prompt
-            return {name: tensor[slots] for name, tensor in encode(padded).items()}
-        # Samples of one prompt stand side by side and negative prompts are mostly empty: encode each text once.
-        unique = list(dict.fromkeys(prompts))
-        index = {prompt: i for i, prompt in enumerate(unique)}
-        order = torch.tensor([index[prompt] for prompt in prompts])
-        return {name: tensor.cpu()[order] for name, tensor in encode(unique).items()}
-
-
-def of_prompt(encoder: TextEncoder, prompt: str) -> list[str]:
-    """What of a prompt the encoder will not read as it is meant."""
-    return [*syntax.told(prompt, encoder.reads), *filter(None, [encoder.warn(prompt)])]
-
-
-def not_finite(part: pa.Table) -> dict[int, str]:
-    """Rows whose conditioning has NaN or infinity in it, with the reason: no picture that is made of it would be right."""
-    wrong: dict[int, str] = {}
-    for prefix, prompt in ((PROMPT_PREFIX, "prompt"), (NEGATIVE_PREFIX, "negative prompt")):
-        for column in part.column_names:
-            if column.startswith(prefix):
-                fine = tensors.from_arrow(part, column).reshape(len(part), -1).isfinite().all(1)
-                for k in (~fine).nonzero()[:, 0].tolist():
-                    wrong.setdefault(
-                        k, f"the text encoder's {column.removeprefix(prefix)} of the {prompt} are not finite"
-                    )
-    return wrong
+        return tensors.with_tensor(smaller, "masked", masked)
 
 
 def stored_dtype(spec: LatentSpec) -> torch.dtype:

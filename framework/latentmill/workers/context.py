@@ -46,6 +46,7 @@ def make_stage(job: Job, plan: Plan, name: str) -> Stage:
             scheduler_of=_Schedulers(job.scheduler["name"] if job.scheduler else "", build),
             require_fragment=_Fragments(job, plan, build),
             open_output=partial(_output, job, plan),
+            open_prompt_cache=partial(storage.at, job.prompt_cache) if job.prompt_cache else None,
         )
     )
     return stage

@@ -15,7 +15,7 @@ import torch
 
 from latentmill import checks, failpoints, weights
 from latentmill.batch import concat, shape_key
-from latentmill.plugin import CommittingStage, ContinuousStage, Request, RowError, Stage
+from latentmill.plugin import CommittingStage, ContinuousStage, Request, RowError, Stage, tensors
 from latentmill.workers.context import this_node
 from latentmill.workers.hearing import Hearing
 
@@ -198,13 +198,14 @@ class Worker:
         checks.same_rows(self.stage, call.batch, call.block, call.rejected)
         if not isinstance(self.stage, CommittingStage):
             checks.same_columns(self.stage, call.batch, call.block)
+        call.block = [tensors.compact(table) for table in call.block]
         outcome = [(shape_key(table), tuple(table.column("row").to_pylist())) for table in call.block]
         node = this_node() if self.read_later else ""
         heard, read = self.hearing.take(), dict(self.read_later)
         return Outcome(outcome, list(call.rejected.items()), heard, read, node), call.block
 
     def _begin(self, batch: pa.Table) -> Call:
-        call = Call(batch)
+        call = Call(batch if self.stage.shares_tensors else tensors.expanded(batch))
         self.waiting.append(call)
         return call
 

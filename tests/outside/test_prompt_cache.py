@@ -1,0 +1,392 @@
+"""Equal prompts are encoded once: in a run, wherever they stand, and, with ``prompt_cache``, once for all runs. A text encoder counts in a file."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load, save
+
+CODE = '''
+import hashlib, json, os
+import pyarrow as pa
+import torch
+from latentmill.plugin import VAE, Denoiser, LatentSpec, RowError, RowField, Stage, TextEncoder
+from latentmill.schedulers.noise_schedules import VariancePreserving
+
+def note(**what):
+    with open(os.environ["NOTES"], "a") as file:
+        file.write(json.dumps(what) + "\\n")
+
+class Counting(TextEncoder):
+    """What it makes follows from text, tone and path, and from slot and size of its call if ``slotted``, as a matrix product's may."""
+
+    contract = 2
+    row_fields = (RowField("tone", pa.float64(), "how it is said", default=0.0),)
+    fingerprinted = ("path",)
+
+    def __init__(self, path: str = "", bias: float = 0.0, slotted: bool = False) -> None:
+        self.path, self.bias, self.slotted = path, bias, slotted
+        self.bad = os.environ.get("BAD", "")
+
+    def fingerprint(self):
+        return open(self.path).read() if self.path else ""
+
+    def check(self, prompt):
+        if prompt == "refused":
+            raise RowError("a refused prompt")
+
+    def warn(self, prompt):
+        return "the prompt is longer than 12 letters" if len(prompt) > 12 else ""
+
+    def encode(self, prompts, tone):
+        note(prompts=list(prompts), by=os.getpid())
+        if self.bad == "raise" and any("bad" in prompt for prompt in prompts):
+            raise RuntimeError("out of words")
+        made = [self.number(prompt) + tone + self.bias for prompt in prompts]
+        if self.bad == "nan":
+            made = [float("nan") if "bad" in prompt else value for prompt, value in zip(prompts, made)]
+        if self.bad == "draw":
+            made = [value + float(torch.rand(1)) for value in made]
+        if self.slotted:
+            made = [value + 0.001 * slot + len(prompts) for slot, value in enumerate(made)]
+        return {"embeds": torch.tensor(made)[:, None].repeat(1, 64), "count": torch.tensor([len(p) for p in prompts])}
+
+    def number(self, prompt):
+        return int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=2).digest(), "little") / 1000
+
+class Zeros(Counting):
+    """Has something else for no negative prompt, as Stable Diffusion XL."""
+
+    contract = 2
+
+    def encode_negative(self, prompts, tone):
+        note(negative=list(prompts))
+        return {n: 0 * v for n, v in super().encode([prompt or "" for prompt in prompts], tone).items()}
+
+class Shown(Denoiser):
+    """Its latents are what it is told."""
+
+    contract, prediction, noise_schedule = 2, "sample", VariancePreserving()
+
+    def predict(self, x, t, conditioning):
+        return (0 * x) + conditioning["embeds"][:, :1, None, None]
+
+class Guided(Shown):
+    contract, guidance_embedded = 2, True
+
+class Inpainting(Shown):
+    contract, inpaints = 2, True
+
+class Seen(VAE):
+    contract = 2
+    spec = LatentSpec(channels=3, downscale=1, scale=1.0, shift=0.0, dtype="float32", fingerprint="seen")
+
+    def encode(self, images):
+        note(pictures=len(images))
+        return images
+
+    def decode(self, latents):
+        return latents
+
+class Looks(Stage):
+    """A stage of somebody who knows of tensors what Arrow does."""
+
+    contract = 2
+
+    def __call__(self, batch, reject):
+        column = batch.column("prompt:embeds").combine_chunks()
+        note(looks=column.to_numpy_ndarray()[:, 0].tolist(), kind=str(batch.schema.field("prompt:embeds").type))
+        return batch
+'''
+POINTS = {
+    "text_encoder": ["counting = acme_prompts:Counting", "zeros = acme_prompts:Zeros"],
+    "denoiser": ["shown = acme_prompts:Shown", "guided = acme_prompts:Guided", "inpainting = acme_prompts:Inpainting"],
+    "vae": ["seen = acme_prompts:Seen"],
+    "stage": ["looks = acme_prompts:Looks"],
+}
+
+
+class Acme:
+    """Jobs with a text encoder that counts."""
+
+    def __init__(self, latentmill, folder, rows):
+        self.latentmill, self.folder, self.read = latentmill, folder, rows
+        self.notes, self.runs = folder / "notes", 0
+        self.given = [
+            "denoise", "cluster=inline", "samples_per_row=1", "vae.name=seen", "denoiser.name=shown",
+            "text_encoder.name=counting", "scheduler.name=euler", "sampling.steps=1", "sampling.width=1", "sampling.height=1",
+            "sampling.guidance_scale=1", f"source.path={folder}/rows.jsonl",
+        ]  # fmt: skip
+
+    def source(self, rows):
+        given = [row if isinstance(row, dict) else {"prompt": row} for row in rows]
+        (self.folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+
+    def job(self, *more):
+        self.runs += 1
+        self.output = self.folder / f"out{self.runs}"
+        return [*self.given, *map(str, more), f"output={self.output}"]
+
+    def __call__(self, *more, code=0):
+        """Run a job; the values of its rows, of the last sample of each, by their place in the source."""
+        self.notes.write_text("")
+        assert self.latentmill("run", *self.job(*more)) == code, self.latentmill.said
+        return {int(row["row_id"].partition("-")[0]): row.get("latents", [0])[0] for row in self.read(self.output)}
+
+    def noted(self, what):
+        return [line[what] for line in map(json.loads, self.notes.read_text().splitlines()) if what in line]
+
+    def number(self, prompt):
+        return sys.modules["acme_prompts"].Counting.number(None, prompt)
+
+    def encoded(self):
+        """How often each text was encoded."""
+        return Counter(text for texts in self.noted("prompts") for text in texts)
+
+
+@pytest.fixture
+def acme(latentmill, tmp_path, monkeypatch, rows):
+    about = tmp_path / "site" / "acme-1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
+    points = "".join(f"[latentmill.{kind}s]\n" + "\n".join(some) + "\n" for kind, some in POINTS.items())
+    (about / "entry_points.txt").write_text(points)
+    (tmp_path / "site/acme_prompts.py").write_text(CODE)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
+    monkeypatch.delenv("BAD", raising=False)
+    yield Acme(latentmill, tmp_path, rows)
+    sys.modules.pop("acme_prompts", None)
+
+
+def files(folder):
+    return sorted(Path(folder).glob("*/*/*.safetensors"))
+
+
+HUNDRED = [f"prompt {k}" for k in range(100)]
+
+
+def test_ten_thousand_rows_of_a_hundred_prompts_are_a_hundred_encodings_and_none_in_the_next_run(acme):
+    acme.source([HUNDRED[k * 37 % 100] for k in range(10_000)])
+    job = ("flow=[read, encode_text, write]", "rows_per_shard=10000", f"prompt_cache={acme.folder / 'cache'}")
+    job += ("stages.read.batch_size=1000", "stages.encode_text.batch_size=500", "stages.write.batch_size=1000")
+    acme(*job)
+    assert acme.encoded() == {**dict.fromkeys(HUNDRED, 1), "": 1}
+    acme(*job)
+    assert acme.encoded() == {} and len(acme.read(acme.output)) == 10_000
+
+
+def test_rows_are_the_same_with_and_without(acme):
+    acme.source([HUNDRED[k * 37 % 10] for k in range(100)])
+    cache = f"prompt_cache={acme.folder / 'cache'}"
+    plain = acme()
+    assert acme.encoded() == {**dict.fromkeys(HUNDRED[:10], 1), "": 1}
+    assert acme(cache) == plain == acme(cache) and acme.encoded() == {}
+    wanted = [torch.tensor(acme.number(HUNDRED[k * 37 % 10])).item() for k in range(100)]
+    assert list(plain.values()) == wanted
+
+
+def test_several_workers_share_a_folder_and_each_file_is_whole(acme, executable):
+    acme.source(HUNDRED[:40] * 2)
+    cache = f"prompt_cache={acme.folder / 'cache'}"
+    code = f"import sys; sys.path.insert(0, {str(acme.folder / 'site')!r}); from latentmill.cli import main; sys.exit(main())"
+    commands = [[executable[0], "-c", code, "run", *acme.job(cache, "stages.encode.batch_size=4")] for _ in range(2)]
+    acme.notes.write_text("")
+    both = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]
+    assert [process.wait() for process in both] == [0, 0]
+    assert acme.encoded().keys() == {*HUNDRED[:40], ""} and max(acme.encoded().values()) <= 2
+    assert len(files(acme.folder / "cache")) == 41 and not list((acme.folder / "cache/.tmp").iterdir())
+    one, two, again = acme.read(acme.folder / "out1"), acme.read(acme.folder / "out2"), acme(cache)
+    assert one == two and [row["latents"][0] for row in one] == list(again.values())
+    assert acme.encoded() == {} and "prompt_cache" not in acme.latentmill.said
+
+
+def test_an_object_store_holds_them_as_a_folder_does(acme, bucket):
+    acme.source(["a fox", "a cat", "a fox"])
+    plain = acme(f"prompt_cache={bucket}/prompts")
+    assert acme.encoded() == {"a fox": 1, "a cat": 1, "": 1}
+    assert acme(f"prompt_cache={bucket}/prompts") == plain and acme.encoded() == {}
+
+
+def test_a_deterministic_job_has_the_same_bytes_from_a_cold_and_a_warm_cache_and_from_none(acme):
+    """Of an encoder whose numbers depend on the size of a call and on the slot in it, as those of a matrix product may."""
+    prompts = ["fox", "cat", "owl", "cow", "hen"]
+    acme.source([prompts[k * 7 % 5] for k in range(60)])
+    fixed = ("deterministic=true", "text_encoder.slotted=true", "stages.encode.batch_size=4", "rows_per_shard=22")
+    cache = f"prompt_cache={acme.folder / 'cache'}"
+    plain = acme(*fixed)
+    calls = [len(texts) for texts in acme.noted("prompts")]
+    assert set(calls) == {4} and len({*plain.values()}) == len(prompts) * 4
+    for row, (row_id, value) in enumerate(plain.items()):
+        slot, number = row % 22 % 4, acme.number(prompts[row * 7 % 5])
+        assert value == torch.tensor(number + 0.001 * slot + 4).item(), row_id
+    assert acme(*fixed, cache) == plain
+    assert acme(*fixed, cache) == plain and acme.encoded() == {}
+    other = ("samples_per_row=3", "rows_per_shard=10")
+    assert acme(*fixed, *other) == acme(*fixed, *other, cache)
+    assert acme(*fixed, cache, "stages.encode.batch_size=5") == acme(*fixed, "stages.encode.batch_size=5") != plain
+
+
+def test_a_deterministic_job_whose_samples_stand_side_by_side_calls_once_for_each_prompt(acme):
+    acme.source(HUNDRED[:10])
+    acme("deterministic=true", "samples_per_row=10", "stages.encode.batch_size=4", "rows_per_shard=40")
+    assert len(acme.noted("prompts")) == 11
+
+
+def test_it_is_readable_without_us(acme):
+    acme.source([{"prompt": "a fox", "tone": 0.5}])
+    acme(f"prompt_cache={acme.folder / 'cache'}", "text_encoder.bias=2")
+    found = {}
+    for path in files(acme.folder / "cache"):
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+            found[about["prompt"]] = about, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert found.keys() == {"a fox", ""}
+    about, tensors = found["a fox"]
+    assert tensors["embeds"].shape == (64,) and tensors["count"].item() == 5
+    assert json.loads(about["fields"]) == {"tone": 0.5} and about["negative"] == "false"
+    encoder = json.loads(about["encoder"])
+    assert encoder["name"] == "counting" and encoder["version"] == "1.0" and encoder["settings"] == {"bias": 2}
+
+
+def test_what_changes_the_numbers_is_encoded_anew_and_what_does_not_is_not(acme):
+    cache = f"prompt_cache={acme.folder / 'cache'}"
+    for name in ("model", "moved", "other"):
+        (acme.folder / name).write_text("other weights" if name == "other" else "weights")
+    acme.source([{"prompt": "a fox", "tone": tone} for tone in (0, 1)])
+    told = (cache, f"text_encoder.path={acme.folder / 'model'}")
+    first = acme(*told)
+    assert acme.encoded() == {"a fox": 2, "": 2} and first[1] == first[0] + 1
+    assert acme(cache, f"text_encoder.path={acme.folder / 'moved'}") == first and acme.encoded() == {}
+    for more in ([f"text_encoder.path={acme.folder / 'other'}"], ["text_encoder.bias=1"], ["text_encoder.name=zeros"]):
+        acme(*told, *more)
+        assert acme.encoded() == {"a fox": 2, "": 2}, more
+    acme(*told, "deterministic=true", "stages.encode.batch_size=1")
+    assert acme.encoded() == {"a fox": 2, "": 2}
+    acme(*told, "sampling.steps=2", "seed=4", "stages.encode.batch_size=1", "samples_per_row=2")
+    assert acme.encoded() == {}
+
+
+def test_no_negative_prompt_is_another_thing_than_an_empty_one(acme):
+    acme.source([{"prompt": "a fox", "negative_prompt": text} for text in (None, "", "a fox")])
+    job = (f"prompt_cache={acme.folder / 'cache'}", "text_encoder.name=zeros")
+    first = acme(*job)
+    assert acme.noted("negative") == [[None, "", "a fox"]]
+    assert acme(*job) == first and acme.encoded() == {}
+
+
+def test_a_warning_comes_with_a_prompt_from_the_cache(acme):
+    acme.source(["a fox", "a prompt that is long", {"prompt": "a fox", "negative_prompt": "one of thirteen"}])
+    wanted = ["", "the prompt is longer than 12 letters", "negative_prompt: the prompt is longer than 12 letters"]
+    for encodings in (4, 0):
+        acme(f"prompt_cache={acme.folder / 'cache'}")
+        assert [row["warning"] for row in acme.read(acme.output)] == wanted
+        assert sum(acme.encoded().values()) == encodings
+
+
+@pytest.mark.parametrize("bad", ["raise", "nan"])
+@pytest.mark.parametrize("fixed", ["true", "false"])
+def test_a_prompt_that_fails_fails_each_of_its_rows_and_is_not_kept(acme, failed, monkeypatch, bad, fixed):
+    acme.source(["fox", "bad", "cat", "bad", "fox", {"prompt": "cat", "negative_prompt": "bad"}, "refused", "refused"])
+    job = (
+        f"prompt_cache={acme.folder / 'cache'}",
+        f"deterministic={fixed}",
+        "max_error_rate=1",
+        "stages.encode.retries=0",
+    )
+    monkeypatch.setenv("BAD", bad)
+    made = acme(*job)
+    assert [*made] == [0, 2, 4]
+    reasons = {int(row["row_id"].partition("-")[0]): row["reason"] for row in failed(acme.output)}
+    assert [*reasons] == [1, 3, 5, 6, 7] and "a refused prompt" in reasons[6] and reasons[6] == reasons[7]
+    for row, prompt in ((1, "prompt"), (3, "prompt"), (5, "negative prompt")):
+        assert ("out of words" if bad == "raise" else f"embeds of the {prompt} are not finite") in reasons[row]
+    monkeypatch.delenv("BAD")
+    assert {**acme(*job), **made} == acme(*job)
+    acme.source(["fox", "bad", "cat"])
+    acme(*job)
+    assert acme.encoded() == {}, "healed, it is kept"
+
+
+def test_numbers_that_are_drawn_are_not_kept(acme, monkeypatch):
+    acme.source(["fox", "cat", "fox", "cat"])
+    monkeypatch.setenv("BAD", "draw")
+    made = acme(f"prompt_cache={acme.folder / 'cache'}", "stages.encode.batch_size=2", "stages.read.batch_size=2")
+    assert acme.encoded() == {"fox": 2, "cat": 2, "": 2} and len({*made.values()}) == 4
+    assert "text_encoder counting of acme 1.0: encode draws from a global random generator" in acme.latentmill.err
+    assert files(acme.folder / "cache") == []
+
+
+def test_a_file_that_is_not_what_was_written_is_named_and_encoded_anew(acme):
+    prompts = ["torn", "empty", "foreign", "damaged", "swapped", "whole"]
+    acme.source(prompts)
+    job = (f"prompt_cache={acme.folder / 'cache'}",)
+    first = acme(*job)
+    path = {}
+    for each in files(acme.folder / "cache"):
+        with safe_open(each, "pt") as file:
+            path[file.metadata()["prompt"]] = each
+    whole = {text: each.read_bytes() for text, each in path.items()}
+    wrong = {
+        "torn": (whole["torn"][:-7], "is torn, or no file"),
+        "empty": (b"", "is torn, or no file"),
+        "foreign": (save({"embeds": torch.ones(64)}), "is torn, or no file"),
+        "damaged": (whole["damaged"][:-1] + bytes([whole["damaged"][-1] ^ 1]), "is damaged"),
+        "swapped": (whole["whole"], "is another's"),
+    }
+    for texts in (["torn", "empty", "foreign"], ["damaged", "swapped"]):  # a worker is heard of three at most
+        for text in texts:
+            path[text].write_bytes(wrong[text][0])
+        assert acme(*job) == first
+        assert acme.encoded() == dict.fromkeys(texts, 1)
+        for text in texts:
+            assert f"{path[text]} {wrong[text][1]}" in acme.latentmill.err
+        assert all(load(path[text].read_bytes()).keys() == {"embeds", "count"} for text in texts), "they are put right"
+    assert acme(*job) == first and acme.encoded() == {}
+
+
+def test_a_cache_that_can_not_be_used_is_told_of_and_done_without(acme):
+    acme.source(["fox", "cat"])
+    job = (f"prompt_cache={acme.folder / 'cache'}",)
+    first = acme(*job)
+    [encoder] = [path for path in (acme.folder / "cache").iterdir() if path.name != ".tmp"]
+    encoder.rename(acme.folder / "away")
+    encoder.write_text("in the way")
+    assert acme(*job) == first and sum(acme.encoded().values()) == 3
+    assert "prompt_cache: can't be read, and is left alone" in acme.latentmill.err
+    for place, said in {
+        encoder: f"must name a folder or a URL, not '{encoder}'",
+        "ftp://x/y": "is no place for prompts",
+    }.items():
+        assert acme.latentmill("run", *acme.job(f"prompt_cache={place}")) == 2
+        assert "prompt_cache" in acme.latentmill.err and said in acme.latentmill.err, acme.latentmill.err
+
+
+def test_beside_a_network_that_guides_itself_no_negative_prompt_is_encoded(acme):
+    acme.source([{"prompt": "fox", "negative_prompt": text} for text in ("ugly", None)])
+    acme("denoiser.name=guided")
+    assert acme.encoded() == {"fox": 1}
+    acme("denoiser.name=shown")
+    assert acme.encoded() == {"fox": 1, "ugly": 1, "": 1}
+
+
+def test_a_picture_under_a_mask_is_encoded_only_for_a_network_that_reads_it(acme):
+    for name, mode in (("picture", "RGB"), ("mask", "L")):
+        Image.new(mode, (4, 4), 9).save(acme.folder / f"{name}.png")
+    acme.source([{"prompt": "fox", "image": "picture.png", "mask": "mask.png"}] * 3)
+    for network, times in (("shown", 1), ("inpainting", 2)):
+        acme("sampling.width=4", "sampling.height=4", "sampling.strength=0.5", f"denoiser.name={network}")
+        assert acme.noted("pictures") == [3] * times
+
+
+def test_a_stage_that_knows_nothing_of_shared_tensors_is_given_none(acme):
+    acme.source(["fox", "cat", "fox", "fox"])
+    made = acme("flow=[read, encode, looks, denoise, write]")
+    assert acme.noted("kind") == ["extension<arrow.fixed_shape_tensor[value_type=float, shape=[64]]>"]
+    assert acme.noted("looks") == [list(made.values())]
