@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import subprocess
+import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,8 +14,6 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.resources import files
 from typing import Any
-
-from packaging.utils import canonicalize_name
 
 from latentmill.errors import JobError, PluginError
 from latentmill.plugin import (
@@ -81,12 +79,16 @@ def entries(kind: str | None = None) -> list[Entry]:
 @cache
 def _scan(path: tuple[str, ...]) -> list[Entry]:
     found = []
+    installed = entry_points()  # once: it reads what all distributions say of themselves
+    identity = cache(
+        lambda distribution: (distribution.name, distribution.version)
+    )  # each is read from a file, each time
     for name in (*map(group, (*KINDS, "command", "job")), CONF_GROUP):
         # Entry points are equal even if their distributions aren't, so they are told apart by both.
-        points = {(p.name, p.dist.name if p.dist else ""): p for p in entry_points(group=name)}
-        for point in (points[key] for key in sorted(points)):
-            distribution, version = (point.dist.name, point.dist.version) if point.dist else ("unknown", "unknown")
-            found.append(Entry(name, point.name, distribution, version, "ok", point))
+        points = {(p.name, *identity(p.dist)): p for p in installed.select(group=name) if p.dist}
+        for point_name, distribution, version in sorted(points):
+            point = points[point_name, distribution, version]
+            found.append(Entry(name, point_name, distribution, version, "ok", point))
     return found
 
 
@@ -167,6 +169,11 @@ def command(name: str) -> Callable[[Sequence[str]], int | None]:
     return function  # type: ignore[no-any-return]  # what it returns is its own affair
 
 
+def _canonical(distribution: str) -> str:
+    """A distribution's name as all its spellings are compared (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
 def _imported(who: str, entry: Entry) -> Any:
     try:
         return entry.entry_point.load()
@@ -176,7 +183,7 @@ def _imported(who: str, entry: Entry) -> Any:
 
 def _is_named(distribution: str, wanted: str) -> bool:
     """Whether a distribution may be called so: ``latentmill-`` may be left out."""
-    return canonicalize_name(distribution) in {canonicalize_name(wanted), canonicalize_name(f"latentmill-{wanted}")}
+    return _canonical(distribution) in {_canonical(wanted), _canonical(f"latentmill-{wanted}")}
 
 
 _names: dict[type[Plugin], str] = {}
@@ -193,7 +200,7 @@ def called(plugin: Plugin) -> str:
 
 
 def _call(kind: str, name: str, entry: Entry) -> str:
-    ours = canonicalize_name(entry.distribution).split("-")[0] == "latentmill"
+    ours = _canonical(entry.distribution).split("-")[0] == "latentmill"
     return f"{kind} {name}" if ours else f"{kind} {name} of {entry.distribution} {entry.version}"
 
 
@@ -295,6 +302,8 @@ def _hints(plugin: type[Plugin]) -> dict[str, Any]:
 
 def examine() -> list[Entry]:
     """All plugins with their state: each is imported once, in a process of its own that may do what it likes."""
+    import subprocess  # none of the other commands needs it
+
     listed = entries()
     # Its path is ours: it would list other plugins otherwise, those of the folder it starts in among them.
     code = f"import sys; sys.path[:] = {sys.path!r}; from latentmill import registry; registry._report()"

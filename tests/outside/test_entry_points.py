@@ -135,10 +135,11 @@ print(sorted({spared!r} & sys.modules.keys()), file=sys.stderr)
     assert done.stderr.splitlines()[-1] == "[]"
 
 
-def test_status_of_a_dataset_needs_neither_torch_nor_hydra(latentmill, tmp_path, monkeypatch):
+@pytest.mark.parametrize("sink", ["parquet", "webdataset"])
+def test_status_of_a_dataset_needs_neither_torch_nor_hydra(sink, latentmill, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("a red circle\n")
-    settings = ["cluster=inline", "source.path=p.txt", "samples_per_row=1", "sampling.steps=1"]
+    settings = ["cluster=inline", "source.path=p.txt", "samples_per_row=1", "sampling.steps=1", f"sink={sink}"]
     assert latentmill("run", "txt2img", *settings) == 0
     code = f"""
 import sys

@@ -15,18 +15,19 @@ import math
 import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor
 
 from latentmill import failpoints
 from latentmill.batch import SPEC_KEY, STATE_PREFIX
 from latentmill.plugin import OpenSideFile, RowError, Sink, tensors
 from latentmill.sinks.picture_files import PictureFiles, decode
 from latentmill.sinks.rebuild import batches
+
+if TYPE_CHECKING:  # who reads no tensors takes no torch
+    from torch import Tensor
 
 INDEX_MEMBER = "__latentmill__"
 FILES = "webdataset:files"
@@ -218,7 +219,7 @@ def _arrays(column: str, values: Tensor) -> list[dict[str, Any]]:
     suffix = re.sub(r"[^a-z0-9_]", lambda c: f"%{ord(c[0]):x}", column.removeprefix(STATE_PREFIX))
     suffix = f"state.{suffix}.npy" if column.startswith(STATE_PREFIX) else f"{suffix}.npy"
     found = []
-    for value in (values.float() if values.dtype == torch.bfloat16 else values).numpy():
+    for value in (values.float() if dtype == "bfloat16" else values).numpy():
         buffer = io.BytesIO()
         np.save(buffer, value, allow_pickle=False)
         found.append({"column": column, "suffix": suffix, "dtype": dtype, "content": buffer.getvalue()})
@@ -226,6 +227,8 @@ def _arrays(column: str, values: Tensor) -> list[dict[str, Any]]:
 
 
 def _tensor(content: bytes, dtype: str) -> Tensor:
+    import torch
+
     value = torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False))
     return value.bfloat16() if dtype == "bfloat16" else value
 
