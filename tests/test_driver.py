@@ -19,8 +19,14 @@ from latentmill.driver.messages import (
     Started,
     StartWorker,
     StopWorker,
+    WorkerType,
 )
 from latentmill.driver.state import DriverState, finished
+
+
+def stage_of(order):
+    """The stage that an order is for. Here each has workers of its own."""
+    return order.worker_type if isinstance(order, StartWorker) else order.stage
 
 
 class World:
@@ -65,7 +71,7 @@ class World:
 
     def carry_out(self, order):
         if isinstance(order, StartWorker):
-            return Started(order.stage, order.worker)
+            return Started(order.worker_type, order.worker)
         for slice_ in order.slices:  # what the driver believes to be in a block is in it
             assert self.blocks[slice_.block][slice_.table][slice_.start : slice_.stop] == list(slice_.rows)
         rows = list(order.rows)
@@ -73,7 +79,7 @@ class World:
             if self.random.random() < self.deaths or self.fatal & set(rows):
                 for other in [o for o in self.orders if isinstance(o, Dispatch) and o.worker == order.worker]:
                     self.orders.remove(other)
-                return Died(order.stage, order.worker, "killed")
+                return Died(self.state.type_of[order.stage], order.worker, "killed")
             if self.broken(order.worker):
                 return Failed(order.id, "raised", "CUDA error")
             if self.random.random() < self.flaky or (order.stage == 2 and self.poison & set(rows)):
@@ -93,7 +99,8 @@ class World:
 
     def check_bounds(self):
         for stage, spec in enumerate(self.state.stages):
-            for held in self.state.workers[stage].values():
+            for all_held in self.state.workers_of(stage).values():
+                held = [id for id in all_held if self.state.in_flight[id].stage == stage]
                 if spec.running_batches == 1:
                     assert len(held) <= spec.batches_per_worker
                     continue
@@ -172,7 +179,7 @@ def test_a_stage_whose_workers_always_die_ends_the_job():
 def test_a_broken_worker_is_replaced_and_quarantines_no_row(seed, fixed):
     """A worker whose GPU is gone fails in no time, is idle at once, and would get everything."""
     world = World(state(rows=400, fixed=fixed), seed, poison={33, 34})
-    denoisers = [order.worker for order in world.state.worker_orders if order.stage == 2]
+    denoisers = [order.worker for order in world.state.worker_orders if order.worker_type == 2]
     world.broken = lambda worker: worker == denoisers[0]
     world.run()
     assert not world.state.failed
@@ -303,7 +310,7 @@ def test_rows_under_way_are_not_taken_for_failed_ones():
 
     class Slow(World):
         def pick(self):  # of the last stages nothing is done as long as there is something else
-            return min(range(len(self.orders)), key=lambda i: self.orders[i].stage)
+            return min(range(len(self.orders)), key=lambda i: stage_of(self.orders[i]))
 
     many = state(rows=2000, rows_per_shard=2000, sizes=(8, 8, 400, 8, 8), max_error_rate=0.5)
     world = Slow(many, seed=1, reject=range(0, 2000, 4)).run()
@@ -318,13 +325,13 @@ def test_one_replacement_that_finds_no_place_does_not_hold_up_the_others():
             choices = [
                 i
                 for i, o in enumerate(self.orders)
-                if not (isinstance(o, StartWorker) and o.stage == 2 and o.worker > lost)
+                if not (isinstance(o, StartWorker) and o.worker_type == 2 and o.worker > lost)
             ]
             assert choices, "everybody waits for the one that never comes"
             return self.random.choice(choices)
 
     world = Homeless(state(rows=8, replicas=(1, 1, 2, 1, 1)), seed=1, poison={7})
-    denoisers = [order.worker for order in world.state.worker_orders if order.stage == 2]
+    denoisers = [order.worker for order in world.state.worker_orders if order.worker_type == 2]
     lost = denoisers[0]
     assert set(world.run().failed()) == {7} and len(world.ok()) == 7
 
@@ -368,7 +375,7 @@ def test_a_replacement_that_cannot_start_does_not_end_a_stage_that_works():
 
     def no_gpu(order):
         if isinstance(order, StartWorker) and order.worker > 5 and len(events) == 1:
-            events.append(Died(order.stage, order.worker, "No CUDA GPUs are available", at_start=True))
+            events.append(Died(order.worker_type, order.worker, "No CUDA GPUs are available", at_start=True))
             return events[-1]
         if isinstance(order, Dispatch) and order.stage == 2 and not events:
             world.orders = [o for o in world.orders if not (isinstance(o, Dispatch) and o.worker == order.worker)]
@@ -379,7 +386,7 @@ def test_a_replacement_that_cannot_start_does_not_end_a_stage_that_works():
     world.carry_out = no_gpu
     assert len(world.run().ok()) == 100 and len(events) == 2
     first = World(state(), seed=1)
-    first.carry_out = lambda order: Died(order.stage, order.worker, "no weights", at_start=True)
+    first.carry_out = lambda order: Died(order.worker_type, order.worker, "no weights", at_start=True)
     assert first.run().state.failed.endswith("can't start: no weights")
 
 
@@ -412,7 +419,7 @@ def test_a_worker_that_works_on_several_batches_at_once_holds_some_of_each_key()
                 self.keys[len({self.state.in_flight[id].stack_key for id in held})] += 1
 
         def pick(self):  # denoise is what takes long
-            return next((i for i, order in enumerate(self.orders) if order.stage != 2), 0)
+            return next((i for i, order in enumerate(self.orders) if stage_of(order) != 2), 0)
 
     world = Watched(state(rows=2000, rows_per_shard=500, replicas=(1, 1, 1, 1, 1), running=4), seed=5, shapes=4).run()
     assert len(world.ok()) == 2000
@@ -421,20 +428,22 @@ def test_a_worker_that_works_on_several_batches_at_once_holds_some_of_each_key()
 
 def test_nothing_is_kept_of_what_is_committed():
     world = World(state(rows=400, fixed=True), seed=1, reject={5}, poison={33}, losses=0.01).run()
-    assert not any(map(len, world.state.accounted)) and not world.state.shards and not world.state.blocks
+    assert (
+        not any(queue.accounted for queue in world.state.queues) and not world.state.shards and not world.state.blocks
+    )
 
 
 def test_a_slow_stage_holds_back_those_before_it():
     class Slow(World):
         def pick(self):
-            return next((i for i, order in enumerate(self.orders) if order.stage != 2), 0)
+            return next((i for i, order in enumerate(self.orders) if stage_of(order) != 2), 0)
 
         def check_bounds(self):
             super().check_bounds()
             # batch x replicas x (in flight + 1) of the slow stage, and what the one before can hold
             before = self.state.stages[1]
             held = before.batch_size * before.replicas * before.batches_per_worker
-            assert self.state.rows_queued(2) + self.state.rows_in_flight(1) <= 6 * 3 * 3 + held
+            assert self.state.rows_queued(2) + self.state.rows_in_flight[1] <= 6 * 3 * 3 + held
 
     world = Slow(state(rows=2000, rows_per_shard=2000), seed=3).run()
     assert len(world.ok()) == 2000
@@ -447,7 +456,7 @@ def test_a_fast_stage_of_one_worker_lets_all_workers_before_it_work():
         seen = 0
 
         def pick(self):
-            others = [i for i, order in enumerate(self.orders) if order.stage != 2]
+            others = [i for i, order in enumerate(self.orders) if stage_of(order) != 2]
             held = [len(held) for held in self.state.workers[2].values()]
             self.seen = max(self.seen, sum(count > 0 for count in held))
             return others[0] if others else self.random.randrange(len(self.orders))
@@ -489,3 +498,68 @@ def test_an_event_of_the_past_changes_nothing():
     apply(fresh, Died(0, 0, "killed"))
     apply(fresh, Finished(read.id, [("a", tuple(read.rows))]))
     assert fresh.rows_queued(1) == 0
+
+
+FUSED = (WorkerType((0,), 1), WorkerType((1, 2, 3), 2), WorkerType((4,), 1))
+ALL_IN_ONE = (WorkerType((0, 1, 2, 3, 4), 1),)
+
+
+@pytest.mark.parametrize("hosted", [FUSED, ALL_IN_ONE], ids=["fused", "all in one"])
+@pytest.mark.parametrize("seed", range(8))
+def test_every_row_ends_once_where_workers_host_several_stages(hosted, seed):
+    world = World(
+        state(worker_types=hosted, running=1 + seed % 2), seed, reject={5}, poison={33, 34}, flaky=0.02, losses=0.01
+    ).run()
+    assert not world.state.failed
+    assert Counter(world.ok() + list(world.failed())) == Counter(range(100))
+    assert {5, 33, 34} <= world.failed().keys()
+
+
+def test_deaths_count_for_the_stage_that_had_the_work():
+    """The stages before decode do well on the same workers all the time, and the job ends all the same."""
+    world = World(state(rows=1000, worker_types=FUSED), seed=3)
+    carry_out = world.carry_out
+
+    def decode_kills(order):
+        if not (isinstance(order, Dispatch) and order.stage == 3):
+            return carry_out(order)
+        world.orders = [o for o in world.orders if not (isinstance(o, Dispatch) and o.worker == order.worker)]
+        return Died(1, order.worker, "killed")
+
+    world.carry_out = decode_kills
+    assert world.run().state.failed == "stage decode: its workers fail one after another: killed"
+    assert not world.committed
+
+
+def test_a_stage_that_does_well_clears_no_other_of_its_worker():
+    """Encode succeeds on a worker on which decode fails for all rows: no row is to blame for that."""
+    world = World(state(rows=200, worker_types=FUSED), seed=3)
+    carry_out = world.carry_out
+
+    def decode_fails(order):
+        broken = isinstance(order, Dispatch) and order.stage == 3
+        return Failed(order.id, "raised", "CUDA error") if broken else carry_out(order)
+
+    world.carry_out = decode_fails
+    assert "decode" in world.run().state.failed
+    assert not world.failed()
+
+
+def test_what_goes_alone_is_not_starved_by_the_other_stages_of_its_workers():
+    """Row 41 fails in decode; it has been tried alone, and is in the errors, long before the last rows are through."""
+    world = World(
+        state(rows=2000, rows_per_shard=100, worker_types=(FUSED[0], WorkerType((1, 2, 3), 1), FUSED[2])), seed=1
+    )
+    carry_out, when = world.carry_out, []
+
+    def fails(order):
+        if isinstance(order, Dispatch) and order.stage == 3 and 41 in order.rows:
+            return Failed(order.id, "raised", "boom")
+        if not when and world.state.quarantined:
+            when.append(world.state.finished_rows[0])
+        return carry_out(order)
+
+    world.carry_out = fails
+    world.run()
+    assert world.failed() == {41: "boom"}
+    assert when[0] < 600

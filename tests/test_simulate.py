@@ -94,12 +94,18 @@ def rows_of_a_lost_commit_forgotten(monkeypatch):
     def forgets(state, dispatch, reason):
         if dispatch.task == "commit":
             state.shards[dispatch.shard].packed = []
-            state.shards[dispatch.shard].committing = False
+            state.complete.setdefault(dispatch.shard)
         else:
             lost(state, dispatch, reason)
 
     monkeypatch.setattr(failures, "data_lost", forgets)
     return "places"
+
+
+def a_worker_that_is_done_is_not_noted(monkeypatch):
+    """What it holds less it holds for the ranking still: in time all workers seem to be full."""
+    monkeypatch.setattr(DriverState, "_holds_less", lambda self, worker_type, worker: None)
+    return "least loaded"
 
 
 def a_lease_given_back_that_is_another_s(monkeypatch):
@@ -123,6 +129,7 @@ def a_lease_given_back_that_is_another_s(monkeypatch):
         half_of_a_batch_forgotten,
         a_block_released_too_early,
         rows_of_a_lost_commit_forgotten,
+        a_worker_that_is_done_is_not_noted,
     ],
     ids=lambda plant: plant.__name__,
 )

@@ -11,14 +11,17 @@ from latentmill.driver.state import DriverState
 
 
 def check(state: DriverState) -> None:
-    """That each row of each open shard is in exactly one place, and that nothing grows beyond its bound. Raises Wrong."""
+    """That each row of each open shard is in exactly one place, that what the driver has counted is so, and that nothing grows
+    beyond its bound. Raises Wrong.
+    """
     if state.failed:
         return
+    check_counts(state)
     places = Counter(row for rows in state.to_read for row in rows)
     for stage in range(len(state.stages)):
-        for queue in state.queues[stage].values():
+        for queue in state.queues[stage].slices.values():
             places.update(row for slice_ in queue for row in slice_.rows)
-        places.update(row for retry in state.retries[stage] for row in retry.rows)
+        places.update(row for retry in state.queues[stage].retries for row in retry.rows)
     places.update(row for order in state.in_flight.values() if order.task != "commit" for row in order.rows)
     places.update(row for record in state.records.values() for order, _ in record.suspects for row in order.rows)
     places.update(row for order, _ in state.fatal_suspects for row in order.rows)
@@ -30,12 +33,42 @@ def check(state: DriverState) -> None:
         raise Wrong(f"rows {sorted(wrong)} are in {[places[row] for row in sorted(wrong)]} places")
     for stage, spec in enumerate(state.stages[1:], start=1):
         before = state.stages[stage - 1]
-        most = queue_limit(state, stage) + before.batch_size * (before.replicas * before.batches_per_worker + 1)
+        most = queue_limit(state, stage) + before.batch_size * (
+            state.replicas(stage - 1) * before.batches_per_worker + 1
+        )
         most += (
-            spec.batch_size * spec.replicas * spec.batches_per_worker * spec.running_batches
+            spec.batch_size * state.replicas(stage) * spec.batches_per_worker * spec.running_batches
         )  # what its own workers gave back
         # Where batches are fixed, one may wait for rows that others have to pass: open shards bound them.
         if state.rows_queued(stage) > most and not state.fixed:
             raise Wrong(f"{state.rows_queued(stage)} rows wait for {spec.name}, and {most} is the most")
     if len(state.shards) > max_open_shards(state):
         raise Wrong(f"{len(state.shards)} shards are open")
+
+
+def check_counts(state: DriverState) -> None:
+    """What the driver knows without counting is what it would count, and who is said to hold the least does. Raises Wrong."""
+    found: dict[str, object] = {}
+    known: dict[str, object] = {}
+    committing = {order.shard for order in state.in_flight.values() if order.task == "commit"}
+    found["complete"] = {number for number, shard in state.shards.items() if not shard.missing} - committing
+    known["complete"] = {*state.complete}
+    for stage, spec in enumerate(state.stages):
+        queue = state.queues[stage]
+        rows = {key: sum(len(slice_.rows) for slice_ in slices) for key, slices in queue.slices.items()}
+        found[f"queued {spec.name}"] = sum(rows.values()) + sum(len(retry.rows) for retry in queue.retries)
+        known[f"queued {spec.name}"] = queue.rows
+        if not state.fixed:
+            found[f"full {spec.name}"] = {key for key, count in rows.items() if count >= spec.batch_size}
+            known[f"full {spec.name}"] = {*queue.full}
+        orders = [order for order in state.in_flight.values() if order.stage == stage]
+        found[f"in flight {spec.name}"] = sum(len(order.rows) for order in orders if order.task != "commit")
+        known[f"in flight {spec.name}"] = state.rows_in_flight[stage]
+        found[f"busy {spec.name}"] = len({order.worker for order in orders})
+        known[f"busy {spec.name}"] = state.busy[stage]
+        for key, ranking in state.rankings[stage].items():
+            ranks = [rank for worker in state.workers_of(stage) if (rank := ranking.rank(worker))]
+            found[f"least loaded {spec.name} {key}"] = min(ranks, default=None)
+            known[f"least loaded {spec.name} {key}"] = ranking.first()
+    if wrong := {name for name in found if found[name] != known[name]}:
+        raise Wrong(f"the driver knows {[(name, known[name], found[name]) for name in sorted(wrong)]}")

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class Actor:
     """A worker on a node, and what it has been given."""
 
-    stage: int
+    worker_type: int
     id: int
     node: int
     orders: list[Dispatch] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Pool:
         self.inbox: list[Event] = []
         self.nodes = list(range(world.settings.nodes))
         self.next_node = len(self.nodes)
-        self.actors: dict[tuple[int, int], Actor] = {}
+        self.actors: dict[int, Actor] = {}
         self.homeless: list[StartWorker] = []
         self.blocks: dict[int, tuple[int, list[list[Row]]]] = {}
         """Node and parts of each block that is held."""
@@ -54,14 +54,14 @@ class Pool:
 
     def submit(self, order: PoolOrder) -> None:
         if isinstance(order, StopWorker):
-            self.actors.pop((order.stage, order.worker), None)
+            self.actors.pop(order.worker, None)
         elif isinstance(order, StartWorker):
             self._house(order)
         else:
             for slice_ in order.slices:
                 if slice_.block not in self.blocks and slice_.block not in self.lost:
                     raise Wrong(f"block {slice_.block} is wanted, and was released")
-            actor = self.actors.get((order.stage, order.worker))
+            actor = self.actors.get(order.worker)
             if actor is not None:  # else it has died, and the driver is about to hear
                 actor.orders.append(order)
                 self._work(actor)
@@ -88,14 +88,14 @@ class Pool:
         if not self.nodes:
             self.homeless.append(start)
             return
-        actor = Actor(start.stage, start.worker, self.world.dice.choice(self.nodes))
+        actor = Actor(start.worker_type, start.worker, self.world.dice.choice(self.nodes))
 
         def ready() -> None:
             if actor.node not in self.nodes:  # the node went before it was there
                 self._house(start)
                 return
-            self.actors[start.stage, start.worker] = actor
-            self.inbox.append(Started(start.stage, start.worker))
+            self.actors[start.worker] = actor
+            self.inbox.append(Started(start.worker_type, start.worker))
 
         self.driver._while_alive(self.world.dice.uniform(0.5, 5), ready)
 
@@ -211,9 +211,11 @@ class Pool:
             raise Wrong(f"rows {sorted(self.driver.blamed_rows)} are blamed for a stage at which nothing can be done")
 
     def _die(self, actor: Actor, why: str, with_node: bool = False) -> None:
-        if self.actors.pop((actor.stage, actor.id), None):
-            self.world.say(f"driver {self.driver.number}: a worker of {NAMES[actor.stage]} dies: {why}")
-            self.inbox.append(Died(actor.stage, actor.id, why, with_node=with_node))
+        if self.actors.pop(actor.id, None):
+            stages = self.world.settings.worker_types[actor.worker_type].stages
+            hosted = ", ".join(NAMES[stage] for stage in stages)
+            self.world.say(f"driver {self.driver.number}: a worker of {hosted} dies: {why}")
+            self.inbox.append(Died(actor.worker_type, actor.id, why, with_node=with_node))
 
     def _node_dies(self, node: int) -> None:
         self.world.say(f"driver {self.driver.number}: node {node} dies")
@@ -236,7 +238,7 @@ class Pool:
 
     def _while_there(self, actor: Actor, seconds: float, event: Callable[[], None]) -> None:
         def happen() -> None:
-            if self.actors.get((actor.stage, actor.id)) is actor:
+            if self.actors.get(actor.id) is actor:
                 event()
 
         self.world.later(seconds, happen)

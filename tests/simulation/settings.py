@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from latentmill.driver.messages import StageSpec
+from latentmill.driver.messages import StageSpec, WorkerType
 
 NAMES = ("read", "encode", "denoise", "decode", "write")
 TROUBLED = 120.0
@@ -33,6 +33,7 @@ class Settings:
     rows: int
     rows_per_shard: int
     stages: tuple[StageSpec, ...]
+    worker_types: tuple[WorkerType, ...]
     fixed: bool
     shapes: int
     drivers: int
@@ -60,13 +61,15 @@ class Settings:
             StageSpec(
                 name,
                 batch_size=dice.randint(1, 9),
-                replicas=dice.randint(1, 3),
                 batches_per_worker=dice.choice((1, 2, 2)),
                 running_batches=running if name == "denoise" else 1,
                 retries=dice.choice((0, 1, 1, 2)),
             )
             for name in NAMES
         ]
+        every = tuple(range(len(NAMES)))
+        split = tuple((stage,) for stage in every)
+        hosted = dice.choice((split, split, (every,), (every[:1], every[1:-1], every[-1:]), (every[:-1], every[-1:])))
         often = ("torn", "dies before", "dies after", "zombie", "misheard")
         seldom = ("raise", "die", "hang", "node", "late", "store", "driver", "pause")
         wrecked = dice.choice((0.0, 0.0, 0.3, 0.6))
@@ -78,6 +81,7 @@ class Settings:
             rows,
             dice.randint(1, 25),
             tuple(stages),
+            tuple(WorkerType(hosts, dice.randint(1, 3)) for hosts in hosted),
             fixed,
             shapes=dice.choice((1, 1, 2, 4)),
             drivers=dice.choice((1, 1, 2, 3)),

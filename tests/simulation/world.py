@@ -130,6 +130,7 @@ class Driver:
             done_shards(world.store, ""),
             shared=True,
             fixed=settings.fixed,
+            worker_types=settings.worker_types,
         )
         self._while_alive(0, self.turn)
         self._while_alive(0, self.beat)

@@ -21,6 +21,7 @@ load its weights, and its plugin breaks the contract. A row that a stage *reject
 =============  ===================================================================================================
 messages       orders and events, and what a block and a slice are
 state          all that the driver knows
+waiting        the rows before a stage, and the workers that can be given some, found without a search
 limits         how big a queue may get, how many rows may fail, how often a worker or a node may be lost
 decide         what to start, to dispatch and to claim now
 apply          what an event changes

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 from latentmill.driver import failures
 from latentmill.driver.messages import (
     Claimed,
@@ -24,10 +22,9 @@ from latentmill.driver.state import DriverState
 def apply(state: DriverState, event: Event) -> DriverState:
     """Take in what happened. An event about a dispatch that is not in flight any more changes nothing."""
     if isinstance(event, Started):
-        if (event.stage, event.worker) in state.starting:
-            state.starting.discard((event.stage, event.worker))
-            state.loaded_stages.add(event.stage)
-            state.workers[event.stage][event.worker] = []
+        if (event.worker_type, event.worker) in state.starting:
+            state.starting.discard((event.worker_type, event.worker))
+            state.worker_came(event.worker_type, event.worker)
     elif isinstance(event, Died):
         failures.worker_died(state, event)
     elif isinstance(event, Claimed):
@@ -46,10 +43,7 @@ def apply(state: DriverState, event: Event) -> DriverState:
         state.done -= event.shards
         state.free_shards.extend(shard for shard in sorted(event.shards) if shard < state.cursor)
     elif event.id in state.in_flight:
-        dispatch = state.in_flight.pop(event.id)
-        held = state.workers[dispatch.stage].get(dispatch.worker)
-        if held is not None:
-            held.remove(dispatch.id)
+        dispatch = state.taken_back(event.id)
         if isinstance(event, Finished):
             _dispatch_finished(state, dispatch, event)
         else:
@@ -100,7 +94,7 @@ def _shard_committed(state: DriverState, dispatch: Dispatch) -> None:
     if state.fixed:
         for stage in range(1, len(state.stages)):
             for row in dispatch.rows[:: state.stages[stage].batch_size]:
-                state.accounted[stage].pop(state.chunk(stage, row), None)
+                state.queues[stage].forget(state.chunk(stage, row))
     state.committed_shards += 1
     state.committed_failed += len(shard.errors)
     state.committed_ok += len(dispatch.rows) - len(shard.errors)
@@ -109,14 +103,14 @@ def _shard_committed(state: DriverState, dispatch: Dispatch) -> None:
 def _enqueue(state: DriverState, stage: int, shape_key: str, slice_: TableSlice) -> None:
     """Rows wait for their next stage. Where batches are fixed, those of each chunk wait for one another."""
     if not state.fixed:
-        state.queues[stage].setdefault(shape_key, deque()).append(slice_)
+        state.queues[stage].put(shape_key, slice_)
         return
     start = 0
     for at in range(1, len(slice_.rows) + 1):
         chunk = state.chunk(stage, slice_.rows[start])
         if at == len(slice_.rows) or state.chunk(stage, slice_.rows[at]) != chunk:
-            state.queues[stage].setdefault((*chunk, shape_key), deque()).append(slice_.sub(start, at))
-            state.accounted[stage][chunk] += at - start
+            state.queues[stage].put((*chunk, shape_key), slice_.sub(start, at))
+            state.queues[stage].account(chunk, at - start)
             start = at
 
 
@@ -129,5 +123,7 @@ def _arrive(state: DriverState, slice_: TableSlice) -> None:
             shard, arrived = state.shards[number], slice_.sub(start, at)
             shard.missing.difference_update(arrived.rows)
             shard.packed.append(arrived)
+            if not shard.missing:
+                state.complete.setdefault(number)
             state.arrived += len(arrived.rows)
             start = at

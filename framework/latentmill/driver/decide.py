@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
 from latentmill.driver import failures
 from latentmill.driver.limits import has_room, max_open_shards
-from latentmill.driver.messages import Claim, Dispatch, Order, StartWorker, TableSlice
-from latentmill.driver.state import DriverState, OpenShard, Retry
+from latentmill.driver.messages import Claim, Dispatch, Order, StartWorker
+from latentmill.driver.state import DriverState, OpenShard
 
 
 def decide(state: DriverState) -> list[Order]:
     """What to start and to dispatch now. What it returns counts as given out."""
     orders: list[Order] = list(state.worker_orders)
     state.starting.update(
-        (order.stage, order.worker) for order in state.worker_orders if isinstance(order, StartWorker)
+        (order.worker_type, order.worker) for order in state.worker_orders if isinstance(order, StartWorker)
     )
     state.worker_orders.clear()
     if state.failed:
@@ -32,7 +31,7 @@ def decide(state: DriverState) -> list[Order]:
     orders.extend(_claims(state))
     if not state.fixed:
         orders.extend(_partial_batches(state))
-    if not orders and not state.in_flight and all(state.workers[stage] for stage, _ in state.starting):
+    if not orders and not state.in_flight and all(state.workers[worker_type] for worker_type, _ in state.starting):
         orders.extend(_unstick(state))
         if not orders and (state.records or state.fatal_suspects):
             if question := failures.settle_suspects(state):
@@ -42,50 +41,48 @@ def decide(state: DriverState) -> list[Order]:
 
 
 def _commits(state: DriverState) -> Iterator[Dispatch]:
-    for number, shard in state.shards.items():
-        if not shard.missing and not shard.committing:
-            worker = _idle_worker(state, state.last_stage, empty=shard.attempts > 0)
-            if worker is None:
-                return
-            shard.committing = True
-            rows = state.shard_rows(number)
-            yield _give(
-                state,
-                Dispatch(
-                    -1, "commit", state.last_stage, worker, rows, shard.packed, number, shard.errors, shard.attempts
-                ),
-            )
+    while state.complete:
+        number = next(iter(state.complete))
+        shard = state.shards[number]
+        worker = _worker(state, state.last_stage, alone=shard.attempts > 0)
+        if worker is None:
+            return
+        del state.complete[number]
+        rows = state.shard_rows(number)
+        yield state.given(
+            Dispatch(-1, "commit", state.last_stage, worker, rows, shard.packed, number, shard.errors, shard.attempts)
+        )
 
 
 def _batches(state: DriverState, stage: int, partial: bool, room: bool = True) -> Iterator[Dispatch]:
     """Batches for a stage: what is to be tried again, then full ones, or else ``partial`` ones. ``room``: only if it has room."""
-    spec = state.stages[stage]
+    spec, queue = state.stages[stage], state.queues[stage]
     while True:
-        if state.retries[stage]:
-            worker = _idle_worker(state, stage, empty=partial or _goes_alone(state.retries[stage]))
+        if queue.retries:
+            worker = _worker(state, stage, idle=partial, alone=queue.retries[0].attempts > 0)
             if worker is None:
                 return
-            retry = state.retries[stage].popleft()
-            yield _give(state, Dispatch(-1, "batch", stage, worker, retry.rows, retry.slices, attempts=retry.attempts))
+            retry = queue.next_retry()
+            yield state.given(Dispatch(-1, "batch", stage, worker, retry.rows, retry.slices, attempts=retry.attempts))
             continue
         if room and not has_room(state, stage, spec.batch_size):
             return
-        for key in _ready_keys(state, stage, partial):
-            worker = _idle_worker(state, stage, empty=partial and spec.running_batches == 1, stack_key=key)
+        for key in queue.largest_first() if partial else queue.full:
+            worker = _worker(state, stage, key, idle=partial and spec.running_batches == 1)
             if worker is not None:
                 break
         else:
             return
-        slices = _take(state.queues[stage], key, spec.batch_size)
+        slices = queue.take(key)
         rows = tuple(row for slice_ in slices for row in slice_.rows)
-        yield _give(state, Dispatch(-1, "batch", stage, worker, rows, slices, stack_key=key))
+        yield state.given(Dispatch(-1, "batch", stage, worker, rows, slices, stack_key=key))
 
 
 def _partial_batches(state: DriverState) -> Iterator[Dispatch]:
     """Batches that are not full, where no full one will come of them."""
     # Nothing before a stage can add to what waits for it.
     for stage in range(1, len(state.stages)):
-        if any(state.rows_in_flight(before) for before in range(stage)):
+        if any(state.rows_in_flight[before] for before in range(stage)):
             break
         yield from _batches(state, stage, partial=True)
     # Or so much waits that nothing more may come, under many stack keys of which none fills a batch.
@@ -100,14 +97,14 @@ def _partial_batches(state: DriverState) -> Iterator[Dispatch]:
 
 
 def _reads(state: DriverState, room: bool = True) -> Iterator[Dispatch]:
-    size = state.stages[0].batch_size
+    size, queue = state.stages[0].batch_size, state.queues[0]
     while not room or has_room(state, 0, size):
-        worker = _idle_worker(state, 0, empty=_goes_alone(state.retries[0]))
+        worker = _worker(state, 0, alone=_goes_alone(state, 0))
         if worker is None:
             return
-        if state.retries[0]:
-            retry = state.retries[0].popleft()
-            yield _give(state, Dispatch(-1, "read", 0, worker, retry.rows, attempts=retry.attempts))
+        if queue.retries:
+            retry = queue.next_retry()
+            yield state.given(Dispatch(-1, "read", 0, worker, retry.rows, attempts=retry.attempts))
             continue
         if not state.to_read and not _open_shard(state):
             return
@@ -115,7 +112,7 @@ def _reads(state: DriverState, room: bool = True) -> Iterator[Dispatch]:
         if len(rows) > size:
             state.to_read.appendleft(rows[size:])
             rows = rows[:size]
-        yield _give(state, Dispatch(-1, "read", 0, worker, rows))
+        yield state.given(Dispatch(-1, "read", 0, worker, rows))
 
 
 def _open_shard(state: DriverState) -> bool:
@@ -161,63 +158,22 @@ def _unstick(state: DriverState) -> Iterator[Dispatch]:
     yield from _reads(state, room=False)
 
 
-def _ready_keys(state: DriverState, stage: int, partial: bool) -> list[Any]:
-    """The stack keys of which a batch can go: full ones, or else ``partial`` ones, the largest first."""
-    size, queues = state.stages[stage].batch_size, state.queues[stage]
-    waiting = {key: sum(len(slice_.rows) for slice_ in queue) for key, queue in queues.items()}
-    if partial:
-        return sorted(waiting, key=waiting.__getitem__, reverse=True)
-    if not state.fixed:
-        return [key for key, count in waiting.items() if count >= size]
-    wholes = {key: min(size, len(state.shard_rows(key[0])) - key[1] * size) for key in queues}
-    return [key for key in queues if state.accounted[stage][key[0], key[1]] == wholes[key]]
+def _worker(
+    state: DriverState, stage: int, stack_key: Any = None, *, idle: bool = False, alone: bool = False
+) -> int | None:
+    """The worker that can be given a batch of ``stack_key`` and holds the least; ``idle``: nothing of this stage; ``alone``: nothing."""
+    if not alone and any(_goes_alone(state, hosted) for hosted in state.hosted_with(stage)):
+        return None  # or the workers would never be empty
+    rank = state.least_loaded(stage, stack_key)
+    if rank is None:
+        return None
+    of_stage, held, worker = rank
+    return None if (idle and of_stage) or (alone and held) else worker
 
 
-def _idle_worker(state: DriverState, stage: int, empty: bool = False, stack_key: Any = None) -> int | None:
-    """The ready worker with the fewest dispatches that may be given one more, of ``stack_key``; one without any if ``empty``.
-
-    A worker that tries something again is given nothing else: should it die once more, it is clear of what.
-    """
-    spec, found = state.stages[stage], []
-    for worker, ids in state.workers[stage].items():
-        held = [state.in_flight[id] for id in ids]
-        if any(dispatch.attempts for dispatch in held):
-            continue
-        if spec.running_batches == 1:
-            load, fits = len(held), len(held) < spec.batches_per_worker
-        else:  # it stacks small batches of one key
-            most = spec.batches_per_worker * spec.batch_size
-            load = sum(len(dispatch.rows) for dispatch in held if dispatch.stack_key == stack_key)
-            fits = load < most and sum(len(dispatch.rows) for dispatch in held) < most * spec.running_batches
-        if fits and not (empty and held):
-            found.append((load, len(held), worker))
-    return min(found)[-1] if found else None
-
-
-def _goes_alone(retries: deque[Retry]) -> bool:
-    """Whether the next to be tried again has failed before, so that it needs a worker of its own."""
+def _goes_alone(state: DriverState, stage: int) -> bool:
+    """Whether what is to be tried again next has failed before, so that it needs a worker of its own."""
+    if stage == state.last_stage and state.complete and state.shards[next(iter(state.complete))].attempts:
+        return True
+    retries = state.queues[stage].retries
     return bool(retries) and retries[0].attempts > 0
-
-
-def _take(queues: dict[Any, deque[TableSlice]], key: Any, size: int) -> list[TableSlice]:
-    """Take up to ``size`` rows from a queue."""
-    queue, slices = queues[key], []
-    while queue and size:
-        slice_ = queue.popleft()
-        if len(slice_.rows) > size:
-            queue.appendleft(slice_.sub(size, None))
-            slice_ = slice_.sub(0, size)
-        slices.append(slice_)
-        size -= len(slice_.rows)
-    if not queue:
-        del queues[key]
-    return slices
-
-
-def _give(state: DriverState, dispatch: Dispatch) -> Dispatch:
-    """Number a dispatch and note that its worker has it."""
-    dispatch.id = state.next_id
-    state.next_id += 1
-    state.in_flight[dispatch.id] = dispatch
-    state.workers[dispatch.stage][dispatch.worker].append(dispatch.id)
-    return dispatch

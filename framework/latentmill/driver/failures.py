@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from latentmill.driver.limits import (
     MAX_CONSECUTIVE_FAILURES,
@@ -12,7 +12,8 @@ from latentmill.driver.limits import (
     error_rate_exceeded,
 )
 from latentmill.driver.messages import CheckDataset, Died, Dispatch, StopWorker, TableSlice
-from latentmill.driver.state import DriverState, Retry, Suspect, WorkerRecord
+from latentmill.driver.state import DriverState, Suspect, WorkerRecord
+from latentmill.driver.waiting import Retry
 
 # ------------------------------------------------------------------------------------ a batch: retry, halves, row
 
@@ -30,8 +31,10 @@ def dispatch_failed(state: DriverState, dispatch: Dispatch, reason: str, least: 
         try_again(state, dispatch, attempts)
     elif len(dispatch.rows) > 1:
         _split(state, dispatch, attempts=max(retries, 1))
-    elif dispatch.worker in state.workers[dispatch.stage]:
-        state.records.setdefault(dispatch.worker, WorkerRecord()).suspects.append(Suspect(dispatch, reason))
+    elif dispatch.worker in state.workers_of(dispatch.stage):
+        state.records.setdefault((dispatch.stage, dispatch.worker), WorkerRecord()).suspects.append(
+            Suspect(dispatch, reason)
+        )
     elif dispatch.stage in state.worked_stages:  # its worker died, and it was all that the worker held
         _quarantine_suspect(state, Suspect(dispatch, reason))
     else:
@@ -41,16 +44,16 @@ def dispatch_failed(state: DriverState, dispatch: Dispatch, reason: str, least: 
 def try_again(state: DriverState, dispatch: Dispatch, attempts: int) -> None:
     """Give a dispatch out anew, as it is."""
     if dispatch.task == "commit":
-        state.shards[dispatch.shard].committing = False
+        state.complete.setdefault(dispatch.shard)
     else:
-        state.retries[dispatch.stage].append(Retry(dispatch.rows, dispatch.slices, attempts))
+        state.queues[dispatch.stage].try_again(Retry(dispatch.rows, dispatch.slices, attempts))
 
 
 def _split(state: DriverState, dispatch: Dispatch, attempts: int) -> None:
     half = len(dispatch.rows) // 2
     for side in (slice(half, None), slice(None, half)):
         retry = Retry(dispatch.rows[side], rows_of(dispatch.slices, side), attempts)
-        state.retries[dispatch.stage].appendleft(retry)
+        state.queues[dispatch.stage].try_again(retry, first=True)
 
 
 def rows_of(slices: Sequence[TableSlice], side: slice) -> list[TableSlice]:
@@ -74,9 +77,11 @@ def quarantine(state: DriverState, row: int, stage: int, reason: str) -> None:
     shard, name = state.shards[row // state.rows_per_shard], state.stages[stage].name
     shard.missing.discard(row)
     shard.errors.append({"row": row, "stage": name, "reason": reason})
+    if not shard.missing:
+        state.complete.setdefault(row // state.rows_per_shard)
     if state.fixed:
         for later in range(stage + 1, len(state.stages)):
-            state.accounted[later][state.chunk(later, row)] += 1
+            state.queues[later].account(state.chunk(later, row), 1)
     state.quarantined += 1
     if state.failed:
         return
@@ -103,8 +108,8 @@ def settle_suspects(state: DriverState) -> CheckDataset | None:
                 f"stage {state.stages[stage].name} failed for {count} that it was given: {suspects[-1].reason}"
             )
             return None
-    for worker in list(state.records):
-        _quarantine_suspects_of(state, worker)
+    for stage, worker in list(state.records):
+        _quarantine_suspects_of(state, stage, worker)
     _quarantine_fatal_suspects(state)
     return None
 
@@ -117,9 +122,9 @@ def _quarantine_suspect(state: DriverState, suspect: Suspect) -> None:
     quarantine(state, dispatch.rows[0], dispatch.stage, suspect.reason)
 
 
-def _quarantine_suspects_of(state: DriverState, worker: int) -> None:
-    """A worker is sound: what failed on it failed for its own sake."""
-    for suspect in state.records.pop(worker, WorkerRecord()).suspects:
+def _quarantine_suspects_of(state: DriverState, stage: int, worker: int) -> None:
+    """A worker does a stage well: what failed on it failed for its own sake."""
+    for suspect in state.records.pop((stage, worker), WorkerRecord()).suspects:
         _quarantine_suspect(state, suspect)
 
 
@@ -141,16 +146,16 @@ def count_success(state: DriverState, dispatch: Dispatch, has_done_a_row: bool) 
         state.worked_stages.add(dispatch.stage)
         _quarantine_fatal_suspects(state, dispatch.stage)
     if dispatch.stage in state.worked_stages:
-        _quarantine_suspects_of(state, dispatch.worker)
+        _quarantine_suspects_of(state, dispatch.stage, dispatch.worker)
 
 
 def count_failure(state: DriverState, dispatch: Dispatch, reason: str) -> None:
     """Note that a worker failed; replace it if it fails at everything."""
-    record = state.records.setdefault(dispatch.worker, WorkerRecord())
+    record = state.records.setdefault((dispatch.stage, dispatch.worker), WorkerRecord())
     rows = set(dispatch.rows)
     if all(rows.isdisjoint(before) for before in record.consecutive_failures):
         record.consecutive_failures.append(rows)
-    is_there = dispatch.worker in state.workers[dispatch.stage]
+    is_there = dispatch.worker in state.workers_of(dispatch.stage)
     if len(record.consecutive_failures) >= MAX_CONSECUTIVE_FAILURES and is_there:
         _stop_worker(state, dispatch.stage, dispatch.worker, reason)
 
@@ -159,29 +164,31 @@ def load_failed(state: DriverState, dispatch: Dispatch, reason: str) -> None:
     """A worker can't load weights that it first needs now. Another may, if any of the stage has worked; not time and again."""
     spec = state.stages[dispatch.stage]
     state.load_failures[dispatch.stage] += 1
-    too_often = state.load_failures[dispatch.stage] > MAX_DEATHS_PER_REPLICA * spec.replicas
+    too_often = state.load_failures[dispatch.stage] > MAX_DEATHS_PER_REPLICA * state.replicas(dispatch.stage)
     if dispatch.stage not in state.worked_stages or too_often:
         state.failed = f"stage {spec.name} can't start: {reason}"
     try_again(state, dispatch, dispatch.attempts)
-    if not state.failed and dispatch.worker in state.workers[dispatch.stage]:
+    if not state.failed and dispatch.worker in state.workers_of(dispatch.stage):
         _stop_worker(state, dispatch.stage, dispatch.worker, reason)
 
 
 def worker_died(state: DriverState, event: Died) -> None:
     """Replace a worker that is gone, and try again what it held, each dispatch alone."""
-    state.starting.discard((event.stage, event.worker))
-    name = state.stages[event.stage].name
-    if event.wrong:
-        state.failed = f"stage {name}: a worker is not what the plan says: {event.reason}"
+    state.starting.discard((event.worker_type, event.worker))
+    stages = state.worker_types[event.worker_type].stages
+    if event.wrong or (event.at_start and event.worker_type not in state.loaded_types):
+        names = ", ".join(state.stages[stage].name for stage in stages)
+        what = "a worker is not what the plan says:" if event.wrong else "can't start:"
+        state.failed = f"stage {names}{':' * event.wrong} {what} {event.reason}"
         return
-    if event.at_start and event.stage not in state.loaded_stages:
-        state.failed = f"stage {name} can't start: {event.reason}"
-        return
-    held = [state.in_flight.pop(id) for id in state.workers[event.stage].pop(event.worker, [])]
+    held = state.worker_gone(event.worker_type, event.worker)
     if event.with_node:
         state.losses.update(row for dispatch in held for row in dispatch.rows)
-    rows = {row for dispatch in held for row in dispatch.rows}
-    _replace_worker(state, event.stage, event.worker, rows, event.reason, counts=not event.with_node)
+    # It may have been any stage that it had work for; if it had none, any that it hosts.
+    rows = {
+        stage: {row for d in held if d.stage == stage for row in d.rows} for stage in {d.stage for d in held} or stages
+    }
+    _replace_worker(state, event.worker_type, event.worker, {} if event.with_node else rows, event.reason)
     for dispatch in held:
         if event.with_node and max(state.losses[row] for row in dispatch.rows) <= MAX_LOSSES_PER_ROW:
             try_again(state, dispatch, dispatch.attempts)
@@ -193,29 +200,32 @@ def worker_died(state: DriverState, event: Died) -> None:
 
 
 def _stop_worker(state: DriverState, stage: int, worker: int, reason: str) -> None:
-    """Replace a worker that lives. What it held is given out anew."""
-    state.worker_orders.append(StopWorker(stage, worker))
-    held = [state.in_flight.pop(id) for id in state.workers[stage].pop(worker)]
-    _replace_worker(state, stage, worker, set(), reason)
+    """Replace a worker that lives, since it fails at a stage. What it held is given out anew."""
+    worker_type = state.type_of[stage]
+    state.worker_orders.append(StopWorker(worker_type, worker))
+    held = state.worker_gone(worker_type, worker)
+    _replace_worker(state, worker_type, worker, {stage: set()}, reason)
     for dispatch in held:
         try_again(state, dispatch, dispatch.attempts)
 
 
 def _replace_worker(
-    state: DriverState, stage: int, worker: int, rows: set[int], reason: str, counts: bool = True
+    state: DriverState, worker_type: int, worker: int, deaths: Mapping[int, set[int]], reason: str
 ) -> None:
-    """Start another worker in the place of one that is gone, because of ``rows`` if of any. It tries the suspects of the first.
+    """Start another worker in the place of one that is gone. It tries the suspects of the first.
 
-    If it ``counts``, it is one of the deaths that end a job.
+    ``deaths``: the stages for which it counts as one of the deaths that end a job, each with the rows that it had of it.
     """
-    spec = state.stages[stage]
-    for suspect in state.records.pop(worker, WorkerRecord()).suspects:
-        try_again(state, suspect.dispatch, max(spec.retries, 1))
-    if counts and all(rows.isdisjoint(before) for before in state.deaths[stage]):
-        state.deaths[stage].append(rows)
-    if len(state.deaths[stage]) > MAX_DEATHS_PER_REPLICA * spec.replicas:
-        state.failed = f"stage {spec.name}: its workers fail one after another: {reason}"
-    state.start_worker(stage)
+    for stage in state.worker_types[worker_type].stages:
+        for suspect in state.records.pop((stage, worker), WorkerRecord()).suspects:
+            try_again(state, suspect.dispatch, max(state.stages[stage].retries, 1))
+    for stage, rows in deaths.items():
+        before = state.deaths[stage]
+        if all(rows.isdisjoint(others) for others in before):
+            before.append(rows)
+        if len(before) > MAX_DEATHS_PER_REPLICA * state.replicas(stage):
+            state.failed = f"stage {state.stages[stage].name}: its workers fail one after another: {reason}"
+    state.start_worker(worker_type)
 
 
 # --------------------------------------------------------------------------------------------- a node and its data
@@ -228,7 +238,9 @@ def data_lost(state: DriverState, dispatch: Dispatch, reason: str) -> None:
         shard = state.shards[dispatch.shard]
         rows = [row for slice_ in shard.packed for row in slice_.rows]
         shard.missing.update(rows)
-        shard.packed, shard.committing = [], False
+        shard.packed = []
+        if not shard.missing:  # all its rows had failed
+            state.complete.setdefault(dispatch.shard)
     for slice_ in dispatch.slices:
         state.drop(slice_)
     again = []
@@ -239,6 +251,6 @@ def data_lost(state: DriverState, dispatch: Dispatch, reason: str) -> None:
             continue
         again.append(row)
         for stage in range(1, dispatch.stage + 1) if state.fixed else ():
-            state.accounted[stage][state.chunk(stage, row)] -= 1
+            state.queues[stage].account(state.chunk(stage, row), -1)
     if again:
         state.to_read.appendleft(again)

@@ -20,7 +20,7 @@ MIN_ROWS_FOR_ERROR_RATE = 100
 def queue_limit(state: DriverState, stage: int) -> int:
     """Rows that may wait for a stage: as many batches as its workers hold, and one more for each worker."""
     spec = state.stages[stage]
-    return spec.batch_size * spec.replicas * (spec.batches_per_worker + 1)
+    return spec.batch_size * state.replicas(stage) * (spec.batches_per_worker + 1)
 
 
 def has_room(state: DriverState, stage: int, rows: int) -> bool:
@@ -32,8 +32,8 @@ def has_room(state: DriverState, stage: int, rows: int) -> bool:
     if stage == state.last_stage:
         return True  # what leaves the last stage waits in its shard, and open shards are bounded
     spec = state.stages[stage]
-    room = queue_limit(state, stage + 1) + spec.batch_size * spec.replicas * spec.batches_per_worker
-    coming = state.rows_queued(stage + 1) + state.rows_in_flight(stage) + len(state.suspects(stage + 1))
+    room = queue_limit(state, stage + 1) + spec.batch_size * state.replicas(stage) * spec.batches_per_worker
+    coming = state.rows_queued(stage + 1) + state.rows_in_flight[stage] + len(state.suspects(stage + 1))
     return coming == 0 or coming + rows <= room
 
 

@@ -102,8 +102,8 @@ def view(state: DriverState, plan: Plan, seconds: float) -> progress.View:
             name=spec.name,
             done=state.finished_rows[at],
             queued=state.rows_queued(at) if at else sum(map(len, state.to_read)),
-            workers=len(state.workers[at]),
-            busy=sum(1 for held in state.workers[at].values() if held),
+            workers=len(state.workers_of(at)),
+            busy=state.busy[at],
         )
         for at, spec in enumerate(state.stages)
     ]

@@ -28,6 +28,14 @@ class StageSpec:
 
 
 @dataclass(frozen=True)
+class WorkerType:
+    """Workers that are alike: they host the same stages, and each computes one batch at a time, of whichever stage."""
+
+    stages: tuple[int, ...]
+    replicas: int = 1
+
+
+@dataclass(frozen=True)
 class TableSlice:
     """Rows ``start`` to ``stop`` of a table of a block."""
 
@@ -68,9 +76,9 @@ class Dispatch:
 
 @dataclass(frozen=True)
 class StartWorker:
-    """An order to the pool: start a worker of a stage."""
+    """An order to the pool: start a worker of a type."""
 
-    stage: int
+    worker_type: int
     worker: int
 
 
@@ -78,7 +86,7 @@ class StartWorker:
 class StopWorker:
     """An order to the pool: end a worker that fails at whatever it is given. What it held is given out anew."""
 
-    stage: int
+    worker_type: int
     worker: int
 
 
@@ -104,7 +112,7 @@ Order: TypeAlias = "PoolOrder | Claim | CheckDataset"
 class Started:
     """A worker is ready."""
 
-    stage: int
+    worker_type: int
     worker: int
 
 
@@ -134,11 +142,11 @@ class Failed:
 class Died:
     """A worker is gone. All that it held is suspect, and is tried again on a worker of its own."""
 
-    stage: int
+    worker_type: int
     worker: int
     reason: str = ""
     at_start: bool = False
-    """It raised while it was being built or loaded. If no worker of its stage has ever been ready, none will be."""
+    """It raised while it was being built or loaded. If no worker of its type has ever been ready, none will be."""
     with_node: bool = False
     """Its node went, and all that was on it: no row is to blame."""
     wrong: bool = False

@@ -7,7 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from latentmill.driver.messages import Dispatch, StageSpec, StartWorker, StopWorker, TableSlice
+from latentmill.driver.messages import Dispatch, StageSpec, StartWorker, StopWorker, TableSlice, WorkerType
+from latentmill.driver.waiting import Chunk, Rank, Ranking, StageQueue
+
+MANY_KEYS = 64
+"""Rankings of one stage, from which on those are dropped of which nothing waits."""
 
 
 @dataclass
@@ -18,17 +22,7 @@ class OpenShard:
     """Rows that have neither arrived nor failed."""
     packed: list[TableSlice] = field(default_factory=list)
     errors: list[dict[str, Any]] = field(default_factory=list)
-    committing: bool = False
     attempts: int = 0
-
-
-@dataclass
-class Retry:
-    """Work that failed and is tried again as one unit."""
-
-    rows: Sequence[int]
-    slices: list[TableSlice]
-    attempts: int
 
 
 class Suspect(NamedTuple):
@@ -40,7 +34,7 @@ class Suspect(NamedTuple):
 
 @dataclass
 class WorkerRecord:
-    """How a worker has fared since it last finished something."""
+    """How a worker has fared at a stage since it last finished something of it."""
 
     consecutive_failures: list[set[int]] = field(default_factory=list)
     """The rows of batches that failed on it and have none in common."""
@@ -68,6 +62,8 @@ class DriverState:
     """A larger share of failed rows ends it, once the share says something."""
     row_name: Callable[[int], str] = str
     """How people are told of a row."""
+    worker_types: tuple[WorkerType, ...] = ()
+    """Which stages the workers host. By default each stage has workers of its own."""
 
     # Shards
     cursor: int = 0
@@ -80,15 +76,13 @@ class DriverState:
     """Shards that nobody works on: other drivers have not finished them, or they were taken out of the dataset."""
     shards: dict[int, OpenShard] = field(default_factory=dict)
     """Those that are open."""
+    complete: dict[int, None] = field(default_factory=dict)
+    """Of those the ones of which nothing is missing and which wait for their commit, in that order."""
 
     # Rows and batches
     to_read: deque[Sequence[int]] = field(default_factory=deque)
-    queues: list[dict[Any, deque[TableSlice]]] = field(default_factory=list)
-    """For each stage, what waits for it, by stack key."""
-    retries: list[deque[Retry]] = field(default_factory=list)
-    """For each stage, what failed and waits to be tried again."""
-    accounted: list[Counter[tuple[int, int]]] = field(default_factory=list)
-    """Fixed only: how many rows of (shard, chunk) have reached a stage or failed before it."""
+    queues: list[StageQueue] = field(default_factory=list)
+    """For each stage, what waits for it."""
     in_flight: dict[int, Dispatch] = field(default_factory=dict)
     """Dispatches that were given out and have not come back, by number."""
     blocks: dict[int, int] = field(default_factory=dict)
@@ -100,10 +94,18 @@ class DriverState:
     worker_orders: list[StartWorker | StopWorker] = field(default_factory=list)
     """Not given out yet."""
     starting: set[tuple[int, int]] = field(default_factory=set)
+    type_of: list[int] = field(default_factory=list)
+    """The worker type that hosts each stage."""
     workers: list[dict[int, list[int]]] = field(default_factory=list)
-    """For each stage, each ready worker's dispatches, oldest first."""
-    loaded_stages: set[int] = field(default_factory=set)
-    """Stages of which a worker has been ready."""
+    """For each worker type, each ready worker's dispatches, oldest first."""
+    loaded_types: set[int] = field(default_factory=set)
+    """Worker types of which a worker has been ready."""
+    busy: Counter[int] = field(default_factory=Counter)
+    """For each stage, how many workers have something to do for it."""
+    rows_in_flight: Counter[int] = field(default_factory=Counter)
+    """For each stage, how many rows its workers hold; commits don't count."""
+    rankings: list[dict[Any, Ranking]] = field(default_factory=list)
+    """For each stage, and stack key where that matters, its workers by what they hold."""
 
     # Failures
     worked_stages: set[int] = field(default_factory=set)
@@ -114,8 +116,8 @@ class DriverState:
     """Rows of stages that have not worked in this run, quarantined because the dataset shows that the stages worked before."""
     load_failures: Counter[int] = field(default_factory=Counter)
     """How often a stage's workers could not load weights that they first needed when they worked."""
-    records: dict[int, WorkerRecord] = field(default_factory=dict)
-    """Of each worker that has failed at something and not succeeded since."""
+    records: dict[tuple[int, int], WorkerRecord] = field(default_factory=dict)
+    """Of each stage and worker of it that has failed at something and not succeeded since."""
     fatal_suspects: list[Suspect] = field(default_factory=list)
     """Rows that ended every worker that had them alone, of stages that have not worked yet."""
     losses: Counter[int] = field(default_factory=Counter)
@@ -142,19 +144,27 @@ class DriverState:
 
     def __post_init__(self) -> None:
         count = len(self.stages)
-        self.queues = [{} for _ in range(count)]
-        self.retries = [deque() for _ in range(count)]
-        self.accounted = [Counter() for _ in range(count)]
-        self.workers = [{} for _ in range(count)]
+        if not self.worker_types:
+            self.worker_types = tuple(WorkerType((stage,), spec.replicas) for stage, spec in enumerate(self.stages))
+        types = {stage: number for number, hosts in enumerate(self.worker_types) for stage in hosts.stages}
+        self.type_of = [types[stage] for stage in range(count)]
+        self.queues = [StageQueue(spec.batch_size, self._chunk_rows(spec)) for spec in self.stages]
+        self.workers = [{} for _ in self.worker_types]
+        self.rankings = [{} for _ in range(count)]
         self.deaths = [[] for _ in range(count)]
-        for stage, spec in enumerate(self.stages):
-            for _ in range(spec.replicas):
-                self.start_worker(stage)
+        for number, hosts in enumerate(self.worker_types):
+            for _ in range(hosts.replicas):
+                self.start_worker(number)
         self._skip_done()
 
-    def start_worker(self, stage: int) -> None:
-        """Order a new worker of a stage."""
-        self.worker_orders.append(StartWorker(stage, self.next_worker))
+    def _chunk_rows(self, spec: StageSpec) -> Callable[[Chunk], int] | None:
+        if not self.fixed:
+            return None
+        return lambda chunk: min(spec.batch_size, len(self.shard_rows(chunk[0])) - chunk[1] * spec.batch_size)
+
+    def start_worker(self, worker_type: int) -> None:
+        """Order a new worker of a type."""
+        self.worker_orders.append(StartWorker(worker_type, self.next_worker))
         self.next_worker += 1
 
     def next_shard(self) -> int:
@@ -182,23 +192,106 @@ class DriverState:
         """Row numbers of a shard."""
         return range(shard * self.rows_per_shard, min((shard + 1) * self.rows_per_shard, self.rows))
 
-    def chunk(self, stage: int, row: int) -> tuple[int, int]:
+    def chunk(self, stage: int, row: int) -> Chunk:
         """The batch that a row belongs to when batches are fixed: its shard, and the batch's place in it."""
         shard, place = divmod(row, self.rows_per_shard)
         return shard, place // self.stages[stage].batch_size
 
+    def replicas(self, stage: int) -> int:
+        """How many workers host a stage."""
+        return self.worker_types[self.type_of[stage]].replicas
+
+    def hosted_with(self, stage: int) -> tuple[int, ...]:
+        """The stages that the workers of a stage host, itself included."""
+        return self.worker_types[self.type_of[stage]].stages
+
+    def workers_of(self, stage: int) -> dict[int, list[int]]:
+        """The ready workers that host a stage, each with its dispatches, of all stages that it hosts, oldest first."""
+        return self.workers[self.type_of[stage]]
+
+    def worker_came(self, worker_type: int, worker: int) -> None:
+        """A worker is ready."""
+        self.loaded_types.add(worker_type)
+        self.workers[worker_type][worker] = []
+        self._holds_less(worker_type, worker)
+
+    def worker_gone(self, worker_type: int, worker: int) -> list[Dispatch]:
+        """A worker is no more. Returns the dispatches that it held."""
+        ids = tuple(self.workers[worker_type].get(worker, ()))
+        held = [self.taken_back(id) for id in ids]
+        self.workers[worker_type].pop(worker, None)
+        return held
+
+    def given(self, dispatch: Dispatch) -> Dispatch:
+        """Number a dispatch and note that its worker has it."""
+        dispatch.id = self.next_id
+        self.next_id += 1
+        self.in_flight[dispatch.id] = dispatch
+        ids = self.workers_of(dispatch.stage)[dispatch.worker]
+        if not any(self.in_flight[id].stage == dispatch.stage for id in ids):
+            self.busy[dispatch.stage] += 1
+        ids.append(dispatch.id)
+        if dispatch.task != "commit":
+            self.rows_in_flight[dispatch.stage] += len(dispatch.rows)
+        return dispatch
+
+    def taken_back(self, id: int) -> Dispatch:
+        """Note that a worker has a dispatch no more."""
+        dispatch = self.in_flight.pop(id)
+        ids = self.workers_of(dispatch.stage)[dispatch.worker]
+        ids.remove(id)
+        if not any(self.in_flight[other].stage == dispatch.stage for other in ids):
+            self.busy[dispatch.stage] -= 1
+        if dispatch.task != "commit":
+            self.rows_in_flight[dispatch.stage] -= len(dispatch.rows)
+        self._holds_less(self.type_of[dispatch.stage], dispatch.worker)
+        return dispatch
+
+    def _holds_less(self, worker_type: int, worker: int) -> None:
+        for stage in self.worker_types[worker_type].stages:
+            for ranking in self.rankings[stage].values():
+                ranking.add(worker)
+
+    def least_loaded(self, stage: int, key: Any = None) -> Rank | None:
+        """The rank of the worker that can be given a batch of ``key`` for a stage and holds the least.
+
+        It is (what it holds for the stage and that key, how many dispatches it holds in all, its number).
+        """
+        spec, found = self.stages[stage], self.rankings[stage]
+        key = key if spec.running_batches > 1 else None
+        if key not in found:
+            if len(found) >= MANY_KEYS:
+                self.rankings[stage] = found = {key: found[key] for key in found if key in self.queues[stage].slices}
+            found[key] = Ranking(lambda worker: self._rank(stage, key, worker), self.workers_of(stage))
+        return found[key].first()
+
+    def _rank(self, stage: int, key: Any, worker: int) -> Rank | None:
+        """None if a worker can be given no batch of ``key``. One that tries something again is given nothing else: should it
+        die once more, it is clear of what.
+        """
+        spec, ids = self.stages[stage], self.workers_of(stage).get(worker)
+        if ids is None:
+            return None
+        held = [self.in_flight[id] for id in ids]
+        if any(dispatch.attempts for dispatch in held):
+            return None
+        here = [dispatch for dispatch in held if dispatch.stage == stage]
+        if spec.running_batches == 1:
+            load, fits = len(here), len(here) < spec.batches_per_worker
+        else:  # it stacks small batches of one key
+            most = spec.batches_per_worker * spec.batch_size
+            load = sum(len(dispatch.rows) for dispatch in here if dispatch.stack_key == key)
+            fits = load < most and sum(len(dispatch.rows) for dispatch in here) < most * spec.running_batches
+        return (load, len(held), worker) if fits else None
+
     def rows_queued(self, stage: int) -> int:
         """Rows that wait for a stage."""
-        waiting = sum(len(slice_.rows) for queue in self.queues[stage].values() for slice_ in queue)
-        return waiting + sum(len(retry.rows) for retry in self.retries[stage])
-
-    def rows_in_flight(self, stage: int) -> int:
-        """Rows that a stage's workers hold."""
-        held = (self.in_flight[id] for ids in self.workers[stage].values() for id in ids)
-        return sum(len(dispatch.rows) for dispatch in held if dispatch.task != "commit")
+        return self.queues[stage].rows
 
     def suspects(self, stage: int) -> list[Suspect]:
         """The suspects of a stage, of workers that live and of those that died."""
+        if not self.records and not self.fatal_suspects:
+            return []
         of_workers = [suspect for record in self.records.values() for suspect in record.suspects]
         return [suspect for suspect in (*of_workers, *self.fatal_suspects) if suspect.dispatch.stage == stage]
 

@@ -44,7 +44,7 @@ class InlinePool:
         if isinstance(order, StopWorker):  # what it held is given out anew, and the next worker is built afresh
             self.orders = deque(o for o in self.orders if o.worker != order.worker)
             self.calls = {id: (o, call) for id, (o, call) in self.calls.items() if o.worker != order.worker}
-            self.workers.pop(order.stage, None)
+            self.workers.pop(order.worker_type, None)
             return
         self.orders.append(order)
 
@@ -58,19 +58,19 @@ class InlinePool:
     def _begin(self, order: PoolOrder) -> list[Event]:
         assert not isinstance(order, StopWorker)
         if isinstance(order, StartWorker):
-            work = self.stages[order.stage]
+            work = self.stages[order.worker_type]
             try:
-                if order.stage not in self.workers:
+                if order.worker_type not in self.workers:
                     worker = Worker(work.make, work.num_gpus > 0, work.threads, work.name)
                     self.tell(work.name, worker.hearing.take())
                     if reason := self.admit(this_node(), worker.loaded):
                         raise WrongWorker(reason)
-                    self.workers[order.stage] = worker
+                    self.workers[order.worker_type] = worker
             except WrongWorker as error:
-                return [Died(order.stage, order.worker, one_line(str(error)), wrong=True)]
+                return [Died(order.worker_type, order.worker, one_line(str(error)), wrong=True)]
             except Exception as error:
-                return [Died(order.stage, order.worker, one_line(told(error)), at_start=True)]
-            return [Started(order.stage, order.worker)]
+                return [Died(order.worker_type, order.worker, one_line(told(error)), at_start=True)]
+            return [Started(order.worker_type, order.worker)]
         worker = self.workers[order.stage]
         try:
             if order.task == "read":

@@ -66,37 +66,40 @@ class RayPool:
         """``sees`` says whether a file that a worker has written is there for the driver, too; ``admit`` what is wrong with what it has read."""
         self.stages, self.owns_cluster, self.sees, self.admit = stages, owns_cluster, sees, admit
         self.tell = Telling()
-        self.actors: dict[tuple[int, int], Any] = {}
+        self.actors: dict[int, Any] = {}
         self.starting: dict[Any, StartWorker] = {}
         self.asked: dict[Any, float] = {}
         """When those were asked for of which nobody has been told that they take long."""
         self.in_flight: dict[Any, Dispatch] = {}
         self.blocks: dict[int, Any] = {}
-        self.heard: dict[tuple[int, int], float] = {}
+        self.heard: dict[int, float] = {}
         """When a worker that has work last finished some, or was given its first."""
         check_placement(stages, [node["Resources"] for node in cast(Any, ray).nodes() if node["Alive"]])
         self.group, self.free = _reserve(stages)
-        self.bundles: dict[tuple[int, int], int] = {}
+        self.types: dict[int, int] = {}
+        """The type of each worker that was started."""
+        self.bundles: dict[int, int] = {}
 
     def submit(self, order: PoolOrder) -> None:
         if isinstance(order, StopWorker):
-            self._bury(order.stage, order.worker)
+            self._bury(order.worker)
             return
         if isinstance(order, StartWorker):
-            work = self.stages[order.stage]
+            work = self.stages[order.worker_type]
+            self.types[order.worker] = order.worker_type
             options = {**_resources(work), "max_concurrency": work.calls}
-            if self.group is not None and self.free[order.stage]:
-                bundle = self.bundles[order.stage, order.worker] = self.free[order.stage].pop()
+            if self.group is not None and self.free[order.worker_type]:
+                bundle = self.bundles[order.worker] = self.free[order.worker_type].pop()
                 options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self.group, bundle)
             actor = _REMOTE.options(**options).remote(
                 os.getcwd(), store_environment(), work.make, work.num_gpus > 0, work.threads, work.name
             )
-            self.actors[order.stage, order.worker] = actor
+            self.actors[order.worker] = actor
             ready = actor.ready.remote()
             self.starting[ready], self.asked[ready] = order, time.monotonic()
             return
-        actor = self.actors[order.stage, order.worker]
-        self.heard.setdefault((order.stage, order.worker), time.monotonic())
+        actor = self.actors[order.worker]
+        self.heard.setdefault(order.worker, time.monotonic())
         if order.task == "read":
             outcome, block = actor.read.options(num_returns=2).remote(list(order.rows))
         else:
@@ -119,42 +122,42 @@ class RayPool:
         if ready and rest:
             ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
         events: list[Event] = []
-        dead: dict[tuple[int, int], RayError] = {}
+        dead: dict[int, RayError] = {}
         for reference in ready:
             if reference in self.starting:
                 start = self.starting.pop(reference)
                 self.asked.pop(reference, None)
                 try:
                     found: Ready = ray.get(reference)
-                    self.tell(self.stages[start.stage].name, found.heard)
+                    self.tell(self.stages[start.worker_type].name, found.heard)
                 except GONE as error:
-                    dead[start.stage, start.worker] = error
+                    dead[start.worker] = error
                     continue
                 if reason := found.wrong or self.admit(found.node, found.read):
-                    self._bury(start.stage, start.worker)
-                    events.append(Died(start.stage, start.worker, one_line(reason), wrong=True))
+                    self._bury(start.worker)
+                    events.append(Died(start.worker_type, start.worker, one_line(reason), wrong=True))
                 elif found.probe and not self.sees(found.probe):
-                    self._bury(start.stage, start.worker)
+                    self._bury(start.worker)
                     reason = (
                         f"what {found.node} writes is not seen by the driver: "
                         "the output must be one folder or store for all nodes, by its whole path"
                     )
-                    events.append(Died(start.stage, start.worker, reason, at_start=True))
+                    events.append(Died(start.worker_type, start.worker, reason, at_start=True))
                 else:
-                    events.append(Started(start.stage, start.worker))
+                    events.append(Started(start.worker_type, start.worker))
                 continue
             order = self.in_flight[reference]
             try:
                 outcome = ray.get(reference)
             except GONE as error:
-                dead[order.stage, order.worker] = error
+                dead[order.worker] = error
                 continue
             except ObjectLostError as error:
                 events.append(self._failed(reference, "lost", error))
             except RayTaskError as error:
                 if isinstance(error.cause, WrongWorker):
-                    self._bury(order.stage, order.worker)
-                    events.append(Died(order.stage, order.worker, one_line(str(error.cause)), wrong=True))
+                    self._bury(order.worker)
+                    events.append(Died(self.types[order.worker], order.worker, one_line(str(error.cause)), wrong=True))
                     continue
                 lost = isinstance(error.cause, ObjectLostError)
                 events.append(self._failed(reference, "lost" if lost else cause(error.cause), error.cause))
@@ -162,40 +165,41 @@ class RayPool:
                 events.append(self._failed(reference, "raised", error))
             else:
                 if order.task != "commit" and (reason := self.admit(outcome.node, outcome.read)):
-                    self._bury(order.stage, order.worker)
-                    events.append(Died(order.stage, order.worker, reason, wrong=True))
+                    self._bury(order.worker)
+                    events.append(Died(self.types[order.worker], order.worker, reason, wrong=True))
                     continue
                 del self.in_flight[reference]
                 parts, rejected = ((), ()) if order.task == "commit" else (outcome.parts, outcome.rejected)
                 if order.task != "commit":
                     self.tell(self.stages[order.stage].name, outcome.heard)
                 events.append(Finished(order.id, parts, rejected))
-            self.heard[order.stage, order.worker] = time.monotonic()
-        for (stage, worker), death in dead.items():
-            self._bury(stage, worker)
+            self.heard[order.worker] = time.monotonic()
+        for worker, death in dead.items():
+            self._bury(worker)
             at_start = getattr(death, "actor_init_failed", False)
-            events.append(Died(stage, worker, _cause(death), at_start, with_node=_with_node(death)))
+            events.append(Died(self.types[worker], worker, _cause(death), at_start, with_node=_with_node(death)))
         self._warn()
         return events + self._hanging()
 
     def _warn(self) -> None:
         """Say once of a worker that it isn't ready: its model is large, or its node is gone and no other has come."""
         for reference in [ref for ref, when in self.asked.items() if time.monotonic() - when > PATIENCE]:
-            name = self.stages[self.starting[reference].stage].name
+            name = self.stages[self.starting[reference].worker_type].name
             logger.warning(f"a worker of {name} has not been ready for {PATIENCE:g} s; is there a place for it?")
             del self.asked[reference]
 
     def _hanging(self) -> list[Event]:
         """End workers that have work and have finished none for as long as their stage gives them."""
-        busy = {(order.stage, order.worker) for order in self.in_flight.values()}
-        self.heard = {key: when for key, when in self.heard.items() if key in busy}
+        busy = {order.worker for order in self.in_flight.values()}
+        self.heard = {worker: when for worker, when in self.heard.items() if worker in busy}
         events: list[Event] = []
-        for (stage, index), when in list(self.heard.items()):
+        for worker, when in list(self.heard.items()):
+            stage = self.types[worker]
             timeout = self.stages[stage].timeout
             if timeout is not None and time.monotonic() - when > timeout:
-                self._bury(stage, index)
+                self._bury(worker)
                 reason = f"it finished nothing for {timeout:g} s (stages.{self.stages[stage].name}.timeout)"
-                events.append(Died(stage, index, reason))
+                events.append(Died(stage, worker, reason))
         return events
 
     def release(self, block: int) -> None:
@@ -218,15 +222,15 @@ class RayPool:
         self.blocks.pop(order.id, None)
         return Failed(order.id, why, one_line(told(error)))
 
-    def _bury(self, stage: int, worker: int) -> None:
+    def _bury(self, worker: int) -> None:
         """Forget a worker, and end it if it lives: one that was only out of reach would keep its place."""
-        if actor := self.actors.pop((stage, worker), None):
+        if actor := self.actors.pop(worker, None):
             ray.kill(actor)
-        self.heard.pop((stage, worker), None)
-        if (stage, worker) in self.bundles:
-            self.free[stage].append(self.bundles.pop((stage, worker)))
+        self.heard.pop(worker, None)
+        if worker in self.bundles:
+            self.free[self.types[worker]].append(self.bundles.pop(worker))
         for reference, order in list(self.in_flight.items()):
-            if (order.stage, order.worker) == (stage, worker):
+            if order.worker == worker:
                 del self.in_flight[reference]
                 self.blocks.pop(order.id, None)
 
