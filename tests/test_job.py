@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 from latentmill.config import load_job, shipped
 from latentmill.errors import JobError, PlanError, PluginError
@@ -106,6 +107,15 @@ def test_what_lies_beside_a_file_can_be_chosen_in_it(tmp_path):
 def test_a_file_without_self_keeps_its_own_values_and_nothing_is_said(tmp_path, recwarn):
     assert load_job(str(file(tmp_path, HEAD.replace(", _self_", "") + "seed: 5\n"))).seed == 5
     assert not recwarn.list
+
+
+def test_another_program_s_use_of_hydra_stays_as_it_is(tmp_path):
+    load_job("txt2img")
+    folder = str(file(tmp_path, "number: 2026_11_25\n", "theirs.yaml").parent)
+    with initialize_config_dir(folder, version_base="1.3"):
+        theirs = compose("theirs", return_hydra_config=True)
+        assert theirs.number == 20261125 and theirs.hydra.runtime.choices["hydra/job_logging"] == "default"
+    assert load_job("txt2img").name == "txt2img"
 
 
 def test_secrets_stay_in_the_environment(monkeypatch):

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import lru_cache
 from math import isfinite, nan
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -100,8 +101,9 @@ def in_bytes(text: str | float) -> float:
     return float(number) * float(1024 if binary else 1000) ** (" kmgt".index(unit) if unit else 0)
 
 
+@lru_cache(maxsize=64)
 def load_yaml(text: str) -> Any:
-    """What a YAML file holds, as OmegaConf reads it. Raises yaml.YAMLError."""
+    """What a YAML file holds, as OmegaConf reads it; not to be changed. Raises yaml.YAMLError."""
     loader = get_yaml_loader()(text)
     try:
         node = loader.get_single_node()

@@ -6,13 +6,14 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from hydra import compose
+from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.object_type import ObjectType
@@ -29,41 +30,26 @@ logger = logging.getLogger("latentmill")
 
 THE_FILE = "job file"
 """What a job's own file is called among the configs of its folder, whatever its name."""
-
-
-def prepare() -> None:
-    """Tell Hydra our schema, our config folder and those that plugins bring, and a config for each plugin's name."""
-    _register()
-    _offer(tuple(sys.path))
+WITHOUT = [
+    f"~hydra/{group}" for group in "output launcher sweeper help hydra_help hydra_logging job_logging env".split()
+]
+"""What Hydra would read for each job, and is for apps that it starts."""
 
 
 @cache
-def _register() -> None:
+def prepare() -> None:
+    """Tell Hydra our schema, our config folder and those that plugins bring, and a config for each plugin's name."""
     store = ConfigStore.instance()
     schema = OmegaConf.structured(Schema)
     OmegaConf.set_struct(schema.sampling, False)  # plugins have row fields of their own
     store.store(name="schema", node=schema)
-    Plugins.instance().register(_Folder)
-    Plugins.instance().register(_SearchPath)
-
-
-@cache
-def _offer(path: tuple[str, ...]) -> None:
-    """A config for each plugin's name that is installed on this path."""
-    store = ConfigStore.instance()
-    packages = [package for _, package in _packages()]
-    for kind in registry.KINDS:
-        found = registry.entries(kind)
-        whole = [f"{e.distribution}:{e.name}" for e in found]
-        for name in {*(e.name for e in found), *whole, *(name.removeprefix("latentmill-") for name in whole)}:
-            if not any((files(package) / kind / f"{name}.yaml").is_file() for package in packages):
-                grid = {"grid": "trailing"} if kind == "scheduler" else {}
-                store.store(group=kind, name=name, node={"name": name, **grid})
+    for plugin in (_Folder, _Names, _SearchPath):
+        Plugins.instance().register(plugin)
 
 
 def composed(config_name: str, choices: Sequence[str]) -> tuple[DictConfig, Mapping[Any, Any]]:
     """The config, and which config each group is."""
-    config = compose(config_name, overrides=list(choices), return_hydra_config=True)
+    config = compose(config_name, overrides=[*choices, *WITHOUT], return_hydra_config=True)
     chosen = OmegaConf.to_container(config.hydra.runtime.choices)
     OmegaConf.set_struct(config, False)
     del config["hydra"]
@@ -72,15 +58,31 @@ def composed(config_name: str, choices: Sequence[str]) -> tuple[DictConfig, Mapp
     return config, chosen
 
 
+def at(place: Path | str) -> AbstractContextManager[Any]:
+    """Hydra, looking at a job's file or in a package of jobs. Another program's use of Hydra in this process stays as it is."""
+    _SearchPath.is_ours = True
+    try:
+        if isinstance(place, Path):
+            return initialize_config_dir(str(place), version_base="1.3")
+        return initialize_config_module(place, version_base="1.3")
+    finally:
+        _SearchPath.is_ours = False
+
+
 class _SearchPath(SearchPathPlugin):
     """Where Hydra looks for what a job's defaults name, after the job's own folder."""
 
+    is_ours: ClassVar[bool] = False
+
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        if not self.is_ours:
+            return
         for element in search_path.get_path():
             if element.provider == "main":
                 element.path = f"{_Folder.scheme()}://{element.path.removeprefix('pkg://')}"
         for distribution, package in _packages():
             search_path.append(distribution, f"{_Folder.scheme()}://{package}")
+        search_path.append("latentmill", f"{_Names.scheme()}://")
 
 
 class _Folder(ConfigSource):
@@ -138,6 +140,41 @@ class _Folder(ConfigSource):
                 for name in (file.name for file in group.iterdir()):
                     self._list_add_result(found, f"{config_path}/{name}".lstrip("/"), name, results_filter)
         return sorted(set(found))
+
+
+class _Names(ConfigSource):
+    """A config for each plugin's name, for those to whom no folder brings one. Hydra's store is copied whole for each job, so not there."""
+
+    @staticmethod
+    def scheme() -> str:
+        return "latentmill-names"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        kind, _, name = config_path.removesuffix(".yaml").rpartition("/")
+        grid = {"grid": "trailing"} if kind == "scheduler" else {}
+        held = OmegaConf.create({"name": name, **grid})
+        return ConfigResult(self.provider, self.full_path(), held, {"package": None})
+
+    def available(self) -> bool:
+        return True
+
+    def is_group(self, config_path: str) -> bool:
+        return config_path.rstrip("/") in registry.KINDS
+
+    def is_config(self, config_path: str) -> bool:
+        kind, _, name = config_path.removesuffix(".yaml").rpartition("/")
+        return kind in registry.KINDS and name in _names(kind, tuple(sys.path))
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        return sorted(_names(config_path.rstrip("/"), tuple(sys.path)))
+
+
+@cache
+def _names(kind: str, path: tuple[str, ...]) -> set[str]:
+    """What the plugins of a kind that are installed on this path may be called: NAME or DISTRIBUTION:NAME."""
+    found = registry.entries(kind)
+    whole = [f"{entry.distribution}:{entry.name}" for entry in found]
+    return {*(entry.name for entry in found), *whole, *(name.removeprefix("latentmill-") for name in whole)}
 
 
 @cache

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import initialize_config_dir, initialize_config_module
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from latentmill import registry
 from latentmill.config.check import checked
-from latentmill.config.compose import THE_FILE, composed, prepare
+from latentmill.config.compose import THE_FILE, at, composed, prepare
 from latentmill.config.flow import spread
 from latentmill.config.messages import explained
 from latentmill.config.overrides import assign, named, parse, settle
@@ -28,7 +27,6 @@ def load_job(job: str, overrides: Sequence[str] = ()) -> Job:
     prepare()
     name = Path(job).stem if _is_file(job) else job
     choices, assignments = parse(overrides)
-    where: Any
     if _is_file(job):
         path = Path(os.path.abspath(os.path.expanduser(job)))  # a link is a job of its own name
         if not path.is_file():
@@ -37,10 +35,10 @@ def load_job(job: str, overrides: Sequence[str] = ()) -> Job:
             raise JobError(f"{job}: a job file's name ends in .yaml")
         if "hydra" in _raw(path):  # its searchpath imports what it names
             raise JobError(f"{job}: hydra is refused; where config is looked for is not the job's to say")
-        where, config_name = initialize_config_dir(str(path), version_base="1.3"), THE_FILE
+        where, config_name = at(path), THE_FILE
     else:
         package, config_name = registry.package_of(job), job.rpartition(":")[2]
-        name, where = config_name, initialize_config_module(package, version_base="1.3")
+        name, where = config_name, at(package)
     try:
         with where, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(?s).*missing `_self_`")  # it is put last, where ours stands

@@ -159,7 +159,8 @@ class Job:
         Batch sizes and threads count only if the job is deterministic. In plugins' settings environment variables stay
         ``${oc.env:...}``: secrets are none of a dataset's business.
         """
-        config: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(self.config))  # type: ignore[assignment]
+        made = OmegaConf.create(self.config)
+        config: dict[str, Any] = OmegaConf.to_container(made)  # type: ignore[assignment]
         meant: dict[str, Any] = {
             "seed": self.seed,
             "samples_per_row": self.samples_per_row,
@@ -173,7 +174,9 @@ class Job:
         }
         stages: dict[str, Any] = {}
         for name in self.flow:
-            stage = self._unresolved(name)
+            # With interpolations as they were written, but for one that stands for all of it.
+            node = made.stages.get(name)
+            stage: dict[str, Any] = {} if node is None else OmegaConf.to_container(node)  # type: ignore[assignment]
             kept: dict[str, Any] = {}
             if self.deterministic:  # what a matrix product gives depends on its size, and on how many threads share it
                 kept = {"batch_size": self.stages[name].batch_size, "threads": self.stages[name].threads}
@@ -184,11 +187,6 @@ class Job:
             if kept:
                 stages[name] = kept
         return {**meant, "stages": stages} if stages else meant
-
-    def _unresolved(self, stage: str) -> dict[str, Any]:
-        """What the config says of a stage, with interpolations as they were written, but for one that stands for all of it."""
-        node = OmegaConf.create(self.config).stages.get(stage)
-        return {} if node is None else OmegaConf.to_container(node)  # type: ignore[return-value]
 
 
 def plugin_fields(config: Any) -> dict[str, RowField] | None:
