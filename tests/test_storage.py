@@ -183,7 +183,7 @@ def test_what_the_store_says_is_one_line_of_ours(bucket):
         storage.at("ftp://x")
 
 
-class Careless(storage.Folder):
+class Careless(storage.LocalFolder):
     """A store that takes a second create for the first."""
 
     def _link(self, source, final):

@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import metadata
 from itertools import zip_longest
 from typing import Any
@@ -18,7 +18,6 @@ from latentmill.text import escaped
 
 # A command imports what it needs when it is run: --help, plugins and status take neither torch nor Hydra nor Ray.
 
-OURS = ("run", "plan", "status", "verify", "plugins", "schedulers")
 MANY_SHARDS = 20_000
 """Files in one folder from which listing them, and reading their footers at the end, takes minutes."""
 
@@ -39,10 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     stdout = guard()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words and _is_plugins(words[0]):
+    parser, ours = _parser()
+    if words and words[0] not in ours and _is_plugins(words[0]):
         options = argparse.Namespace(command=_theirs, words=words, debug="--debug" in words)
     else:
-        options = _options(words)
+        options = _options(parser, words)
     command: Callable[[Any], int] = options.command
     try:
         code = command(options)
@@ -68,8 +68,7 @@ def _is_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 
 
-def _options(words: Sequence[str]) -> argparse.Namespace:
-    parser = _parser()
+def _options(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
     options, rest = parser.parse_known_args(words)
     if hasattr(options, "overrides"):  # argparse takes no more of them once an option has come
         options.overrides += [word for word in rest if not word.startswith("-")]
@@ -80,8 +79,8 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _is_plugins(word: str) -> bool:
-    """Whether a command is a plugin's. Ours come first: a plugin's of the same name is chosen with its distribution."""
-    return word not in OURS and any(entry.name == word.rpartition(":")[2] for entry in registry.entries("command"))
+    """Whether a plugin brings a command. Ours come first: a plugin's of the same name is chosen with its distribution."""
+    return any(entry.name == word.rpartition(":")[2] for entry in registry.entries("command"))
 
 
 def _theirs(options: Any) -> int:
@@ -278,7 +277,8 @@ def _schedulers(options: Any) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
+    """The parser, and the names of our commands."""
     theirs = [f"  {entry.name:<20}of {entry.distribution} {entry.version}" for entry in registry.entries("command")]
     parser = argparse.ArgumentParser(
         prog="latentmill",
@@ -333,7 +333,7 @@ def _parser() -> argparse.ArgumentParser:
     plugins.add_argument("--check", action="store_true", help="import each, in another process, and say its state")
     schedulers = add("schedulers", _schedulers, "Say of each scheduler its order, what a step costs, and the paper.")
     schedulers.add_argument("--json", action="store_true")
-    return parser
+    return parser, commands.choices
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ T = TypeVar("T")
 DTYPES = ("float32", "float16", "bfloat16")
 """What stored latents may be of."""
 
-KINDS = ("source", "sink", "vae", "text_encoder", "denoiser", "scheduler")
+PARTS = ("source", "sink", "vae", "text_encoder", "denoiser", "scheduler")
 """The plugins of a job, by what they are called in it and in a plan; a stage is called ``stage NAME``."""
 
 
@@ -64,7 +64,7 @@ class Parts:
 
     def plugins(self) -> dict[str, Plugin]:
         """All of them, by their places in the plan."""
-        found: dict[str, Plugin] = {kind: getattr(self, kind) for kind in KINDS if getattr(self, kind) is not None}
+        found: dict[str, Plugin] = {kind: getattr(self, kind) for kind in PARTS if getattr(self, kind) is not None}
         return found | {f"stage {name}": stage for name, stage in self.stages.items()}
 
     def taken(self) -> dict[str, str]:
@@ -106,7 +106,7 @@ def parts(job: Job) -> Parts:
         for kind in stage.needs:
             if not getattr(job, kind, None):
                 raise PlanError(f"{job.name}: {stage.name} is in the flow, so the job needs {kind}.name")
-    for kind in KINDS:
+    for kind in PARTS:
         if any(kind in stage.needs for stage in built.flow):
             build(kind)
     if built.vae is not None:
@@ -146,7 +146,7 @@ def declarations(
     for at in (*reversed(range(len(names))), *range(len(names))):
         stage = stages[names[at]]
         context = StageContext(
-            Declaration(names[at], needs=KINDS),
+            Declaration(names[at], needs=PARTS),
             before=found[:at],
             after=found[at + 1 :],
             sampling=dict(sampling),

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from latentmill.errors import AddressError
 from latentmill.storage.bucket import CREDENTIALS, Bucket
-from latentmill.storage.folder import Folder
+from latentmill.storage.folder import LocalFolder
 from latentmill.storage.store import Storage
 
-__all__ = ["Bucket", "Folder", "Storage", "at", "place"]
+__all__ = ["Bucket", "LocalFolder", "Storage", "at", "place"]
 
 
 def place(output: str) -> str:
@@ -36,4 +36,4 @@ def at(output: str, single_writer: bool = False) -> Storage:
             places = ", ".join(f"{kind}://BUCKET/PREFIX" for kind in CREDENTIALS)
             raise AddressError(f"{output} is no place for a dataset: a folder is, or {places}")
         return Bucket(output, single_writer)
-    return Folder(output, single_writer)
+    return LocalFolder(output, single_writer)

@@ -16,7 +16,7 @@ from latentmill.errors import StorageError
 from latentmill.storage.store import DAY, Storage
 
 
-class Folder(Storage):
+class LocalFolder(Storage):
     """A folder of a file system with hard links."""
 
     def __init__(self, url: str, single_writer: bool = False) -> None:

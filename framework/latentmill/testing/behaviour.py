@@ -23,7 +23,7 @@ GENERATORS = ("torch", "numpy", "random")
 
 
 @dataclass(frozen=True)
-class Call:
+class MethodCall:
     """A method, and the rows with which it is called."""
 
     method: str
@@ -37,7 +37,7 @@ class Call:
         with torch.no_grad():
             return {name: value.clone() for name, value in self.run(plugin, copied(self.rows)).items()}
 
-    def at(self, order: Sequence[int]) -> Call:
+    def at(self, order: Sequence[int]) -> MethodCall:
         """The call with these of its rows, in this order."""
         picked = {n: v[list(order)] if isinstance(v, Tensor) else [v[i] for i in order] for n, v in self.rows.items()}
         return replace(self, rows=picked)
@@ -60,7 +60,7 @@ def loaded(make: Make) -> Any:
     return plugin
 
 
-def compute(plugin: Any, calls: Sequence[Call]) -> dict[str, Tensor]:
+def compute(plugin: Any, calls: Sequence[MethodCall]) -> dict[str, Tensor]:
     """The results of all calls by ``method.name``, of a plugin that isn't loaded yet."""
     plugin.load(torch.device("cpu"))
     return {f"{call.method}.{name}": value for call in calls for name, value in call.of(plugin).items()}
@@ -75,7 +75,7 @@ def close(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     )
 
 
-def writes(make: Make, call: Call) -> str:
+def writes(make: Make, call: MethodCall) -> str:
     """The sentence if an argument is written into, else ""."""
     plugin, given = loaded(make), copied(call.rows)
     seed_all((0, 0, 0))
@@ -95,7 +95,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def remembers(make: Make, call: Call) -> str:
+def remembers(make: Make, call: MethodCall) -> str:
     """The sentence if results depend on earlier calls, else ""."""
     other = call.at([*range(1, len(call)), 0])
     first, second = loaded(make), loaded(make)
@@ -109,7 +109,7 @@ def remembers(make: Make, call: Call) -> str:
     )
 
 
-def draws(make: Make, call: Call) -> str:
+def draws(make: Make, call: MethodCall) -> str:
     """The sentence if results depend on a global random generator, or if one is seeded, else ""."""
     first = loaded(make)
     wanted = call.of(first)
@@ -134,7 +134,7 @@ def draws(make: Make, call: Call) -> str:
     return ""
 
 
-def mixes(make: Make, call: Call) -> str:
+def mixes(make: Make, call: MethodCall) -> str:
     """The sentence if a row depends on the rows beside it, else ""."""
     plugin = loaded(make)
     together = call.of(plugin)

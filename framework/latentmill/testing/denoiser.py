@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentmill.plugin import Conditioning, Denoiser, FollowsAuthors, LatentSpec
-from latentmill.testing.behaviour import Arguments, Call, loaded
+from latentmill.testing.behaviour import Arguments, MethodCall, loaded
 from latentmill.testing.suite import RowsSuite, identity, without_weights
 
 
@@ -131,8 +131,8 @@ class DenoiserSuite(RowsSuite):
     def _question(self) -> Callable[[Any], dict[str, Any]]:
         return partial(asked, shape=tuple(self.shape))
 
-    def _calls(self) -> list[Call]:
-        return [Call("predict", predict, self._rows())]
+    def _calls(self) -> list[MethodCall]:
+        return [MethodCall("predict", predict, self._rows())]
 
 
 def asked(denoiser: Denoiser, shape: tuple[int, ...]) -> dict[str, Any]:

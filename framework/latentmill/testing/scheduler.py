@@ -11,7 +11,7 @@ from torch import Tensor
 
 from latentmill.plugin import NoiseSchedule, Scheduler, State, tensors
 from latentmill.schedulers.noise_schedules import VariancePreserving
-from latentmill.testing.behaviour import Arguments, Call, draws, writes
+from latentmill.testing.behaviour import Arguments, MethodCall, draws, writes
 from latentmill.testing.gaussian import NOISE_SCHEDULES, GaussianField, check_moments, follow, measure_order
 from latentmill.testing.suite import PluginSuite, identity
 
@@ -143,14 +143,14 @@ class SchedulerSuite(PluginSuite):
     def _question(self) -> Callable[[Any], dict[str, Any]]:
         return asked
 
-    def _calls(self) -> list[Call]:
+    def _calls(self) -> list[MethodCall]:
         field, times = _mixed(VariancePreserving())
         scheduler = self.scheduler()
         x = field.start(times[:, 0])
         state = scheduler.init(field, x, times[:, 0])
         x, state = scheduler.step(field, x, times[:, 0], times[:, 1], state)
         rows = {"x": x, "t": times[:, 1], "s": times[:, 2], **{f"state {name}": value for name, value in state.items()}}
-        return [Call("step", step, rows)]
+        return [MethodCall("step", step, rows)]
 
 
 def asked(scheduler: Scheduler) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from latentmill import registry
 from latentmill.errors import PluginError
 from latentmill.plugin import CONTRACT, Plugin
 from latentmill.testing import behaviour, other_process
-from latentmill.testing.behaviour import Call, alike
+from latentmill.testing.behaviour import MethodCall, alike
 from latentmill.testing.other_process import Answer
 
 
@@ -126,7 +126,7 @@ class PluginSuite:
         """What a worker does with it; a function that another process can be given."""
         return partial(behaviour.compute, calls=self._calls())
 
-    def _calls(self) -> Sequence[Call]:
+    def _calls(self) -> Sequence[MethodCall]:
         """The calls that a worker makes."""
         return ()
 
@@ -155,7 +155,7 @@ class RowsSuite(PluginSuite):
         """Each row in a batch against the row alone."""
         self._all(behaviour.mixes)
 
-    def _all(self, check: Callable[[Callable[[], Any], Call], str]) -> None:
+    def _all(self, check: Callable[[Callable[[], Any], MethodCall], str]) -> None:
         for call in self._calls():
             sentence = check(self._make(), call)
             assert not sentence, sentence

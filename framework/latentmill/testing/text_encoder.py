@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentmill.plugin import RowError, TextEncoder
-from latentmill.testing.behaviour import Arguments, Call, close, loaded
+from latentmill.testing.behaviour import Arguments, MethodCall, close, loaded
 from latentmill.testing.suite import RowsSuite, identity, without_weights
 
 
@@ -110,10 +110,10 @@ class TextEncoderSuite(RowsSuite):
     def _question(self) -> Callable[[Any], dict[str, Any]]:
         return partial(asked, prompts=tuple(self.prompts))
 
-    def _calls(self) -> list[Call]:
+    def _calls(self) -> list[MethodCall]:
         return [
-            Call("encode", encode, {"prompts": [*self.prompts]}),
-            Call("encode_negative", encode_negative, {"prompts": [*self.prompts[1:], None]}),
+            MethodCall("encode", encode, {"prompts": [*self.prompts]}),
+            MethodCall("encode_negative", encode_negative, {"prompts": [*self.prompts[1:], None]}),
         ]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentmill.plugin import VAE, LatentSpec, RowError
-from latentmill.testing.behaviour import Arguments, Call, loaded
+from latentmill.testing.behaviour import Arguments, MethodCall, loaded
 from latentmill.testing.suite import RowsSuite, identity
 
 
@@ -146,13 +146,13 @@ class VAESuite(RowsSuite):
     def _question(self) -> Callable[[Any], dict[str, Any]]:
         return asked
 
-    def _calls(self) -> list[Call]:
+    def _calls(self) -> list[MethodCall]:
         pictures = _pictures(*self._sizes()[0])
-        latents = Call("encode", encode, {"images": pictures}).of(loaded(self.vae))["latents"]
+        latents = MethodCall("encode", encode, {"images": pictures}).of(loaded(self.vae))["latents"]
         return [
-            Call("encode", encode, {"images": pictures}),
-            Call("posterior", posterior, {"images": pictures}),
-            Call("decode", decode, {"latents": latents}),
+            MethodCall("encode", encode, {"images": pictures}),
+            MethodCall("posterior", posterior, {"images": pictures}),
+            MethodCall("decode", decode, {"latents": latents}),
         ]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from latentmill import registry, storage, weights
 from latentmill.config import Job
 from latentmill.errors import PluginError, WrongWorker
-from latentmill.parts import KINDS, identity, plugin_of
+from latentmill.parts import PARTS, identity, plugin_of
 from latentmill.plan import LIBRARIES, Plan, of_row, versions
 from latentmill.plan import read as read_plan
 from latentmill.plugin import FixedShape, Plugin, RowError, Scheduler, Stage, StageContext
@@ -40,7 +40,7 @@ def make_stage(job: Job, plan: Plan, name: str) -> Stage:
             fixed=FixedShape(batch_size, job.rows_per_shard) if job.deterministic else None,
             sampling=dict(job.sampling),
             latents_std=job.latents_std,
-            choices={kind: getattr(job, kind) for kind in KINDS if getattr(job, kind) is not None},
+            choices={kind: getattr(job, kind) for kind in PARTS if getattr(job, kind) is not None},
             plan=plan,
             build=build,
             scheduler_of=_Schedulers(job.scheduler["name"] if job.scheduler else "", build),
