@@ -98,7 +98,7 @@ def parts(job: Job) -> Parts:
             setattr(built, kind, plugin_of(job, kind))
         return getattr(built, kind)
 
-    choices = {kind: getattr(job, kind) for kind in KINDS if getattr(job, kind) is not None}
+    choices = {kind: getattr(job, kind) for kind in PARTS if getattr(job, kind) is not None}
     built.flow = declarations(built.stages, build, job.sampling, job.latents_std, choices)
     for wrong in _wrong_flow(job, built):
         raise PlanError(f"{job.name}: {wrong}")

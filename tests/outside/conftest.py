@@ -1,7 +1,9 @@
 """Tests that speak through the command line, the contract and the dataset's files alone, so that they outlive our modules."""
 
+import importlib
 import json
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +12,7 @@ import pytest
 from PIL import Image
 
 from latentmill.cli import main
+from latentmill.plugin import RowError
 
 
 class Command:
@@ -38,6 +41,30 @@ class Command:
 @pytest.fixture
 def latentmill(capsys, caplog):
     return Command(capsys, caplog)
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """``install(NAME, POINTS, MODULE=CODE)``: a distribution as pip leaves it, in ``tmp_path / "site"``, first on the path.
+
+    ``POINTS`` is its entry_points.txt. Its modules are forgotten when the test ends.
+    """
+    site, brought = tmp_path / "site", []
+
+    def install(name, points, version="1.0", **modules):
+        about = site / f"{name.replace('-', '_')}-{version}.dist-info"
+        about.mkdir(parents=True)
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (about / "entry_points.txt").write_text(points)
+        for module, code in modules.items():
+            (site / f"{module}.py").write_text(code)
+        brought.extend(modules)
+        monkeypatch.syspath_prepend(site)  # each time, for what is installed is listed once for each path
+        importlib.invalidate_caches()
+
+    yield install
+    for module in brought:
+        sys.modules.pop(module, None)
 
 
 @pytest.fixture
@@ -82,3 +109,30 @@ def failed():
 def executable():
     """The command for a process of its own: ``[python, -m, latentmill.cli]``."""
     return [sys.executable, "-m", "latentmill.cli"]
+
+
+@pytest.fixture
+def read(tmp_path):
+    """``read(files)``: of each file's bytes the pixels, or the error row: out of a Parquet file, or one ``by_name`` out of a folder."""
+
+    def plugin(name, **settings):
+        [found] = [point for point in entry_points(group="latentmill.sources") if point.name == name]
+        return found.load()(**settings)
+
+    def read(files, by_name=False):
+        if by_name:
+            folder = tmp_path / "folder"
+            folder.mkdir()
+            for number, file in enumerate(files):
+                (folder / f"{number:05d}.png").write_bytes(file)
+            images = plugin("images", path=str(folder))
+        else:
+            table = pa.table({"image": pa.array(files, pa.binary())})
+            pq.write_table(table, tmp_path / "pictures.parquet")
+            images = plugin("prompts", path=str(tmp_path / "pictures.parquet"))
+        [fragment] = images.fragments()
+        rows = list(images.read(fragment.name, 0, fragment.rows))
+        assert len(rows) == len(files)
+        return [row if isinstance(row, RowError) else row["image"] for row in rows]
+
+    return read

@@ -5,6 +5,8 @@ import zlib
 
 import numpy as np
 
+from latentmill.plugin import RowError
+
 REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
@@ -204,3 +206,32 @@ def gif(values, palette=None, local=None, screen=None, at=(0, 0), background=0, 
     data = bytes(int(bits[at : at + 8][::-1], 2) for at in range(0, len(bits), 8))
     blocks = [data[at : at + 255] for at in range(0, len(data), 255)]
     return out + b"\x08" + b"".join(bytes([len(block)]) + block for block in blocks) + b"\0;"
+
+
+HEIGHT, WIDTH = 11, 21
+PALETTE = np.random.default_rng(12).integers(0, 256, (256, 3))
+
+
+def samples(bits, count=1, height=HEIGHT, width=WIDTH):
+    """Random ones, the same each time."""
+    chance = np.random.default_rng([bits, count, height, width])
+    return chance.integers(0, 1 << bits, (height, width, count))
+
+
+def off(pixels, looks):
+    """By how much the pixels differ from what they should be, at most."""
+    return np.abs(pixels - looks).max() if pixels.shape == looks.shape else np.inf
+
+
+def judge(read, cases, within=1.0, by_name=False):
+    """Read ``{key: (file, looks)}``: the keys that are read, all within so many levels, and the errors of the others."""
+    found = dict(zip(cases, read([file for file, _ in cases.values()], by_name)))
+    wrong = {
+        key: off(pixels, cases[key][1])
+        for key, pixels in found.items()
+        if not isinstance(pixels, RowError) and off(pixels, cases[key][1]) > within + 1e-9
+    }
+    assert not wrong
+    errors = {key: str(error).removeprefix("image: ") for key, error in found.items() if isinstance(error, RowError)}
+    assert all("\n" not in error for error in errors.values())
+    return found.keys() - errors.keys(), errors

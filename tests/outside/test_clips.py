@@ -110,14 +110,8 @@ control = acme_film:Control
 
 
 @pytest.fixture
-def acme(tmp_path, monkeypatch):
-    """The plugins of a distribution that is installed for a test."""
-    about = tmp_path / "site" / "acme-1.0.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(POINTS)
-    (tmp_path / "site/acme_film.py").write_text(CODE)
-    monkeypatch.syspath_prepend(tmp_path / "site")
+def acme(install):
+    install("acme", POINTS, acme_film=CODE)
 
 
 PARTS = (

@@ -27,22 +27,15 @@ def refuse(words):
 """
 
 
-def distribution(site, name, points):
-    about = site / f"{name}-1.0.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(points)
-
-
 @pytest.fixture
-def acme(tmp_path, monkeypatch):
+def acme(install, tmp_path, monkeypatch):
     site = tmp_path / "site"
     points = (
         "[latentmill.jobs]\ntheir_job = acme_jobs\ntheir_other = acme_jobs\ntxt2img = acme_jobs\nlost = acme_jobs\n"
     )
     points += "[latentmill.commands]\ncount = acme_commands:count\nrefuse = acme_commands:refuse\ntwice = acme_commands:count\nrun = acme_commands:count\ngone = acme_commands:gone\n"
-    distribution(site, "acme", points)
-    distribution(site, "zenith", "[latentmill.commands]\ntwice = acme_commands:refuse\n")
+    install("acme", points, acme_commands=COMMAND)
+    install("zenith", "[latentmill.commands]\ntwice = acme_commands:refuse\n")
     (site / "acme_jobs").mkdir()
     (site / "acme_jobs" / "__init__.py").write_text("")
     for name in ("their_job", "txt2img"):
@@ -50,12 +43,9 @@ def acme(tmp_path, monkeypatch):
     other = "defaults: [their_job, _self_]\nsampling: {steps: 3}\n"
     (site / "acme_jobs" / "their_other.yaml").write_text(other)
     (site / "acme_jobs" / "words.txt").write_text("a red circle\na blue square\n")
-    (site / "acme_commands.py").write_text(COMMAND)
-    monkeypatch.syspath_prepend(site)
     monkeypatch.chdir(tmp_path)
     yield
-    for name in ("acme_jobs", "acme_commands"):
-        sys.modules.pop(name, None)
+    sys.modules.pop("acme_jobs", None)
 
 
 def test_a_plugin_s_job_is_run_by_its_name(acme, latentmill, tmp_path):

@@ -1,9 +1,7 @@
 """Fields that plugins bring, and columns of a source that travel: from the command line, YAML and source to the dataset."""
 
 import datetime
-import importlib
 import json
-import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -91,17 +89,8 @@ tensor = theirs:Tensor
 
 
 @pytest.fixture
-def theirs(tmp_path, monkeypatch):
-    """A distribution outside the repository."""
-    about = tmp_path / "site" / "theirs-1.0.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(POINTS)
-    (tmp_path / "site" / "theirs.py").write_text(MODULE)
-    monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    importlib.invalidate_caches()
-    yield
-    sys.modules.pop("theirs", None)
+def theirs(install):
+    install("theirs", POINTS, theirs=MODULE)
 
 
 @pytest.fixture

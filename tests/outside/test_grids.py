@@ -61,14 +61,9 @@ tells = acme_grids:Tells
 
 
 @pytest.fixture
-def job(tmp_path, monkeypatch):
+def job(install, tmp_path):
     """A job of one row of two steps with the grid and the denoiser of a distribution that is installed for a test."""
-    about = tmp_path / "site" / "acme-1.0.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(POINTS)
-    (tmp_path / "site/acme_grids.py").write_text(CODE)
-    monkeypatch.syspath_prepend(tmp_path / "site")
+    install("acme", POINTS, acme_grids=CODE)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "x"}))
     size = ("sampling.width=4", "sampling.height=4", "sampling.steps=2", f"source.path={tmp_path / 'rows.jsonl'}")
     parts = ("denoiser.name=tells", "text_encoder.name=words", "scheduler.name=euler")

@@ -1,7 +1,6 @@
 """What the pages show, done: their links lead somewhere, and the plugins of docs/plugins.md make a dataset."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -38,15 +37,10 @@ def test_what_would_be_changed_is_where_the_page_says():
 
 
 @pytest.fixture
-def written(tmp_path, monkeypatch):
+def written(install):
     """The code of docs/plugins.md as an installed distribution."""
     blocks = re.findall(r"```python\n(.*?)```", text_of(ROOT / "docs" / "plugins.md"), re.DOTALL)
     blocks.sort(key=lambda block: "latentmill.testing" in block)  # it uses what stands below it
-    site = tmp_path / "site"
-    about = site / "my_plugins-1.0.dist-info"
-    about.mkdir(parents=True)
-    (site / "my_plugins.py").write_text("from __future__ import annotations\n" + "\n".join(blocks))
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: my-plugins\nVersion: 1.0\n")
     places = {
         "vaes": "my_patches = my_plugins:Patches",
         "text_encoders": "colours = my_plugins:Colours",
@@ -55,10 +49,8 @@ def written(tmp_path, monkeypatch):
         "stages": "brightness = my_plugins:Brightness",
         "sources": "repeat = my_plugins:Repeat",
     }
-    (about / "entry_points.txt").write_text("".join(f"[latentmill.{g}]\n{point}\n" for g, point in places.items()))
-    monkeypatch.syspath_prepend(site)
-    yield site
-    sys.modules.pop("my_plugins", None)
+    points = "".join(f"[latentmill.{group}]\n{point}\n" for group, point in places.items())
+    install("my-plugins", points, my_plugins="from __future__ import annotations\n" + "\n".join(blocks))
 
 
 def test_the_plugins_of_the_page_make_a_dataset(written, tmp_path, latentmill, rows, failed):

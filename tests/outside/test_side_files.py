@@ -1,11 +1,9 @@
 """A shard of two files: a toy sink that keeps the rows' text in one and their sizes beside it, through all that can happen."""
 
-import importlib
 import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -73,16 +71,10 @@ class TwoFiles(Sink):
 
 
 @pytest.fixture
-def command(patches, pictures, tmp_path, monkeypatch):
+def command(patches, pictures, install):
     """A job of four rows in two shards, by the sink above, installed as any plugin is; without its output."""
-    about = tmp_path / "site" / "two_files-1.0.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: two-files\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[latentmill.sinks]\ntwo_files = toy_two_files:TwoFiles\n")
-    (tmp_path / "site" / "toy_two_files.py").write_text(SINK.replace("= CONTRACT", f"= {CONTRACT}"))
-    monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    importlib.invalidate_caches()
-    sys.modules.pop("toy_two_files", None)
+    points = "[latentmill.sinks]\ntwo_files = toy_two_files:TwoFiles\n"
+    install("two-files", points, toy_two_files=SINK.replace("= CONTRACT", f"= {CONTRACT}"))
     sink = "sink={name: two_files}"
     return ["run", "reconstruct", f"source.path={pictures}", "rows_per_shard=2", *patches, "~sink", f"+{sink}"]
 

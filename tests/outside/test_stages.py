@@ -7,7 +7,7 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 
-from latentmill import registry
+from latentmill.plugin import CONTRACT
 
 ACME = '''
 import pyarrow as pa
@@ -140,27 +140,14 @@ BUILT = """
 """
 
 
-def install(tmp_path, monkeypatch, modules, points):
-    """A distribution ``acme`` of these modules, with these entry points."""
-    site = tmp_path / "site"
-    info = site / "acme-1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("\n".join(points))
-    from latentmill.plugin import CONTRACT
-
-    for name, code in modules.items():
-        (site / f"{name}.py").write_text(code.replace("{CONTRACT}", str(CONTRACT)))
-    monkeypatch.syspath_prepend(site)
-    yield site
-    for name in modules:
-        sys.modules.pop(name, None)
+def of_this_contract(code):
+    return code.replace("{CONTRACT}", str(CONTRACT))
 
 
 @pytest.fixture
-def acme(tmp_path, monkeypatch):
+def acme(install):
     points = ["[latentmill.stages]", "brightness = acme:Brightness", "score = acme:Score", "mine = acme:Mine"]
-    yield from install(tmp_path, monkeypatch, {"acme": ACME}, [*points, "slow = acme:Slow"])
+    install("acme", "\n".join([*points, "slow = acme:Slow"]), acme=of_this_contract(ACME))
 
 
 def test_a_stage_stands_twice_with_other_settings_and_the_command_line_has_the_last_word(
@@ -278,11 +265,13 @@ def test_stages_that_do_not_fit_together_are_refused_before_anything_starts(late
         assert said in latentmill.err, latentmill.err
 
 
-def test_a_worker_imports_and_builds_its_own_plugins_and_no_others(latentmill, tmp_path, monkeypatch):
+def test_a_worker_imports_and_builds_its_own_plugins_and_no_others(latentmill, install, tmp_path, monkeypatch):
     """The factory of workers, in a process forked for each stage, of plugins that note when they are imported and built."""
     notes = tmp_path / "notes"
     monkeypatch.setenv("NOTES", str(notes))
-    codes = {f"acme_{kind}": HEAD.replace("KIND", kind) + code + BUILT for kind, code in RECORDING.items()}
+    codes = {
+        f"acme_{kind}": of_this_contract(HEAD.replace("KIND", kind) + code + BUILT) for kind, code in RECORDING.items()
+    }
     points = [line for kind in RECORDING for line in (f"[latentmill.{kind}s]", f"recording = acme_{kind}:Part")]
     (tmp_path / "p.txt").write_text("a\nb\n")
     chosen = [f"{kind}={{name: recording}}" for kind in RECORDING]
@@ -310,10 +299,9 @@ for name in job.flow:
         os._exit(0)
     assert os.wait()[1] == 0
 """
-    for _ in install(tmp_path, monkeypatch, codes, points):
-        assert latentmill("run", "txt2img", *told) == 0, latentmill.said
-        subprocess.run([sys.executable, "-c", code], check=True)
-        registry.entries()
+    install("acme", "\n".join(points), **codes)
+    assert latentmill("run", "txt2img", *told) == 0, latentmill.said
+    subprocess.run([sys.executable, "-c", code], check=True)
     wanted = {"encode_text": "text_encoder", "encode_images": "vae", "denoise": "denoiser", "decode": "vae"}
     assert sorted(notes.read_text().splitlines()) == sorted(
         f"{what} {kind} {stage}" for stage, kind in wanted.items() for what in ("build", "import")

@@ -34,20 +34,17 @@ def job(patches, pictures):
 
 
 @pytest.fixture
-def loud(here, monkeypatch):
-    """A stage that prints, on a path of its own."""
-    package_of = here / "site"
-    (package_of / "loud-1.dist-info").mkdir(parents=True)
-    (package_of / "loud-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: loud\nVersion: 1\n")
-    (package_of / "loud-1.dist-info" / "entry_points.txt").write_text("[latentmill.stages]\nloud = loud:Loud\n")
-    (package_of / "loud.py").write_text(
+def loud(install, monkeypatch):
+    """A stage that prints, on the path of other processes, too."""
+    code = (
         "import sys\nfrom latentmill.plugin import Stage\n"
         "class Loud(Stage):\n"
         "    contract = 2\n"
         "    def __call__(self, batch, reject):\n"
         "        print('here', flush=True)\n        print('here', file=sys.stderr)\n        return batch\n"
     )
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(package_of), *sys.path]))
+    install("loud", "[latentmill.stages]\nloud = loud:Loud\n", loud=code)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     return "flow=[read,encode,loud,write]"
 
 

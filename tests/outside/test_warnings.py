@@ -53,17 +53,12 @@ LORA = "the prompt holds a LoRA as <lora:name:0.8>, which is read as words"
 
 
 @pytest.fixture
-def acme(tmp_path, monkeypatch):
+def acme(install):
     """Overrides of a job with a text encoder and a denoiser of a distribution that is installed for a test."""
-    about = tmp_path / "site" / "acme-1.0.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
     points = (
         "[latentmill.text_encoders]\nwords = acme_models:Words\n[latentmill.denoisers]\nnothing = acme_models:Nothing\n"
     )
-    (about / "entry_points.txt").write_text(points)
-    (tmp_path / "site/acme_models.py").write_text(CODE)
-    monkeypatch.syspath_prepend(tmp_path / "site")
+    install("acme", points, acme_models=CODE)
     size = ("sampling.width=4", "sampling.height=4", "sampling.steps=1")
     parts = (
         "vae.name=patches",
