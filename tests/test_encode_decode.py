@@ -95,6 +95,17 @@ def test_a_prompt_alone_gets_an_empty_latent_and_the_vae_s_weights_stay_unloaded
     assert vae.loads == 0 and not rejected
 
 
+def test_prompts_are_kept_up_to_a_bound_and_the_one_asked_for_longest_ago_goes_first(monkeypatch):
+    """Each takes a letter and a number: 5 bytes. The negative one takes 6."""
+    monkeypatch.setattr("latentmill.stages.prompts.MEMORY", 16)
+    text = Lengths()
+    stage = encode_with(Lossless(), text)
+    for prompts in ("ab", "b", "c", "b", "a", "c"):
+        call(stage, batch([*prompts]))
+    assert [each for each in text.encoded if each != ["no"]] == [["a", "b"], ["c"], ["a"], ["c"]]
+    assert text.encoded.count(["no"]) == 1
+
+
 def test_an_empty_latent_has_the_dtype_of_all_others():
     class Half(Lossless):
         spec = LatentSpec(**{**vars(Lossless().spec), "dtype": "float16"})

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from latentmill.batch import FixedShape
-from latentmill.plugin import Stage
+from latentmill.plugin import Stage, tensors
 from latentmill.workers.worker import Worker
 
 
@@ -59,3 +59,25 @@ def test_a_batch_of_fixed_shape_is_not_halved_since_that_would_not_help():
     with pytest.raises(torch.OutOfMemoryError, match="no room; in a deterministic job only a smaller batch_size helps"):
         worker.read(range(12))
     assert worker.stage.given == [12]
+
+
+class Half(Stage):
+    contract = 2
+
+    def __call__(self, batch, reject):
+        self.given = batch.schema.field("x").type
+        return [batch.slice(0, 1), batch.slice(1, 1)]
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_rows_that_share_tensors_part_with_their_own_and_a_stage_that_does_not_ask_for_them_has_plain_ones(shares):
+    stage = Half()
+    stage.shares_tensors = shares
+    worker = Worker(lambda: stage, gpu=False, threads=None)
+    batch = tensors.with_shared(pa.table({"row": [4, 5]}), "x", torch.rand(2, 1000), [1, 0])
+    _, block = worker.batch([(0, 0, 0, 2)], [batch])
+    assert pa.types.is_dictionary(stage.given) == shares
+    for table, number in zip(block, (0, 1)):
+        assert torch.equal(tensors.from_arrow(table, "x"), tensors.from_arrow(batch, "x")[number : number + 1])
+        if shares:
+            assert len(table.column("x").chunk(0).dictionary) == 1
