@@ -30,8 +30,8 @@ class Counting(TextEncoder):
     row_fields = (RowField("tone", pa.float64(), "how it is said", default=0.0),)
     fingerprinted = ("path",)
 
-    def __init__(self, path: str = "", bias: float = 0.0, slotted: bool = False) -> None:
-        self.path, self.bias, self.slotted = path, bias, slotted
+    def __init__(self, path: str = "", bias: float = 0.0, voice: str = "", slotted: bool = False) -> None:
+        self.path, self.bias, self.slotted = path, bias + len(voice), slotted
         self.bad = os.environ.get("BAD", "")
 
     def fingerprint(self):
@@ -182,6 +182,13 @@ def test_ten_thousand_rows_of_a_hundred_prompts_are_a_hundred_encodings_and_none
     assert acme.encoded() == {} and len(acme.read(acme.output)) == 10_000
 
 
+def test_without_a_folder_they_are_encoded_once_a_run(acme):
+    acme.source([HUNDRED[k * 37 % 10] for k in range(60)])
+    made = acme("stages.encode.batch_size=4", "stages.read.batch_size=4")
+    assert acme.encoded() == {**dict.fromkeys(HUNDRED[:10], 1), "": 1}
+    assert list(made.values()) == [torch.tensor(acme.number(HUNDRED[k * 37 % 10])).item() for k in range(60)]
+
+
 def test_several_workers_share_a_folder_and_each_file_is_whole(acme, executable):
     acme.source(HUNDRED[:40] * 2)
     cache = f"prompt_cache={acme.folder / 'cache'}"
@@ -246,7 +253,7 @@ def test_it_is_readable_without_us(acme):
     assert encoder["name"] == "counting" and encoder["version"] == "1.0" and encoder["settings"] == {"bias": 2}
 
 
-def test_what_changes_the_numbers_is_encoded_anew_and_what_does_not_is_not(acme):
+def test_what_changes_the_numbers_is_encoded_anew_and_what_does_not_is_not(acme, monkeypatch):
     cache = f"prompt_cache={acme.folder / 'cache'}"
     for name in ("model", "moved", "other"):
         (acme.folder / name).write_text("other weights" if name == "other" else "weights")
@@ -256,9 +263,12 @@ def test_what_changes_the_numbers_is_encoded_anew_and_what_does_not_is_not(acme)
     assert acme.encoded() == {"a fox": 2, "": 2} and first[1] == first[0] + 1
     again = ("sampling.steps=2", "seed=4", "stages.encode.batch_size=1", "samples_per_row=2")
     assert acme(cache, f"text_encoder.path={acme.folder / 'moved'}", *again) == first and acme.encoded() == {}
-    for more in ([f"text_encoder.path={acme.folder / 'other'}"], ["text_encoder.bias=1"], ["text_encoder.name=zeros"]):
-        acme(*told, *more)
+    secret = "text_encoder.voice=${oc.env:VOICE}"  # which no plan and no file shows
+    for more in (f"text_encoder.path={acme.folder / 'other'}", "text_encoder.bias=1", secret, secret):
+        monkeypatch.setenv("VOICE", "31415" * acme.runs)
+        acme(*told, more)
         assert acme.encoded() == {"a fox": 2, "": 2}, more
+    assert not any(b"31415" in path.read_bytes() for path in files(acme.folder / "cache"))
     acme(*told, "deterministic=true", "stages.encode.batch_size=1")
     assert acme.encoded() == {"a fox": 2, "": 2}
 
