@@ -176,10 +176,8 @@ class DiffusersTextEncoder(TextEncoder):
                     min((t.limit - t.tokens for t in self._read("")), default=math.inf) - 8
                 )  # of those that end it
             return tokens.warning_of(self._read(prompt), prompt)
-        if self._compel is None:
-            return "", False
-        readers = [getattr(self._compel, name) for name in ("compel_1", "compel_2") if hasattr(self._compel, name)]
-        with quiet(self._pipeline):
+        readers = [getattr(self._reading, name) for name in ("compel_1", "compel_2") if hasattr(self._reading, name)]
+        with quiet(self._silent):
             return tokens.warning_of([each for reader in readers for each in _cut_by_compel(reader, prompt)], prompt)
 
     def _read(self, prompt: str) -> list[tokens.Tokenized]:
@@ -192,7 +190,7 @@ class DiffusersTextEncoder(TextEncoder):
         return found
 
     def check(self, prompt: str) -> None:
-        if self._compel is not None:
+        if self.compel:
             self._check_compel(prompt)
         if self.long_prompts == "error":
             text, lost = self._cut(prompt)
@@ -200,20 +198,39 @@ class DiffusersTextEncoder(TextEncoder):
                 raise RowError(text)
 
     def _check_compel(self, prompt: str) -> None:
-        reader = self._compel.compel if hasattr(self._compel, "compel") else self._compel.compel_2
+        reader = self._reader_of_compel
         try:
             count = _tokens(reader, prompt)
         except Exception as error:  # compel's own, and pyparsing's
             raise RowError(f"compel can't read the prompt {prompt!r}: {one_line(error)}") from error
         if count > self._length:
-            raise RowError(
-                f"a prompt of {count} tokens, by pieces of {len(self._nothing[0])}, and max_length is {self._length}"
-            )
+            raise RowError(f"a prompt of {count} tokens, by pieces of {self._piece}, and max_length is {self._length}")
+
+    @cached_property
+    def _silent(self) -> Any:
+        """A pipeline without weights, for compel to read prompts with."""
+        return tokens.without_weights(self.folder, self.parts).pipeline
+
+    @cached_property
+    def _reading(self) -> Any:
+        """compel, to ask what it reads of a prompt; it encodes nothing."""
+        import compel
+
+        return getattr(compel, COMPEL[self.folder.pipeline])(self._silent)
+
+    @property
+    def _reader_of_compel(self) -> Any:
+        return self._reading.compel if hasattr(self._reading, "compel") else self._reading.compel_2
+
+    @property
+    def _piece(self) -> int:
+        """Tokens that compel encodes at a time."""
+        return int(self._reader_of_compel.conditioning_provider.max_token_count)
 
     @property
     def _length(self) -> int:
         """Tokens that a prompt comes to by compel."""
-        return self.asked.get("max_sequence_length") or len(self._nothing[0])
+        return self.asked.get("max_sequence_length") or self._piece
 
     @cached_property
     def _index(self) -> dict[str, Any]:
