@@ -10,6 +10,7 @@ from pathlib import Path
 from latentmill import registry
 from latentmill.cli import scheduler_table
 from latentmill.fields import OWN_FIELDS, SOMETIMES, OwnField, limits, python_type
+from latentmill.plugin.stage import BATCH_COLUMNS
 
 DOCS = Path(__file__).parent
 
@@ -52,6 +53,14 @@ def fields() -> str:
     return table(["field", "type", "given by", "default", "range", "meaning", "read by", "stored"], rows)
 
 
+def columns() -> str:
+    """The columns of batches that are no fields."""
+    rows = [
+        [f"`{c.name}NAME`" if c.name.endswith(":") else f"`{c.name}`", c.type, c.meaning, c.way] for c in BATCH_COLUMNS
+    ]
+    return table(["column", "type", "meaning", "from, to"], rows)
+
+
 def schedulers() -> str:
     """Our schedulers."""
     ours = [row for row in scheduler_table() if row["distribution"] == "latentmill"]
@@ -86,6 +95,7 @@ def grids() -> str:
 
 PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "fields": ("fields.md", fields),
+    "columns": ("fields.md", columns),
     "schedulers": ("schedulers.md", schedulers),
     "grids": ("schedulers.md", grids),
 }

@@ -1,7 +1,7 @@
 """What travels between the stages: a batch is a ``pa.Table`` of rows of one tensor shape.
 
-Its columns are the row's fields (``latentmill.fields``), the source's columns that the job keeps, and those in the table at the top
-of ``latentmill.plugin.stage``.
+Its columns are the row's fields (``latentmill.fields``), the source's columns that the job keeps, and those in
+``latentmill.plugin.stage.BATCH_COLUMNS``.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 
-from latentmill.batch import NEGATIVE_PREFIX, PROMPT_PREFIX, STATE_PREFIX
-from latentmill.fields import BY_NAME, IN_JOB, TENSORS, arrow, meaning, parse
+from latentmill.batch import named
+from latentmill.fields import BESIDE, BY_NAME, IN_JOB, arrow, meaning, parse
 from latentmill.plugin import Denoiser, Plugin, RowError, RowField, Source
 from latentmill.registry import called
 from latentmill.text import near
@@ -135,7 +135,7 @@ def reserved(name: str) -> str:
         return "a field of every row"
     if name in IN_JOB:
         return "a key of sampling"
-    if name in TENSORS or name.startswith((PROMPT_PREFIX, NEGATIVE_PREFIX, STATE_PREFIX)):
+    if any(named(name, column) for column in BESIDE):
         return "a column of ours"
     return ""
 

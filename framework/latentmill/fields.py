@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from latentmill.plugin import RowError, RowField
+from latentmill.plugin.stage import BATCH_COLUMNS
 
 MAX_TEXT = 1_000_000
 """Characters of a prompt; a longer one is a file that was taken for a line."""
@@ -192,20 +193,13 @@ PICTURES = {
 }
 """Pictures that a source's row may bring beside its fields, and what other tools call them."""
 
-TENSORS = {
-    "image": "the picture",
-    "video": "the clip",
-    "mask": "inpainting mask: light where the picture was made anew",
-    "masked": "the latents of the picture, gray under the inpainting mask",
-    "from_noise": "whether the row has no picture and no latents",
-    "latents": "the latents, channels first, flattened",
-    "latents_std": "the standard deviation of the latents' posterior",
+_OF_BATCHES = {column.name: column.meaning for column in BATCH_COLUMNS}
+BESIDE = {
+    **_OF_BATCHES,
     "shape": "shape of the latents: channels, height, width",
-    "state": "half-way latents: what the scheduler remembers",
-    "source_image": "the picture that a reconstruction is of",
-    "psnr": "PSNR of the reconstruction against the source picture, in dB",
+    "state": _OF_BATCHES["state:"],
 }
-"""What columns mean that are no fields: tensors, what sinks make of them, and what is measured on the way."""
+"""What columns mean that are no fields: those of batches, and what sinks make of them."""
 
 JOB = (
     RowField("max_pixels", pa.int64(), "the most that a row's width times height may be", default=1 << 24, least=1),
@@ -238,7 +232,7 @@ HALFWAY = pa.schema([arrow(field) for field in SOMETIMES[1:]])
 
 def meaning(name: str) -> str:
     """What a column of a dataset is, or "" if we don't know."""
-    return BY_NAME[name].meaning if name in BY_NAME else TENSORS.get(name, "")
+    return BY_NAME[name].meaning if name in BY_NAME else BESIDE.get(name, "")
 
 
 # ------------------------------------------------------------------------------------------------------- values

@@ -1,25 +1,7 @@
 """Stages: what they declare, and what they are given.
 
 A batch is a ``pyarrow.Table`` of rows of one tensor shape. Its columns are the row's fields (``docs/fields.md``), the source's
-columns that the job keeps, and those of the table. ``latentmill.plugin.tensors`` turns a tensor's column into a tensor and back.
-
-=======================  ====================================  ==================================================
-column                   type                                  from, to
-=======================  ====================================  ==================================================
-image                    tensor uint8 [H, W, 3], RGB           read to encode; decode to write
-video                    tensor uint8 [T, H, W, 3], RGB        as image, of a row that is a clip
-mask                     tensor uint8 [H, W], [1, h, w]        read to encode, encode to denoise: 1 where to paint
-masked                   tensor as latents                     encode to denoise: of the picture, gray under the mask
-from_noise               bool                                  encode to denoise: the row has no picture and no latents
-latents                  tensor [C, h, w], scaled              encode to denoise to decode or write
-latents_std              tensor as latents                     encode to write, where the job asks for it
-time, trajectory         float64, string                       beside half-way latents only
-state:NAME               tensor                                with them: what the scheduler remembers
-source_image             tensor uint8 [H, W, 3]                encode to decode, where a job has no denoise
-psnr                     float64, dB                           decode to the dataset, where there is a source_image
-prompt:NAME              tensor, a conditioning                encode to denoise; see shares_tensors
-negative:NAME            tensor, the same of the negative      encode to denoise
-=======================  ====================================  ==================================================
+columns that the job keeps, and those in ``BATCH_COLUMNS``. ``latentmill.plugin.tensors`` turns a tensor's column into a tensor and back.
 """
 
 from __future__ import annotations
@@ -34,6 +16,67 @@ from latentmill.plugin.scheduler import Scheduler
 
 if TYPE_CHECKING:  # to list plugins takes none of them
     import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class BatchColumn:
+    """A column of batches that is no field of a row."""
+
+    name: str
+    """One that ends in ``:`` stands for all that begin so."""
+    type: str
+    way: str
+    """From which stage to which."""
+    meaning: str
+
+
+BATCH_COLUMNS = (
+    BatchColumn("image", "tensor uint8 [H, W, 3], RGB", "read to encode; decode to write", "the picture"),
+    BatchColumn("video", "tensor uint8 [T, H, W, 3], RGB", "as image, of a row that is a clip", "the clip"),
+    BatchColumn(
+        "mask",
+        "tensor uint8 [H, W], [1, h, w]",
+        "read to encode, encode to denoise: 1 where to paint",
+        "inpainting mask: light where the picture was made anew",
+    ),
+    BatchColumn(
+        "masked", "tensor as latents", "encode to denoise", "the latents of the picture, gray under the inpainting mask"
+    ),
+    BatchColumn("from_noise", "bool", "encode to denoise", "whether the row has no picture and no latents"),
+    BatchColumn(
+        "latents",
+        "tensor [C, h, w], of clips [C, t, h, w], scaled",
+        "encode to denoise to decode or write",
+        "the latents, channels first, flattened",
+    ),
+    BatchColumn(
+        "latents_std",
+        "tensor as latents",
+        "encode to write, where the job asks for it",
+        "the standard deviation of the latents' posterior",
+    ),
+    BatchColumn("state:", "tensor", "beside half-way latents only", "half-way latents: what the scheduler remembers"),
+    BatchColumn(
+        "source_image",
+        "tensor as image or video",
+        "encode to decode, where a job has no denoise",
+        "the picture that a reconstruction is of",
+    ),
+    BatchColumn(
+        "psnr",
+        "float64, dB",
+        "decode to the dataset, where there is a source_image",
+        "PSNR of the reconstruction against the source picture, in dB",
+    ),
+    BatchColumn(
+        "prompt:",
+        "tensor, a conditioning",
+        "encode to denoise; see shares_tensors",
+        "what the text encoder made of the prompt",
+    ),
+    BatchColumn("negative:", "tensor, the same of the negative", "encode to denoise", "and of the negative prompt"),
+)
+"""Tensors, and what is measured on the way. The type is the stages'; what a sink makes of it is the sink's."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +184,7 @@ class Stage(Plugin, ABC):
 
     Here and below a name that ends in ``:`` stands for all columns that begin so, as ``prompt:``."""
     adds: Sequence[str | pa.Field] = ()
-    """Columns of its results that it was not given, by name if they are in the table above, else as Arrow
+    """Columns of its results that it was not given, by name if they are in ``BATCH_COLUMNS``, else as Arrow
     fields. A shard in which all rows failed has the columns that its stages declare."""
     drops: Sequence[str] = ()
     """Columns that are not in its results."""
@@ -177,7 +220,7 @@ class Stage(Plugin, ABC):
 
     @abstractmethod
     def __call__(self, batch: pa.Table, reject: Reject) -> pa.Table | Iterable[pa.Table]:
-        """The batch's rows, changed. The columns are in the table above.
+        """The batch's rows, changed. The columns are those in ``BATCH_COLUMNS``.
 
         Keep ``row`` and ``row_id`` as they are; leave out the rows that were rejected, and only those: a row that
         disappears without a reason is an error. Return several tables if rows part into several tensor shapes.
