@@ -151,18 +151,12 @@ class Acme:
 
 
 @pytest.fixture
-def acme(latentmill, tmp_path, monkeypatch, rows):
-    about = tmp_path / "site" / "acme-1.0.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
+def acme(latentmill, install, tmp_path, monkeypatch, rows):
     points = "".join(f"[latentmill.{kind}s]\n" + "\n".join(some) + "\n" for kind, some in POINTS.items())
-    (about / "entry_points.txt").write_text(points)
-    (tmp_path / "site/acme_prompts.py").write_text(CODE)
-    monkeypatch.syspath_prepend(tmp_path / "site")
+    install("acme", points, acme_prompts=CODE)
     monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
     monkeypatch.delenv("BAD", raising=False)
-    yield Acme(latentmill, tmp_path, rows)
-    sys.modules.pop("acme_prompts", None)
+    return Acme(latentmill, tmp_path, rows)
 
 
 def files(folder):

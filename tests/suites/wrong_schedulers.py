@@ -71,15 +71,15 @@ class OwnNoise(EulerAncestral):
     """Noise that no row's seed fixes, where the row's was to be taken."""
 
     def step(self, field, x, t, s, state):
-        return super().step(Unseeded(field), x, t, s, state)
+        return super().step(Unseeded(field, x), x, t, s, state)
 
 
 class Unseeded:
-    def __init__(self, field):
-        self.field, self.scale, self.time, self.clean = field, field.scale, field.time, field.clean
+    def __init__(self, field, x):
+        self.x, self.scale, self.time, self.clean = x, field.scale, field.time, field.clean
 
     def noise(self, t, s):
-        return torch.randn_like(self.field.noise(t, s))
+        return torch.randn(self.x.shape)
 
 
 class StateWithoutBatch(Euler):
