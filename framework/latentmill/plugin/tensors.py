@@ -123,9 +123,11 @@ def is_shared(field: pa.Field) -> bool:
 
 def expanded(table: pa.Table) -> pa.Table:
     """The table with a tensor of its own for each row."""
-    for field in table.schema:
+    for at, field in enumerate(table.schema):
         if is_shared(field):
             table = with_tensor(table, field.name, from_arrow(table, field.name))
+            about = {key: value for key, value in field.metadata.items() if key != SHAPE_KEY}
+            table = table.set_column(at, table.schema.field(at).with_metadata(about), table.column(at))
     return table
 
 

@@ -811,6 +811,30 @@ def test_a_row_does_not_depend_on_its_company(model):
     assert not torch.allclose(together[0], together[3], atol=0.1)  # one prompt, two seeds
 
 
+def test_a_prompt_is_encoded_once_in_a_run_and_rows_share_it(model, monkeypatch):
+    name = "StableDiffusionPipeline"
+    encode, denoise = stages(model(name), name)
+    calls = []
+    encode.pipeline.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    first = table_of([("a", ""), ("b", ""), ("a", "")])
+    [part] = encode(first, lambda i, reason: pytest.fail(reason))
+    seen = len(calls)
+    assert seen and tensors.shared(part, f"{PROMPT_PREFIX}0")[1] == [0, 1, 0]
+    [again] = encode(table_of([("b", ""), ("a", "")]), lambda i, reason: pytest.fail(reason))
+    assert len(calls) == seen
+    for k, row in ((0, 1), (1, 0)):
+        assert torch.equal(
+            tensors.from_arrow(again, f"{PROMPT_PREFIX}0")[k], tensors.from_arrow(part, f"{PROMPT_PREFIX}0")[row]
+        )
+    plain = ours(lambda table, reject: [tensors.expanded(part)], denoise, first)
+    assert all(map(torch.equal, plain, ours(encode, denoise, first)))
+    assert len(calls) == seen
+    monkeypatch.setattr("latentmill_diffusers.pipeline.encode.NOTED_ROOM", 0)
+    ours(encode, denoise, first)
+    ours(encode, denoise, first)
+    assert len(calls) > seen, "the room is bounded"
+
+
 def test_a_row_alone_has_the_bits_that_it_has_in_company(model):
     """Rows of one size, steps and guidance, which else go together."""
     name = "StableDiffusionPipeline"
@@ -853,7 +877,7 @@ def test_what_rows_share_is_what_they_agree_in(model):
     """FLUX's places of tokens have no batch axis. Rows that bring other ones go apart, each with its own."""
     name = "FluxPipeline"
     encode, denoise = stages(model(name), name)
-    [part] = encode(table_of(PROMPTS), lambda i, reason: pytest.fail(reason))
+    [part] = map(tensors.expanded, encode(table_of(PROMPTS), lambda i, reason: pytest.fail(reason)))
     wanted = ours(lambda table, reject: [table], denoise, part)
     form = json.loads(part.schema.field(f"{PROMPT_PREFIX}0").metadata[noted.NOTED])
     [shared] = noted.shared_leaves(form)

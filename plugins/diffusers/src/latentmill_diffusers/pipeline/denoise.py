@@ -27,6 +27,7 @@ class PipelineDenoise(Pipeline):
     With ``alone`` the pipeline is called for each row by itself: a row's bits then don't depend on its company.
     """
 
+    shares_tensors = True
     takes = (PROMPT_PREFIX,)
     adds = ("latents",)
     drops = (PROMPT_PREFIX,)

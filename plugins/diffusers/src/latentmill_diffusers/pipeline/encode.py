@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
@@ -27,6 +28,9 @@ from latentmill_diffusers.tokens import Watched, warning_of
 READ_BY_LOOPS = ("steps", "guidance_scale")
 """What of the fields that say how a row is denoised a pipeline's own loop reads."""
 
+NOTED_ROOM = 512 << 20
+"""Bytes of what ``encode_prompt`` returned that a worker keeps: equal prompts are encoded once, wherever they stand in a run."""
+
 
 class PipelineEncode(Pipeline):
     """Adds ``prompt:*``: what the pipeline's ``encode_prompt`` returns for the row's prompt and negative prompt."""
@@ -39,6 +43,9 @@ class PipelineEncode(Pipeline):
         self.watched = Watched(self.pipeline)
         self.forms: dict[str, Any] = {}
         """Of what ``encode_prompt`` returned so far, by what they have in common."""
+        self.noted: OrderedDict[tuple[Any, ...], dict[str, Any]] = OrderedDict()
+        """What it returned, by what it was told; what was asked for longest ago goes first."""
+        self.noted_bytes = 0
 
     def notices(self) -> Sequence[str]:
         told = self.guidance == "guidance_scale" and "true_cfg_scale" in self.parameters  # the network is
@@ -54,7 +61,6 @@ class PipelineEncode(Pipeline):
 
     @torch.inference_mode()
     def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
-        noted: dict[tuple[Any, ...], dict[str, Any]] = {}
         groups: dict[str, list[tuple[int, list[Tensor]]]] = {}
         columns = [name for name in BATCH_SCHEMA.names if name in batch.column_names]
         given = [name for name in ("image", "mask", "latents") if name in batch.column_names]
@@ -71,28 +77,38 @@ class PipelineEncode(Pipeline):
                     raise RowError(f"{self.folder.pipeline} makes {own}")
                 if given:
                     raise RowError(f"{self.folder.pipeline} begins from noise, and takes no {given[0]}")
-                key = tuple(row[n] for n in told)
-                if key not in noted:
-                    noted[key] = self._note(row)
-                warnings[i] = noted[key]["warnings"]
+                noted = self._known(tuple(row[n] for n in told), row)
+                warnings[i] = noted["warnings"]
             except ValueError as error:
                 reject(i, one_line(error))
                 continue
-            shapes = [[list(leaf.shape), str(leaf.dtype)] for leaf in noted[key]["leaves"]]
-            group = json.dumps([noted[key]["form"], shapes])
-            groups.setdefault(group, []).append((i, noted[key]["leaves"]))
+            shapes = [[list(leaf.shape), str(leaf.dtype)] for leaf in noted["leaves"]]
+            group = json.dumps([noted["form"], shapes])
+            groups.setdefault(group, []).append((i, noted["leaves"]))
         if any(warnings):
             batch = with_warnings(batch, warnings)
         for group, members in groups.items():
             part = batch.take([i for i, _ in members])
+            each = {id(leaves): leaves for _, leaves in members}
+            index = [[*each].index(id(leaves)) for _, leaves in members]
             for k in range(len(members[0][1])):
-                part = tensors.with_tensor(
-                    part, f"{PROMPT_PREFIX}{k}", torch.stack([leaves[k] for _, leaves in members])
-                )
+                values = torch.stack([leaves[k] for leaves in each.values()])
+                part = tensors.with_shared(part, f"{PROMPT_PREFIX}{k}", values, index)
             at = part.schema.get_field_index(f"{PROMPT_PREFIX}0")
             field = part.schema.field(at)
             about = {**field.metadata, NOTED: json.dumps(json.loads(group)[0]).encode()}
             yield part.set_column(at, field.with_metadata(about), part.column(at))
+
+    def _known(self, key: tuple[Any, ...], row: Mapping[str, Any]) -> dict[str, Any]:
+        """What is noted for a row, that is told as much as ``key`` says."""
+        if key not in self.noted:
+            self.noted[key] = self._note(row)
+            self.noted_bytes += _bytes_of(self.noted[key])
+        self.noted.move_to_end(key)
+        found = self.noted[key]
+        while self.noted_bytes > NOTED_ROOM:
+            self.noted_bytes -= _bytes_of(self.noted.popitem(last=False)[1])
+        return found
 
     def _note(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """What ``encode_prompt`` returns for a row: its tensors, on the CPU, and its form.
@@ -148,6 +164,10 @@ class PipelineEncode(Pipeline):
         except Reached:
             return returned
         raise RuntimeError(f"{self.folder.pipeline} made latents without calling its network")
+
+
+def _bytes_of(noted: Mapping[str, Any]) -> int:
+    return 1000 + sum(int(leaf.nbytes) for leaf in noted["leaves"])
 
 
 def _check(row: Mapping[str, Any], pipeline: str) -> None:
