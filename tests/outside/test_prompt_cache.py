@@ -17,6 +17,7 @@ import hashlib, json, os
 import pyarrow as pa
 import torch
 from latentmill.plugin import VAE, Denoiser, LatentSpec, RowError, RowField, Stage, TextEncoder
+from latentmill.plugin import tensors
 from latentmill.schedulers.noise_schedules import VariancePreserving
 
 def note(**what):
@@ -64,7 +65,6 @@ class Zeros(Counting):
     """Has something else for no negative prompt, as Stable Diffusion XL."""
 
     contract = 2
-
     def encode_negative(self, prompts, tone):
         note(negative=list(prompts))
         return {n: 0 * v for n, v in super().encode([prompt or "" for prompt in prompts], tone).items()}
@@ -79,7 +79,6 @@ class Shown(Denoiser):
 
 class Guided(Shown):
     contract, guidance_embedded = 2, True
-
 class Inpainting(Shown):
     contract, inpaints = 2, True
 
@@ -94,11 +93,20 @@ class Seen(VAE):
     def decode(self, latents):
         return latents
 
+class Controls(Stage):
+    """Brings a conditioning of its own, before prompts are encoded; of odd rows one that is not finite."""
+
+    contract = 2
+    adds = ("prompt:control",)
+
+    def __call__(self, batch, reject):
+        odd = torch.tensor([row % 2 for row in batch.column("row").to_pylist()])
+        return tensors.with_tensor(batch, "prompt:control", torch.where(odd == 1, float("nan"), 1.0)[:, None])
+
 class Looks(Stage):
     """A stage of somebody who knows of tensors what Arrow does."""
 
     contract = 2
-
     def __call__(self, batch, reject):
         column = batch.column("prompt:embeds").combine_chunks()
         note(looks=column.to_numpy_ndarray()[:, 0].tolist(), kind=str(batch.schema.field("prompt:embeds").type))
@@ -108,7 +116,7 @@ POINTS = {
     "text_encoder": ["counting = acme_prompts:Counting", "zeros = acme_prompts:Zeros"],
     "denoiser": ["shown = acme_prompts:Shown", "guided = acme_prompts:Guided", "inpainting = acme_prompts:Inpainting"],
     "vae": ["seen = acme_prompts:Seen"],
-    "stage": ["looks = acme_prompts:Looks"],
+    "stage": ["looks = acme_prompts:Looks", "controls = acme_prompts:Controls"],
 }
 
 
@@ -377,3 +385,9 @@ def test_a_stage_that_knows_nothing_of_shared_tensors_is_given_none(acme):
     made = acme("flow=[read, encode, looks, denoise, write]")
     assert acme.noted("kind") == ["extension<arrow.fixed_shape_tensor[value_type=float, shape=[64]]>"]
     assert acme.noted("looks") == [list(made.values())]
+
+
+def test_a_conditioning_that_a_stage_brings_is_held_to_be_finite_too(acme, failed):
+    acme.source(["fox", "cat", "fox", "fox"])
+    assert [*acme("flow=[read, controls, encode, denoise, write]", "max_error_rate=1")] == [0, 2]
+    assert {row["reason"] for row in failed(acme.output)} == {"the text encoder's control of the prompt are not finite"}

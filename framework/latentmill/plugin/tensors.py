@@ -83,8 +83,10 @@ def from_arrow(table: pa.Table, name: str) -> Tensor:
 
 
 def shared(table: pa.Table, name: str) -> tuple[Tensor, list[int]]:
-    """The values ``[U, ...]`` of a column whose rows share them, and which of them each row has."""
+    """The values ``[U, ...]`` of a column, and which of them each row has: its own, where rows don't share."""
     field = table.schema.field(name)
+    if not is_shared(field):
+        return from_arrow(table, name), list(range(len(table)))
     array = _joined(table.column(name).chunks, field.type)
     kind = pa.fixed_shape_tensor(array.type.value_type.value_type, json.loads(field.metadata[SHAPE_KEY]))
     return _tensor(pa.ExtensionArray.from_storage(kind, array.dictionary), field), array.indices.to_pylist()
@@ -92,8 +94,6 @@ def shared(table: pa.Table, name: str) -> tuple[Tensor, list[int]]:
 
 def by_row(table: pa.Table, name: str, device: torch.device) -> Sequence[Tensor]:
     """Column ``name`` as a tensor for each row, on ``device``: rows that share one there share one here."""
-    if not is_shared(table.schema.field(name)):
-        return from_arrow(table, name).to(device).unbind()
     values, index = shared(table, name)
     each = values.to(device).unbind()
     return [each[k] for k in index]

@@ -13,6 +13,7 @@ import platform
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import safetensors.torch
@@ -79,7 +80,10 @@ class PromptFiles:
                 "device": _name_of(device),
                 "libraries": plan.libraries,
             }
-        return cls(context.open_prompt_cache(), about, {key: choice[key] for key in kept}, context.fixed is not None)
+        store: Storage = context.open_prompt_cache()
+        with suppress(OSError):  # what is wrong with it is told of where it is read
+            store.sweep()
+        return cls(store, about, {key: choice[key] for key in kept}, context.fixed is not None)
 
     def read(self, places: Sequence[Place]) -> dict[Place, Conditioning]:
         """Those that are there. A file that isn't what was written under its name is told of, and not believed."""

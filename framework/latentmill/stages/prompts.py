@@ -116,9 +116,8 @@ class PromptEncoding:
 
     def encode(self, part: pa.Table, slots: Tensor, size: int) -> pa.Table:
         """The rows with ``prompt:*`` and, if they are read, ``negative:*``; rows of one prompt share a tensor."""
-        own = tuple(
-            (name, part.column(name)[0].as_py()) for name in self.fields
-        )  # one for all: rows are grouped by them
+        # One for all: rows are grouped by them.
+        own = tuple((name, part.column(name)[0].as_py()) for name in self.fields)
         columns = [(PROMPT_PREFIX, "prompt"), (NEGATIVE_PREFIX, "negative_prompt")][: 2 if self.negative else 1]
         for prefix, column in columns:
             negative = prefix == NEGATIVE_PREFIX
