@@ -96,6 +96,8 @@ def parts(job: Job) -> Parts:
                 asks = next((name for name, stage in built.stages.items() if kind in stage.needs), "a stage")
                 raise PluginError(f"{job.name}: {asks} is in the flow, so the job needs {kind}.name")
             setattr(built, kind, plugin_of(job, kind))
+            if kind == "vae":  # stages' declarations go by its spec
+                _check_spec(getattr(built, kind))
         return getattr(built, kind)
 
     choices = {kind: getattr(job, kind) for kind in PARTS if getattr(job, kind) is not None}
@@ -109,8 +111,6 @@ def parts(job: Job) -> Parts:
     for kind in PARTS:
         if any(kind in stage.needs for stage in built.flow):
             build(kind)
-    if built.vae is not None:
-        _check_spec(built.vae)
     with registry.asking(built.source):
         stored = built.source.latent_spec()
     spec = stored if built.vae is None else built.vae.spec

@@ -93,7 +93,7 @@ CONTRACT = [
     ("prompts", "text_encoder", "batch", "encode", f"text_encoder {OF}: encode returned embeds of shape [1, 3] for 2 prompts: the batch axis "
      "comes first"),
     ("prompts", "text_encoder", "list", "encode", f"text_encoder {OF}: encode returned a list, not a dict of tensors"),
-    ("prompts", "text_encoder", "shapes", "encode", f"text_encoder {OF}: encode_negative returned embeds of shape [0] behind the batch axis, and "
+    ("prompts", "text_encoder", "shapes", "encode", f"text_encoder {OF}: encode returned embeds of shape [0] behind the batch axis, and "
      "of [2] for prompts before: shapes must be the same for all prompts (pad to one length)"),
     ("prompts", "denoiser", "shape", "denoise", f"denoiser {OF}: predict returned a tensor [16, 6, 2, 2], and [16, 12, 2, 2] was expected, the "
      "shape of x"),
