@@ -250,7 +250,7 @@ def test_a_column_that_two_stages_add_is_a_fault_of_the_second(latentmill, patch
     flow = "flow=[read, score, {name: score, as: again}, encode, write]"
     job = ("run", "encode", *patches, f"source.path={pictures}", flow, f"output={tmp_path / 'out'}")
     assert latentmill(*job) == 1
-    assert "stage score of acme 1 returned the column score twice" in latentmill.err, latentmill.err
+    assert "stage score of acme 1.0 returned the column score twice" in latentmill.err, latentmill.err
     assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 
