@@ -1,8 +1,10 @@
 """Where models lie: folders, the Hub's cache, and one line for whatever is wrong."""
 
 import hashlib
+import importlib
 import inspect
 import json
+import logging
 import math
 import os
 import shutil
@@ -12,8 +14,10 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
+import huggingface_hub
 import pyarrow.parquet as pq
 import pytest
 import tiny
@@ -146,10 +150,29 @@ def test_settings_that_are_wrong(model, tmp_path):
 
 
 def command(tmp_path, *arguments, **variables):
-    """Run the command without a network, if ``variables`` don't say otherwise, with a cache of its own."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), **variables}
-    line = [sys.executable, "-m", "latentmill.cli", *arguments]
-    return subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    """Run the command without a network, if ``variables`` don't say otherwise, with a cache of its own.
+
+    In a process forked from this one, since diffusers takes seconds to import; the Hub's constants are read anew there.
+    """
+    out, err = tmp_path / "stdout", tmp_path / "stderr"
+    child = os.fork()
+    if not child:
+        code = 70
+        try:
+            for number, path in ((1, out), (2, err)):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+            logging.getLogger().handlers.clear()
+            os.environ.update({"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), **variables})
+            importlib.reload(huggingface_hub.constants)
+            os.chdir(tmp_path)
+            code = main(list(arguments))
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return SimpleNamespace(returncode=code, stdout=out.read_text(), stderr=err.read_text())
 
 
 def test_the_hub_s_models_come_from_the_cache_or_one_line_says_how_to_get_them(model, tmp_path):

@@ -120,9 +120,9 @@ def _itself(scheduler: Any, steps: int, told: Mapping[str, Any]) -> Tensor:
     set_timesteps(scheduler, steps, told)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
-    parameters = inspect.signature(scheduler.step).parameters
-    # Of a Brownian tree we have no counterpart: without noise the rest of the step is the same or not.
-    given = {"s_noise": 0.0} if _is_brownian(scheduler) else {"eta": 0.0} if "eta" in parameters else {}
+    given = {"eta": 0.0} if "eta" in trace.parameters_of(type(scheduler).step) else {}
+    if _is_brownian(scheduler):  # of its tree we have no counterpart: without noise the rest is the same or not
+        scheduler.noise_sampler = lambda sigma, after: torch.zeros_like(PIXELS)
     x = _noise(torch.tensor(-1.0)) * float(getattr(scheduler, "init_noise_sigma", 1.0))
     for k, t in enumerate(scheduler.timesteps):
         taken = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x

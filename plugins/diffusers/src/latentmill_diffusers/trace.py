@@ -21,7 +21,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -259,12 +259,18 @@ def _calls(
     return scales, calls, limit
 
 
+@cache
+def parameters_of(function: Any) -> frozenset[str]:
+    """The names of what a function takes."""
+    return frozenset(inspect.signature(function).parameters)
+
+
 def call_step(
     scheduler: Any, timesteps: Tensor, k: int, output: Tensor, sample: Tensor, given: Mapping[str, Any]
 ) -> Tensor:
     """One call of ``step``, as the pipelines call it."""
     t = timesteps[k]
-    parameters = inspect.signature(scheduler.step).parameters
+    parameters = parameters_of(type(scheduler).step)
     if "old_pred_original_sample" in parameters:
         before = timesteps[k - 1] if k else None
         old = vars(scheduler).get("old_pred_original_sample")

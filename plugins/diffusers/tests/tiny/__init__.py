@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tiny import pipeline_models, qwens
 from tiny.autoencoders import VAES
 from tiny.transformer_models import (
     aura_flow,
@@ -38,7 +39,7 @@ def build(pipeline: str, folder: Path, seed: int = 0) -> Path:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = BUILDERS[pipeline]()
+        parts = (BUILDERS | PIPELINES)[pipeline]()
     for part in parts.values():
         if isinstance(part, nn.Module):
             _nowhere_zero(part, seed)
@@ -84,3 +85,30 @@ BUILDERS: dict[str, Callable[[], dict[str, Any]]] = {
     "Flux2Pipeline": flux_2_dev,
     "Flux2KleinPipeline": flux_2_klein,
 }
+"""Families that both tiers know."""
+
+PIPELINES: dict[str, Callable[[], dict[str, Any]]] = {
+    "GlmImagePipeline": pipeline_models.glm_image,
+    "BriaFibo2Pipeline": qwens.bria_fibo_2,
+    "BriaFiboPipeline": pipeline_models.bria_fibo,
+    "BriaPipeline": pipeline_models.bria,
+    "ChromaPipeline": pipeline_models.chroma,
+    "CogView3PlusPipeline": pipeline_models.cogview_3_plus,
+    "DreamLitePipeline": qwens.dream_lite,
+    "ErnieImagePipeline": qwens.ernie,
+    "HiDreamImagePipeline": pipeline_models.hidream,
+    "HunyuanImagePipeline": qwens.hunyuan_image,
+    "Ideogram4Pipeline": qwens.ideogram_4,
+    "Kandinsky3Pipeline": pipeline_models.kandinsky_3,
+    "Kandinsky5T2IPipeline": qwens.kandinsky_5,
+    "Krea2Pipeline": qwens.krea_2,
+    "LongCatImagePipeline": qwens.longcat,
+    "LuminaPipeline": pipeline_models.lumina,
+    "NucleusMoEImagePipeline": qwens.nucleus,
+    "OvisImagePipeline": qwens.ovis,
+    "PRXPipeline": pipeline_models.prx,
+    "QwenImage21Pipeline": qwens.qwen_image_21,
+    "SanaSprintPipeline": pipeline_models.sana_sprint,
+    "OmniGenPipeline": pipeline_models.omnigen,
+}
+"""Models that only their pipeline runs."""

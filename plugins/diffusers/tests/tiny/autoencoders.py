@@ -23,6 +23,13 @@ def autoencoder(channels: int = 4, blocks: int = 2, **settings: Any) -> Any:
     )
 
 
+def packed_vae(channels: int = 4) -> Any:
+    """FLUX's kind of autoencoder: its latents are packed into 2x2 patches."""
+    return autoencoder(
+        channels, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
+    )
+
+
 def deep_compression(channels: int = 4) -> Any:
     """An AutoencoderDC that halves the sides."""
     from diffusers import AutoencoderDC

@@ -8,6 +8,12 @@ from tiny.autoencoders import autoencoder, deep_compression, flux_2_autoencoder,
 from tiny.text import CHAT, TEXT, VOCABULARY, clip, gemma, t5, tokenizer
 
 
+def flow(**settings: Any) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(**settings)
+
+
 def stable_diffusion_3() -> dict[str, Any]:
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
