@@ -157,9 +157,7 @@ class StageContext:
         return any(kind in stage.needs for stage in self.after)
 
     def is_read(self, column: str) -> bool:
-        """Whether a column that is made for denoisers, by its name in the table above, is made for any: a later stage takes it, or
-        none says that it ignores it.
-        """
+        """Whether a column of ``BATCH_COLUMNS`` that is made for denoisers is made for any: a later stage takes it, or none ignores it."""
         return any(column in stage.takes for stage in self.after) or not any(column in s.ignores for s in self.after)
 
     @classmethod
@@ -189,7 +187,7 @@ class Stage(Plugin, ABC):
     drops: Sequence[str] = ()
     """Columns that are not in its results."""
     ignores: Sequence[str] = ()
-    """Columns of the table above that it doesn't read, though others of its kind do: no stage before it makes them for its sake."""
+    """Columns of ``BATCH_COLUMNS`` that it doesn't read, though others of its kind do: no stage before it makes them for its sake."""
     shares_tensors: ClassVar[bool] = False
     """Whether it takes columns of tensors that rows share as they are (``latentmill.plugin.tensors.shared``). If not, each row of
     its batches has its own."""

@@ -6,6 +6,7 @@ are what its slot gives, whether they are computed or found.
 
 from __future__ import annotations
 
+import pickle
 import random
 import warnings
 from collections import Counter, OrderedDict
@@ -262,6 +263,6 @@ def _same(a: Conditioning, b: Conditioning) -> bool:
 
 def _generators() -> tuple[Any, ...]:
     """The state of the global random generators: an encoder that moves one makes no two alike."""
-    numbers = np.random.get_state(legacy=False)
+    numbers = pickle.dumps(np.random.get_state(legacy=False))
     cuda = torch.cuda.get_rng_state().numpy().tobytes() if torch.cuda.is_initialized() else b""
-    return torch.get_rng_state().numpy().tobytes(), cuda, repr(numbers), random.getstate()
+    return torch.get_rng_state().numpy().tobytes(), cuda, numbers, random.getstate()
