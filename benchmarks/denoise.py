@@ -38,7 +38,7 @@ from latentmill.stages.encode import Encode
 from latentmill.stages.guidance import Guidance, ModelField
 from latentmill.workers.inline import InlinePool
 from latentmill.workers.pools import RUNNING_BATCHES
-from latentmill.workers.worker import StageWork
+from latentmill.workers.worker import StageWork, WorkerSetup
 
 CALL = 16
 SPEC = LatentSpec(channels=1, downscale=8, scale=1.0, shift=0.0, dtype="float32", fingerprint="nothing")
@@ -125,7 +125,7 @@ def fullness(given: Sequence[Mapping[str, Any]]) -> float:
         "write": End,
     }
     specs = [StageSpec(name, CALL, running_batches=RUNNING_BATCHES if name == "denoise" else 1) for name in makers]
-    pool = InlinePool([StageWork(name, make) for name, make in makers.items()])
+    pool = InlinePool([WorkerSetup((StageWork(name, make),)) for name, make in makers.items()])
     drive(DriverState(tuple(specs), len(given), rows_per_shard=256), pool, lambda: None)
     return sum(denoiser.calls) / (len(denoiser.calls) * CALL)
 

@@ -26,7 +26,7 @@ from latentmill.driver.state import DriverState
 from latentmill.plugin import Reject, Stage, tensors
 from latentmill.workers import ray_pool
 from latentmill.workers.cluster import connect
-from latentmill.workers.worker import StageWork
+from latentmill.workers.worker import StageWork, WorkerSetup
 
 BATCH = 8
 
@@ -82,7 +82,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     repeats = parser.parse_args().repeats
     connect(None)
-    workers = ray_pool.RayPool([StageWork(name, make, count, num_cpus=0.1) for name, make, count in STAGES])
+    workers = ray_pool.RayPool(
+        [WorkerSetup((StageWork(name, make),), count, num_cpus=0.1) for name, make, count in STAGES]
+    )
     specs = tuple(StageSpec(name, BATCH, count) for name, _, count in STAGES)
 
     def run(rows: int) -> tuple[float, float]:

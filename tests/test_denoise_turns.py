@@ -13,7 +13,7 @@ from latentmill.batch import FixedShape
 from latentmill.plugin import tensors
 from latentmill.schedulers.euler import Euler
 from latentmill.stages.denoise import MAX_WAIT
-from latentmill.workers.worker import Worker
+from latentmill.workers.worker import StageWork, Worker
 
 
 def test_a_row_without_guidance_costs_one_evaluation_and_a_finished_one_none():
@@ -85,17 +85,17 @@ def test_batches_of_several_threads_are_moved_together():
             return super().predict(x, t, conditioning)
 
     denoiser, plain = Waiting(), {"strength": 1.0, "steps": 4, "guidance_scale": 1.0, "scheduler": "euler"}
-    worker = Worker(lambda: denoise_with(denoiser, SCHEDULERS.__getitem__, "trailing", 16), gpu=False, threads=None)
+    worker = Worker([StageWork("denoise", lambda: denoise_with(denoiser, SCHEDULERS.__getitem__, "trailing", 16))])
     tables = [batch([0, 1, 2], **plain), batch([3, 4], **plain)]
     found = {}
 
     def call(k):
-        outcome, [part] = worker.batch([(0, 0, 0, len(tables[k]))], [tables[k]])
+        outcome, [part] = worker.batch("denoise", [(0, 0, 0, len(tables[k]))], [tables[k]])
         found.update(zip(outcome.parts[0][1], tensors.from_arrow(part, "latents")))
 
     threads = [threading.Thread(target=call, args=(k,)) for k in range(2)]
     threads[0].start()
-    while not worker.inside:  # the first is in the stage
+    while not worker.stages["denoise"].inside:  # the first is in the stage
         threads[0].join(0.001)
     threads[1].start()
     while not worker.waiting:

@@ -55,23 +55,3 @@ def test_a_stage_that_does_well_clears_no_other_of_its_worker():
     world.carry_out = decode_fails
     assert "decode" in world.run().state.failed
     assert not world.failed()
-
-
-def test_what_goes_alone_is_not_starved_by_the_other_stages_of_its_workers():
-    """Row 41 fails in decode; it has been tried alone, and is in the errors, long before the last rows are through."""
-    world = World(
-        state(rows=2000, rows_per_shard=100, worker_types=(FUSED[0], WorkerType((1, 2, 3), 1), FUSED[2])), seed=1
-    )
-    carry_out, when = world.carry_out, []
-
-    def fails(order):
-        if isinstance(order, Dispatch) and order.stage == 3 and 41 in order.rows:
-            return Failed(order.id, "raised", "boom")
-        if not when and world.state.quarantined:
-            when.append(world.state.finished_rows[0])
-        return carry_out(order)
-
-    world.carry_out = fails
-    world.run()
-    assert world.failed() == {41: "boom"}
-    assert when[0] < 600

@@ -21,7 +21,7 @@ from latentmill.errors import PlacementError, RunError, UnreachableError
 from latentmill.plugin import Stage, tensors
 from latentmill.workers import ray_pool
 from latentmill.workers.cluster import _require_ray, connect
-from latentmill.workers.worker import StageWork
+from latentmill.workers.worker import StageWork, WorkerSetup
 
 
 class Read(Stage):
@@ -107,9 +107,9 @@ def cluster():
 
 def run(folder, double, rows=24, replicas=2, timeout=None):
     work = [
-        StageWork("read", Read, num_cpus=0.1),
-        StageWork("double", double, replicas, num_cpus=0.1, timeout=timeout),
-        StageWork("write", partial(Write, folder), num_cpus=0.1),
+        WorkerSetup((StageWork("read", Read),), num_cpus=0.1),
+        WorkerSetup((StageWork("double", double, timeout=timeout),), replicas, num_cpus=0.1),
+        WorkerSetup((StageWork("write", partial(Write, folder)),), num_cpus=0.1),
     ]
     specs = (StageSpec("read", 6), StageSpec("double", 4, replicas), StageSpec("write", 4))
     workers = ray_pool.RayPool(work)
@@ -145,11 +145,11 @@ def test_a_worker_that_hangs_is_replaced_and_the_row_at_which_it_does_is_found(t
 
 
 def test_a_worker_that_is_not_ready_for_long_is_told_of_once(caplog):
-    workers = ray_pool.RayPool([StageWork("read", Read, num_cpus=0.1)])
+    workers = ray_pool.RayPool([WorkerSetup((StageWork("read", Read),), num_cpus=0.1)])
     try:
         workers.submit(StartWorker(0, 0))
-        [reference] = workers.asked
-        workers.asked[reference] -= ray_pool.PATIENCE
+        [worker] = workers.asked
+        workers.asked[worker] -= ray_pool.PATIENCE
         for _ in range(2):
             assert workers.collect(timeout=0) == []
     finally:
@@ -173,7 +173,10 @@ def test_a_stage_that_cannot_start_ends_the_job_with_its_reason(tmp_path):
 
 
 def test_a_job_that_has_no_place_says_which_stage_asks_for_what_and_what_there_is():
-    works = [StageWork("encode", Double, num_cpus=1), StageWork("denoise", Double, 3, num_cpus=1, num_gpus=1)]
+    works = [
+        WorkerSetup((StageWork("encode", Double),), num_cpus=1),
+        WorkerSetup((StageWork("denoise", Double),), 3, num_cpus=1, num_gpus=1),
+    ]
     nodes = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 4.0}]
     with pytest.raises(
         PlacementError,
@@ -182,7 +185,9 @@ def test_a_job_that_has_no_place_says_which_stage_asks_for_what_and_what_there_i
         ray_pool.check_placement(works, nodes)
     ray_pool.check_placement(works, [*nodes, {"CPU": 1.0, "GPU": 1.0}])
     with pytest.raises(PlacementError, match="denoise asks for .* fit on no node"):
-        ray_pool.check_placement([StageWork("denoise", Double, accelerator_type="H100", num_gpus=1)], nodes)
+        ray_pool.check_placement(
+            [WorkerSetup((StageWork("denoise", Double),), accelerator_type="H100", num_gpus=1)], nodes
+        )
 
 
 class Sees(Stage):
@@ -202,7 +207,9 @@ class Sees(Stage):
 
 
 def test_a_worker_sees_only_its_own_gpu(tmp_path):
-    workers = ray_pool.RayPool([StageWork("denoise", partial(Sees, tmp_path), 2, num_cpus=0.1, num_gpus=1)])
+    workers = ray_pool.RayPool(
+        [WorkerSetup((StageWork("denoise", partial(Sees, tmp_path)),), 2, num_cpus=0.1, num_gpus=1)]
+    )
     try:
         for order in decide(DriverState((StageSpec("denoise", 1, 2),), 0, 1)):
             workers.submit(order)

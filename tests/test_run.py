@@ -69,11 +69,12 @@ def test_inline_one_worker_and_three_give_the_same_bytes(tmp_path, prompts):
             "stages.denoise.num_cpus=0.2",
             "stages.decode.replicas=2",
         ],
+        "fused": ["cluster=local", "placement=fused", "stages.denoise.replicas=2", "stages.denoise.num_cpus=0.7"],
     }.items():
         outputs[name] = tmp_path / name
         latentmill.run("txt2img", [*SMALL, *settings, prompts, "deterministic=true", f"output={outputs[name]}"])
         whole(outputs[name])
-    assert files(outputs["inline"]) == files(outputs["one"]) == files(outputs["three"])
+    assert files(outputs["inline"]) == files(outputs["one"]) == files(outputs["three"]) == files(outputs["fused"])
 
 
 def test_without_deterministic_the_rows_and_seeds_are_the_same(tmp_path, prompts):

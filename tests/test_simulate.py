@@ -108,6 +108,19 @@ def a_worker_that_is_done_is_not_noted(monkeypatch):
     return "least loaded"
 
 
+def a_budget_never_given_back(monkeypatch):
+    """Blocks are released, and their bytes count still."""
+    drop = DriverState.drop
+
+    def drops(state, slice_):
+        held = state.bytes_held
+        drop(state, slice_)
+        state.bytes_held = held
+
+    monkeypatch.setattr(DriverState, "drop", drops)
+    return "('bytes', "
+
+
 def a_lease_given_back_that_is_another_s(monkeypatch):
     """Harmless, as far as rows go: leases save work, and decide nothing."""
 
@@ -130,6 +143,7 @@ def a_lease_given_back_that_is_another_s(monkeypatch):
         a_block_released_too_early,
         rows_of_a_lost_commit_forgotten,
         a_worker_that_is_done_is_not_noted,
+        a_budget_never_given_back,
     ],
     ids=lambda plant: plant.__name__,
 )

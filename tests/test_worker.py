@@ -6,7 +6,7 @@ import torch
 
 from latentmill.batch import FixedShape
 from latentmill.plugin import Stage, tensors
-from latentmill.workers.worker import Worker
+from latentmill.workers.worker import StageWork, Worker
 
 
 class Narrow(Stage):
@@ -30,13 +30,13 @@ class Narrow(Stage):
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
 def test_out_of_memory_halves_the_batch_and_the_stage_remembers(error, caplog):
-    worker = Worker(lambda: Narrow(3, error), gpu=False, threads=None, name="narrow")
-    outcome, block = worker.read(range(100, 112))
+    worker = Worker([StageWork("narrow", lambda: Narrow(3, error))])
+    outcome, block = worker.read("narrow", range(100, 112))
     assert [number for table in block for number in table["row"].to_pylist()] == [n for n in range(100, 112) if n % 5]
     assert dict(outcome.rejected) == {n: f"{n} is a multiple of five" for n in (100, 105, 110)}
-    assert worker.stage.given == [12, 6, 3, 3, 3, 3]
-    worker.read(range(4))
-    assert worker.stage.given[6:] == [3, 1]
+    assert worker.stages["narrow"].stage.given == [12, 6, 3, 3, 3, 3]
+    worker.read("narrow", range(4))
+    assert worker.stages["narrow"].stage.given[6:] == [3, 1]
     assert [record.message for record in caplog.records] == [
         "narrow: out of memory with 12 rows; from now on 6 at a time",
         "narrow: out of memory with 6 rows; from now on 3 at a time",
@@ -44,9 +44,9 @@ def test_out_of_memory_halves_the_batch_and_the_stage_remembers(error, caplog):
 
 
 def test_a_row_for_which_there_is_no_memory_alone_fails():
-    worker = Worker(lambda: Narrow(0), gpu=False, threads=None)
+    worker = Worker([StageWork("narrow", lambda: Narrow(0))])
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
-        worker.read(range(4))
+        worker.read("narrow", range(4))
 
 
 def test_a_batch_of_fixed_shape_is_not_halved_since_that_would_not_help():
@@ -55,10 +55,10 @@ def test_a_batch_of_fixed_shape_is_not_halved_since_that_would_not_help():
         stage.fixed = FixedShape(batch_size=12, rows_per_shard=12)
         return stage
 
-    worker = Worker(make, gpu=False, threads=None)
+    worker = Worker([StageWork("narrow", make)])
     with pytest.raises(torch.OutOfMemoryError, match="no room; in a deterministic job only a smaller batch_size helps"):
-        worker.read(range(12))
-    assert worker.stage.given == [12]
+        worker.read("narrow", range(12))
+    assert worker.stages["narrow"].stage.given == [12]
 
 
 class Half(Stage):
@@ -73,9 +73,9 @@ class Half(Stage):
 def test_rows_that_share_tensors_part_with_their_own_and_a_stage_that_does_not_ask_for_them_has_plain_ones(shares):
     stage = Half()
     stage.shares_tensors = shares
-    worker = Worker(lambda: stage, gpu=False, threads=None)
+    worker = Worker([StageWork("half", lambda: stage)])
     batch = tensors.with_shared(pa.table({"row": [4, 5]}), "x", torch.rand(2, 1000), [1, 0])
-    _, block = worker.batch([(0, 0, 0, 2)], [batch])
+    _, block = worker.batch("half", [(0, 0, 0, 2)], [batch])
     assert pa.types.is_dictionary(stage.given) == shares
     for table, number in zip(block, (0, 1)):
         assert torch.equal(tensors.from_arrow(table, "x"), tensors.from_arrow(batch, "x")[number : number + 1])

@@ -25,7 +25,7 @@ from latentmill.errors import RunError
 from latentmill.plan import Plan
 from latentmill.shards import data_name
 from latentmill.text import without_secrets
-from latentmill.workers.pools import make_pool, stage_spec
+from latentmill.workers.pools import make_pool, max_bytes_in_flight, stage_spec, worker_types
 
 logger = logging.getLogger("latentmill")
 
@@ -87,6 +87,7 @@ def run(
                 apply(state, TakenOut(taken))
                 if not finished(state):
                     pool = pool or make_pool(job, plan, store)
+                    state.max_bytes_in_flight = max_bytes_in_flight(job)
                     store.delete("_SUCCESS")  # somebody has taken shards out
                     with nullcontext() if job.single_writer else Leases(store, data) as held:
                         drive(state, pool, show, held, there.holds_ok)
@@ -163,6 +164,7 @@ def begin(job: Job, there: Dataset) -> DriverState:
         stop_on_error=job.on_error == "stop",
         max_error_rate=job.max_error_rate,
         row_name=plan.row_id,
+        worker_types=worker_types(job, plan),
     )
 
 

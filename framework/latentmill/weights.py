@@ -73,11 +73,12 @@ def record(*paths: str | os.PathLike[str]) -> None:
     Workers whose files are others than those with which a dataset was begun are refused, also where a fingerprint misses it. Outside
     of a worker nothing is noted. Raises OSError if a file can't be read.
     """
-    if _records.unit is None:
+    whose, each = _records.unit()
+    if whose is None:
         return
     for path, found in zip(map(Path, paths), digests(paths)):
-        unit = _records.unit
-        if _records.each:
+        unit = whose
+        if each:
             unit += f", file {hashlib.blake2b(f'{path.parent.name}/{path.name}'.encode(), digest_size=4).hexdigest()}"
         note(unit, path.name, found)
 
@@ -94,12 +95,15 @@ def note(unit: str, name: str, content: str) -> None:
 @contextmanager
 def reading(unit: str, each: bool = False) -> Iterator[None]:
     """What is read meanwhile, by whatever thread, is the ``unit``'s; of ``each`` file by itself, where not all are read at once."""
-    before = _records.unit, _records.each
-    _records.unit, _records.each = unit, each
+    here = unit, each
+    before = _records.here.__dict__.get("unit")
+    _records.here.unit = here
+    _records.units.append(here)
     try:
         yield
     finally:
-        _records.unit, _records.each = before
+        _records.units.remove(here)
+        _records.here.unit = before
 
 
 def taken() -> Reading:
@@ -110,13 +114,19 @@ def taken() -> Reading:
 
 
 class _Records:
-    """What this process has read, and for whom it reads now."""
+    """What this process has read, and for whom each thread reads now."""
 
     def __init__(self) -> None:
         self.read: Reading = {}
-        self.unit: str | None = None
-        self.each = False
+        self.units: list[tuple[str, bool]] = []
+        """All for whom is read now, the last to begin last: what a library's own thread reads is that one's."""
+        self.here = threading.local()
         self.lock = threading.Lock()
+
+    def unit(self) -> tuple[str | None, bool]:
+        """For whom this thread reads, and whether each file by itself."""
+        here: tuple[str, bool] | None = self.here.__dict__.get("unit")
+        return here or next(iter(self.units[-1:]), (None, False))
 
 
 _records = _Records()

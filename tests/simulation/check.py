@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from tests.simulation.settings import Wrong
+from tests.simulation.settings import LARGEST_ROW, Wrong
 
 from latentmill.driver.limits import max_open_shards, queue_limit
 from latentmill.driver.state import DriverState
@@ -42,6 +42,13 @@ def check(state: DriverState) -> None:
         # Where batches are fixed, one may wait for rows that others have to pass: open shards bound them.
         if state.rows_queued(stage) > most and not state.fixed:
             raise Wrong(f"{state.rows_queued(stage)} rows wait for {spec.name}, and {most} is the most")
+    # One batch a worker may come that nobody could foresee, and one a stage that has nothing before it.
+    most = state.max_bytes_in_flight + sum(
+        LARGEST_ROW * spec.batch_size * (state.replicas(stage) * spec.batches_per_worker * spec.running_batches + 1)
+        for stage, spec in enumerate(state.stages)
+    )
+    if state.bytes_held > most:
+        raise Wrong(f"{state.bytes_held} bytes are between stages, and {most} is the most")
     if len(state.shards) > max_open_shards(state):
         raise Wrong(f"{len(state.shards)} shards are open")
 
@@ -53,6 +60,8 @@ def check_counts(state: DriverState) -> None:
     committing = {order.shard for order in state.in_flight.values() if order.task == "commit"}
     found["complete"] = {number for number, shard in state.shards.items() if not shard.missing} - committing
     known["complete"] = {*state.complete}
+    found["bytes"] = sum(state.block_bytes[block] for block in state.blocks if block in state.block_bytes)
+    known["bytes"] = state.bytes_held
     for stage, spec in enumerate(state.stages):
         queue = state.queues[stage]
         rows = {key: sum(len(slice_.rows) for slice_ in slices) for key, slices in queue.slices.items()}

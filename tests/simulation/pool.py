@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tests.simulation.settings import NAMES, Gone, Row, Wrong, value
+from tests.simulation.settings import LARGEST_ROW, NAMES, Gone, Row, Wrong, value
 
 from latentmill.driver.limits import MAX_QUARANTINED_ON_TRUST
 from latentmill.driver.messages import (
@@ -163,7 +163,8 @@ class Pool:
                 parts[row % settings.shapes].append((row, value(row, order.stage)))
         self.blocks[order.id] = actor.node, parts
         told = [(f"shape {k}", tuple(row for row, _ in part)) for k, part in enumerate(parts)]
-        return Finished(order.id, told, [(row, "unfit") for row in rejected])
+        size = sum(1 + row % LARGEST_ROW for part in parts for row, _ in part)
+        return Finished(order.id, told, [(row, "unfit") for row in rejected], size)
 
     def _gather(self, order: Dispatch) -> list[Row]:
         return [row for p in order.slices for row in self.blocks[p.block][1][p.table][p.start : p.stop]]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from latentmill.driver.messages import StageSpec, WorkerType
 
+LARGEST_ROW = 9
+"""Bytes."""
 NAMES = ("read", "encode", "denoise", "decode", "write")
 TROUBLED = 120.0
 """Virtual seconds until troubles end."""
@@ -35,6 +38,7 @@ class Settings:
     stages: tuple[StageSpec, ...]
     worker_types: tuple[WorkerType, ...]
     fixed: bool
+    max_bytes: float
     shapes: int
     drivers: int
     nodes: int
@@ -83,6 +87,7 @@ class Settings:
             tuple(stages),
             tuple(WorkerType(hosts, dice.randint(1, 3)) for hosts in hosted),
             fixed,
+            dice.choice((math.inf, 50, 500)),
             shapes=dice.choice((1, 1, 2, 4)),
             drivers=dice.choice((1, 1, 2, 3)),
             nodes=dice.randint(1, 3),

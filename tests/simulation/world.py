@@ -131,6 +131,7 @@ class Driver:
             shared=True,
             fixed=settings.fixed,
             worker_types=settings.worker_types,
+            max_bytes_in_flight=settings.max_bytes,
         )
         self._while_alive(0, self.turn)
         self._while_alive(0, self.beat)

@@ -20,6 +20,7 @@ from latentmill.config.schema import (
     DEFAULTS,
     FIRST_NOISE,
     ON_ERROR,
+    PLACEMENTS,
     Cluster,
     Job,
     Sampling,
@@ -146,6 +147,10 @@ def _wrong(job: Job) -> Iterator[str]:
         yield from _wrong_place(job.prompt_cache)
     if job.on_error not in ON_ERROR:
         yield f"on_error must be {' or '.join(ON_ERROR)}, not {job.on_error!r}"
+    if job.placement not in PLACEMENTS:
+        yield f"placement must be {' or '.join(PLACEMENTS)}, not {job.placement!r}"
+    if job.max_bytes_in_flight is not None and not 0 < values.in_bytes(job.max_bytes_in_flight) < math.inf:
+        yield f"max_bytes_in_flight must be bytes, as 8GiB, 500MB or a number, not {job.max_bytes_in_flight!r}"
     if not 0.0 <= job.max_error_rate <= 1.0:
         yield f"max_error_rate must be from 0 to 1, not {job.max_error_rate}"
     if sampling["first_noise"] not in FIRST_NOISE:

@@ -15,6 +15,7 @@ from latentmill.plugin import RowField
 FIRST_NOISE = ("latentmill", "diffusers")
 
 ON_ERROR = ("quarantine", "stop")
+PLACEMENTS = ("split", "fused")
 
 CLUSTERS = ("local", "inline", "ray")
 
@@ -118,6 +119,8 @@ class Schema:
     scheduler: dict[str, Any] | None = None
     sampling: Sampling = field(default_factory=Sampling)
     stages: dict[str, StageKeys] = field(default_factory=dict)
+    placement: str = "split"
+    max_bytes_in_flight: Any = None
     cluster: Cluster = field(default_factory=Cluster)
 
 
@@ -151,6 +154,10 @@ class Job:
     sampling: dict[str, Any]
     """What each row is made with; a column of the source of the same name takes a value's place, row by row."""
     stages: dict[str, StageSettings]
+    placement: str
+    """``split``: each stage has workers of its own; ``fused``: one worker hosts all stages between the first and the last."""
+    max_bytes_in_flight: Any
+    """What may be between stages, in bytes: a number or words; None leaves a share of Ray's object store."""
     cluster: Cluster
 
     def meaning(self) -> dict[str, Any]:

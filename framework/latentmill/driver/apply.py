@@ -76,7 +76,7 @@ def _dispatch_finished(state: DriverState, dispatch: Dispatch, event: Finished) 
         failures.quarantine(state, row, dispatch.stage, reason)
     wanted = sum(len(rows) for _, rows in event.tables)
     if wanted:
-        state.blocks[dispatch.id] = wanted
+        state.block_came(dispatch, wanted, event.bytes)
     else:
         state.released.append(dispatch.id)
     for table, (shape_key, rows) in enumerate(event.tables):

@@ -99,7 +99,7 @@ def _partial_batches(state: DriverState) -> Iterator[Dispatch]:
 def _reads(state: DriverState, room: bool = True) -> Iterator[Dispatch]:
     size, queue = state.stages[0].batch_size, state.queues[0]
     while not room or has_room(state, 0, size):
-        worker = _worker(state, 0, alone=_goes_alone(state, 0))
+        worker = _worker(state, 0, alone=bool(queue.retries) and queue.retries[0].attempts > 0)
         if worker is None:
             return
         if queue.retries:
@@ -162,18 +162,8 @@ def _worker(
     state: DriverState, stage: int, stack_key: Any = None, *, idle: bool = False, alone: bool = False
 ) -> int | None:
     """The worker that can be given a batch of ``stack_key`` and holds the least; ``idle``: nothing of this stage; ``alone``: nothing."""
-    if not alone and any(_goes_alone(state, hosted) for hosted in state.hosted_with(stage)):
-        return None  # or the workers would never be empty
     rank = state.least_loaded(stage, stack_key)
     if rank is None:
         return None
     of_stage, held, worker = rank
     return None if (idle and of_stage) or (alone and held) else worker
-
-
-def _goes_alone(state: DriverState, stage: int) -> bool:
-    """Whether what is to be tried again next has failed before, so that it needs a worker of its own."""
-    if stage == state.last_stage and state.complete and state.shards[next(iter(state.complete))].attempts:
-        return True
-    retries = state.queues[stage].retries
-    return bool(retries) and retries[0].attempts > 0

@@ -34,7 +34,10 @@ def has_room(state: DriverState, stage: int, rows: int) -> bool:
     spec = state.stages[stage]
     room = queue_limit(state, stage + 1) + spec.batch_size * state.replicas(stage) * spec.batches_per_worker
     coming = state.rows_queued(stage + 1) + state.rows_in_flight[stage] + len(state.suspects(stage + 1))
-    return coming == 0 or coming + rows <= room
+    if coming == 0:
+        return True
+    size = state.bytes_held + state.bytes_to_come() + rows * state.bytes_of_row[stage]
+    return coming + rows <= room and size <= state.max_bytes_in_flight
 
 
 def max_open_shards(state: DriverState) -> int:

@@ -73,6 +73,15 @@ class Dispatch:
     stack_key: Any = None
     """The key of the queue that the rows come from; None for what is tried again. Rows of one key can be stacked."""
 
+    def blocks(self) -> list[int]:
+        """The blocks that its slices are of, each once."""
+        return list(dict.fromkeys(slice_.block for slice_ in self.slices))
+
+    def addresses(self) -> list[tuple[int, int, int, int]]:
+        """Its slices, for who is given ``blocks``: the place of the block there, the table, from which row, to which."""
+        at = {block: place for place, block in enumerate(self.blocks())}
+        return [(at[slice_.block], slice_.table, slice_.start, slice_.stop) for slice_ in self.slices]
+
 
 @dataclass(frozen=True)
 class StartWorker:
@@ -125,6 +134,8 @@ class Finished:
     """For each table of the block, its shape key and its row numbers."""
     rejected: Sequence[tuple[int, str]] = ()
     """Row numbers that end in the error table, with the reason."""
+    bytes: int = 0
+    """The size of the block."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, NamedTuple
 
 from latentmill.driver.messages import Dispatch, StageSpec, StartWorker, StopWorker, TableSlice, WorkerType
@@ -60,6 +61,8 @@ class DriverState:
     """The first row that fails ends the job."""
     max_error_rate: float = 1.0
     """A larger share of failed rows ends it, once the share says something."""
+    max_bytes_in_flight: float = inf
+    """Bytes that may be between stages, in blocks that are there and in those that are to come."""
     row_name: Callable[[int], str] = str
     """How people are told of a row."""
     worker_types: tuple[WorkerType, ...] = ()
@@ -87,6 +90,12 @@ class DriverState:
     """Dispatches that were given out and have not come back, by number."""
     blocks: dict[int, int] = field(default_factory=dict)
     """Rows of a block that are still wanted."""
+    block_bytes: dict[int, int] = field(default_factory=dict)
+    """The size of each of them that is between stages."""
+    bytes_held: int = 0
+    """The sum of these."""
+    bytes_of_row: Counter[int] = field(default_factory=Counter)
+    """For each stage, what a row takes behind it, by what it has made lately."""
     released: list[int] = field(default_factory=list)
     """Blocks that nothing needs any more: whoever holds them empties this list."""
 
@@ -201,10 +210,6 @@ class DriverState:
         """How many workers host a stage."""
         return self.worker_types[self.type_of[stage]].replicas
 
-    def hosted_with(self, stage: int) -> tuple[int, ...]:
-        """The stages that the workers of a stage host, itself included."""
-        return self.worker_types[self.type_of[stage]].stages
-
     def workers_of(self, stage: int) -> dict[int, list[int]]:
         """The ready workers that host a stage, each with its dispatches, of all stages that it hosts, oldest first."""
         return self.workers[self.type_of[stage]]
@@ -288,6 +293,20 @@ class DriverState:
         """Rows that wait for a stage."""
         return self.queues[stage].rows
 
+    def bytes_to_come(self) -> float:
+        """Bytes that what the workers hold now is going to be, between stages."""
+        return sum(self.rows_in_flight[stage] * self.bytes_of_row[stage] for stage in range(self.last_stage))
+
+    def block_came(self, dispatch: Dispatch, rows: int, size: int) -> None:
+        """A stage has made a block of so many rows that are wanted, and bytes. That of the last stage waits for its shard."""
+        self.blocks[dispatch.id] = rows
+        if dispatch.stage == self.last_stage:
+            return
+        self.block_bytes[dispatch.id] = size
+        self.bytes_held += size
+        # The largest of late: rows may differ in size, and what is to come is better over- than underestimated.
+        self.bytes_of_row[dispatch.stage] = max(size // rows, self.bytes_of_row[dispatch.stage] * 9 // 10)
+
     def suspects(self, stage: int) -> list[Suspect]:
         """The suspects of a stage, of workers that live and of those that died."""
         if not self.records and not self.fatal_suspects:
@@ -300,6 +319,7 @@ class DriverState:
         self.blocks[slice_.block] -= len(slice_.rows)
         if not self.blocks[slice_.block]:
             del self.blocks[slice_.block]
+            self.bytes_held -= self.block_bytes.pop(slice_.block, 0)
             self.released.append(slice_.block)
 
 

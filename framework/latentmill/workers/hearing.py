@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +24,11 @@ NOT_HEARD = ("latentmill", "ray", "asyncio")
 
 
 class Hearing:
-    """Keeps what is logged at WARNING or above, or warned of, while ``on``, each message once."""
+    """Keeps what is logged at WARNING or above, or warned of, while ``on``, each message once.
+
+    Several may be on at a time, each in a thread of its own. What another thread says, one that a library has started, is
+    heard by the one that was turned on last.
+    """
 
     def __init__(self) -> None:
         self.messages: list[str] = []
@@ -32,29 +37,15 @@ class Hearing:
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """Hear what all of this process's threads log and warn of; it still goes where it went before."""
-        factory, show = logging.getLogRecordFactory(), warnings.showwarning
-
-        def record(*args: Any, **named: Any) -> logging.LogRecord:
-            made = factory(*args, **named)
-            top = made.name.partition(".")[0]
-            # A library that sorts its messages out by a filter has sorted them out for us, too.
-            if made.levelno >= logging.WARNING and top not in NOT_HEARD and logging.getLogger(made.name).filter(made):
-                self._hear(f"{made.name}: {made.getMessage()}", (made.pathname, made.lineno))
-            return made
-
-        def shown(message: Any, category: type[Warning], file: str, line: int, *more: Any, **named: Any) -> None:
-            if not issubclass(category, DEVELOPERS):
-                self._hear(f"{category.__name__}: {message}", (file, line))
-            show(message, category, file, line, *more, **named)
-
-        logging.setLogRecordFactory(record)
-        warnings.showwarning = shown  # type: ignore[assignment]
+        """Hear what this thread, and others that hear for nobody, log and warn of; it still goes where it went before."""
+        before = getattr(_here, "hearing", None)
+        _here.hearing = self
+        _hook.add(self)
         try:
             yield
         finally:
-            logging.setLogRecordFactory(factory)
-            warnings.showwarning = show
+            _hook.remove(self)
+            _here.hearing = before
 
     def take(self) -> list[str]:
         """What was heard since the last time."""
@@ -67,6 +58,51 @@ class Hearing:
             self._of_line[line] += 1
             self._known.add(text)
             self.messages.append(text)
+
+
+class _Hook:
+    """Stands between libraries and Python's logs and warnings, as long as anyone hears."""
+
+    def __init__(self) -> None:
+        self.on: list[Hearing] = []
+        self.lock = threading.Lock()
+
+    def add(self, hearing: Hearing) -> None:
+        with self.lock:
+            if not self.on:
+                self.factory, self.show = logging.getLogRecordFactory(), warnings.showwarning
+                logging.setLogRecordFactory(self.record)
+                warnings.showwarning = self.shown  # type: ignore[assignment]
+            self.on.append(hearing)
+
+    def remove(self, hearing: Hearing) -> None:
+        with self.lock:
+            self.on.remove(hearing)
+            if not self.on:
+                logging.setLogRecordFactory(self.factory)
+                warnings.showwarning = self.show
+
+    def record(self, *args: Any, **named: Any) -> logging.LogRecord:
+        made = self.factory(*args, **named)
+        top = made.name.partition(".")[0]
+        # A library that sorts its messages out by a filter has sorted them out for us, too.
+        if made.levelno >= logging.WARNING and top not in NOT_HEARD and logging.getLogger(made.name).filter(made):
+            self.hear(f"{made.name}: {made.getMessage()}", (made.pathname, made.lineno))
+        return made
+
+    def shown(self, message: Any, category: type[Warning], file: str, line: int, *more: Any, **named: Any) -> None:
+        if not issubclass(category, DEVELOPERS):
+            self.hear(f"{category.__name__}: {message}", (file, line))
+        self.show(message, category, file, line, *more, **named)
+
+    def hear(self, text: str, line: tuple[str, int]) -> None:
+        here = getattr(_here, "hearing", None) or next(iter(self.on[-1:]), None)
+        if here is not None:
+            here._hear(text, line)
+
+
+_here = threading.local()
+_hook = _Hook()
 
 
 class Telling:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,13 +38,12 @@ from latentmill.driver.messages import (
     StopWorker,
 )
 from latentmill.errors import BusyError, PlacementError, WrongWorker
-from latentmill.plugin import CommittingStage, Stage
 from latentmill.text import one_line
 from latentmill.weights import Reading
 from latentmill.workers.cluster import disconnect, store_environment
 from latentmill.workers.context import this_node
 from latentmill.workers.hearing import Telling
-from latentmill.workers.worker import Admit, StageWork, Worker
+from latentmill.workers.worker import Admit, StageWork, Worker, WorkerSetup
 
 logger = logging.getLogger("latentmill")
 
@@ -51,6 +51,8 @@ GONE = (RayActorError, OutOfMemoryError, WorkerCrashedError, NodeDiedError, Loca
 """What Ray raises for a call whose worker is no more. OutOfMemoryError: Ray's memory monitor killed it."""
 PATIENCE = 60.0
 """Seconds to wait for room on a cluster that would have it if others didn't use it."""
+LOOK_EVERY = 0.25
+"""Seconds between two looks for workers that hang."""
 
 
 class RayPool:
@@ -58,122 +60,91 @@ class RayPool:
 
     def __init__(
         self,
-        stages: Sequence[StageWork],
+        setups: Sequence[WorkerSetup],
         owns_cluster: bool = False,
         sees: Callable[[str], bool] = bool,
         admit: Admit = lambda node, read: "",
     ) -> None:
         """``sees`` says whether a file that a worker has written is there for the driver, too; ``admit`` what is wrong with what it has read."""
-        self.stages, self.owns_cluster, self.sees, self.admit = stages, owns_cluster, sees, admit
+        self.setups, self.owns_cluster, self.sees, self.admit = setups, owns_cluster, sees, admit
+        self.stages = [stage for setup in setups for stage in setup.stages]
         self.tell = Telling()
         self.actors: dict[int, Any] = {}
-        self.starting: dict[Any, StartWorker] = {}
-        self.asked: dict[Any, float] = {}
-        """When those were asked for of which nobody has been told that they take long."""
-        self.in_flight: dict[Any, Dispatch] = {}
+        self.types: dict[int, int] = {}
+        """The type of each worker that was started."""
+        self.starting: dict[int, StartWorker] = {}
+        self.asked: dict[int, float] = {}
+        """When those workers were asked for of which nobody has been told that they take long."""
+        self.in_flight: dict[int, dict[int, Dispatch]] = {}
+        """What each worker has, by number."""
         self.blocks: dict[int, Any] = {}
         self.heard: dict[int, float] = {}
         """When a worker that has work last finished some, or was given its first."""
-        check_placement(stages, [node["Resources"] for node in cast(Any, ray).nodes() if node["Alive"]])
-        self.group, self.free = _reserve(stages)
-        self.types: dict[int, int] = {}
-        """The type of each worker that was started."""
+        self.looked = 0.0
+        """When it was last looked for workers that hang."""
+        self.answers: queue.SimpleQueue[tuple[StartWorker | Dispatch, Any]] = queue.SimpleQueue()
+        """Orders of which something has come, each with Ray's reference to it; Ray's own thread puts them in."""
+        check_placement(setups, [node["Resources"] for node in cast(Any, ray).nodes() if node["Alive"]])
+        self.group, self.free = _reserve(setups)
         self.bundles: dict[int, int] = {}
 
     def submit(self, order: PoolOrder) -> None:
         if isinstance(order, StopWorker):
             self._bury(order.worker)
-            return
-        if isinstance(order, StartWorker):
-            work = self.stages[order.worker_type]
-            self.types[order.worker] = order.worker_type
-            options = {**_resources(work), "max_concurrency": work.calls}
-            if self.group is not None and self.free[order.worker_type]:
-                bundle = self.bundles[order.worker] = self.free[order.worker_type].pop()
-                options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self.group, bundle)
-            actor = _REMOTE.options(**options).remote(
-                os.getcwd(), store_environment(), work.make, work.num_gpus > 0, work.threads, work.name
-            )
-            self.actors[order.worker] = actor
-            ready = actor.ready.remote()
-            self.starting[ready], self.asked[ready] = order, time.monotonic()
-            return
-        actor = self.actors[order.worker]
-        self.heard.setdefault(order.worker, time.monotonic())
-        if order.task == "read":
-            outcome, block = actor.read.options(num_returns=2).remote(list(order.rows))
+        elif isinstance(order, StartWorker):
+            self._start(order)
         else:
-            names = list(dict.fromkeys(p.block for p in order.slices))
-            slices = [(names.index(p.block), p.table, p.start, p.stop) for p in order.slices]
-            blocks = [self.blocks[name] for name in names]
-            if order.task == "commit":
-                self.in_flight[actor.commit.remote(order.shard, order.errors, slices, *blocks)] = order
-                return
-            outcome, block = actor.batch.options(num_returns=2).remote(slices, *blocks)
-        self.in_flight[outcome] = order
+            self._dispatch(order)
+
+    def _start(self, order: StartWorker) -> None:
+        setup = self.setups[order.worker_type]
+        self.types[order.worker] = order.worker_type
+        options = {**_resources(setup), "max_concurrency": sum(stage.calls for stage in setup.stages)}
+        if self.group is not None and self.free[order.worker_type]:
+            bundle = self.bundles[order.worker] = self.free[order.worker_type].pop()
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self.group, bundle)
+        actor = _REMOTE.options(**options).remote(os.getcwd(), store_environment(), setup.stages, setup.num_gpus > 0)
+        self.actors[order.worker] = actor
+        self.starting[order.worker], self.asked[order.worker] = order, time.monotonic()
+        self._await(order, actor.ready.remote())
+
+    def _dispatch(self, order: Dispatch) -> None:
+        actor, stage = self.actors[order.worker], self.stages[order.stage].name
+        held = self.in_flight.setdefault(order.worker, {})
+        if not held:
+            self.heard[order.worker] = time.monotonic()
+        held[order.id] = order
+        blocks = [self.blocks[name] for name in order.blocks()]
+        if order.task == "commit":
+            self._await(order, actor.commit.remote(stage, order.shard, order.errors, order.addresses(), *blocks))
+            return
+        if order.task == "read":
+            outcome, block = actor.read.options(num_returns=2).remote(stage, list(order.rows))
+        else:
+            outcome, block = actor.batch.options(num_returns=2).remote(stage, order.addresses(), *blocks)
         self.blocks[order.id] = block
+        self._await(order, outcome)
+
+    def _await(self, order: StartWorker | Dispatch, reference: Any) -> None:
+        reference.future().add_done_callback(lambda _: self.answers.put((order, reference)))
 
     def collect(self, timeout: float) -> list[Event]:
         """Wait up to ``timeout`` seconds for something to happen, and say all that has."""
-        waiting = [*self.in_flight, *self.starting]
-        if not waiting:
-            return []
-        ready, rest = ray.wait(waiting, num_returns=1, timeout=timeout)
-        if ready and rest:
-            ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
         events: list[Event] = []
         dead: dict[int, RayError] = {}
-        for reference in ready:
-            if reference in self.starting:
-                start = self.starting.pop(reference)
-                self.asked.pop(reference, None)
-                try:
-                    found: Ready = ray.get(reference)
-                    self.tell(self.stages[start.worker_type].name, found.heard)
-                except GONE as error:
-                    dead[start.worker] = error
-                    continue
-                if reason := found.wrong or self.admit(found.node, found.read):
-                    self._bury(start.worker)
-                    events.append(Died(start.worker_type, start.worker, one_line(reason), wrong=True))
-                elif found.probe and not self.sees(found.probe):
-                    self._bury(start.worker)
-                    reason = (
-                        f"what {found.node} writes is not seen by the driver: "
-                        "the output must be one folder or store for all nodes, by its whole path"
-                    )
-                    events.append(Died(start.worker_type, start.worker, reason, at_start=True))
-                else:
-                    events.append(Started(start.worker_type, start.worker))
-                continue
-            order = self.in_flight[reference]
+        waits = bool(self.starting or self.heard)
+        while True:
             try:
-                outcome = ray.get(reference)
+                first = waits and not events and not dead
+                order, reference = self.answers.get(timeout=timeout) if first else self.answers.get_nowait()
+            except queue.Empty:
+                break
+            answer = self._started if isinstance(order, StartWorker) else self._done
+            try:
+                if event := answer(cast(Any, order), reference):
+                    events.append(event)
             except GONE as error:
                 dead[order.worker] = error
-                continue
-            except ObjectLostError as error:
-                events.append(self._failed(reference, "lost", error))
-            except RayTaskError as error:
-                if isinstance(error.cause, WrongWorker):
-                    self._bury(order.worker)
-                    events.append(Died(self.types[order.worker], order.worker, one_line(str(error.cause)), wrong=True))
-                    continue
-                lost = isinstance(error.cause, ObjectLostError)
-                events.append(self._failed(reference, "lost" if lost else cause(error.cause), error.cause))
-            except RayError as error:
-                events.append(self._failed(reference, "raised", error))
-            else:
-                if order.task != "commit" and (reason := self.admit(outcome.node, outcome.read)):
-                    self._bury(order.worker)
-                    events.append(Died(self.types[order.worker], order.worker, reason, wrong=True))
-                    continue
-                del self.in_flight[reference]
-                parts, rejected = ((), ()) if order.task == "commit" else (outcome.parts, outcome.rejected)
-                if order.task != "commit":
-                    self.tell(self.stages[order.stage].name, outcome.heard)
-                events.append(Finished(order.id, parts, rejected))
-            self.heard[order.worker] = time.monotonic()
         for worker, death in dead.items():
             self._bury(worker)
             at_start = getattr(death, "actor_init_failed", False)
@@ -181,25 +152,87 @@ class RayPool:
         self._warn()
         return events + self._hanging()
 
+    def _started(self, start: StartWorker, reference: Any) -> Event | None:
+        """A worker is ready, or is not what it should be."""
+        if self.starting.pop(start.worker, None) is None:
+            return None
+        self.asked.pop(start.worker, None)
+        found: Ready = ray.get(reference)
+        self.tell(self.setups[start.worker_type].name, found.heard)
+        if reason := found.wrong or self.admit(found.node, found.read):
+            self._bury(start.worker)
+            return Died(start.worker_type, start.worker, one_line(reason), wrong=True)
+        if found.probe and not self.sees(found.probe):
+            self._bury(start.worker)
+            reason = (
+                f"what {found.node} writes is not seen by the driver: "
+                "the output must be one folder or store for all nodes, by its whole path"
+            )
+            return Died(start.worker_type, start.worker, reason, at_start=True)
+        return Started(start.worker_type, start.worker)
+
+    def _done(self, order: Dispatch, reference: Any) -> Event | None:
+        """A dispatch has come back, unless its worker was given up."""
+        if order.id not in self.in_flight.get(order.worker, ()):
+            return None
+        try:
+            outcome = ray.get(reference)
+        except GONE:
+            raise
+        except ObjectLostError as error:
+            return self._failed(order, "lost", error)
+        except RayTaskError as error:
+            if isinstance(error.cause, WrongWorker):
+                self._bury(order.worker)
+                return Died(self.types[order.worker], order.worker, one_line(str(error.cause)), wrong=True)
+            lost = isinstance(error.cause, ObjectLostError)
+            return self._failed(order, "lost" if lost else cause(error.cause), error.cause)
+        except RayError as error:
+            return self._failed(order, "raised", error)
+        if order.task != "commit" and (reason := self.admit(outcome.node, outcome.read)):
+            self._bury(order.worker)
+            return Died(self.types[order.worker], order.worker, reason, wrong=True)
+        self._answered(order)
+        if order.task == "commit":
+            return Finished(order.id)
+        self.tell(self.stages[order.stage].name, outcome.heard)
+        return Finished(order.id, outcome.parts, outcome.rejected, outcome.bytes)
+
+    def _failed(self, order: Dispatch, why: Any, error: BaseException) -> Failed:
+        self._answered(order)
+        self.blocks.pop(order.id, None)
+        return Failed(order.id, why, one_line(told(error)))
+
+    def _answered(self, order: Dispatch) -> None:
+        held = self.in_flight[order.worker]
+        del held[order.id]
+        if held:
+            self.heard[order.worker] = time.monotonic()
+        else:
+            self.heard.pop(order.worker, None)
+
     def _warn(self) -> None:
         """Say once of a worker that it isn't ready: its model is large, or its node is gone and no other has come."""
-        for reference in [ref for ref, when in self.asked.items() if time.monotonic() - when > PATIENCE]:
-            name = self.stages[self.starting[reference].worker_type].name
+        for worker in [worker for worker, when in self.asked.items() if time.monotonic() - when > PATIENCE]:
+            name = self.setups[self.types[worker]].name
             logger.warning(f"a worker of {name} has not been ready for {PATIENCE:g} s; is there a place for it?")
-            del self.asked[reference]
+            del self.asked[worker]
 
     def _hanging(self) -> list[Event]:
-        """End workers that have work and have finished none for as long as their stage gives them."""
-        busy = {order.worker for order in self.in_flight.values()}
-        self.heard = {worker: when for worker, when in self.heard.items() if worker in busy}
+        """End workers that have work and have finished none for as long as the stages of that work give them."""
+        now = time.monotonic()
+        if now - self.looked < LOOK_EVERY:
+            return []
+        self.looked = now
         events: list[Event] = []
         for worker, when in list(self.heard.items()):
-            stage = self.types[worker]
-            timeout = self.stages[stage].timeout
-            if timeout is not None and time.monotonic() - when > timeout:
+            stages = {self.stages[order.stage] for order in self.in_flight[worker].values()}
+            timed = [(stage.timeout, stage.name) for stage in stages if stage.timeout is not None]
+            if timed and now - when > max(timed)[0]:
+                timeout, name = max(timed)
                 self._bury(worker)
-                reason = f"it finished nothing for {timeout:g} s (stages.{self.stages[stage].name}.timeout)"
-                events.append(Died(stage, worker, reason))
+                reason = f"it finished nothing for {timeout:g} s (stages.{name}.timeout)"
+                events.append(Died(self.types[worker], worker, reason))
         return events
 
     def release(self, block: int) -> None:
@@ -217,22 +250,17 @@ class RayPool:
         if self.owns_cluster:
             disconnect()
 
-    def _failed(self, reference: Any, why: Any, error: BaseException) -> Failed:
-        order = self.in_flight.pop(reference)
-        self.blocks.pop(order.id, None)
-        return Failed(order.id, why, one_line(told(error)))
-
     def _bury(self, worker: int) -> None:
         """Forget a worker, and end it if it lives: one that was only out of reach would keep its place."""
         if actor := self.actors.pop(worker, None):
             ray.kill(actor)
         self.heard.pop(worker, None)
+        self.starting.pop(worker, None)
+        self.asked.pop(worker, None)
         if worker in self.bundles:
             self.free[self.types[worker]].append(self.bundles.pop(worker))
-        for reference, order in list(self.in_flight.items()):
-            if order.worker == worker:
-                del self.in_flight[reference]
-                self.blocks.pop(order.id, None)
+        for id in self.in_flight.pop(worker, ()):
+            self.blocks.pop(id, None)
 
 
 @dataclass(frozen=True)
@@ -256,22 +284,19 @@ class _Actor(Worker):
         self,
         folder: str,
         environment: Mapping[str, str],
-        make: Callable[[], Stage],
+        stages: Sequence[StageWork],
         gpu: bool,
-        threads: int | None,
-        name: str,
     ) -> None:
         for key, value in environment.items():
             os.environ.setdefault(key, value)  # what the node says for itself holds
         if os.path.isdir(folder):  # on a cluster that others started, workers begin elsewhere than the driver
             os.chdir(folder)
         try:
-            super().__init__(make, gpu, threads, name)
+            super().__init__(stages, gpu)
         except WrongWorker as error:  # Ray would tell of it in words alone
             self.is_ready = Ready(this_node(), wrong=str(error))
         else:
-            probe = self.stage.probe() if isinstance(self.stage, CommittingStage) else ""
-            self.is_ready = Ready(this_node(), probe, self.loaded, self.hearing.take())
+            self.is_ready = Ready(this_node(), self.probe(), self.loaded, self.hearing.take())
 
     def ready(self) -> Ready:
         return self.is_ready
@@ -281,14 +306,14 @@ _REMOTE: Any = cast(Any, ray.remote)(max_restarts=0)(_Actor)
 """Ray's own types don't know ``options``."""
 
 
-def _reserve(stages: Sequence[StageWork]) -> tuple[PlacementGroup | None, list[list[int]]]:
+def _reserve(setups: Sequence[WorkerSetup]) -> tuple[PlacementGroup | None, list[list[int]]]:
     """Reserve a place for every worker, all or none, so that no stage takes what another needs, and their numbers by stage.
 
     Raises BusyError if others hold the cluster for longer than PATIENCE.
     """
     bundles: list[dict[str, float]] = []
     free: list[list[int]] = []
-    for work in stages:
+    for work in setups:
         demand = _demand(work)
         free.append([])
         for _ in range(work.replicas if demand else 0):
@@ -300,7 +325,7 @@ def _reserve(stages: Sequence[StageWork]) -> tuple[PlacementGroup | None, list[l
     if not group.wait(PATIENCE):
         remove_placement_group(group)
         there = cast(Any, ray).available_resources()
-        wants = ", ".join(f"{w.name} {w.replicas} x ({_amounts(_demand(w))})" for w in stages)
+        wants = ", ".join(f"{w.name} {w.replicas} x ({_amounts(_demand(w))})" for w in setups)
         has = ", ".join(f"{name} {there.get(name, 0):g}" for name in sorted({n for b in bundles for n in b}))
         raise BusyError(
             f"the cluster is large enough, but others have been using it for {PATIENCE:g} s: wanted {wants}; free {has}"
@@ -312,10 +337,10 @@ def _amounts(demand: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {amount:g}" for name, amount in demand.items())
 
 
-def check_placement(stages: Sequence[StageWork], nodes: Sequence[Mapping[str, float]]) -> None:
+def check_placement(setups: Sequence[WorkerSetup], nodes: Sequence[Mapping[str, float]]) -> None:
     """Raise PlacementError unless all workers fit on the nodes together (first fit, the largest first)."""
     free = [dict(node) for node in nodes]
-    wanted = [(work, _demand(work)) for work in stages for _ in range(work.replicas)]
+    wanted = [(work, _demand(work)) for work in setups for _ in range(work.replicas)]
     for work, demand in sorted(
         wanted, key=lambda w: sorted(w[1].items(), key=lambda d: -d[1])[:1] and -max(w[1].values())
     ):
@@ -335,14 +360,14 @@ def check_placement(stages: Sequence[StageWork], nodes: Sequence[Mapping[str, fl
             )
 
 
-def _demand(work: StageWork) -> dict[str, float]:
+def _demand(work: WorkerSetup) -> dict[str, float]:
     demand = {"CPU": work.num_cpus, "GPU": work.num_gpus, "memory": float(work.memory or 0), **work.resources}
     if work.accelerator_type:
         demand[f"accelerator_type:{work.accelerator_type}"] = 0.001
     return {name: amount for name, amount in demand.items() if amount}
 
 
-def _resources(work: StageWork) -> dict[str, Any]:
+def _resources(work: WorkerSetup) -> dict[str, Any]:
     options: dict[str, Any] = {"num_cpus": work.num_cpus, "num_gpus": work.num_gpus, "resources": dict(work.resources)}
     if work.memory:
         options["memory"] = work.memory

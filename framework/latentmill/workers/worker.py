@@ -34,22 +34,36 @@ SliceAddress: TypeAlias = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class StageWork:
-    """What a pool needs to start one of a stage's workers. The resources are Ray's, in Ray's words."""
+    """What a worker needs to know of a stage that it hosts."""
 
     name: str
     make: Callable[[], Stage]
+    calls: int = 2
+    """Calls that may be under way at a time: one computes, others unpack, pack or wait."""
+    threads: int | None = None
+    """torch's threads while it computes; None leaves torch's own choice."""
+    timeout: float | None = None
+    """Seconds without an answer after which a worker that has work counts as hanging. A process can't tell of itself."""
+
+
+@dataclass(frozen=True)
+class WorkerSetup:
+    """What a pool needs to start one of the workers of a type. The resources are Ray's, in Ray's words."""
+
+    stages: tuple[StageWork, ...]
     replicas: int = 1
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     memory: int | None = None
     resources: Mapping[str, float] = field(default_factory=dict)
     accelerator_type: str | None = None
-    calls: int = 2
-    """Calls that may be under way at a time: one computes, others unpack, pack or wait."""
-    threads: int | None = None
-    """torch's threads in a worker; None leaves torch's own choice."""
-    timeout: float | None = None
-    """Seconds without an answer after which a worker that has work counts as hanging. A process can't tell of itself."""
+    computes: bool = True
+    """Whether there is more to do than to read rows, and to write files."""
+
+    @property
+    def name(self) -> str:
+        """The names of its stages."""
+        return ", ".join(stage.name for stage in self.stages)
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,8 @@ class Outcome:
     read: weights.Reading = field(default_factory=dict)
     """What the worker has read since it was loaded."""
     node: str = ""
+    bytes: int = 0
+    """The size of the block."""
 
 
 @dataclass(eq=False)
@@ -83,85 +99,51 @@ class Call:
         self.rejected.setdefault(self.batch.column("row")[i].as_py(), reason)
 
 
-class Worker:
-    """A stage, built and loaded, and the few verbs that a pool calls.
+class Hosted:
+    """A stage in a worker, built and loaded, and the batches that it has been given."""
 
-    Several calls may come at once, each in a thread: batches are unpacked and packed while another is computed. Whoever
-    waits for a batch works on, whosever batch it is, unless another already does: one at a time.
-    """
-
-    def __init__(self, make: Callable[[], Stage], gpu: bool, threads: int | None, name: str = "") -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        self.threads, self.name = threads, name
-        self.hearing = Hearing()
-        weights.taken()
-        with self.hearing.on():
-            self.stage = make()
-            with weights.reading(f"stage {name}"):
-                self.stage.load(torch.device("cuda" if gpu else "cpu"))
-        self.loaded = weights.taken()
-        """What was read while the stage was loaded."""
-        self.read_later: weights.Reading = {}
-        """What was read since: weights that are needed for some rows only."""
-        self.waiting: deque[Call] = deque()
+    def __init__(self, work: StageWork, gpu: bool) -> None:
+        self.name, self.threads = work.name, work.threads
+        self.set_threads()
+        self.stage = work.make()
+        with weights.reading(f"stage {work.name}"):
+            self.stage.load(torch.device("cuda" if gpu else "cpu"))
         self.inside: list[Call] = []
         """Of a continuous stage: the batches that it has taken in."""
-        self.turn = threading.Condition()
-        self.taken = False
         self.most: int | None = None
         """Rows that the stage is given at once, since more were too many for its memory."""
 
-    def read(self, numbers: Sequence[int]) -> tuple[Outcome, Block]:
-        """Read rows by number."""
-        return self._finish(self._begin(pa.table({"row": pa.array(numbers, pa.int64())})))
-
-    def batch(self, slices: Sequence[SliceAddress], *blocks: Block) -> tuple[Outcome, Block]:
-        """Work on one batch."""
-        return self._finish(self.begin(slices, *blocks))
-
-    def begin(self, slices: Sequence[SliceAddress], *blocks: Block) -> Call:
-        """Take in one batch, to be worked on by ``advance``."""
-        return self._begin(concat(_gather(slices, blocks)))
-
-    def commit(self, shard: int, errors: list[dict[str, Any]], slices: Sequence[SliceAddress], *blocks: Block) -> bool:
-        """Publish a shard; False if another driver had."""
-        return cast(CommittingStage, self.stage).commit(shard, _gather(slices, blocks), errors)
-
-    def advance(self) -> None:
-        """Do the next piece of work: a batch, or a step of a continuous stage."""
+    def set_threads(self) -> None:
+        """Give torch the stage's threads: stages in one process share one torch, and each thread of Python has its own number."""
         if self.threads is not None and torch.get_num_threads() != self.threads:
-            torch.set_num_threads(self.threads)  # each thread has its own, and stages in one process share one
-        with self.hearing.on(), weights.reading(f"stage {self.name}", each=True):
-            self._advance()
+            torch.set_num_threads(self.threads)
 
-    def _advance(self) -> None:
+    def begin(self, batch: pa.Table) -> Call:
+        """A call for a batch, that nobody has begun to work on."""
+        return Call(batch if self.stage.shares_tensors else tensors.expanded(batch))
+
+    def work_on(self, call: Call) -> Block | None:
+        """Do a batch; a continuous stage takes it in, and there is no block yet."""
+        failpoints.reach(self.name)
         if not isinstance(self.stage, ContinuousStage):
-            call = self.waiting.popleft()
-            with _noting(call):
-                failpoints.reach(self.name)
-                block = self._in_memory(call)
-                self._note_reading()
-                call.block = block
-            return
-        while self.waiting:
-            call = self.waiting.popleft()
-            with _noting(call):
-                failpoints.reach(self.name)
-                call.request = self.stage.take(call.batch, call.reject)
-                self.inside.append(call)
-        self.stage.advance()
-        for call in [call for call in self.inside if call.request is not None and call.request.done]:
-            self.inside.remove(call)
-            with _noting(call):
-                block = list(self.stage.finish(call.request))
-                self._note_reading()
-                call.block = block
+            return self._in_memory(call)
+        call.request = self.stage.take(call.batch, call.reject)
+        self.inside.append(call)
+        return None
 
-    def _note_reading(self) -> None:
-        """Before a batch counts as done: with it the driver hears by what it was made."""
-        for unit, files in weights.taken().items():
-            self.read_later[unit] = sorted({*self.read_later.get(unit, []), *files})
+    def step(self) -> list[Call]:
+        """Do a step of a continuous stage. Returns the calls that are at their end."""
+        assert isinstance(self.stage, ContinuousStage)
+        self.stage.advance()
+        ended = [call for call in self.inside if call.request is not None and call.request.done]
+        for call in ended:
+            self.inside.remove(call)
+        return ended
+
+    def finish(self, call: Call) -> Block:
+        """What a continuous stage has made of a batch."""
+        assert isinstance(self.stage, ContinuousStage) and call.request is not None
+        return list(self.stage.finish(call.request))
 
     def _in_memory(self, call: Call) -> Block:
         """The stage's answer; in smaller and smaller pieces where it runs out of memory. It remembers how small."""
@@ -187,29 +169,107 @@ class Worker:
             start += count
         return block
 
-    def result(self, call: Call) -> tuple[Outcome, Block]:
+
+class Worker:
+    """One stage or several, built and loaded in one process, and the few verbs that a pool calls.
+
+    Several calls may come at once, each in a thread: batches are unpacked and packed while another is computed. Whoever
+    waits for a batch works on, whosever batch it is, unless another already does: one at a time. A step of a continuous
+    stage is done when no batch waits: so as many rows as there can be are in it.
+    """
+
+    def __init__(self, stages: Sequence[StageWork], gpu: bool = False) -> None:
+        self.hearing = Hearing()
+        weights.taken()
+        with self.hearing.on():
+            self.stages = {work.name: Hosted(work, gpu) for work in stages}
+        self.loaded = weights.taken()
+        """What was read while the stages were loaded."""
+        self.read_later: weights.Reading = {}
+        """What was read since: weights that are needed for some rows only."""
+        self.waiting: deque[tuple[Hosted, Call]] = deque()
+        self.turn = threading.Condition()
+        self.taken = False
+
+    def probe(self) -> str:
+        """The name of a file that the stage that commits, if it is here, has written beside the dataset; else ""."""
+        found = [hosted.stage.probe() for hosted in self.stages.values() if isinstance(hosted.stage, CommittingStage)]
+        return found[0] if found else ""
+
+    def read(self, stage: str, numbers: Sequence[int]) -> tuple[Outcome, Block]:
+        """Read rows by number."""
+        return self._finish(stage, self._begin(stage, pa.table({"row": pa.array(numbers, pa.int64())})))
+
+    def batch(self, stage: str, slices: Sequence[SliceAddress], *blocks: Block) -> tuple[Outcome, Block]:
+        """Work on one batch."""
+        return self._finish(stage, self.begin(stage, slices, *blocks))
+
+    def begin(self, stage: str, slices: Sequence[SliceAddress], *blocks: Block) -> Call:
+        """Take in one batch, to be worked on by ``advance``."""
+        return self._begin(stage, concat(_gather(slices, blocks)))
+
+    def commit(
+        self, stage: str, shard: int, errors: list[dict[str, Any]], slices: Sequence[SliceAddress], *blocks: Block
+    ) -> bool:
+        """Publish a shard; False if another driver had."""
+        return cast(CommittingStage, self.stages[stage].stage).commit(shard, _gather(slices, blocks), errors)
+
+    def advance(self) -> None:
+        """Do the next piece of work: a batch, or else a step of the continuous stages."""
+        if self.waiting:
+            hosted, call = self.waiting.popleft()
+            with self._doing(hosted, call):
+                call.block = self._noted(hosted.work_on(call))
+            return
+        for hosted in self.stages.values():
+            if not hosted.inside:
+                continue
+            inside = list(hosted.inside)
+            with self._doing(hosted, *inside):
+                for call in hosted.step():
+                    with _noting(call):
+                        call.block = self._noted(hosted.finish(call))
+            hosted.inside = [call for call in hosted.inside if not call.done]
+
+    @contextmanager
+    def _doing(self, hosted: Hosted, *calls: Call) -> Iterator[None]:
+        hosted.set_threads()
+        with self.hearing.on(), weights.reading(f"stage {hosted.name}", each=True), _noting(*calls):
+            yield
+
+    def _noted(self, block: Block | None) -> Block | None:
+        """Before a batch counts as done: with it the driver hears by what it was made."""
+        if block is not None:
+            for unit, files in weights.taken().items():
+                self.read_later[unit] = sorted({*self.read_later.get(unit, []), *files})
+        return block
+
+    def result(self, stage: str, call: Call) -> tuple[Outcome, Block]:
         """What became of a call that is done, every row accounted for. Raises what the stage raised, or ContractError."""
+        of = self.stages[stage].stage
         if isinstance(call.error, RowError) and len(call.batch) == 1:
             call.reject(0, str(call.error))
             call.block, call.error = [], None
         if call.error is not None:
             raise call.error
         assert call.block is not None
-        checks.same_rows(self.stage, call.batch, call.block, call.rejected)
-        if not isinstance(self.stage, CommittingStage):
-            checks.same_columns(self.stage, call.batch, call.block)
+        checks.same_rows(of, call.batch, call.block, call.rejected)
+        if not isinstance(of, CommittingStage):
+            checks.same_columns(of, call.batch, call.block)
         call.block = [tensors.compact(table) for table in call.block]
         outcome = [(shape_key(table), tuple(table.column("row").to_pylist())) for table in call.block]
         node = this_node() if self.read_later else ""
         heard, read = self.hearing.take(), dict(self.read_later)
-        return Outcome(outcome, list(call.rejected.items()), heard, read, node), call.block
+        size = sum(table.nbytes for table in call.block)
+        return Outcome(outcome, list(call.rejected.items()), heard, read, node, size), call.block
 
-    def _begin(self, batch: pa.Table) -> Call:
-        call = Call(batch if self.stage.shares_tensors else tensors.expanded(batch))
-        self.waiting.append(call)
+    def _begin(self, stage: str, batch: pa.Table) -> Call:
+        hosted = self.stages[stage]
+        call = hosted.begin(batch)
+        self.waiting.append((hosted, call))
         return call
 
-    def _finish(self, call: Call) -> tuple[Outcome, Block]:
+    def _finish(self, stage: str, call: Call) -> tuple[Outcome, Block]:
         while True:
             with self.turn:
                 self.turn.wait_for(lambda: call.done or not self.taken)
@@ -222,15 +282,17 @@ class Worker:
                 with self.turn:
                     self.taken = False
                     self.turn.notify_all()
-        return self.result(call)
+        return self.result(stage, call)
 
 
 @contextmanager
-def _noting(call: Call) -> Iterator[None]:
+def _noting(*calls: Call) -> Iterator[None]:
+    """What is raised meanwhile is the calls' error."""
     try:
         yield
     except Exception as error:
-        call.error = error
+        for call in calls:
+            call.error = error
 
 
 def _gather(slices: Sequence[SliceAddress], blocks: Sequence[Block]) -> list[pa.Table]:

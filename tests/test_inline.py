@@ -1,0 +1,85 @@
+"""Workers in this process: what computes here, and what is done beside."""
+
+import threading
+
+import pytest
+
+from latentmill.driver.loop import drive
+from latentmill.driver.messages import StageSpec, WorkerType
+from latentmill.driver.state import DriverState
+from latentmill.errors import RunError, WrongWorker
+from latentmill.plugin import Stage
+from latentmill.workers.inline import InlinePool
+from latentmill.workers.worker import StageWork, WorkerSetup
+
+
+class Note(Stage):
+    """Notes the thread that it works in; refuses a row with an error."""
+
+    contract = 2
+
+    def __init__(self, noted, error=None, row=-1):
+        self.noted, self.error, self.row = noted, error, row
+
+    def __call__(self, batch, reject):
+        self.noted.append(threading.current_thread())
+        if self.error and self.row in batch["row"].to_pylist():
+            raise self.error
+        return batch
+
+    def commit(self, shard, packed, errors):
+        self.noted.append(threading.current_thread())
+        self.shards = {
+            **getattr(self, "shards", {}),
+            shard: (sorted(r for p in packed for r in p["row"].to_pylist()), errors),
+        }
+        return True
+
+
+def run_inline(rows=30, error=None, row=-1):
+    """Read, compute, compute, write: the threads of each, and what was committed."""
+    threads, stages = [[] for _ in range(4)], {}
+
+    def make(at):
+        stages[at] = Note(threads[at], *((error, row) if at == 0 else ()))
+        return stages[at]
+
+    names = ("read", "encode", "denoise", "write")
+    work = [StageWork(name, lambda at=at: make(at)) for at, name in enumerate(names)]
+    setups = [
+        WorkerSetup((work[0],), computes=False),
+        WorkerSetup((work[1], work[2])),
+        WorkerSetup((work[3],), computes=False),
+    ]
+    types = (WorkerType((0,)), WorkerType((1, 2)), WorkerType((3,)))
+    state = DriverState(tuple(StageSpec(name, 4) for name in names), rows, rows_per_shard=10, worker_types=types)
+    pool = InlinePool(setups)
+    try:
+        drive(state, pool, lambda: None)
+    finally:
+        pool.close()
+    return threads, stages[3].shards
+
+
+def test_rows_are_read_and_written_beside_what_computes_here():
+    threads, shards = run_inline()
+    assert {number: rows for number, (rows, _) in shards.items()} == {
+        k: [*range(10 * k, 10 * k + 10)] for k in range(3)
+    }
+    here = threading.current_thread()
+    assert {*threads[1], *threads[2]} == {here}
+    assert here not in threads[0] + threads[3] and {*threads[0]}.isdisjoint(threads[3])
+    assert not any(thread.is_alive() for thread in {*threads[0], *threads[3]})
+
+
+def test_what_a_thread_raises_is_its_row_s():
+    _, shards = run_inline(error=ValueError("no such picture"), row=13)
+    assert [(error["row"], error["reason"]) for _, errors in shards.values() for error in errors] == [
+        (13, "ValueError: no such picture")
+    ]
+    assert sorted(row for rows, _ in shards.values() for row in rows) == [row for row in range(30) if row != 13]
+
+
+def test_a_thread_s_worker_that_is_not_the_plan_s_ends_the_job():
+    with pytest.raises(RunError, match="stage read: a worker is not what the plan says: another source"):
+        run_inline(error=WrongWorker("another source"), row=13)
