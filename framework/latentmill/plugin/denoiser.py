@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from latentmill.plugin.contract import Plugin
@@ -21,7 +21,7 @@ Prediction: TypeAlias = Literal["epsilon", "v", "sample", "flow"]
 class Denoiser(Plugin, ABC):
     """The network: predicts, from noisy latents, what ``prediction`` says.
 
-    Tensors that it is given are read only and on the device of ``load``, but for ``t``, which is on the CPU; what it returns is
+    Tensors that it is given are read only and on the device of ``load``, but for ``t`` and what ``parted_by`` names, which are on the CPU; what it returns is
     the framework's, on that device. Nothing may be kept from one call to the next: the next one's rows are others.
 
     Conditioning, by name: what the text encoder makes; ``guidance_scale``, ``mask`` and ``masked``, if asked for below; and what
@@ -38,6 +38,9 @@ class Denoiser(Plugin, ABC):
     inpaints: bool = False
     """Whether the network was trained for inpainting: it is told, in both conditionings, ``mask[B, 1, h, w]``, 1 where to paint,
     and ``masked[B, C, h, w]``, the latents of the picture with gray there. Rows without a mask are errors."""
+    parted_by: Collection[str] = ()
+    """Conditioning by which ``predict`` parts its rows into calls of the network, as the length of a prompt: given on the CPU, so
+    that nobody waits for the device. In a deterministic job rows are then predicted one by one: who shares a call must not show."""
 
     def check(self, spec: LatentSpec) -> None:
         """Raise ValueError, saying what was expected, if the network was not trained on latents of this space."""

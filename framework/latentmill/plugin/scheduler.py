@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
@@ -71,15 +71,30 @@ class Field(ABC):
     """What a scheduler may ask about the rows it moves. Prediction type, guidance and conditioning are hidden behind it.
 
     Every result broadcasts against the latents ``x[B, ...]``, is on their device and is the scheduler's own.
+
+    Where that is a GPU, a step should not wait for it: what it has to know before it goes on (at which time a midpoint lies)
+    is made of times, and reckoned on the CPU by ``numbers``. And it should send little: what it ``expect``s goes at once.
     """
 
     @abstractmethod
     def scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """``(alpha, sigma)`` of the noise schedule at times ``t[B]``, float64, shaped ``[B, 1, ...]`` to multiply with x."""
 
+    def numbers(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``scale`` gives, on the CPU; read only."""
+        alpha, sigma = self.scale(t)
+        return alpha.cpu(), sigma.cpu()
+
+    def expect(self, *times: Tensor) -> None:  # noqa: B027 - a field on the CPU has nothing to send
+        """Say which ``times[B]``, besides its own, the step will ask for, before it asks for the first."""
+
+    def send(self, *numbers: Tensor) -> Sequence[Tensor]:
+        """Tensors on the CPU, float64, to the device; what is expected goes along."""
+        return numbers
+
     @abstractmethod
     def time(self, ratio: Tensor) -> Tensor:
-        """The times ``[B]``, float64, at which ``sigma / alpha`` is ``ratio``, ``[B]`` or ``[B, 1, ...]``: where a midpoint lies."""
+        """The times ``[B]``, float64, on the CPU, at which ``sigma / alpha`` is ``ratio``, ``[B]`` or ``[B, 1, ...]``: where a midpoint lies."""
 
     @abstractmethod
     def clean(self, x: Tensor, t: Tensor) -> Tensor:
@@ -112,7 +127,7 @@ class Scheduler(Plugin, ABC):
 
     A scheduler is a value: it holds settings and nothing else. No grid, no counter, no seed, no history; what a multistep
     solver remembers is the ``State`` that it returns. Rows at different times stand in one batch and must not touch each
-    other. What it is given is read only; latents and state that it returns are the framework's, on x's device and, of the state, of
+    other. What it is given is read only; latents and state that it returns are the framework's, on x's device (of the state, what is not ``on_cpu``) and, of the state, of
     the dtypes that it chose. (The same split as a diffrax solver's; what diffusers fuses into one class is noise schedule, grid, solver and prediction.)
     """
 
@@ -124,6 +139,9 @@ class Scheduler(Plugin, ABC):
 
     order: ClassVar[int] = 1
     """Order of convergence with its default settings; of a stochastic one, that of its drift."""
+
+    on_cpu: ClassVar[Collection[str]] = ()
+    """Names of state that stays on the CPU, as times do; there need not be all of them."""
 
     def init(self, field: Field, x: Tensor, t: Tensor) -> State:
         """The state before the first step from ``x[B, ...]`` at ``t[B]``."""

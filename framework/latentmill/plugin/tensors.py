@@ -95,7 +95,7 @@ def shared(table: pa.Table, name: str) -> tuple[Tensor, list[int]]:
 def by_row(table: pa.Table, name: str, device: torch.device) -> Sequence[Tensor]:
     """Column ``name`` as a tensor for each row, on ``device``: rows that share one there share one here."""
     values, index = shared(table, name)
-    each = values.to(device).unbind()
+    each = send(values, device).unbind()
     return [each[k] for k in index]
 
 
@@ -109,6 +109,14 @@ def _tensor(array: Any, field: pa.Field) -> Tensor:
     elif logical == b"bool":
         tensor = tensor.to(torch.bool)
     return tensor[:, 0] if PLAIN_KEY in (field.metadata or {}) else tensor
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``, itself if it is there. Nothing waits for what a device has yet to do, as ``to`` alone would."""
+    if tensor.device.type != "cpu" or device.type == "cpu":
+        return tensor.to(device)
+    # A copy out of plain memory, if it is large, waits all the same.
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=device.type != "mps")
 
 
 def is_tensor(field: pa.Field) -> bool:

@@ -39,6 +39,7 @@ class TCD(Scheduler):
 
     def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:
         below = (1.0 - self.gamma) * s
+        field.expect(below)
         at, down = Step(field, t, s), Step(field, t, below)
         clean = field.clean(x, t)
         moved = at.alpha_s / down.alpha_s * down.euler(x, clean)

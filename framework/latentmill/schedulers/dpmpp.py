@@ -57,10 +57,12 @@ class DPMpp2SAncestral(_Stochastic):
     order = 2
 
     def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:
+        near = Step.on_cpu(field, t, s)
+        middle = near.halfway(field, near.ancestral(self.eta)[0] / near.alpha_s)
+        field.expect(middle)
         at = Step(field, t, s)
         down, up = at.ancestral(self.eta)
         clean = field.clean(x, t)
-        middle = at.halfway(field, down / at.alpha_s)
         there = field.clean(Step(field, t, middle).euler(x, clean), middle)
         inside = at.ratio_t.isfinite() & (down > 0)
         moved = at.euler(x, torch.where(inside, there, clean), down)
@@ -77,9 +79,11 @@ class DPMppSDE(_Stochastic):
     order = 2
 
     def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:
+        near = Step.on_cpu(field, t, s)
+        middle = near.halfway(field, near.ratio_s)
+        field.expect(middle)
         at = Step(field, t, s)
         clean = field.clean(x, t)
-        middle = at.halfway(field, at.ratio_s)
         half = Step(field, t, middle)
         down, up = half.ancestral(self.eta)
         first, second = field.noise(t, middle), field.noise(middle, s)

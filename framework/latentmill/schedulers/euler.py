@@ -62,14 +62,20 @@ class EDMEuler(Scheduler):
         self.churn, self.s_min, self.s_max, self.s_noise = float(churn), float(s_min), float(s_max), float(s_noise)
 
     def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:
-        alpha, sigma = field.scale(t)
+        alpha, sigma = field.numbers(t)
         ratio = sigma / alpha
-        raised = (ratio >= self.s_min) & (ratio <= self.s_max) & ratio.isfinite()
+        raised = self._raised(ratio)
         up = torch.where(raised, ratio * (1.0 + min(self.churn, math.sqrt(2) - 1)), ratio)
-        # A path ends somewhere: no further than there. Times stay on the CPU, wherever the latents are.
-        back = torch.where(raised.flatten().to(t.device), field.time(up), t)
-        alpha_b, sigma_b = field.scale(back)
+        # A path ends somewhere: no further than there.
+        back = torch.where(raised.flatten(), field.time(up), t)
+        field.expect(back)
+        (alpha, sigma), (alpha_b, sigma_b) = field.scale(t), field.scale(back)
+        ratio = sigma / alpha
         added = torch.sqrt(((sigma_b / alpha_b) ** 2 - ratio**2).clamp(min=0))
-        x = torch.where(raised, alpha_b * (x / alpha + self.s_noise * added * field.noise(t, back)), x)
+        moved = alpha_b * (x / alpha + self.s_noise * added * field.noise(t, back))
+        x = torch.where(self._raised(ratio), moved, x)
         at = Step(field, back, s)
         return at.euler(x, field.clean(x, back)), state
+
+    def _raised(self, ratio: Tensor) -> Tensor:
+        return (ratio >= self.s_min) & (ratio <= self.s_max) & ratio.isfinite()

@@ -44,10 +44,12 @@ class DPM2(Scheduler):
         self.eta = float(eta)
 
     def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:
+        near = Step.on_cpu(field, t, s)
+        middle = near.halfway(field, near.ancestral(self.eta)[0] / near.alpha_s)
+        field.expect(middle)
         at = Step(field, t, s)
         down, up = at.ancestral(self.eta)
         clean = field.clean(x, t)
-        middle = at.halfway(field, down / at.alpha_s)
         half = Step(field, t, middle)
         moved = half.euler(x, clean)
         there = (moved - half.alpha_s * field.clean(moved, middle)) / half.sigma_s

@@ -6,7 +6,7 @@ u, through its newest values, and integrated over the step. They differ in quant
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ class Adams(Scheduler):
     contract = 2
     limit = 4
     """The highest order there is."""
+    on_cpu = ("at_1", "at_2", "at_3")
 
     def __init__(self, max_order: int | None = None) -> None:
         self.max_order = self.limit if max_order is None else max_order
@@ -28,18 +29,25 @@ class Adams(Scheduler):
             raise ValueError(f"max_order must be from 1 to {self.limit}, not {max_order!r}")
 
     def init(self, field: Field, x: Tensor, t: Tensor) -> State:
-        alpha, _ = field.scale(t)
+        alpha, _ = field.numbers(t)
         state: State = {}
         for k in range(1, self.max_order):  # NaN stands for a step that there has not been
             state[f"value_{k}"], state[f"at_{k}"] = torch.zeros_like(x), torch.full_like(alpha, torch.nan)
         return state
 
-    def sum(self, state: State, value: Tensor, at: Tensor, weights: Callable[[list[Tensor]], list[Tensor]]) -> Tensor:
-        """``sum of w_k * (value_k - value)`` over the steps before; 0 for those that there have not been."""
-        nodes = [state[f"at_{k}"] for k in range(1, self.max_order)]
+    def nodes(self, state: State) -> list[Tensor]:
+        """Where the values are, the newest first, on the CPU; NaN for those that there have not been."""
+        return [state[f"at_{k}"] for k in range(1, self.max_order)]
+
+    def sent(self, field: Field, weights: list[Tensor]) -> Sequence[Tensor]:
+        """Weights of the values before: 0 for those that there have not been."""
+        return field.send(*(finite(weight) for weight in weights))
+
+    def sum(self, state: State, value: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """``sum of w_k * (value_k - value)`` over the steps before."""
         total = torch.zeros_like(value)
-        for k, weight in enumerate(weights(nodes), start=1):
-            total = total + finite(weight) * (state[f"value_{k}"] - value)
+        for k, weight in enumerate(weights, start=1):
+            total = total + weight * (state[f"value_{k}"] - value)
         return total
 
     def remembered(self, state: State, value: Tensor, at: Tensor, x: Tensor) -> State:
@@ -61,16 +69,15 @@ class LMS(Adams):
     order = 4
 
     def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:
+        near = Step.on_cpu(field, t, s)
+        length = near.ratio_s - near.ratio_t
+        nodes = [(node - near.ratio_t) / length for node in self.nodes(state)]
+        weights = self.sent(field, quadrature(nodes, [1.0 / (m + 1) for m in range(4)]))
         at = Step(field, t, s)
         clean = field.clean(x, t)
         noise = at.noise(x, clean)
-        length = at.ratio_s - at.ratio_t
-
-        def weights(nodes: list[Tensor]) -> list[Tensor]:
-            return quadrature([(node - at.ratio_t) / length for node in nodes], [1.0 / (m + 1) for m in range(4)])
-
-        moved = at.euler(x, clean) + at.bent(self.sum(state, noise, at.ratio_t, weights))
-        return moved, self.remembered(state, noise, at.ratio_t, x)
+        moved = at.euler(x, clean) + at.bent(self.sum(state, noise, weights))
+        return moved, self.remembered(state, noise, near.ratio_t, x)
 
 
 class IPNDM(Adams):
@@ -83,17 +90,15 @@ class IPNDM(Adams):
     WEIGHTS = ((), (-1 / 2,), (-16 / 12, 5 / 12), (-59 / 24, 37 / 24, -9 / 24))
 
     def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:
+        near, nodes = Step.on_cpu(field, t, s), self.nodes(state)
+        there = sum((node.isfinite().long() for node in nodes), torch.zeros_like(near.h, dtype=torch.long))
+        table = torch.tensor([[*row, *[0.0] * (3 - len(row))] for row in self.WEIGHTS], dtype=torch.float64)
+        weights = self.sent(field, [table[there, k] for k in range(len(nodes))])
         at = Step(field, t, s)
         clean = field.clean(x, t)
         noise = at.noise(x, clean)
-
-        def weights(nodes: list[Tensor]) -> list[Tensor]:
-            there = sum((node.isfinite().long() for node in nodes), torch.zeros_like(at.h, dtype=torch.long))
-            table = torch.tensor([[*row, *[0.0] * (3 - len(row))] for row in self.WEIGHTS], dtype=torch.float64)
-            return [table.to(there.device)[there, k] for k in range(len(nodes))]
-
-        moved = at.euler(x, clean) + at.bent(self.sum(state, noise, at.ratio_t, weights))
-        return moved, self.remembered(state, noise, at.ratio_t, x)
+        moved = at.euler(x, clean) + at.bent(self.sum(state, noise, weights))
+        return moved, self.remembered(state, noise, near.ratio_t, x)
 
 
 class DEIS(Adams):
@@ -103,15 +108,14 @@ class DEIS(Adams):
     limit = 3
 
     def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:
+        near = Step.on_cpu(field, t, s)
+        nodes = [(node - near.lambda_t) / near.h for node in self.nodes(state)]
+        weights = self.sent(field, quadrature(nodes, exponential_moments(-near.h, self.limit)))
         at = Step(field, t, s)
         clean = field.clean(x, t)
         noise = at.noise(x, clean)
-
-        def weights(nodes: list[Tensor]) -> list[Tensor]:
-            return quadrature([(node - at.lambda_t) / at.h for node in nodes], exponential_moments(-at.h, self.limit))
-
-        moved = at.euler(x, clean) + at.bent(self.sum(state, noise, at.lambda_t, weights))
-        return moved, self.remembered(state, noise, at.lambda_t, x)
+        moved = at.euler(x, clean) + at.bent(self.sum(state, noise, weights))
+        return moved, self.remembered(state, noise, near.lambda_t, x)
 
 
 class RESMultistep(Adams):
@@ -127,14 +131,13 @@ class RESMultistep(Adams):
         super().__init__(max_order)
 
     def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:
+        near = Step.on_cpu(field, t, s)
+        nodes = [(node - near.lambda_t) / near.h for node in self.nodes(state)]
+        weights = self.sent(field, quadrature(nodes, exponential_moments(near.h, self.limit)))
         at = Step(field, t, s)
         clean = field.clean(x, t)
-
-        def weights(nodes: list[Tensor]) -> list[Tensor]:
-            return quadrature([(node - at.lambda_t) / at.h for node in nodes], exponential_moments(at.h, self.limit))
-
-        moved = at.euler(x, clean + self.sum(state, clean, at.lambda_t, weights))
-        return moved, self.remembered(state, clean, at.lambda_t, x)
+        moved = at.euler(x, clean + self.sum(state, clean, weights))
+        return moved, self.remembered(state, clean, near.lambda_t, x)
 
 
 class GradientEstimation(Adams):
@@ -150,15 +153,14 @@ class GradientEstimation(Adams):
         self.gamma = gamma
 
     def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:
+        near = Step.on_cpu(field, t, s)
+        [before] = self.nodes(state)
+        weights = self.sent(field, [torch.where(before.isfinite(), 1.0 - self.gamma, 0.0).double()])
         at = Step(field, t, s)
         clean = field.clean(x, t)
         noise = at.noise(x, clean)
-
-        def weights(nodes: list[Tensor]) -> list[Tensor]:
-            return [torch.where(nodes[0].isfinite(), 1.0 - self.gamma, 0.0)]
-
-        moved = at.euler(x, clean) + at.bent(self.sum(state, noise, at.ratio_t, weights))
-        return moved, self.remembered(state, noise, at.ratio_t, x)
+        moved = at.euler(x, clean) + at.bent(self.sum(state, noise, weights))
+        return moved, self.remembered(state, noise, near.ratio_t, x)
 
 
 def quadrature(nodes: list[Tensor], moments: list[Tensor] | list[float]) -> list[Tensor]:
@@ -207,5 +209,6 @@ class PNDM(IPNDM):
             at = Step(field, t, s)
             end = (moved - at.alpha_s * field.clean(moved, s)) / at.sigma_s
             bent = moved + at.bent(finite(end - new["value_1"]) / 2)
-            moved = torch.where(first, bent, moved)
+            [chosen] = field.send(first.double())
+            moved = torch.where(chosen > 0, bent, moved)
         return moved, new

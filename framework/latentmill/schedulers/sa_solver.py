@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from latentmill.plugin import Field, Scheduler, State
 from latentmill.schedulers.multistep import exponential_moments, quadrature
 from latentmill.schedulers.step import Step, finite
-from latentmill.schedulers.unipc import nothing_yet
+from latentmill.schedulers.unipc import OF_TIMES, nothing_yet
 
 
 class SASolver(Scheduler):
@@ -22,6 +24,7 @@ class SASolver(Scheduler):
     contract = 2
     stochastic = True
     order = 4
+    on_cpu = OF_TIMES
 
     def __init__(self, tau: float = 1.0, max_order: int = 3) -> None:
         if isinstance(tau, bool) or not 0.0 <= tau <= 2.0 or max_order not in (1, 2, 3):
@@ -32,30 +35,41 @@ class SASolver(Scheduler):
         return nothing_yet(field, x, t, self.max_order)
 
     def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:
-        clean, before = field.clean(x, t), state["t"].reshape(t.shape)
-        back, at = Step(field, before, t), Step(field, t, s)
+        before = state["t"].reshape(t.shape)
+        near, back = Step.on_cpu(field, t, s), Step.on_cpu(field, before, t)
         old = [state[f"clean_{k}"] for k in range(1, self.max_order + 1)]
         ago = [state[f"at_{k}"] for k in range(1, self.max_order + 1)]
+        predictor = self._weights(near, [(place - near.lambda_t) / near.h for place in ago[: self.max_order - 1]])
+        corrector = self._weights(
+            back, [torch.ones_like(back.h), *((place - back.lambda_t) / back.h for place in ago[1:])]
+        )
+        there = ago[0].isfinite() & back.h.isfinite()
+        field.expect(before)
+        *weights, corrected = field.send(*predictor, *corrector, there.double())
+
+        clean = field.clean(x, t)
         if bool(ago[0].isfinite().any()):  # the step that led here once more, with the same noise and a better estimate
-            nodes = [torch.ones_like(back.h), *((place - back.lambda_t) / back.h for place in ago[1:])]
-            again = self._moved(field, back, state["x"], before, t, [old[0], clean, *old[1:]], nodes)
-            x = torch.where(ago[0].isfinite() & back.h.isfinite(), again, x)
-        nodes = [(place - at.lambda_t) / at.h for place in ago[: self.max_order - 1]]
-        moved = self._moved(field, at, x, t, s, [clean, *old], nodes)
-        cleans, places = [clean, *old], [at.lambda_t, *ago]
+            cleans = [old[0], clean, *old[1:]]
+            again = self._moved(field, state["x"], before, t, cleans, weights[len(predictor) :])
+            x = torch.where(corrected > 0, again, x)
+        moved = self._moved(field, x, t, s, [clean, *old], weights[: len(predictor)])
+        cleans, places = [clean, *old], [near.lambda_t, *ago]
         new: State = {"x": x.to(moved.dtype), "t": t.double().clone()}
         for k in range(self.max_order):
             new[f"clean_{k + 1}"], new[f"at_{k + 1}"] = cleans[k].to(x.dtype), places[k]
         return moved, new
 
+    def _weights(self, at: Step, nodes: list[Tensor]) -> list[Tensor]:
+        moments = exponential_moments((1 + self.tau**2) * at.h, len(nodes) + 1)
+        return [finite(weight) for weight in quadrature(nodes, moments)]
+
     def _moved(
-        self, field: Field, at: Step, x: Tensor, t: Tensor, s: Tensor, cleans: list[Tensor], nodes: list[Tensor]
+        self, field: Field, x: Tensor, t: Tensor, s: Tensor, cleans: list[Tensor], weights: Sequence[Tensor]
     ) -> Tensor:
-        strength = 1 + self.tau**2
+        at, strength = Step(field, t, s), 1 + self.tau**2
         clean = cleans[0]
-        weights = quadrature(nodes, exponential_moments(strength * at.h, len(nodes) + 1))
         for k, weight in enumerate(weights):
-            clean = clean + finite(weight) * (cleans[k + 1] - cleans[0])
+            clean = clean + weight * (cleans[k + 1] - cleans[0])
         keep = at.sigma_s / at.sigma_t * torch.exp(-(self.tau**2) * at.h)
         moved = keep * x + at.alpha_s * -torch.expm1(-strength * at.h) * clean
         if self.tau:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -16,10 +18,36 @@ class Step:
     """
 
     def __init__(self, field: Field, t: Tensor, s: Tensor) -> None:
+        """Where the latents are."""
+        field.expect(t, s)
         (self.alpha_t, self.sigma_t), (self.alpha_s, self.sigma_s) = field.scale(t), field.scale(s)
-        self.ratio_t, self.ratio_s = self.sigma_t / self.alpha_t, self.sigma_s / self.alpha_s
-        self.lambda_t, self.lambda_s = -self.ratio_t.log(), -self.ratio_s.log()
-        self.h = self.lambda_s - self.lambda_t
+
+    @classmethod
+    def on_cpu(cls, field: Field, t: Tensor, s: Tensor) -> Step:
+        """On the CPU, wherever the latents are."""
+        step = cls.__new__(cls)
+        (step.alpha_t, step.sigma_t), (step.alpha_s, step.sigma_s) = field.numbers(t), field.numbers(s)
+        return step
+
+    @cached_property
+    def ratio_t(self) -> Tensor:
+        return self.sigma_t / self.alpha_t
+
+    @cached_property
+    def ratio_s(self) -> Tensor:
+        return self.sigma_s / self.alpha_s
+
+    @cached_property
+    def lambda_t(self) -> Tensor:
+        return -self.ratio_t.log()
+
+    @cached_property
+    def lambda_s(self) -> Tensor:
+        return -self.ratio_s.log()
+
+    @cached_property
+    def h(self) -> Tensor:
+        return self.lambda_s - self.lambda_t
 
     def euler(self, x: Tensor, clean: Tensor, sigma_s: Tensor | None = None) -> Tensor:
         """Along the straight line in (x / alpha, ratio): to ``sigma_s``, or a smaller one that leaves room for noise."""

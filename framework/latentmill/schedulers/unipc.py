@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 from latentmill.plugin import Field, Scheduler, State
 from latentmill.schedulers.multistep import exponential_moments, quadrature
 from latentmill.schedulers.step import Step, finite
+
+OF_TIMES = ("t", "at_1", "at_2", "at_3")
+"""What ``nothing_yet`` says of times."""
 
 
 class UniPC(Scheduler):
@@ -21,6 +25,7 @@ class UniPC(Scheduler):
 
     contract = 2
     order = 3
+    on_cpu = OF_TIMES
 
     def __init__(self, max_order: int = 2, variant: Literal["bh1", "bh2"] = "bh2") -> None:
         if max_order not in (1, 2, 3) or variant not in ("bh1", "bh2"):
@@ -31,42 +36,53 @@ class UniPC(Scheduler):
         return nothing_yet(field, x, t, self.max_order)
 
     def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:
-        at, clean = Step(field, t, s), field.clean(x, t)
-        x = self._corrected(field, x, t, clean, state)
+        before = state["t"].reshape(t.shape)
+        near, back = Step.on_cpu(field, t, s), Step.on_cpu(field, before, t)
+        places = [near.lambda_t, *(state[f"at_{k}"] for k in range(1, self.max_order))]
+        ago = [(state[f"at_{k}"] - back.lambda_t) / back.h for k in range(2, self.max_order + 1)]
+        predictor = self._weights(near, [(p - places[0]) / near.h for p in places[1:]])
+        corrector = self._weights(back, [torch.ones_like(back.h), *ago])
+        there = state["at_1"].isfinite() & back.h.isfinite()
+        field.expect(before)
+        *weights, corrected = field.send(*predictor, *corrector, there.double())
+
+        clean = field.clean(x, t)
+        # The step that led to x once more, now that the estimate at its end is known.
+        cleans = [state["clean_1"], clean, *(state[f"clean_{k}"] for k in range(2, self.max_order + 1))]
+        bend = self._bend(cleans, weights[len(predictor) :])
+        again = Step(field, before, t).euler(state["x"], cleans[0] + bend)
+        x = torch.where(corrected > 0, again, x).to(x.dtype)
         cleans = [clean, *(state[f"clean_{k}"] for k in range(1, self.max_order))]
-        places = [at.lambda_t, *(state[f"at_{k}"] for k in range(1, self.max_order))]
-        moved = at.euler(x, clean + self._bend(at, cleans, [(p - places[0]) / at.h for p in places[1:]]))
+        moved = Step(field, t, s).euler(x, clean + self._bend(cleans, weights[: len(predictor)]))
         new: State = {"x": x, "t": t.double().clone()}
         for k in range(self.max_order):
             new[f"clean_{k + 1}"], new[f"at_{k + 1}"] = cleans[k].to(x.dtype), places[k]
         return moved, new
 
-    def _corrected(self, field: Field, x: Tensor, t: Tensor, clean: Tensor, state: State) -> Tensor:
-        """The step that led to ``x`` once more, now that the estimate at its end is known."""
-        at = Step(field, state["t"].reshape(t.shape), t)
-        cleans = [state["clean_1"], clean, *(state[f"clean_{k}"] for k in range(2, self.max_order + 1))]
-        ago = [(state[f"at_{k}"] - at.lambda_t) / at.h for k in range(2, self.max_order + 1)]
-        again = at.euler(state["x"], cleans[0] + self._bend(at, cleans, [torch.ones_like(at.h), *ago]))
-        return torch.where(state["at_1"].isfinite() & at.h.isfinite(), again, x).to(x.dtype)
-
-    def _bend(self, at: Step, cleans: list[Tensor], nodes: list[Tensor]) -> Tensor:
-        """What the other estimates add to the first: exact for polynomials in lambda if there are two or three.
+    def _weights(self, at: Step, nodes: list[Tensor]) -> list[Tensor]:
+        """Of the other estimates: exact for polynomials in lambda if there are two or three.
 
         With one, the paper's choice: half of its slope, times B(h).
         """
-        total = torch.zeros_like(cleans[0])
         one = sum((node.isfinite().long() for node in nodes), torch.zeros_like(at.h, dtype=torch.long)) == 1
         scale = torch.ones_like(at.h) if self.variant == "bh2" else at.h / -torch.expm1(-at.h)
         weights = quadrature(nodes, exponential_moments(at.h, len(nodes) + 1))
         for k, weight in enumerate(weights):
             half = 0.5 * scale / nodes[k] if k == 0 else torch.zeros_like(at.h)
-            total = total + finite(torch.where(one, half, weight)) * (cleans[k + 1] - cleans[0])
+            weights[k] = finite(torch.where(one, half, weight))
+        return weights
+
+    def _bend(self, cleans: list[Tensor], weights: Sequence[Tensor]) -> Tensor:
+        """What the other estimates add to the first."""
+        total = torch.zeros_like(cleans[0])
+        for k, weight in enumerate(weights):
+            total = total + weight * (cleans[k + 1] - cleans[0])
         return total
 
 
 def nothing_yet(field: Field, x: Tensor, t: Tensor, count: int) -> State:
     """What a solver with a corrector remembers before its first step: where the last one began, and ``count`` estimates."""
-    alpha, _ = field.scale(t)
+    alpha, _ = field.numbers(t)
     state: State = {"x": torch.zeros_like(x), "t": t.double().clone()}
     for k in range(1, count + 1):  # NaN stands for a step that there has not been
         state[f"clean_{k}"], state[f"at_{k}"] = torch.zeros_like(x), torch.full_like(alpha, torch.nan)

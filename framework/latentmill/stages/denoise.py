@@ -34,6 +34,7 @@ from latentmill.batch import (
 from latentmill.errors import ContractError, NoRowError
 from latentmill.fields import BATCH_SCHEMA, HALFWAY
 from latentmill.plugin import (
+    Conditioning,
     ContinuousStage,
     Declaration,
     Denoiser,
@@ -107,24 +108,27 @@ class Denoise(ContinuousStage):
     def take(self, batch: pa.Table, reject: Reject) -> DenoiseRequest:
         """Take in a batch. Its rows are moved by ``advance``, until the request is done."""
         request = DenoiseRequest(batch, reject)
-        x = tensors.from_arrow(batch, "latents").to(self.device)
-        prompt, negative, states = (
+        x = tensors.from_arrow(batch, "latents")
+        prompt, negative = (
             {
-                name.removeprefix(prefix): tensors.by_row(batch, name, self.device)
+                name.removeprefix(prefix): self._told(batch, name, name.removeprefix(prefix))
                 for name in batch.column_names
                 if name.startswith(prefix) and not (prefix == NEGATIVE_PREFIX and self.denoiser.guidance_embedded)
             }
-            for prefix in (PROMPT_PREFIX, NEGATIVE_PREFIX, STATE_PREFIX)
+            for prefix in (PROMPT_PREFIX, NEGATIVE_PREFIX)
         )
-        masks, masked = (
-            tensors.from_arrow(batch, name).to(self.device) if name in batch.column_names else None
-            for name in ("mask", "masked")
-        )
+        states = {
+            name.removeprefix(STATE_PREFIX): tensors.from_arrow(batch, name)
+            for name in batch.column_names
+            if name.startswith(STATE_PREFIX)
+        }
+        masks = tensors.from_arrow(batch, "mask") if "mask" in batch.column_names else None
         slots, _ = fixed_slots(batch, self.fixed)
         fields = {field.name: field.type.to_pandas_dtype() for field in self.denoiser.row_fields}
         known = {*BATCH_SCHEMA.names, *HALFWAY.names, "from_noise", *fields}
         columns = [name for name in batch.column_names if name in known]
         key, identity = shape_key(batch), cache(self._identity)
+        begun = []
         for i, row in enumerate(batch.select(columns).to_pylist()):
             try:
                 goes_on = "trajectory" in row and row["trajectory"] == identity(row["scheduler"])
@@ -139,16 +143,23 @@ class Denoise(ContinuousStage):
             except ValueError as error:
                 reject(i, str(error))
                 continue
+            state = {name: value[i] for name, value in states.items()} if goes_on else state
+            begun.append((i, row, times, start, state))
+        if not begun:
+            return request
+        rows, starts = [row for _, row, *_ in begun], self._send(torch.stack([start for *_, start, _ in begun]))
+        own = {
+            n: self._send(torch.as_tensor(np.asarray([row[n] for row in rows], dtype))) for n, dtype in fields.items()
+        }
+        inpainted, inpaintings = self._masked(batch, masks, x, {i: row["seed"] for i, row, *_ in begun})
+        embedded = {}
+        if self.denoiser.guidance_embedded:
+            embedded = {"guidance_scale": self._send(torch.tensor([row["guidance_scale"] for row in rows]))}
+        for k, (i, row, times, _, state) in enumerate(begun):
             kind = (key, row["scheduler"], id(request) if self.fixed else 0)
-            scale = row["guidance_scale"]
-            own = {n: torch.as_tensor(np.asarray(row[n], dtype), device=self.device) for n, dtype in fields.items()}
-            embedded = {}
-            on = self.authors.guides(scale, row["negative_prompt"])
-            if self.denoiser.guidance_embedded:
-                embedded, on = {"guidance_scale": torch.tensor(scale, device=self.device)}, False
-            inpainted = {}
-            if self.denoiser.inpaints and masks is not None and masked is not None:
-                inpainted = {"mask": masks[i].to(torch.float32), "masked": masked[i].to(torch.float32)}
+            scale, on_cpu = row["guidance_scale"], self.scheduler(row["scheduler"]).on_cpu
+            on = self.authors.guides(scale, row["negative_prompt"]) and not self.denoiser.guidance_embedded
+            told = {name: value[k] for name, value in own.items()} | {n: value[i] for n, value in inpainted.items()}
             request.rows.append(
                 Trajectory(
                     request=request,
@@ -158,11 +169,15 @@ class Denoise(ContinuousStage):
                     times=times,
                     seed=row["seed"],
                     guidance=Guidance(scale, row["guidance_rescale"], row["guidance_from"], row["guidance_until"], on),
-                    prompt={**{name: value[i] for name, value in prompt.items()}, **inpainted, **own, **embedded},
-                    negative={**{name: value[i] for name, value in negative.items()}, **inpainted, **own},
-                    x=start,
-                    state={name: value[i] for name, value in states.items()} if goes_on else state,
-                    inpainting=None if masks is None or inpainted else self._inpainting(masks[i], x[i], row["seed"]),
+                    prompt={
+                        **{name: value[i] for name, value in prompt.items()},
+                        **told,
+                        **{name: value[k] for name, value in embedded.items()},
+                    },
+                    negative={**{name: value[i] for name, value in negative.items()}, **told},
+                    x=starts[k],
+                    state=state and {n: v if n in on_cpu else self._send(v) for n, v in state.items()},
+                    inpainting=inpaintings.get(i),
                 )
             )
             if not request.rows[-1].arrived:
@@ -171,14 +186,30 @@ class Denoise(ContinuousStage):
                 request.moving += 1
         return request
 
-    def _inpainting(self, mask: Tensor, latents: Tensor, seed: int) -> InpaintingMask:
-        noise = self.first_noise(seed, tuple(latents.shape)).to(self.device)
-        return InpaintingMask(mask, latents.to(torch.float32), noise)
+    def _send(self, tensor: Tensor) -> Tensor:
+        return tensors.send(tensor, self.device)
+
+    def _told(self, batch: pa.Table, column: str, name: str) -> Sequence[Tensor]:
+        """Conditioning of each row, where the network wants it."""
+        return tensors.by_row(batch, column, torch.device("cpu") if name in self.denoiser.parted_by else self.device)
+
+    def _masked(
+        self, batch: pa.Table, masks: Tensor | None, x: Tensor, seeds: Mapping[int, int]
+    ) -> tuple[Conditioning, dict[int, InpaintingMask]]:
+        """Of rows with a mask: what the network is told or, if it takes none, what blends each, by its index."""
+        if masks is None:
+            return {}, {}
+        if not self.denoiser.inpaints or "masked" not in batch.column_names:
+            clean, painted = self._send(x.to(torch.float32)), self._send(masks.bool())
+            first = self._send(torch.stack([self.first_noise(seed, tuple(x.shape[1:])) for seed in seeds.values()]))
+            return {}, {i: InpaintingMask(painted[i], clean[i], first[k]) for k, i in enumerate(seeds)}
+        masked = tensors.from_arrow(batch, "masked")
+        return {"mask": self._send(masks.to(torch.float32)), "masked": self._send(masked.to(torch.float32))}, {}
 
     def _start(
         self, row: Mapping[str, Any], latents: Tensor, goes_on: bool, from_noise: bool
     ) -> tuple[list[float], Tensor, State | None]:
-        """A row's times, its latents, float32, at the first of them, and its state if the scheduler says how it begins.
+        """A row's times, its latents, float32, at the first of them, and its state if the scheduler says how it begins. On the CPU.
 
         Raises ValueError, RowError among them.
         """
@@ -205,9 +236,9 @@ class Denoise(ContinuousStage):
         alpha, sigma = (own.alpha, own.sigma) if own else schedule.scale(first)
         if from_noise:
             sigma = own.scale if own else self.authors.start_scale(first)
-        start = self.first_noise(row["seed"], shape).to(self.device)
+        start = self.first_noise(row["seed"], shape)
         x = (alpha * latents.double() + sigma * start.double()).to(torch.float32)
-        return times, x, {name: value.to(self.device) for name, value in own.state.items()} if own else None
+        return times, x, own.state if own else None
 
     @torch.inference_mode()
     def advance(self) -> None:
@@ -299,8 +330,10 @@ class Denoise(ContinuousStage):
             raise request.error
         by_scheduler: dict[str, list[Trajectory]] = {}
         wrong: dict[int, str] = {}
-        for row in request.rows:
-            if bool(row.x.isfinite().all()):
+        xs = torch.stack([row.x for row in request.rows]).cpu() if request.rows else torch.empty(0, 1)
+        for row, x, finite in zip(request.rows, xs, xs.flatten(1).isfinite().all(1).tolist()):
+            row.x = x
+            if finite:
                 by_scheduler.setdefault(row.kind[1], []).append(row)
             else:
                 wrong[row.index] = f"the denoised latents are not finite ({self._cause(row)})"
@@ -312,7 +345,7 @@ class Denoise(ContinuousStage):
             stays = [name for name in request.batch.column_names if not is_passing(name)]
             part = request.batch.select(stays).take([row.index for row in members]).replace_schema_metadata(None)
             about = part.schema.field("latents").metadata
-            latents, spec = torch.stack([row.x for row in members]).cpu(), spec_from_json(about[SPEC_KEY])
+            latents, spec = torch.stack([row.x for row in members]), spec_from_json(about[SPEC_KEY])
             if not self.until:  # of one dtype, wherever the rows began
                 latents = latents.to(getattr(torch, spec.dtype))
             part = with_latents(part, latents, spec)

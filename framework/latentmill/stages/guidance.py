@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from latentmill import checks
-from latentmill.plugin import Conditioning, Denoiser, Field, Prediction
+from latentmill.plugin import Conditioning, Denoiser, Field, Prediction, tensors
 from latentmill.schedulers import noise
 
 
@@ -30,6 +31,24 @@ class Guidance:
     def guides(self, t: float, s: float) -> bool:
         """Whether a step from ``t`` to ``s`` asks for a guided evaluation anywhere."""
         return self.on and s <= self.start and t > self.stop
+
+
+class Both:
+    """The conditioning ``[B + G, ...]`` of B rows and, once more, of the G of them that are ``guided``: the same while they are."""
+
+    def __init__(
+        self, prompt: Conditioning, negative: Conditioning, guided: tuple[bool, ...], device: torch.device
+    ) -> None:
+        self.guided = guided
+        self.rows = torch.tensor([k for k, on in enumerate(guided) if on])
+        self.there = self.rows if all(guided) else tensors.send(self.rows, device)
+        self.conditioning = {name: torch.cat([value, self.guided_of(negative[name])]) for name, value in prompt.items()}
+
+    def guided_of(self, values: Tensor) -> Tensor:
+        """Those of ``values[B, ...]`` that are of guided rows."""
+        if all(self.guided):
+            return values
+        return values[self.rows if values.device.type == "cpu" else self.there]
 
 
 class ModelField(Field):
@@ -57,53 +76,100 @@ class ModelField(Field):
             for name in ("scale", "rescale", "start", "stop", "on")
         )
         self.start, self.stop = torch.where(on > 0, start, -1.0), stop
-        self.guidance_scale, self.guidance_rescale = self.column(scale), self.column(rescale)
+        self._known: dict[object, tuple[Tensor, ...]] = {}
+        """Numbers of this step, on the CPU: of a time, by its ``id``, itself, alpha and sigma; the blend's."""
+        self._there: dict[object, tuple[Tensor, ...]] = {}
+        """Those that are where the latents are, shaped to broadcast against them."""
+        sent = (self.column(each) for each in self.send(scale, rescale, self.start, self.stop))
+        self.guidance_scale, self.guidance_rescale, self.start_there, self.stop_there = sent
         self.rescales = bool(rescale.any())
         self.unsound = torch.zeros(len(seeds), dtype=torch.bool, device=device)
         """Rows for which the network predicted something that is not finite, of latents that were."""
+        self._both: Both | None = None
 
     def column(self, values: Tensor) -> Tensor:
-        """``values[B]``, shaped to broadcast against the latents, where they are."""
-        return values.to(self.device).reshape(-1, *(1 for _ in self.shape))
+        """``values[B]``, shaped to broadcast against the latents."""
+        return values.reshape(-1, *(1 for _ in self.shape))
+
+    def begin(self, t: Tensor, s: Tensor, blend: tuple[Tensor, ...] = ()) -> None:
+        """A step begins. ``blend``: numbers ``[B]`` to be sent with its first, which ``blend`` then gives."""
+        self._known, self._there = {"blend": blend} if blend else {}, {}
+        self.expect(t, s)
+
+    def blend(self) -> tuple[Tensor, ...]:
+        return self._sent("blend")
+
+    def expect(self, *times: Tensor) -> None:
+        for t in times:
+            if id(t) not in self._known:
+                self._known[id(t)] = (t, *self.denoiser.noise_schedule.scale(t))
+
+    def numbers(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        _, alpha, sigma = self._known.get(id(t)) or (t, *self.denoiser.noise_schedule.scale(t))
+        return self.column(alpha), self.column(sigma)
 
     def scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, sigma = self.denoiser.noise_schedule.scale(t)
-        return self.column(alpha), self.column(sigma)
+        self.expect(t)
+        _, alpha, sigma = self._sent(id(t))
+        return alpha.clone(), sigma.clone()
+
+    def send(self, *numbers: Tensor) -> Sequence[Tensor]:
+        waiting = [key for key in self._known if key not in self._there]
+        given = [*numbers, *(each for key in waiting for each in self._known[key])]
+        if self.device.type != "cpu" and given:
+            flat = tensors.send(torch.cat([each.flatten() for each in given]), self.device)
+            given = [part.view(each.shape) for part, each in zip(flat.split([each.numel() for each in given]), given)]
+        columns = map(self.column, given[len(numbers) :])
+        for key in waiting:
+            self._there[key] = tuple(islice(columns, len(self._known[key])))
+        return given[: len(numbers)]
+
+    def _sent(self, key: object) -> tuple[Tensor, ...]:
+        if key not in self._there:
+            self.send()
+        return self._there[key]
 
     def time(self, ratio: Tensor) -> Tensor:
         return self.denoiser.noise_schedule.time(ratio.flatten().cpu())
 
     def clean(self, x: Tensor, t: Tensor) -> Tensor:
         x = x.to(torch.float32)
-        guided = (self.stop < t) & (t <= self.start)
-        if not bool(guided.any()):
+        guided = tuple(((self.stop < t) & (t <= self.start)).tolist())
+        if not any(guided):
             predicted = self._predict(x, t, self.prompt)
         elif self.fixed:
             predicted = self._predict(x, t, self.prompt)
-            predicted = self._guide(predicted, self._predict(x, t, self.negative), guided)
+            predicted = self._guide(predicted, self._predict(x, t, self.negative), t, guided)
         else:
-            also = guided.nonzero()[:, 0].to(self.device)
-            both = {name: torch.cat([value, self.negative[name][also]]) for name, value in self.prompt.items()}
-            evaluated = self._predict(torch.cat([x, x[also]]), torch.cat([t, t[also.cpu()]]), both)
-            predicted, negative = evaluated[: len(x)], evaluated[: len(x)].clone()
-            negative[also] = evaluated[len(x) :]
-            predicted = self._guide(predicted, negative, guided)
+            if self._both is None or self._both.guided != guided:
+                self._both = Both(self.prompt, self.negative, guided, self.device)
+            both = self._both
+            times = torch.cat([t, both.guided_of(t)])
+            evaluated = self._predict(torch.cat([x, both.guided_of(x)]), times, both.conditioning)
+            predicted, negative = evaluated[: len(x)], evaluated[len(x) :]
+            if not all(guided):
+                negative = predicted.index_copy(0, both.there, negative)
+            predicted = self._guide(predicted, negative, t, guided)
         self.unsound |= _finite(x) & ~_finite(predicted)
-        alpha, sigma = self.scale(t)
+        self.expect(t)
+        _, alpha, sigma = self._sent(id(t))
         return to_clean(self.denoiser.prediction, predicted, x, alpha, sigma)
 
     def noise(self, t: Tensor, s: Tensor) -> Tensor:
-        shape = tuple(self.shape)
-        drawn = [noise.between(seed, a, b, shape) for seed, a, b in zip(self.seeds, t.tolist(), s.tolist())]
-        return torch.stack(drawn).to(self.device)
+        pinned = self.device.type == "cuda"
+        return tensors.send(noise.between_all(self.seeds, t.tolist(), s.tolist(), self.shape, pinned), self.device)
 
     def _predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        if self.fixed and len(x) > 1 and self.denoiser.parted_by:
+            each = range(len(x))
+            one = ((x[i : i + 1], t[i : i + 1], {n: v[i : i + 1] for n, v in conditioning.items()}) for i in each)
+            return torch.cat([self._predict(*row) for row in one])
         with checks.inside(self.denoiser):
             predicted = self.denoiser.predict(x, t, conditioning)
         checks.tensor(self.denoiser, "predict", predicted, x.shape, "the shape of x")
         return predicted
 
-    def _guide(self, prompt: Tensor, negative: Tensor, guided: Tensor) -> Tensor:
+    def _guide(self, prompt: Tensor, negative: Tensor, t: Tensor, guided: Sequence[bool]) -> Tensor:
         with checks.inside(self.denoiser):
             result = self.denoiser.guide(prompt, negative, self.guidance_scale.to(prompt.dtype))
         checks.tensor(self.denoiser, "guide", result, prompt.shape, "the shape of both predictions")
@@ -112,11 +178,16 @@ class ModelField(Field):
             share = self.guidance_rescale.to(prompt.dtype)
             spread = prompt.std(dim=axes, keepdim=True) / result.std(dim=axes, keepdim=True)
             result = torch.where(share > 0, share * (result * spread) + (1 - share) * result, result)
-        return torch.where(self.column(guided), result, prompt)
+        if all(guided):
+            return result
+        self.expect(t)
+        time = self._sent(id(t))[0]
+        return torch.where((self.stop_there < time) & (time <= self.start_there), result, prompt)
 
 
 def _finite(x: Tensor) -> Tensor:
-    return x.flatten(1).isfinite().all(1)
+    largest: Tensor = torch.linalg.vector_norm(x.flatten(1), torch.inf, dim=1)
+    return largest < torch.inf
 
 
 def to_clean(prediction: Prediction, predicted: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -46,9 +46,13 @@ class InpaintingMask:
     clean: Tensor
     noise: Tensor
 
-    def blend(self, x: Tensor, alpha: float, sigma: float) -> Tensor:
-        """``x`` where the mask is 1, and the picture elsewhere."""
-        return torch.where(self.mask.bool(), x, alpha * self.clean + sigma * self.noise)
+    def blend(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """``x`` where the mask is 1, and the picture elsewhere. Of one row or, in ``stacked``, of all."""
+        return torch.where(self.mask, x, alpha.to(x.dtype) * self.clean + sigma.to(x.dtype) * self.noise)
+
+    @classmethod
+    def stacked(cls, masks: Sequence[InpaintingMask]) -> InpaintingMask:
+        return cls(*(torch.stack([getattr(mask, name) for mask in masks]) for name in ("mask", "clean", "noise")))
 
 
 @dataclass(eq=False)
@@ -72,7 +76,7 @@ class Trajectory:
     at: int = 0
     """Steps done."""
     inpainting: InpaintingMask | None = None
-    unsound: Tensor | bool = False
+    unsound: Tensor | None = None
     """Whether the network predicted something for it that is not finite, of latents that were."""
 
     @property
@@ -103,13 +107,15 @@ class RunningBatch:
             by_slot = {row.slot: row for row in self.rows}
             self.slots = [by_slot.get(slot, self.rows[0]) for slot in range(fixed.batch_size)]
             self.row_slots = [row.slot for row in self.rows]
+        self.field = self._field(self.slots)
         fresh = [row for row in self.slots if row.state is None]
         if fresh:
             if fixed is not None:
                 fresh = self.slots
             x = torch.stack([row.x for row in fresh])
             with checks.inside(scheduler):
-                state = scheduler.init(self._field(fresh), x, _times(fresh))
+                field = self.field if fresh == self.slots else self._field(fresh)
+                state = scheduler.init(field, x, _times(fresh))
             checks.state(scheduler, "init", state, len(fresh))
             for row in {id(row): row for row in fresh}.values():
                 if row.state is None:  # a row that idle slots repeat gets its own slot's
@@ -118,7 +124,11 @@ class RunningBatch:
         states = [row.state or {} for row in self.slots]
         self.state = {name: torch.stack([state[name] for state in states]) for name in states[0]}
         self.x = torch.stack([row.x for row in self.slots])
-        self.field = self._field(self.slots)
+        if any(row.unsound is not None for row in self.slots):
+            sound = torch.zeros_like(self.field.unsound[0])
+            self.field.unsound = torch.stack([sound if row.unsound is None else row.unsound for row in self.slots])
+        masks = [row.inpainting for row in self.slots if row.inpainting is not None]
+        self.inpainting = InpaintingMask.stacked(masks) if masks else None
 
     def _field(self, slots: Sequence[Trajectory]) -> ModelField:
         return ModelField(
@@ -134,27 +144,32 @@ class RunningBatch:
 
     def step(self, scheduler: Scheduler) -> None:
         """Move all by one step."""
+        t, s = _times(self.slots), _times(self.slots, 1)
+        self.field.begin(t, s, self._blend(s))
         with checks.inside(scheduler):
-            x, state = scheduler.step(self.field, self.x, _times(self.slots), _times(self.slots, 1), self.state)
+            x, state = scheduler.step(self.field, self.x, t, s, self.state)
         checks.tensor(scheduler, "step", x, self.x.shape, "the shape of x")
         self.x, self.state = x.to(torch.float32), checks.state(scheduler, "step", state, len(x))
-        if any(row.inpainting is not None for row in self.slots):
-            alpha, sigma = self.denoiser.noise_schedule.scale(_times(self.slots, 1))
-            for k, row in enumerate(self.slots):
-                if row.at + 2 == len(row.times):  # some grids end a little before t = 0, and the picture is clean
-                    alpha[k], sigma[k] = 1.0, 0.0
-            each = zip(self.slots, self.x, alpha.tolist(), sigma.tolist())
-            self.x = torch.stack(
-                [row.inpainting.blend(x, a, s) if row.inpainting is not None else x for row, x, a, s in each]
-            )
+        if self.inpainting is not None:
+            self.x = self.inpainting.blend(self.x, *self.field.blend())
         for row in self.rows:
             row.at += 1
 
+    def _blend(self, s: Tensor) -> tuple[Tensor, ...]:
+        """How much of picture and noise stands beside the masks at ``s``; some grids end a little before t = 0, and the picture is clean."""
+        if self.inpainting is None:
+            return ()
+        alpha, sigma = self.denoiser.noise_schedule.scale(s)
+        last = torch.tensor([row.at + 2 == len(row.times) for row in self.slots])
+        return torch.where(last, 1.0, alpha), torch.where(last, 0.0, sigma)
+
     def unstack(self) -> None:
         """Give each row its latents and its state."""
+        xs, unsound = self.x.unbind(), self.field.unsound.unbind()
+        states = {name: value.unbind() for name, value in self.state.items()}
         for row, k in zip(self.rows, self.row_slots):
-            row.x, row.state = self.x[k], {name: value[k] for name, value in self.state.items()}
-            row.unsound = row.unsound | self.field.unsound[k]
+            row.x, row.unsound = xs[k], unsound[k]
+            row.state = {name: values[k] for name, values in states.items()}
 
 
 def _times(slots: Sequence[Trajectory], ahead: int = 0) -> Tensor:

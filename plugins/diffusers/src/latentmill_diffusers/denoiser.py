@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentmill.plugin import Denoiser, FollowsAuthors, LatentSpec, NoiseSchedule, Prediction, RowError
+from latentmill.plugin import Denoiser, FollowsAuthors, LatentSpec, NoiseSchedule, Prediction, RowError, tensors
 from latentmill_diffusers import lora
 from latentmill_diffusers.configs import completed
 from latentmill_diffusers.families import NO_NEGATIVE, Family, family_of
@@ -78,6 +78,7 @@ class DiffusersDenoiser(FollowsAuthors, Denoiser):
         )
         # Of 4 channels it is told latents alone; of 9, mask and the latents of the masked picture, too.
         self.inpaints = self.family.network == "unet" and int(self.config["in_channels"]) == 9
+        self.parted_by = ("length",) if self.family.pad else ()
         self._network: LoadedNetwork | None = None
         self._times: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
@@ -168,7 +169,8 @@ class DiffusersDenoiser(FollowsAuthors, Denoiser):
         timestep = self.noise_schedule.timestep(t)
         if self.family.told is not None:
             timestep = self.family.told(self.scheduler.config, timestep, x.shape[1:])
-        predicted = self._called(self._network, x.to(self.logical), timestep.to(x.device, torch.float32), told)
+        timestep = tensors.send(timestep.to(torch.float32), x.device)
+        predicted = self._called(self._network, x.to(self.logical), timestep, told)
         if predicted.shape[1] == 2 * x.shape[1]:  # the network learned a variance, too
             predicted = predicted.chunk(2, dim=1)[0]
         return predicted.float()
@@ -176,9 +178,21 @@ class DiffusersDenoiser(FollowsAuthors, Denoiser):
     def _called(self, network: LoadedNetwork, x: Tensor, timestep: Tensor, told: Mapping[str, Tensor]) -> Tensor:
         if not self.family.pad:
             return self.family.call(network, x, timestep, told)
+        lengths, rows = told["length"].tolist(), range(len(x))
+        plain = {name: value for name, value in told.items() if name != "length"}
+        # On the CPU each is called for alone, and so has the same bits in any company.
+        if x.device.type == "cpu":
+            parts = [[i] for i in rows]
+        else:
+            parts = [[i for i in rows if lengths[i] == length] for length in dict.fromkeys(lengths)]
         each = []
-        for i, length in enumerate(told["length"].tolist()):
-            one = {name: value[i : i + 1] for name, value in told.items() if name != "length"}
-            one["embeds"] = one["embeds"][:, :length]
-            each.append(self.family.call(network, x[i : i + 1], timestep[i : i + 1], one))
-        return torch.cat(each)
+        for part in parts:
+            together = part == [*range(part[0], part[-1] + 1)]
+            at = slice(part[0], part[-1] + 1) if together else tensors.send(torch.tensor(part), x.device)
+            one = {name: value[at] for name, value in plain.items()}
+            one["embeds"] = one["embeds"][:, : lengths[part[0]]]
+            each.append(self.family.call(network, x[at], timestep[at], one))
+        predicted, order = torch.cat(each), [i for part in parts for i in part]
+        if order == [*rows]:
+            return predicted
+        return predicted[tensors.send(torch.tensor(sorted(rows, key=order.__getitem__)), x.device)]

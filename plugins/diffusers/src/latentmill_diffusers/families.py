@@ -50,7 +50,8 @@ class Family:
     """Latent pixels, on each side, that the network takes as one, with a channel for every value."""
     pad: int = 0
     """Above 0: prompts come out of different lengths, which the network sees. They travel padded to so many tokens, with
-    ``length`` beside, and each row is encoded and called for alone, so that it hangs on no other."""
+    ``length`` beside, and each row is encoded alone, so that it hangs on no other. Those of one length share a call of the
+    network, but on the CPU."""
     schedule: Callable[[Any, int, Sequence[int]], dict[str, Any]] = field(default=lambda scheduler, steps, shape: {})
     """``schedule(config, steps, shape)``: what the pipeline hands to ``set_timesteps`` of a scheduler of this config."""
     told: Callable[[Any, Tensor, Sequence[int]], Tensor] | None = None
@@ -212,7 +213,7 @@ FAMILIES: dict[str, Family] = {
         pad=1024,
         schedule=cogview_4_schedule,
         told=cogview_4_told,
-        note="a row at a time",
+        note="rows whose prompts have one length share a call",
     ),
     "KolorsPipeline": Family("Kolors", unet, network="unet", encoded=("embeds -embeds pooled -pooled",)),
     "QwenImagePipeline": Family(
@@ -224,7 +225,7 @@ FAMILIES: dict[str, Family] = {
         schedule=flux_schedule,
         guide=qwen_image_guide,
         guides_without=False,
-        note="guidance_scale is the pipeline's true_cfg_scale, and guides rows that give a negative prompt; a row at a time",
+        note="guidance_scale is the pipeline's true_cfg_scale, and guides rows that give a negative prompt; rows whose prompts have one length share a call",
     ),
     "ZImagePipeline": Family(
         "Z-Image",
@@ -234,7 +235,7 @@ FAMILIES: dict[str, Family] = {
         schedule=flux_schedule,
         guide=z_image_guide,
         guides_above=0.0,
-        note="guidance_scale is the pipeline's, one less than everyone's; turbo: 0; a row at a time",
+        note="guidance_scale is the pipeline's, one less than everyone's; turbo: 0; rows whose prompts have one length share a call",
     ),
     "Flux2Pipeline": Family(
         "FLUX.2", flux_2, encoded=("embeds _",), schedule=flux_2_schedule, note="dev is told the guidance_scale"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
+
+from latentmill.plugin import tensors
 
 
 @dataclass(frozen=True)
@@ -38,16 +41,14 @@ def unet(network: LoadedNetwork, x: Tensor, timestep: Tensor, c: Mapping[str, Te
     if "masked" in c:
         x = torch.cat([x, c["mask"], c["masked"]], 1)
     if "pooled" in c:
-        size = [x.shape[-2] * network.downscale, x.shape[-1] * network.downscale]
-        last = c["score"][:, None] if "score" in c else x.new_tensor([size]).expand(len(x), 2)
-        ids = torch.cat([x.new_tensor([[*size, 0, 0]]).expand(len(x), 4), last.to(x)], 1)  # size, crop, size or score
+        size = x.shape[-2] * network.downscale, x.shape[-1] * network.downscale
+        last = c["score"][:, None] if "score" in c else numbers(x, *size).expand(len(x), 2)
+        ids = torch.cat([numbers(x, *size, 0, 0).expand(len(x), 4), last.to(x)], 1)  # size, crop, size or score
         more["added_cond_kwargs"] = {"text_embeds": c["pooled"], "time_ids": ids}
     if width := network.config.time_cond_proj_dim:  # LCM: the network is told the guidance scale
-        from diffusers import StableDiffusionPipeline
-
-        embedded = StableDiffusionPipeline.get_guidance_scale_embedding(
-            None, c["guidance_scale"].cpu().float() - 1, width
-        )
+        # As get_guidance_scale_embedding of the pipelines, which makes it on the CPU.
+        angles = (1000.0 * (c["guidance_scale"].float() - 1))[:, None] * _kept(_frequencies, x.device, width // 2)
+        embedded = pad(torch.cat([angles.sin(), angles.cos()], 1), (0, width % 2))
         more["timestep_cond"] = embedded.to(x)
     return first(network.model(x, timestep, encoder_hidden_states=c["embeds"], **more, return_dict=False))
 
@@ -61,8 +62,7 @@ def stable_diffusion_3(network: LoadedNetwork, x: Tensor, timestep: Tensor, c: M
 def flux(network: LoadedNetwork, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor]) -> Tensor:
     """FLUX.1: patches of 2x2 latent pixels as tokens, at places of their own; dev is told the guidance scale."""
     height, width = x.shape[-2] // 2, x.shape[-1] // 2
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    places = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).to(x)
+    places = _kept(_places, x.device, height, width, 1, x.dtype)[:, :3]
     predicted = first(
         network.model(
             hidden_states=patches(x),
@@ -83,8 +83,8 @@ def pixart(network: LoadedNetwork, x: Tensor, timestep: Tensor, c: Mapping[str, 
     height, width = x.shape[-2] * network.downscale, x.shape[-1] * network.downscale
     size: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
     if network.config.sample_size == 128:
-        size["resolution"] = x.new_tensor([height, width]).repeat(len(x), 1)
-        size["aspect_ratio"] = x.new_tensor([height / width]).repeat(len(x), 1)
+        size["resolution"] = numbers(x, height, width).repeat(len(x), 1)
+        size["aspect_ratio"] = numbers(x, height / width).repeat(len(x), 1)
     told = {"encoder_hidden_states": c["embeds"], "encoder_attention_mask": c["mask"], "added_cond_kwargs": size}
     return first(network.model(x, timestep=timestep, **told, return_dict=False))
 
@@ -117,7 +117,7 @@ def hunyuan_dit(network: LoadedNetwork, x: Tensor, timestep: Tensor, c: Mapping[
     crops = get_resize_crop_region_for_grid(grid, 64 // patch)
     width = network.model.inner_dim // network.model.num_heads
     places = get_2d_rotary_pos_embed(width, crops, grid, device=x.device, output_type="pt")
-    size = [1024, 1024, x.shape[-2] * network.downscale, x.shape[-1] * network.downscale, 0, 0]
+    size = 1024, 1024, x.shape[-2] * network.downscale, x.shape[-1] * network.downscale, 0, 0
     return first(
         network.model(
             x,
@@ -126,7 +126,7 @@ def hunyuan_dit(network: LoadedNetwork, x: Tensor, timestep: Tensor, c: Mapping[
             text_embedding_mask=c["mask"],
             encoder_hidden_states_t5=c["embeds_2"],
             text_embedding_mask_t5=c["mask_2"],
-            image_meta_size=x.new_tensor(size).repeat(len(x), 1),
+            image_meta_size=numbers(x, *size).repeat(len(x), 1),
             style=torch.zeros(len(x), dtype=torch.long, device=x.device),
             image_rotary_emb=places,
             return_dict=False,
@@ -136,7 +136,7 @@ def hunyuan_dit(network: LoadedNetwork, x: Tensor, timestep: Tensor, c: Mapping[
 
 def cogview_4(network: LoadedNetwork, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor]) -> Tensor:
     """CogView 4."""
-    size = x.new_tensor([[x.shape[-2] * network.downscale, x.shape[-1] * network.downscale]])
+    size = numbers(x, x.shape[-2] * network.downscale, x.shape[-1] * network.downscale).repeat(len(x), 1)
     told = {"original_size": size, "target_size": size, "crop_coords": torch.zeros_like(size)}
     embeds = c["embeds"]
     return first(
@@ -172,21 +172,50 @@ def z_image(network: LoadedNetwork, x: Tensor, timestep: Tensor, c: Mapping[str,
 def flux_2(network: LoadedNetwork, x: Tensor, timestep: Tensor, c: Mapping[str, Tensor]) -> Tensor:
     """FLUX.2: latents are patches already; dev is told the guidance scale."""
     height, width = x.shape[-2:]
-    one = torch.arange(1)
-    places = torch.cartesian_prod(one, torch.arange(height), torch.arange(width), one)
     predicted = first(
         network.model(
             hidden_states=x.flatten(2).transpose(1, 2),
             timestep=timestep / 1000,
             guidance=c["guidance_scale"] if network.config.guidance_embeds else None,
             encoder_hidden_states=c["embeds"],
-            txt_ids=torch.cartesian_prod(one, one, one, torch.arange(c["embeds"].shape[1])).to(x.device),
-            img_ids=places.to(x.device),
+            txt_ids=_kept(_places, x.device, 1, 1, c["embeds"].shape[1], torch.int64),
+            img_ids=_kept(_places, x.device, height, width, 1, torch.int64),
             return_dict=False,
         )
     )
     latents: Tensor = predicted.transpose(1, 2).unflatten(2, (height, width))
     return latents
+
+
+def numbers(x: Tensor, *values: float) -> Tensor:
+    """``[1, n]`` of the latents' dtype, where they are. Read only."""
+    return _kept(_numbers, x.device, values, x.dtype)
+
+
+def _numbers(values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    return torch.tensor([values], dtype=dtype)
+
+
+def _places(height: int, width: int, length: int, dtype: torch.dtype) -> Tensor:
+    """Where tokens are, ``[height * width * length, 4]``: 0, line, column, number."""
+    each = (torch.arange(count) for count in (1, height, width, length))
+    return torch.cartesian_prod(*each).to(dtype)
+
+
+def _frequencies(count: int) -> Tensor:
+    slope = torch.log(torch.tensor(10000.0)) / (count - 1)
+    return torch.exp(torch.arange(count, dtype=torch.float32) * -slope)[None]
+
+
+def _kept(make: Callable[..., Tensor], device: torch.device, *told: Any) -> Tensor:
+    """``make(*told)`` on the device, made and sent once, not at each call of a network."""
+    return _sent(torch.is_inference_mode_enabled(), make, device, *told)
+
+
+@lru_cache(maxsize=1024)
+def _sent(inference: bool, make: Callable[..., Tensor], device: torch.device, *told: Any) -> Tensor:
+    # Those of inference mode are of no use outside of it.
+    return tensors.send(make(*told), device)
 
 
 def first(result: tuple[Any, ...]) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -242,6 +242,10 @@ class ModelScheduler(Scheduler):
             )
         start = self._inner.start(noise_schedule, steps, kept, shape)
         return None if start is None else replace(start, grid="model")
+
+    @property
+    def on_cpu(self) -> Collection[str]:  # type: ignore[override]
+        return self._inner.on_cpu
 
     def init(self, field: Field, x: Tensor, t: Tensor) -> State:
         return self._inner.init(field, x, t)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -74,6 +75,7 @@ NOT_TRACED: dict[str, str] = {
 """Why the others of diffusers' schedulers are none of ours."""
 Scale: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 """alpha and sigma at times: a path's or a field's."""
+_BETAS: WeakKeyDictionary[Field, dict[int, bytes]] = WeakKeyDictionary()
 REFERENCE, REFERENCE_SHAPE = 20, (4, 64, 64)
 """Steps of the run that says how much a scheduler remembers at most, and the shape of its latents."""
 
@@ -89,6 +91,7 @@ class Traced(Scheduler):
     """
 
     contract = 2
+    on_cpu = ("at",)
     fingerprinted = ("path", "revision")
     diffusers_class: ClassVar[str]
 
@@ -149,27 +152,34 @@ class Traced(Scheduler):
         raise ValueError(f"{self.diffusers_class} has a grid of its own: its rows begin as `start` says")
 
     def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:
-        dtype, (alpha, sigma) = x.dtype, field.scale(t)
-        memory = list(state["memory"].unbind(1)) if self.memory else []
-        at = state["at"].tolist()
-        betas = self._betas(field.scale)
-        runs = [(self._table(betas, steps, begin, x.shape[1:]), group) for steps, begin, group in at]
-        for k in range(max(table.calls[group + 1] - table.calls[group] for table, group in runs)):
-            weights = torch.stack([table.call(group, k, self.memory) for table, group in runs])
-            noise = field.noise(t, s) if bool(weights[:, :, 2].any()) else None
-            output = _output(self.prediction, x, field.clean(x, t), alpha, sigma)
-            moved, to_limit, *kept = weights.to(x.device).unbind(1)
+        dtype, memory = x.dtype, list(state["memory"].unbind(1)) if self.memory else []
+        betas = self._betas_of(field)
+        runs = [(self._table(betas, steps, begin, x.shape[1:]), group) for steps, begin, group in state["at"].tolist()]
+        calls = range(max(table.calls[group + 1] - table.calls[group] for table, group in runs))
+        near = [torch.stack([table.call(group, k, self.memory) for table, group in runs]) for k in calls]
+        for weights, there in zip(near, field.send(*near)):
+            count = weights.any(0).tolist()  # which vectors have a weight, for any row, in each sum
+            noise = field.noise(t, s) if any(row[2] for row in count) else None
+            output = _output(self.prediction, x, field.clean(x, t), *field.scale(t))
             vectors = [x, output, noise, None, *memory]
+            moved, to_limit, *kept = zip(there.unbind(1), count)
             if limit := runs[0][0].limit:
-                vectors[3] = limit(_sum(to_limit, vectors))
-            x, *memory = (_sum(row, vectors) for row in (moved, *kept))
-        after = {"at": state["at"] + torch.tensor([0, 0, 1], device=state["at"].device)}
+                vectors[3] = limit(_sum(*to_limit, vectors))
+            x, *memory = (_sum(*row, vectors) for row in (moved, *kept))
+        after = {"at": state["at"] + torch.tensor([0, 0, 1])}
         if self.memory:
             after["memory"] = torch.stack(memory, 1).to(dtype)
         return x.to(dtype), after
 
     def _betas(self, scale: Scale) -> bytes:
         return _betas(scale, self.steps) if self.steps else b""
+
+    def _betas_of(self, field: Field) -> bytes:
+        """Those of a field's noise schedule, which no step changes."""
+        known = _BETAS.setdefault(field, {})
+        if self.steps not in known:
+            known[self.steps] = self._betas(field.numbers)
+        return known[self.steps]
 
     def _table(self, betas: bytes, steps: int, begin: int, shape: Sequence[int]) -> Table:
         told = grid_arguments(self.diffusers_class, self.settings, steps, tuple(shape))
@@ -208,11 +218,11 @@ def _output(prediction: str, x: Tensor, clean: Tensor, alpha: Tensor, sigma: Ten
     return alpha * noise - sigma * clean if prediction == "v" else noise - clean
 
 
-def _sum(weights: Tensor, vectors: Sequence[Any]) -> Tensor:
-    """Of ``weights[B, V]`` and V latents ``[B, ...]``, or None for one without weight. One after another, so that a row's bits don't hang on its company."""
+def _sum(weights: Tensor, count: Sequence[bool], vectors: Sequence[Any]) -> Tensor:
+    """Of ``weights[B, V]`` and V latents ``[B, ...]``, or None, of those that ``count``. One after another, so that a row's bits don't hang on its company."""
     total = torch.zeros_like(vectors[0], dtype=torch.float64)
-    for weight, vector in zip(weights.unbind(1), vectors):
-        if vector is not None and bool(weight.any()):
+    for weight, counts, vector in zip(weights.unbind(1), count, vectors):
+        if vector is not None and counts:
             total = total + weight.reshape(-1, *(1 for _ in vector.shape[1:])) * vector
     return total
 
