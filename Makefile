@@ -30,7 +30,7 @@ docs: $(INSTALLED)
 	$(BIN)/python docs/schedulers.py
 	$(BIN)/python plugins/diffusers/tests/test_pipeline.py
 	$(BIN)/python plugins/diffusers/tests/test_traced.py
-	WRITE_DOCS=1 FAULTS=all $(BIN)/python -m pytest -q tests/faults/test_table.py
+	WRITE_DOCS=1 FAULTS=all $(BIN)/python -m pytest -q tests/faults -k fault_of
 
 bench: $(INSTALLED)
 	@for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

@@ -11,10 +11,10 @@ FAILPOINTS = str(Path(__file__).parent / "faults" / "actions")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [FAILPOINTS, os.environ.get("PYTHONPATH")]))
 
 SLOW = (
-    "test_pipeline", "test_wrong_worker", "test_table", "test_multistep_settings", "test_tiers", "test_scheduler_settings", "test_soak",
-    "test_drivers", "test_run", "test_pool", "test_parity", "test_traced", "test_original", "test_traced_jobs", "test_long_prompts",
-    "test_folder", "test_wheel", "test_cluster", "test_simulate", "test_mixed_rows", "test_telling", "test_command_line",
-    "test_suites", "test_blame",
+    "test_pipeline", "test_run", "test_multistep_settings", "test_worker_faults", "test_tiers", "test_scheduler_settings", "test_soak",
+    "test_driver_faults", "test_store_faults", "test_cluster", "test_parity", "test_traced", "test_original", "test_traced_jobs",
+    "test_wheel", "test_long_prompts", "test_folder", "test_pool", "test_wrong_worker", "test_drivers", "test_simulate",
+    "test_mixed_rows", "test_telling", "test_command_line", "test_suites", "test_blame",
 )  # fmt: skip
 """Files that take longest, the longest first. Two processes share the files: one of these last would leave one idle for minutes."""
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import ray
 import torch
-from ray.cluster_utils import Cluster
+from tests import ray_forks
 
 import latentmill
 from latentmill.driver.decide import decide
@@ -96,7 +96,7 @@ def cluster():
         pytest.MonkeyPatch.context() as environment
     ):  # for the stages below: the working directory is on no worker's path
         environment.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-        there = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 2})
+        there = ray_forks.cluster(num_cpus=2, num_gpus=2)
     try:
         connect(there.address)
         yield there

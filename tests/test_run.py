@@ -13,7 +13,9 @@ from pathlib import Path
 import datasets
 import pyarrow.parquet as pq
 import pytest
+import ray
 from PIL import Image
+from tests import ray_forks
 
 import latentmill
 from latentmill import parts, storage
@@ -58,13 +60,22 @@ def whole(output):
     assert (Path(output) / "_SUCCESS").exists()
 
 
-def test_inline_one_worker_and_three_give_the_same_bytes(tmp_path, prompts):
+@pytest.fixture(scope="module")
+def cluster():
+    """Settings of a job that runs on a Ray cluster of two cores."""
+    there = ray_forks.cluster(num_cpus=2)
+    yield ["cluster=ray", f"cluster.address={there.address}"]
+    ray.shutdown()
+    there.shutdown()
+
+
+def test_inline_one_worker_and_three_give_the_same_bytes(tmp_path, prompts, cluster):
     outputs = {}
     for name, settings in {
         "inline": ["cluster=inline"],
-        "one": ["cluster=local"],
+        "one": cluster,
         "three": [
-            "cluster=local",
+            *cluster,
             "stages.denoise.replicas=3",
             "stages.denoise.num_cpus=0.2",
             "stages.decode.replicas=2",
@@ -85,7 +96,8 @@ def test_without_deterministic_the_rows_and_seeds_are_the_same(tmp_path, prompts
     assert len(set(a.column("seed").to_pylist())) == len(a)
 
 
-def test_a_driver_that_is_killed_leaves_a_dataset_that_goes_on(tmp_path, prompts):
+def test_a_driver_that_is_killed_leaves_a_dataset_that_goes_on(tmp_path, prompts, cluster):
+    """With the Ray cluster that it has started; on another it goes on."""
     settings = [*SMALL, prompts, "deterministic=true", "rows_per_shard=2"]
     latentmill.run("txt2img", [*settings, "cluster=inline", f"output={tmp_path / 'undisturbed'}"])
     output = tmp_path / "killed"
@@ -100,7 +112,7 @@ def test_a_driver_that_is_killed_leaves_a_dataset_that_goes_on(tmp_path, prompts
         assert not (output / "_SUCCESS").exists()
         before, done = len(list(output.glob("data/*"))), status(str(output))["shards_done"]
         assert before <= done <= len(list(output.glob("data/*")))  # a worker may outlive the driver for a moment
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    latentmill.run("txt2img", [*settings, *cluster, f"output={output}"])
     whole(output)
     assert files(output) == files(tmp_path / "undisturbed")
 
@@ -232,9 +244,9 @@ def test_the_view_counts_rows_of_earlier_runs_without_looking_at_each_shard(tmp_
         assert view(state, plan, 0.0).finished == sum(len(plan.shard_rows(shard)) for shard in done)
 
 
-def test_a_job_on_an_s3_server_is_the_job_on_a_disk(tmp_path, prompts, bucket, capsys):
+def test_a_job_on_an_s3_server_is_the_job_on_a_disk(tmp_path, prompts, bucket, capsys, cluster):
     """Over HTTP, from the workers of a Ray cluster, where an earlier run did one of the shards."""
-    settings = [*SMALL, prompts, "deterministic=true"]
+    settings = [*SMALL, prompts, "deterministic=true", *cluster]
     latentmill.run("txt2img", [*settings, "cluster=inline", f"output={tmp_path / 'out'}"])
     store = storage.at(f"{bucket}/some/out")
     for name in ("plan.json", "data/00001.parquet"):  # as if a run that did one shard had been killed

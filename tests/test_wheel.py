@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -36,9 +35,10 @@ def wheels(tmp_path_factory):
                 shutil.copytree(path, work / package / name, ignore=NO_SOURCE)
             else:
                 shutil.copy(path, work / package / name)
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(work / "dist")]
+    build = f"from setuptools.build_meta import build_wheel; build_wheel({str(work / 'dist')!r})"
+    (work / "dist").mkdir()
     for package in SOURCES:
-        subprocess.run([*build, str(work / package)], check=True, capture_output=True)
+        subprocess.run([sys.executable, "-c", build], cwd=work / package, check=True, capture_output=True)
     return {package: next((work / "dist").glob(f"{package}-*.whl")) for package in SOURCES}
 
 
@@ -48,10 +48,12 @@ def installed(wheels, tmp_path_factory):
     work = tmp_path_factory.mktemp("installed")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(work / "venv")], check=True)
     (work / "lent").mkdir()
-    for scheme in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
-        for path in Path(scheme).iterdir():
-            if "latentmill" not in path.name and path.suffix != ".pth":
-                (work / "lent" / path.name).symlink_to(path)
+    for path in (
+        path for folder in sys.path if Path(folder).name == "site-packages" for path in Path(folder).iterdir()
+    ):
+        lent = work / "lent" / path.name
+        if "latentmill" not in path.name and path.suffix != ".pth" and not lent.exists():
+            lent.symlink_to(path)
     site = next((work / "venv").glob("lib/python*/site-packages"))
     (site / "lent.pth").write_text(f"{work / 'lent'}\n")
     chosen = [str(wheel) for package, wheel in wheels.items() if package != "latentmill_diffusers"]

@@ -1,4 +1,4 @@
-"""A process with torch and latentmill imported, that forks one for each run: a run in a process of its own, in no time.
+"""A process with torch and latentmill imported that forks one for each run: a run in a process of its own, in no time.
 
 And the job that the tests of faults run, and what they compare.
 """
@@ -18,13 +18,20 @@ import ctypes, json, os, signal, sys
 import latentmill.cli, latentmill.workers.inline, latentmill.sinks.parquet, latentmill_shapes.plugin
 import latentmill.runner, latentmill.report, latentmill.verify, latentmill.sources.prompts, latentmill.stages.denoise, latentmill.stages.decode
 import latentmill.stages.read, latentmill.stages.write, latentmill.schedulers.dpmpp, latentmill.conf, latentmill.jobs, pandas  # by Arrow
+import PIL.Image
 
+PIL.Image.init()
+latentmill.config.load_job("txt2img", ["output=nowhere"])  # lists plugins, and what else is looked up once
+main = latentmill.cli.main
+exec(sys.argv[1])
 for line in sys.stdin:
     asked = json.loads(line)
+    if isinstance(asked, int):
+        print(os.waitstatus_to_exitcode(os.waitpid(asked, 0)[1]), flush=True)
+        continue
     child = os.fork()
     if child:
         print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
         continue
     os.environ.update(asked["environment"])
     log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -37,43 +44,44 @@ for line in sys.stdin:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
     signal.alarm(120)  # whatever hangs ends
     try:
-        code = latentmill.cli.main(asked["arguments"])
+        code = main(asked["arguments"])
     except BaseException:
         import traceback
         traceback.print_exc()
         code = 99
     sys.stdout.flush(), sys.stderr.flush()
-    os._exit(code)
+    os._exit(code or 0)
 """
 
 
 class Forks:
     """``begin`` starts ``latentmill ARGUMENTS`` and returns its process number; ``end`` waits, and returns the exit code.
 
-    ``obeys``: permissions are for it, too, though it be root.
+    ``obeys``: permissions are for it, too, though it be root. ``prepare`` is code that may say otherwise what ``main`` is.
     """
 
-    def __init__(self):
+    def __init__(self, prepare=""):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.server = subprocess.Popen([sys.executable, "-c", SERVER], **pipes, text=True, env=environment)
+        self.server = subprocess.Popen([sys.executable, "-c", SERVER, prepare], **pipes, text=True, env=environment)
 
     def begin(self, arguments, log, obeys=False, **environment):
-        asked = {"arguments": arguments, "log": str(log), "obeys": obeys, "environment": environment}
-        self.server.stdin.write(json.dumps(asked) + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
+        return self._ask({"arguments": arguments, "log": str(log), "obeys": obeys, "environment": environment})
 
-    def end(self):
-        return int(self.server.stdout.readline())
+    def end(self, process):
+        return self._ask(process)
 
     def run(self, *arguments, **settings):
-        self.begin(*arguments, **settings)
-        return self.end()
+        return self.end(self.begin(*arguments, **settings))
 
     def close(self):
         self.server.stdin.close()
         self.server.wait()
+
+    def _ask(self, asked):
+        self.server.stdin.write(json.dumps(asked) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
 
 
 def command(settings, output):

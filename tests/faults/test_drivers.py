@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+from tests.faults.forks import Forks, shards
 
-import latentmill
 from latentmill import storage
 from latentmill.verify import verify
 
@@ -20,17 +19,64 @@ PROMPTS = [
     for colour in ("red", "blue", "green", "black")
 ]
 DRIVER = """
-import sys
-import latentmill
 from latentmill.driver import leases
+
 leases.BEAT_EVERY, leases.MAX_SILENCE = 0.2, 2.0
-result = latentmill.run("txt2img", sys.argv[1:])
-print(result.ok, result.failed, flush=True)
+
+
+def main(arguments):
+    result = latentmill.run("txt2img", arguments)
+    print(result.ok, result.failed, flush=True)
 """
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory):
+def forks():
+    server = Forks(DRIVER)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def start(forks, job, tmp_path):
+    """``start(*settings)``: a driver of the job, writing to ``out``."""
+    begun = []
+
+    def start(*settings, **environment):
+        begun.append(Driver(forks, [*job[0], *settings, f"output={tmp_path / 'out'}"], tmp_path, environment))
+        return begun[-1]
+
+    yield start
+    for driver in begun:
+        driver.kill()
+
+
+class Driver:
+    """A process; ``end`` waits for it, and returns its exit code and the last line that it wrote."""
+
+    def __init__(self, forks, arguments, folder, environment):
+        self.forks, self.code = forks, None
+        self.log = folder / f"log-{len(list(folder.glob('log-*')))}"
+        self.process = forks.begin(arguments, self.log, **environment)
+
+    def runs(self):
+        return psutil.Process(self.process).status() != psutil.STATUS_ZOMBIE
+
+    def signal(self, number):
+        os.kill(self.process, number)
+
+    def end(self):
+        self.code = self.forks.end(self.process)
+        return self.code, self.log.read_text().splitlines()[-1:]
+
+    def kill(self):
+        if self.code is None:
+            self.signal(signal.SIGKILL)
+            self.end()
+
+
+@pytest.fixture(scope="module")
+def job(forks, tmp_path_factory):
     """A job of 24 rows in 12 shards, and the files that it makes when nobody disturbs it."""
     folder = tmp_path_factory.mktemp("alone")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
@@ -39,75 +85,54 @@ def job(tmp_path_factory):
         "deterministic=true", "stages.read.batch_size=2", "stages.encode.batch_size=2", "stages.denoise.batch_size=2",
         "stages.decode.batch_size=2", "stages.write.batch_size=2",
     ]  # fmt: skip
-    latentmill.run("txt2img", [*settings, f"output={folder / 'out'}"])
+    assert forks.run([*settings, f"output={folder / 'out'}"], folder / "log") == 0, (folder / "log").read_text()
     return settings, shards(folder / "out")
 
 
-def shards(output):
-    return {path.name: path.read_bytes() for path in Path(output, "data").iterdir()}
-
-
-def start(settings, output, **environment):
-    return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, *settings, f"output={output}"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
-    )  # fmt: skip
-
-
-def wait_for(there, process=None, seconds=120):
+def wait_for(there, driver, seconds=120):
     end = time.monotonic() + seconds
     while not there():
-        assert time.monotonic() < end and (process is None or process.poll() is None)
+        assert time.monotonic() < end and driver.runs(), driver.log.read_text()
         time.sleep(0.01)
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_drivers_at_the_same_time_share_the_shards(count, job, tmp_path):
-    settings, alone = job
+def test_drivers_at_the_same_time_share_the_shards(count, start, job, tmp_path):
     output = tmp_path / "out"
-    drivers = [start(settings, output) for _ in range(count)]
-    said = [driver.communicate(timeout=300) for driver in drivers]
-    assert [driver.returncode for driver in drivers] == [0] * count, said
-    assert [out for out, _ in said] == ["24 0\n"] * count
-    assert shards(output) == alone and (output / "_SUCCESS").exists()
+    drivers = [start() for _ in range(count)]
+    assert [driver.end() for driver in drivers] == [(0, ["24 0"])] * count
+    assert shards(output) == job[1] and (output / "_SUCCESS").exists()
     assert storage.at(str(output)).names("leases") == [] and storage.at(str(output)).names(".tmp") == []
 
 
-def test_a_driver_that_was_stopped_robbed_and_woken_does_no_harm(job, tmp_path):
+def test_a_driver_that_was_stopped_robbed_and_woken_does_no_harm(start, job, tmp_path):
     """SIGSTOP at the moment before a shard gets its name: another takes its leases, does all; then it goes on."""
-    settings, alone = job
     output, folder = tmp_path / "out", tmp_path / "fail"
     folder.mkdir()
-    first = start(settings, output, LATENTMILL_FAILPOINT=f"data synced:pause:{folder}")
+    first = start(LATENTMILL_FAILPOINT=f"data synced:pause:{folder}")
     wait_for((folder / "data synced").exists, first)
-    first.send_signal(signal.SIGSTOP)
+    first.signal(signal.SIGSTOP)
     held = [name for name in storage.at(str(output)).names("leases") if name.isdecimal()]
     assert held and shards_done(output) == 0
-    second = start(settings, output)
-    out, err = second.communicate(timeout=300)
-    assert (second.returncode, out) == (0, "24 0\n"), err
-    assert shards(output) == alone and (output / "_SUCCESS").exists()
+    assert start().end() == (0, ["24 0"])
+    assert shards(output) == job[1] and (output / "_SUCCESS").exists()
     (folder / "go").touch()
-    first.send_signal(signal.SIGCONT)
-    out, err = first.communicate(timeout=300)
-    assert (first.returncode, out) == (0, "24 0\n"), err
-    assert shards(output) == alone and verify(storage.at(str(output))).sound
+    first.signal(signal.SIGCONT)
+    assert first.end() == (0, ["24 0"])
+    assert shards(output) == job[1] and verify(storage.at(str(output))).sound
     assert json.loads((output / "plan.json").read_text())["rows"] == 24
 
 
-def test_a_driver_that_is_killed_is_not_waited_for_by_another_that_runs(job, tmp_path):
+def test_a_driver_that_is_killed_is_not_waited_for_by_another_that_runs(start, tmp_path):
     """96 rows, more than one driver takes at a time."""
-    settings = [*job[0], "samples_per_row=8", "sampling.steps=2"]
-    output, folder = tmp_path / "out", tmp_path / "fail"
+    output, folder, more = tmp_path / "out", tmp_path / "fail", ("samples_per_row=8", "sampling.steps=2")
     folder.mkdir()
-    first = start(settings, output, LATENTMILL_FAILPOINT=f"published:pause:{folder}")
+    first = start(*more, LATENTMILL_FAILPOINT=f"published:pause:{folder}")
     wait_for((folder / "published").exists, first)
-    second = start(settings, output)
+    second = start(*more)
     wait_for(lambda: shards_done(output) > 2, second)  # while the first is paused, and alive
     first.kill()
-    first.communicate()
-    out, err = second.communicate(timeout=300)
-    assert (second.returncode, out) == (0, "96 0\n"), err
+    assert second.end() == (0, ["96 0"])
     verdict = verify(storage.at(str(output)))
     assert verdict.sound and verdict.ok == 96
 

@@ -12,8 +12,8 @@ import time
 import psutil
 import pytest
 import ray
-from ray.cluster_utils import Cluster
-from tests.faults.forks import PROMPTS, Forks, command, shards
+from tests import ray_forks
+from tests.faults.forks import PROMPTS, command, shards
 
 import latentmill
 from latentmill import storage
@@ -22,13 +22,6 @@ from latentmill.workers.cluster import connect
 
 RUNS = int(os.environ.get("RUNS", 3))
 KILLS = 3
-
-
-@pytest.fixture(scope="module")
-def forks():
-    server = Forks()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +52,7 @@ def test_a_driver_killed_three_times(seed, job, forks, tmp_path):
         process = forks.begin(command(settings, tmp_path / "out"), tmp_path / "log")
         timer = threading.Timer(dice.uniform(0, seconds / 5), lambda process=process: os.kill(process, signal.SIGKILL))
         timer.start()
-        code = forks.end()
+        code = forks.end(process)
         timer.cancel()
         assert code == -signal.SIGKILL, (tmp_path / "log").read_text()
         assert shards(tmp_path / "out").items() <= alone.items()
@@ -69,7 +62,7 @@ def test_a_driver_killed_three_times(seed, job, forks, tmp_path):
 
 @pytest.fixture(scope="module")
 def cluster():
-    there = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    there = ray_forks.cluster(num_cpus=2)
     try:
         connect(there.address)
         yield there
@@ -81,11 +74,11 @@ def cluster():
 @pytest.mark.parametrize("seed", range(max(1, RUNS // 3)))
 def test_workers_killed_three_times(seed, job, cluster, tmp_path):
     """Whichever worker it hits, as soon as there are some; the run goes on by itself."""
-    settings, alone, _ = job
+    settings, alone, seconds = job
     dice, victims, ended = random.Random(seed), [], threading.Event()
 
     def hunt():
-        while len(victims) < KILLS and not ended.wait(dice.uniform(0.2, 2)):
+        while len(victims) < KILLS and not ended.wait(dice.uniform(0, seconds / 6)):
             workers = [
                 process
                 for process in psutil.Process().children(recursive=True)

@@ -1,19 +1,19 @@
-"""On a real cluster of two nodes, one of which is not what the plan says: no row of its making is in the dataset."""
+"""On a real cluster of nodes of which one is not what the plan says: no row of its making is in the dataset."""
 
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 from PIL import Image
-from ray.cluster_utils import Cluster
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tests import ray_forks
 
 import latentmill_shapes
+from latentmill.cli import main
 
 PROMPTS = ["a red circle", "a blue square", "a green triangle", "a yellow star"]
 
@@ -72,60 +72,72 @@ def keen(folder, shift):
     return {"KEEN_WEIGHTS": str(folder / "keen.safetensors"), "PYTHONPATH": str(folder.parent / "site")}
 
 
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """The address of a head that is what its driver is, and of a node for each case that isn't: decode has a place on both."""
+    folder = tmp_path_factory.mktemp("installed")
+    (folder / "site").mkdir()
+    (folder / "site" / "keen_vae.py").write_text(KEEN)
+    install(folder / "site", "keen", "1.0", ["[latentmill.vaes]", "keen = keen_vae:Keen"])
+    cases = {
+        "another version": shapes(folder / "old", "0.0.9"),
+        "other weights": shapes(folder / "changed", "0.1.0", 0.05),
+        "other weights under the same fingerprint": keen(folder / "wrong", 0.5),
+    }
+    with pytest.MonkeyPatch.context() as here:
+        for name, value in keen(folder / "right", 0.0).items():
+            here.setenv(name, value)
+        here.syspath_prepend(folder / "site")
+        there = ray_forks.cluster(num_cpus=3, resources=dict.fromkeys(cases, 1))
+        try:
+            for case, environment in cases.items():
+                there.add_node(num_cpus=0, resources={case: 1}, env_vars=environment, **ray_forks.forked())
+            yield there.address
+        finally:
+            ray.shutdown()
+            there.shutdown()
+
+
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    """``run(right, wrong, JOB, *settings)``: a job with a decode worker on each of two nodes of such environments."""
-    clusters = []
+def refused(cluster, tmp_path, capsys):
+    """``refused(CASE, words, JOB, *settings)``: a job with a decode worker on the node of the case ends with that, and no row."""
 
-    def run(right, wrong, name, *settings):
-        monkeypatch.setenv("PYTHONPATH", right.get("PYTHONPATH", ""))
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-        clusters.append(cluster)
-        for environment in (right, wrong):
-            cluster.add_node(num_cpus=3, resources={"place": 1}, env_vars=environment)
+    def refused(case, words, name, *settings):
+        output = tmp_path / "out"
         told = [
-            f"output={tmp_path / 'out'}", "cluster=ray", f"cluster.address={cluster.address}", "rows_per_shard=1", *settings,
-            "stages.decode.replicas=2", "stages.decode.batch_size=1", "+stages.decode.resources.place=1",
+            f"output={output}", "cluster=ray", f"cluster.address={cluster}", "rows_per_shard=1", *settings,
+            "stages.decode.replicas=2", "stages.decode.batch_size=1", "stages.decode.num_cpus=0",
+            f"+stages.decode.resources={{{case}: 1}}",
         ]  # fmt: skip
-        command = [sys.executable, "-m", "latentmill.cli", "run", name, *told]
-        return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+        assert main(["run", name, *told]) == 1
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert "stage decode: a worker is not what the plan says: node " + socket.gethostname() in said, said
+        assert all(word in said for word in words), said
+        assert not (output / "_SUCCESS").exists() and not list(output.glob("errors/*"))
 
-    yield run
-    for cluster in clusters:
-        cluster.shutdown()
-
-
-def refused(done, output, *words):
-    said = done.stderr.splitlines()[-1]
-    assert done.returncode == 1, done.stderr
-    assert "a worker is not what the plan says: node " + socket.gethostname() in said, said
-    assert all(word in said for word in words), said
-    assert not (output / "_SUCCESS").exists() and not list(output.glob("errors/*"))
+    return refused
 
 
-@pytest.mark.parametrize("kind", ["another version", "other weights"])
-def test_a_node_with_another_plugin_makes_no_row(kind, run, tmp_path):
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        (
+            "another version",
+            "shapes of latentmill-shapes 0.0.9, and the plan of latentmill-shapes 0.1.0. Install the same version on every node",
+        ),
+        ("other weights", "other weights or files for vae shapes: its fingerprint is "),
+    ],
+    ids=["another version", "other weights"],
+)
+def test_a_node_with_another_plugin_makes_no_row(case, words, refused, tmp_path):
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
-    change = ("0.0.9", 0.0) if kind == "another version" else ("0.1.0", 0.05)
-    told = [f"source.path={tmp_path / 'p.txt'}", "samples_per_row=1", "sampling.steps=2"]
-    done = run({}, shapes(tmp_path / "wrong", *change), "txt2img", *told)
-    words = [
-        "shapes of latentmill-shapes 0.0.9, and the plan of latentmill-shapes 0.1.0. Install the same version on every node"
-    ]
-    refused(
-        done,
-        tmp_path / "out",
-        *(words if kind == "another version" else ["other weights or files for vae shapes: its fingerprint is "]),
-    )
+    refused(case, [words], "txt2img", f"source.path={tmp_path / 'p.txt'}", "samples_per_row=1", "sampling.steps=2")
 
 
-def test_a_node_with_other_weights_under_the_same_fingerprint_makes_no_row(run, tmp_path):
-    for folder in ("site", "pictures"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "site" / "keen_vae.py").write_text(KEEN)
-    install(tmp_path / "site", "keen", "1.0", ["[latentmill.vaes]", "keen = keen_vae:Keen"])
+def test_a_node_with_other_weights_under_the_same_fingerprint_makes_no_row(refused, tmp_path):
+    (tmp_path / "pictures").mkdir()
     for number in range(4):
         Image.new("RGB", (4, 4), (60 * number, 30, 20)).save(tmp_path / "pictures" / f"{number}.png")
-    right, wrong = keen(tmp_path / "right", 0.0), keen(tmp_path / "wrong", 0.5)
-    done = run(right, wrong, "reconstruct", f"source.path={tmp_path / 'pictures'}", "vae.name=keen")
-    refused(done, tmp_path / "out", "vae keen reads keen.safetensors", "--fork")
+    words = ["vae keen reads keen.safetensors", "--fork"]
+    case = "other weights under the same fingerprint"
+    refused(case, words, "reconstruct", f"source.path={tmp_path / 'pictures'}", "vae.name=keen")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray.cluster_utils import Cluster
+from tests import ray_forks
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 COMMAND = Path(sys.executable).with_name("latentmill")
@@ -44,7 +44,7 @@ def head():
         for name in [name for name in os.environ if name.startswith(("RAY_", "AWS_"))]:
             environment.delenv(name)
         environment.setenv("RAY_AUTH_MODE", "disabled")
-        there = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+        there = ray_forks.cluster(num_cpus=2)
     yield there.address
     ray.shutdown()
     there.shutdown()

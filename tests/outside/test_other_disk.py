@@ -8,7 +8,7 @@ import time
 import pytest
 import ray
 from PIL import Image
-from ray.cluster_utils import Cluster
+from tests import ray_forks
 
 JOB = """
 defaults: [job, vae: patches, source: images, sink: parquet, _self_]
@@ -29,7 +29,7 @@ exec {python} -c 'from ray.scripts.scripts import main; main()' start --block --
 def cluster(tmp_path):
     """A cluster of two nodes; in the place of the folder ``disk`` the second has a disk of its own."""
     (tmp_path / "disk").mkdir()
-    there = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    there = ray_forks.cluster(num_cpus=2)
     script = NODE.format(hidden=tmp_path / "disk", python=sys.executable, address=there.address)
     other = subprocess.Popen(["unshare", "--mount", "sh", "-ec", script], stdout=subprocess.DEVNULL)
     try:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from latentmill import weights
+from latentmill import digests, weights
 
 PLUGINS = '''
 import os
@@ -214,18 +214,19 @@ def test_a_byte_in_the_middle_of_large_weights_is_another_plan(latentmill, keen,
     assert fingerprint == hashlib.sha256(keen.read_bytes()).hexdigest()[:16]
 
 
-def test_a_file_is_hashed_once_and_again_when_it_changes_in_silence(latentmill, tmp_path):
+def test_a_file_is_hashed_once_and_again_when_it_changes_in_silence(latentmill, tmp_path, monkeypatch):
     """Its size and times are put back, as a copy in place would: the time of the change can't be."""
     path = tmp_path / "big.txt"
     path.write_bytes(b"a" * 5000)
-    time.sleep(2.1)  # files are remembered that have been left alone for so long
+    monkeypatch.setattr(digests, "SETTLED", 0.2)
+    time.sleep(0.2)  # files are remembered that have been left alone for so long
     found = [
         plan(latentmill, "txt2img", f"source.path={tmp_path / name}", f"output={tmp_path / 'out'}")["fragments"]
         for name in ("big.txt", "*.txt", "")
     ]
     (tmp_path / "below").mkdir()
     os.link(path, tmp_path / "below" / "big.txt")
-    time.sleep(2.1)
+    time.sleep(0.2)
     told = ("txt2img", f"source.path={tmp_path / '*' / 'big.txt'}", f"output={tmp_path / 'out'}")
     assert found[0] == found[1] == found[2] != plan(latentmill, *told)["fragments"]
     first = weights.digest(path)
@@ -381,15 +382,8 @@ def test_a_scheduler_that_only_a_row_names_stays_the_same(latentmill, tmp_path, 
     )
     monkeypatch.syspath_prepend(site)
     (tmp_path / "p.csv").write_text("prompt,scheduler\na red circle,mine\na blue square,mine\na red star,oh no\n")
-    told = (
-        "run",
-        "txt2img",
-        "cluster=inline",
-        f"source.path={tmp_path / 'p.csv'}",
-        f"output={output}",
-        "samples_per_row=1",
-    )
-    told += ("rows_per_shard=1", "sampling.steps=1")
+    told = ("run", "txt2img", "cluster=inline", f"source.path={tmp_path / 'p.csv'}", f"output={output}")
+    told += ("samples_per_row=1", "rows_per_shard=1", "sampling.steps=1")
     assert latentmill(*told) == 0, latentmill.err
     assert len(failed(output)) == 1 and (output / "weights" / "scheduler-mine.json").exists()
     (output / "data" / "00001.parquet").unlink()
