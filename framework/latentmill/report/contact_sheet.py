@@ -50,7 +50,7 @@ def make(dataset: Material) -> None:
     content = io.BytesIO()
     about = PngImagePlugin.PngInfo()
     about.add_text("Comment", MARK)
-    sheet.save(content, "PNG", optimize=True, pnginfo=about)
+    sheet.save(content, "PNG", pnginfo=about)
     put(dataset.store, "contact_sheet.png", content.getvalue())
 
 
