@@ -97,13 +97,15 @@ def test_without_deterministic_the_rows_and_seeds_are_the_same(tmp_path, prompts
 
 
 def test_a_driver_that_is_killed_leaves_a_dataset_that_goes_on(tmp_path, prompts, cluster):
-    """With the Ray cluster that it has started; on another it goes on."""
+    """First with the Ray cluster that it has started, then alone."""
     settings = [*SMALL, prompts, "deterministic=true", "rows_per_shard=2"]
     latentmill.run("txt2img", [*settings, "cluster=inline", f"output={tmp_path / 'undisturbed'}"])
     output = tmp_path / "killed"
     command = [sys.executable, "-m", "latentmill.cli", "run", "txt2img", *settings, f"output={output}"]
-    for enough in (1, 4):
-        driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    for enough, place in ((1, ["cluster=local"]), (4, cluster)):
+        driver = subprocess.Popen(
+            [*command, *place], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         while len(list(output.glob("data/*"))) < enough and driver.poll() is None:
             time.sleep(0.01)
         os.killpg(driver.pid, signal.SIGKILL)
