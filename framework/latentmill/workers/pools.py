@@ -68,8 +68,8 @@ def worker_setup(job: Job, plan: Plan, hosts: WorkerType) -> WorkerSetup:
 
 def _stage_work(job: Job, plan: Plan, declared: Declaration) -> StageWork:
     spec, settings = stage_spec(job, declared), job.stages[declared.name]
-    # In one process, and nothing to be reproduced bit by bit, torch takes all there are.
-    free = job.cluster.kind == "inline" and not job.deterministic
+    # In one process, and nothing to be reproduced bit by bit, torch takes all there are where it computes.
+    free = job.cluster.kind == "inline" and not job.deterministic and declared.position == "between"
     return StageWork(
         declared.name,
         partial(make_stage, job, plan, declared.name),
