@@ -5,12 +5,10 @@ from collections import Counter
 import pytest
 from tests.driver_world import World, state
 
-from latentmill.driver.messages import (
-    Died,
-    Dispatch,
-    Failed,
-    WorkerType,
-)
+from latentmill.driver import failures
+from latentmill.driver.apply import apply
+from latentmill.driver.decide import decide
+from latentmill.driver.messages import Died, Dispatch, Failed, Finished, Started, StartWorker, WorkerType
 
 FUSED = (WorkerType((0,), 1), WorkerType((1, 2, 3), 2), WorkerType((4,), 1))
 ALL_IN_ONE = (WorkerType((0, 1, 2, 3, 4), 1),)
@@ -55,3 +53,22 @@ def test_a_stage_that_does_well_clears_no_other_of_its_worker():
     world.carry_out = decode_fails
     assert "decode" in world.run().state.failed
     assert not world.failed()
+
+
+def test_a_worker_that_was_stopped_and_dies_is_replaced_once():
+    """Its third failure and its end are told of together."""
+    given = state(worker_types=FUSED)
+    for order in decide(given):
+        apply(given, Started(order.worker_type, order.worker))
+    stopped = next(iter(given.workers[1]))
+    failures._stop_worker(given, 2, stopped, "CUDA error")
+    apply(given, Died(1, stopped, "killed"))
+    workers = len(given.workers[1]) + sum(isinstance(o, StartWorker) for o in given.worker_orders)
+    assert workers == FUSED[1].replicas
+    assert [len(deaths) for deaths in given.deaths] == [0, 0, 1, 0, 0]
+
+
+def test_a_block_of_a_worker_that_was_given_up_is_released():
+    given = state(worker_types=FUSED)
+    apply(given, Finished(99, [("a", (1, 2))]))
+    assert given.released == [99]

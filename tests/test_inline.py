@@ -3,14 +3,16 @@
 import threading
 
 import pytest
+import torch
 
+from latentmill import weights
 from latentmill.driver.loop import drive
-from latentmill.driver.messages import StageSpec, WorkerType
+from latentmill.driver.messages import StageSpec, Started, StartWorker, WorkerType
 from latentmill.driver.state import DriverState
 from latentmill.errors import RunError, WrongWorker
 from latentmill.plugin import Stage
 from latentmill.workers.inline import InlinePool
-from latentmill.workers.worker import StageWork, WorkerSetup
+from latentmill.workers.worker import StageWork, Worker, WorkerSetup
 
 
 class Note(Stage):
@@ -69,7 +71,9 @@ def test_rows_are_read_and_written_beside_what_computes_here():
     here = threading.current_thread()
     assert {*threads[1], *threads[2]} == {here}
     assert here not in threads[0] + threads[3] and {*threads[0]}.isdisjoint(threads[3])
-    assert not any(thread.is_alive() for thread in {*threads[0], *threads[3]})
+    for thread in {*threads[0], *threads[3]}:
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def test_what_a_thread_raises_is_its_row_s():
@@ -78,6 +82,47 @@ def test_what_a_thread_raises_is_its_row_s():
         (13, "ValueError: no such picture")
     ]
     assert sorted(row for rows, _ in shards.values() for row in rows) == [row for row in range(30) if row != 13]
+
+
+def test_what_ends_a_thread_is_an_answer():
+    """A library that calls sys.exit doesn't leave the run waiting for ever."""
+    _, shards = run_inline(error=SystemExit("no"), row=13)
+    assert [(error["row"], error["reason"]) for _, errors in shards.values() for error in errors] == [
+        (13, "RuntimeError: SystemExit: no")
+    ]
+
+
+def test_torch_s_threads_are_those_of_the_stages_that_compute():
+    """Stages that read and write have one; what computes here keeps what torch had."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        pool = InlinePool([WorkerSetup((StageWork("read", lambda: Note([]), threads=1),), computes=False)])
+        pool.submit(StartWorker(0, 0))
+        assert pool.collect(0) == [Started(0, 0)] and torch.get_num_threads() == 3
+        pool.close()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_reader_takes_nothing_of_what_another_worker_reads_meanwhile(tmp_path):
+    """A model is loaded here in parts, and rows are read beside: the record of the model is whole."""
+    files = [tmp_path / "a", tmp_path / "b"]
+    for file in files:
+        file.write_text(file.name)
+    told = []
+
+    class Loads(Note):
+        def load(self, device):
+            with weights.reading("denoiser"):
+                weights.record(files[0])
+                reads.read("read", [1, 2])
+                weights.record(files[1])
+
+    reads = Worker([StageWork("read", lambda: Note(told))])
+    loads = Worker([StageWork("denoise", lambda: Loads(told))])
+    assert [name for name, _ in loads.loaded["denoiser"]] == ["a", "b"]
+    assert reads.read("read", [3])[0].read == {}
 
 
 def test_a_thread_s_worker_that_is_not_the_plan_s_ends_the_job():

@@ -13,6 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -73,63 +74,79 @@ def record(*paths: str | os.PathLike[str]) -> None:
     Workers whose files are others than those with which a dataset was begun are refused, also where a fingerprint misses it. Outside
     of a worker nothing is noted. Raises OSError if a file can't be read.
     """
-    whose, each = _records.unit()
-    if whose is None:
+    now = _readers.now()
+    if now is None:
         return
     for path, found in zip(map(Path, paths), digests(paths)):
-        unit = whose
-        if each:
+        unit = now.unit
+        if now.each:
             unit += f", file {hashlib.blake2b(f'{path.parent.name}/{path.name}'.encode(), digest_size=4).hexdigest()}"
         note(unit, path.name, found)
 
 
 def note(unit: str, name: str, content: str) -> None:
     """Add to what is told of a worker; for the framework."""
-    with _records.lock:
-        entries = _records.read.setdefault(unit, [])
+    if (now := _readers.now()) is None:
+        return
+    with _readers.lock:
+        entries = now.into.setdefault(unit, [])
         if (name, content) not in entries:
             entries.append((name, content))
             entries.sort()
 
 
 @contextmanager
-def reading(unit: str, each: bool = False) -> Iterator[None]:
-    """What is read meanwhile, by whatever thread, is the ``unit``'s; of ``each`` file by itself, where not all are read at once."""
-    here = unit, each
-    before = _records.here.__dict__.get("unit")
-    _records.here.unit = here
-    _records.units.append(here)
+def reading(unit: str, each: bool = False, into: Reading | None = None) -> Iterator[None]:
+    """What is read meanwhile is the ``unit``'s, and goes ``into`` what is told of its worker; within another, into that one's.
+
+    Of ``each`` file by itself, where not all are read at once. Several may read at a time, each in a thread of its own; what
+    another thread reads, one that a library has started, is the one's that began last.
+    """
+    before = _readers.here.__dict__.get("now")
+    if into is None:
+        into = before.into if before else {}
+    now = _Reader(unit, each, into)
+    _readers.here.now = now
+    _readers.all.append(now)
     try:
         yield
     finally:
-        _records.units.remove(here)
-        _records.here.unit = before
+        _readers.all.remove(now)
+        _readers.here.now = before
 
 
-def taken() -> Reading:
-    """What was read since this was last asked."""
-    with _records.lock:
-        found, _records.read = _records.read, {}
+def taken(reading: Reading) -> Reading:
+    """What was read into ``reading``, which is empty then."""
+    with _readers.lock:
+        found = dict(reading)
+        reading.clear()
         return found
 
 
-class _Records:
-    """What this process has read, and for whom each thread reads now."""
+@dataclass(eq=False)
+class _Reader:
+    """For whom a thread reads."""
+
+    unit: str
+    each: bool
+    into: Reading
+
+
+class _Readers:
+    """All for whom is read in this process, the last to begin last."""
 
     def __init__(self) -> None:
-        self.read: Reading = {}
-        self.units: list[tuple[str, bool]] = []
-        """All for whom is read now, the last to begin last: what a library's own thread reads is that one's."""
+        self.all: list[_Reader] = []
         self.here = threading.local()
         self.lock = threading.Lock()
 
-    def unit(self) -> tuple[str | None, bool]:
-        """For whom this thread reads, and whether each file by itself."""
-        here: tuple[str, bool] | None = self.here.__dict__.get("unit")
-        return here or next(iter(self.units[-1:]), (None, False))
+    def now(self) -> _Reader | None:
+        """For whom this thread reads."""
+        here: _Reader | None = self.here.__dict__.get("now")
+        return here or next(iter(self.all[-1:]), None)
 
 
-_records = _Records()
+_readers = _Readers()
 
 
 def _require_single(path: str | os.PathLike[str], header: bytes) -> None:

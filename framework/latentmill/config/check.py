@@ -149,6 +149,9 @@ def _wrong(job: Job) -> Iterator[str]:
         yield f"on_error must be {' or '.join(ON_ERROR)}, not {job.on_error!r}"
     if job.placement not in PLACEMENTS:
         yield f"placement must be {' or '.join(PLACEMENTS)}, not {job.placement!r}"
+    asked = {stage.accelerator_type for stage in job.stages.values() if stage.accelerator_type}
+    if job.placement == "fused" and len(asked) > 1:
+        yield f"placement=fused has one worker for stages that ask for accelerators {', '.join(sorted(asked))}"
     if job.max_bytes_in_flight is not None and not 0 < values.in_bytes(job.max_bytes_in_flight) < math.inf:
         yield f"max_bytes_in_flight must be bytes, as 8GiB, 500MB or a number, not {job.max_bytes_in_flight!r}"
     if not 0.0 <= job.max_error_rate <= 1.0:

@@ -42,7 +42,10 @@ def apply(state: DriverState, event: Event) -> DriverState:
     elif isinstance(event, TakenOut):
         state.done -= event.shards
         state.free_shards.extend(shard for shard in sorted(event.shards) if shard < state.cursor)
-    elif event.id in state.in_flight:
+    elif event.id not in state.in_flight:
+        if isinstance(event, Finished) and event.tables:  # of a worker that was given up: nobody wants its block
+            state.released.append(event.id)
+    else:
         dispatch = state.taken_back(event.id)
         if isinstance(event, Finished):
             _dispatch_finished(state, dispatch, event)

@@ -149,7 +149,7 @@ def _claims(state: DriverState) -> Iterator[Claim]:
 
 
 def _unstick(state: DriverState) -> Iterator[Dispatch]:
-    """Nothing moves though work is left: limits stand in each other's way. Let one batch past them, the furthest on."""
+    """Nothing moves though work is left: limits stand in each other's way. Let the furthest stage take what waits for it."""
     for stage in range(state.last_stage, 0, -1):
         dispatches = list(_batches(state, stage, partial=not state.fixed, room=False))
         if dispatches:

@@ -174,12 +174,15 @@ def load_failed(state: DriverState, dispatch: Dispatch, reason: str) -> None:
 
 def worker_died(state: DriverState, event: Died) -> None:
     """Replace a worker that is gone, and try again what it held, each dispatch alone."""
+    there = event.worker in state.workers[event.worker_type] or (event.worker_type, event.worker) in state.starting
     state.starting.discard((event.worker_type, event.worker))
     stages = state.worker_types[event.worker_type].stages
     if event.wrong or (event.at_start and event.worker_type not in state.loaded_types):
         names = ", ".join(state.stages[stage].name for stage in stages)
-        what = "a worker is not what the plan says:" if event.wrong else "can't start:"
-        state.failed = f"stage {names}{':' * event.wrong} {what} {event.reason}"
+        what = ": a worker is not what the plan says" if event.wrong else " can't start"
+        state.failed = f"stage {names}{what}: {event.reason}"
+        return
+    if not there:  # it was stopped a moment ago, and has been replaced
         return
     held = state.worker_gone(event.worker_type, event.worker)
     if event.with_node:

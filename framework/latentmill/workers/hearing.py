@@ -9,7 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from latentmill.text import one_line
 
@@ -66,11 +66,16 @@ class _Hook:
     def __init__(self) -> None:
         self.on: list[Hearing] = []
         self.lock = threading.Lock()
+        self.factory, self.show = logging.getLogRecordFactory(), warnings.showwarning
 
     def add(self, hearing: Hearing) -> None:
         with self.lock:
             if not self.on:
-                self.factory, self.show = logging.getLogRecordFactory(), warnings.showwarning
+                # One may be ours still: a library that kept it for a while has put it back after we had gone.
+                if logging.getLogRecordFactory() != self.record:
+                    self.factory = logging.getLogRecordFactory()
+                if warnings.showwarning != cast(Any, self.shown):
+                    self.show = warnings.showwarning
                 logging.setLogRecordFactory(self.record)
                 warnings.showwarning = self.shown  # type: ignore[assignment]
             self.on.append(hearing)

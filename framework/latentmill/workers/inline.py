@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+
+import torch
 
 from latentmill.checks import cause, told
 from latentmill.driver.messages import (
@@ -38,8 +40,8 @@ class InlinePool:
         self.tell = Telling()
         self.workers: dict[int, Worker] = {}
         self.types: dict[int, int] = {}
-        self.threads: dict[int, ThreadPoolExecutor] = {}
-        """Of each worker that is not driven by ``collect``."""
+        self.inboxes: dict[int, queue.SimpleQueue[Dispatch | None]] = {}
+        """Of each worker that has a thread of its own; None ends the thread."""
         self.orders: deque[StartWorker | Dispatch] = deque()
         self.calls: dict[int, tuple[Dispatch, Call]] = {}
         """Batches that were begun, by the numbers of their orders."""
@@ -51,10 +53,9 @@ class InlinePool:
     def submit(self, order: PoolOrder) -> None:
         if isinstance(order, StopWorker):  # what it held is given out anew
             self._forget(order.worker)
-        elif isinstance(order, Dispatch) and order.worker in self.threads:
+        elif isinstance(order, Dispatch) and order.worker in self.inboxes:
             self.beside[order.id] = order
-            blocks = self._blocks(order)
-            self.threads[order.worker].submit(self._work, self.workers[order.worker], order, blocks)
+            self.inboxes[order.worker].put(order)
         else:
             self.orders.append(order)
 
@@ -81,15 +82,24 @@ class InlinePool:
             if self.beside.pop(order.id, None) is not None:
                 events.append(self._event(order, answer))
 
-    def _work(self, worker: Worker, order: Dispatch, blocks: Sequence[Block]) -> None:
-        """In a worker's own thread."""
-        try:
-            self.answers.put((order, self._do(worker, order, blocks)))
-        except Exception as error:
-            self.answers.put((order, error))
+    def _live(self, worker: Worker, inbox: queue.SimpleQueue[Dispatch | None]) -> None:
+        """In a worker's own thread: do what it is given."""
+        while (order := inbox.get()) is not None:
+            if order.id in self.beside:  # else it was taken back
+                self._work(worker, order)
 
-    def _do(self, worker: Worker, order: Dispatch, blocks: Sequence[Block]) -> tuple[Outcome, Block] | None:
-        stage = self.stages[order.stage]
+    def _work(self, worker: Worker, order: Dispatch) -> None:
+        answer: tuple[Outcome, Block] | Exception | None
+        try:
+            answer = self._do(worker, order)
+        except Exception as error:
+            answer = error
+        except BaseException as error:  # a library that calls sys.exit: somebody waits for an answer
+            answer = RuntimeError(f"{type(error).__name__}: {error}")
+        self.answers.put((order, answer))
+
+    def _do(self, worker: Worker, order: Dispatch) -> tuple[Outcome, Block] | None:
+        stage, blocks = self.stages[order.stage], self._blocks(order)
         if order.task == "read":
             return worker.read(stage, order.rows)
         if order.task == "commit":
@@ -98,23 +108,28 @@ class InlinePool:
         return worker.batch(stage, order.addresses(), *blocks)
 
     def _begin(self, order: StartWorker | Dispatch) -> list[Event]:
-        """Here: start a worker, or let one take in a batch; what is no batch is done at once."""
+        """Start a worker, or let one that computes here take in a batch."""
         if isinstance(order, StartWorker):
             return [self._start(order)]
-        worker, blocks = self.workers[order.worker], self._blocks(order)
         try:
-            if order.task != "batch":
-                return [self._event(order, self._do(worker, order, blocks))]
-            self.calls[order.id] = order, worker.begin(self.stages[order.stage], order.addresses(), *blocks)
-            return []
+            call = self.workers[order.worker].begin(self.stages[order.stage], order.addresses(), *self._blocks(order))
         except Exception as error:
             return [self._event(order, error)]
+        self.calls[order.id] = order, call
+        return []
 
     def _start(self, order: StartWorker) -> Event:
         setup = self.setups[order.worker_type]
         try:
-            worker = Worker(setup.stages, setup.num_gpus > 0)
-            self.tell(setup.name, worker.hearing.take())
+            before = torch.get_num_threads()
+            try:
+                worker = Worker(setup.stages)
+            finally:
+                torch.set_num_threads(
+                    before
+                )  # a stage that only reads has fewer; this thread is for those that compute
+            for stage, messages in worker.heard().items():
+                self.tell(stage, messages)
             if reason := self.admit(this_node(), worker.loaded):
                 raise WrongWorker(reason)
         except WrongWorker as error:
@@ -123,7 +138,11 @@ class InlinePool:
             return Died(order.worker_type, order.worker, one_line(told(error)), at_start=True)
         self.workers[order.worker], self.types[order.worker] = worker, order.worker_type
         if not setup.computes:
-            self.threads[order.worker] = ThreadPoolExecutor(1, f"latentmill {setup.name}")
+            inbox = self.inboxes[order.worker] = queue.SimpleQueue()
+            # Such a thread doesn't keep the process: it may hang in a file that doesn't come.
+            threading.Thread(
+                target=self._live, args=(worker, inbox), name=f"latentmill {setup.name}", daemon=True
+            ).start()
         return Started(order.worker_type, order.worker)
 
     def _end(self, order: Dispatch, call: Call) -> Event:
@@ -155,16 +174,20 @@ class InlinePool:
         self.calls = {id: (order, call) for id, (order, call) in self.calls.items() if order.worker != worker}
         self.beside = {id: order for id, order in self.beside.items() if order.worker != worker}
         self.workers.pop(worker, None)
-        if thread := self.threads.pop(worker, None):
-            thread.shutdown(wait=False, cancel_futures=True)
+        if inbox := self.inboxes.pop(worker, None):
+            inbox.put(None)
 
     def release(self, block: int) -> None:
         self.blocks.pop(block, None)
 
     def close(self) -> None:
-        """End all workers. What a thread is at is finished first: a file is half written otherwise."""
-        for thread in self.threads.values():
-            thread.shutdown(cancel_futures=True)
+        """End all workers. A shard that is being written is finished first."""
+        self.beside = {id: order for id, order in self.beside.items() if order.task == "commit"}
+        while self.beside:
+            self._answered(0.5)
+        for inbox in self.inboxes.values():
+            inbox.put(None)
+        self.inboxes.clear()
         self.workers.clear()
         self.calls.clear()
         self.blocks.clear()

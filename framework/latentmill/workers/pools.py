@@ -73,6 +73,7 @@ def _stage_work(job: Job, plan: Plan, declared: Declaration) -> StageWork:
     return StageWork(
         declared.name,
         partial(make_stage, job, plan, declared.name),
+        gpu=settings.num_gpus > 0,
         calls=spec.batches_per_worker * spec.running_batches,
         threads=None if free else settings.threads,
         timeout=settings.timeout,

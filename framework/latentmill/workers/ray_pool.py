@@ -1,4 +1,4 @@
-"""A stage's workers as Ray actors, pinned to what they ask for. The driver passes references and never fetches a batch."""
+"""A job's workers as Ray actors, pinned to what they ask for. The driver passes references and never fetches a batch."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class RayPool:
         if self.group is not None and self.free[order.worker_type]:
             bundle = self.bundles[order.worker] = self.free[order.worker_type].pop()
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self.group, bundle)
-        actor = _REMOTE.options(**options).remote(os.getcwd(), store_environment(), setup.stages, setup.num_gpus > 0)
+        actor = _REMOTE.options(**options).remote(os.getcwd(), store_environment(), setup.stages)
         self.actors[order.worker] = actor
         self.starting[order.worker], self.asked[order.worker] = order, time.monotonic()
         self._await(order, actor.ready.remote())
@@ -158,7 +158,8 @@ class RayPool:
             return None
         self.asked.pop(start.worker, None)
         found: Ready = ray.get(reference)
-        self.tell(self.setups[start.worker_type].name, found.heard)
+        for stage, messages in found.heard.items():
+            self.tell(stage, messages)
         if reason := found.wrong or self.admit(found.node, found.read):
             self._bury(start.worker)
             return Died(start.worker_type, start.worker, one_line(reason), wrong=True)
@@ -228,8 +229,10 @@ class RayPool:
         for worker, when in list(self.heard.items()):
             stages = {self.stages[order.stage] for order in self.in_flight[worker].values()}
             timed = [(stage.timeout, stage.name) for stage in stages if stage.timeout is not None]
-            if timed and now - when > max(timed)[0]:
-                timeout, name = max(timed)
+            if len(timed) < len(stages):  # one of them may take as long as it likes
+                continue
+            timeout, name = max(timed)
+            if now - when > timeout:
                 self._bury(worker)
                 reason = f"it finished nothing for {timeout:g} s (stages.{name}.timeout)"
                 events.append(Died(self.types[worker], worker, reason))
@@ -271,8 +274,8 @@ class Ready:
     probe: str = ""
     """A file that the driver must see, if it is to see what the worker writes."""
     read: Reading = field(default_factory=dict)
-    heard: list[str] = field(default_factory=list)
-    """What libraries said while the stage was loaded."""
+    heard: Mapping[str, list[str]] = field(default_factory=dict)
+    """What libraries said while each stage was loaded."""
     wrong: str = ""
     """Why it can't work for this plan."""
 
@@ -285,18 +288,17 @@ class _Actor(Worker):
         folder: str,
         environment: Mapping[str, str],
         stages: Sequence[StageWork],
-        gpu: bool,
     ) -> None:
         for key, value in environment.items():
             os.environ.setdefault(key, value)  # what the node says for itself holds
         if os.path.isdir(folder):  # on a cluster that others started, workers begin elsewhere than the driver
             os.chdir(folder)
         try:
-            super().__init__(stages, gpu)
+            super().__init__(stages)
         except WrongWorker as error:  # Ray would tell of it in words alone
             self.is_ready = Ready(this_node(), wrong=str(error))
         else:
-            self.is_ready = Ready(this_node(), self.probe(), self.loaded, self.hearing.take())
+            self.is_ready = Ready(this_node(), self.probe(), self.loaded, self.heard())
 
     def ready(self) -> Ready:
         return self.is_ready

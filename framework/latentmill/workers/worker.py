@@ -38,6 +38,8 @@ class StageWork:
 
     name: str
     make: Callable[[], Stage]
+    gpu: bool = False
+    """Whether it is loaded onto the worker's GPU."""
     calls: int = 2
     """Calls that may be under way at a time: one computes, others unpack, pack or wait."""
     threads: int | None = None
@@ -102,12 +104,15 @@ class Call:
 class Hosted:
     """A stage in a worker, built and loaded, and the batches that it has been given."""
 
-    def __init__(self, work: StageWork, gpu: bool) -> None:
+    def __init__(self, work: StageWork, read: weights.Reading) -> None:
+        """``read`` is told what it reads."""
         self.name, self.threads = work.name, work.threads
+        self.hearing = Hearing()
         self.set_threads()
-        self.stage = work.make()
-        with weights.reading(f"stage {work.name}"):
-            self.stage.load(torch.device("cuda" if gpu else "cpu"))
+        with self.hearing.on():
+            self.stage = work.make()
+            with weights.reading(f"stage {work.name}", into=read):
+                self.stage.load(torch.device("cuda" if work.gpu else "cpu"))
         self.inside: list[Call] = []
         """Of a continuous stage: the batches that it has taken in."""
         self.most: int | None = None
@@ -178,18 +183,20 @@ class Worker:
     stage is done when no batch waits: so as many rows as there can be are in it.
     """
 
-    def __init__(self, stages: Sequence[StageWork], gpu: bool = False) -> None:
-        self.hearing = Hearing()
-        weights.taken()
-        with self.hearing.on():
-            self.stages = {work.name: Hosted(work, gpu) for work in stages}
-        self.loaded = weights.taken()
+    def __init__(self, stages: Sequence[StageWork]) -> None:
+        self.read_now: weights.Reading = {}
+        self.stages = {work.name: Hosted(work, self.read_now) for work in stages}
+        self.loaded = weights.taken(self.read_now)
         """What was read while the stages were loaded."""
         self.read_later: weights.Reading = {}
         """What was read since: weights that are needed for some rows only."""
         self.waiting: deque[tuple[Hosted, Call]] = deque()
         self.turn = threading.Condition()
         self.taken = False
+
+    def heard(self) -> dict[str, list[str]]:
+        """What libraries said of late, by stage."""
+        return {name: hosted.hearing.take() for name, hosted in self.stages.items()}
 
     def probe(self) -> str:
         """The name of a file that the stage that commits, if it is here, has written beside the dataset; else ""."""
@@ -234,19 +241,21 @@ class Worker:
     @contextmanager
     def _doing(self, hosted: Hosted, *calls: Call) -> Iterator[None]:
         hosted.set_threads()
-        with self.hearing.on(), weights.reading(f"stage {hosted.name}", each=True), _noting(*calls):
+        reading = weights.reading(f"stage {hosted.name}", each=True, into=self.read_now)
+        with hosted.hearing.on(), reading, _noting(*calls):
             yield
 
     def _noted(self, block: Block | None) -> Block | None:
         """Before a batch counts as done: with it the driver hears by what it was made."""
         if block is not None:
-            for unit, files in weights.taken().items():
+            for unit, files in weights.taken(self.read_now).items():
                 self.read_later[unit] = sorted({*self.read_later.get(unit, []), *files})
         return block
 
     def result(self, stage: str, call: Call) -> tuple[Outcome, Block]:
         """What became of a call that is done, every row accounted for. Raises what the stage raised, or ContractError."""
-        of = self.stages[stage].stage
+        hosted = self.stages[stage]
+        of = hosted.stage
         if isinstance(call.error, RowError) and len(call.batch) == 1:
             call.reject(0, str(call.error))
             call.block, call.error = [], None
@@ -259,7 +268,7 @@ class Worker:
         call.block = [tensors.compact(table) for table in call.block]
         outcome = [(shape_key(table), tuple(table.column("row").to_pylist())) for table in call.block]
         node = this_node() if self.read_later else ""
-        heard, read = self.hearing.take(), dict(self.read_later)
+        heard, read = hosted.hearing.take(), dict(self.read_later)
         size = sum(table.nbytes for table in call.block)
         return Outcome(outcome, list(call.rejected.items()), heard, read, node, size), call.block
 
@@ -290,9 +299,16 @@ def _noting(*calls: Call) -> Iterator[None]:
     """What is raised meanwhile is the calls' error."""
     try:
         yield
+    except KeyboardInterrupt:
+        raise
     except Exception as error:
         for call in calls:
             call.error = error
+    except (
+        BaseException
+    ) as error:  # a library that calls sys.exit, or panics: whoever waits for the calls must hear of it
+        for call in calls:
+            call.error = RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def _gather(slices: Sequence[SliceAddress], blocks: Sequence[Block]) -> list[pa.Table]:
