@@ -7,6 +7,7 @@ from tests.denoising import SCHEDULERS, Gaussian, batch, denoise, denoise_with
 from latentmill.plugin import tensors
 from latentmill.schedulers import noise
 from latentmill.schedulers.noise_schedules import VariancePreserving
+from latentmill.stages.running_batch import InpaintingMask
 
 
 def test_a_mask_keeps_the_picture_where_it_is_dark():
@@ -72,3 +73,15 @@ def test_what_is_painted_anew_at_strength_1_has_nothing_of_the_picture_in_it():
     same = tensors.with_tensor(table, "prompt:mean", torch.zeros(2))
     found = denoise(tensors.with_tensor(same, "mask", mask))
     assert torch.equal(found[3], found[5]) and not torch.equal(*denoise(same).values())
+
+
+@pytest.mark.parametrize("frames", [(), (3,)], ids=["picture", "clip"])
+def test_stacked_masks_blend_each_row_as_its_own_does(frames):
+    """Two rows of two channels: a row's mask is for all its channels and frames."""
+    x, clean, noise = torch.arange(3 * 2 * 2 * 12.0).reshape(3, 2, 2, *frames, 2, -1)
+    each = [InpaintingMask(torch.tensor([[[k == 0], [k == 1]]]), clean[k], noise[k]) for k in range(2)]
+    alpha, sigma = torch.tensor([0.25, 0.5]), torch.tensor([0.75, 0.5])
+    column = (-1, *(1 for _ in x.shape[1:]))
+    both = InpaintingMask.stacked(each).blend(x, alpha.reshape(column), sigma.reshape(column))
+    for k in range(2):
+        assert torch.equal(both[k], each[k].blend(x[k], alpha[k], sigma[k]))

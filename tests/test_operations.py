@@ -2,6 +2,7 @@
 
 from functools import cache
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -55,13 +56,13 @@ def rows(count, scheduler, masks=False, **changes):
     return batch
 
 
-def moving(batch, denoiser, device=DEVICE):
+def moving(batch, denoiser, device=DEVICE, until=0.0):
     """A stage with these rows on their way, and their request."""
     stage = Denoise()
     context = StageContext.of(
         {"denoiser": denoiser, "scheduler": None},
         batch_size=1000,
-        sampling={"until": 0.0, "first_noise": "latentmill"},
+        sampling={"until": until, "first_noise": "latentmill"},
         choices={"scheduler": {"grid": "trailing"}},
         scheduler_of=scheduler,
     )
@@ -177,6 +178,26 @@ def test_what_is_computed_there_is_what_the_cpu_computes(name, schedule):
                 stage.advance()
             found.append([tensors.from_arrow(table, "latents").clone() for table in stage.finish(request)])
     assert torch.equal(found[0][0], found[1][0]) and bool(found[0][0].isfinite().all())
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m", "unipc"])
+def test_half_way_rows_that_had_no_step_to_make_leave_beside_those_that_had(name):
+    """What their scheduler remembers begins where theirs are that moved."""
+    given = rows(4, name, steps=5)
+    at = given.schema.get_field_index("strength")
+    given = given.set_column(at, given.schema.field(at), pa.array([1.0, 0.0, 0.7, 0.0]))
+    found = []
+    for device in (torch.device("cpu"), DEVICE):
+        with pretended():
+            stage, request = moving(given, Half(), device, until=0.5)
+            while not request.done:
+                stage.advance()
+            [table] = stage.finish(request)
+            names = [name for name in table.column_names if name == "latents" or name.startswith("state:")]
+            found.append({name: tensors.from_arrow(table, name).clone() for name in names})
+    assert len(found[0]) > 1 and found[0].keys() == found[1].keys()
+    for name, wanted in found[0].items():
+        assert torch.equal(wanted.nan_to_num(), found[1][name].nan_to_num()), name
 
 
 def test_a_row_that_breaks_is_blamed_on_the_network_without_a_look_on_the_way():

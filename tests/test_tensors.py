@@ -6,8 +6,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from latentmill.batch import concat
-from latentmill.plugin import tensors
+from latentmill.batch import concat, frames_of, shape_key
+from latentmill.plugin import LatentSpec, tensors
 
 ROWS = pa.table({"row": [3, 1, 2]})
 
@@ -98,3 +98,14 @@ def test_shared_values_are_kept_once_and_unused_ones_dropped():
     with pa.ipc.new_stream(stream, joined.schema) as writer:
         writer.write_table(joined)
     assert pa.ipc.open_stream(stream.getvalue()).read_all().equals(joined)
+
+
+@pytest.mark.parametrize("name", ["latents", "image", "video"])
+def test_a_shape_is_found_of_tensors_that_rows_share_too(name):
+    values, spec = torch.zeros(2, 3, 5, 4, 4), LatentSpec(3, 1, 1.0, 0.0, "float32", "clips", time_downscale=1)
+    each = tensors.with_tensor(ROWS, name, values[[0, 1, 1]])
+    both = tensors.with_shared(ROWS, name, values, [0, 1, 1])
+    for table in (each, both):
+        assert tensors.shape_of(table.schema.field(name)) == (3, 5, 4, 4)
+        assert shape_key(table).startswith("3x5x4x4#")
+        assert frames_of(table, spec) == {"latents": 5, "image": None, "video": 3}[name]

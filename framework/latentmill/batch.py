@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from latentmill.fields import BATCH_SCHEMA, HALFWAY, ID, defaults
 from latentmill.plugin import Declaration, FixedShape, LatentSpec, tensors
+from latentmill.plugin.stage import named
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,9 +43,8 @@ def shape_key(batch: pa.Table) -> str:
     """Names what must agree for two batches to be stacked: the schema. Rows of one key can share a batch."""
     text = "|".join(f"{f.name}:{f.type}:{sorted((f.metadata or {}).items())}" for f in batch.schema)
     text += str((batch.schema.metadata or {}).get(SCHEDULER_KEY))
-    shape = next(
-        (f.type.shape for f in batch.schema if f.name in ("latents", "image", "video") and tensors.is_tensor(f)), ()
-    )
+    shaped = (f for f in batch.schema if f.name in ("latents", "image", "video") and tensors.is_tensor(f))
+    shape = next(map(tensors.shape_of, shaped), ())
     return "x".join(map(str, shape)) + "#" + hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
@@ -96,9 +96,9 @@ def spec_from_json(text: str | bytes) -> LatentSpec:
 def frames_of(batch: pa.Table, spec: LatentSpec) -> int | None:
     """How many frames the batch's clips have, stored as ``video`` or as latents of ``spec``; None if it has none."""
     if "video" in batch.column_names:
-        return int(batch.schema.field("video").type.shape[0])
+        return tensors.shape_of(batch.schema.field("video"))[0]
     if spec.time_downscale and "latents" in batch.column_names:
-        return spec.pixels(batch.schema.field("latents").type.shape)[0]
+        return spec.pixels(tensors.shape_of(batch.schema.field("latents")))[0]
     return None
 
 
@@ -145,11 +145,6 @@ def empty(
                     else tensors.with_tensor(batch, column, zeros)
                 )
     return batch
-
-
-def named(name: str, declared: str) -> bool:
-    """Whether a stage that says ``declared`` means the column ``name``: itself, or, with a colon at the end, how it begins."""
-    return name.startswith(declared) if declared.endswith(":") else name == declared
 
 
 def fixed_slots(batch: pa.Table, fixed: FixedShape | None) -> tuple[Tensor, int]:

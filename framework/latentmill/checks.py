@@ -14,10 +14,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latentmill.batch import SPEC_KEY, named, spec_from_json
+from latentmill.batch import SPEC_KEY, spec_from_json
 from latentmill.errors import ContractError, LoadError, NoRowError
 from latentmill.fields import BATCH_SCHEMA, HALFWAY
 from latentmill.plugin import Conditioning, LatentSpec, Plugin, RowError, Stage, State, TextEncoder, tensors
+from latentmill.plugin.stage import named
 from latentmill.registry import called
 
 
@@ -178,14 +179,15 @@ def _sizes(who: str, table: pa.Table) -> Iterator[tuple[str, tuple[int, int]]]:
         field = table.schema.field(name)
         if not tensors.is_tensor(field):
             continue
+        shape = tensors.shape_of(field)
         if name in ("image", "video"):
-            yield "pictures", (field.type.shape[-2], field.type.shape[-3])
+            yield "pictures", (shape[-2], shape[-3])
             continue
         about = (field.metadata or {}).get(SPEC_KEY)
         if about is None:
             raise ContractError(f"{who} returned latents that don't say of which space they are: use with_latents")
         downscale = spec_from_json(about).downscale
-        yield "latents", (field.type.shape[-1] * downscale, field.type.shape[-2] * downscale)
+        yield "latents", (shape[-1] * downscale, shape[-2] * downscale)
 
 
 def _a(found: Any) -> str:

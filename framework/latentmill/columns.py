@@ -13,9 +13,9 @@ from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 
-from latentmill.batch import named
 from latentmill.fields import BESIDE, BY_NAME, IN_JOB, arrow, meaning, parse
 from latentmill.plugin import Denoiser, Plugin, RowError, RowField, Source
+from latentmill.plugin.stage import named
 from latentmill.registry import called
 from latentmill.text import near
 

@@ -10,7 +10,6 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, get_args
 
 from latentmill import registry, syntax
-from latentmill.batch import named
 from latentmill.errors import PlanError, PluginError
 from latentmill.plugin import (
     VAE,
@@ -28,6 +27,7 @@ from latentmill.plugin import (
     StageContext,
     TextEncoder,
 )
+from latentmill.plugin.stage import named
 from latentmill.text import redacted
 
 if TYPE_CHECKING:

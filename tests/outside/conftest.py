@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from tests.outside import prompt_parts
 
 from latentmill.cli import main
 from latentmill.plugin import RowError
@@ -136,3 +137,12 @@ def read(tmp_path):
         return [row if isinstance(row, RowError) else row["image"] for row in rows]
 
     return read
+
+
+@pytest.fixture
+def acme(latentmill, install, tmp_path, monkeypatch, rows):
+    points = "".join(f"[latentmill.{kind}s]\n" + "\n".join(some) + "\n" for kind, some in prompt_parts.POINTS.items())
+    install("acme", points, acme_prompts=prompt_parts.CODE)
+    monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
+    monkeypatch.delenv("BAD", raising=False)
+    return prompt_parts.Acme(latentmill, tmp_path, rows)

@@ -40,7 +40,8 @@ class Denoiser(Plugin, ABC):
     and ``masked[B, C, h, w]``, the latents of the picture with gray there. Rows without a mask are errors."""
     parted_by: Collection[str] = ()
     """Conditioning by which ``predict`` parts its rows into calls of the network, as the length of a prompt: given on the CPU, so
-    that nobody waits for the device. In a deterministic job rows are then predicted one by one: who shares a call must not show."""
+    that nobody waits for the device. In a deterministic job rows are then predicted one by one: who shares a call must not show.
+    Names of the text encoder's and of stages' columns alone: ``row_fields``, ``guidance_scale``, ``mask`` and ``masked`` are on the device."""
 
     def check(self, spec: LatentSpec) -> None:
         """Raise ValueError, saying what was expected, if the network was not trained on latents of this space."""

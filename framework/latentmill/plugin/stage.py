@@ -79,6 +79,11 @@ BATCH_COLUMNS = (
 """Tensors, and what is measured on the way. The type is the stages'; what a sink makes of it is the sink's."""
 
 
+def named(name: str, declared: str) -> bool:
+    """Whether a stage that says ``declared`` means the column ``name``: itself, or, with a colon at the end, how it begins."""
+    return name.startswith(declared) if declared.endswith(":") else name == declared
+
+
 @dataclass(frozen=True)
 class FixedShape:
     """How a deterministic job computes: every batch has ``batch_size`` slots, and a row's slot follows from its number.
@@ -158,7 +163,8 @@ class StageContext:
 
     def is_read(self, column: str) -> bool:
         """Whether a column of ``BATCH_COLUMNS`` that is made for denoisers is made for any: a later stage takes it, or none ignores it."""
-        return any(column in stage.takes for stage in self.after) or not any(column in s.ignores for s in self.after)
+        taken = any(named(each, column) or named(column, each) for stage in self.after for each in stage.takes)
+        return taken or not any(named(column, each) for stage in self.after for each in stage.ignores)
 
     @classmethod
     def of(cls, plugins: Mapping[str, Any], adds: Sequence[str] = (), **more: Any) -> StageContext:

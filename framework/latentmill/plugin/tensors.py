@@ -124,6 +124,11 @@ def is_tensor(field: pa.Field) -> bool:
     return isinstance(field.type, pa.FixedShapeTensorType) or is_shared(field)
 
 
+def shape_of(field: pa.Field) -> tuple[int, ...]:
+    """The shape of one row's tensor, of a column in which rows share them, too."""
+    return tuple(json.loads(field.metadata[SHAPE_KEY]) if is_shared(field) else field.type.shape)
+
+
 def is_shared(field: pa.Field) -> bool:
     """Whether the column holds tensors that rows share."""
     return pa.types.is_dictionary(field.type) and SHAPE_KEY in (field.metadata or {})

@@ -28,6 +28,11 @@ class TextEncoder(Plugin, ABC):
         """Conditioning of B prompts. ``""`` is the unconditional prompt. ``fields``: its ``row_fields``, of one value for all.
 
         Called for prompts that ``check`` has passed. Shapes behind the batch axis are the same for all prompts.
+
+        What a prompt becomes is kept, across batches, and across runs for a job with ``prompt_cache``: so each prompt is asked
+        for once, in whatever company, and none at all if it is known. For ``deterministic`` jobs a prompt's bits must follow
+        from its text, its slot in the call and the call's size alone, never from the other prompts of the call: 8-bit
+        quantization that picks outliers over all rows of a call (bitsandbytes' ``load_in_8bit``) doesn't hold that.
         """
 
     def encode_negative(self, prompts: Sequence[str | None], *_: Any, **fields: Any) -> Conditioning:
@@ -38,11 +43,12 @@ class TextEncoder(Plugin, ABC):
         return self.encode([prompt or "" for prompt in prompts], **fields)
 
     def check(self, prompt: str) -> None:
-        """Raise RowError, naming the cause, for a prompt that can't be encoded. Needs no weights."""
+        """Raise RowError, naming the cause, for a prompt that can't be encoded. Needs no weights. A worker that has asked may keep the answer, unless it is an error."""
 
     def warn(self, prompt: str) -> str:
         """What of a prompt that ``check`` has passed will not be read, or "": it stands in the row's ``warning``.
 
-        The same words for all prompts of a kind, so that rows can be counted by them. Needs no weights.
+        The same words for all prompts of a kind, so that rows can be counted by them. Needs no weights. Asked once a text and
+        worker, as ``check`` is: what is said follows from the text alone.
         """
         return ""

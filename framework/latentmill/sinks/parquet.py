@@ -284,12 +284,16 @@ def _tensors(table: pa.Table) -> Iterator[dict[str, Tensor] | RowError]:
             yield RowError(f"the state can't be read: {first_line(error)}")
 
 
-def _clip(frames: list[dict[str, Any]] | None) -> Tensor:
+def _clip(frames: list[dict[str, Any] | None] | None) -> Tensor:
     import torch
 
     if not frames:
         raise RowError("the clip has no frames")
-    found = [decode(frame["bytes"]) for frame in frames]
+    found = []
+    for k, frame in enumerate(frames):
+        if frame is None or frame["bytes"] is None:
+            raise RowError(f"frame {k} of the clip is null")
+        found.append(decode(frame["bytes"]))
     if len({frame.shape for frame in found}) > 1:
         raise RowError("the clip has frames of several sizes")
     return torch.stack(found)

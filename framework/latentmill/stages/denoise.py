@@ -26,7 +26,6 @@ from latentmill.batch import (
     SPEC_KEY,
     STATE_PREFIX,
     fixed_slots,
-    named,
     shape_key,
     spec_from_json,
     with_latents,
@@ -46,6 +45,7 @@ from latentmill.plugin import (
     State,
     tensors,
 )
+from latentmill.plugin.stage import named
 from latentmill.schedulers import grids, noise
 from latentmill.stages.guidance import Guidance
 from latentmill.stages.running_batch import DenoiseRequest, InpaintingMask, Kind, RunningBatch, Trajectory
@@ -328,13 +328,12 @@ class Denoise(ContinuousStage):
         """The rows of a request that is done, a table for each scheduler. Raises what went wrong, if something did."""
         if request.error is not None:
             raise request.error
-        by_scheduler: dict[str, list[Trajectory]] = {}
+        by_scheduler: dict[str, list[tuple[Trajectory, Tensor]]] = {}
         wrong: dict[int, str] = {}
         xs = torch.stack([row.x for row in request.rows]).cpu() if request.rows else torch.empty(0, 1)
         for row, x, finite in zip(request.rows, xs, xs.flatten(1).isfinite().all(1).tolist()):
-            row.x = x
-            if finite:
-                by_scheduler.setdefault(row.kind[1], []).append(row)
+            if finite:  # its own latents stay where they are: what its state begins with is made of them
+                by_scheduler.setdefault(row.kind[1], []).append((row, x))
             else:
                 wrong[row.index] = f"the denoised latents are not finite ({self._cause(row)})"
         if wrong and not by_scheduler:
@@ -343,13 +342,13 @@ class Denoise(ContinuousStage):
             request.reject(i, reason)
         for name, members in by_scheduler.items():
             stays = [name for name in request.batch.column_names if not is_passing(name)]
-            part = request.batch.select(stays).take([row.index for row in members]).replace_schema_metadata(None)
+            part = request.batch.select(stays).take([row.index for row, _ in members]).replace_schema_metadata(None)
             about = part.schema.field("latents").metadata
-            latents, spec = torch.stack([row.x for row in members]), spec_from_json(about[SPEC_KEY])
+            latents, spec = torch.stack([x for _, x in members]), spec_from_json(about[SPEC_KEY])
             if not self.until:  # of one dtype, wherever the rows began
                 latents = latents.to(getattr(torch, spec.dtype))
             part = with_latents(part, latents, spec)
-            yield self._halfway(part, name, members) if self.until else part
+            yield self._halfway(part, name, [row for row, _ in members]) if self.until else part
 
     def _cause(self, row: Trajectory) -> str:
         if bool(row.unsound):

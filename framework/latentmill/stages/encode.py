@@ -43,7 +43,7 @@ RESOURCES: Mapping[str, Any] = {"batch_size": 32, "num_cpus": 0.25}
 
 
 class Encode(Stage):
-    """Adds ``latents``, and ``prompt:*`` and ``negative:*`` where a later stage denoises.
+    """Adds ``latents`` and, where a later stage denoises, ``prompt:*``; ``negative:*`` and ``masked`` only where one reads them.
 
     A picture becomes the mean of the VAE's posterior. A row without picture and latents gets zeros of its width and height,
     and is marked in ``from_noise``. What of a prompt the encoder will not read becomes the row's warning. The picture
@@ -127,14 +127,14 @@ class Encode(Stage):
 
 
 class EncodeText(Encode):
-    """Adds ``prompt:*`` and ``negative:*``. Its workers have the text encoder, and no VAE."""
+    """Adds ``prompt:*`` and, only where a later stage reads them, ``negative:*``. Its workers have the text encoder, and no VAE."""
 
     text, images = True, False
     drops = ()
 
 
 class EncodeImages(Encode):
-    """Adds ``latents``, and ``mask`` and ``masked`` where a row has a mask. Its workers have the VAE, and no text encoder."""
+    """Adds ``latents`` and, where a row has a mask, ``mask``; ``masked`` only where a later stage reads it. Its workers have the VAE, and no text encoder."""
 
     text, images = False, True
 

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from latentmill.plugin import Conditioning, StageContext, TextEncoder
+from latentmill.registry import called
 from latentmill.storage import Storage
 from latentmill.text import one_line
 
@@ -62,13 +64,18 @@ class PromptFiles:
 
     @classmethod
     def of(cls, context: StageContext, encoder: TextEncoder, device: torch.device) -> PromptFiles | None:
-        """Those of a worker's text encoder; None if the job has no prompt cache.
+        """Those of a worker's text encoder; None if the job has no prompt cache, or the encoder nothing to tell its weights by.
 
         In a deterministic job a prompt's bits depend on whatever the plan's do, and on the device.
         """
         if context.open_prompt_cache is None:
             return None
         plan, choice = context.plan, context.choices["text_encoder"]
+        if not plan.plugins["text_encoder"].get("fingerprint"):
+            _warn(
+                f"not used: {called(encoder)} has no fingerprint, so other weights would be given the prompts of these"
+            )
+            return None
         kept = {key for key in choice if key != "name" and key not in encoder.fingerprinted}
         shown = {key: value for key, value in dict(plan.config["text_encoder"]).items() if key in kept}
         about = {**plan.plugins["text_encoder"], "settings": shown}
@@ -99,17 +106,28 @@ class PromptFiles:
                 try:
                     found[place] = _conditioning(data, self._about(place))
                 except ValueError as error:
-                    _warn(f"{self.store.url.rstrip('/')}/{self._name(place)} {error}: its prompt is encoded anew")
+                    self._bad(place, error)
         return found
 
-    def write(self, values: Mapping[Place, Conditioning]) -> None:
-        """Put these in place."""
+    def misfit(self, place: Place) -> None:
+        """Tell of a file whose tensors are of other shapes than the text encoder's."""
+        self._bad(place, "is damaged: its shapes are not those of the text encoder")
+
+    def _bad(self, place: Place, why: object) -> None:
+        _warn(f"{self.store.url.rstrip('/')}/{self._name(place)} {why}: its prompt is encoded anew")
+
+    def write(self, values: Mapping[Place, Conditioning]) -> list[Place]:
+        """Put these in place; those that are there."""
+        written: list[Place] = []
         if not self.writes:
-            return
-        for error in self.threads.map(self._put, values.items()):
-            if error is not None and self.writes:
+            return written
+        for place, error in zip(values, self.threads.map(self._put, values.items())):
+            if error is None:
+                written.append(place)
+            elif self.writes:
                 self.writes = False
                 _warn(f"can't be written to, and is only read: {one_line(error)}")
+        return written
 
     def _data(self, place: Place) -> bytes | OSError | None:
         try:
@@ -119,12 +137,12 @@ class PromptFiles:
         except OSError as error:
             return error
 
-    def _put(self, item: tuple[Place, Conditioning]) -> OSError | None:
+    def _put(self, item: tuple[Place, Conditioning]) -> Exception | None:
         place, value = item
-        metadata = {**self._about(place), "digest": _digest(value)}
         try:
+            metadata = {**self._about(place), "digest": _digest(value)}
             self.store.put(self._name(place), safetensors.torch.save(value, metadata))
-        except OSError as error:
+        except Exception as error:  # no row is to fail for what it could do without
             return error
         return None
 
@@ -181,7 +199,15 @@ def _name_of(device: torch.device) -> str:
     """The make of a device: others may sum in another order."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_cpu_model()}"
+
+
+def _cpu_model() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
 
 
 def _warn(text: str) -> None:

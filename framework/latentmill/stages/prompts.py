@@ -144,19 +144,36 @@ class PromptEncoding:
         from_files = self.files.read([place for place in wanted if place not in found]) if self.files else {}
         for place, value in from_files.items():
             found[place] = self._keep(place, value, in_files=True)
-        missing = [place for place in wanted if place not in found]
-        unsound = set()
-        if missing:
-            encoded, drawn = self._encoded(missing, Counter(asked for asked, _ in places), size)
+        rows, unsound = Counter(asked for asked, _ in places), set[Place]()
+        missing = [place for place in wanted if place not in found] or self._misfits(found)
+        there = {*from_files}
+        while missing:  # once more, where what the encoder makes shows that files hold something else
+            encoded, drawn = self._encoded(missing, rows, size)
             for place, value in encoded.items():
                 if drawn or not _finite(value):
                     unsound.add(place)
                 else:
                     encoded[place] = self._keep(place, value)
             found |= encoded
+            there -= {*missing}
+            missing = self._misfits(found)
         if self.files is not None:
-            self._write([place for place in wanted if place not in from_files and place not in unsound], found)
+            self._write([place for place in wanted if place not in there and place not in unsound], found)
         return found
+
+    def _misfits(self, found: Mapping[Place, Conditioning]) -> list[Place]:
+        """Those, out of files, that are of other shapes than what the encoder makes."""
+        misfits = [
+            place
+            for place, value in found.items()
+            if any(self.shapes.get(name, tensor.shape) != tensor.shape for name, tensor in value.items())
+        ]
+        for asked, slot in misfits:
+            if self.files is not None:
+                self.files.misfit((asked, slot))
+            if kept := self.kept.get(asked):
+                kept.in_files.discard(slot)
+        return misfits
 
     def _in_memory(self, wanted: Iterable[Place]) -> dict[Place, Conditioning]:
         found = {}
@@ -182,9 +199,9 @@ class PromptEncoding:
             kept = self.kept.get(asked)
             if kept is None or slot not in kept.in_files:
                 fresh[asked, slot] = found[asked, slot]
-            if kept is not None:
+        for asked, slot in self.files.write(fresh):
+            if (kept := self.kept.get(asked)) is not None:
                 kept.in_files.add(slot)
-        self.files.write(fresh)
 
     def _encoded(
         self, missing: Sequence[Place], rows: Mapping[Asked, int], size: int
@@ -204,7 +221,7 @@ class PromptEncoding:
         made, drawn = self._call([asked for asked, _ in called_for])
         asked_for = {asked for asked, _ in missing}
         return {
-            (asked, slot): {name: value[k].clone() for name, value in made.items()}
+            (asked, slot): {name: value[k].clone(memory_format=torch.contiguous_format) for name, value in made.items()}
             for k, (asked, slot) in enumerate(called_for)
             if asked in asked_for
         }, drawn
@@ -215,7 +232,8 @@ class PromptEncoding:
         before = _generators()
         with checks.inside(self.encoder):
             found = getattr(self.encoder, method)(texts, **dict(own))
-        drawn = _generators() != before
+        # CUDA's counts only if CUDA had begun before.
+        drawn = any(now != then for now, then in zip(_generators(), before) if then)
         found = checks.conditioning(self.encoder, method, found, len(texts), self.shapes)
         if drawn:
             warnings.warn(
@@ -257,7 +275,8 @@ def _finite(value: Conditioning) -> bool:
 def _same(a: Conditioning, b: Conditioning) -> bool:
     """Whether both are the same to the bit."""
     return a.keys() == b.keys() and all(
-        a[name].dtype == b[name].dtype and torch.equal(bits(a[name]), bits(b[name])) for name in a
+        (a[name].dtype, a[name].shape) == (b[name].dtype, b[name].shape) and torch.equal(bits(a[name]), bits(b[name]))
+        for name in a
     )
 
 

@@ -52,7 +52,10 @@ class InpaintingMask:
 
     @classmethod
     def stacked(cls, masks: Sequence[InpaintingMask]) -> InpaintingMask:
-        return cls(*(torch.stack([getattr(mask, name) for mask in masks]) for name in ("mask", "clean", "noise")))
+        mask, clean, noise = (torch.stack([getattr(m, name) for m in masks]) for name in ("mask", "clean", "noise"))
+        if mask.ndim < clean.ndim:  # of clips: a row's mask is for all its frames
+            mask = mask.reshape(len(mask), *(1 for _ in range(clean.ndim - mask.ndim)), *mask.shape[1:])
+        return cls(mask, clean, noise)
 
 
 @dataclass(eq=False)
