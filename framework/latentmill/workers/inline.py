@@ -6,6 +6,8 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import TypeAlias
 
 import torch
 
@@ -27,6 +29,9 @@ from latentmill.workers.context import this_node
 from latentmill.workers.hearing import Telling
 from latentmill.workers.worker import Admit, Block, Call, Outcome, Worker, WorkerSetup
 
+Answer: TypeAlias = "tuple[Outcome, Block] | Exception | None"
+"""What was made of an order; None of a commit."""
+
 
 class InlinePool:
     """Does what the workers that compute are given here, in ``collect``, one at a time: there a debugger stops. Each other worker,
@@ -47,7 +52,7 @@ class InlinePool:
         """Batches that were begun, by the numbers of their orders."""
         self.beside: dict[int, Dispatch] = {}
         """Orders that threads work on."""
-        self.answers: queue.SimpleQueue[tuple[Dispatch, tuple[Outcome, Block] | Exception | None]] = queue.SimpleQueue()
+        self.answers: queue.SimpleQueue[tuple[Dispatch, Answer | KeyboardInterrupt]] = queue.SimpleQueue()
         self.blocks: dict[int, Block] = {}
 
     def submit(self, order: PoolOrder) -> None:
@@ -79,8 +84,11 @@ class InlinePool:
                 )
             except queue.Empty:
                 return events
-            if self.beside.pop(order.id, None) is not None:
-                events.append(self._event(order, answer))
+            if self.beside.pop(order.id, None) is None:
+                continue
+            if isinstance(answer, KeyboardInterrupt):  # it is meant for the run
+                raise answer
+            events.append(self._event(order, answer))
 
     def _live(self, worker: Worker, inbox: queue.SimpleQueue[Dispatch | None]) -> None:
         """In a worker's own thread: do what it is given."""
@@ -89,10 +97,10 @@ class InlinePool:
                 self._work(worker, order)
 
     def _work(self, worker: Worker, order: Dispatch) -> None:
-        answer: tuple[Outcome, Block] | Exception | None
+        answer: Answer | KeyboardInterrupt
         try:
             answer = self._do(worker, order)
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             answer = error
         except BaseException as error:  # a library that calls sys.exit: somebody waits for an answer
             answer = RuntimeError(f"{type(error).__name__}: {error}")
@@ -152,7 +160,7 @@ class InlinePool:
         except Exception as error:
             return self._event(order, error)
 
-    def _event(self, order: Dispatch, answer: tuple[Outcome, Block] | Exception | None) -> Event:
+    def _event(self, order: Dispatch, answer: Answer) -> Event:
         if answer is None:
             return Finished(order.id)
         if isinstance(answer, WrongWorker):
@@ -184,7 +192,8 @@ class InlinePool:
         """End all workers. A shard that is being written is finished first."""
         self.beside = {id: order for id, order in self.beside.items() if order.task == "commit"}
         while self.beside:
-            self._answered(0.5)
+            with suppress(KeyboardInterrupt):
+                self._answered(0.5)
         for inbox in self.inboxes.values():
             inbox.put(None)
         self.inboxes.clear()
