@@ -48,7 +48,7 @@ def an_acknowledgement_lost(monkeypatch):
             again(state, dispatch, attempts)
 
     monkeypatch.setattr(failures, "try_again", forgets)
-    return "not finished after"
+    return "the driver knows [('complete', "
 
 
 def a_lease_trusted(monkeypatch):
@@ -81,6 +81,7 @@ def a_block_released_too_early(monkeypatch):
 
     def drop(state, slice_):
         if state.blocks.pop(slice_.block, None):
+            state.bytes_held -= state.block_bytes.pop(slice_.block, 0)
             state.released.append(slice_.block)
 
     monkeypatch.setattr(DriverState, "drop", drop)

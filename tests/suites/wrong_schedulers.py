@@ -76,7 +76,10 @@ class OwnNoise(EulerAncestral):
 
 class Unseeded:
     def __init__(self, field, x):
-        self.x, self.scale, self.time, self.clean = x, field.scale, field.time, field.clean
+        self.x, self.field = x, field
+
+    def __getattr__(self, name):
+        return getattr(self.field, name)
 
     def noise(self, t, s):
         return torch.randn(self.x.shape)

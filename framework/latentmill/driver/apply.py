@@ -60,7 +60,7 @@ def _dispatch_failed(state: DriverState, dispatch: Dispatch, event: Failed) -> N
     elif event.cause == "unloaded":
         failures.load_failed(state, dispatch, event.reason)
     elif event.cause == "contract":
-        state.failed = f"stage {state.stages[dispatch.stage].name}: {event.reason}"
+        state.failed = state.failed or f"stage {state.stages[dispatch.stage].name}: {event.reason}"
         failures.try_again(state, dispatch, dispatch.attempts)
     else:
         failures.dispatch_failed(state, dispatch, event.reason)

@@ -66,6 +66,9 @@ class InlinePool:
 
     def collect(self, timeout: float) -> list[Event]:
         events = self._answered(0.0)
+        while self.orders and isinstance(start := self.orders[0], StartWorker):  # nobody reads while models are loaded
+            self.orders.popleft()
+            events.append(self._start(start))
         if self.orders:
             return events + self._begin(self.orders.popleft())
         if self.calls:
@@ -116,9 +119,8 @@ class InlinePool:
         return worker.batch(stage, order.addresses(), *blocks)
 
     def _begin(self, order: StartWorker | Dispatch) -> list[Event]:
-        """Start a worker, or let one that computes here take in a batch."""
-        if isinstance(order, StartWorker):
-            return [self._start(order)]
+        """Let a worker that computes here take in a batch."""
+        assert isinstance(order, Dispatch)
         try:
             call = self.workers[order.worker].begin(self.stages[order.stage], order.addresses(), *self._blocks(order))
         except Exception as error:
