@@ -27,8 +27,8 @@ def mixed():
         {
             "row": n, "row_id": str(n), "prompt": "a red star above a blue ring on a yellow background",
             "negative_prompt": "", "seed": 1000 + n, "steps": int(choose.integers(8, 51)),
-            "guidance_scale": [1.0, 4.0, 7.5][n % 3], "strength": float(choose.uniform(0.3, 1.0)), "width": 32,
-            "height": 32, "scheduler": names[n % 4],
+            "guidance_scale": [1.0, 4.0, 7.5][n % 3], "strength": float(choose.uniform(0.3, 1.0)), "width": 64,
+            "height": 64, "scheduler": names[n % 4],
         }
         for n in range(64)
     ]  # fmt: skip
