@@ -208,7 +208,7 @@ class Sees(Stage):
 
 def test_a_worker_sees_only_its_own_gpu(tmp_path):
     workers = ray_pool.RayPool(
-        [WorkerSetup((StageWork("denoise", partial(Sees, tmp_path)),), 2, num_cpus=0.1, num_gpus=1)]
+        [WorkerSetup((StageWork("denoise", partial(Sees, tmp_path), gpu=True),), 2, num_cpus=0.1, num_gpus=1)]
     )
     try:
         for order in decide(DriverState((StageSpec("denoise", 1, 2),), 0, 1)):

@@ -71,18 +71,18 @@ class OwnNoise(EulerAncestral):
     """Noise that no row's seed fixes, where the row's was to be taken."""
 
     def step(self, field, x, t, s, state):
-        return super().step(Unseeded(field, x), x, t, s, state)
+        return super().step(Unseeded(field), x, t, s, state)
 
 
 class Unseeded:
-    def __init__(self, field, x):
-        self.x, self.field = x, field
+    def __init__(self, field):
+        self.field = field
 
     def __getattr__(self, name):
         return getattr(self.field, name)
 
     def noise(self, t, s):
-        return torch.randn(self.x.shape)
+        return torch.randn(self.field.noise(t, s).shape)
 
 
 class StateWithoutBatch(Euler):
