@@ -29,7 +29,7 @@ from latentmill.workers.context import this_node
 from latentmill.workers.hearing import Telling
 from latentmill.workers.worker import Admit, Block, Call, Outcome, Worker, WorkerSetup
 
-Answer: TypeAlias = "tuple[Outcome, Block] | Exception | None"
+_Made: TypeAlias = "tuple[Outcome, Block] | Exception | None"
 """What was made of an order; None of a commit."""
 
 
@@ -52,7 +52,7 @@ class InlinePool:
         """Batches that were begun, by the numbers of their orders."""
         self.beside: dict[int, Dispatch] = {}
         """Orders that threads work on."""
-        self.answers: queue.SimpleQueue[tuple[Dispatch, Answer | KeyboardInterrupt]] = queue.SimpleQueue()
+        self.answers: queue.SimpleQueue[tuple[Dispatch, _Made | KeyboardInterrupt]] = queue.SimpleQueue()
         self.blocks: dict[int, Block] = {}
 
     def submit(self, order: PoolOrder) -> None:
@@ -100,7 +100,7 @@ class InlinePool:
                 self._work(worker, order)
 
     def _work(self, worker: Worker, order: Dispatch) -> None:
-        answer: Answer | KeyboardInterrupt
+        answer: _Made | KeyboardInterrupt
         try:
             answer = self._do(worker, order)
         except (Exception, KeyboardInterrupt) as error:
@@ -121,12 +121,17 @@ class InlinePool:
     def _begin(self, order: StartWorker | Dispatch) -> list[Event]:
         """Let a worker that computes here take in a batch."""
         assert isinstance(order, Dispatch)
+        worker = self.workers[order.worker]
         try:
-            call = self.workers[order.worker].begin(self.stages[order.stage], order.addresses(), *self._blocks(order))
+            if order.task != "batch":  # of a worker that computes, too: it is done at once
+                return [self._event(order, self._do(worker, order))]
+            self.calls[order.id] = (
+                order,
+                worker.begin(self.stages[order.stage], order.addresses(), *self._blocks(order)),
+            )
+            return []
         except Exception as error:
             return [self._event(order, error)]
-        self.calls[order.id] = order, call
-        return []
 
     def _start(self, order: StartWorker) -> Event:
         setup = self.setups[order.worker_type]
@@ -162,7 +167,7 @@ class InlinePool:
         except Exception as error:
             return self._event(order, error)
 
-    def _event(self, order: Dispatch, answer: Answer) -> Event:
+    def _event(self, order: Dispatch, answer: _Made) -> Event:
         if answer is None:
             return Finished(order.id)
         if isinstance(answer, WrongWorker):
