@@ -21,7 +21,7 @@ import torch
 from latentmill.driver.apply import apply
 from latentmill.driver.decide import decide
 from latentmill.driver.loop import drive
-from latentmill.driver.messages import StageSpec, Started
+from latentmill.driver.messages import StageSpec, Started, WorkerType
 from latentmill.driver.state import DriverState
 from latentmill.plugin import Reject, Stage, tensors
 from latentmill.workers import ray_pool
@@ -85,10 +85,11 @@ def main() -> None:
     workers = ray_pool.RayPool(
         [WorkerSetup((StageWork(name, make),), count, num_cpus=0.1) for name, make, count in STAGES]
     )
-    specs = tuple(StageSpec(name, BATCH, count) for name, _, count in STAGES)
+    specs = tuple(StageSpec(name, BATCH) for name, _, _ in STAGES)
+    types = tuple(WorkerType((stage,), count) for stage, (_, _, count) in enumerate(STAGES))
 
     def run(rows: int) -> tuple[float, float]:
-        state = DriverState(specs, rows, rows_per_shard=256)
+        state = DriverState(specs, rows, rows_per_shard=256, worker_types=types)
         if workers.actors:  # these workers are there from the run before
             decide(state)
             for stage, worker in list(state.starting):

@@ -16,6 +16,7 @@ from latentmill.driver.messages import (
     Started,
     StartWorker,
     StopWorker,
+    WorkerType,
 )
 from latentmill.driver.state import DriverState, finished
 
@@ -122,6 +123,7 @@ def state(
     names = ("read", "encode", "denoise", "decode", "write")
     stages = [
         StageSpec(*spec, running_batches=running if spec[0] == "denoise" else 1, retries=retries)
-        for spec in zip(names, sizes, replicas)
+        for spec in zip(names, sizes)
     ]
+    settings.setdefault("worker_types", tuple(WorkerType((stage,), count) for stage, count in enumerate(replicas)))
     return DriverState(tuple(stages), rows, rows_per_shard, **settings)

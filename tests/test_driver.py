@@ -89,7 +89,7 @@ def test_a_slow_stage_holds_back_those_before_it():
             super().check_bounds()
             # batch x replicas x (in flight + 1) of the slow stage, and what the one before can hold
             before = self.state.stages[1]
-            held = before.batch_size * before.replicas * before.batches_per_worker
+            held = before.batch_size * self.state.replicas(1) * before.batches_per_worker
             assert self.state.rows_queued(2) + self.state.rows_in_flight[1] <= 6 * 3 * 3 + held
 
     world = Slow(state(rows=2000, rows_per_shard=2000), seed=3).run()

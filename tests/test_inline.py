@@ -1,5 +1,7 @@
 """Workers in this process: what computes here, and what is done beside."""
 
+import os
+import signal
 import threading
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from latentmill import weights
 from latentmill.driver.loop import drive
-from latentmill.driver.messages import StageSpec, Started, StartWorker, WorkerType
+from latentmill.driver.messages import Dispatch, StageSpec, Started, StartWorker, WorkerType
 from latentmill.driver.state import DriverState
 from latentmill.errors import RunError, WrongWorker
 from latentmill.plugin import Stage
@@ -103,6 +105,34 @@ def test_torch_s_threads_are_those_of_the_stages_that_compute():
         pool.close()
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_stage_is_on_the_gpu_only_if_it_asks_for_one():
+    class Loads(Note):
+        def load(self, device):
+            self.noted.append(device.type)
+
+    told = []
+    Worker([StageWork("encode", lambda: Loads(told)), StageWork("denoise", lambda: Loads(told), gpu=True)])
+    assert told == ["cpu", "cuda"]
+
+
+def test_another_ctrl_c_does_not_wait_for_a_shard_that_hangs():
+    class Hangs(Note):
+        def commit(self, shard, packed, errors):
+            begun.set()
+            ends.wait(60)
+
+    begun, ends = threading.Event(), threading.Event()
+    pool = InlinePool([WorkerSetup((StageWork("write", lambda: Hangs([])),), computes=False)])
+    pool.submit(StartWorker(0, 0))
+    assert pool.collect(0) == [Started(0, 0)]
+    pool.submit(Dispatch(0, "commit", 0, 0, [], shard=0))
+    assert begun.wait(60)
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        pool.close()
+    ends.set()
 
 
 def test_a_reader_takes_nothing_of_what_another_worker_reads_meanwhile(tmp_path):

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from latentmill.config import load_job, shipped
 from latentmill.errors import JobError, PlanError, PluginError
 from latentmill.parts import parts
+from latentmill.workers.pools import max_bytes_in_flight
 
 HEAD = """\
 defaults: [job, model: shapes, scheduler: euler, source: prompts, sink: parquet, cluster: inline, _self_]
@@ -186,6 +187,8 @@ def test_batch_sizes_mean_something_in_a_deterministic_job_in_its_own_stages():
         ("stages.decode.batch_size=-1", r"stages\.decode\.batch_size must be 1 or more, not -1"),
         ("stages.decode.retries=-1", r"stages\.decode\.retries must be 0 or more, not -1"),
         ("stages.decode.timeout=0", r"stages\.decode\.timeout must be more than 0 seconds, or null, not 0\.0"),
+        ("placement=together", r"placement must be split or fused, not 'together'"),
+        ("max_bytes_in_flight=much", r"max_bytes_in_flight must be bytes, as 8GiB, 500MB or a number, not 'much'"),
         ("on_error=carry_on", r"on_error must be quarantine or stop, not 'carry_on'"),
         ("max_error_rate=2", r"max_error_rate must be from 0 to 1, not 2\.0"),
         ("stages.decode.num_gpus=1.5", r"stages\.decode\.num_gpus above 1 must be whole, not 1\.5"),
@@ -340,3 +343,17 @@ def test_a_plugin_s_stage_has_workers_and_settings_of_its_own(answers):
     assert answers["stage"][2]["replicas"] == 1 and answers["stage"][2]["settings"] == {}
     assert answers["set"][2]["replicas"] == 2 and answers["set"][2]["settings"] == {"radius": 3, "soft": True}
     assert answers["set"][3]["stages"] == {"blur": {"settings": {"radius": 3, "soft": True}}}
+
+
+def test_one_worker_can_not_be_on_two_accelerators():
+    words = ["placement=fused", "stages.encode.accelerator_type=A10G", "stages.denoise.accelerator_type=H100"]
+    with pytest.raises(
+        JobError, match="placement=fused has one worker for stages that ask for accelerators A10G, H100"
+    ):
+        load_job("txt2img", words)
+    load_job("txt2img", ["placement=split", *words[1:]])
+
+
+def test_bytes_in_flight_are_the_job_s_or_without_a_cluster_as_many_as_there_are():
+    assert max_bytes_in_flight(load_job("txt2img", ["max_bytes_in_flight=8GiB"])) == 8 * 2**30
+    assert max_bytes_in_flight(load_job("txt2img", ["cluster=inline"])) == float("inf")

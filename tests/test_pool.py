@@ -15,7 +15,7 @@ from tests import ray_forks
 import latentmill
 from latentmill.driver.decide import decide
 from latentmill.driver.loop import drive
-from latentmill.driver.messages import StageSpec, StartWorker
+from latentmill.driver.messages import StageSpec, StartWorker, WorkerType
 from latentmill.driver.state import DriverState
 from latentmill.errors import PlacementError, RunError, UnreachableError
 from latentmill.plugin import Stage, tensors
@@ -111,10 +111,11 @@ def run(folder, double, rows=24, replicas=2, timeout=None):
         WorkerSetup((StageWork("double", double, timeout=timeout),), replicas, num_cpus=0.1),
         WorkerSetup((StageWork("write", partial(Write, folder)),), num_cpus=0.1),
     ]
-    specs = (StageSpec("read", 6), StageSpec("double", 4, replicas), StageSpec("write", 4))
+    specs = (StageSpec("read", 6), StageSpec("double", 4), StageSpec("write", 4))
+    types = (WorkerType((0,)), WorkerType((1,), replicas), WorkerType((2,)))
     workers = ray_pool.RayPool(work)
     try:
-        drive(DriverState(specs, rows, rows_per_shard=12), workers, lambda: None)
+        drive(DriverState(specs, rows, rows_per_shard=12, worker_types=types), workers, lambda: None)
     finally:
         workers.close()
     done = [eval(path.read_text()) for path in sorted(folder.iterdir())]
@@ -211,7 +212,7 @@ def test_a_worker_sees_only_its_own_gpu(tmp_path):
         [WorkerSetup((StageWork("denoise", partial(Sees, tmp_path), gpu=True),), 2, num_cpus=0.1, num_gpus=1)]
     )
     try:
-        for order in decide(DriverState((StageSpec("denoise", 1, 2),), 0, 1)):
+        for order in decide(DriverState((StageSpec("denoise", 1),), 0, 1, worker_types=(WorkerType((0,), 2),))):
             workers.submit(order)
         events = []
         while len(events) < 2:

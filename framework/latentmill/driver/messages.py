@@ -17,7 +17,6 @@ class StageSpec:
 
     name: str
     batch_size: int
-    replicas: int = 1
     batches_per_worker: int = 2
     """Batches that a worker is given at a time: it computes one, and the next is ready when it has."""
     running_batches: int = 1

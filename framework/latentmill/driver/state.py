@@ -66,7 +66,7 @@ class DriverState:
     row_name: Callable[[int], str] = str
     """How people are told of a row."""
     worker_types: tuple[WorkerType, ...] = ()
-    """Which stages the workers host. By default each stage has workers of its own."""
+    """Which stages the workers host. By default each stage has one worker of its own."""
 
     # Shards
     cursor: int = 0
@@ -154,7 +154,7 @@ class DriverState:
     def __post_init__(self) -> None:
         count = len(self.stages)
         if not self.worker_types:
-            self.worker_types = tuple(WorkerType((stage,), spec.replicas) for stage, spec in enumerate(self.stages))
+            self.worker_types = tuple(WorkerType((stage,)) for stage in range(count))
         types = {stage: number for number, hosts in enumerate(self.worker_types) for stage in hosts.stages}
         self.type_of = [types[stage] for stage in range(count)]
         self.queues = [StageQueue(spec.batch_size, self._chunk_rows(spec)) for spec in self.stages]

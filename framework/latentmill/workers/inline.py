@@ -6,7 +6,6 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import TypeAlias
 
 import torch
@@ -47,7 +46,8 @@ class InlinePool:
         self.types: dict[int, int] = {}
         self.inboxes: dict[int, queue.SimpleQueue[Dispatch | None]] = {}
         """Of each worker that has a thread of its own; None ends the thread."""
-        self.orders: deque[StartWorker | Dispatch] = deque()
+        self.starts: deque[StartWorker] = deque()
+        self.orders: deque[Dispatch] = deque()
         self.calls: dict[int, tuple[Dispatch, Call]] = {}
         """Batches that were begun, by the numbers of their orders."""
         self.beside: dict[int, Dispatch] = {}
@@ -58,7 +58,9 @@ class InlinePool:
     def submit(self, order: PoolOrder) -> None:
         if isinstance(order, StopWorker):  # what it held is given out anew
             self._forget(order.worker)
-        elif isinstance(order, Dispatch) and order.worker in self.inboxes:
+        elif isinstance(order, StartWorker):
+            self.starts.append(order)
+        elif order.worker in self.inboxes:
             self.beside[order.id] = order
             self.inboxes[order.worker].put(order)
         else:
@@ -66,9 +68,8 @@ class InlinePool:
 
     def collect(self, timeout: float) -> list[Event]:
         events = self._answered(0.0)
-        while self.orders and isinstance(start := self.orders[0], StartWorker):  # nobody reads while models are loaded
-            self.orders.popleft()
-            events.append(self._start(start))
+        while self.starts:  # all, before any is given work: nobody reads while models are loaded
+            events.append(self._start(self.starts.popleft()))
         if self.orders:
             return events + self._begin(self.orders.popleft())
         if self.calls:
@@ -118,17 +119,13 @@ class InlinePool:
             return None
         return worker.batch(stage, order.addresses(), *blocks)
 
-    def _begin(self, order: StartWorker | Dispatch) -> list[Event]:
-        """Let a worker that computes here take in a batch."""
-        assert isinstance(order, Dispatch)
-        worker = self.workers[order.worker]
+    def _begin(self, order: Dispatch) -> list[Event]:
+        """Let a worker without a thread of its own take in a batch; what is no batch it does at once."""
+        worker, stage = self.workers[order.worker], self.stages[order.stage]
         try:
-            if order.task != "batch":  # of a worker that computes, too: it is done at once
+            if order.task != "batch":
                 return [self._event(order, self._do(worker, order))]
-            self.calls[order.id] = (
-                order,
-                worker.begin(self.stages[order.stage], order.addresses(), *self._blocks(order)),
-            )
+            self.calls[order.id] = order, worker.begin(stage, order.addresses(), *self._blocks(order))
             return []
         except Exception as error:
             return [self._event(order, error)]
@@ -139,10 +136,8 @@ class InlinePool:
             before = torch.get_num_threads()
             try:
                 worker = Worker(setup.stages)
-            finally:
-                torch.set_num_threads(
-                    before
-                )  # a stage that only reads has fewer; this thread is for those that compute
+            finally:  # a stage that only reads has fewer threads; this thread of Python is for those that compute
+                torch.set_num_threads(before)
             for stage, messages in worker.heard().items():
                 self.tell(stage, messages)
             if reason := self.admit(this_node(), worker.loaded):
@@ -185,6 +180,7 @@ class InlinePool:
         return [self.blocks[name] for name in order.blocks()]
 
     def _forget(self, worker: int) -> None:
+        self.starts = deque(order for order in self.starts if order.worker != worker)
         self.orders = deque(order for order in self.orders if order.worker != worker)
         self.calls = {id: (order, call) for id, (order, call) in self.calls.items() if order.worker != worker}
         self.beside = {id: order for id, order in self.beside.items() if order.worker != worker}
@@ -196,11 +192,11 @@ class InlinePool:
         self.blocks.pop(block, None)
 
     def close(self) -> None:
-        """End all workers. A shard that is being written is finished first."""
+        """End all workers. Shards that are being written are finished first; another Ctrl-C doesn't wait for them."""
         self.beside = {id: order for id, order in self.beside.items() if order.task == "commit"}
         while self.beside:
-            with suppress(KeyboardInterrupt):
-                self._answered(0.5)
+            order, _ = self.answers.get()
+            self.beside.pop(order.id, None)
         for inbox in self.inboxes.values():
             inbox.put(None)
         self.inboxes.clear()

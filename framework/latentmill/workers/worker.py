@@ -140,10 +140,7 @@ class Hosted:
         """Do a step of a continuous stage. Returns the calls that are at their end."""
         assert isinstance(self.stage, ContinuousStage)
         self.stage.advance()
-        ended = [call for call in self.inside if call.request is not None and call.request.done]
-        for call in ended:
-            self.inside.remove(call)
-        return ended
+        return [call for call in self.inside if call.request is not None and call.request.done]
 
     def finish(self, call: Call) -> Block:
         """What a continuous stage has made of a batch."""
@@ -231,8 +228,7 @@ class Worker:
         for hosted in self.stages.values():
             if not hosted.inside:
                 continue
-            inside = list(hosted.inside)
-            with self._doing(hosted, *inside):
+            with self._doing(hosted, *hosted.inside):
                 for call in hosted.step():
                     with _noting(call):
                         call.block = self._noted(hosted.finish(call))
