@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from latentmill.batch import from_dicts, with_latents
+from latentmill.batch import FixedShape, from_dicts, with_latents
 from latentmill.plugin import Denoiser, LatentSpec, StageContext, tensors
 from latentmill.registry import build, entries
 from latentmill.schedulers.noise_schedules import RectifiedFlow, VariancePreserving
@@ -56,12 +56,13 @@ def rows(count, scheduler, masks=False, **changes):
     return batch
 
 
-def moving(batch, denoiser, device=DEVICE, until=0.0):
+def moving(batch, denoiser, device=DEVICE, until=0.0, fixed=None):
     """A stage with these rows on their way, and their request."""
     stage = Denoise()
     context = StageContext.of(
         {"denoiser": denoiser, "scheduler": None},
         batch_size=1000,
+        fixed=fixed,
         sampling={"until": until, "first_noise": "latentmill"},
         choices={"scheduler": {"grid": "trailing"}},
         scheduler_of=scheduler,
@@ -178,6 +179,20 @@ def test_what_is_computed_there_is_what_the_cpu_computes(name, schedule):
                 stage.advance()
             found.append([tensors.from_arrow(table, "latents").clone() for table in stage.finish(request)])
     assert torch.equal(found[0][0], found[1][0]) and bool(found[0][0].isfinite().all())
+
+
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m_sde"])
+def test_so_it_is_in_a_deterministic_job(name):
+    """Where idle slots repeat a row, and a call is two, of the prompts and of the negatives."""
+    given, found = rows(4, name, steps=5), []
+    for device in (torch.device("cpu"), DEVICE):
+        with pretended() as counted:
+            stage, request = moving(given, Half(), device, fixed=FixedShape(batch_size=6, rows_per_shard=12))
+            while not request.done:
+                stage.advance()
+            assert counted.waits == []
+            found.append([tensors.from_arrow(table, "latents").clone() for table in stage.finish(request)])
+    assert torch.equal(found[0][0], found[1][0])
 
 
 @pytest.mark.parametrize("name", ["dpmpp_2m", "unipc"])

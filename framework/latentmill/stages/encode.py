@@ -183,7 +183,7 @@ class PictureEncoding:
     def _latents(
         self, part: pa.Table, shape: tuple[int, ...], slots: Tensor, size: int
     ) -> tuple[Tensor, Tensor | None]:
-        """Latents and, if asked for, the posterior's standard deviation, both ``[B, C, h, w]``."""
+        """Latents and, if asked for, the posterior's standard deviation, both ``[B, C, h, w]``, on the CPU."""
         wanted = "latents_std" in self.adds
         if "latents" in part.column_names:
             latents = tensors.from_arrow(part, "latents")
@@ -198,12 +198,12 @@ class PictureEncoding:
             self.loaded = True
         images = self._images(part, slots, size)
         if not wanted:
-            return self._encoded(images)[slots].to(dtype), None
+            return self._back(self._encoded(images), slots), None
         with checks.inside(self.vae):
             mean, std = self.vae.posterior(images)
         for values in (mean, std):
             checks.latents(self.vae, self.vae.spec, "posterior", values, images)
-        return mean[slots].to(dtype), std[slots].to(dtype)
+        return self._back(mean, slots), self._back(std, slots)
 
     def _encoded(self, images: Tensor) -> Tensor:
         with checks.inside(self.vae):
@@ -211,10 +211,14 @@ class PictureEncoding:
         checks.latents(self.vae, self.vae.spec, "encode", latents, images)
         return latents
 
+    def _back(self, values: Tensor, slots: Tensor) -> Tensor:
+        """Those of ``values[size, ...]`` in these slots, as they are stored, on the CPU."""
+        return values[tensors.send(slots, values.device)].to(stored_dtype(self.vae.spec)).cpu()
+
     def _images(self, part: pa.Table, slots: Tensor, size: int) -> Tensor:
         """Pictures ``[size, 3, H, W]``, or clips ``[size, 3, T, H, W]``, in [-1, 1], each in its slot."""
-        images = tensors.spread(tensors.from_arrow(part, self.vae.spec.decoded), slots, size).to(self.device)
-        return images.movedim(-1, 1).to(torch.float32) / 127.5 - 1.0
+        images = tensors.spread(tensors.from_arrow(part, self.vae.spec.decoded), slots, size)
+        return tensors.send(images, self.device).movedim(-1, 1).to(torch.float32) / 127.5 - 1.0
 
     def _with_mask(self, part: pa.Table, shape: tuple[int, ...], slots: Tensor, size: int) -> pa.Table:
         """The mask in the size of the latents, and, for a network that was trained for inpainting, ``masked``."""
@@ -222,9 +226,9 @@ class PictureEncoding:
         smaller = tensors.with_tensor(part, "mask", interpolate(mask, shape, mode="nearest"))
         if not self.masked:
             return smaller
-        kept = tensors.spread(1 - mask, slots, size).to(self.device)
-        masked = self._encoded(self._images(part, slots, size) * kept)[slots].to(stored_dtype(self.vae.spec))
-        return tensors.with_tensor(smaller, "masked", masked)
+        kept = tensors.send(tensors.spread(1 - mask, slots, size), self.device)
+        masked = self._encoded(self._images(part, slots, size) * kept)
+        return tensors.with_tensor(smaller, "masked", self._back(masked, slots))
 
 
 def stored_dtype(spec: LatentSpec) -> torch.dtype:

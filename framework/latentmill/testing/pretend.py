@@ -86,7 +86,7 @@ class _Counting(TorchDispatchMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         given = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
-        target = kwargs.get("device")
+        target = next((value for value in args if isinstance(value, torch.device)), kwargs.get("device"))
         here = any(isinstance(value, _Remote) for value in given)
         there = here if target is None else torch.device(target).type == DEVICE.type
         if not here and not there:

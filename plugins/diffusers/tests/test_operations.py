@@ -10,6 +10,7 @@ from latentmill.stages.guidance import Guidance, ModelField
 from latentmill.testing.pretend import DEVICE, pretended
 from latentmill_diffusers.denoiser import DiffusersDenoiser
 from latentmill_diffusers.text_encoder import DiffusersTextEncoder
+from latentmill_diffusers.vae import DiffusersVAE
 
 CPU = torch.device("cpu")
 PROMPTS = [
@@ -88,3 +89,21 @@ def test_a_network_is_called_once_and_nobody_waits(name, evaluate):
     found = evaluate(name, DEVICE)
     rows = 12 if name == "StableDiffusionXLPipeline" else 6
     assert (found.calls, found.waits, len(found.copies)) == ([rows], [], 2)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "FluxPipeline", "QwenImagePipeline"])
+def test_prompts_and_pictures_are_encoded_there_as_on_the_cpu(name, model):
+    """A GPU's attention rounds otherwise, and so does the pretended one's."""
+    found = []
+    for device in (CPU, DEVICE):
+        encoder, vae = DiffusersTextEncoder(str(model(name))), DiffusersVAE(str(model(name)))
+        pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+        with torch.inference_mode(), pretended():
+            encoder.load(device)
+            vae.load(device)
+            prompt, negative = encoder.encode(PROMPTS[:2]), encoder.encode_negative([None, PROMPTS[2]])
+            mean, std = vae.posterior(pictures.to(device))
+            each = [*prompt.values(), *negative.values(), mean, std, vae.decode(mean)]
+            found.append([value.cpu() for value in each])
+    for wanted, value in zip(*found, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-4)

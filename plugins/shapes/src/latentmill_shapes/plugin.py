@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from latentmill import weights
-from latentmill.plugin import VAE, Conditioning, Denoiser, LatentSpec, TextEncoder
+from latentmill.plugin import VAE, Conditioning, Denoiser, LatentSpec, TextEncoder, tensors
 from latentmill.schedulers.noise_schedules import VariancePreserving
 from latentmill_shapes.autoencoder import Autoencoder
 from latentmill_shapes.denoiser import UNet
@@ -134,7 +134,7 @@ class ShapesDenoiser(Denoiser):
                 f"latents of {x.shape[2]}x{x.shape[3]}: sides must be multiples of 4, pictures' sides multiples of 16"
             )
         alpha, sigma = self.noise_schedule.scale(t)
-        log_ratio = torch.log(alpha / sigma.clamp(min=1e-3)).to(device=x.device, dtype=x.dtype)
+        log_ratio = tensors.send(torch.log(alpha / sigma.clamp(min=1e-3)).to(x.dtype), x.device)
         x = x.contiguous(memory_format=torch.channels_last)
         predicted: Tensor = self._model(x, log_ratio, conditioning["embeds"], conditioning["pooled"]).contiguous()
         return predicted
