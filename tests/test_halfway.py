@@ -26,15 +26,24 @@ def whole(tmp_path_factory):
     """Twelve rows that differ in scheduler, steps and guidance, denoised in one go, and the job that did it."""
     folder = tmp_path_factory.mktemp("whole")
     lines = [
-        {"prompt": PROMPT, "scheduler": SCHEDULERS[n % 4], "steps": 4 + n, "guidance_scale": [1.0, 4.0][n % 2]}
+        {"prompt": PROMPT, "scheduler": SCHEDULERS[n % 4], "steps": 4 + n, "guidance_scale": [1.0, 4.0][n % 2],
+         "width": 32, "height": 32}
         for n in range(12)
-    ]
+    ]  # fmt: skip
     lines[7] |= {"guidance_rescale": 0.7, "guidance_from": 0.8, "guidance_until": 0.3}
     (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings = [*SETTINGS, f"source.path={folder / 'rows.jsonl'}"]
     result = latentmill.run("denoise", [*settings, f"output={folder / 'out'}"])
     assert result.ok == 12
     return settings, rows_of(folder / "out")
+
+
+@pytest.fixture(scope="module")
+def half(whole, tmp_path_factory):
+    """The dataset of the same rows, each left half-way."""
+    output = tmp_path_factory.mktemp("half") / "out"
+    assert latentmill.run("denoise", [*whole[0], "sampling.until=0.5", f"output={output}"]).ok == 12
+    return output
 
 
 def test_two_jobs_are_one_trajectory(whole, tmp_path):
@@ -54,11 +63,8 @@ def test_two_jobs_are_one_trajectory(whole, tmp_path):
         assert np.array_equal(found[name]["latents"], row["latents"]), name
 
 
-def test_the_state_is_of_model_and_scheduler(whole, tmp_path):
+def test_the_state_is_of_model_and_scheduler(half, tmp_path):
     """What was half-way with one scheduler goes on with another, which begins anew; its old state would mislead it."""
-    settings, _ = whole
-    half = tmp_path / "half"
-    latentmill.run("denoise", [*settings, "sampling.until=0.5", f"output={half}"])
     held = {row["scheduler"]: {part["name"] for part in row["state"]} for row in rows_of(half).values()}
     assert held["dpmpp_2m"] == {"clean", "log_ratio"} and held["heun"] == set() and "t" in held["unipc"]
     found = []
@@ -82,26 +88,22 @@ def test_the_state_is_of_model_and_scheduler(whole, tmp_path):
         assert same == (row["scheduler"] in ("heun", "euler_ancestral")), row["scheduler"]
 
 
-def test_another_noise_path_is_refused_row_by_row(whole, tmp_path):
-    settings, _ = whole
-    half = tmp_path / "half"
-    latentmill.run("denoise", [*settings, "sampling.until=0.5", f"output={half}"])
+def test_another_noise_path_is_refused_row_by_row(half, tmp_path):
+    folder = tmp_path / "another"
+    folder.mkdir()
     for path in half.glob("data/*"):
         table = pq.read_table(path)
         at = table.column_names.index("trajectory")
-        pq.write_table(table.set_column(at, table.schema.field(at), [["0123/4567"] * len(table)]), path)
+        pq.write_table(table.set_column(at, table.schema.field(at), [["0123/4567"] * len(table)]), folder / path.name)
     result = latentmill.run(
-        "denoise", [*SETTINGS, "source=latents", f"source.path={half / 'data'}", f"output={tmp_path / 'out'}"]
+        "denoise", [*SETTINGS, "source=latents", f"source.path={folder}", f"output={tmp_path / 'out'}"]
     )
     assert (result.ok, result.failed) == (0, 12)
     reasons = {json.loads(line)["reason"] for path in tmp_path.glob("out/errors/*") for line in path.open()}
     assert reasons == {"the latents are half-way on a noise schedule that is not this denoiser's"}
 
 
-def test_only_denoise_can_finish_them(whole, tmp_path):
-    settings, _ = whole
-    half = tmp_path / "half"
-    latentmill.run("denoise", [*settings, "sampling.until=0.5", f"output={half}"])
+def test_only_denoise_can_finish_them(half, tmp_path):
     result = latentmill.run("decode", ["cluster=inline", f"source.path={half}", f"output={tmp_path / 'out'}"])
     assert result.ok == 0
     reasons = {json.loads(line)["reason"] for path in tmp_path.glob("out/errors/*") for line in path.open()}

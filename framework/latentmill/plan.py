@@ -10,10 +10,11 @@ import base64
 import hashlib
 import json
 import re
+import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import metadata
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -220,13 +221,16 @@ def _hashed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def versions(distributions: Iterable[str]) -> dict[str, str]:
     """The versions of installed distributions, by name. What was built of one for which hardware (``+cu128``) is left out."""
-    found = {}
-    for name in sorted(distributions):
-        try:
-            found[name] = metadata.version(name).partition("+")[0]
-        except metadata.PackageNotFoundError:
-            found[name] = NOT_THERE
-    return found
+    return {name: _version(name, tuple(sys.path)) for name in sorted(distributions)}
+
+
+@cache
+def _version(name: str, path: tuple[str, ...]) -> str:
+    """What is installed on this path; each worker and each plan asks for the same ones, and each answer is a file to parse."""
+    try:
+        return metadata.version(name).partition("+")[0]
+    except metadata.PackageNotFoundError:
+        return NOT_THERE
 
 
 def changed_libraries(plan: Plan, store: Storage) -> list[str]:

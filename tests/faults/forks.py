@@ -21,7 +21,10 @@ import latentmill.stages.read, latentmill.stages.write, latentmill.schedulers.dp
 import PIL.Image
 
 PIL.Image.init()
-latentmill.config.load_job("txt2img", ["output=nowhere"])  # lists plugins, and what else is looked up once
+sys.path.append(sys.argv[2])
+from tests import composing
+composing.once()
+latentmill.config.load_job("txt2img", ["output=nowhere", "cluster=inline"])  # lists plugins, and what else is looked up once
 main = latentmill.cli.main
 exec(sys.argv[1])
 for line in sys.stdin:
@@ -63,7 +66,8 @@ class Forks:
     def __init__(self, prepare=""):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.server = subprocess.Popen([sys.executable, "-c", SERVER, prepare], **pipes, text=True, env=environment)
+        command = [sys.executable, "-c", SERVER, prepare, str(Path(__file__).parents[2])]
+        self.server = subprocess.Popen(command, **pipes, text=True, env=environment)
 
     def begin(self, arguments, log, obeys=False, **environment):
         return self._ask({"arguments": arguments, "log": str(log), "obeys": obeys, "environment": environment})

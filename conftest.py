@@ -1,0 +1,21 @@
+"""What all tests share: a shipped job is composed once, and what is imported is no garbage."""
+
+import gc
+
+import pytest
+
+
+def pytest_collection_finish():
+    """Whatever the collector looks at from now on is of a test: torch, diffusers and 4,000 items are millions of objects."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def composing_once():
+    """See tests.composing."""
+    from tests import composing
+
+    with pytest.MonkeyPatch.context() as patch:
+        composing.once(patch.setattr)
+        yield
