@@ -6,7 +6,7 @@ from tests.faults.forks import PROMPTS, Forks, command, shards
 pytest.register_assert_rewrite("tests.faults.drivers", "tests.faults.table")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def forks():
     server = Forks()
     yield server
@@ -19,7 +19,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def job(forks, tmp_path_factory):
     """A job of 6 rows in 3 shards, and the files that it makes when nothing happens."""
     alone = tmp_path_factory.mktemp("alone")
