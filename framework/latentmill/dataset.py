@@ -10,13 +10,12 @@ Whoever asks about the folder asks here: a run before it starts and before it sa
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
+import threading
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from latentmill import plan as planning
@@ -24,15 +23,15 @@ from latentmill import registry, storage
 from latentmill.errors import PlanError, StorageError
 from latentmill.plan import Plan
 from latentmill.plugin import Sink, StoredShard
+from latentmill.shard_index import WORTH, Index, Inventory, Summary, summary
 from latentmill.shards import (
-    ERRORS_KEY,
     FOLDER,
     PLAN_KEY,
-    WARNINGS_KEY,
     ShardFile,
     copy_errors,
     data_name,
     error_lines,
+    error_rows,
     errors_name,
     shard_numbers,
     side_file_shard,
@@ -53,8 +52,11 @@ class Dataset:
     store: Storage
     plan: Plan
     sink: Sink
-    _read: dict[int, tuple[str, dict[str, str] | PlanError]] = field(init=False, repr=False, default_factory=dict)
-    """Of each shard the tag of the file that was read, and its metadata or what is wrong with it."""
+    _seen: dict[int, tuple[str, Summary | PlanError]] = field(init=False, repr=False, default_factory=dict)
+    """Of each shard the tag of the file that was read, and what it says or what is wrong with it."""
+    _unsaved: set[int] = field(init=False, repr=False, default_factory=set)
+    """Shards that were read, and are not in the index with what they say."""
+    _looking: threading.RLock = field(init=False, repr=False, default_factory=threading.RLock)
     _taken_out: set[str] = field(init=False, repr=False, default_factory=set)
     """Names of shards that were taken out, as far as ``newly_taken_out`` has told."""
 
@@ -72,22 +74,28 @@ class Dataset:
     def foreign(self) -> list[str]:
         """Names in ``data/`` that are no shard of this plan's, the hidden left out."""
         names = self.store.names("data")
-        planned = self._shards(names)
-        return sorted(name for name in names if name not in planned and not name.startswith((".", "_")))
+        return _foreign(names, self._shards(names))
 
     def stray_side_files(self) -> list[str]:
         """Names in ``files/`` that no shard names, and none will: its shard is there, or will never be."""
         names = self.store.names(FOLDER)  # before the shards are looked at: one that comes later names later files
         if not names:
             return []
-        shards = self._metadata()
-        named = {side.stored_as for found in shards.values() if isinstance(found, dict) for side in side_files(found)}
-        return sorted(name for name in names if name not in named and self._is_stray(side_file_shard(name), shards))
+        shards = self.look().readable()
+        named = {name for found in shards.values() for name in found.side_files}
+        return sorted(name for name in names if name not in named and self._is_stray(name, shards))
 
-    def _is_stray(self, shard: int | None, shards: Mapping[int, dict[str, str] | PlanError]) -> bool:
+    def _is_stray(self, name: str, shards: Mapping[int, Summary]) -> bool:
+        shard = side_file_shard(name)
         if shard is None or shard >= self.plan.shards:
             return True
-        return isinstance(shards.get(shard), dict)  # else it may be at work, or belong to a damaged shard
+        if shard not in shards:  # it may be at work, or damaged
+            return False
+        with suppress(FileNotFoundError, PlanError):
+            return name not in {
+                side.stored_as for side in side_files(self.about(shard))
+            }  # what it was seen to say is old
+        return False
 
     def _shards(self, names: Iterable[str]) -> dict[str, int]:
         found = shard_numbers(names, self.sink.suffix)
@@ -106,6 +114,8 @@ class Dataset:
             about = self.shard(shard).metadata()
         except FileNotFoundError:
             raise
+        except StorageError:
+            raise
         except Exception as error:  # whatever a damaged or foreign file makes a reader say
             if isinstance(error, OSError) and error.errno is not None:
                 raise
@@ -115,88 +125,101 @@ class Dataset:
             what = "is no shard of ours" if made_by is None else f"is a shard of another plan, {made_by}"
             raise PlanError(f"{self._at(name)} {what}: {OUT_OF_THE_WAY}")
         try:
-            error_lines(about)
-        except (ValueError, TypeError) as error:
+            summary(about)
+        except (ValueError, TypeError, KeyError) as error:
             raise PlanError(f"{self._at(name)} has errors in it that can't be read: {OUT_OF_THE_WAY}") from error
         return about
 
-    def _metadata(self) -> dict[int, dict[str, str] | PlanError]:
-        """The metadata of all shards that are there. Reads those that it has not read, or that are other files by now."""
-        tags = self.store.tags("data")
-        there = {shard: tags[name] for name, shard in self._shards(tags).items()}
-        unread = sorted(shard for shard, tag in there.items() if self._read.get(shard, ("",))[0] != tag or not tag)
-
-        def read(shard: int) -> dict[str, str] | PlanError | None:
-            try:
-                return self.about(shard)
-            except FileNotFoundError:  # another driver has taken it out since it was listed
-                return None
-            except PlanError as error:
-                return error
-
-        with ThreadPoolExecutor(16) as threads:  # a store answers in its own time; all at once is one time
-            for shard, found in zip(unread, threads.map(read, unread)):
-                if found is None:
+    def look(self) -> Inventory:
+        """What is there now. Reads those shards that neither it nor the index knows, or that are other files by now."""
+        with self._looking:
+            tags = self.store.tags("data")
+            shards = self._shards(tags)
+            there = {shard: tags[name] for name, shard in shards.items()}
+            known = {shard: tag for shard, (tag, _) in self._seen.items() if tag}
+            unread = {shard: tag for shard, tag in there.items() if not tag or known.get(shard) != tag}
+            if len(unread) >= WORTH:
+                for shard, found in self._index.load(unread):
+                    self._seen[shard] = unread.pop(shard, there[shard]), found
+            for shard, read in zip(sorted(unread), self.store.each(self._read, sorted(unread))):
+                if read is None:
                     del there[shard]
                 else:
-                    self._read[shard] = there[shard], found
-        self._read = {shard: self._read[shard] for shard in sorted(there)}
-        return {shard: found for shard, (_, found) in self._read.items()}
+                    self._seen[shard] = there[shard], read
+                    self._unsaved.add(shard)
+            self._seen = {shard: self._seen[shard] for shard in sorted(there)}
+            return Inventory(
+                self.plan, {shard: found for shard, (_, found) in self._seen.items()}, _foreign(tags, shards)
+            )
 
-    def _ours(self) -> dict[int, dict[str, str]]:
-        """The same. Raises PlanError if one can't be read or is another plan's."""
-        ours = {}
-        for shard, found in self._metadata().items():
-            if isinstance(found, PlanError):
-                raise found
-            ours[shard] = found
-        return ours
+    def _read(self, shard: int) -> Summary | PlanError | None:
+        try:
+            return summary(self.about(shard))
+        except FileNotFoundError:  # another driver has taken it out since it was listed
+            return None
+        except PlanError as error:
+            return error
 
-    def _readable(self) -> dict[int, dict[str, str]]:
-        """The same of those that can be read and are this plan's. Of the others a run and verify tell."""
-        return {shard: found for shard, found in self._metadata().items() if isinstance(found, dict)}
+    @cached_property
+    def _index(self) -> Index:
+        return Index(self.store, self.plan.hash)
+
+    def remember(self, all_there: bool = False) -> None:
+        """Add to the index what was read since, if it is much; ``all_there``: put its pieces together. It is a help, and may fail."""
+        with self._looking, suppress(OSError):
+            known = [(shard, tag, found) for shard, (tag, found) in self._seen.items() if isinstance(found, Summary)]
+            if len(self._unsaved) >= WORTH:
+                self._index.save(entry for entry in known if entry[0] in self._unsaved)
+                self._unsaved.clear()
+            if all_there:
+                self._index.replace(known)
+
+    def remembered(self) -> dict[int, Summary]:
+        """What the index says of the shards that are there."""
+        tags = self.store.tags("data")
+        return dict(Index(self.store, self.plan.hash).load({shard: tags[n] for n, shard in self._shards(tags).items()}))
+
+    def forget(self) -> None:
+        """Delete the index."""
+        self._index.forget()
 
     # --------------------------------------------------------------------------------------------- what is in them
 
-    def errors(self) -> dict[int, list[dict[str, Any]]]:
-        """The error rows of the shards that are there, of those that have any."""
-        return _errors(self._readable())
+    def errors(self, shards: Iterable[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """Of those shards that are there and can be read the error rows, out of their files."""
 
-    def rows(self) -> dict[int, int]:
-        """How many rows are stored in each of the shards that are there: those that are ok."""
-        shards = self._readable()
-        failed = _errors(shards)
-        return {shard: len(self.plan.shard_rows(shard)) - len(failed.get(shard, ())) for shard in shards}
+        def read(shard: int) -> tuple[int, list[dict[str, Any]]]:
+            with suppress(FileNotFoundError, PlanError):
+                return shard, error_rows(self.about(shard))
+            return shard, []
+
+        yield from self.store.each(read, shards)
 
     def holds_ok(self) -> bool:
         """Whether a row that is ok is there."""
-        return any(self.rows().values())
+        return any(self.look().rows().values())
 
-    def status(self) -> dict[str, Any]:
-        """How far it is.
+    def status(self, seen: Inventory | None = None) -> dict[str, Any]:
+        """How far it is, or was when ``seen`` was.
 
         Keys: ``name``, ``planned``, ``ok``, ``failed`` (rows), ``shards``, ``shards_done``, ``success`` (all
         shards are there, and a run has said so), ``lost`` (a run had said so, and so many shards are there no more), ``foreign``
         (names in ``data/`` that are no shard's), ``warnings`` (rows by what is to be known of them, the most frequent first).
         """
-        shards = self._metadata()
-        readable = {shard: about for shard, about in shards.items() if isinstance(about, dict)}
-        failed = sum(map(len, _errors(readable).values()))
-        warnings: Counter[str] = Counter()
-        for about in readable.values():
-            warnings.update(json.loads(about.get(WARNINGS_KEY, "{}")))
-        missing, ended = self.plan.shards - len(shards), self.store.exists("_SUCCESS")
+        seen = seen or self.look()
+        failed = seen.failed_in().total()
+        missing, ended = self.plan.shards - len(seen.shards), self.store.exists("_SUCCESS")
         return {
             "name": self.plan.name,
             "planned": self.plan.rows,
-            "ok": sum(len(self.plan.shard_rows(shard)) for shard in shards) - failed,
+            "ok": sum(len(self.plan.shard_rows(shard)) for shard in seen.shards) - failed,
             "failed": failed,
             "shards": self.plan.shards,
-            "shards_done": len(shards),
+            "shards_done": len(seen.shards),
             "success": ended and not missing,
             "lost": missing if ended else 0,
-            "foreign": self.foreign(),
-            "warnings": dict(warnings.most_common()),
+            "foreign": seen.foreign,
+            "warnings": seen.warnings(),
         }
 
     # ------------------------------------------------------------------------------------------ begin and end of a run
@@ -205,14 +228,15 @@ class Dataset:
         """The shards that a run of this plan finds done. Raises PlanError, and changes nothing, if what is there is another's."""
         planning.compare(self.plan, self.store)
         self.newly_taken_out()  # before the shards are listed: what is taken out from here on is new
-        alien = [name for name in self.foreign() if name.endswith(self.sink.suffix)]
+        seen = self.look()
+        alien = [name for name in seen.foreign if name.endswith(self.sink.suffix)]
         if alien:
             more = f" and {len(alien) - 3} more" if len(alien) > 3 else ""
             raise PlanError(
                 f"{self._at('data')} holds what is no shard of this plan, and would be read as its rows: "
                 f"{', '.join(alien[:3])}{more}. Move it away, or choose another output"
             )
-        return {*self._ours()}
+        return {*seen.ours()}
 
     def settle(self) -> frozenset[int]:
         """Compare what is in ``data/`` with the plan, and bring ``errors/`` and ``files/`` in line with it.
@@ -220,7 +244,7 @@ class Dataset:
         Returns the shards that another driver has taken out since ``newly_taken_out`` was asked, to do failed rows again: the
         dataset is not complete then. Raises StorageError if one is not there for any other reason, PlanError if one is not this plan's.
         """
-        shards = self._ours()
+        shards = self.look().ours()
         if lost := [shard for shard in range(self.plan.shards) if shard not in shards]:
             if (taken := self.newly_taken_out()) >= {*lost}:
                 return taken
@@ -230,19 +254,25 @@ class Dataset:
                 "The same command goes on with them"
             )
         copies = {*self.store.names("errors")}
-        told = [shard for shard, about in shards.items() if error_lines(about) or f"{shard:05d}.jsonl" in copies]
-        with ThreadPoolExecutor(16) as threads:
-            for _ in threads.map(lambda shard: copy_errors(self.store, shard, error_lines(shards[shard])), told):
-                pass
+        told = [shard for shard, found in shards.items() if found.failed or f"{shard:05d}.jsonl" in copies]
+        for _ in self.store.each(self.copy_errors, told):
+            pass
         for name in self.stray_side_files():
             self.store.delete(f"{FOLDER}/{name}")
         return frozenset()
 
     def finish(self) -> None:
         """Have the sink make what it stores for the whole dataset. Raises ValueError if it has no name that is free for it."""
-        shards = self._readable()
-        rows = self.rows()
-        stored = [StoredShard(data_name(shard, self.sink), rows[shard], about) for shard, about in shards.items()]
+        if type(self.sink).finish is Sink.finish:  # then it is not to be told of a hundred thousand shards
+            return
+
+        def read(shard: int) -> StoredShard | None:
+            with suppress(FileNotFoundError):  # another driver has taken it out, and finishes anew
+                return StoredShard(data_name(shard, self.sink), rows[shard], self.about(shard))
+            return None
+
+        rows = self.look().rows()
+        stored = [found for found in self.store.each(read, rows) if found]
         for name, content in self.sink.finish(stored).items():
             if name in OURS or "/" in name or name.startswith((".", "_")):
                 raise ValueError(f"finish made a file {name!r}: not a name that is free at the top of a dataset")
@@ -254,7 +284,8 @@ class Dataset:
         A driver may have died between the two, so it is done for each shard before a dataset is called complete.
         Drivers that do so at the same time write the same.
         """
-        copy_errors(self.store, shard, error_lines(self.about(shard)))
+        with suppress(FileNotFoundError):  # another driver has taken it out
+            copy_errors(self.store, shard, error_lines(self.about(shard)))
 
     # ------------------------------------------------------------------------------------------------ taking shards out
 
@@ -326,9 +357,8 @@ class Dataset:
         return f"{self.store.url.rstrip('/')}/{name}"
 
 
-def _errors(shards: Mapping[int, Mapping[str, str]]) -> dict[int, list[dict[str, Any]]]:
-    found = ((shard, json.loads(about.get(ERRORS_KEY, "[]"))) for shard, about in shards.items())
-    return {shard: errors for shard, errors in found if errors}
+def _foreign(names: Iterable[str], planned: Mapping[str, int]) -> list[str]:
+    return sorted(name for name in names if name not in planned and not name.startswith((".", "_")))
 
 
 OURS = {

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,11 +24,15 @@ from latentmill.driver.messages import TakenOut
 from latentmill.driver.state import DriverState, finished
 from latentmill.errors import RunError
 from latentmill.plan import Plan
+from latentmill.shard_index import WORTH
 from latentmill.shards import data_name
 from latentmill.text import without_secrets
 from latentmill.workers.pools import make_pool, max_bytes_in_flight, stage_spec, worker_types
 
 logger = logging.getLogger("latentmill")
+
+REMEMBER_EVERY = 300.0
+"""Seconds between two looks at a long run's shards."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ def run(
                 pool = make_pool(job, plan, store)
             store.check()
             planning.publish(plan, store)
+            there.remember()
             failpoints.reach("planning")
             store.sweep()
             if again:
@@ -89,10 +95,12 @@ def run(
                     pool = pool or make_pool(job, plan, store)
                     state.max_bytes_in_flight = max_bytes_in_flight(job)
                     store.delete("_SUCCESS")  # somebody has taken shards out
-                    with nullcontext() if job.single_writer else Leases(store, data) as held:
+                    lease = nullcontext() if job.single_writer else Leases(store, data)
+                    with _remembering(there), lease as held:
                         drive(state, pool, show, held, there.holds_ok)
                 if not (taken := there.newly_taken_out() or there.settle()):
                     break
+            there.remember(all_there=True)
             _finish_sink(there)
             report.finish(there, live.pace)
             failpoints.reach("finishing")
@@ -126,6 +134,7 @@ def _show(live: progress.Live, state: DriverState, plan: Plan, started: float) -
 
 def _result(job: Job, there: Dataset, state: DriverState, seconds: float, interrupted: bool = False) -> Result:
     now = there.status()
+    there.remember()
     counts = {name: now[name] for name in ("planned", "ok", "failed")}
     made = state.committed_ok + state.committed_failed
     try:
@@ -170,4 +179,30 @@ def begin(job: Job, there: Dataset) -> DriverState:
 
 def failed_shards(there: Dataset, done: Set[int], wanted: Callable[[Mapping[str, Any]], bool]) -> list[int]:
     """The shards that have error rows of which one or more are ``wanted``."""
-    return [shard for shard, errors in there.errors().items() if shard in done and any(map(wanted, errors))]
+    failed = [shard for shard, found in there.look().readable().items() if shard in done and found.failed]
+    return [shard for shard, errors in there.errors(failed) if any(map(wanted, errors))]
+
+
+@contextmanager
+def _remembering(there: Dataset) -> Iterator[None]:
+    """Add to the index now and then, while a long run goes on: a run that is killed leaves few shards to be read."""
+    ended = threading.Event()
+
+    def remember() -> None:
+        pause = REMEMBER_EVERY
+        while not ended.wait(pause):
+            started = time.monotonic()
+            with suppress(Exception):  # the next time
+                there.look()
+                there.remember()
+            pause = max(REMEMBER_EVERY, 20 * (time.monotonic() - started))
+
+    thread = threading.Thread(target=remember, name="index", daemon=True)
+    if there.plan.shards >= WORTH:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if thread.ident is not None:
+            thread.join()

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
@@ -57,10 +57,15 @@ def done_shards(store: Storage, suffix: str) -> set[int]:
     return {*shard_numbers(store.names("data"), suffix).values()}
 
 
+def error_rows(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The error rows in a shard's metadata."""
+    found: list[dict[str, Any]] = json.loads(metadata.get(ERRORS_KEY, "[]"))
+    return found
+
+
 def error_lines(metadata: Mapping[str, str]) -> bytes:
-    """The error rows in a shard's metadata, a line of JSON each."""
-    errors = json.loads(metadata.get(ERRORS_KEY, "[]"))
-    lines = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)
+    """The same, a line of JSON each."""
+    lines = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in error_rows(metadata))
     return lines.encode("utf-8", "backslashreplace")  # JSON's own escape, of half a surrogate
 
 
@@ -106,12 +111,12 @@ class ShardFile:
 
     def metadata(self) -> dict[str, str]:
         """What the sink wrote beside the rows."""
-        with self.store.open(self.name) as file:
+        with self.store.peek(self.name) as file:
             return dict(self.sink.metadata(file))
 
     def about(self) -> tuple[dict[str, str], pa.Schema, int]:
         """Metadata, the columns that can be read, and how many rows there are, without reading them."""
-        with self.store.open(self.name) as file:
+        with self.store.peek(self.name) as file:
             metadata = dict(self.sink.metadata(file))
             file.seek(0)
             schema = self.sink.schema(file)

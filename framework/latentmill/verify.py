@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import uuid
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from latentmill import dataset
 from latentmill.dataset import Dataset
 from latentmill.plan import Plan
-from latentmill.shards import ERRORS_KEY, PLAN_KEY, data_name, error_lines, errors_name
+from latentmill.shard_index import INDEX_FOLDER, summary
+from latentmill.shards import PLAN_KEY, data_name, error_lines, error_rows, errors_name
 from latentmill.storage import Storage
 from latentmill.text import one_line
 
@@ -31,6 +31,8 @@ class Findings:
     """Shards that are not what was planned, with the reason."""
     copies: list[int] = field(default_factory=list)
     """Shards that are right, with an error file that isn't."""
+    misremembered: list[int] = field(default_factory=list)
+    """Shards that are right, of which the index says something else."""
     foreign: list[str] = field(default_factory=list)
     """Names in ``data/`` that are no shard's."""
     stray: list[str] = field(default_factory=list)
@@ -48,20 +50,31 @@ def verify(store: Storage) -> Findings:
     """Re-read every shard of a dataset: checksums, each planned row exactly once. Raises PlanError if there is no plan."""
     there = dataset.load(store)
     found = Findings(there.plan, missing=there.missing(), foreign=there.foreign(), stray=there.stray_side_files())
-    with ThreadPoolExecutor(8) as threads:
-        for shard, failed, wrong in threads.map(lambda shard: (shard, *_check(there, shard)), sorted(there.done())):
-            if isinstance(wrong, str):
-                if not store.exists(data_name(shard, there.sink)):  # taken out since it was listed, to be made again
-                    found.missing.append(shard)
-                    continue
-                found.damaged[shard] = wrong
+    remembered, copies = there.remembered(), {*store.names("errors")}
+    shards = sorted(there.done())
+    for shard, wrong in zip(shards, store.each(lambda shard: _check(there, shard, copies), shards, in_flight=8)):
+        if isinstance(wrong, str):
+            if not store.exists(data_name(shard, there.sink)):  # taken out since it was listed, to be made again
+                found.missing.append(shard)
                 continue
-            found.ok += len(there.plan.shard_rows(shard)) - failed
-            found.failed += failed
-            name = errors_name(shard)
-            if store.exists(name) and store.read(name) != wrong:
-                found.copies.append(shard)
-                found.strange.append(f"{name} is not what {data_name(shard, there.sink)} says")
+            found.damaged[shard] = wrong
+            continue
+        about, is_copied = wrong
+        failed = len(error_rows(about))
+        found.ok += len(there.plan.shard_rows(shard)) - failed
+        found.failed += failed
+        if not is_copied:
+            found.copies.append(shard)
+            found.strange.append(f"{errors_name(shard)} is not what {data_name(shard, there.sink)} says")
+        if remembered.get(shard, right := summary(about)) != right:
+            found.misremembered.append(shard)
+    if found.misremembered:  # unless those shards are other files by now
+        still = there.remembered()
+        found.misremembered = [s for s in found.misremembered if s in still and still[s] == remembered[s]]
+    if found.misremembered:
+        found.strange.append(
+            f"{INDEX_FOLDER} says of {len(found.misremembered)} shards what they don't, and status, too"
+        )
     if store.exists("_SUCCESS") and (found.missing or found.damaged):
         found.strange.append("_SUCCESS is there, and not all rows are")
     return found
@@ -83,27 +96,34 @@ def repair(store: Storage, found: Findings) -> Iterator[str]:
     for shard in found.copies:
         there.copy_errors(shard)
         yield f"made {errors_name(shard)} again"
+    if found.misremembered:
+        there.forget()
+        yield f"deleted what is in {INDEX_FOLDER}; the next run makes it again"
 
 
-def _check(there: Dataset, shard: int) -> tuple[int, str | bytes]:
-    """How many rows of a shard failed, and what its error file must say; or what is wrong with it."""
+def _check(there: Dataset, shard: int, copies: Set[str]) -> str | tuple[Mapping[str, str], bool]:
+    """A shard's metadata, and whether its error file says the same, if it has one; or what is wrong with the shard."""
     plan = there.plan
     try:
         about, ids = there.shard(shard).read_whole()
     except Exception as error:  # whatever a damaged file makes a reader say
-        return 0, f"can't be read: {type(error).__name__}: {one_line(error, 200)}"
+        return f"can't be read: {type(error).__name__}: {one_line(error, 200)}"
     if about.get(PLAN_KEY) != plan.hash:
-        return 0, f"was made by another plan, {about.get(PLAN_KEY)}"
+        return f"was made by another plan, {about.get(PLAN_KEY)}"
     try:
-        failed = [error["row_id"] for error in json.loads(about.get(ERRORS_KEY, "[]"))]
+        failed = [error["row_id"] for error in error_rows(about)]
+        summary(about)
     except (ValueError, KeyError, TypeError):
-        return 0, "has errors in it that can't be read"
+        return "has errors in it that can't be read"
     planned = [plan.row_id(row) for row in plan.shard_rows(shard)]
     if sorted([*ids, *failed]) != sorted(planned):
         missing, foreign = set(planned) - {*ids, *failed}, {*ids, *failed} - set(planned)
         twice = len(ids) + len(failed) - len({*ids, *failed})
-        return 0, f"has not the planned rows: {len(missing)} missing, {twice} twice, {len(foreign)} foreign"
+        return f"has not the planned rows: {len(missing)} missing, {twice} twice, {len(foreign)} foreign"
     there_ids = set(ids)
     if ids != [row_id for row_id in planned if row_id in there_ids]:
-        return 0, "has its rows in another order"
-    return len(failed), error_lines(about)
+        return "has its rows in another order"
+    name = errors_name(shard)
+    with suppress(FileNotFoundError):
+        return about, name.rpartition("/")[2] not in copies or there.store.read(name) == error_lines(about)
+    return about, True

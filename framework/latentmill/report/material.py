@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -31,26 +31,35 @@ class Material:
     there: Dataset
     most: int = 24
     """Pictures drawn from it at most."""
-    errors: list[dict[str, Any]] = field(init=False, default_factory=list)
+    errors: list[dict[str, Any]] = field(init=False)
     """The first failed rows."""
-    failed_in: Counter[str] = field(init=False, default_factory=Counter)
+    failed_in: Counter[str] = field(init=False)
 
     def __post_init__(self) -> None:
         self.store = self.there.store
         self.plan: Mapping[str, Any] = json.loads(self.there.plan.to_json())
-        self.rows = self.there.rows()
+        seen = self.there.look()
+        self.rows = seen.rows()
         self.columns: Mapping[str, str] = {}
         """What is found in a shard's file, by name, and what it means if that is the sink's alone to know."""
         self.has_pictures = False
         if self.rows:
-            _, schema, _ = self.there.shard(next(iter(self.rows))).about()
+            telling = next((shard for shard, rows in self.rows.items() if rows), next(iter(self.rows)))
+            _, schema, _ = self.there.shard(telling).about()  # one without rows may name no tensors
             self.columns = self.there.sink.layout(schema)
             self.has_pictures = "image" in schema.names
-        now = self.there.status()
+        now = self.there.status(seen)
         self.ok, self.failed, self.warnings = now["ok"], now["failed"], now["warnings"]
-        for errors in self.there.errors().values():
-            self.failed_in.update(error["stage"] for error in errors)
-            self.errors += errors[: 200 - len(self.errors)]
+        self.failed_in = seen.failed_in()
+        self.errors = self._first_errors(200, [(shard, found.errors) for shard, found in seen.readable().items()])
+
+    def _first_errors(self, most: int, failed: Iterable[tuple[int, int]]) -> list[dict[str, Any]]:
+        shards, counted = [], 0
+        for shard, rows in failed:
+            if rows and counted < most:
+                shards.append(shard)
+                counted += rows
+        return [error for _, errors in self.there.errors(shards) for error in errors][:most]
 
     @property
     def name(self) -> str:
@@ -65,21 +74,26 @@ class Material:
         shards = list(self.rows)
         shards = [shards[at] for at in _evenly(len(shards), self.most)]
         places: dict[str, list[tuple[int, int]]] = {}
-        for shard in shards:
-            at = 0
-            for piece in self.there.shard(shard).read(["prompt"], range(self.rows[shard])):
-                prompts = [None] if isinstance(piece, RowError) else piece.column("prompt").to_pylist()
-                for number, prompt in enumerate(prompts, start=at):
-                    if prompt is not None:
-                        places.setdefault(prompt, []).append((shard, number))
-                at += len(prompts)
+        for shard, prompts in zip(shards, self.store.each(self._prompts, shards)):
+            for number, prompt in enumerate(prompts):
+                if prompt is not None:
+                    places.setdefault(prompt, []).append((shard, number))
         chosen = sorted(place for group in _choose(list(places.values()), self.most) for place in group)
+        rows = [(shard, [at for other, at in chosen if other == shard]) for shard in shards]
+        return [tile for found in self.store.each(self._tiles, rows) for tile in found]
+
+    def _prompts(self, shard: int) -> list[str | None]:
+        found: list[str | None] = []
+        for piece in self.there.shard(shard).read(["prompt"], range(self.rows[shard])):
+            found += [None] if isinstance(piece, RowError) else piece.column("prompt").to_pylist()
+        return found
+
+    def _tiles(self, of: tuple[int, list[int]]) -> list[Tile]:
+        shard, rows = of
         found: list[Tile] = []
-        for shard in shards:
-            rows = [at for other, at in chosen if other == shard]
-            for piece in self.there.shard(shard).read(["image", "prompt", "row_id", "psnr"], rows):
-                if not isinstance(piece, RowError):
-                    found += _tiles(piece)
+        for piece in self.there.shard(shard).read(["image", "prompt", "row_id", "psnr"], rows):
+            if not isinstance(piece, RowError):
+                found += _tiles(piece)
         return found
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from latentmill import failpoints
@@ -230,6 +229,8 @@ def _states(batch: pa.Table) -> pa.Array:
 
 def _bytes(shard: pa.Table) -> int:
     """What pictures and latents weigh. Not ``nbytes``, which depends on how the rows are chunked."""
+    import pyarrow.compute as pc  # takes a while, and who reads no rows needs none of it
+
     total = 0
     if "image" in shard.column_names:
         total += pc.sum(pc.binary_length(pc.struct_field(shard.column("image"), "bytes"))).as_py() or 0

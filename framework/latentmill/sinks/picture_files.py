@@ -7,12 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-from PIL import Image
-
 from latentmill.plugin import RowError
 
-if TYPE_CHECKING:  # who reads no tensors takes no torch
+if TYPE_CHECKING:  # who reads no tensors takes no torch, and no Pillow
     from torch import Tensor
 
 
@@ -39,6 +36,8 @@ class PictureFiles:
 
     def encode(self, images: Tensor) -> Iterator[bytes]:
         """The files of pictures ``images[B, H, W, 3]``, uint8 RGB."""
+        from PIL import Image
+
         for pixels in images.numpy():
             file = io.BytesIO()
             # Pillow has no quality of PNG; it ignores it.
@@ -48,7 +47,9 @@ class PictureFiles:
 
 def decode(content: bytes) -> Tensor:
     """The picture ``[H, W, 3]``, uint8 RGB, in a file. Raises RowError."""
+    import numpy as np
     import torch
+    from PIL import Image
 
     try:
         with Image.open(io.BytesIO(content)) as image:

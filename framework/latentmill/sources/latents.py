@@ -39,7 +39,9 @@ class Latents(Source):
 
     def __init__(self, path: str, keep_sampling: bool = True, id_column: str | None = None) -> None:
         self.path, self.keep_sampling, self.id_column = path, keep_sampling, id_column
-        self._about: dict[str, tuple[dict[str, str], pa.Schema, int]] = {}
+        self._about: dict[str, tuple[list[str], pa.Schema, int]] = {}
+        """Of each file the names of its side files, its columns, and how many rows it has."""
+        self._schema: pa.Schema | None = None
         self._reader: _Reader | None = None
 
     def latent_spec(self) -> LatentSpec:
@@ -150,14 +152,18 @@ class Latents(Source):
         return unkept + lines + [f"{self.path}/data/{name} is no shard of it, and is passed over" for name in foreign]
 
     def _names(self) -> list[str]:
+        """The files. What they say of themselves has been read then, of many at a time."""
         if self._dataset is None:
-            return find(self._data, [*self._sinks])
-        kept = [
-            f"{data_name(shard, self._dataset.sink).removeprefix('data/')}" for shard in sorted(self._dataset.done())
-        ]
-        if not kept:
-            raise ValueError(f"{self.path}: none of its shards is there yet")
-        return kept
+            found = find(self._data, [*self._sinks])
+        else:
+            sink = self._dataset.sink
+            found = [data_name(shard, sink).removeprefix("data/") for shard in sorted(self._dataset.done())]
+            if not found:
+                raise ValueError(f"{self.path}: none of its shards is there yet")
+        unread = [name for name in found if name not in self._about]
+        for name, about in zip(unread, storage.at(str(self._root)).each(self._read_about, unread)):
+            self._keep(name, *about)
+        return found
 
     @cached_property
     def _dataset(self) -> Dataset | None:
@@ -190,20 +196,28 @@ class Latents(Source):
 
     def _files(self, name: str) -> list[str]:
         """A shard's file, and those beside it, relative to ``data/``."""
-        return [name, *(f"../{FOLDER}/{side.stored_as}" for side in side_files(self._of(name)[0]))]
+        return [name, *(f"../{FOLDER}/{stored_as}" for stored_as in self._of(name)[0])]
 
-    def _of(self, name: str) -> tuple[dict[str, str], pa.Schema, int]:
+    def _of(self, name: str) -> tuple[list[str], pa.Schema, int]:
         """What a file says of itself. Raises ValueError if that can't be read."""
         if name not in self._about:
-            try:
-                self._about[name] = self._file(name).about()
-            except ValueError as error:
-                raise ValueError(f"{self.path}: {name}: {first_line(error)}") from error
-            except OSError as error:  # Arrow's, of what is no file of its kind
-                if error.errno is not None:
-                    raise
-                raise ValueError(f"{self.path}: {name}: {first_line(error)}") from error
+            self._keep(name, *self._read_about(name))
         return self._about[name]
+
+    def _keep(self, name: str, metadata: Mapping[str, str], schema: pa.Schema, count: int) -> None:
+        if self._schema is None or not schema.equals(self._schema, check_metadata=True):
+            self._schema = schema  # of a hundred thousand files one, as a rule
+        self._about[name] = [side.stored_as for side in side_files(metadata)], self._schema, count
+
+    def _read_about(self, name: str) -> tuple[dict[str, str], pa.Schema, int]:
+        try:
+            return self._file(name).about()
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {name}: {first_line(error)}") from error
+        except OSError as error:  # Arrow's, of what is no file of its kind
+            if error.errno is not None:
+                raise
+            raise ValueError(f"{self.path}: {name}: {first_line(error)}") from error
 
     def _require_ids(self, name: str, schema: pa.Schema) -> None:
         if self.id_column is None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, ClassVar, cast
 
 from latentmill import failpoints
 from latentmill.errors import StorageError
@@ -26,8 +26,14 @@ METADATA = re.compile(r"169\.254\.169\.254|metadata\.google")
 """Where a client that was given no credentials asks the machine for some."""
 
 
+PEEKED = 64 << 10
+"""Bytes that one request for a file's beginning or end brings: footers are in them, as a rule."""
+
+
 class Bucket(Storage):
     """A prefix of an object store, through obstore: S3 and what speaks its protocol, Google Cloud Storage, Azure."""
+
+    in_flight: ClassVar[int] = 256
 
     def __init__(self, url: str, single_writer: bool = False) -> None:
         super().__init__(url, single_writer)
@@ -98,22 +104,29 @@ class Bucket(Storage):
             except FileNotFoundError:
                 return False
 
-    def names(self, folder: str) -> list[str]:
-        import obstore
+    def peek(self, name: str) -> BinaryIO:
+        return cast(BinaryIO, io.BufferedReader(_Peeked(self, name), PEEKED))
 
-        with self._said(folder):
-            found = obstore.list_with_delimiter(self.store, folder or None)["objects"]
-            return [str(entry["path"]).rpartition("/")[2] for entry in found]
+    def names(self, folder: str) -> list[str]:
+        return [name for name, _ in self._listed(folder)]
 
     def tags(self, folder: str) -> dict[str, str]:
+        return {name: f"{e['e_tag']} {e['size']} {e['last_modified']}" for name, e in self._listed(folder)}
+
+    def _listed(self, folder: str) -> Iterator[tuple[str, Any]]:
+        """What is right in a folder, page by page: there may be more of it than fits into memory."""
         import obstore
 
         with self._said(folder):
-            found = obstore.list_with_delimiter(self.store, folder or None)["objects"]
-            return {
-                str(entry["path"]).rpartition("/")[2]: f"{entry['e_tag']} {entry['size']} {entry['last_modified']}"
-                for entry in found
-            }
+            if not folder:  # all else has no folders in it
+                for entry in obstore.list_with_delimiter(self.store)["objects"]:
+                    yield str(entry["path"]), entry
+                return
+            for page in obstore.list(self.store, folder, chunk_size=1000):
+                for entry in page:
+                    name = str(entry["path"]).removeprefix(f"{folder}/")
+                    if "/" not in name:
+                        yield name, entry
 
     def delete(self, name: str) -> None:
         import obstore
@@ -172,6 +185,67 @@ class _Remote(io.RawIOBase):
 
     def tell(self) -> int:
         return int(self.reader.tell())
+
+
+class _Peeked(io.RawIOBase):
+    """The same, of which the first request brings the end, if that is asked for, and learns the size beside."""
+
+    def __init__(self, bucket: Bucket, name: str) -> None:
+        self.bucket, self.name = bucket, name
+        self.at = 0
+        self.size: int | None = None
+        self.pieces: list[tuple[int, bytes]] = []
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self.size is not None and self.at >= self.size:
+            return 0
+        start, piece = self._piece()
+        got = piece[self.at - start : self.at - start + len(buffer)]
+        buffer[: len(got)] = got
+        self.at += len(got)
+        return len(got)
+
+    def _piece(self) -> tuple[int, bytes]:
+        for start, piece in self.pieces:
+            if start <= self.at < start + len(piece):
+                return start, piece
+        return self._fetch(self.at)
+
+    def _fetch(self, start: int | None) -> tuple[int, bytes]:
+        """The piece from ``start`` on; None stands for the last."""
+        import obstore
+
+        wanted: Any = {"suffix": PEEKED} if start is None else (start, start + PEEKED)
+        with self.bucket._said(self.name):
+            try:
+                found = obstore.get(self.bucket.store, self.name, options={"range": wanted})
+            except FileNotFoundError:
+                raise
+            except Exception:  # of an empty file no part can be had; Azure doesn't know the last
+                self.size = int(obstore.head(self.bucket.store, self.name)["size"])
+                if not self.size:
+                    return 0, b""
+                if start is not None:
+                    raise
+                return self._fetch(max(0, self.size - PEEKED))
+            self.size = int(found.meta["size"])
+            self.pieces.append((int(found.range[0]), bytes(found.bytes())))
+        return self.pieces[-1]
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_END and self.size is None:
+            self._fetch(None)
+        self.at = offset + (0, self.at, self.size or 0)[whence]
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
 
 
 def _one_line(error: BaseException) -> str:

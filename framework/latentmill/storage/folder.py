@@ -91,10 +91,13 @@ class LocalFolder(Storage):
 
     def tags(self, folder: str) -> dict[str, str]:
         found = {}
-        for name in self.names(folder):
-            with suppress(FileNotFoundError):  # gone in between
-                about = (self.root / folder / name).stat()
-                found[name] = f"{about.st_ino} {about.st_size} {about.st_mtime_ns}"
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root / folder) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):  # gone in between
+                    if entry.is_file():
+                        about = entry.stat()
+                        # Of change, not of modification: nobody can set it back.
+                        found[entry.name] = f"{about.st_ino} {about.st_size} {about.st_ctime_ns}"
         return found
 
     def delete(self, name: str) -> None:

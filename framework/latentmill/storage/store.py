@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import uuid
 from abc import ABC, abstractmethod
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any, BinaryIO, ClassVar, TypeVar
 
 from latentmill.errors import StorageError
 
 DAY = 86_400
 """Seconds."""
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 
 class Storage(ABC):
     """A dataset's files by name."""
+
+    in_flight: ClassVar[int] = 16
+    """Requests that are worth making at a time."""
 
     def __init__(self, url: str, single_writer: bool = False) -> None:
         self.url, self.single_writer = url, single_writer
@@ -40,6 +47,25 @@ class Storage(ABC):
     @abstractmethod
     def open(self, name: str) -> BinaryIO:
         """A file to read and seek in. Raises FileNotFoundError."""
+
+    def peek(self, name: str) -> BinaryIO:
+        """The same of a file of which little is wanted, of its beginning or its end: one request for either.
+
+        FileNotFoundError may come with the first that is read.
+        """
+        return self.open(name)
+
+    def each(self, ask: Callable[[Item], Found], items: Iterable[Item], in_flight: int = 0) -> Iterator[Found]:
+        """What ``ask`` says of each item, in their order: so many at a time, ``self.in_flight`` if none are given.
+
+        It is some steps ahead of whoever takes them, and holds no more than those.
+        """
+        from concurrent.futures import ThreadPoolExecutor
+
+        left, many = iter(items), in_flight or self.in_flight
+        with ThreadPoolExecutor(many) as threads:
+            while some := list(islice(left, 16 * many)):
+                yield from threads.map(ask, some)
 
     @abstractmethod
     def names(self, folder: str) -> list[str]:

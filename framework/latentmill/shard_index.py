@@ -1,0 +1,161 @@
+"""What shards say of themselves, in short, kept beside the dataset in ``.index/`` so that not every shard is asked each time.
+
+The files are the truth. An entry is of one file: it holds the tag that the store had for it, and counts for as long as
+the store has the same. A shard without such an entry is read; so the index may be stale, torn or gone at any time, and any
+number of drivers may add to it. Its files are named by the hash of what is in them. Only ``verify`` looks whether an entry is
+right, since it reads all shards anyway; what deletes a file or writes a shard's errors asks the shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from latentmill.errors import PlanError
+from latentmill.plan import Plan
+from latentmill.shards import WARNINGS_KEY, error_rows, side_files
+from latentmill.storage import Storage
+
+INDEX_FOLDER = ".index"
+WORTH = 1000
+"""Shards from which an index pays: fewer are read in a second."""
+ENTRIES_A_FILE = 50_000
+"""Entries in one file."""
+
+
+class Summary(NamedTuple):
+    """A shard's metadata in short."""
+
+    failed: Mapping[str, int]
+    """Failed rows by the stage that they failed in."""
+    warnings: Mapping[str, int]
+    """Rows by what is to be known of them."""
+    side_files: Sequence[str]
+    """Their names in ``files/``."""
+
+    @property
+    def errors(self) -> int:
+        """Failed rows."""
+        return sum(self.failed.values())
+
+
+CLEAN = Summary({}, {}, ())
+
+
+def summary(about: Mapping[str, str]) -> Summary:
+    """What a shard's metadata say in short. Raises ValueError, TypeError or KeyError if they are not as we write them."""
+    failed = Counter(str(error["stage"]) for error in error_rows(about))
+    found = Summary(failed, json.loads(about.get(WARNINGS_KEY, "{}")), [side.stored_as for side in side_files(about)])
+    return found if any(found) else CLEAN
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What was there when somebody looked: by one listing, and one word of each shard."""
+
+    plan: Plan
+    shards: Mapping[int, Summary | PlanError]
+    """What those that are there say in short, or what is wrong with one; by number, ascending."""
+    foreign: list[str]
+    """Names in ``data/`` that are no shard of this plan's, the hidden left out."""
+
+    def ours(self) -> dict[int, Summary]:
+        """The shards. Raises PlanError if one can't be read or is another plan's."""
+        ours = {}
+        for shard, found in self.shards.items():
+            if isinstance(found, PlanError):
+                raise found
+            ours[shard] = found
+        return ours
+
+    def readable(self) -> dict[int, Summary]:
+        """Those that can be read and are this plan's. Of the others a run and verify tell."""
+        return {shard: found for shard, found in self.shards.items() if not isinstance(found, PlanError)}
+
+    def rows(self) -> dict[int, int]:
+        """How many rows are stored in each of them: those that are ok."""
+        return {shard: len(self.plan.shard_rows(shard)) - found.errors for shard, found in self.readable().items()}
+
+    def failed_in(self) -> Counter[str]:
+        """Failed rows by the stage that they failed in."""
+        return _sum(found.failed for found in self.readable().values())
+
+    def warnings(self) -> dict[str, int]:
+        """Rows by what is to be known of them, the most frequent first."""
+        return dict(_sum(found.warnings for found in self.readable().values()).most_common())
+
+
+class Index:
+    """The index of a plan's dataset."""
+
+    def __init__(self, store: Storage, plan: str) -> None:
+        """``plan``: its hash."""
+        self.store, self.plan = store, plan
+        self.names: set[str] = set()
+        """Of the files that were read, or written."""
+        self._equal: dict[Any, Any] = {}
+        """One of each count: there are many shards, and few differ."""
+
+    def load(self, tags: Mapping[int, str]) -> Iterator[tuple[int, Summary]]:
+        """What is known of these shards, if they are still those of which it was known. Reads what it has not read yet."""
+        names = [name for name in self.store.names(INDEX_FOLDER) if name not in self.names]
+        for entries in self.store.each(self._entries, names):
+            for shard, tag, about in entries:
+                if tag and tags.get(shard) == tag:
+                    yield shard, about
+        self.names |= {*names}
+
+    def _entries(self, name: str) -> list[tuple[int, str, Summary]]:
+        """What is in a file; nothing if that is not as it was written, of another plan, or gone."""
+        try:
+            content = self.store.read(f"{INDEX_FOLDER}/{name}")
+            if name != _name(content) or (found := json.loads(content))["plan"] != self.plan:
+                return []
+            return [(shard, tag, self._one(*about) if about else CLEAN) for shard, tag, *about in found["shards"]]
+        except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+            return []
+
+    def _one(self, failed: Mapping[str, int], warnings: Mapping[str, int], side_files: Sequence[str]) -> Summary:
+        failed, warnings = (self._equal.setdefault((*part.items(),), part) for part in (failed, warnings))
+        return Summary(failed, warnings, side_files)
+
+    def save(self, entries: Iterable[tuple[int, str, Summary]]) -> None:
+        """Add what is known of shards, each with its file's tag."""
+        found = [[shard, tag, *(about if about is not CLEAN else ())] for shard, tag, about in entries if tag]
+        for start in range(0, len(found), ENTRIES_A_FILE):
+            content = json.dumps(
+                {"plan": self.plan, "shards": found[start : start + ENTRIES_A_FILE]}, separators=(",", ":")
+            )
+            name = _name(content.encode())
+            self.store.put(f"{INDEX_FOLDER}/{name}", content.encode())
+            self.names.add(name)
+
+    def replace(self, entries: Sequence[tuple[int, str, Summary]]) -> None:
+        """Save all that is known anew, if it lies in many pieces, and delete them. What others add meanwhile stays."""
+        pieces = {*self.names}
+        if len(pieces) > 2 * (1 + len(entries) // ENTRIES_A_FILE):
+            self.names = set()
+            self.save(entries)
+            for name in pieces - self.names:
+                self.store.delete(f"{INDEX_FOLDER}/{name}")
+
+    def forget(self) -> None:
+        """Delete the index: it says what the shards don't."""
+        for name in self.store.names(INDEX_FOLDER):
+            self.store.delete(f"{INDEX_FOLDER}/{name}")
+
+
+def _name(content: bytes) -> str:
+    return f"{hashlib.blake2b(content, digest_size=16).hexdigest()}.json"
+
+
+def _sum(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for count in counts:
+        if count:
+            total.update(count)
+    return total
