@@ -122,14 +122,15 @@ def test_cfg_prints_the_whole_job_with_overrides_from_before_and_behind_it(here,
 def test_plan_says_what_a_job_would_make_and_makes_nothing(made, here, capsys):
     same = ["plan", "txt2img", *TINY, f"source.path={made}/prompts.txt"]
     lines = said(capsys, *same, "rows_per_shard=2", "output=other").splitlines()
-    assert lines[:4] == [
+    assert lines[:5] == [
         "job      txt2img: read > encode > denoise > decode > write",
         "source   3 rows in 1 files, x 1 samples",
         "planned  3 rows in 2 shards of 2, of which 0 are done",
         "output   other",
+        "workers  read, encode + denoise + decode, write (cluster=inline has one process)",
     ]
     plugins = "source prompts, sink parquet, vae shapes, text_encoder shapes, denoiser shapes, scheduler dpmpp_2m"
-    assert [" ".join(line.split()[:2]) for line in lines[4:-2]] == plugins.split(", ")
+    assert [" ".join(line.split()[:2]) for line in lines[5:-2]] == plugins.split(", ")
     assert lines[-1].startswith("hash ")
     there = json.loads((made / "out" / "plan.json").read_text())
     assert json.loads(said(capsys, *same, "--json", "output=other")) == there

@@ -183,11 +183,11 @@ def test_batch_sizes_mean_something_in_a_deterministic_job_in_its_own_stages():
         ("sampling.height=null", r"sampling\.width and sampling\.height must be given together, or neither"),
         ("sampling.guidance_scale=nan", r"sampling\.guidance_scale must be a finite number, not nan"),
         ("sampling.strength=1.1", r"sampling\.strength must be from 0 to 1, not 1\.1"),
-        ("stages.decode.replicas=0", r"stages\.decode\.replicas must be 1 or more, not 0"),
+        ("stages.decode.replicas=0", r"stages\.decode\.replicas must be auto, or 1 or more, not 0"),
         ("stages.decode.batch_size=-1", r"stages\.decode\.batch_size must be 1 or more, not -1"),
         ("stages.decode.retries=-1", r"stages\.decode\.retries must be 0 or more, not -1"),
         ("stages.decode.timeout=0", r"stages\.decode\.timeout must be more than 0 seconds, or null, not 0\.0"),
-        ("placement=together", r"placement must be split or fused, not 'together'"),
+        ("placement=together", r"placement must be auto, split or fused, not 'together'"),
         ("max_bytes_in_flight=much", r"max_bytes_in_flight must be bytes, as 8GiB, 500MB or a number, not 'much'"),
         ("on_error=carry_on", r"on_error must be quarantine or stop, not 'carry_on'"),
         ("max_error_rate=2", r"max_error_rate must be from 0 to 1, not 2\.0"),
@@ -340,7 +340,7 @@ def test_a_broken_config_costs_one_line_of_warning_and_no_job(answers):
 
 
 def test_a_plugin_s_stage_has_workers_and_settings_of_its_own(answers):
-    assert answers["stage"][2]["replicas"] == 1 and answers["stage"][2]["settings"] == {}
+    assert answers["stage"][2]["replicas"] == "auto" and answers["stage"][2]["settings"] == {}
     assert answers["set"][2]["replicas"] == 2 and answers["set"][2]["settings"] == {"radius": 3, "soft": True}
     assert answers["set"][3]["stages"] == {"blur": {"settings": {"radius": 3, "soft": True}}}
 

@@ -6,7 +6,7 @@ from tests.simulation.seeds import trial
 from tests.simulation.store import Store
 from tests.simulation.world import World
 
-from latentmill.driver import failures
+from latentmill.driver import failures, replicas
 from latentmill.driver.leases import Leases
 from latentmill.driver.state import DriverState
 from latentmill.stages import write
@@ -21,7 +21,7 @@ def test_every_seed_ends_with_every_row_once():
 def test_a_seed_is_the_same_story_each_time():
     stories = [[], []]
     for story in stories:
-        World(18, story.append).run()
+        World(20, story.append).run()
     assert stories[0] == stories[1] and len(stories[0]) > 4
 
 
@@ -122,6 +122,35 @@ def a_budget_never_given_back(monkeypatch):
     return "('bytes', "
 
 
+def a_stage_starved_by_the_policy(monkeypatch):
+    """Whoever takes longest has all the places, and some stage has none."""
+    allocate = replicas.allocate
+
+    def starves(types, work, most, nodes):
+        counts = allocate(types, work, most, nodes)
+        least = min(range(len(types)), key=work.__getitem__)
+        return [
+            0 if number == least and hosts.replicas is None else n
+            for number, (n, hosts) in enumerate(zip(counts, types))
+        ]
+
+    monkeypatch.setattr(replicas, "allocate", starves)
+    monkeypatch.setattr(replicas, "_is_better", lambda state, work, counts: counts != state.targets)
+    return "not finished after"
+
+
+def a_fused_worker_s_death_counted_for_another_stage(monkeypatch):
+    """For the first one that it hosts."""
+    replace = failures._replace_worker
+
+    def miscounts(state, worker_type, worker, deaths, reason):
+        first = state.worker_types[worker_type].stages[0]
+        replace(state, worker_type, worker, {first: set().union(*deaths.values())} if deaths else {}, reason)
+
+    monkeypatch.setattr(failures, "_replace_worker", miscounts)
+    return "ends its workers, and the job ends with"
+
+
 def a_lease_given_back_that_is_another_s(monkeypatch):
     """Harmless, as far as rows go: leases save work, and decide nothing."""
 
@@ -145,6 +174,8 @@ def a_lease_given_back_that_is_another_s(monkeypatch):
         rows_of_a_lost_commit_forgotten,
         a_worker_that_is_done_is_not_noted,
         a_budget_never_given_back,
+        a_stage_starved_by_the_policy,
+        a_fused_worker_s_death_counted_for_another_stage,
     ],
     ids=lambda plant: plant.__name__,
 )

@@ -120,6 +120,7 @@ def _plan(options: Any) -> int:
     from latentmill import plan as planning
     from latentmill.config import load_job
     from latentmill.dataset import Dataset
+    from latentmill.workers import pools
 
     job = load_job(options.job, options.overrides)
     built = parts.parts(job)
@@ -140,6 +141,8 @@ def _plan(options: Any) -> int:
             f"         that is many files: rows_per_shard={-(-plan.rows // MANY_SHARDS // 100) * 100} would make fewer"
         )
     print(f"output   {job.output}")
+    hosted, why = pools.hosted(job, plan)
+    print(f"workers  {', '.join(' + '.join(plan.stages[stage].name for stage in stages) for stages in hosted)} ({why})")
     plugins = {
         kind: about
         for kind, about in plan.plugins.items()

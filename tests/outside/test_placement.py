@@ -23,7 +23,7 @@ class Process(Stage):
 '''
 
 
-@pytest.mark.parametrize("placement", ["split", "fused"])
+@pytest.mark.parametrize("placement", ["split", "auto"])
 def test_stages_share_a_process_where_they_are_fused(placement, install, latentmill, tmp_path, monkeypatch):
     install("acme", "[latentmill.stages]\nprocess = acme:Process\n", acme=PLUGIN)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), os.environ["PYTHONPATH"]]))
@@ -42,5 +42,37 @@ def test_stages_share_a_process_where_they_are_fused(placement, install, latentm
         latentmill("run", "txt2img", source, *words, f"flow={stages}", f"placement={placement}", f"output={out}") == 0
     )
     rows = pq.read_table(out / "data")
-    assert all((a == b) is (placement == "fused") for a, b in zip(rows["a"].to_pylist(), rows["b"].to_pylist()))
+    assert all((a == b) is (placement == "auto") for a, b in zip(rows["a"].to_pylist(), rows["b"].to_pylist()))
     assert os.getpid() not in rows["a"].to_pylist()
+
+
+@pytest.mark.parametrize(
+    "words, workers",
+    [
+        ((), "read, encode + denoise + decode, write (they ask for the same device, and it has room for all of them)"),
+        (
+            ("stages=gpu",),
+            "read, encode + denoise + decode, write (they ask for the same device, and it has room for all of them)",
+        ),
+        (
+            ("stages=gpu", "stages.decode.num_gpus=0.5"),
+            "read, encode + denoise, decode, write (decode has workers of its own: with those before it it would ask for 1.2 GPUs)",
+        ),
+        (
+            ("stages.denoise.num_gpus=1",),
+            "read, encode, denoise, decode, write (decode has workers of its own: it asks for another device)",
+        ),
+        (
+            ("stages.decode.replicas=3",),
+            "read, encode + denoise, decode, write (decode has workers of its own: the job says how many)",
+        ),
+        (("placement=fused", "stages.denoise.num_gpus=1"), "read, encode + denoise + decode, write (placement=fused)"),
+        (("placement=split",), "read, encode, denoise, decode, write (placement=split)"),
+        (("cluster=inline",), "read, encode + denoise + decode, write (cluster=inline has one process)"),
+    ],
+)
+def test_plan_says_which_stages_share_a_worker_and_why(words, workers, latentmill, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    source = f"source.path={tmp_path / 'prompts.txt'}"
+    assert latentmill("plan", "txt2img", source, *words, f"output={tmp_path / 'out'}") == 0
+    assert f"workers  {workers}\n" in latentmill.out

@@ -176,7 +176,7 @@ def test_what_a_job_does_not_say_of_a_stage_s_workers_the_stage_says(latentmill,
 
     job = package.load_job("txt2img", ["flow=[read, encode, score, write]", "stages.score.num_cpus=2"])
     found = job.stages["score"]
-    assert (found.batch_size, found.num_cpus, found.replicas, found.retries) == (3, 2.0, 1, 1)
+    assert (found.batch_size, found.num_cpus, found.replicas, found.retries) == (3, 2.0, "auto", 1)
 
 
 def test_a_plugin_fills_a_stage_s_place_with_its_workers(latentmill, patches, pictures, acme, tmp_path, rows):

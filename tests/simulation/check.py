@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 
 from tests.simulation.settings import LARGEST_ROW, Wrong
 
 from latentmill.driver.limits import max_open_shards, queue_limit
+from latentmill.driver.messages import StartWorker
 from latentmill.driver.state import DriverState
 
 
-def check(state: DriverState) -> None:
+def check(state: DriverState, largest: list[int]) -> None:
     """That each row of each open shard is in exactly one place, that what the driver has counted is so, and that nothing grows
-    beyond its bound. Raises Wrong.
+    beyond its bound. ``largest``: for each worker type the most workers that were wanted, which is noted. Raises Wrong.
     """
     if state.failed:
         return
     check_counts(state)
+    largest[:] = map(max, largest or state.targets, state.targets)
+    state = copy.copy(state)
+    state.targets = largest  # where fewer are wanted now, there may be as much as there was
     places = Counter(row for rows in state.to_read for row in rows)
     for stage in range(len(state.stages)):
         for queue in state.queues[stage].slices.values():
@@ -60,6 +65,13 @@ def check_counts(state: DriverState) -> None:
     committing = {order.shard for order in state.in_flight.values() if order.task == "commit"}
     found["complete"] = {number for number, shard in state.shards.items() if not shard.missing} - committing
     known["complete"] = {*state.complete}
+    for number, hosts in enumerate(state.worker_types):
+        starts = [order.worker_type for order in state.worker_orders if isinstance(order, StartWorker)]
+        there = [worker for worker in state.workers[number] if worker not in state.leaving]
+        found[f"workers {hosts.stages}"] = (
+            len(there) + sum(of == number for of, _ in state.starting) + starts.count(number)
+        )
+        known[f"workers {hosts.stages}"] = state.targets[number]
     found["bytes"] = sum(state.block_bytes[block] for block in state.blocks if block in state.block_bytes)
     known["bytes"] = state.bytes_held
     for stage, spec in enumerate(state.stages):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from latentmill.driver.messages import (
     Event,
     Failed,
     Finished,
+    NodesSeen,
     PoolOrder,
     Started,
     StartWorker,
@@ -45,8 +48,13 @@ class Pool:
         self.world, self.driver = world, driver
         self.inbox: list[Event] = []
         self.nodes = list(range(world.settings.nodes))
+        self.places: Counter[int] = Counter()
+        """Of each node, how many workers it has, those that start included."""
+        self._tell_of_nodes()
         self.next_node = len(self.nodes)
         self.actors: dict[int, Actor] = {}
+        self.coming: dict[int, Actor] = {}
+        """Workers that start."""
         self.homeless: list[StartWorker] = []
         self.blocks: dict[int, tuple[int, list[list[Row]]]] = {}
         """Node and parts of each block that is held."""
@@ -54,7 +62,7 @@ class Pool:
 
     def submit(self, order: PoolOrder) -> None:
         if isinstance(order, StopWorker):
-            self.actors.pop(order.worker, None)
+            self._stop(order.worker)
         elif isinstance(order, StartWorker):
             self._house(order)
         else:
@@ -82,22 +90,46 @@ class Pool:
     def end(self) -> None:
         """All workers end."""
         self.actors.clear()
+        self.coming.clear()
         self.homeless.clear()
 
     def _house(self, start: StartWorker) -> None:
-        if not self.nodes:
+        free = [node for node in self.nodes if self.places[node] < self.world.settings.node_size]
+        if not free:
             self.homeless.append(start)
             return
-        actor = Actor(start.worker_type, start.worker, self.world.dice.choice(self.nodes))
+        actor = Actor(start.worker_type, start.worker, self.world.dice.choice(free))
+        self.places[actor.node] += 1
+        self.coming[start.worker] = actor
+        seconds = self.world.dice.uniform(0.5, 5)
 
         def ready() -> None:
+            if self.coming.pop(start.worker, None) is None:  # it was stopped
+                return
             if actor.node not in self.nodes:  # the node went before it was there
                 self._house(start)
                 return
             self.actors[start.worker] = actor
-            self.inbox.append(Started(start.worker_type, start.worker))
+            self.inbox.append(Started(start.worker_type, start.worker, seconds * self.world.settings.loading))
 
-        self.driver._while_alive(self.world.dice.uniform(0.5, 5), ready)
+        self.driver._while_alive(seconds, ready)
+
+    def _stop(self, worker: int) -> None:
+        self.homeless = [start for start in self.homeless if start.worker != worker]
+        actor = self.actors.pop(worker, None) or self.coming.pop(worker, None)
+        if actor is not None:
+            self._leave(actor)
+
+    def _leave(self, actor: Actor) -> None:
+        """A worker's place is free: another that waits for one has it."""
+        self.places[actor.node] -= 1
+        waiting, self.homeless = self.homeless, []
+        for start in waiting:
+            self._house(start)
+
+    def _tell_of_nodes(self) -> None:
+        if self.world.settings.node_size < math.inf:
+            self.inbox.append(NodesSeen(tuple({"CPU": self.world.settings.node_size} for _ in self.nodes)))
 
     def _work(self, actor: Actor) -> None:
         if actor.busy or not actor.orders:
@@ -112,16 +144,16 @@ class Pool:
         if world.trouble("hang") or (worst and rows & settings.hanging):
             self._while_there(actor, 60, lambda: self._die(actor, "it finished nothing for 60 s"))
             return
-        seconds = world.dice.expovariate(1 / (0.2 + 0.1 * len(rows)))
+        seconds = settings.slowness[order.stage] * world.dice.expovariate(1 / (0.2 + 0.1 * len(rows)))
         wrecked = order.stage == self.driver.wreck and order.task != "commit"
         if world.trouble("late"):
             seconds += world.dice.uniform(0, 200)
         if world.trouble("die") or (worst and rows & settings.killing) or (wrecked and self.driver.how == "dies"):
             self._while_there(actor, seconds * world.dice.random(), lambda: self._die(actor, "killed"))
         else:
-            self._while_there(actor, seconds, lambda: self._done(actor, order))
+            self._while_there(actor, seconds, lambda: self._done(actor, order, seconds))
 
-    def _done(self, actor: Actor, order: Dispatch) -> None:
+    def _done(self, actor: Actor, order: Dispatch, seconds: float) -> None:
         """A worker has come to the end of an order."""
         world, settings = self.world, self.world.settings
         answer: Event
@@ -141,15 +173,15 @@ class Pool:
             except (OSError, RuntimeError) as error:
                 answer = Failed(order.id, "raised", str(error))
             else:
-                answer = Finished(order.id)
+                answer = Finished(order.id, seconds=seconds)
         else:
-            answer = self._made(actor, order)
+            answer = self._made(actor, order, seconds)
         actor.orders.remove(order)
         actor.busy = False
         self.inbox.append(answer)
         self._work(actor)
 
-    def _made(self, actor: Actor, order: Dispatch) -> Finished:
+    def _made(self, actor: Actor, order: Dispatch, seconds: float) -> Finished:
         settings = self.world.settings
         given = [(row, value(row, -1)) for row in order.rows] if order.task == "read" else self._gather(order)
         if [row for row, _ in given] != list(order.rows):
@@ -164,7 +196,7 @@ class Pool:
         self.blocks[order.id] = actor.node, parts
         told = [(f"shape {k}", tuple(row for row, _ in part)) for k, part in enumerate(parts)]
         size = sum(1 + row % LARGEST_ROW for part in parts for row, _ in part)
-        return Finished(order.id, told, [(row, "unfit") for row in rejected], size)
+        return Finished(order.id, told, [(row, "unfit") for row in rejected], size, seconds)
 
     def _gather(self, order: Dispatch) -> list[Row]:
         return [row for p in order.slices for row in self.blocks[p.block][1][p.table][p.start : p.stop]]
@@ -213,6 +245,7 @@ class Pool:
 
     def _die(self, actor: Actor, why: str, with_node: bool = False) -> None:
         if self.actors.pop(actor.id, None):
+            self._leave(actor)
             stages = self.world.settings.worker_types[actor.worker_type].stages
             hosted = ", ".join(NAMES[stage] for stage in stages)
             self.world.say(f"driver {self.driver.number}: a worker of {hosted} dies: {why}")
@@ -229,10 +262,12 @@ class Pool:
             del self.blocks[block]
         if not self.nodes or self.world.dice.random() < 0.7:  # or none comes in its place
             self.driver._while_alive(self.world.dice.uniform(0, 60), self._node_comes)
+        self._tell_of_nodes()
 
     def _node_comes(self) -> None:
         self.nodes.append(self.next_node)
         self.next_node += 1
+        self._tell_of_nodes()
         waiting, self.homeless = self.homeless, []
         for start in waiting:
             self._house(start)

@@ -42,6 +42,12 @@ class Settings:
     shapes: int
     drivers: int
     nodes: int
+    node_size: float
+    """Workers that a node has room for."""
+    slowness: list[float]
+    """How many times as long as others each stage takes, until that changes."""
+    loading: float
+    """What the driver is told that a worker takes to load, as a share of what it takes."""
     rejected: set[int]
     """Rows that a stage rejects."""
     raising: set[int]
@@ -74,6 +80,10 @@ class Settings:
         every = tuple(range(len(NAMES)))
         split = tuple((stage,) for stage in every)
         hosted = dice.choice((split, split, (every,), (every[:1], every[1:-1], every[-1:]), (every[:-1], every[-1:])))
+        # Numbers of workers that the driver finds for itself, on nodes that have room for a few more than the fewest.
+        finds = dice.random() < 0.5
+        numbers = [dice.choice((None, 1, 2, 3)) if finds else dice.randint(1, 3) for _ in hosted]
+        node_size = sum(number or 1 for number in numbers) + dice.randint(0, 6) if None in numbers else math.inf
         often = ("torn", "dies before", "dies after", "zombie", "misheard")
         seldom = ("raise", "die", "hang", "node", "late", "store", "driver", "pause")
         wrecked = dice.choice((0.0, 0.0, 0.3, 0.6))
@@ -85,12 +95,15 @@ class Settings:
             rows,
             dice.randint(1, 25),
             tuple(stages),
-            tuple(WorkerType(hosts, dice.randint(1, 3)) for hosts in hosted),
+            tuple(WorkerType(hosts, number, {"CPU": 1.0}) for hosts, number in zip(hosted, numbers)),
             fixed,
             dice.choice((math.inf, 50, 500)),
             shapes=dice.choice((1, 1, 2, 4)),
             drivers=dice.choice((1, 1, 2, 3)),
             nodes=dice.randint(1, 3),
+            node_size=node_size,
+            slowness=[dice.choice((0.2, 1.0, 6.0)) for _ in stages],
+            loading=dice.choice((0.0, 1.0)),
             rejected=kinds_of_bad[0],
             raising=kinds_of_bad[1],
             killing=kinds_of_bad[2],

@@ -38,6 +38,7 @@ class World:
         """Until all is finished. Raises Wrong."""
         for driver in self.drivers:
             self.later(self.dice.uniform(0, 20), driver.start)
+        self.later(self.dice.uniform(10, 60), lambda: self.dice.shuffle(self.settings.slowness))
         while self.events:
             self.now, _, event = heapq.heappop(self.events)
             event()
@@ -114,6 +115,8 @@ class Driver:
         """The stage at which nothing can be done in this life."""
         self.how = world.dice.choice(("raised", "raised", "unloaded", "contract", "dies"))
         self.blamed_rows: set[int] = set()
+        self.largest: list[int] = []
+        """The most workers of each type that were wanted in this life."""
         if self.wreck is not None:
             world.say(f"driver {self.number}: {NAMES[self.wreck]} can do nothing: {self.how}")
         self.pool = Pool(world, self)
@@ -167,7 +170,8 @@ class Driver:
         except OSError as error:
             self.end(str(error))
             return
-        check(state)
+        check(state, self.largest)
+        self.check_reason()
         if state.failed and world.now > TROUBLED and world.hopeless():
             self.finished = True
             self.lives += 1
@@ -182,6 +186,15 @@ class Driver:
             world.say(f"driver {self.number} has finished")
         else:
             self._while_alive(0.5 if self.pool.inbox or not state.leased_by_others else BEAT_EVERY / 4, self.turn)
+
+    def check_reason(self) -> None:
+        """Where one stage ends each of its workers, the job ends for that stage's sake: chance ends others, but not so many."""
+        state = self.state
+        assert state is not None
+        if self.wreck is None or self.how != "dies" or "one after another" not in state.failed:
+            return
+        if not state.failed.startswith(f"stage {NAMES[self.wreck]}:"):
+            raise Wrong(f"{NAMES[self.wreck]} ends its workers, and the job ends with: {state.failed}")
 
     def _while_alive(self, seconds: float, event: Callable[[], None]) -> None:
         """Let something happen later, unless the process has another life by then."""

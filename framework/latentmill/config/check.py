@@ -148,7 +148,7 @@ def _wrong(job: Job) -> Iterator[str]:
     if job.on_error not in ON_ERROR:
         yield f"on_error must be {' or '.join(ON_ERROR)}, not {job.on_error!r}"
     if job.placement not in PLACEMENTS:
-        yield f"placement must be {' or '.join(PLACEMENTS)}, not {job.placement!r}"
+        yield f"placement must be {', '.join(PLACEMENTS[:-1])} or {PLACEMENTS[-1]}, not {job.placement!r}"
     asked = {stage.accelerator_type for stage in job.stages.values() if stage.accelerator_type}
     if job.placement == "fused" and len(asked) > 1:
         yield f"placement=fused has one worker for stages that ask for accelerators {', '.join(sorted(asked))}"
@@ -164,9 +164,10 @@ def _wrong(job: Job) -> Iterator[str]:
     for name, stage in job.stages.items():
         if name not in job.flow and name not in (known := {entry.name for entry in registry.entries("stage")}):
             yield f"stages.{name}: there is no such stage in the flow{near(name, {*job.flow, *known})}"
-        for key in ("replicas", "batch_size"):
-            if getattr(stage, key) < 1:
-                yield f"stages.{name}.{key} must be 1 or more, not {getattr(stage, key)}"
+        if stage.replicas != "auto" and not (type(stage.replicas) is int and stage.replicas >= 1):
+            yield f"stages.{name}.replicas must be auto, or 1 or more, not {stage.replicas!r}"
+        if stage.batch_size < 1:
+            yield f"stages.{name}.batch_size must be 1 or more, not {stage.batch_size}"
         if stage.retries < 0:
             yield f"stages.{name}.retries must be 0 or more, not {stage.retries}"
         if stage.timeout is not None and not stage.timeout > 0:

@@ -15,7 +15,7 @@ from latentmill.plugin import RowField
 FIRST_NOISE = ("latentmill", "diffusers")
 
 ON_ERROR = ("quarantine", "stop")
-PLACEMENTS = ("split", "fused")
+PLACEMENTS = ("auto", "split", "fused")
 
 CLUSTERS = ("local", "inline", "ray")
 
@@ -39,7 +39,8 @@ class StageSettings:
 
     name: str | None = None
     """The plugin that fills the stage; None: the one of the stage's own name."""
-    replicas: int = 1
+    replicas: Any = "auto"
+    """Workers; ``auto``: as many as are of use and the cluster has room for."""
     batch_size: int = 16
     num_gpus: float = 0.0
     num_cpus: float = 1.0
@@ -65,7 +66,7 @@ class StageSettings:
         return None if self.memory is None else int(values.in_bytes(self.memory))
 
 
-DEFAULTS = {"replicas": 1, "batch_size": 16, "num_gpus": 0.0, "num_cpus": 1.0, "retries": 1}
+DEFAULTS = {"replicas": "auto", "batch_size": 16, "num_gpus": 0.0, "num_cpus": 1.0, "retries": 1}
 """Of a stage's workers, where neither the job nor the stage's ``resources`` say more."""
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class Schema:
     scheduler: dict[str, Any] | None = None
     sampling: Sampling = field(default_factory=Sampling)
     stages: dict[str, StageKeys] = field(default_factory=dict)
-    placement: str = "split"
+    placement: str = "auto"
     max_bytes_in_flight: Any = None
     cluster: Cluster = field(default_factory=Cluster)
 
@@ -155,7 +156,8 @@ class Job:
     """What each row is made with; a column of the source of the same name takes a value's place, row by row."""
     stages: dict[str, StageSettings]
     placement: str
-    """``split``: each stage has workers of its own; ``fused``: one worker hosts all stages between the first and the last."""
+    """``split``: each stage has workers of its own; ``fused``: one worker hosts all stages between the first and the last; ``auto``:
+    those share a worker that one device has room for."""
     max_bytes_in_flight: Any
     """What may be between stages, in bytes: a number or words; None leaves a share of Ray's object store."""
     cluster: Cluster

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 from latentmill.driver import failures
 from latentmill.driver.messages import (
     Claimed,
@@ -12,6 +14,7 @@ from latentmill.driver.messages import (
     Failed,
     Finished,
     LeasesSeen,
+    NodesSeen,
     Started,
     TableSlice,
     TakenOut,
@@ -25,8 +28,13 @@ def apply(state: DriverState, event: Event) -> DriverState:
         if (event.worker_type, event.worker) in state.starting:
             state.starting.discard((event.worker_type, event.worker))
             state.worker_came(event.worker_type, event.worker)
+            state.loading_seconds[event.worker_type] = event.seconds
+            _memory_seen(state, event.worker_type, event.memory)
     elif isinstance(event, Died):
         failures.worker_died(state, event)
+    elif isinstance(event, NodesSeen):
+        state.nodes, state.batches_to_measure = event.nodes, 0
+        state.most_replicas = [inf] * len(state.worker_types)
     elif isinstance(event, Claimed):
         state.claiming.discard(event.shard)
         if event.outcome == "ours":
@@ -67,7 +75,20 @@ def _dispatch_failed(state: DriverState, dispatch: Dispatch, event: Failed) -> N
         failures.count_failure(state, dispatch, event.reason)
 
 
+def _memory_seen(state: DriverState, worker_type: int, memory: int) -> None:
+    state.memory_seen[worker_type] = max(state.memory_seen[worker_type], memory)
+
+
+def _measure(state: DriverState, dispatch: Dispatch, event: Finished) -> None:
+    """Note what a dispatch cost. The rows of a commit are those of the batches before it, and are not counted again."""
+    rows = 0 if dispatch.task == "commit" else len(dispatch.rows)
+    state.stage_times[dispatch.stage].add(event.seconds, rows, state.replicas(dispatch.stage))
+    state.measured_batches += 1
+    _memory_seen(state, state.type_of[dispatch.stage], event.memory)
+
+
 def _dispatch_finished(state: DriverState, dispatch: Dispatch, event: Finished) -> None:
+    _measure(state, dispatch, event)
     failures.count_success(state, dispatch, has_done_a_row=any(rows for _, rows in event.tables))
     for slice_ in dispatch.slices:
         state.drop(slice_)

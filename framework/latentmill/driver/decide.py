@@ -8,26 +8,23 @@ from typing import Any
 from latentmill.driver import failures
 from latentmill.driver.limits import has_room, max_open_shards
 from latentmill.driver.messages import Claim, Dispatch, Order, StartWorker
+from latentmill.driver.replicas import adjust
 from latentmill.driver.state import DriverState, OpenShard
 
 
 def decide(state: DriverState) -> list[Order]:
     """What to start and to dispatch now. What it returns counts as given out."""
-    orders: list[Order] = list(state.worker_orders)
-    state.starting.update(
-        (order.worker_type, order.worker) for order in state.worker_orders if isinstance(order, StartWorker)
-    )
-    state.worker_orders.clear()
+    orders: list[Order] = _worker_orders(state)
     if state.failed:
         return orders
-    while True:
-        given = len(orders)
-        orders.extend(_commits(state))
-        for stage in range(state.last_stage, 0, -1):  # the far end first: what is nearly done makes room
-            orders.extend(_batches(state, stage, partial=False))
-        orders.extend(_reads(state))
-        if len(orders) == given:
-            break
+    adjust(state)
+    orders += _worker_orders(state)
+    orders.extend(_commits(state))
+    for stage in range(
+        state.last_stage, 0, -1
+    ):  # the far end first: what is nearly done makes room for what is before it
+        orders.extend(_batches(state, stage, partial=False))
+    orders.extend(_reads(state))
     orders.extend(_claims(state))
     if not state.fixed:
         orders.extend(_partial_batches(state))
@@ -37,6 +34,13 @@ def decide(state: DriverState) -> list[Order]:
             if question := failures.settle_suspects(state):
                 return [question]
             return [] if state.failed else decide(state)
+    return orders
+
+
+def _worker_orders(state: DriverState) -> list[Order]:
+    orders: list[Order] = list(state.worker_orders)
+    state.starting.update((order.worker_type, order.worker) for order in orders if isinstance(order, StartWorker))
+    state.worker_orders.clear()
     return orders
 
 
@@ -57,7 +61,7 @@ def _commits(state: DriverState) -> Iterator[Dispatch]:
 def _batches(state: DriverState, stage: int, partial: bool, room: bool = True) -> Iterator[Dispatch]:
     """Batches for a stage: what is to be tried again, then full ones, or else ``partial`` ones. ``room``: only if it has room."""
     spec, queue = state.stages[stage], state.queues[stage]
-    while True:
+    while queue.retries or (queue.slices if partial else queue.full):
         if queue.retries:
             worker = _worker(state, stage, idle=partial, alone=queue.retries[0].attempts > 0)
             if worker is None:
@@ -90,7 +94,7 @@ def _partial_batches(state: DriverState) -> Iterator[Dispatch]:
     while moved:  # what one stage takes makes room before it, and fills the room behind it
         moved = False
         for stage in range(state.last_stage, 0, -1):
-            if not has_room(state, stage - 1, state.stages[stage - 1].batch_size):
+            if state.queues[stage].rows and not has_room(state, stage - 1, state.stages[stage - 1].batch_size):
                 for dispatch in _batches(state, stage, partial=True):
                     moved = True
                     yield dispatch

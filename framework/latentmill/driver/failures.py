@@ -184,6 +184,15 @@ def worker_died(state: DriverState, event: Died) -> None:
         return
     if not there:  # it was stopped a moment ago, and has been replaced
         return
+    if (
+        event.at_start
+        and state.worker_types[event.worker_type].replicas is None
+        and state.targets[event.worker_type] > 1
+    ):
+        # One more than there is room for, say in a GPU's memory: nobody had asked for it.
+        state.targets[event.worker_type] -= 1
+        state.most_replicas[event.worker_type] = state.targets[event.worker_type]
+        return
     held = state.worker_gone(event.worker_type, event.worker)
     if event.with_node:
         state.losses.update(row for dispatch in held for row in dispatch.rows)
@@ -212,6 +221,13 @@ def _stop_worker(state: DriverState, stage: int, worker: int, reason: str) -> No
         try_again(state, dispatch, dispatch.attempts)
 
 
+def suspects_of_gone(state: DriverState, worker_type: int, worker: int) -> None:
+    """Let others try the suspects of a worker that is gone."""
+    for stage in state.worker_types[worker_type].stages:
+        for suspect in state.records.pop((stage, worker), WorkerRecord()).suspects:
+            try_again(state, suspect.dispatch, max(state.stages[stage].retries, 1))
+
+
 def _replace_worker(
     state: DriverState, worker_type: int, worker: int, deaths: Mapping[int, set[int]], reason: str
 ) -> None:
@@ -219,16 +235,15 @@ def _replace_worker(
 
     ``deaths``: the stages for which it counts as one of the deaths that end a job, each with the rows that it had of it.
     """
-    for stage in state.worker_types[worker_type].stages:
-        for suspect in state.records.pop((stage, worker), WorkerRecord()).suspects:
-            try_again(state, suspect.dispatch, max(state.stages[stage].retries, 1))
+    suspects_of_gone(state, worker_type, worker)
     for stage, rows in deaths.items():
         before = state.deaths[stage]
         if all(rows.isdisjoint(others) for others in before):
             before.append(rows)
         if len(before) > MAX_DEATHS_PER_REPLICA * state.replicas(stage):
             state.failed = f"stage {state.stages[stage].name}: its workers fail one after another: {reason}"
-    state.start_worker(worker_type)
+    if state.leaving.pop(worker, None) is None:
+        state.start_worker(worker_type)
 
 
 # --------------------------------------------------------------------------------------------- a node and its data

@@ -6,7 +6,7 @@ It knows the row numbers in it. A *slice* is a run of rows of one table of a blo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -31,7 +31,10 @@ class WorkerType:
     """Workers that are alike: they host the same stages, and each computes one batch at a time, of whichever stage."""
 
     stages: tuple[int, ...]
-    replicas: int = 1
+    replicas: int | None = 1
+    """How many there are; None: one at first, and then as many as are of use and the nodes have room for."""
+    asks: Mapping[str, float] = field(default_factory=dict)
+    """What each asks of its node, in Ray's words: CPU, GPU, memory."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class StartWorker:
 
 @dataclass(frozen=True)
 class StopWorker:
-    """An order to the pool: end a worker that fails at whatever it is given. What it held is given out anew."""
+    """An order to the pool: end a worker that is not wanted, or fails at whatever it is given. What it held is given out anew."""
 
     worker_type: int
     worker: int
@@ -122,6 +125,10 @@ class Started:
 
     worker_type: int
     worker: int
+    seconds: float = 0.0
+    """How long that took."""
+    memory: int = 0
+    """The most bytes that it has held."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,10 @@ class Finished:
     """Row numbers that end in the error table, with the reason."""
     bytes: int = 0
     """The size of the block."""
+    seconds: float = 0.0
+    """How long the stage has computed in its worker since that last finished something of it."""
+    memory: int = 0
+    """The most bytes that the worker has held."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +172,13 @@ class Died:
     """Its node went, and all that was on it: no row is to blame."""
     wrong: bool = False
     """It is not what the plan says, and no other on its node would be. Ends the job: no row is to blame."""
+
+
+@dataclass(frozen=True)
+class NodesSeen:
+    """What each node has for this job's workers, those included that are there: a cluster grows, and loses nodes."""
+
+    nodes: tuple[Mapping[str, float], ...]
 
 
 @dataclass(frozen=True)
@@ -193,4 +211,4 @@ class TakenOut:
     shards: frozenset[int]
 
 
-Event: TypeAlias = "Started | Finished | Failed | Died | Claimed | LeasesSeen | DatasetChecked | TakenOut"
+Event: TypeAlias = "Started | Finished | Failed | Died | NodesSeen | Claimed | LeasesSeen | DatasetChecked | TakenOut"

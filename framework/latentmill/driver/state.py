@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, NamedTuple
 
 from latentmill.driver.messages import Dispatch, StageSpec, StartWorker, StopWorker, TableSlice, WorkerType
-from latentmill.driver.waiting import Chunk, Rank, Ranking, StageQueue
+from latentmill.driver.waiting import Chunk, Rank, Ranking, StageQueue, StageTime
 
 MANY_KEYS = 64
 """Rankings of one stage, from which on those are dropped of which nothing waits."""
@@ -65,6 +65,8 @@ class DriverState:
     """Bytes that may be between stages, in blocks that are there and in those that are to come."""
     row_name: Callable[[int], str] = str
     """How people are told of a row."""
+    last_stage: int = 0
+    """The number of the last stage: the one that commits."""
     worker_types: tuple[WorkerType, ...] = ()
     """Which stages the workers host. By default each stage has one worker of its own."""
 
@@ -109,12 +111,30 @@ class DriverState:
     """For each worker type, each ready worker's dispatches, oldest first."""
     loaded_types: set[int] = field(default_factory=set)
     """Worker types of which a worker has been ready."""
+    targets: list[int] = field(default_factory=list)
+    """For each worker type, how many workers are wanted: there, starting, or about to be started, less those that leave."""
+    leaving: dict[int, int] = field(default_factory=dict)
+    """Workers that are given nothing more and end when they hold nothing, each with its type."""
     busy: Counter[int] = field(default_factory=Counter)
     """For each stage, how many workers have something to do for it."""
     rows_in_flight: Counter[int] = field(default_factory=Counter)
     """For each stage, how many rows its workers hold; commits don't count."""
     rankings: list[dict[Any, Ranking]] = field(default_factory=list)
     """For each stage, and stack key where that matters, its workers by what they hold."""
+
+    # What decides how many workers there are
+    nodes: Sequence[Mapping[str, float]] | None = None
+    """What each node has for them; None if nobody says."""
+    stage_times: list[StageTime] = field(default_factory=list)
+    loading_seconds: list[float] = field(default_factory=list)
+    """For each worker type, how long the last one took to be ready."""
+    memory_seen: list[float] = field(default_factory=list)
+    """For each worker type, the most bytes that one has held."""
+    most_replicas: list[float] = field(default_factory=list)
+    """For each worker type, how many could be started: one more could not."""
+    measured_batches: int = 0
+    batches_to_measure: int = 1
+    """After so many the numbers are looked at again."""
 
     # Failures
     worked_stages: set[int] = field(default_factory=set)
@@ -153,6 +173,7 @@ class DriverState:
 
     def __post_init__(self) -> None:
         count = len(self.stages)
+        self.last_stage = count - 1
         if not self.worker_types:
             self.worker_types = tuple(WorkerType((stage,)) for stage in range(count))
         types = {stage: number for number, hosts in enumerate(self.worker_types) for stage in hosts.stages}
@@ -161,8 +182,12 @@ class DriverState:
         self.workers = [{} for _ in self.worker_types]
         self.rankings = [{} for _ in range(count)]
         self.deaths = [[] for _ in range(count)]
-        for number, hosts in enumerate(self.worker_types):
-            for _ in range(hosts.replicas):
+        self.stage_times = [StageTime() for _ in range(count)]
+        self.loading_seconds, self.memory_seen = [0.0] * len(self.worker_types), [0.0] * len(self.worker_types)
+        self.most_replicas = [inf] * len(self.worker_types)
+        self.targets = [1 if hosts.replicas is None else hosts.replicas for hosts in self.worker_types]
+        for number, wanted in enumerate(self.targets):
+            for _ in range(wanted):
                 self.start_worker(number)
         self._skip_done()
 
@@ -188,11 +213,6 @@ class DriverState:
             self.cursor += 1
 
     @property
-    def last_stage(self) -> int:
-        """The number of the last stage: the one that commits."""
-        return len(self.stages) - 1
-
-    @property
     def shard_count(self) -> int:
         """Shards of the plan."""
         return -(-self.rows // self.rows_per_shard)
@@ -207,15 +227,15 @@ class DriverState:
         return shard, place // self.stages[stage].batch_size
 
     def replicas(self, stage: int) -> int:
-        """How many workers host a stage."""
-        return self.worker_types[self.type_of[stage]].replicas
+        """How many workers are wanted that host a stage."""
+        return self.targets[self.type_of[stage]]
 
     def workers_of(self, stage: int) -> dict[int, list[int]]:
         """The ready workers that host a stage, each with its dispatches, of all stages that it hosts, oldest first."""
         return self.workers[self.type_of[stage]]
 
     def worker_came(self, worker_type: int, worker: int) -> None:
-        """A worker is ready."""
+        """A worker is ready, and can be given work."""
         self.loaded_types.add(worker_type)
         self.workers[worker_type][worker] = []
         self._holds_less(worker_type, worker)
@@ -275,7 +295,7 @@ class DriverState:
         die once more, it is clear of what.
         """
         spec, ids = self.stages[stage], self.workers_of(stage).get(worker)
-        if ids is None:
+        if ids is None or worker in self.leaving:
             return None
         held = [self.in_flight[id] for id in ids]
         if any(dispatch.attempts for dispatch in held):

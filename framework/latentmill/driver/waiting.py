@@ -114,6 +114,26 @@ class StageQueue:
         return self._rows_of[key] >= self.batch_size
 
 
+@dataclass
+class StageTime:
+    """How long a stage takes for a row, by what its workers have done lately."""
+
+    seconds: float = 0.0
+    rows: float = 0.0
+    batches: int = 0
+
+    def add(self, seconds: float, rows: int, workers: int) -> None:
+        """A batch is done. Two of each worker say what is so lately. The very first of all is forgotten: it may warm up."""
+        self.batches += 1
+        kept = 0.0 if self.batches == 2 else 1 - 1 / max(8, 2 * workers)
+        self.seconds, self.rows = self.seconds * kept + seconds, self.rows * kept + rows
+
+    @property
+    def of_row(self) -> float | None:
+        """Seconds; None as long as none is done."""
+        return self.seconds / self.rows if self.rows else None
+
+
 Rank: TypeAlias = tuple[int, ...]
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
 from latentmill import plan as planning
 from latentmill import values
 from latentmill.config import Job
+from latentmill.config.schema import StageSettings
 from latentmill.driver.loop import Pool
 from latentmill.driver.messages import StageSpec, WorkerType
 from latentmill.errors import PlacementError
@@ -30,32 +32,73 @@ def stage_spec(job: Job, declared: Declaration) -> StageSpec:
 
 
 def worker_types(job: Job, plan: Plan) -> tuple[WorkerType, ...]:
-    """Which stages the job's workers host: one each where they are split; where they are fused, one worker hosts all that are
-    between the first and the last.
+    """What the driver must know of the job's workers: which stages they host, how many they are, and what each asks for."""
+    setups = [(stages, worker_setup(job, plan, stages)) for stages in hosted(job, plan)[0]]
+    return tuple(WorkerType(stages, setup.replicas, setup.asks) for stages, setup in setups)
+
+
+def hosted(job: Job, plan: Plan) -> tuple[list[tuple[int, ...]], str]:
+    """The numbers of the stages that share a worker, in the order of the flow, and why, for people.
+
+    Split, each stage has workers of its own. Fused, one worker hosts all that are between the first and the last: each
+    worker has all that a row needs, and none waits for another. ``placement=auto`` fuses what asks for the same device, if
+    one device has room for it.
     """
     count = len(plan.stages)
-    inline = job.cluster.kind == "inline"
-    if inline or job.placement == "fused":
-        hosted = [(0,), tuple(range(1, count - 1)), (count - 1,)]
+    between = list(range(1, count - 1))
+    if job.cluster.kind == "inline":
+        groups, why = [between], "cluster=inline has one process"
+    elif job.placement == "auto":
+        groups, why = _shared(job, plan, between)
     else:
-        hosted = [(stage,) for stage in range(count)]
-    return tuple(
-        WorkerType(stages, 1 if inline else max(job.stages[plan.stages[stage].name].replicas for stage in stages))
-        for stages in hosted
-        if stages
-    )
+        groups = [between] if job.placement == "fused" else [[stage] for stage in between]
+        why = f"placement={job.placement}"
+    return [(0,), *(tuple(group) for group in groups if group), (count - 1,)], why
 
 
-def worker_setup(job: Job, plan: Plan, hosts: WorkerType) -> WorkerSetup:
-    """What a pool must know of a worker type. It asks for the most that one of its stages asks for, and for the memory of all."""
-    declared = [plan.stages[stage] for stage in hosts.stages]
+def _shared(job: Job, plan: Plan, between: Sequence[int]) -> tuple[list[list[int]], str]:
+    """Which neighbours share a worker if placement is auto, and why."""
+    groups: list[list[int]] = []
+    why = "they ask for the same device, and it has room for all of them"
+    for stage in between:
+        if groups:
+            settings = [job.stages[plan.stages[other].name] for other in (*groups[-1], stage)]
+            apart = _apart(settings)
+            if not apart:
+                groups[-1].append(stage)
+                continue
+            why = f"{plan.stages[stage].name} has workers of its own: {apart}"
+        groups.append([stage])
+    return groups, why
+
+
+def _apart(stages: Sequence[StageSettings]) -> str:
+    """Why stages can't share a worker; "" if they can. ``stages``: what the job says of each."""
+    if len({(stage.num_gpus > 0, stage.accelerator_type, *sorted(stage.resources.items())) for stage in stages}) > 1:
+        return "it asks for another device"
+    if (gpus := sum(stage.num_gpus for stage in stages)) > 1:
+        return f"with those before it it would ask for {gpus:g} GPUs"
+    if len({stage.replicas for stage in stages}) > 1:
+        return "the job says how many"
+    return ""
+
+
+def worker_setup(job: Job, plan: Plan, stages: Sequence[int]) -> WorkerSetup:
+    """What a pool must know of the workers that host these stages.
+
+    Of CPUs one asks for the most that one of its stages asks for, since one computes at a time; of memory, on the GPU too, for
+    what they all ask for.
+    """
+    declared = [plan.stages[stage] for stage in stages]
     settings = [job.stages[stage.name] for stage in declared]
     memory = [stage.bytes for stage in settings if stage.bytes is not None]
+    gpus = [stage.num_gpus for stage in settings]
+    given = [stage.replicas for stage in settings if isinstance(stage.replicas, int)]
     return WorkerSetup(
         stages=tuple(_stage_work(job, plan, stage) for stage in declared),
-        replicas=hosts.replicas,
+        replicas=1 if job.cluster.kind == "inline" else max(given, default=None),
         num_cpus=max(stage.num_cpus for stage in settings),
-        num_gpus=max(stage.num_gpus for stage in settings),
+        num_gpus=max(gpus) if max(gpus) > 1 else min(1.0, round(sum(gpus), 6)),
         memory=sum(memory) if memory else None,
         resources={
             name: max(stage.resources.get(name, 0.0) for stage in settings)
@@ -98,7 +141,7 @@ def max_bytes_in_flight(job: Job) -> float:
 
 def make_pool(job: Job, plan: Plan, store: Storage) -> Pool:
     """The pool that the job's cluster asks for. Ray is imported only if it is wanted."""
-    setups = [worker_setup(job, plan, hosts) for hosts in worker_types(job, plan)]
+    setups = [worker_setup(job, plan, stages) for stages in hosted(job, plan)[0]]
     admit = planning.WeightsRead(plan, store)
     if job.cluster.kind == "inline":
         from latentmill.workers.inline import InlinePool

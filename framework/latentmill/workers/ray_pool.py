@@ -7,6 +7,7 @@ import os
 import queue
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from ray.exceptions import (
     RayTaskError,
     WorkerCrashedError,
 )
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from latentmill.checks import cause, told
@@ -37,20 +38,19 @@ from latentmill.driver.messages import (
     StartWorker,
     StopWorker,
 )
-from latentmill.errors import BusyError, PlacementError, WrongWorker
+from latentmill.errors import WrongWorker
 from latentmill.text import one_line
 from latentmill.weights import Reading
 from latentmill.workers.cluster import disconnect, store_environment
 from latentmill.workers.context import this_node
 from latentmill.workers.hearing import Telling
-from latentmill.workers.worker import Admit, StageWork, Worker, WorkerSetup
+from latentmill.workers.nodes import PATIENCE, Nodes, alive, check_placement, reserve
+from latentmill.workers.worker import Admit, StageWork, Worker, WorkerSetup, most_memory
 
 logger = logging.getLogger("latentmill")
 
 GONE = (RayActorError, OutOfMemoryError, WorkerCrashedError, NodeDiedError, LocalRayletDiedError)
 """What Ray raises for a call whose worker is no more. OutOfMemoryError: Ray's memory monitor killed it."""
-PATIENCE = 60.0
-"""Seconds to wait for room on a cluster that would have it if others didn't use it."""
 LOOK_EVERY = 0.25
 """Seconds between two looks for workers that hang."""
 
@@ -74,7 +74,9 @@ class RayPool:
         """The type of each worker that was started."""
         self.starting: dict[int, StartWorker] = {}
         self.asked: dict[int, float] = {}
-        """When those workers were asked for of which nobody has been told that they take long."""
+        """When those workers were asked for that are not there yet."""
+        self.late: set[int] = set()
+        """Those of which people have been told that they take long."""
         self.in_flight: dict[int, dict[int, Dispatch]] = {}
         """What each worker has, by number."""
         self.blocks: dict[int, Any] = {}
@@ -82,10 +84,14 @@ class RayPool:
         """When a worker that has work last finished some, or was given its first."""
         self.looked = 0.0
         """When it was last looked for workers that hang."""
-        self.answers: queue.SimpleQueue[tuple[StartWorker | Dispatch, Any]] = queue.SimpleQueue()
-        """Orders of which something has come, each with Ray's reference to it; Ray's own thread puts them in."""
-        check_placement(setups, [node["Resources"] for node in cast(Any, ray).nodes() if node["Alive"]])
-        self.group, self.free = _reserve(setups)
+        self.answers: queue.SimpleQueue[tuple[StartWorker | Dispatch, Future[Any]]] = queue.SimpleQueue()
+        """Orders of which something has come, each with what has; Ray's own thread puts them in."""
+        nodes = alive()
+        check_placement(setups, list(nodes.values()))
+        finds = any(setup.replicas is None for setup in setups)
+        self.nodes = Nodes(nodes, watch=not owns_cluster) if finds else None
+        """The nodes, if it depends on them how many workers there are."""
+        self.group, self.free = reserve(setups)
         self.bundles: dict[int, int] = {}
 
     def submit(self, order: PoolOrder) -> None:
@@ -126,22 +132,22 @@ class RayPool:
         self._await(order, outcome)
 
     def _await(self, order: StartWorker | Dispatch, reference: Any) -> None:
-        reference.future().add_done_callback(lambda _: self.answers.put((order, reference)))
+        reference.future().add_done_callback(lambda future: self.answers.put((order, future)))
 
     def collect(self, timeout: float) -> list[Event]:
         """Wait up to ``timeout`` seconds for something to happen, and say all that has."""
-        events: list[Event] = []
+        events: list[Event] = self.nodes.news() if self.nodes else []
         dead: dict[int, RayError] = {}
         waits = bool(self.starting or self.heard)
         while True:
             try:
                 first = waits and not events and not dead
-                order, reference = self.answers.get(timeout=timeout) if first else self.answers.get_nowait()
+                order, future = self.answers.get(timeout=timeout) if first else self.answers.get_nowait()
             except queue.Empty:
                 break
             answer = self._started if isinstance(order, StartWorker) else self._done
             try:
-                if event := answer(cast(Any, order), reference):
+                if event := answer(cast(Any, order), future):
                     events.append(event)
             except GONE as error:
                 dead[order.worker] = error
@@ -152,12 +158,12 @@ class RayPool:
         self._warn()
         return events + self._hanging()
 
-    def _started(self, start: StartWorker, reference: Any) -> Event | None:
+    def _started(self, start: StartWorker, future: Future[Any]) -> Event | None:
         """A worker is ready, or is not what it should be."""
         if self.starting.pop(start.worker, None) is None:
             return None
-        self.asked.pop(start.worker, None)
-        found: Ready = ray.get(reference)
+        seconds = time.monotonic() - self.asked.pop(start.worker)
+        found: Ready = future.result()
         for stage, messages in found.heard.items():
             self.tell(stage, messages)
         if reason := found.wrong or self.admit(found.node, found.read):
@@ -170,14 +176,14 @@ class RayPool:
                 "the output must be one folder or store for all nodes, by its whole path"
             )
             return Died(start.worker_type, start.worker, reason, at_start=True)
-        return Started(start.worker_type, start.worker)
+        return Started(start.worker_type, start.worker, seconds, found.memory)
 
-    def _done(self, order: Dispatch, reference: Any) -> Event | None:
+    def _done(self, order: Dispatch, future: Future[Any]) -> Event | None:
         """A dispatch has come back, unless its worker was given up."""
         if order.id not in self.in_flight.get(order.worker, ()):
             return None
         try:
-            outcome = ray.get(reference)
+            outcome = future.result()
         except GONE:
             raise
         except ObjectLostError as error:
@@ -195,9 +201,9 @@ class RayPool:
             return Died(self.types[order.worker], order.worker, reason, wrong=True)
         self._answered(order)
         if order.task == "commit":
-            return Finished(order.id)
+            return Finished(order.id, seconds=outcome)
         self.tell(self.stages[order.stage].name, outcome.heard)
-        return Finished(order.id, outcome.parts, outcome.rejected, outcome.bytes)
+        return Finished(order.id, outcome.parts, outcome.rejected, outcome.bytes, outcome.seconds, outcome.memory)
 
     def _failed(self, order: Dispatch, why: Any, error: BaseException) -> Failed:
         self._answered(order)
@@ -214,10 +220,12 @@ class RayPool:
 
     def _warn(self) -> None:
         """Say once of a worker that it isn't ready: its model is large, or its node is gone and no other has come."""
-        for worker in [worker for worker, when in self.asked.items() if time.monotonic() - when > PATIENCE]:
+        for worker, when in self.asked.items():
+            if worker in self.late or time.monotonic() - when <= PATIENCE:
+                continue
+            self.late.add(worker)
             name = self.setups[self.types[worker]].name
             logger.warning(f"a worker of {name} has not been ready for {PATIENCE:g} s; is there a place for it?")
-            del self.asked[worker]
 
     def _hanging(self) -> list[Event]:
         """End workers that have work and have finished none for as long as the stages of that work give them."""
@@ -276,6 +284,8 @@ class Ready:
     read: Reading = field(default_factory=dict)
     heard: Mapping[str, list[str]] = field(default_factory=dict)
     """What libraries said while each stage was loaded."""
+    memory: int = 0
+    """The most bytes that it has held."""
     wrong: str = ""
     """Why it can't work for this plan."""
 
@@ -298,7 +308,7 @@ class _Actor(Worker):
         except WrongWorker as error:  # Ray would tell of it in words alone
             self.is_ready = Ready(this_node(), wrong=str(error))
         else:
-            self.is_ready = Ready(this_node(), self.probe(), self.loaded, self.heard())
+            self.is_ready = Ready(this_node(), self.probe(), self.loaded, self.heard(), most_memory())
 
     def ready(self) -> Ready:
         return self.is_ready
@@ -306,67 +316,6 @@ class _Actor(Worker):
 
 _REMOTE: Any = cast(Any, ray.remote)(max_restarts=0)(_Actor)
 """Ray's own types don't know ``options``."""
-
-
-def _reserve(setups: Sequence[WorkerSetup]) -> tuple[PlacementGroup | None, list[list[int]]]:
-    """Reserve a place for every worker, all or none, so that no stage takes what another needs, and their numbers by stage.
-
-    Raises BusyError if others hold the cluster for longer than PATIENCE.
-    """
-    bundles: list[dict[str, float]] = []
-    free: list[list[int]] = []
-    for work in setups:
-        demand = _demand(work)
-        free.append([])
-        for _ in range(work.replicas if demand else 0):
-            free[-1].append(len(bundles))
-            bundles.append(demand)
-    if not bundles:
-        return None, free
-    group = placement_group(bundles, strategy="PACK")
-    if not group.wait(PATIENCE):
-        remove_placement_group(group)
-        there = cast(Any, ray).available_resources()
-        wants = ", ".join(f"{w.name} {w.replicas} x ({_amounts(_demand(w))})" for w in setups)
-        has = ", ".join(f"{name} {there.get(name, 0):g}" for name in sorted({n for b in bundles for n in b}))
-        raise BusyError(
-            f"the cluster is large enough, but others have been using it for {PATIENCE:g} s: wanted {wants}; free {has}"
-        )
-    return group, free
-
-
-def _amounts(demand: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {amount:g}" for name, amount in demand.items())
-
-
-def check_placement(setups: Sequence[WorkerSetup], nodes: Sequence[Mapping[str, float]]) -> None:
-    """Raise PlacementError unless all workers fit on the nodes together (first fit, the largest first)."""
-    free = [dict(node) for node in nodes]
-    wanted = [(work, _demand(work)) for work in setups for _ in range(work.replicas)]
-    for work, demand in sorted(
-        wanted, key=lambda w: sorted(w[1].items(), key=lambda d: -d[1])[:1] and -max(w[1].values())
-    ):
-        for node in free:
-            if all(node.get(name, 0.0) + 1e-6 >= amount for name, amount in demand.items()):
-                for name, amount in demand.items():
-                    node[name] -= amount
-                break
-        else:
-            asks = _amounts(demand)
-            names = {name for _, each in wanted for name in each}
-            has = "; ".join(", ".join(f"{name} {node.get(name, 0):g}" for name in sorted(names)) for node in nodes)
-            alone = any(all(node.get(n, 0.0) + 1e-6 >= a for n, a in demand.items()) for node in nodes)
-            why = "do not fit beside the other stages' workers" if alone else "fit on no node"
-            raise PlacementError(
-                f"stage {work.name} asks for {work.replicas} x ({asks}), which {why}; the cluster's nodes have: {has}"
-            )
-
-
-def _demand(work: WorkerSetup) -> dict[str, float]:
-    demand = {"CPU": work.num_cpus, "GPU": work.num_gpus, "memory": float(work.memory or 0), **work.resources}
-    if work.accelerator_type:
-        demand[f"accelerator_type:{work.accelerator_type}"] = 0.001
-    return {name: amount for name, amount in demand.items() if amount}
 
 
 def _resources(work: WorkerSetup) -> dict[str, Any]:

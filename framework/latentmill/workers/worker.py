@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import resource
+import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,7 +56,8 @@ class WorkerSetup:
     """What a pool needs to start one of the workers of a type. The resources are Ray's, in Ray's words."""
 
     stages: tuple[StageWork, ...]
-    replicas: int = 1
+    replicas: int | None = 1
+    """How many there are; None: one, and more when the driver asks for them."""
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     memory: int | None = None
@@ -66,6 +70,14 @@ class WorkerSetup:
     def name(self) -> str:
         """The names of its stages."""
         return ", ".join(stage.name for stage in self.stages)
+
+    @property
+    def asks(self) -> dict[str, float]:
+        """What one worker asks of its node, nothing of nothing."""
+        asks = {"CPU": self.num_cpus, "GPU": self.num_gpus, "memory": float(self.memory or 0), **self.resources}
+        if self.accelerator_type:
+            asks[f"accelerator_type:{self.accelerator_type}"] = 0.001
+        return {name: amount for name, amount in asks.items() if amount}
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,10 @@ class Outcome:
     node: str = ""
     bytes: int = 0
     """The size of the block."""
+    seconds: float = 0.0
+    """How long its stage has computed since the last one."""
+    memory: int = 0
+    """The most bytes that the worker has held."""
 
 
 @dataclass(eq=False)
@@ -113,6 +129,8 @@ class Hosted:
             self.stage = work.make()
             with weights.reading(f"stage {work.name}", into=read):
                 self.stage.load(torch.device("cuda" if work.gpu else "cpu"))
+        self.seconds = 0.0
+        """How long it has computed, since that was last told."""
         self.inside: list[Call] = []
         """Of a continuous stage: the batches that it has taken in."""
         self.most: int | None = None
@@ -214,9 +232,11 @@ class Worker:
 
     def commit(
         self, stage: str, shard: int, errors: list[dict[str, Any]], slices: Sequence[SliceAddress], *blocks: Block
-    ) -> bool:
-        """Publish a shard; False if another driver had."""
-        return cast(CommittingStage, self.stages[stage].stage).commit(shard, _gather(slices, blocks), errors)
+    ) -> float:
+        """Publish a shard, unless another driver had. Returns the seconds that it took."""
+        started = time.perf_counter()
+        cast(CommittingStage, self.stages[stage].stage).commit(shard, _gather(slices, blocks), errors)
+        return time.perf_counter() - started
 
     def advance(self) -> None:
         """Do the next piece of work: a batch, or else a step of the continuous stages."""
@@ -238,8 +258,10 @@ class Worker:
     def _doing(self, hosted: Hosted, *calls: Call) -> Iterator[None]:
         hosted.set_threads()
         reading = weights.reading(f"stage {hosted.name}", each=True, into=self.read_now)
+        started = time.perf_counter()
         with hosted.hearing.on(), reading, _noting(*calls):
             yield
+        hosted.seconds += time.perf_counter() - started
 
     def _noted(self, block: Block | None) -> Block | None:
         """Before a batch counts as done: with it the driver hears by what it was made."""
@@ -266,7 +288,10 @@ class Worker:
         node = this_node() if self.read_later else ""
         heard, read = hosted.hearing.take(), dict(self.read_later)
         size = sum(table.nbytes for table in call.block)
-        return Outcome(outcome, list(call.rejected.items()), heard, read, node, size), call.block
+        seconds, hosted.seconds = hosted.seconds, 0.0
+        return Outcome(
+            outcome, list(call.rejected.items()), heard, read, node, size, seconds, most_memory()
+        ), call.block
 
     def _begin(self, stage: str, batch: pa.Table) -> Call:
         hosted = self.stages[stage]
@@ -305,6 +330,12 @@ def _noting(*calls: Call) -> Iterator[None]:
     ) as error:  # a library that calls sys.exit, or panics: whoever waits for the calls must hear of it
         for call in calls:
             call.error = RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def most_memory() -> int:
+    """The most bytes of memory that this process has held."""
+    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return found if sys.platform == "darwin" else 1024 * found
 
 
 def _gather(slices: Sequence[SliceAddress], blocks: Sequence[Block]) -> list[pa.Table]:

@@ -1,0 +1,220 @@
+"""How many workers the driver finds, on virtual time, beside the best numbers that a search finds."""
+
+import heapq
+import random
+from collections import deque
+
+import pytest
+
+from latentmill.driver.apply import apply
+from latentmill.driver.decide import decide
+from latentmill.driver.messages import (
+    Died,
+    Finished,
+    NodesSeen,
+    StageSpec,
+    Started,
+    StartWorker,
+    StopWorker,
+    WorkerType,
+)
+from latentmill.driver.state import DriverState
+
+BATCH, LOADING = 8, 20.0
+"""Rows, and seconds."""
+NAMES = ("read", "encode", "denoise", "decode", "write")
+SPLIT = ((0,), (1,), (2,), (3,), (4,))
+
+
+class Cluster:
+    """Workers of one GPU each, which answer after a time that is drawn. Reading and writing ask for none and take no time."""
+
+    def __init__(self, gpus, seconds, hosted=SPLIT, replicas=None, rows=10**7, memory=0):
+        """``seconds``: of a batch in each stage. ``memory``: what a worker has held when it is ready."""
+        self.dice, self.seconds, self.memory = random.Random(1), list(seconds), memory
+        self.free, self.now = gpus, 0.0
+        self.events, self.alive, self.waiting, self.busy_until = [], {}, deque(), {}
+        self.fails_to_start = lambda worker_type: False
+        self.decoded = []
+        """When each batch left decode."""
+        types = tuple(
+            WorkerType(hosts, (replicas or {}).get(hosts), {"GPU": 1.0} if 0 < hosts[0] < 4 else {}) for hosts in hosted
+        )
+        self.state = DriverState(tuple(StageSpec(name, BATCH) for name in NAMES), rows, 1000, worker_types=types)
+        self.sees(*[8] * (gpus // 8), *[gpus % 8][: gpus % 8])
+
+    def sees(self, *gpus, memory=None):
+        """The nodes have so many GPUs now."""
+        more = {} if memory is None else {"memory": memory}
+        apply(self.state, NodesSeen(tuple({"GPU": float(count), **more} for count in gpus)))
+
+    def run(self, until):
+        """Go on until then."""
+        while not until():
+            for order in decide(self.state):
+                self.take(order)
+            self.place()
+            assert self.events, "nothing is to come"
+            self.now = self.events[0][0]
+            while self.events and self.events[0][0] <= self.now:
+                _, _, worker, event = heapq.heappop(self.events)
+                if isinstance(event, Started | Died) or worker in self.alive:
+                    self.decoded += [self.now] * (
+                        isinstance(event, Finished) and self.state.in_flight[event.id].stage == 3
+                    )
+                    apply(self.state, event)
+            self.state.released.clear()
+        return self
+
+    def take(self, order):
+        if isinstance(order, StartWorker):
+            self.waiting.append(order)
+        elif isinstance(order, StopWorker):
+            self.waiting = deque(start for start in self.waiting if start.worker != order.worker)
+            if order.worker in self.alive:
+                self.free += self.alive.pop(order.worker)
+        else:
+            begins = max(self.now, self.busy_until.get(order.worker, 0.0))
+            seconds = 0.0 if order.task == "commit" else self.seconds[order.stage] * self.dice.uniform(0.9, 1.1)
+            ends = self.busy_until[order.worker] = begins + seconds
+            tables = () if order.task == "commit" else [("a", tuple(order.rows))]
+            self.later(ends, order.worker, Finished(order.id, tables, seconds=seconds))
+
+    def place(self):
+        """Start workers that wait for a GPU where one is free."""
+        for order in list(self.waiting):
+            gpus = int(self.state.worker_types[order.worker_type].asks.get("GPU", 0))
+            if gpus > self.free:
+                continue
+            self.waiting.remove(order)
+            if self.fails_to_start(order.worker_type):
+                self.later(
+                    self.now + LOADING, order.worker, Died(order.worker_type, order.worker, "CUDA", at_start=True)
+                )
+                continue
+            self.free -= gpus
+            self.alive[order.worker] = gpus
+            self.later(self.now + LOADING, order.worker, Started(order.worker_type, order.worker, LOADING, self.memory))
+
+    def later(self, when, worker, event):
+        heapq.heappush(self.events, (when, len(self.events) + self.dice.random(), worker, event))
+
+    def counts(self):
+        """Workers with a GPU of each type, wanted now."""
+        return [n for n, hosts in zip(self.state.targets, self.state.worker_types) if hosts.asks]
+
+    def rate(self, batches):
+        """Batches a second, over so many to come."""
+        before, started = len(self.decoded), self.now
+        self.run(lambda: len(self.decoded) >= before + batches)
+        return (len(self.decoded) - before) / (self.now - started)
+
+
+def best(gpus, seconds):
+    """The most batches a second that any numbers of workers could make, by trying all."""
+    encode, denoise, decode = seconds[1:4]
+    return max(
+        min(first / encode, second / denoise, (gpus - first - second) / decode)
+        for first in range(1, gpus - 1)
+        for second in range(1, gpus - first)
+    )
+
+
+def profile(seed):
+    dice = random.Random(seed)
+    return dice.randint(8, 64), [0.01, *(10 ** dice.uniform(-0.5, 1) for _ in range(3)), 0.01]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_numbers_that_are_found_are_within_five_percent_of_the_best(seed):
+    gpus, seconds = profile(seed)
+    cluster = Cluster(gpus, seconds)
+    cluster.run(lambda: len(cluster.decoded) >= 20 * max(cluster.counts()))
+    assert cluster.rate(6 * gpus) >= 0.95 * best(gpus, seconds)
+
+
+def settled(cluster, batches=20):
+    """Go on until each worker of the slowest stage has had so many batches."""
+    target = len(cluster.decoded) + batches * max(cluster.counts())
+    return cluster.run(lambda: len(cluster.decoded) >= target)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_numbers_follow_what_stages_take_within_twenty_batches(seed):
+    """Encode becomes slower and denoise faster, say since prompts and sizes changed: others have to give their places away."""
+    gpus, before = profile(seed)
+    cluster = settled(Cluster(gpus, before))
+    cluster.seconds[1:4] = after = [before[3] * 3, before[1], before[2] / 2]
+    settled(cluster)
+    assert cluster.rate(6 * gpus) >= 0.93 * best(gpus, [0, *after])
+
+
+def test_numbers_follow_nodes_that_come_and_go():
+    cluster = settled(Cluster(8, [0.01, 1, 4, 1, 0.01]))
+    assert sum(cluster.counts()) <= 8
+    cluster.free += 16
+    cluster.sees(8, 8, 8)
+    settled(cluster)
+    assert cluster.rate(100) >= 0.95 * best(24, [0, 1, 4, 1])
+
+
+def test_places_of_a_node_that_went_are_taken_from_all():
+    """Two of three nodes go, and with them each worker of decode: what is left is shared, or nothing would go on."""
+    cluster = settled(Cluster(24, [0.01, 1, 4, 1, 0.01]))
+    cluster.sees(8)
+    gone = [worker for worker, gpus in cluster.alive.items() if gpus and worker in cluster.state.workers[3]]
+    gone += [worker for worker, gpus in cluster.alive.items() if gpus and worker not in gone][: 16 - len(gone)]
+    for worker in gone:
+        del cluster.alive[worker]
+        apply(
+            cluster.state, Died(next(t for t in range(5) if worker in cluster.state.workers[t]), worker, with_node=True)
+        )
+    cluster.free = 0
+    settled(cluster)
+    assert sum(cluster.counts()) == 8 and cluster.rate(60) >= 0.95 * best(8, [0, 1, 4, 1])
+
+
+def test_one_type_has_all_there_is_and_a_number_that_is_given_holds():
+    hosted = ((0,), (1, 2, 3), (4,))
+    cluster = Cluster(16, [0.01, 1, 4, 1, 0.01], hosted)
+    assert cluster.run(lambda: len(cluster.decoded) >= 64).counts() == [16]
+    cluster = Cluster(16, [0.01, 1, 4, 1, 0.01], hosted, replicas={(1, 2, 3): 5})
+    assert cluster.run(lambda: len(cluster.decoded) >= 64).counts() == [5]
+    cluster = settled(Cluster(16, [0.01, 1, 4, 1, 0.01], replicas={(3,): 1}))
+    assert cluster.counts()[2] == 1
+    assert sum(cluster.counts()) < 16, "decode's one worker is the slowest: more of others are of no use"
+
+
+def test_few_rows_start_few_workers():
+    """Of three batches none waits for a fourth worker, and the last batch is not worth a worker that takes longer to load."""
+    fused = ((0,), (1, 2, 3), (4,))
+    many = Cluster(16, [0.01, 50, 100, 50, 0.01], fused, rows=3 * BATCH)
+    many.run(lambda: len(many.decoded) >= 1)
+    assert many.counts() <= [3]
+    short = Cluster(16, [0.01, 0.1, 0.5, 0.1, 0.01], fused, rows=20 * BATCH)
+    short.run(lambda: len(short.decoded) >= 20)
+    assert short.counts() == [1]
+
+
+def test_memory_bounds_what_no_number_does():
+    """A node has room for three workers of what the first one has been seen to hold."""
+    cluster = Cluster(8, [0.01, 1, 4, 1, 0.01], ((0,), (1, 2, 3), (4,)), memory=10)
+    cluster.sees(8, memory=35 + 20)  # reading and writing hold as much
+    cluster.run(lambda: len(cluster.decoded) >= 64)
+    assert cluster.counts() == [3]
+
+
+def test_a_worker_too_many_ends_no_job():
+    """The nodes seem to have room for 16; of more than five each fails as it loads its models, and five go on."""
+    cluster = Cluster(16, [0.01, 1, 4, 1, 0.01], ((0,), (1, 2, 3), (4,)))
+    cluster.fails_to_start = lambda worker_type: worker_type == 1 and len(cluster.state.workers[1]) >= 5 - 1
+    cluster.run(lambda: len(cluster.decoded) >= 200)
+    assert not cluster.state.failed and cluster.counts() == [len(cluster.state.workers[1])]
+
+
+def test_a_stage_that_has_nothing_more_to_do_gives_its_places_away():
+    """Decode is slow at the end: all that encode has encoded waits for it."""
+    cluster = settled(Cluster(12, [0.001, 1, 1, 1, 0.001], rows=2000 * BATCH), 5)
+    cluster.seconds[3] = 60
+    cluster.run(lambda: len(cluster.decoded) >= 2000)
+    assert cluster.counts()[2] >= 8
