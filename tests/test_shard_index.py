@@ -320,8 +320,10 @@ def test_a_run_leaves_an_index_and_goes_on_with_it(always, tmp_path, capsys):
     remembered = load(storage.at(str(out))).remembered()
     assert sorted(remembered) == [0, 1, 2] and not any(map(any, remembered.values()))
     pages = {page: (out / page).read_bytes() for page in ("README.md", "contact_sheet.png")}
+    for file in files_of(out):
+        file.unlink()
     capsys.readouterr()
-    assert main(run) == 0 and "nothing to do" in capsys.readouterr().out
+    assert main(run) == 0 and "nothing to do" in capsys.readouterr().out and files_of(out)
     data(out, 1).unlink()
     assert main(["status", str(out)]) == 0 and "2 of 3 rows: 2 ok, 0 failed" in capsys.readouterr().out
     assert main(run) == 0 and "3 of 3 rows, 1 of them now" in capsys.readouterr().out

@@ -92,9 +92,8 @@ class Dataset:
         if shard not in shards:  # it may be at work, or damaged
             return False
         with suppress(FileNotFoundError, PlanError):
-            return name not in {
-                side.stored_as for side in side_files(self.about(shard))
-            }  # what it was seen to say is old
+            named = side_files(self.about(shard))  # anew: what is stray is deleted
+            return name not in {side.stored_as for side in named}
         return False
 
     def _shards(self, names: Iterable[str]) -> dict[str, int]:
@@ -109,12 +108,13 @@ class Dataset:
 
     def about(self, shard: int) -> dict[str, str]:
         """A shard's metadata, read anew. Raises PlanError unless the shard is this plan's, FileNotFoundError if there is none."""
+        return self._asked(shard)[0]
+
+    def _asked(self, shard: int) -> tuple[dict[str, str], Summary]:
         name = data_name(shard, self.sink)
         try:
             about = self.shard(shard).metadata()
-        except FileNotFoundError:
-            raise
-        except StorageError:
+        except (FileNotFoundError, StorageError):
             raise
         except Exception as error:  # whatever a damaged or foreign file makes a reader say
             if isinstance(error, OSError) and error.errno is not None:
@@ -125,10 +125,9 @@ class Dataset:
             what = "is no shard of ours" if made_by is None else f"is a shard of another plan, {made_by}"
             raise PlanError(f"{self._at(name)} {what}: {OUT_OF_THE_WAY}")
         try:
-            summary(about)
+            return about, summary(about)
         except (ValueError, TypeError, KeyError) as error:
             raise PlanError(f"{self._at(name)} has errors in it that can't be read: {OUT_OF_THE_WAY}") from error
-        return about
 
     def look(self) -> Inventory:
         """What is there now. Reads those shards that neither it nor the index knows, or that are other files by now."""
@@ -154,7 +153,7 @@ class Dataset:
 
     def _read(self, shard: int) -> Summary | PlanError | None:
         try:
-            return summary(self.about(shard))
+            return self._asked(shard)[1]
         except FileNotFoundError:  # another driver has taken it out since it was listed
             return None
         except PlanError as error:
