@@ -159,3 +159,12 @@ def said(path, text):
     """The file, with another text about its latent space."""
     table = pq.read_table(path)
     pq.write_table(table.replace_schema_metadata({**table.schema.metadata, SPEC_KEY: text.encode()}), path)
+
+
+def test_each_worker_asks_one_file_and_the_plan_all(tmp_path):
+    for k in range(3):
+        shard(tmp_path / "data", f"{k:05d}.parquet", [k])
+    (tmp_path / "data" / "00002.parquet").write_bytes(b"no Parquet")
+    assert Latents(str(tmp_path)).latent_spec() == SPEC
+    with pytest.raises(ValueError, match=r"00002\.parquet"):
+        Latents(str(tmp_path)).fragments()

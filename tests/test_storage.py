@@ -122,6 +122,7 @@ def store(request, tmp_path):
 
 def test_a_folder_and_a_bucket_are_alike(store):
     assert store.names("data") == [] and store.names("") == [] and not store.exists("data/a")
+    assert not store.holds_any("data")
     assert store.create("data/a", b"first") is True
     assert store.create("data/a", b"second") is False
     with store.aside("data/b") as temporary:
@@ -129,7 +130,7 @@ def test_a_folder_and_a_bucket_are_alike(store):
         assert store.create("data/b", temporary) is True
         assert store.create("data/a", temporary) is False
     assert not Path(temporary).exists()
-    assert sorted(store.names("data")) == ["a", "b"] and store.exists("data/a")
+    assert sorted(store.names("data")) == ["a", "b"] and store.exists("data/a") and store.holds_any("data")
     assert (store.read("data/a"), store.read("data/b")) == (b"first", b"from a file")
     for content in (b"once", b"twice"):
         store.put("report.html", content)

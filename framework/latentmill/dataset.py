@@ -330,10 +330,11 @@ class Dataset:
 
     def forget_retried(self) -> None:
         """Delete what was taken out so that its failed rows are done again, of the shards that are there again."""
-        done = self.done()
-        for name in self.store.names("quarantine"):
+        names = [name for name in self.store.names("quarantine") if f"-{RETRIED}-" in name]
+        done = self.done() if names else ()
+        for name in names:
             number = re.match(r"\d{5,}", name, re.ASCII)
-            if f"-{RETRIED}-" in name and number and int(number[0]) in done:
+            if number and int(number[0]) in done:
                 self.store.delete(f"quarantine/{name}")
 
     def _side_files(self, shard: int) -> list[str]:

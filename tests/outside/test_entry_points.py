@@ -135,7 +135,7 @@ def test_status_of_a_dataset_needs_neither_torch_nor_hydra(sink, latentmill, tmp
 import sys
 from latentmill.cli import main
 main(["status", "out/txt2img"])
-print(sorted({(HEAVY | {'PIL', 'pyarrow.compute'})!r} & sys.modules.keys()))
+print(sorted({(HEAVY | {"PIL", "pyarrow.compute"})!r} & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr

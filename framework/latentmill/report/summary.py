@@ -37,9 +37,9 @@ def summary(
         lines[0] = lines[0].replace(f"{name}: ", f"{name}: stopped after ", 1)
         lines.append("  to go on      run the same command again; finished shards stay as they are")
     output = store.url
-    if store.names("data"):
+    if store.holds_any("data"):
         lines.append(f"  dataset       {output}/data ({ok:,} rows)")
-    if failed and store.names("errors"):
+    if failed and store.holds_any("errors"):
         lines.append(f"  failed        {output}/errors ({counted(failed, 'row')}, each with its reason)")
     lines += [f"  warning       {counted(rows, 'row')}: {text}" for text, rows in (warnings or {}).items()]
     for label, name in (("pictures", "contact_sheet.png"), ("report", "report.html")):

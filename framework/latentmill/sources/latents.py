@@ -50,20 +50,20 @@ class Latents(Source):
 
     def columns(self) -> list[str]:
         """Those that our own job would not make again: kept ones, and what its plugins added."""
-        found = dict.fromkeys(name for file in self._names() for name in self._of(file)[1].names)
+        found = dict.fromkeys(name for file in self._names_read() for name in self._of(file)[1].names)
         used = {self.id_column, *(field.name for field in self.job_fields)}
         return [name for name in found if name not in used and not reserved(name)]
 
     def column_types(self, names: Sequence[str]) -> pa.Schema:
-        schemas = ((file, self._of(file)[1]) for file in self._names())
+        schemas = ((file, self._of(file)[1]) for file in self._names_read())
         return unified(
             (file, name, schema.field(name).type) for file, schema in schemas for name in names if name in schema.names
         )
 
     def fragments(self) -> list[Fragment]:
         """Raises ValueError if there are no latents, or latents of different spaces."""
-        names = self._names()
-        spec = self.latent_spec()
+        names = self._names_read()
+        spec = self._spec(names[0])
         contents = is_small(self._root, [file for name in names for file in self._files(name)])
         self.fingerprinted = ("path",) if contents else ()
         found = []
@@ -152,7 +152,6 @@ class Latents(Source):
         return unkept + lines + [f"{self.path}/data/{name} is no shard of it, and is passed over" for name in foreign]
 
     def _names(self) -> list[str]:
-        """The files. What they say of themselves has been read then, of many at a time."""
         if self._dataset is None:
             found = find(self._data, [*self._sinks])
         else:
@@ -160,10 +159,15 @@ class Latents(Source):
             found = [data_name(shard, sink).removeprefix("data/") for shard in sorted(self._dataset.done())]
             if not found:
                 raise ValueError(f"{self.path}: none of its shards is there yet")
-        unread = [name for name in found if name not in self._about]
+        return found
+
+    def _names_read(self) -> list[str]:
+        """The same. What they say of themselves is known then, read of many at a time."""
+        names = self._names()
+        unread = [name for name in names if name not in self._about]
         for name, about in zip(unread, storage.at(str(self._root)).each(self._read_about, unread)):
             self._keep(name, *about)
-        return found
+        return names
 
     @cached_property
     def _dataset(self) -> Dataset | None:

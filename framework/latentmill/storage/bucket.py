@@ -110,6 +110,9 @@ class Bucket(Storage):
     def names(self, folder: str) -> list[str]:
         return [name for name, _ in self._listed(folder)]
 
+    def holds_any(self, folder: str) -> bool:
+        return next(self._listed(folder), None) is not None
+
     def tags(self, folder: str) -> dict[str, str]:
         return {name: f"{e['e_tag']} {e['size']} {e['last_modified']}" for name, e in self._listed(folder)}
 

@@ -71,6 +71,10 @@ class Storage(ABC):
     def names(self, folder: str) -> list[str]:
         """Names of the files right in a folder, without it; none if it is not there."""
 
+    def holds_any(self, folder: str) -> bool:
+        """Whether there is a file right in a folder."""
+        return bool(self.names(folder))
+
     def tags(self, folder: str) -> dict[str, str]:
         """The same names, each with a text that is another once another file has the name; "" in a store that has none."""
         return dict.fromkeys(self.names(folder), "")
