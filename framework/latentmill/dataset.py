@@ -97,8 +97,8 @@ class Dataset:
         return False
 
     def _shards(self, names: Iterable[str]) -> dict[str, int]:
-        found = shard_numbers(names, self.sink.suffix)
-        return {name: shard for name, shard in found.items() if shard < self.plan.shards}
+        found, planned = shard_numbers(names, self.sink.suffix), self.plan.shards
+        return {name: shard for name, shard in found.items() if shard < planned}
 
     # ---------------------------------------------------------------------------------------- what they say of themselves
 
@@ -135,8 +135,8 @@ class Dataset:
             tags = self.store.tags("data")
             shards = self._shards(tags)
             there = {shard: tags[name] for name, shard in shards.items()}
-            known = {shard: tag for shard, (tag, _) in self._seen.items() if tag}
-            unread = {shard: tag for shard, tag in there.items() if not tag or known.get(shard) != tag}
+            known, nothing = self._seen, ("",)
+            unread = {shard: tag for shard, tag in there.items() if not tag or known.get(shard, nothing)[0] != tag}
             if len(unread) >= WORTH:
                 for shard, found in self._index.load(unread):
                     self._seen[shard] = unread.pop(shard, there[shard]), found

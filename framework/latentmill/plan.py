@@ -57,7 +57,7 @@ class Plan:
     fingerprinted: Sequence[str] = ()
     """Keys of the config, as ``vae.path``, that the fingerprints stand for: they are shown, and not hashed."""
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Rows planned."""
         return self._ends[-1] * self.samples_per_row if self.fragments else 0

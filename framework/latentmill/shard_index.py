@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -104,20 +105,19 @@ class Index:
         """What is known of these shards, if they are still those of which it was known. Reads what it has not read yet."""
         names = [name for name in self.store.names(INDEX_FOLDER) if name not in self.names]
         for entries in self.store.each(self._entries, names):
-            for shard, tag, about in entries:
-                if tag and tags.get(shard) == tag:
-                    yield shard, about
+            with suppress(ValueError, TypeError, LookupError, AttributeError):  # what is no entry ends its file
+                for entry in entries:
+                    if entry[1] and tags.get(entry[0]) == entry[1]:
+                        yield entry[0], self._one(*entry[2:]) if len(entry) > 2 else CLEAN
         self.names |= {*names}
 
-    def _entries(self, name: str) -> list[tuple[int, str, Summary]]:
+    def _entries(self, name: str) -> Sequence[Sequence[Any]]:
         """What is in a file; nothing if that is not as it was written, of another plan, or gone."""
-        try:
+        with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
             content = self.store.read(f"{INDEX_FOLDER}/{name}")
-            if name != _name(content) or (found := json.loads(content))["plan"] != self.plan:
-                return []
-            return [(shard, tag, self._one(*about) if about else CLEAN) for shard, tag, *about in found["shards"]]
-        except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
-            return []
+            if name == _name(content) and (found := json.loads(content))["plan"] == self.plan:
+                return list(found["shards"])
+        return []
 
     def _one(self, failed: Mapping[str, int], warnings: Mapping[str, int], side_files: Sequence[str]) -> Summary:
         failed, warnings = (self._equal.setdefault((*part.items(),), part) for part in (failed, warnings))

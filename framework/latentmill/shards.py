@@ -48,8 +48,8 @@ def errors_name(shard: int) -> str:
 def shard_numbers(names: Iterable[str], suffix: str) -> dict[str, int]:
     """The shards that file names are of, by name."""
     # Just as we write them: 00007.parquet.partial, 7.parquet and 00007 (1).parquet are somebody else's.
-    found = ((name, re.fullmatch(rf"(\d{{5,}}){re.escape(suffix)}", name, re.ASCII)) for name in names)
-    return {name: int(match[1]) for name, match in found if match and match[1] == f"{int(match[1]):05d}"}
+    ours = re.compile(rf"(0\d{{4}}|[1-9]\d{{4,}}){re.escape(suffix)}", re.ASCII)
+    return {name: int(match[1]) for name in names if (match := ours.fullmatch(name))}
 
 
 def done_shards(store: Storage, suffix: str) -> set[int]:

@@ -93,11 +93,13 @@ class LocalFolder(Storage):
         found = {}
         with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root / folder) as entries:
             for entry in entries:
-                with suppress(FileNotFoundError):  # gone in between
+                try:
                     if entry.is_file():
                         about = entry.stat()
                         # Of change, not of modification: nobody can set it back.
                         found[entry.name] = f"{about.st_ino} {about.st_size} {about.st_ctime_ns}"
+                except FileNotFoundError:  # gone in between
+                    pass
         return found
 
     def delete(self, name: str) -> None:
