@@ -11,10 +11,12 @@ FAILPOINTS = str(Path(__file__).parent / "faults" / "actions")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [FAILPOINTS, os.environ.get("PYTHONPATH")]))
 
 SLOW = (
-    "test_pipeline", "test_run", "test_multistep_settings", "test_worker_faults", "test_tiers", "test_scheduler_settings", "test_soak",
-    "test_driver_faults", "test_store_faults", "test_cluster", "test_parity", "test_traced", "test_original", "test_traced_jobs",
-    "test_wheel", "test_long_prompts", "test_folder", "test_pool", "test_wrong_worker", "test_drivers", "test_simulate",
-    "test_mixed_rows", "test_telling", "test_command_line", "test_suites", "test_blame",
+    "test_run", "test_worker_faults", "test_mixed_rows", "test_denoiser", "test_schedulers", "test_pipeline", "test_tiers", "test_parity",
+    "test_multistep_settings", "test_scheduler_settings", "test_operations", "test_cluster", "test_driver_faults", "test_wrong_worker",
+    "test_other_disk", "test_suites", "test_folder", "test_traced", "test_vae", "test_prompt_cache", "test_original", "test_store_faults",
+    "test_telling", "test_parity_schedulers", "test_wheel", "test_placement", "test_simulate", "test_parity_pictures", "test_drivers",
+    "test_soak", "test_pool", "test_blame", "test_traced_jobs", "test_long_prompts", "test_job", "test_halfway", "test_cli",
+    "test_safety", "test_command_line", "test_prompt_files", "test_jobs", "test_write", "test_verify", "test_model",
 )  # fmt: skip
 """Files that take longest, the longest first. Two processes share the files: one of these last would leave one idle for minutes."""
 
@@ -22,6 +24,16 @@ SLOW = (
 def pytest_collection_modifyitems(items):
     place = {name: number for number, name in enumerate(SLOW)}
     items.sort(key=lambda item: place.get(item.path.stem, len(SLOW)))
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """See tests.faults.forks."""
+    from tests.faults.forks import Forks
+
+    server = Forks()
+    yield server
+    server.close()
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ def test_inline_one_worker_and_three_give_the_same_bytes(tmp_path, prompts, clus
             "stages.denoise.num_cpus=0.2",
             "stages.decode.replicas=2",
         ],
-        "fused": ["cluster=local", "placement=fused", "stages.denoise.replicas=2", "stages.denoise.num_cpus=0.7"],
+        "fused": [*cluster, "placement=fused", "stages.denoise.replicas=2", "stages.denoise.num_cpus=0.7"],
     }.items():
         outputs[name] = tmp_path / name
         latentmill.run("txt2img", [*SMALL, *settings, prompts, "deterministic=true", f"output={outputs[name]}"])
@@ -119,19 +119,19 @@ def test_a_driver_that_is_killed_leaves_a_dataset_that_goes_on(tmp_path, prompts
     assert files(output) == files(tmp_path / "undisturbed")
 
 
-def test_sigterm_stops_cleanly_says_how_to_go_on_and_the_run_goes_on(tmp_path, prompts):
-    output = tmp_path / "out"
-    command = [sys.executable, "-m", "latentmill.cli", "run", "txt2img", *SMALL, prompts, "rows_per_shard=2"]
+def test_sigterm_stops_cleanly_says_how_to_go_on_and_the_run_goes_on(tmp_path, prompts, forks):
+    output, log = tmp_path / "out", tmp_path / "log"
+    command = ["run", "txt2img", *SMALL, prompts, "rows_per_shard=2", "sampling.height=32", "sampling.width=32"]
     command += ["cluster=inline", "sampling.steps=40", f"output={output}"]  # long enough to be stopped in the middle
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while not list(output.glob("data/*")) and driver.poll() is None:
+    driver = forks.begin(command, log)
+    while not list(output.glob("data/*")) and forks.runs(driver):
         time.sleep(0.01)
-    driver.send_signal(signal.SIGTERM)
-    said, _ = driver.communicate(timeout=60)
-    assert driver.returncode == 130
+    os.kill(driver, signal.SIGTERM)
+    assert forks.end(driver) == 130
+    said = log.read_text()
     assert "same command" in said and "Traceback" not in said
     assert not list(output.glob(".tmp/*"))
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert forks.run(command, log) == 0, log.read_text()
     whole(output)
 
 

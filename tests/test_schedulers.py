@@ -20,6 +20,23 @@ from latentmill.schedulers.sa_solver import SASolver
 from latentmill.schedulers.unipc import UniPC
 from latentmill.testing import GaussianField, SchedulerSuite, follow, measure_order
 
+ORDERS = {}
+
+
+def order_of(scheduler, schedule):
+    """``measure_order``, once for each solver, its settings and path: the suite and the table ask for the same."""
+    key = tuple((type(each), repr(sorted(vars(each).items()))) for each in (scheduler, schedule))
+    if key not in ORDERS:
+        ORDERS[key] = measure_order(scheduler, schedule)
+    return ORDERS[key]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def orders_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("latentmill.testing.scheduler.measure_order", order_of)
+        yield
+
 
 def suite(scheduler, **settings):
     """The suite that plugins inherit, on one of ours. Stochastic solvers with a better drift need fewer steps."""
@@ -117,7 +134,7 @@ def test_the_table_of_orders(capsys):
         scheduler = registry.build("scheduler", {"name": f"{entry.distribution}:{entry.name}"})
         if not scheduler.stochastic:
             measured = [
-                measure_order(scheduler, schedule)
+                order_of(scheduler, schedule)
                 for schedule in (VariancePreserving(), VarianceExploding(), RectifiedFlow())
             ]
             with capsys.disabled():

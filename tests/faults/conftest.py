@@ -1,16 +1,9 @@
-"""What the tests of the fault table share: the job, and the process that forks its runs."""
+"""What the tests of the fault table share: the job."""
 
 import pytest
-from tests.faults.forks import PROMPTS, Forks, command, shards
+from tests.faults.forks import PROMPTS, command, shards
 
 pytest.register_assert_rewrite("tests.faults.drivers", "tests.faults.table")
-
-
-@pytest.fixture(scope="session")
-def forks():
-    server = Forks()
-    yield server
-    server.close()
 
 
 @pytest.fixture

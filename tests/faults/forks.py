@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 PROMPTS = [
     f"a {colour} {shape} on a white background" for shape in ("star", "ring") for colour in ("red", "blue", "green")
 ]
@@ -74,6 +76,9 @@ class Forks:
 
     def end(self, process):
         return self._ask(process)
+
+    def runs(self, process):
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
 
     def run(self, *arguments, **settings):
         return self.end(self.begin(*arguments, **settings))

@@ -6,7 +6,6 @@ import signal
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from tests.faults.forks import Forks, shards
 
@@ -60,7 +59,7 @@ class Driver:
         self.process = forks.begin(arguments, self.log, **environment)
 
     def runs(self):
-        return psutil.Process(self.process).status() != psutil.STATUS_ZOMBIE
+        return self.forks.runs(self.process)
 
     def signal(self, number):
         os.kill(self.process, number)
@@ -82,7 +81,7 @@ def job(forks, tmp_path_factory):
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     settings = [
         f"source.path={folder / 'prompts.txt'}", "samples_per_row=2", "rows_per_shard=2", "sampling.steps=6", "cluster=inline",
-        "deterministic=true", "stages.read.batch_size=2", "stages.encode.batch_size=2", "stages.denoise.batch_size=2",
+        "deterministic=true", "sampling.height=32", "sampling.width=32", "stages.read.batch_size=2", "stages.encode.batch_size=2", "stages.denoise.batch_size=2",
         "stages.decode.batch_size=2", "stages.write.batch_size=2",
     ]  # fmt: skip
     assert forks.run([*settings, f"output={folder / 'out'}"], folder / "log") == 0, (folder / "log").read_text()

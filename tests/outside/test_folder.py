@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
@@ -156,19 +155,18 @@ def test_a_dataset_that_lost_a_shard_is_not_complete(latentmill, job, out):
     assert latentmill("run", *job) == 0 and "4 of 4 rows, 1 of them now" in latentmill.out
 
 
-def test_success_is_not_said_of_rows_that_the_driver_does_not_see(latentmill, executable, job, out, tmp_path):
+def test_success_is_not_said_of_rows_that_the_driver_does_not_see(latentmill, forks, job, out, tmp_path):
     """Of a shard that was there, while the others are made."""
     assert latentmill("run", *job) == 0
     (out / "data" / "00003.parquet").unlink()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LATENTMILL_FAILPOINT": f"encode:pause:{tmp_path}"}
-    run = subprocess.Popen([*executable, "run", *job], stderr=subprocess.PIPE, text=True, env=environment)
-    while not (tmp_path / "encode").exists() and run.poll() is None:
+    run = forks.begin(["run", *job], tmp_path / "log", LATENTMILL_FAILPOINT=f"encode:pause:{tmp_path}")
+    while not (tmp_path / "encode").exists() and forks.runs(run):
         time.sleep(0.01)
     (out / "data" / "00000.parquet").unlink()
     (tmp_path / "go").touch()
-    err = run.communicate(timeout=100)[1]
-    assert run.returncode == 3, err
-    last = err.strip().splitlines()[-1]
+    code, said = forks.end(run), (tmp_path / "log").read_text()
+    assert code == 3, said
+    last = said.strip().splitlines()[-1]
     assert "1 of 4 shards were committed and are not to be seen from here" in last and "00000.parquet" in last
     assert not (out / "_SUCCESS").exists()
     assert latentmill("run", *job) == 0 and latentmill("verify", out) == 0
@@ -223,9 +221,8 @@ def test_an_output_that_is_a_link_to_nothing_is_named(latentmill, job, out):
     assert latentmill.err.splitlines()[-1].endswith("is in the way: a link to nothing, where a folder is to be made")
 
 
-def test_what_killed_drivers_left_is_swept(latentmill, job, out, executable, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LATENTMILL_FAILPOINT": f"published:kill:{tmp_path}"}
-    assert subprocess.run([*executable, "run", *job], env=environment, capture_output=True).returncode == -9
+def test_what_killed_drivers_left_is_swept(latentmill, job, out, forks, tmp_path):
+    assert forks.run(["run", *job], tmp_path / "log", LATENTMILL_FAILPOINT=f"published:kill:{tmp_path}") == -9
     assert list((out / "leases").glob("*.alive"))
     assert latentmill("run", *job) == 0
     assert list((out / "leases").iterdir()) == []
@@ -277,28 +274,26 @@ def test_only_rows_that_failed_so(half, latentmill, out, failed, tmp_path):
     assert latentmill("run", *half, "--stage", "read") == 2 and "--retry-failed" in latentmill.err
 
 
-def test_a_retry_that_is_killed_loses_nothing(half, latentmill, executable, out, rows, failed, tmp_path):
+def test_a_retry_that_is_killed_loses_nothing(half, latentmill, forks, out, rows, failed, tmp_path):
     mend(tmp_path)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LATENTMILL_FAILPOINT": f"data synced:kill:{tmp_path}"}
-    run = subprocess.run([*executable, "run", *half, "--retry-failed"], env=environment, capture_output=True)
-    assert run.returncode == -9 and not (out / "_SUCCESS").exists()
+    told, kill = ["run", *half, "--retry-failed"], f"data synced:kill:{tmp_path}"
+    assert forks.run(told, tmp_path / "log", LATENTMILL_FAILPOINT=kill) == -9 and not (out / "_SUCCESS").exists()
     assert latentmill("run", *half) == 0  # what it took out is missing, and is done
     assert failed(out) == [] and rows(out) == rows(tmp_path / "whole") and latentmill("verify", out) == 0
     assert list((out / "quarantine").iterdir()) == []
 
 
-def test_a_retry_beside_another_driver(half, latentmill, executable, out, rows, failed, tmp_path):
+def test_a_retry_beside_another_driver(half, latentmill, forks, out, rows, failed, tmp_path):
     """One is under way and believes shard 0 to be done; another takes it out meanwhile: each row is there once at the end."""
     mend(tmp_path)
     (out / "_SUCCESS").unlink()
     (out / "data" / "00001.parquet").unlink()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LATENTMILL_FAILPOINT": f"published:pause:{tmp_path}"}
-    first = subprocess.Popen([*executable, "run", *half], env=environment, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "published").exists() and first.poll() is None:
+    first = forks.begin(["run", *half], tmp_path / "first", LATENTMILL_FAILPOINT=f"published:pause:{tmp_path}")
+    while not (tmp_path / "published").exists() and forks.runs(first):
         time.sleep(0.01)
-    environment = {**environment, "LATENTMILL_FAILPOINT": f"encode:kill:{tmp_path}"}
-    run = subprocess.run([*executable, "run", *half, "--retry-failed"], env=environment, capture_output=True)
-    assert run.returncode == -9 and not (out / "data" / "00000.parquet").exists()
+    told, kill = ["run", *half, "--retry-failed"], f"encode:kill:{tmp_path}"
+    assert forks.run(told, tmp_path / "log", LATENTMILL_FAILPOINT=kill) == -9
+    assert not (out / "data" / "00000.parquet").exists()
     (tmp_path / "go").touch()
-    assert first.wait(100) == 0, first.stderr.read()
+    assert forks.end(first) == 0, (tmp_path / "first").read_text()
     assert failed(out) == [] and rows(out) == rows(tmp_path / "whole") and latentmill("verify", out) == 0
