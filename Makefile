@@ -1,5 +1,6 @@
 # Everything below makes .venv on first use. PYTHON=python3.12 make test chooses another interpreter; SEEDS=10000 make simulate
-# runs as many worlds.
+# runs as many worlds. make bench is for a machine that does nothing else, for a quarter of an hour; XENNA=VENV/bin/python
+# names a virtual environment with cosmos-xenna, to be measured beside.
 PYTHON ?= python3
 SEEDS ?= 1000
 BIN := .venv/bin
@@ -33,7 +34,7 @@ docs: $(INSTALLED)
 	WRITE_DOCS=1 FAULTS=all $(BIN)/python -m pytest -q tests/faults -k fault_of
 
 bench: $(INSTALLED)
-	@for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	$(BIN)/python -m benchmarks $(if $(XENNA),--xenna $(XENNA))
 
 $(INSTALLED): constraints.txt $(PROJECTS)
 	@echo "Installing into .venv; torch and Ray are large, so the first time takes minutes."

@@ -13,8 +13,6 @@ step it, taking turns, the median of the ratios.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from printed import begin, table
 from torch import Tensor
 
 from latentmill import registry
@@ -200,18 +199,22 @@ def overhead(repeats: int) -> list[float]:
 
 def main() -> None:
     """Print the shares and the ratio."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=25)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--rows", type=int, default=2000)
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{os.cpu_count()} CPUs, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}")
+    begin(__doc__)
+    found = []
     for names in (["euler"], ["euler", "dpmpp_2m", "unipc", "ddpm"]):
-        given = mixed(2000, names)
-        print(
-            f"{len(names)} scheduler(s): {fullness(given):.3f} of the places used; plain batches {plain_fullness(given):.3f}"
-        )
-    ratios = sorted(overhead(repeats))
-    print(f"uniform rows: {statistics.median(ratios):.3f} of a plain loop's time ({ratios[0]:.3f} to {ratios[-1]:.3f})")
+        given = mixed(options.rows, names)
+        share, plain = fullness(given), plain_fullness(given)
+        found.append((len(names), f"{share:.3f}", f"{plain:.3f}", f"{share / plain:.2f}"))
+    table(("schedulers", "of the places used (at most 1)", "by plain batches", "ratio"), found)
+    ratios = sorted(overhead(options.repeats))
+    print()
+    row = (f"{statistics.median(ratios):.3f}", f"{ratios[0]:.3f} to {ratios[-1]:.3f}")
+    table(("rows that are alike: the stage's time / a plain loop's", "from to"), [row])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The driver alone: orders a second that it gives to simulated workers, and how busy it keeps the slowest stage.
 
-    python benchmarks/flow.py
+    python benchmarks/flow.py [WORKERS ...]
 
 There is no Ray, no tensor and no file. The workers answer after a time that is drawn; the time that is measured is the CPU's, and
 the simulation's own work is in it.
@@ -9,9 +9,11 @@ the simulation's own work is in it.
 from __future__ import annotations
 
 import heapq
-import platform
 import random
+import sys
 import time
+
+from printed import begin, table
 
 from latentmill.driver.apply import apply
 from latentmill.driver.decide import decide
@@ -56,11 +58,14 @@ def flow(workers: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Print the table."""
-    print(f"{platform.machine()}, Python {platform.python_version()}")
-    for workers in (64, 2_000, 10_000):
+    """Print the table, for the numbers of workers that are given."""
+    begin(__doc__)
+    found = []
+    for workers in map(int, sys.argv[1:] or (64, 2_000, 10_000)):
         orders, busy = flow(workers)
-        print(f"{workers:6,} workers: {orders:7,.0f} orders a second of CPU; denoise works {busy:.1%} of the time")
+        found.append((f"{workers:,}", f"{orders:,.0f}", orders, f"{busy:.3f}"))
+    head = ("workers", "orders a second of CPU", "of those at the first", "denoise works, of its time (at most 1)")
+    table(head, [(workers, shown, f"{orders / found[0][2]:.2f}", busy) for workers, shown, orders, busy in found])
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 from gpu_parts.notes import Notes, read
 from gpu_parts.table import markdown, verdict
+from printed import commit
 
 NEEDED = ("pyarrow", "hydra", "rich", "scipy", "latentmill")
 DIFFUSERS = ("diffusers", "transformers", "latentmill_diffusers", "tokenizers")
@@ -119,18 +120,8 @@ def _machine(notes: Notes, device: torch.device) -> None:
         python=platform.python_version(),
         versions=versions,
         date=time.strftime("%Y-%m-%d"),
-        commit=_commit(),
+        commit=commit(),
     )
-
-
-def _commit() -> str:
-    import subprocess
-
-    try:
-        told = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
-        return subprocess.run(told, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "of no checkout"
 
 
 def _run(name: str, work: Callable[[Notes, torch.device], None], lines: Path, until: float, share: float) -> None:

@@ -22,6 +22,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pyarrow as pa
 from PIL import Image
+from printed import begin, table
 
 from latentmill.plan import Plan
 from latentmill.plugin import Fragment
@@ -101,7 +102,8 @@ def main() -> None:
     if sys.argv[1:2] == ["serve"]:
         return asyncio.run(serve(Path(sys.argv[2])))
     shards = int(sys.argv[1]) if sys.argv[1:] else 10_000
-    print(f"{os.uname().machine}, {os.cpu_count()} cores, Python {sys.version.split()[0]}; {shards:,} shards")
+    begin(__doc__)
+    found = []
     with tempfile.TemporaryDirectory() as folder:
         make(root := Path(folder, "out"), shards)
         server = subprocess.Popen([sys.executable, __file__, "serve", folder], stdout=subprocess.PIPE, text=True)
@@ -113,8 +115,17 @@ def main() -> None:
                 done = subprocess.Popen([sys.executable, "-c", code.format(place)], env=env, stdout=subprocess.DEVNULL)
                 _, failed, used = os.wait4(done.pid, 0)
                 wall, cpu, most = time.monotonic() - started, used.ru_utime + used.ru_stime, used.ru_maxrss >> 10
-                print(f"{place[:5]} {name:<24}{wall:6.1f} s {cpu:6.1f} s CPU {most} MB", failed or "")
+                what = f"{name}{', failed' if failed else ''}"
+                found.append(("S3, 50 ms a request" if "//" in place else "disk", what, wall, cpu, most))
         server.terminate()
+    print(f"{shards:,} shards.\n")
+    cold = {place: wall for place, name, wall, *_ in found if name.startswith("status, cold")}
+    head = ("store", "what", "s", "of the cold status", "s of CPU", "MB")
+    rows = [
+        (place, name, f"{wall:.1f}", f"{wall / cold[place]:.2f}", f"{cpu:.1f}", most)
+        for place, name, wall, cpu, most in found
+    ]
+    table(head, rows)
 
 
 if __name__ == "__main__":

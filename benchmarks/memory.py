@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from printed import begin, table
 
 sys.path.append(str(Path(__file__).parents[1] / "plugins/diffusers/tests"))  # whose tiny models have a tokenizer
 
@@ -26,8 +27,8 @@ SIZE = (32, 32)
 """Of the latents."""
 
 
-def build(folder: Path) -> Path:
-    """Write the model: 860M parameters of the UNet, 123M of the text encoder, 84M of the VAE."""
+def build(folder: Path, small: bool = False) -> Path:
+    """Write the model: 860M parameters of the UNet, 123M of the text encoder, 84M of the VAE; fewer, to try it, if ``small``."""
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from tiny.text import tokenizer
     from tiny.unets import SD_BETAS
@@ -35,7 +36,9 @@ def build(folder: Path) -> Path:
 
     text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
     StableDiffusionPipeline(
-        unet=UNet2DConditionModel(cross_attention_dim=768, sample_size=64),
+        unet=UNet2DConditionModel(
+            cross_attention_dim=768, sample_size=64, **({"block_out_channels": (32,) * 4} if small else {})
+        ),
         scheduler=PNDMScheduler(**SD_BETAS, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False),
         vae=AutoencoderKL(
             block_out_channels=(128, 256, 512, 512),
@@ -89,8 +92,9 @@ def main() -> None:
     """Build it, run the shipped job on it, and print the table."""
     import latentmill
 
+    begin(__doc__)
     with tempfile.TemporaryDirectory() as work:
-        folder = build(Path(work) / "sd15")
+        folder = build(Path(work) / "sd15", small="--small" in sys.argv)
         sizes = {
             part: sum(file.stat().st_size for file in (folder / part).glob("*.safetensors")) / 2**20
             for part in ("text_encoder", "unet", "vae")
@@ -100,17 +104,24 @@ def main() -> None:
         told += ["sampling.width=256", "sampling.height=256", f"source.path={work}/prompts.txt", f"output={work}/out"]
         result = latentmill.run("sd15_txt2img", [f"model.path={folder}", *told])
         print(f"sd15_txt2img: {result.ok} of {result.planned} pictures in {result.seconds:.0f} s\n")
-        print(
-            "| stage | weights, MiB | peak of its process, MiB | of which before the weights | seconds |\n|---|---|---|---|---|"
-        )
+        found = []
         for stage, part in zip(STAGES, sizes):
-            again = [sys.executable, __file__, stage, str(folder)]
+            again = [sys.executable, __file__, "measure", stage, str(folder)]
             said = subprocess.run(again, capture_output=True, text=True, check=True).stdout
-            found = json.loads(said.splitlines()[-1])
-            print(
-                f"| {stage} | {sizes[part]:.0f} | {found['peak']:.0f} | {found['before']:.0f} | {found['seconds']:.0f} |"
-            )
+            held = json.loads(said.splitlines()[-1])
+            above = held["peak"] - held["before"]
+            each = (f"{sizes[part]:.0f}", f"{held['peak']:.0f}", f"{held['before']:.0f}", f"{above / sizes[part]:.2f}")
+            found.append((stage, *each, f"{held['seconds']:.0f}"))
+    head = (
+        "stage",
+        "weights, MiB",
+        "peak of its process, MiB",
+        "of which before the weights",
+        "the rest / weights",
+        "s",
+    )
+    table(head, found)
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(*sys.argv[1:]))) if sys.argv[1:] else main()
+    print(json.dumps(measure(*sys.argv[2:]))) if sys.argv[1:2] == ["measure"] else main()

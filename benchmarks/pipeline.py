@@ -1,22 +1,29 @@
-"""How near the flow on Ray comes to the bound, with stages that sleep in place of GPUs.
+"""How near the flow on Ray comes to the bound, with stages that sleep in place of GPUs, and how near others come.
 
-    python benchmarks/pipeline.py
+    python benchmarks/pipeline.py [--xenna PYTHON]
 
 1,024 and 3,072 rows in batches of 8: encode 5 ms x 1 worker makes float32 latents 4x64x64; denoise 100 ms x 4 workers
 halves them; decode 20 ms x 1 worker makes uint8 pictures 512x512x3. No pipeline can beat 25 ms a batch (denoise's 100 ms
 over four workers). The share of the bound is marginal, (bound(3072) - bound(1024)) / (time(3072) - time(1024)), after a
 warm-up, so that start and end cancel out.
+
+Ray Data does the same work in the same run: blocks of 8 rows, actors of a fixed number for each stage, four tasks in flight an
+actor, order not kept. cosmos-xenna (``benchmarks/peers/xenna.py``) needs a virtual environment of its own, whose Python
+``--xenna`` names; its settings stand in that file.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
+import json
+import subprocess
 import time
+from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import torch
+from printed import begin, median, table
 
 from latentmill.driver.apply import apply
 from latentmill.driver.decide import decide
@@ -24,8 +31,7 @@ from latentmill.driver.loop import drive
 from latentmill.driver.messages import StageSpec, Started, WorkerType
 from latentmill.driver.state import DriverState
 from latentmill.plugin import Reject, Stage, tensors
-from latentmill.workers import ray_pool
-from latentmill.workers.cluster import connect
+from latentmill.workers import cluster, ray_pool
 from latentmill.workers.worker import StageWork, WorkerSetup
 
 BATCH = 8
@@ -77,40 +83,121 @@ STAGES = [("read", Read, 1), ("encode", Encode, 1), ("denoise", Denoise, 4), ("d
 
 
 def main() -> None:
-    """Print the share of the bound and the driver's CPU share."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Print each one's share of the bound."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
-    repeats = parser.parse_args().repeats
-    connect(None)
-    workers = ray_pool.RayPool(
-        [WorkerSetup((StageWork(name, make),), count, num_cpus=0.1) for name, make, count in STAGES]
+    parser.add_argument("--peer-repeats", type=int, default=1, help="they take three to five times as long")
+    parser.add_argument("--rows", type=int, nargs=2, default=(1024, 3072))
+    parser.add_argument("--xenna", metavar="PYTHON", help="of a virtual environment that has cosmos-xenna")
+    options = parser.parse_args()
+    begin(__doc__)
+    rows: tuple[int, int] = tuple(options.rows)
+    owned = cluster.connect(None)
+    found = {"latentmill": [ours(rows) for ours in [Ours()] * options.repeats]}
+    found["Ray Data"] = [with_ray_data(rows) for _ in range(options.peer_repeats)]
+    if owned:
+        cluster.disconnect()
+    if options.xenna:
+        found["cosmos-xenna"] = [with_xenna(options.xenna, rows) for _ in range(options.peer_repeats)]
+    shares = {name: median(share(rows, *walls) for *walls, _ in runs) for name, runs in found.items()}
+    head = (
+        "",
+        f"{rows[0]:,} rows, s",
+        f"{rows[1]:,} rows, s",
+        "of the bound",
+        "driver, of a CPU",
+        "latentmill is faster by",
     )
-    specs = tuple(StageSpec(name, BATCH) for name, _, _ in STAGES)
-    types = tuple(WorkerType((stage,), count) for stage, (_, _, count) in enumerate(STAGES))
+    lines = []
+    for name, runs in found.items():
+        walls = [f"{median(run[at] for run in runs):.2f}" for at in (0, 1)]
+        cpu, faster = median(run[2] for run in runs), shares["latentmill"] / shares[name]
+        lines.append((name, *walls, f"{shares[name]:.3f}", f"{cpu:.0%}", f"{faster:.2f}"))
+    table(head, lines)
+    if not options.xenna:
+        print("\ncosmos-xenna is left out: it needs a virtual environment of its own, and none was named.")
 
-    def run(rows: int) -> tuple[float, float]:
+
+def share(rows: tuple[int, int], short: float, long: float) -> float:
+    """Marginal, of the bound."""
+    return (rows[1] - rows[0]) / BATCH * 0.025 / (long - short)
+
+
+class Ours:
+    """The driver and a pool on Ray, whose workers stay from one run to the next."""
+
+    def __init__(self) -> None:
+        setups = [WorkerSetup((StageWork(name, make),), count, num_cpus=0.1) for name, make, count in STAGES]
+        self.workers = ray_pool.RayPool(setups)
+
+    def __call__(self, rows: tuple[int, int]) -> tuple[float, float, float]:
+        """Seconds of each, and the driver's share of a CPU in the second."""
+        if not self.workers.actors:
+            self._run(256)
+        (short, _), (long, cpu) = map(self._run, rows)
+        return short, long, cpu / long
+
+    def _run(self, rows: int) -> tuple[float, float]:
+        specs = tuple(StageSpec(name, BATCH) for name, _, _ in STAGES)
+        types = tuple(WorkerType((stage,), count) for stage, (_, _, count) in enumerate(STAGES))
         state = DriverState(specs, rows, rows_per_shard=256, worker_types=types)
-        if workers.actors:  # these workers are there from the run before
+        if self.workers.actors:  # these workers are there from the run before
             decide(state)
             for stage, worker in list(state.starting):
                 apply(state, Started(stage, worker))
         wall, cpu = time.perf_counter(), time.process_time()
-        drive(state, workers, lambda: None)
+        drive(state, self.workers, lambda: None)
         return time.perf_counter() - wall, time.process_time() - cpu
 
-    run(256)
-    print(
-        f"{os.cpu_count()} CPUs, {platform.machine()}, Python {platform.python_version()}; bound 25 ms a batch of {BATCH}"
-    )
-    shares = []
-    for _ in range(repeats):
-        (short, _), (long, cpu) = run(1024), run(3072)
-        shares.append((3072 - 1024) / BATCH * 0.025 / (long - short))
-        print(
-            f"1024 rows {short:.2f} s, 3072 rows {long:.2f} s: {shares[-1]:.3f} of the bound; driver {cpu / long:.1%} of a CPU"
+
+def with_ray_data(rows: tuple[int, int]) -> tuple[float, float, float]:
+    """The same by Ray Data, whose actors start with each run: that cancels out, too."""
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = context.execution_options.preserve_order = False
+    made = {
+        "encode": lambda batch: np.ones((len(batch["id"]), 4, 64, 64), np.float32),
+        "denoise": lambda batch: batch["x"] / 2,
+        "decode": lambda batch: np.zeros((len(batch["x"]), 512, 512, 3), np.uint8),
+    }
+
+    def sleeping(seconds: float, name: str) -> type:
+        class Sleeping:
+            def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+                time.sleep(seconds)
+                return {"x": made[name](batch)}
+
+        return Sleeping
+
+    def run(count: int) -> tuple[float, float]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        data = ray.data.range(count, override_num_blocks=count // BATCH)
+        for name, seconds, workers in (("encode", 0.005, 1), ("denoise", 0.1, 4), ("decode", 0.02, 1)):
+            actors = ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=4)
+            data = data.map_batches(sleeping(seconds, name), batch_size=BATCH, compute=actors, num_cpus=0.1)
+        seen = sum(
+            len(batch["x"])
+            for batch in data.map_batches(_counted, batch_size=BATCH, num_cpus=0.1).iter_batches(batch_size=None)
         )
-    print(f"median share of the bound: {sorted(shares)[len(shares) // 2]:.3f}")
-    workers.close()
+        assert seen == count // BATCH
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+    run(8 * BATCH)
+    (short, _), (long, cpu) = map(run, rows)
+    return short, long, cpu / long
+
+
+def _counted(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {"x": np.array([len(batch["x"])])}
+
+
+def with_xenna(python: str, rows: tuple[int, int]) -> tuple[float, float, float]:
+    """The same by cosmos-xenna, in a process of its own."""
+    command = [python, str(Path(__file__).parent / "peers" / "xenna.py"), *map(str, rows)]
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    return *told["seconds"], told["cpu"]
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ of its own up to the first order: ``plan``, ``begin``, ``decide``.
 
 from __future__ import annotations
 
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -17,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import printed
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -50,9 +49,7 @@ def measure(folder: str, settings: list[str]) -> None:
     state = begin(job, Dataset(storage.at(job.output), plan, built.sink))
     decide(state)
     seconds = time.monotonic() - started
-    print(
-        f"{plan.rows:,} rows, {' '.join(settings).replace(folder + '/', '')}: {seconds:.1f} s, {_memory('VmHWM') - before:.0f} MB"
-    )
+    print(plan.rows, seconds, _memory("VmHWM") - before)
 
 
 def _memory(key: str) -> float:
@@ -66,12 +63,24 @@ def main() -> None:
         measure(sys.argv[2], sys.argv[3:])
         return
     rows = int(sys.argv[1]) if sys.argv[1:] else 10**8
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, pyarrow {pa.__version__}")
+    printed.begin(__doc__)
+    found = []
     with tempfile.TemporaryDirectory() as folder:
         make(folder, rows)
         for name, *ids in (("p.parquet",), ("p.txt",), ("p.parquet", "source.id_column=number")):
             command = [sys.executable, __file__, "measure", folder, f"source.path={folder}/{name}", *ids]
-            subprocess.run(command, check=True)
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            count, seconds, megabytes = map(float, done.stdout.split()[-3:])
+            found.append(
+                (
+                    " ".join([name, *ids]),
+                    f"{count:,.0f}",
+                    f"{seconds:.1f}",
+                    f"{megabytes:.0f}",
+                    f"{megabytes * 2**20 / count:.1f}",
+                )
+            )
+    printed.table(("source", "rows", "s", "MB", "bytes a row"), found)
 
 
 if __name__ == "__main__":

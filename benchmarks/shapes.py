@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from printed import begin, median, table
 
 import latentmill
 
@@ -89,34 +89,38 @@ def job(words: list[str], rows: int) -> float:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", type=int, nargs=2, default=(SHORT, LONG))
+    parser.add_argument("--loop", type=int, default=192, metavar="ROWS", help="rows of the bare loop")
     parser.add_argument("--bare", nargs=2, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    short, long = options.rows
     if options.bare:
-        print(bare(*options.bare))
+        print(bare(*options.bare, options.loop))
     elif options.job:
-        short, long = job(JOBS[options.job], SHORT), job(JOBS[options.job], LONG)
-        print((LONG - SHORT) / (long - short))
+        print((long - short) / (job(JOBS[options.job], long) - job(JOBS[options.job], short)))
     else:
-        table(options.repeats)
+        compare(options.repeats, ["--rows", str(short), str(long), "--loop", str(options.loop)])
 
 
-def table(repeats: int) -> None:
+def compare(repeats: int, told: list[str]) -> None:
     """Each measurement in a process of its own, in turns: a machine that becomes slower does so for all."""
     cores = os.cpu_count() or 1
     loops = [(batch, threads) for batch in (16, 32, 64) for threads in {1, cores}]
-    print(f"{cores} CPUs, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}")
+    begin(__doc__)
     rates: dict[str, list[float]] = {}
     for _ in range(repeats):
-        best = max(_in_process("--bare", str(batch), str(threads)) for batch, threads in loops)
+        best = max(_in_process("--bare", str(batch), str(threads), *told) for batch, threads in loops)
         rates.setdefault("bare loop", []).append(best)
         for name in JOBS:
-            rates.setdefault(name, []).append(_in_process("--job", name))
-    for name, found in rates.items():
-        ratio = sorted(mine / bound for mine, bound in zip(found, rates["bare loop"]))[len(found) // 2]
-        print(f"{name:20} {sorted(found)[len(found) // 2]:6.1f} rows/s   {ratio:.2f} of the bare loop")
+            rates.setdefault(name, []).append(_in_process("--job", name, *told))
+    ratios = {
+        name: median(mine / bound for mine, bound in zip(found, rates["bare loop"])) for name, found in rates.items()
+    }
+    rows = [(name, f"{median(found):.1f}", f"{ratios[name]:.2f}") for name, found in rates.items()]
+    table(("", "rows a second", "of the bare loop"), rows)
 
 
 def _in_process(*words: str) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from printed import lines as table
 
 Line = dict[str, Any]
 
@@ -33,7 +35,7 @@ def markdown(lines: Sequence[Line]) -> str:
         out += [
             "## Correctness",
             "",
-            *_table(("what", "model", "dtype", "found", "bound", ""), map(_check, checks)),
+            *table(("what", "model", "dtype", "found", "bound", ""), map(_check, checks)),
             "",
         ]
     if rates := of("rate"):
@@ -42,7 +44,7 @@ def markdown(lines: Sequence[Line]) -> str:
     if speeds := of("speed"):
         head = ("model", "side", "batch", "steps", "", "ours", "loop", "ours / loop", "roofline", "ours / roofline")
         head += ("ours idle", "loop idle", "ours, GiB at most", "loop, GiB at most")
-        out += [*_table(head, map(_speed, speeds)), ""]
+        out += [*table(head, map(_speed, speeds)), ""]
     if apart := of("split"):
         fused = {
             (line["model"], line["size"], line["batch"]): line.get("ours") for line in speeds if line["how"] == "eager"
@@ -54,20 +56,16 @@ def markdown(lines: Sequence[Line]) -> str:
             "",
         ]
         head = ("model", "side", "batch", "split", "fused", "fused / split")
-        out += [*_table(head, (_split(line, fused) for line in apart)), ""]
+        out += [*table(head, (_split(line, fused) for line in apart)), ""]
     if memory := of("memory"):
         head = ("model", "side", "rows", "stage", "weights, MiB", "above all weights at its height, MiB")
-        out += ["## Memory of a stage", "", *_table(head, map(_memory, memory)), ""]
+        out += ["## Memory of a stage", "", *table(head, map(_memory, memory)), ""]
     if gone := of("left out"):
         out += ["## Left out", "", *(f"- {line['part']}: {line['what']}: {line['why']}" for line in gone), ""]
     if failed := of("failed"):
         out += ["## Failed", "", "Tracebacks are in gpu.json.", ""]
         out += [*(f"- {line['part']}: {line['what']}: {line['why']}" for line in failed), ""]
     return "\n".join(out)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(each)} |" for each in (head, ["---"] * len(head), *rows)]
 
 
 def _number(value: float | None, form: str = ".2f") -> str:
