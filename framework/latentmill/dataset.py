@@ -81,7 +81,7 @@ class Dataset:
         names = self.store.names(FOLDER)  # before the shards are looked at: one that comes later names later files
         if not names:
             return []
-        shards = self.look().readable()
+        shards = self.look().readable
         named = {name for found in shards.values() for name in found.side_files}
         return sorted(name for name in names if name not in named and self._is_stray(name, shards))
 
@@ -206,12 +206,13 @@ class Dataset:
         (names in ``data/`` that are no shard's), ``warnings`` (rows by what is to be known of them, the most frequent first).
         """
         seen = seen or self.look()
-        failed = seen.failed_in().total()
+        failed, last = seen.failed_in().total(), self.plan.shards - 1
+        short = self.plan.rows_per_shard - len(self.plan.shard_rows(last)) if last in seen.shards else 0
         missing, ended = self.plan.shards - len(seen.shards), self.store.exists("_SUCCESS")
         return {
             "name": self.plan.name,
             "planned": self.plan.rows,
-            "ok": sum(len(self.plan.shard_rows(shard)) for shard in seen.shards) - failed,
+            "ok": len(seen.shards) * self.plan.rows_per_shard - short - failed,
             "failed": failed,
             "shards": self.plan.shards,
             "shards_done": len(seen.shards),

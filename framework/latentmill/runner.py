@@ -179,7 +179,7 @@ def begin(job: Job, there: Dataset) -> DriverState:
 
 def failed_shards(there: Dataset, done: Set[int], wanted: Callable[[Mapping[str, Any]], bool]) -> list[int]:
     """The shards that have error rows of which one or more are ``wanted``."""
-    failed = [shard for shard, found in there.look().readable().items() if shard in done and found.failed]
+    failed = [shard for shard, found in there.look().readable.items() if shard in done and found.failed]
     return [shard for shard, errors in there.errors(failed) if any(map(wanted, errors))]
 
 

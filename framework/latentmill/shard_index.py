@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from latentmill.errors import PlanError
@@ -73,21 +74,22 @@ class Inventory:
             ours[shard] = found
         return ours
 
+    @cached_property
     def readable(self) -> dict[int, Summary]:
         """Those that can be read and are this plan's. Of the others a run and verify tell."""
         return {shard: found for shard, found in self.shards.items() if not isinstance(found, PlanError)}
 
     def rows(self) -> dict[int, int]:
         """How many rows are stored in each of them: those that are ok."""
-        return {shard: len(self.plan.shard_rows(shard)) - found.errors for shard, found in self.readable().items()}
+        return {shard: len(self.plan.shard_rows(shard)) - found.errors for shard, found in self.readable.items()}
 
     def failed_in(self) -> Counter[str]:
         """Failed rows by the stage that they failed in."""
-        return _sum(found.failed for found in self.readable().values())
+        return _sum(found.failed for found in self.readable.values())
 
     def warnings(self) -> dict[str, int]:
         """Rows by what is to be known of them, the most frequent first."""
-        return dict(_sum(found.warnings for found in self.readable().values()).most_common())
+        return dict(_sum(found.warnings for found in self.readable.values()).most_common())
 
 
 class Index:

@@ -51,7 +51,7 @@ class Material:
         now = self.there.status(seen)
         self.ok, self.failed, self.warnings = now["ok"], now["failed"], now["warnings"]
         self.failed_in = seen.failed_in()
-        self.errors = self._first_errors(200, [(shard, found.errors) for shard, found in seen.readable().items()])
+        self.errors = self._first_errors(200, [(shard, found.errors) for shard, found in seen.readable.items()])
 
     def _first_errors(self, most: int, failed: Iterable[tuple[int, int]]) -> list[dict[str, Any]]:
         shards, counted = [], 0
