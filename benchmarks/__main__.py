@@ -28,6 +28,8 @@ SCRIPTS: dict[str, tuple[list[str], list[str]]] = {
     "planning": (["10000000"], ["100000"]),
     "many_shards": ([], ["200"]),
     "memory": ([], ["--small"]),
+    "replicas": ([], ["--batches", "40"]),
+    "spilling": ([], ["--rows", "64"]),
 }
 """What each is told: for RESULTS.md, and when it is only tried. One that is not here is told nothing."""
 NO_SCRIPTS = {"__main__", "printed", "gpu"}

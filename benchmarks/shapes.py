@@ -27,13 +27,8 @@ SHORT, LONG = 320, 960
 """Rows of two runs: what one takes longer than the other is the time of the rows between."""
 JOBS = {
     "cluster=inline": ["cluster=inline"],
-    "split": ["cluster=local"],
-    "fused, 2 workers": [
-        "cluster=local",
-        "placement=fused",
-        "stages.denoise.replicas=2",
-        "stages.denoise.num_cpus=0.8",
-    ],
+    "cluster=local": ["cluster=local"],
+    "placement=split": ["cluster=local", "placement=split"],
 }
 
 

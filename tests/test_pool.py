@@ -145,6 +145,31 @@ def test_a_worker_that_hangs_is_replaced_and_the_row_at_which_it_does_is_found(t
     assert rows == {row: 512.0 for row in range(24) if row != 7}
 
 
+class Slow(Double):
+    def __call__(self, batch, reject):
+        time.sleep(0.3)
+        return super().__call__(batch, reject)
+
+
+def test_workers_fill_the_room_that_there_is_and_one_is_there_at_first(tmp_path):
+    """Two CPUs, of which 0.2 are taken: there is room for two workers of 0.8."""
+    work = [
+        WorkerSetup((StageWork("read", Read),), num_cpus=0.1),
+        WorkerSetup((StageWork("double", Slow),), None, num_cpus=0.8),
+        WorkerSetup((StageWork("write", partial(Write, tmp_path)),), num_cpus=0.1),
+    ]
+    types = tuple(WorkerType((stage,), setup.replicas, setup.asks) for stage, setup in enumerate(work))
+    state = DriverState(tuple(StageSpec(name, 1) for name in ("read", "double", "write")), 40, 8, worker_types=types)
+    workers = ray_pool.RayPool(work)
+    found = [state.targets]
+    try:
+        drive(state, workers, lambda: found.append(state.targets))
+    finally:
+        workers.close()
+    assert [1, 1, 1] in found and found[-1][1] == 2 and max(counts[1] for counts in found) == 2
+    assert len([path for path in tmp_path.iterdir()]) == 5
+
+
 def test_a_worker_that_is_not_ready_for_long_is_told_of_once(caplog):
     workers = ray_pool.RayPool([WorkerSetup((StageWork("read", Read),), num_cpus=0.1)])
     try:

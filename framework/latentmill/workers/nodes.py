@@ -33,7 +33,7 @@ class Nodes:
     def __init__(self, found: Mapping[str, Resources], watch: bool) -> None:
         """``watch``: whether others may come or go."""
         free = cast(Any, available_resources_per_node)() if watch else found
-        self.ours = {node: free.get(node, has) for node, has in found.items()}
+        self.ours = {node: _shared(free.get(node, has)) for node, has in found.items()}
         self.watch, self.told, self.looked = watch, False, time.monotonic()
 
     def news(self) -> list[Event]:
@@ -43,7 +43,7 @@ class Nodes:
             self.looked = now
             found = alive()
             self.told = self.told and found.keys() == self.ours.keys()
-            self.ours = {node: self.ours.get(node, has) for node, has in found.items()}
+            self.ours = {node: self.ours.get(node) or _shared(has) for node, has in found.items()}
         if self.told:
             return []
         self.told = True
@@ -80,6 +80,11 @@ def reserve(setups: Sequence[WorkerSetup]) -> tuple[PlacementGroup | None, list[
 
 def _amounts(demand: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {amount:g}" for name, amount in demand.items())
+
+
+def _shared(resources: Resources) -> Resources:
+    """Without a node's own name, so that nodes that are alike look alike."""
+    return {name: amount for name, amount in resources.items() if not name.startswith("node:")}
 
 
 def check_placement(setups: Sequence[WorkerSetup], nodes: Sequence[Mapping[str, float]]) -> None:
