@@ -80,7 +80,7 @@ def test_inline_one_worker_and_three_give_the_same_bytes(tmp_path, prompts, clus
             "stages.denoise.num_cpus=0.2",
             "stages.decode.replicas=2",
         ],
-        "fused": ["cluster=local", "placement=fused", "stages.denoise.replicas=2", "stages.denoise.num_cpus=0.7"],
+        "fused": [*cluster, "placement=fused", "stages.denoise.replicas=2", "stages.denoise.num_cpus=0.7"],
     }.items():
         outputs[name] = tmp_path / name
         latentmill.run("txt2img", [*SMALL, *settings, prompts, "deterministic=true", f"output={outputs[name]}"])

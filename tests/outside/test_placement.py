@@ -4,6 +4,8 @@ import os
 
 import pyarrow.parquet as pq
 import pytest
+import ray
+from tests import ray_forks
 
 PLUGIN = '''
 import os
@@ -23,14 +25,24 @@ class Process(Stage):
 '''
 
 
-@pytest.mark.parametrize("placement", ["split", "auto"])
-def test_stages_share_a_process_where_they_are_fused(placement, install, latentmill, tmp_path, monkeypatch):
+@pytest.fixture
+def cluster(install, tmp_path, monkeypatch):
+    """Settings of a job on a cluster that has the plugin."""
     install("acme", "[latentmill.stages]\nprocess = acme:Process\n", acme=PLUGIN)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), os.environ["PYTHONPATH"]]))
+    there = ray_forks.cluster(num_cpus=2)
+    yield ["cluster=ray", f"cluster.address={there.address}"]
+    ray.shutdown()
+    there.shutdown()
+
+
+@pytest.mark.parametrize("placement", ["split", "auto"])
+def test_stages_share_a_process_where_they_are_fused(placement, cluster, latentmill, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\n" * 8)
     stages = "[read,encode,{name: process, as: first, column: a},denoise,{name: process, as: second, column: b},decode,write]"
     out = tmp_path / "out"
     words = [
+        *cluster,
         "samples_per_row=1",
         "sampling.steps=1",
         "stages.first.num_cpus=0.05",
