@@ -22,9 +22,12 @@ from printed import COLLECTED, machine  # noqa: E402
 
 SCRIPTS: dict[str, tuple[list[str], list[str]]] = {
     "pipeline": ([], ["--rows", "64", "128", "--repeats", "1", "--peer-repeats", "1"]),
-    "shapes": (["--repeats", "1"], ["--repeats", "1", "--rows", "16", "32", "--loop", "16"]),
+    "shapes": (
+        ["--repeats", "1", "--rows", "320", "640", "--loop", "128"],
+        ["--repeats", "1", "--rows", "16", "32", "--loop", "16"],
+    ),
     "flow": ([], ["64"]),
-    "denoise": ([], ["--repeats", "1", "--rows", "100"]),
+    "denoise": (["--repeats", "9"], ["--repeats", "1", "--rows", "100"]),
     "planning": (["10000000"], ["100000"]),
     "many_shards": ([], ["200"]),
     "memory": ([], ["--small"]),

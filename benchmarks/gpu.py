@@ -52,7 +52,7 @@ def main() -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     lines = options.output / "lines.jsonl"
     lines.unlink(missing_ok=True)
-    until = time.monotonic() + 60 * options.minutes
+    until = time.monotonic() + max(60 * options.minutes - GRACE, GRACE)
     with tempfile.TemporaryDirectory(dir=_room()) as folder:
         todo = _parts(Path(folder), options.toy)
         todo = [(name, work) for name, work in todo if not options.only or name.startswith(tuple(options.only))]

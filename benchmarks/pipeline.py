@@ -8,15 +8,18 @@ over four workers). The share of the bound is marginal, (bound(3072) - bound(102
 warm-up, so that start and end cancel out.
 
 Ray Data does the same work in the same run: blocks of 8 rows, actors of a fixed number for each stage, four tasks in flight an
-actor, order not kept. cosmos-xenna (``benchmarks/peers/xenna.py``) needs a virtual environment of its own, whose Python
-``--xenna`` names; its settings stand in that file.
+actor, order not kept, a Ray that is told of 16 CPUs. cosmos-xenna (``benchmarks/peers/xenna.py``) needs a virtual environment of its own, with it, numpy and tqdm, whose
+Python ``--xenna`` names; its settings stand in that file.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import logging
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -35,6 +38,8 @@ from latentmill.workers import cluster, ray_pool
 from latentmill.workers.worker import StageWork, WorkerSetup
 
 BATCH = 8
+CPUS = 16
+"""That Ray is told of where Ray Data runs: nobody computes, and no task is to wait for one."""
 
 
 class Read(Stage):
@@ -93,12 +98,19 @@ def main() -> None:
     begin(__doc__)
     rows: tuple[int, int] = tuple(options.rows)
     owned = cluster.connect(None)
-    found = {"latentmill": [ours(rows) for ours in [Ours()] * options.repeats]}
-    found["Ray Data"] = [with_ray_data(rows) for _ in range(options.peer_repeats)]
+    ours = Ours()
+    found = {"latentmill": [ours(rows) for _ in range(options.repeats)]}
+    ours.workers.close()  # what they take of the cluster, others need
     if owned:
         cluster.disconnect()
+    with contextlib.redirect_stdout(sys.stderr):  # Ray has advice
+        found["Ray Data"] = with_ray_data(rows, options.peer_repeats)
+    absent = "it needs a virtual environment of its own, and none was named"
     if options.xenna:
-        found["cosmos-xenna"] = [with_xenna(options.xenna, rows) for _ in range(options.peer_repeats)]
+        try:
+            found["cosmos-xenna"] = [with_xenna(options.xenna, rows) for _ in range(options.peer_repeats)]
+        except subprocess.CalledProcessError as error:
+            absent = f"it failed: {error.stderr.strip().splitlines()[-1]}"
     shares = {name: median(share(rows, *walls) for *walls, _ in runs) for name, runs in found.items()}
     head = (
         "",
@@ -114,8 +126,8 @@ def main() -> None:
         cpu, faster = median(run[2] for run in runs), shares["latentmill"] / shares[name]
         lines.append((name, *walls, f"{shares[name]:.3f}", f"{cpu:.0%}", f"{faster:.2f}"))
     table(head, lines)
-    if not options.xenna:
-        print("\ncosmos-xenna is left out: it needs a virtual environment of its own, and none was named.")
+    if "cosmos-xenna" not in found:
+        print(f"\ncosmos-xenna is left out: {absent}.")
 
 
 def share(rows: tuple[int, int], short: float, long: float) -> float:
@@ -150,17 +162,19 @@ class Ours:
         return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def with_ray_data(rows: tuple[int, int]) -> tuple[float, float, float]:
+def with_ray_data(rows: tuple[int, int], repeats: int) -> list[tuple[float, float, float]]:
     """The same by Ray Data, whose actors start with each run: that cancels out, too."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
+    ray.init(num_cpus=CPUS, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     context = DataContext.get_current()
     context.enable_progress_bars = context.execution_options.preserve_order = False
     made = {
         "encode": lambda batch: np.ones((len(batch["id"]), 4, 64, 64), np.float32),
         "denoise": lambda batch: batch["x"] / 2,
         "decode": lambda batch: np.zeros((len(batch["x"]), 512, 512, 3), np.uint8),
+        "write": lambda batch: np.array([len(batch["x"])]),
     }
 
     def sleeping(seconds: float, name: str) -> type:
@@ -174,23 +188,25 @@ def with_ray_data(rows: tuple[int, int]) -> tuple[float, float, float]:
     def run(count: int) -> tuple[float, float]:
         wall, cpu = time.perf_counter(), time.process_time()
         data = ray.data.range(count, override_num_blocks=count // BATCH)
-        for name, seconds, workers in (("encode", 0.005, 1), ("denoise", 0.1, 4), ("decode", 0.02, 1)):
+        for name, seconds, workers in (
+            ("encode", 0.005, 1),
+            ("denoise", 0.1, 4),
+            ("decode", 0.02, 1),
+            ("write", 0.0, 1),
+        ):
             actors = ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=4)
             data = data.map_batches(sleeping(seconds, name), batch_size=BATCH, compute=actors, num_cpus=0.1)
-        seen = sum(
-            len(batch["x"])
-            for batch in data.map_batches(_counted, batch_size=BATCH, num_cpus=0.1).iter_batches(batch_size=None)
-        )
-        assert seen == count // BATCH
+        seen = sum(int(batch["x"].sum()) for batch in data.iter_batches(batch_size=None))
+        assert seen == count
         return time.perf_counter() - wall, time.process_time() - cpu
 
     run(8 * BATCH)
-    (short, _), (long, cpu) = map(run, rows)
-    return short, long, cpu / long
-
-
-def _counted(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {"x": np.array([len(batch["x"])])}
+    found = []
+    for _ in range(repeats):
+        (short, _), (long, cpu) = map(run, rows)
+        found.append((short, long, cpu / long))
+    ray.shutdown()
+    return found
 
 
 def with_xenna(python: str, rows: tuple[int, int]) -> tuple[float, float, float]:

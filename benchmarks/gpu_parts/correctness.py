@@ -116,6 +116,9 @@ def in_float64(parts: Parts) -> Parts:
     for part in (parts.denoiser, parts.vae):
         part.load(CPU)
         part.logical = torch.float64
+    parts.text_encoder.load(CPU)
+    for name in parts.text_encoder.parts:
+        getattr(parts.text_encoder._pipeline, name).double()
     parts.denoiser._network.model.double()
     parts.vae._model.double()
     return parts
