@@ -8,7 +8,7 @@ import pytest
 import torch
 from pipelines import PROMPTS, TESTED, WITH_TORCHVISION, directly, ours, stages, table_of, theirs
 
-import latentmill
+from latentmill import registry
 from latentmill.errors import PluginError
 from latentmill.plugin import tensors
 from latentmill_diffusers.pipeline import known
@@ -62,7 +62,7 @@ def test_layers_that_the_text_encoder_has_not_are_refused_when_it_is_built(model
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"text_encoder_select_layers": [1, 3]}))
     with pytest.raises(PluginError, match="text_encoder has 2 layers, and Krea2Pipeline takes layer 3's output"):
-        latentmill.registry.build("stage", {"name": "pipeline_encode", "path": str(folder)})
+        registry.build("stage", {"name": "pipeline_encode", "path": str(folder)})
 
 
 def test_steps_that_the_model_s_own_sigmas_do_not_have_are_the_row_s_error(model, tmp_path):
@@ -94,4 +94,4 @@ def test_steps_that_the_model_s_own_sigmas_do_not_have_are_the_row_s_error(model
 def test_what_can_not_be_run_is_said_when_it_is_built(index, settings, said, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": index}))
     with pytest.raises(PluginError, match=said):
-        latentmill.registry.build("stage", {"name": "pipeline_encode", "path": str(tmp_path), **settings})
+        registry.build("stage", {"name": "pipeline_encode", "path": str(tmp_path), **settings})
