@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,10 @@ STATUS = "from latentmill.cli import main; main(['status', {0!r}, '--json'])"
 LOOK, REPORT = THERE + "there.look(); there.remember()", THERE + "report.finish(there)"
 COMMANDS = {"status, cold": STATUS, "look, leaving the index": LOOK, "status": STATUS, "report": REPORT}
 KEYS = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_REGION": "us-east-1"}
-ENTRY = "<Contents><Key>{}</Key><Size>9</Size><LastModified>2026-11-26T00:00:00Z</LastModified></Contents>"
+ENTRY = (
+    '<Contents><Key>{0}</Key><ETag>"{0}"</ETag><Size>9</Size>'
+    "<LastModified>2026-11-26T00:00:00Z</LastModified></Contents>"
+)
 
 
 def make(root: Path, shards: int) -> None:
@@ -110,6 +114,7 @@ def main() -> None:
         assert server.stdout
         env = {**os.environ, **KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.stdout.readline().strip()}"}
         for place in (str(root), "s3://bucket/out"):
+            shutil.rmtree(root / ".index", ignore_errors=True)  # they are the same files
             for name, code in COMMANDS.items():
                 started = time.monotonic()
                 done = subprocess.Popen([sys.executable, "-c", code.format(place)], env=env, stdout=subprocess.DEVNULL)

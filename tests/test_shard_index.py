@@ -3,58 +3,46 @@
 import hashlib
 import json
 import os
-import re
 import threading
 import time
-from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.shard_folders import Counting, data, make, plan_of, shard_file
 
-from latentmill import report, storage
-from latentmill.dataset import Dataset, load
-from latentmill.plan import Plan
-from latentmill.plugin import Fragment
-from latentmill.shard_index import WORTH, Index, Summary
+from latentmill import storage, verify
+from latentmill.cli import main
+from latentmill.dataset import load
+from latentmill.errors import StorageError
+from latentmill.shard_index import CLEAN, WORTH, Index, Summary
 from latentmill.sinks.parquet import Parquet
-from latentmill.storage import LocalFolder
 
 SHARDS = WORTH + 100
-PLAN = Plan("many", {"sink": {"name": "parquet"}}, {}, (Fragment("p.txt", SHARDS),), 1, 1, 0)
-
-
-def shard_file(path, failed=(), plan=PLAN):
-    """A shard of one row, that is ok or failed in these stages."""
-    errors = [{"row": 0, "row_id": "0-000", "stage": stage, "reason": "a reason"} for stage in failed]
-    rows = pa.table({"row_id": pa.array([] if failed else ["0-000"]), "prompt": pa.array([] if failed else ["a"])})
-    path.unlink(missing_ok=True)  # it may be linked elsewhere
-    Parquet().write(str(path), rows, {"latentmill.plan": plan.hash, "latentmill.errors": json.dumps(errors)})
-    return path
+PLAN = plan_of(SHARDS)
 
 
 @pytest.fixture
 def out(tmp_path):
     """A dataset of many shards, each seventh with a failed row, and none of its copies in ``errors/``."""
-    out = tmp_path / "out"
-    (out / "data").mkdir(parents=True)
-    (out / "plan.json").write_text(PLAN.to_json())
-    files = [shard_file(tmp_path / "ok"), shard_file(tmp_path / "failed", ["decode"])]
-    for shard in range(SHARDS):
-        os.link(files[shard % 7 == 6], out / "data" / f"{shard:05d}.parquet")
-    return out
+    return make(tmp_path / "out", PLAN)
 
 
-class Counting(LocalFolder):
-    """A folder that counts which shards are read."""
+@pytest.fixture
+def few(tmp_path):
+    """A dataset of one shard, which is sound."""
+    few = make(tmp_path / "few", plan_of(1))
+    file = data(few, 0)
+    pq.write_table(pq.read_table(file).set_column(0, "row_id", [["000000000-000"]]), file)
+    return few
 
-    def __init__(self, url):
-        super().__init__(url)
-        self.asked = []
 
-    def open(self, name):
-        self.asked.append(name)
-        return super().open(name)
+@pytest.fixture
+def always(monkeypatch):
+    """However few shards there are, there is an index, and it is kept without a pause."""
+    for module in ("dataset", "runner"):
+        monkeypatch.setattr(f"latentmill.{module}.WORTH", 1)
+    monkeypatch.setattr("latentmill.runner.REMEMBER_EVERY", 0.01)
 
 
 def told(out):
@@ -72,12 +60,19 @@ def remember(out):
     return there
 
 
+def remembered(store):
+    there = load(store)
+    return dict(there.remembered(there.tags()))
+
+
+def save(store, *entries):
+    """Into the index, what entries say: each a shard, and what it is of."""
+    tags = load(store).tags()
+    Index(store, load(store).plan.hash).save((shard, tags[shard], about) for shard, about in entries)
+
+
 def files_of(out):
     return sorted((out / ".index").iterdir())
-
-
-def data(out, shard):
-    return out / "data" / f"{shard:05d}.parquet"
 
 
 def test_what_was_read_once_is_not_read_again(out):
@@ -86,30 +81,30 @@ def test_what_was_read_once_is_not_read_again(out):
     assert not (out / ".index").exists()  # who looks leaves nothing
     remember(out)
     assert told(out) == (truth, [])
-    assert len(files_of(out)) == 1 and remember(out).remembered().keys() == {*range(SHARDS)}
+    assert len(files_of(out)) == 1 and remembered(storage.at(str(out))).keys() == {*range(SHARDS)}
 
 
 def test_shards_that_come_go_and_change_are_seen(out):
     remember(out)
     data(out, 0).unlink()
     os.rename(data(out, 1), data(out, 2))
-    shard_file(data(out, 3), ["encode", "encode"])
+    shard_file(data(out, 3), PLAN, ["encode", "encode"])
     before = data(out, 5).stat()
     content = data(out, 5).read_bytes()
     data(out, 5).unlink()
     data(out, 5).write_bytes(content)
     os.utime(data(out, 5), ns=(before.st_atime_ns, before.st_mtime_ns))
     truth, asked = told(out)
-    # Of what was moved and linked all have changed, since one file has all those names.
-    assert {"data/00003.parquet", "data/00005.parquet"} <= {*asked} and truth["failed_in"]["encode"] == 2
+    assert asked == [f"data/{shard:05d}.parquet" for shard in (2, 3, 5)] and truth["failed_in"]["encode"] == 2
+    assert truth["rows"].keys() == {*range(2, SHARDS)}
     remember(out)
     (out / ".index").rename(out / "elsewhere")
     assert told(out)[0] == truth
 
 
 def test_a_file_that_is_changed_in_place_and_dated_back_is_read_again(out):
-    file = shard_file(data(out, 4))
-    other = shard_file(out.parent / "other", ["decode"])
+    file = shard_file(data(out, 4), PLAN)
+    other = shard_file(out.parent / "other", PLAN, ["decode"])
     size = max(file.stat().st_size, other.stat().st_size)
     for path in (file, other):  # of one size: Parquet's footer is at the end, and what is before it is passed over
         path.write_bytes(bytes(size - path.stat().st_size) + path.read_bytes())
@@ -144,11 +139,24 @@ def as_another_plan(content):
 
 
 def nonsense(content):
-    content = json.dumps({"plan": PLAN.hash, "shards": [[0, "tag", 1, 2], "x", None]}).encode()
+    content = json.dumps({"format": 1, "plan": PLAN.hash, "shards": [[0, "tag", 1, 2], "x", None]}).encode()
     return named(content), content
 
 
-@pytest.mark.parametrize("damage", [tear, flip, as_another_plan, nonsense, lambda _: (named(b""), b"")])
+def as_another_format(content):
+    content = content.replace(b'"format":1', b'"format":2').replace(b'{"decode":1}', b'{"decode":5}')
+    return named(content), content
+
+
+def without_a_format(content):
+    content = content.replace(b'"format":1,', b"").replace(b'{"decode":1}', b'{"decode":5}')
+    return named(content), content
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [tear, flip, as_another_plan, as_another_format, without_a_format, nonsense, lambda _: (named(b""), b"")],
+)
 def test_a_damaged_index_is_passed_over(damage, out):
     truth, _ = told(out)
     remember(out)
@@ -162,21 +170,67 @@ def test_a_damaged_index_is_passed_over(damage, out):
     assert told(out) == (truth, [])
 
 
-def test_drivers_that_keep_it_at_the_same_time_do_each_other_no_harm(out):
+class Locked(Counting):
+    """A folder whose index may be listed and not read, or not even listed."""
+
+    def __init__(self, url, listed):
+        super().__init__(url)
+        self.listed = listed
+
+    def names(self, folder):
+        if folder == ".index" and not self.listed:
+            raise PermissionError(13, "Permission denied")
+        return super().names(folder)
+
+    def read(self, name):
+        if name.startswith(".index/"):
+            raise StorageError(f"{name}: Access Denied")
+        return super().read(name)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_an_index_that_may_not_be_read_is_none(listed, out, few):
     truth, _ = told(out)
-    drivers = [load(storage.at(str(out))) for _ in range(4)]
+    remember(out)
+    there = load(Locked(str(out), listed))
+    seen = there.look()
+    assert seen.rows() == truth["rows"] and there.status(seen)["failed"] == truth["failed"]
+    assert len(there.store.asked) == SHARDS
+    save(storage.at(str(few)), (0, CLEAN))
+    found = verify.verify(Locked(str(few), listed))
+    assert found.sound and (found.ok, found.missing) == (1, [])
+
+
+def test_drivers_that_keep_it_at_the_same_time_do_each_other_no_harm(always, out, monkeypatch):
+    """Each has seen more shards than the one before; one has put the pieces together when the others begin to."""
+    monkeypatch.setattr("latentmill.shard_index.ENTRIES_A_FILE", 100)
+    truth, _ = told(out)
+    later = {shard: data(out, shard).read_bytes() for shard in range(800, SHARDS)}
+    for shard in later:
+        data(out, shard).unlink()
+    first = load(storage.at(str(out)))
+    found = first.look().readable
+    for start in range(0, 600, 20):
+        save(first.store, *((shard, found[shard]) for shard in range(start, start + 20)))
+    assert len(files_of(out)) == 30
+    drivers = []
+    for seen in (800, 900, 1000, SHARDS):
+        for shard in range(max(800, seen - 100), seen):
+            data(out, shard).write_bytes(later[shard])
+        drivers.append(load(storage.at(str(out))))
+        assert len(drivers[-1].look().shards) == seen
 
     def keep(there):
-        there.look()
         there.remember()
         there.remember(all_there=True)
 
+    keep(drivers.pop())
     threads = [threading.Thread(target=keep, args=[there]) for there in drivers]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert told(out) == (truth, [])
+    assert len(files_of(out)) == 11 and told(out) == (truth, [])
 
 
 def test_many_pieces_are_put_together_and_what_others_add_stays(out):
@@ -192,26 +246,30 @@ def test_many_pieces_are_put_together_and_what_others_add_stays(out):
     assert len(files_of(out)) == 2 and told(out)[1] == []
 
 
-def test_a_word_that_a_shard_does_not_say_is_found_by_verify(out, capsys):
-    """Of the right file, and under the right hash: nobody but we could have written it."""
-    from latentmill.cli import main
+WRONG = Summary({"decode": 1}, {}, [])
 
-    plan = Plan("few", {"sink": {"name": "parquet"}}, {}, (Fragment("p.txt", 1),), 1, 1, 0)
-    few = out.parent / "few"
-    (few / "data").mkdir(parents=True)
-    (few / "plan.json").write_text(plan.to_json())
-    file = data(few, 0)
-    shard_file(file, plan=plan)
-    pq.write_table(pq.read_table(file).set_column(0, "row_id", [["000000000-000"]]), file)
+
+@pytest.mark.parametrize("said", [[WRONG], [WRONG, CLEAN], [CLEAN, WRONG]])
+def test_a_word_that_a_shard_does_not_say_is_found_by_verify(said, few, capsys):
+    """Of the right file, and under the right hash: nobody but we could have written it. Beside one that is right, too."""
     assert main(["verify", str(few)]) == 0
-    store = storage.at(str(few))
-    tag = store.tags("data")["00000.parquet"]
-    Index(store, plan.hash).save([(0, tag, Summary({"decode": 1}, {}, []))])
-    assert load(store).remembered() == {0: Summary({"decode": 1}, {}, [])}
+    save(storage.at(str(few)), *((0, about) for about in said))
     capsys.readouterr()
     assert main(["verify", str(few)]) == 1
     assert ".index says of 1 shards what they don't" in capsys.readouterr().out
     assert main(["verify", str(few), "--repair"]) == 1
+    assert files_of(few) == [] and main(["verify", str(few)]) == 0
+
+
+def test_a_side_file_that_only_the_index_names_is_found_by_verify_and_taken_out(always, few, capsys):
+    stray = few / "files" / "00000-0123456789ab-x.bin"
+    stray.parent.mkdir()
+    stray.write_bytes(b"a writer's that lost")
+    save(storage.at(str(few)), (0, Summary({}, {}, [stray.name])))
+    assert load(storage.at(str(few))).stray_side_files() == []
+    assert main(["verify", str(few)]) == 1 and f"files/{stray.name}" in capsys.readouterr().out
+    assert main(["verify", str(few), "--repair"]) == 1
+    assert not stray.exists() and (few / "quarantine" / f"foreign-{stray.name}").exists()
     assert files_of(few) == [] and main(["verify", str(few)]) == 0
 
 
@@ -245,80 +303,13 @@ def test_a_side_file_that_its_shard_names_stays_whatever_the_index_says(out):
     assert load(store).stray_side_files() == ["00004-ba9876543210-x.bin"]
 
 
-def test_no_more_is_held_than_is_ahead(tmp_path):
-    store, begun, ahead = storage.at(str(tmp_path)), [], []
-    for number in store.each(lambda number: begun.append(number) or number, range(2_000), in_flight=4):
-        ahead.append(max(begun) - number)
-    assert sorted(begun) == [*range(2_000)] and max(ahead) < 4 * 16
-
-
-def test_a_footer_is_one_request_and_the_report_of_a_store_lists_once(bucket, tmp_path, caplog):
-    store = storage.at(f"{bucket}/out")
-    plan = Plan("few", {"sink": {"name": "parquet"}}, {}, (Fragment("p.txt", 20),), 1, 1, 0)
-    store.put("plan.json", plan.to_json().encode())
-    for shard in range(20):
-        failed = ["decode"] if shard == 7 else []
-        store.create(f"data/{shard:05d}.parquet", str(shard_file(tmp_path / "shard", failed, plan)))
-    caplog.set_level("INFO", "werkzeug")
-
-    def asked(do):
-        caplog.clear()
-        do()
-        lines = [re.search(r"(GET|HEAD|PUT) /bucket(\S+)", record.getMessage()) for record in caplog.records]
-        return Counter("list" if "list-type" in line[2] else line[1] + line[2] for line in lines)
-
-    footers = {f"GET/out/data/{shard:05d}.parquet": 1 for shard in range(20)}
-    found = asked(lambda: load(store).status())
-    assert found == {**footers, "list": 1, "GET/out/plan.json": 1, "HEAD/out/_SUCCESS": 1}
-    there = load(store)
-    assert asked(lambda: report.finish(there))["list"] == 1 and store.exists("report.html")
-
-
-def test_an_empty_and_a_small_and_a_large_object_are_read_by_pieces(bucket):
-    store = storage.at(bucket)
-    large = os.urandom(200_000)
-    for name, content in (("empty", b""), ("small", b"from a file"), ("large", large)):
-        store.put(name, content)
-    for name, content in (("empty", b""), ("small", b"from a file"), ("large", large)):
-        with store.peek(name) as file:
-            assert file.read() == content and file.read() == b""
-        with store.peek(name) as file:
-            assert file.seek(0, 2) == len(content) and file.seek(max(0, len(content) - 4)) >= 0
-            assert file.read() == content[-4:] and file.seek(0) == 0 and file.read(5) == content[:5]
-    with pytest.raises(FileNotFoundError), store.peek("none") as file:
-        file.read()
-
-
-class Failing(Counting):
-    """A store that fails when a shard is read."""
-
-    def peek(self, name):
-        raise storage.store.StorageError(f"{name}: the store does not answer")
-
-
-def test_a_store_that_fails_makes_no_shard_a_foreign_one(out):
-    with pytest.raises(storage.store.StorageError):
-        Dataset(Failing(str(out)), PLAN, Parquet()).adopt()
-
-
-@pytest.fixture
-def always(monkeypatch):
-    """However few shards there are, there is an index, and it is kept without a pause."""
-    for module in ("dataset", "runner"):
-        monkeypatch.setattr(f"latentmill.{module}.WORTH", 1)
-    monkeypatch.setattr("latentmill.runner.REMEMBER_EVERY", 0.01)
-
-
 def test_a_run_leaves_an_index_and_goes_on_with_it(always, tmp_path, capsys):
-    from latentmill.cli import main
-
     (tmp_path / "p.txt").write_text("a red circle\na star\na blue square\n")
     out = tmp_path / "out"
     settings = [f"source.path={tmp_path}/p.txt", "samples_per_row=1", "rows_per_shard=1", "sampling.steps=1"]
     run = ["run", "txt2img", "cluster=inline", f"output={out}", *settings]
     assert main(run) == 0
-    remembered = load(storage.at(str(out))).remembered()
-    assert sorted(remembered) == [0, 1, 2] and not any(map(any, remembered.values()))
+    assert remembered(storage.at(str(out))) == dict.fromkeys(range(3), CLEAN)
     pages = {page: (out / page).read_bytes() for page in ("README.md", "contact_sheet.png")}
     for file in files_of(out):
         file.unlink()
@@ -328,7 +319,7 @@ def test_a_run_leaves_an_index_and_goes_on_with_it(always, tmp_path, capsys):
     assert main(["status", str(out)]) == 0 and "2 of 3 rows: 2 ok, 0 failed" in capsys.readouterr().out
     assert main(run) == 0 and "3 of 3 rows, 1 of them now" in capsys.readouterr().out
     assert main(["verify", str(out)]) == 0
-    assert sorted(load(storage.at(str(out))).remembered()) == [0, 1, 2]
+    assert remembered(storage.at(str(out))).keys() == {0, 1, 2}
     assert pages == {page: (out / page).read_bytes() for page in pages}
     assert {path.suffix for path in (out / "data").iterdir()} == {".parquet"}
 
@@ -337,17 +328,18 @@ def test_while_a_run_goes_on_its_shards_come_into_the_index(always, out):
     """So that of one that is killed few are left to be read."""
     from latentmill.runner import _remembering
 
-    (out / "data" / "00007.parquet").rename(out / "later")
-    there, look = load(storage.at(str(out))), load(storage.at(str(out)))
+    for shard in range(7, SHARDS):  # few, for a pause is as long as twenty looks
+        data(out, shard).unlink()
+    there = load(storage.at(str(out)))
 
     def wait(shard):
         ends = time.monotonic() + 60
-        while shard not in look.remembered():
+        while shard not in remembered(there.store):
             assert time.monotonic() < ends
 
     with _remembering(there):
         wait(0)
-        shard_file(data(out, 7))
+        shard_file(data(out, 7), PLAN)
         wait(7)
     assert "index" not in {thread.name for thread in threading.enumerate()}
     assert told(out)[1] == []

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from latentmill import plan as planning
@@ -82,19 +82,20 @@ class Dataset:
         if not names:
             return []
         shards = self.look().readable
-        named = {name for found in shards.values() for name in found.side_files}
-        return sorted(name for name in names if name not in named and self._is_stray(name, shards))
+        found = self.unnamed(names, shards)
+        of = sorted({shard for name in found if (shard := side_file_shard(name)) in shards})
+        anew = zip(of, self.store.each(self._read, of))  # what is stray is deleted
+        return self.unnamed(found, {shard: about for shard, about in anew if isinstance(about, Summary)})
 
-    def _is_stray(self, name: str, shards: Mapping[int, Summary]) -> bool:
-        shard = side_file_shard(name)
-        if shard is None or shard >= self.plan.shards:
-            return True
-        if shard not in shards:  # it may be at work, or damaged
-            return False
-        with suppress(FileNotFoundError, PlanError):
-            named = side_files(self.about(shard))  # anew: what is stray is deleted
-            return name not in {side.stored_as for side in named}
-        return False
+    def unnamed(self, names: Iterable[str], shards: Mapping[int, Summary]) -> list[str]:
+        """Of names in ``files/`` those that none of ``shards`` names, and no other will: one that isn't among them may."""
+        named = {name for found in shards.values() for name in found.side_files}
+
+        def is_nobodys(name: str) -> bool:
+            shard = side_file_shard(name)
+            return shard is None or shard >= self.plan.shards or shard in shards
+
+        return sorted(name for name in names if name not in named and is_nobodys(name))
 
     def _shards(self, names: Iterable[str]) -> dict[str, int]:
         found, planned = shard_numbers(names, self.sink.suffix), self.plan.shards
@@ -129,8 +130,8 @@ class Dataset:
         except (ValueError, TypeError, KeyError) as error:
             raise PlanError(f"{self._at(name)} has errors in it that can't be read: {OUT_OF_THE_WAY}") from error
 
-    def look(self) -> Inventory:
-        """What is there now. Reads those shards that neither it nor the index knows, or that are other files by now."""
+    def look(self, until: threading.Event | None = None) -> Inventory:
+        """What is there now. Reads the shards that neither it nor the index knows. Raises InterruptedError if ``until`` is set."""
         with self._looking:
             tags = self.store.tags("data")
             shards = self._shards(tags)
@@ -140,18 +141,20 @@ class Dataset:
             if len(unread) >= WORTH:
                 for shard, found in self._index.load(unread):
                     self._seen[shard] = unread.pop(shard, there[shard]), found
-            for shard, read in zip(sorted(unread), self.store.each(self._read, sorted(unread))):
-                if read is None:
+            for shard, said in zip(sorted(unread), self.store.each(partial(self._read, until=until), sorted(unread))):
+                if said is None:
                     del there[shard]
                 else:
-                    self._seen[shard] = there[shard], read
+                    self._seen[shard] = there[shard], said
                     self._unsaved.add(shard)
             self._seen = {shard: self._seen[shard] for shard in sorted(there)}
             return Inventory(
                 self.plan, {shard: found for shard, (_, found) in self._seen.items()}, _foreign(tags, shards)
             )
 
-    def _read(self, shard: int) -> Summary | PlanError | None:
+    def _read(self, shard: int, until: threading.Event | None = None) -> Summary | PlanError | None:
+        if until and until.is_set():
+            raise InterruptedError
         try:
             return self._asked(shard)[1]
         except FileNotFoundError:  # another driver has taken it out since it was listed
@@ -173,10 +176,14 @@ class Dataset:
             if all_there:
                 self._index.replace(known)
 
-    def remembered(self) -> dict[int, Summary]:
-        """What the index says of the shards that are there."""
+    def tags(self) -> dict[int, str]:
+        """The plan's shards that are there, each with what the store says of its file."""
         tags = self.store.tags("data")
-        return dict(Index(self.store, self.plan.hash).load({shard: tags[n] for n, shard in self._shards(tags).items()}))
+        return {shard: tags[name] for name, shard in self._shards(tags).items()}
+
+    def remembered(self, tags: Mapping[int, str]) -> Iterator[tuple[int, Summary]]:
+        """All that the index says of these files; of one it may say several things."""
+        return Index(self.store, self.plan.hash).load(tags)
 
     def forget(self) -> None:
         """Delete the index."""

@@ -193,7 +193,7 @@ def _remembering(there: Dataset) -> Iterator[None]:
         while not ended.wait(pause):
             started = time.monotonic()
             with suppress(Exception):  # the next time
-                there.look()
+                there.look(until=ended)
                 there.remember()
             pause = max(REMEMBER_EVERY, 20 * (time.monotonic() - started))
 
@@ -205,4 +205,4 @@ def _remembering(there: Dataset) -> Iterator[None]:
     finally:
         ended.set()
         if thread.ident is not None:
-            thread.join()
+            thread.join(10)  # a store that doesn't answer is not waited for

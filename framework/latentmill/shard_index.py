@@ -23,6 +23,8 @@ from latentmill.shards import WARNINGS_KEY, error_rows, side_files
 from latentmill.storage import Storage
 
 INDEX_FOLDER = ".index"
+INDEX_FORMAT = 1
+"""What an entry means. Another number where one says more, or something else: older files are then not believed."""
 WORTH = 1000
 """Shards from which an index pays: fewer are read in a second."""
 ENTRIES_A_FILE = 50_000
@@ -104,8 +106,13 @@ class Index:
         """One of each count: there are many shards, and few differ."""
 
     def load(self, tags: Mapping[int, str]) -> Iterator[tuple[int, Summary]]:
-        """What is known of these shards, if they are still those of which it was known. Reads what it has not read yet."""
-        names = [name for name in self.store.names(INDEX_FOLDER) if name not in self.names]
+        """What is known of these shards, if they are still those of which it was known. Reads what it has not read yet.
+
+        Of one shard there may be several entries, and not all the same. An index that can't be read is none.
+        """
+        names: list[str] = []
+        with suppress(OSError):
+            names += (name for name in self.store.names(INDEX_FOLDER) if name not in self.names)
         for entries in self.store.each(self._entries, names):
             with suppress(ValueError, TypeError, LookupError, AttributeError):  # what is no entry ends its file
                 for entry in entries:
@@ -114,10 +121,11 @@ class Index:
         self.names |= {*names}
 
     def _entries(self, name: str) -> Sequence[Sequence[Any]]:
-        """What is in a file; nothing if that is not as it was written, of another plan, or gone."""
-        with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
+        """What is in a file; nothing if that is not as we write it, of another plan, gone, or not to be read."""
+        with suppress(OSError, ValueError, TypeError, LookupError):
             content = self.store.read(f"{INDEX_FOLDER}/{name}")
-            if name == _name(content) and (found := json.loads(content))["plan"] == self.plan:
+            found = json.loads(content) if name == _name(content) else {}
+            if (found["format"], found["plan"]) == (INDEX_FORMAT, self.plan):
                 return list(found["shards"])
         return []
 
@@ -129,11 +137,10 @@ class Index:
         """Add what is known of shards, each with its file's tag."""
         found = [[shard, tag, *(about if about is not CLEAN else ())] for shard, tag, about in entries if tag]
         for start in range(0, len(found), ENTRIES_A_FILE):
-            content = json.dumps(
-                {"plan": self.plan, "shards": found[start : start + ENTRIES_A_FILE]}, separators=(",", ":")
-            )
-            name = _name(content.encode())
-            self.store.put(f"{INDEX_FOLDER}/{name}", content.encode())
+            some = {"format": INDEX_FORMAT, "plan": self.plan, "shards": found[start : start + ENTRIES_A_FILE]}
+            content = json.dumps(some, separators=(",", ":")).encode()
+            name = _name(content)
+            self.store.put(f"{INDEX_FOLDER}/{name}", content)
             self.names.add(name)
 
     def replace(self, entries: Sequence[tuple[int, str, Summary]]) -> None:

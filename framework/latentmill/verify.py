@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from latentmill import dataset
 from latentmill.dataset import Dataset
 from latentmill.plan import Plan
-from latentmill.shard_index import INDEX_FOLDER, summary
-from latentmill.shards import PLAN_KEY, data_name, error_lines, error_rows, errors_name
+from latentmill.shard_index import INDEX_FOLDER, Summary, summary
+from latentmill.shards import FOLDER, PLAN_KEY, data_name, error_lines, error_rows, errors_name
 from latentmill.storage import Storage
 from latentmill.text import one_line
 
@@ -49,9 +49,11 @@ class Findings:
 def verify(store: Storage) -> Findings:
     """Re-read every shard of a dataset: checksums, each planned row exactly once. Raises PlanError if there is no plan."""
     there = dataset.load(store)
-    found = Findings(there.plan, missing=there.missing(), foreign=there.foreign(), stray=there.stray_side_files())
-    remembered, copies = there.remembered(), {*store.names("errors")}
-    shards = sorted(there.done())
+    found = Findings(there.plan, foreign=there.foreign())
+    copies, beside = {*store.names("errors")}, store.names(FOLDER)  # what comes later is not looked at
+    tags, said = there.tags(), dict[int, Summary]()
+    shards = sorted(tags)
+    found.missing = [shard for shard in range(there.plan.shards) if shard not in tags]
     for shard, wrong in zip(shards, store.each(lambda shard: _check(there, shard, copies), shards, in_flight=8)):
         if isinstance(wrong, str):
             if not store.exists(data_name(shard, there.sink)):  # taken out since it was listed, to be made again
@@ -66,11 +68,10 @@ def verify(store: Storage) -> Findings:
         if not is_copied:
             found.copies.append(shard)
             found.strange.append(f"{errors_name(shard)} is not what {data_name(shard, there.sink)} says")
-        if remembered.get(shard, right := summary(about)) != right:
-            found.misremembered.append(shard)
-    if found.misremembered:  # unless those shards are other files by now
-        still = there.remembered()
-        found.misremembered = [s for s in found.misremembered if s in still and still[s] == remembered[s]]
+        said[shard] = summary(about)
+    found.stray = there.unnamed(beside, said)
+    still = dict(tags.items() & there.tags().items())  # that were these files all the time
+    found.misremembered = sorted({shard for shard, entry in there.remembered(still) if entry != said.get(shard, entry)})
     if found.misremembered:
         found.strange.append(
             f"{INDEX_FOLDER} says of {len(found.misremembered)} shards what they don't, and status, too"
@@ -91,14 +92,14 @@ def repair(store: Storage, found: Findings) -> Iterator[str]:
     for shard in found.damaged:
         to = there.take_out(shard, uuid.uuid4().hex[:8])
         yield f"moved {data_name(shard, there.sink)} -> {to}; the next run does it again"
+    if found.misremembered:  # first: who looks for what is foreign asks it
+        there.forget()
+        yield f"deleted what is in {INDEX_FOLDER}; the next run makes it again"
     for name, to in there.take_out_foreign():
         yield f"moved {name} -> {to}; it is no {'shard' if name.startswith('data/') else 'file'} of this dataset"
     for shard in found.copies:
         there.copy_errors(shard)
         yield f"made {errors_name(shard)} again"
-    if found.misremembered:
-        there.forget()
-        yield f"deleted what is in {INDEX_FOLDER}; the next run makes it again"
 
 
 def _check(there: Dataset, shard: int, copies: Set[str]) -> str | tuple[Mapping[str, str], bool]:

@@ -37,7 +37,7 @@ class Sink(Plugin, ABC):
     puts them into ``files/``, under names that no other driver uses, before the create of the shard's own file commits all.
 
     Whatever reads is given an open file at position 0, of a local disk or an object store, and leaves it open. It remembers
-    nothing of what was written: another process may have.
+    nothing of what was written: another process may have. Several threads read with one sink at a time, each a file of its own.
     """
 
     suffix: ClassVar[str]

@@ -27,7 +27,9 @@ METADATA = re.compile(r"169\.254\.169\.254|metadata\.google")
 
 
 PEEKED = 64 << 10
-"""Bytes that one request for a file's beginning or end brings: footers are in them, as a rule."""
+"""Bytes that the first request for a file's beginning or end brings: footers are in them, as a rule."""
+AHEAD = 1 << 20
+"""Bytes that any other brings: whoever wants more than that wants all, or much."""
 
 
 class Bucket(Storage):
@@ -92,7 +94,7 @@ class Bucket(Storage):
         import obstore
 
         with self._said(name):
-            return cast(BinaryIO, io.BufferedReader(_Remote(obstore.open_reader(self.store, name)), 1 << 20))
+            return cast(BinaryIO, io.BufferedReader(_Remote(obstore.open_reader(self.store, name)), AHEAD))
 
     def exists(self, name: str) -> bool:
         import obstore
@@ -114,7 +116,10 @@ class Bucket(Storage):
         return next(self._listed(folder), None) is not None
 
     def tags(self, folder: str) -> dict[str, str]:
-        return {name: f"{e['e_tag']} {e['size']} {e['last_modified']}" for name, e in self._listed(folder)}
+        return {
+            name: f"{entry['e_tag']} {entry['size']} {entry['last_modified']}" if entry["e_tag"] else ""
+            for name, entry in self._listed(folder)
+        }
 
     def _listed(self, folder: str) -> Iterator[tuple[str, Any]]:
         """What is right in a folder, page by page: there may be more of it than fits into memory."""
@@ -191,13 +196,16 @@ class _Remote(io.RawIOBase):
 
 
 class _Peeked(io.RawIOBase):
-    """The same, of which the first request brings the end, if that is asked for, and learns the size beside."""
+    """The same, of which the first request brings the end, if that is asked for, and learns the size beside.
+
+    It holds the file's beginning, its end, and one piece of what is between.
+    """
 
     def __init__(self, bucket: Bucket, name: str) -> None:
         self.bucket, self.name = bucket, name
         self.at = 0
         self.size: int | None = None
-        self.pieces: list[tuple[int, bytes]] = []
+        self.pieces: dict[str, tuple[int, bytes]] = {}
 
     def readable(self) -> bool:
         return True
@@ -215,7 +223,7 @@ class _Peeked(io.RawIOBase):
         return len(got)
 
     def _piece(self) -> tuple[int, bytes]:
-        for start, piece in self.pieces:
+        for start, piece in self.pieces.values():
             if start <= self.at < start + len(piece):
                 return start, piece
         return self._fetch(self.at)
@@ -224,7 +232,7 @@ class _Peeked(io.RawIOBase):
         """The piece from ``start`` on; None stands for the last."""
         import obstore
 
-        wanted: Any = {"suffix": PEEKED} if start is None else (start, start + PEEKED)
+        wanted: Any = {"suffix": PEEKED} if start is None else (start, start + (AHEAD if start else PEEKED))
         with self.bucket._said(self.name):
             try:
                 found = obstore.get(self.bucket.store, self.name, options={"range": wanted})
@@ -232,14 +240,16 @@ class _Peeked(io.RawIOBase):
                 raise
             except Exception:  # of an empty file no part can be had; Azure doesn't know the last
                 self.size = int(obstore.head(self.bucket.store, self.name)["size"])
-                if not self.size:
-                    return 0, b""
+                if not self.size or (start is not None and start >= self.size):
+                    return self.at, b""
                 if start is not None:
                     raise
                 return self._fetch(max(0, self.size - PEEKED))
             self.size = int(found.meta["size"])
-            self.pieces.append((int(found.range[0]), bytes(found.bytes())))
-        return self.pieces[-1]
+            piece = int(found.range[0]), bytes(found.bytes())
+        ends = piece[0] + len(piece[1]) == self.size
+        self.pieces["beginning" if not piece[0] else "end" if ends else "between"] = piece
+        return piece
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence == io.SEEK_END and self.size is None:

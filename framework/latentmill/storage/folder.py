@@ -96,7 +96,7 @@ class LocalFolder(Storage):
                 try:
                     if entry.is_file():
                         about = entry.stat()
-                        # Of change, not of modification: nobody can set it back.
+                        # Of change, not of modification: where a file system keeps it, no program sets it back.
                         found[entry.name] = f"{about.st_ino} {about.st_size} {about.st_ctime_ns}"
                 except FileNotFoundError:  # gone in between
                     pass
