@@ -18,6 +18,7 @@ import argparse
 import gc
 import json
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -131,7 +132,8 @@ def _run(name: str, work: Callable[[Notes, torch.device], None], lines: Path, un
     if left <= 0:
         notes.add("left out", what=name, why="the time was spent")
         return
-    # Forked before anything here has touched CUDA: the libraries are imported once for all.
+    # Forked before anything here has touched CUDA: the libraries are imported once for all. Some ask at import whether there is a
+    # GPU: NVML says so without touching it.
     process = multiprocessing.get_context("fork").Process(target=_part, args=(name, work, notes))
     process.start()
     process.join(max(notes.left, 1.0) + GRACE)

@@ -26,6 +26,8 @@ from latentmill_diffusers import traced
 
 STEPS = (5, 10, traced.REFERENCE)
 """Few, where some classes lower their order at the end; and as many as are traced to see what is remembered, not traced anew."""
+MORE = traced.REFERENCE + 5
+"""More than that, once a class: what it does there is traced for itself."""
 SHAPE = (3, 4, 4)
 
 
@@ -213,7 +215,8 @@ def problems_of(name, model, tmp_path):
             {k: v for k, v in settings.items() if base(name).get(k) != v and k != "trained_betas"}
         )
         folder = folder_of(tmp_path, model, name, settings)
-        wanted = {steps: itself(settings, steps, True) for steps in ((10,) if key in OF_THE_PATH else STEPS)}
+        counts = (*STEPS, MORE) if settings == base(name) else (10,) if key in OF_THE_PATH else STEPS
+        wanted = {steps: itself(settings, steps, True) for steps in counts}
         if key not in WITHOUT_EFFECT.get(name, "").split() and wanted[10] is not None and (name, key) not in REFUSED:
             without = {k: v for k, v in settings.items() if k != key} | {
                 k: v for k, v in base(name).items() if k == key
