@@ -50,6 +50,7 @@ def main() -> int:
         "--only", action="append", default=[], metavar="PART", help="a part by the begin of its name; several"
     )
     options = parser.parse_args()
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     options.output.mkdir(parents=True, exist_ok=True)
     lines = options.output / "lines.jsonl"
     lines.unlink(missing_ok=True)

@@ -68,15 +68,16 @@ def test_stages_share_a_process_where_they_are_fused(placement, cluster, latentm
         ),
         (
             ("stages=gpu", "stages.decode.num_gpus=0.5"),
-            "read, encode + denoise, decode, write (decode has workers of its own: with those before it it would ask for 1.2 GPUs)",
+            "read, encode + denoise, decode, write (decode shares none with denoise: together they ask for 1.2 GPUs)",
         ),
         (
             ("stages.denoise.num_gpus=1",),
-            "read, encode, denoise, decode, write (decode has workers of its own: it asks for another device)",
+            "read, encode, denoise, decode, write (denoise shares none with encode: it asks for another device; "
+            "decode shares none with denoise: it asks for another device)",
         ),
         (
             ("stages.decode.replicas=3",),
-            "read, encode + denoise, decode, write (decode has workers of its own: the job says how many)",
+            "read, encode + denoise, decode, write (decode shares none with denoise: the job gives it other replicas)",
         ),
         (("placement=fused", "stages.denoise.num_gpus=1"), "read, encode + denoise + decode, write (placement=fused)"),
         (("placement=split",), "read, encode, denoise, decode, write (placement=split)"),

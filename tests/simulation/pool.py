@@ -109,6 +109,11 @@ class Pool:
             if actor.node not in self.nodes:  # the node went before it was there
                 self._house(start)
                 return
+            if self.world.trouble("load"):  # it raises, or is killed, while it loads its model
+                self._leave(actor)
+                raised = self.world.dice.random() < 0.5
+                self.inbox.append(Died(start.worker_type, start.worker, "not loaded", at_start=raised))
+                return
             self.actors[start.worker] = actor
             self.inbox.append(Started(start.worker_type, start.worker, seconds * self.world.settings.loading))
 

@@ -85,7 +85,7 @@ class Settings:
         numbers = [dice.choice((None, 1, 2, 3)) if finds else dice.randint(1, 3) for _ in hosted]
         node_size = sum(number or 1 for number in numbers) + dice.randint(0, 6) if None in numbers else math.inf
         often = ("torn", "dies before", "dies after", "zombie", "misheard")
-        seldom = ("raise", "die", "hang", "node", "late", "store", "driver", "pause")
+        seldom = ("raise", "load", "die", "hang", "node", "late", "store", "driver", "pause")
         wrecked = dice.choice((0.0, 0.0, 0.3, 0.6))
         bad = dice.sample(range(rows), min(rows, dice.choice((0, 0, 1, 3))))
         kinds_of_bad: list[set[int]] = [set(), set(), set(), set()]

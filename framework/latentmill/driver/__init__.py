@@ -23,6 +23,7 @@ messages       orders and events, and what a block and a slice are
 state          all that the driver knows
 waiting        the rows before a stage, and the workers that can be given some, found without a search
 limits         how big a queue may get, how many rows may fail, how often a worker or a node may be lost
+replicas       how many workers of each type there are, found as the job runs
 decide         what to start, to dispatch and to claim now
 apply          what an event changes
 failures       the ladder

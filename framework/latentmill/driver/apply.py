@@ -28,12 +28,12 @@ def apply(state: DriverState, event: Event) -> DriverState:
         if (event.worker_type, event.worker) in state.starting:
             state.starting.discard((event.worker_type, event.worker))
             state.worker_came(event.worker_type, event.worker)
-            state.loading_seconds[event.worker_type] = event.seconds
+            state.loading_seconds[event.worker_type] = min(state.loading_seconds[event.worker_type], event.seconds)
             _memory_seen(state, event.worker_type, event.memory)
     elif isinstance(event, Died):
         failures.worker_died(state, event)
     elif isinstance(event, NodesSeen):
-        state.nodes, state.batches_to_measure = event.nodes, 0
+        state.nodes, state.batches_to_measure, state.room_changed = event.nodes, 0, True
         state.most_replicas = [inf] * len(state.worker_types)
     elif isinstance(event, Claimed):
         state.claiming.discard(event.shard)
@@ -76,13 +76,14 @@ def _dispatch_failed(state: DriverState, dispatch: Dispatch, event: Failed) -> N
 
 
 def _memory_seen(state: DriverState, worker_type: int, memory: int) -> None:
-    state.memory_seen[worker_type] = max(state.memory_seen[worker_type], memory)
+    if memory > 1.1 * state.memory_seen[worker_type]:
+        state.memory_seen[worker_type], state.room_changed = memory, True
 
 
 def _measure(state: DriverState, dispatch: Dispatch, event: Finished) -> None:
     """Note what a dispatch cost. The rows of a commit are those of the batches before it, and are not counted again."""
     rows = 0 if dispatch.task == "commit" else len(dispatch.rows)
-    state.stage_times[dispatch.stage].add(event.seconds, rows, state.replicas(dispatch.stage))
+    state.stage_times[dispatch.stage].add(event.seconds, rows, dispatch.worker, state.replicas(dispatch.stage))
     state.measured_batches += 1
     _memory_seen(state, state.type_of[dispatch.stage], event.memory)
 

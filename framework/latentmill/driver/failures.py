@@ -164,7 +164,9 @@ def load_failed(state: DriverState, dispatch: Dispatch, reason: str) -> None:
     """A worker can't load weights that it first needs now. Another may, if any of the stage has worked; not time and again."""
     spec = state.stages[dispatch.stage]
     state.load_failures[dispatch.stage] += 1
-    too_often = state.load_failures[dispatch.stage] > MAX_DEATHS_PER_REPLICA * state.replicas(dispatch.stage)
+    too_often = state.load_failures[dispatch.stage] > MAX_DEATHS_PER_REPLICA * state.most_replicas_so_far(
+        dispatch.stage
+    )
     if dispatch.stage not in state.worked_stages or too_often:
         state.failed = f"stage {spec.name} can't start: {reason}"
     try_again(state, dispatch, dispatch.attempts)
@@ -174,8 +176,13 @@ def load_failed(state: DriverState, dispatch: Dispatch, reason: str) -> None:
 
 def worker_died(state: DriverState, event: Died) -> None:
     """Replace a worker that is gone, and try again what it held, each dispatch alone."""
-    there = event.worker in state.workers[event.worker_type] or (event.worker_type, event.worker) in state.starting
+    was_starting = (event.worker_type, event.worker) in state.starting
+    there = event.worker in state.workers[event.worker_type] or was_starting
     state.starting.discard((event.worker_type, event.worker))
+    if was_starting and not event.with_node and _is_one_too_many(state, event.worker_type):
+        state.targets[event.worker_type] -= 1
+        state.most_replicas[event.worker_type] = state.targets[event.worker_type]
+        return
     stages = state.worker_types[event.worker_type].stages
     if event.wrong or (event.at_start and event.worker_type not in state.loaded_types):
         names = ", ".join(state.stages[stage].name for stage in stages)
@@ -183,15 +190,6 @@ def worker_died(state: DriverState, event: Died) -> None:
         state.failed = f"stage {names}{what}: {event.reason}"
         return
     if not there:  # it was stopped a moment ago, and has been replaced
-        return
-    if (
-        event.at_start
-        and state.worker_types[event.worker_type].replicas is None
-        and state.targets[event.worker_type] > 1
-    ):
-        # One more than there is room for, say in a GPU's memory: nobody had asked for it.
-        state.targets[event.worker_type] -= 1
-        state.most_replicas[event.worker_type] = state.targets[event.worker_type]
         return
     held = state.worker_gone(event.worker_type, event.worker)
     if event.with_node:
@@ -209,6 +207,15 @@ def worker_died(state: DriverState, event: Died) -> None:
         # twice more, since workers die for other reasons, too.
         least = 2 if len(dispatch.rows) == 1 else int(len(held) > 1)
         dispatch_failed(state, dispatch, f"its worker died: {event.reason}", least)
+
+
+def _is_one_too_many(state: DriverState, worker_type: int) -> bool:
+    """Whether a worker that could not start is one that the job can do without, where others of its type could.
+
+    The nodes seemed to have room for it; say a GPU's memory had none, or no place came free.
+    """
+    numbers_are_found = state.worker_types[worker_type].replicas is None
+    return numbers_are_found and worker_type in state.loaded_types and state.targets[worker_type] > 1
 
 
 def _stop_worker(state: DriverState, stage: int, worker: int, reason: str) -> None:
@@ -240,7 +247,7 @@ def _replace_worker(
         before = state.deaths[stage]
         if all(rows.isdisjoint(others) for others in before):
             before.append(rows)
-        if len(before) > MAX_DEATHS_PER_REPLICA * state.replicas(stage):
+        if len(before) > MAX_DEATHS_PER_REPLICA * state.most_replicas_so_far(stage):
             state.failed = f"stage {state.stages[stage].name}: its workers fail one after another: {reason}"
     if state.leaving.pop(worker, None) is None:
         state.start_worker(worker_type)

@@ -128,7 +128,7 @@ class Started:
     seconds: float = 0.0
     """How long that took."""
     memory: int = 0
-    """The most bytes that it has held."""
+    """The bytes that it holds."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Finished:
     seconds: float = 0.0
     """How long the stage has computed in its worker since that last finished something of it."""
     memory: int = 0
-    """The most bytes that the worker has held."""
+    """The bytes that the worker holds."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 from latentmill.driver.failures import suspects_of_gone
 from latentmill.driver.messages import StopWorker, WorkerType
@@ -12,55 +13,87 @@ from latentmill.driver.state import DriverState
 
 GAIN = 0.95
 """What is left must be done in no more than this share of the time, or the workers stay as they are."""
+FORGIVEN = 20
+"""Looks after which a worker is tried once more where one could not start."""
+
+Free: TypeAlias = tuple[tuple[float, ...], tuple[tuple[str, float], ...]]
+"""What a node has free: a share of each of its GPUs, and so much of all else."""
 
 
 class Room:
-    """What is free on the nodes. Nodes that are alike are looked at once, however many they are."""
+    """What is free on nodes. Nodes that are alike are looked at once, however many they are."""
 
     def __init__(self, nodes: Sequence[Mapping[str, float]]) -> None:
-        self.named = {name for node in nodes for name in node}
-        self.free = Counter(_sorted(node) for node in nodes)
+        """``nodes``: what each has, in Ray's words. Of memory nothing is asked where no node names it."""
+        self.names_memory = any("memory" in node for node in nodes)
+        self.free: Counter[Free] = Counter()
+        for node in nodes:
+            whole, share = divmod(node.get("GPU", 0.0), 1)
+            gpus = (1.0,) * int(whole) + ((share,) if share > 1e-6 else ())
+            self.free[_free(gpus, {name: amount for name, amount in node.items() if name != "GPU"})] += 1
 
     def take(self, asks: Mapping[str, float]) -> bool:
-        """Take a worker's place, on the first node that has one. False if none has. What no node names is not asked for."""
-        asks = {name: amount for name, amount in asks.items() if name != "memory" or name in self.named}
-        for node in self.free:
-            has = dict(node)
-            if all(has.get(name, 0.0) + 1e-6 >= amount for name, amount in asks.items()):
-                self.free[node] -= 1
-                if not self.free[node]:
-                    del self.free[node]
-                self.free[_sorted({name: has[name] - asks.get(name, 0.0) for name in has})] += 1
-                return True
-        return False
+        """Take a worker's place: on the fullest node that has one, of those with the least that it doesn't ask for. False if none has."""
+        asks = {name: amount for name, amount in asks.items() if name != "memory" or self.names_memory}
+        found = [(node, left) for node in self.free if (left := _left(node, asks)) is not None]
+        if not found:
+            return False
+        node, left = min(found, key=lambda each: (len(dict(each[0][1]).keys() - asks.keys()), sum(each[1][0]), each[1]))
+        self.free[node] -= 1
+        if not self.free[node]:
+            del self.free[node]
+        self.free[left] += 1
+        return True
 
 
-def _sorted(node: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
-    return tuple(sorted((name, round(amount, 6)) for name, amount in node.items()))
+def _left(node: Free, asks: Mapping[str, float]) -> Free | None:
+    """What a worker would leave of a node; None if it has no room. A share of a GPU is of one GPU; more than one are whole ones."""
+    gpus, others = list(node[0]), dict(node[1])
+    wanted = asks.get("GPU", 0.0)
+    for share in [wanted] if wanted <= 1 else [1.0] * math.ceil(wanted):
+        fits = [gpu for gpu in gpus if gpu + 1e-6 >= share]
+        if share and not fits:
+            return None
+        if share:
+            gpus.remove(min(fits))
+            gpus.append(min(fits) - share)
+    for name, amount in asks.items():
+        if name != "GPU" and others.get(name, 0.0) + 1e-6 < amount:
+            return None
+    return _free(gpus, {name: amount - asks.get(name, 0.0) for name, amount in others.items()})
+
+
+def _free(gpus: Sequence[float], others: Mapping[str, float]) -> Free:
+    return tuple(sorted(round(gpu, 6) for gpu in gpus)), tuple(sorted((n, round(a, 6)) for n, a in others.items()))
 
 
 def allocate(
     types: Sequence[WorkerType], work: Sequence[float], most: Sequence[float], nodes: Sequence[Mapping[str, float]]
-) -> list[int]:
-    """How many workers of each type do the work soonest.
+) -> list[int] | None:
+    """How many workers of each type do the work soonest; None if there is no room for the fewest.
 
     ``work``: for each type, the seconds that one worker would take for what is left; ``most``: how many are of use. Each type has
-    one worker, or as many as are given. Then whoever takes longest gets one more, as long as there is room. No other choice
-    is faster: it would have fewer of a type that takes longest.
+    one worker, or as many as are given. Then whoever takes longest gets one more, as long as there is room. Where workers ask for
+    the same, no other choice is faster: it would have fewer of a type that takes longest.
     """
     counts = [1 if hosts.replicas is None else hosts.replicas for hosts in types]
     room = Room(nodes)
-    for hosts, count in zip(types, counts):
-        for _ in range(count):
-            room.take(hosts.asks)
+    if not _take(room, types, counts):
+        return None
     while True:
         slowest = max(range(len(types)), key=lambda number: work[number] / counts[number])
         hosts = types[slowest]
         if not work[slowest] or hosts.replicas is not None or counts[slowest] >= most[slowest]:
             return counts
-        if not room.take(hosts.asks):
+        if not hosts.asks or not room.take(hosts.asks):  # of those that ask for nothing there would be no end
             return counts
         counts[slowest] += 1
+
+
+def _take(room: Room, types: Sequence[WorkerType], counts: Sequence[int]) -> bool:
+    """Take the places of so many workers, those first that ask for most; whether there are places for all."""
+    largest_first = sorted(zip(types, counts), key=lambda each: max(each[0].asks.values(), default=0.0), reverse=True)
+    return all(room.take(hosts.asks) for hosts, count in largest_first for _ in range(count))
 
 
 def adjust(state: DriverState) -> None:
@@ -68,46 +101,61 @@ def adjust(state: DriverState) -> None:
     for worker, worker_type in list(state.leaving.items()):
         if not state.workers[worker_type][worker]:
             _end(state, worker_type, worker)
-    if state.nodes is None or all(hosts.replicas is not None for hosts in state.worker_types):
-        return
-    if state.measured_batches < state.batches_to_measure:
+    if state.nodes is None or state.measured_batches < state.batches_to_measure:
         return
     work = work_left(state)
     if work is None:
         return
     state.measured_batches, state.batches_to_measure = 0, max(4, sum(state.targets) // 2)
-    counts = allocate(_with_memory(state), work, _of_use(state), state.nodes)
-    if not _is_better(state, work, counts):
+    state.looks += 1
+    if state.looks % FORGIVEN == 0:
+        state.most_replicas = [most + 1 for most in state.most_replicas]
+    types = _with_memory(state)
+    counts = allocate(types, work, _of_use(state), state.nodes)
+    room_changed, state.room_changed = state.room_changed, False
+    if counts is None or counts == state.targets:
+        return
+    if not (room_changed and not _take(Room(state.nodes), types, state.targets)) and not _is_better(
+        state, work, counts
+    ):
         return
     for worker_type, count in enumerate(counts):
         for _ in range(count - state.targets[worker_type]):
             state.start_worker(worker_type)
-        for worker in _least_wanted(state, worker_type)[: max(0, state.targets[worker_type] - count)]:
+        for worker in _to_go(state, worker_type)[: max(0, state.targets[worker_type] - count)]:
             if (worker_type, worker) in state.starting:
                 state.starting.discard((worker_type, worker))
                 state.worker_orders.append(StopWorker(worker_type, worker))
             else:
                 state.leaving[worker] = worker_type
     state.targets = counts
+    state.largest_targets = list(map(max, state.largest_targets, counts))
 
 
 def work_left(state: DriverState) -> list[float] | None:
-    """For each worker type, the seconds that one worker would take for what is left; None as long as nobody can tell."""
+    """For each worker type, the seconds that one worker would take for what is left; None as long as nobody can tell.
+
+    What the last stage takes may be unknown: it waits for the first full batch of what all others make.
+    """
     seconds = [time.of_row for time in state.stage_times]
     rows = _rows_left(state)
-    if any(one is None for one, left in zip(seconds, rows) if left):
+    if any(one is None for one, left in zip(seconds[:-1], rows) if left):
         return None
     return [sum((seconds[stage] or 0.0) * rows[stage] for stage in hosts.stages) for hosts in state.worker_types]
 
 
 def _rows_left(state: DriverState) -> list[int]:
     """For each stage, the rows that it has still to do, if no other driver takes them."""
-    elsewhere = len(state.done) + state.committed_shards + len(state.leased_by_others) + len(state.shards)
-    left = (state.shard_count - elsewhere) * state.rows_per_shard + sum(map(len, state.to_read))
+    if state.cursor < state.shard_count:
+        others = len(state.done) + state.committed_shards + len(state.leased_by_others) + len(state.shards)
+        shards = state.shard_count - others
+    else:
+        shards = len(state.free_shards) + len(state.claimed)
+    left = max(0, shards) * state.rows_per_shard + sum(map(len, state.to_read))
     found = []
     for stage in range(len(state.stages)):
         left += state.rows_queued(stage) + state.rows_in_flight[stage]
-        found.append(max(0, left))
+        found.append(left)
     return found
 
 
@@ -125,25 +173,21 @@ def _with_memory(state: DriverState) -> list[WorkerType]:
     """The worker types, each asking for as much memory as one of them has been seen to take."""
     return [
         WorkerType(hosts.stages, hosts.replicas, {**hosts.asks, "memory": max(hosts.asks.get("memory", 0.0), seen)})
+        if seen
+        else hosts
         for hosts, seen in zip(state.worker_types, state.memory_seen)
     ]
 
 
 def _is_better(state: DriverState, work: Sequence[float], counts: Sequence[int]) -> bool:
     """Whether other numbers are worth it: what they save is more than what the new workers take to load their models."""
-    assert state.nodes is not None
-    if list(counts) == state.targets:
-        return False
-    room = Room(state.nodes)
-    if not all(room.take(hosts.asks) for hosts, n in zip(state.worker_types, state.targets) for _ in range(n)):
-        return True  # some that are wanted find no place
-    now, then = (max(map(lambda seconds, n: seconds / n, work, of)) for of in (state.targets, counts))
+    now, then = (max(seconds / n for seconds, n in zip(work, of)) for of in (state.targets, counts))
     loading = [seconds for seconds, more, n in zip(state.loading_seconds, counts, state.targets) if more > n]
     return then <= GAIN * now and now - then > max(loading, default=0.0)
 
 
-def _least_wanted(state: DriverState, worker_type: int) -> list[int]:
-    """The workers of a type that stay: those first that are not there yet, then the newest."""
+def _to_go(state: DriverState, worker_type: int) -> list[int]:
+    """The workers of a type in the order in which they go: those first that are not there yet, then the newest."""
     starting = sorted((worker for of, worker in state.starting if of == worker_type), reverse=True)
     there = sorted((worker for worker in state.workers[worker_type] if worker not in state.leaving), reverse=True)
     return starting + there

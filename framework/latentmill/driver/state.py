@@ -127,14 +127,20 @@ class DriverState:
     """What each node has for them; None if nobody says."""
     stage_times: list[StageTime] = field(default_factory=list)
     loading_seconds: list[float] = field(default_factory=list)
-    """For each worker type, how long the last one took to be ready."""
+    """For each worker type, how long one takes to be ready: the shortest time of any, since others waited for a place."""
     memory_seen: list[float] = field(default_factory=list)
     """For each worker type, the most bytes that one has held."""
     most_replicas: list[float] = field(default_factory=list)
     """For each worker type, how many could be started: one more could not."""
+    largest_targets: list[int] = field(default_factory=list)
+    """For each worker type, the most that were wanted at a time: failures are counted over a while."""
+    room_changed: bool = False
+    """Nodes have come or gone, or workers hold more than was seen: those that are wanted may have no room."""
     measured_batches: int = 0
     batches_to_measure: int = 1
     """After so many the numbers are looked at again."""
+    looks: int = 0
+    """How often that was."""
 
     # Failures
     worked_stages: set[int] = field(default_factory=set)
@@ -183,9 +189,10 @@ class DriverState:
         self.rankings = [{} for _ in range(count)]
         self.deaths = [[] for _ in range(count)]
         self.stage_times = [StageTime() for _ in range(count)]
-        self.loading_seconds, self.memory_seen = [0.0] * len(self.worker_types), [0.0] * len(self.worker_types)
+        self.loading_seconds, self.memory_seen = [inf] * len(self.worker_types), [0.0] * len(self.worker_types)
         self.most_replicas = [inf] * len(self.worker_types)
         self.targets = [1 if hosts.replicas is None else hosts.replicas for hosts in self.worker_types]
+        self.largest_targets = list(self.targets)
         for number, wanted in enumerate(self.targets):
             for _ in range(wanted):
                 self.start_worker(number)
@@ -230,6 +237,10 @@ class DriverState:
         """How many workers are wanted that host a stage."""
         return self.targets[self.type_of[stage]]
 
+    def most_replicas_so_far(self, stage: int) -> int:
+        """How many workers were wanted at most that host a stage."""
+        return self.largest_targets[self.type_of[stage]]
+
     def workers_of(self, stage: int) -> dict[int, list[int]]:
         """The ready workers that host a stage, each with its dispatches, of all stages that it hosts, oldest first."""
         return self.workers[self.type_of[stage]]
@@ -245,6 +256,8 @@ class DriverState:
         ids = tuple(self.workers[worker_type].get(worker, ()))
         held = [self.taken_back(id) for id in ids]
         self.workers[worker_type].pop(worker, None)
+        for stage in self.worker_types[worker_type].stages:
+            self.stage_times[stage].seen.discard(worker)
         return held
 
     def given(self, dispatch: Dispatch) -> Dispatch:

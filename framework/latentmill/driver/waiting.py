@@ -5,10 +5,13 @@ from __future__ import annotations
 import heapq
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from latentmill.driver.messages import TableSlice
+
+WINDOW = 16
+"""Batches that say how long a stage takes, or half as many of each of its workers."""
 
 Chunk: TypeAlias = tuple[int, int]
 """A shard, and the place of a batch in it."""
@@ -120,18 +123,29 @@ class StageTime:
 
     seconds: float = 0.0
     rows: float = 0.0
-    batches: int = 0
+    first: float | None = None
+    """What a row took in the very first batch."""
+    seen: set[int] = field(default_factory=set)
+    """Workers that have done a batch."""
 
-    def add(self, seconds: float, rows: int, workers: int) -> None:
-        """A batch is done. Two of each worker say what is so lately. The very first of all is forgotten: it may warm up."""
-        self.batches += 1
-        kept = 0.0 if self.batches == 2 else 1 - 1 / max(8, 2 * workers)
-        self.seconds, self.rows = self.seconds * kept + seconds, self.rows * kept + rows
+    def add(self, seconds: float, rows: int, worker: int, workers: int) -> None:
+        """A worker has done a batch of so many rows, or a commit, of none. Several of each worker say what is so lately.
+
+        A worker's first is not counted: it warms up. Where new workers were taken for slow ones, they would bring still more.
+        """
+        if not rows:
+            self.seconds += seconds
+        elif worker not in self.seen:
+            self.seen.add(worker)
+            self.first = seconds / rows if self.first is None else self.first
+        else:
+            kept = 1 - 1 / max(WINDOW, WINDOW // 2 * workers)
+            self.seconds, self.rows = self.seconds * kept + seconds, self.rows * kept + rows
 
     @property
     def of_row(self) -> float | None:
         """Seconds; None as long as none is done."""
-        return self.seconds / self.rows if self.rows else None
+        return self.seconds / self.rows if self.rows else self.first
 
 
 Rank: TypeAlias = tuple[int, ...]

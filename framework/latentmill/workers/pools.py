@@ -59,7 +59,7 @@ def hosted(job: Job, plan: Plan) -> tuple[list[tuple[int, ...]], str]:
 def _shared(job: Job, plan: Plan, between: Sequence[int]) -> tuple[list[list[int]], str]:
     """Which neighbours share a worker if placement is auto, and why."""
     groups: list[list[int]] = []
-    why = "they ask for the same device, and it has room for all of them"
+    reasons = []
     for stage in between:
         if groups:
             settings = [job.stages[plan.stages[other].name] for other in (*groups[-1], stage)]
@@ -67,9 +67,10 @@ def _shared(job: Job, plan: Plan, between: Sequence[int]) -> tuple[list[list[int
             if not apart:
                 groups[-1].append(stage)
                 continue
-            why = f"{plan.stages[stage].name} has workers of its own: {apart}"
+            before, name = plan.stages[groups[-1][-1]].name, plan.stages[stage].name
+            reasons.append(f"{name} shares none with {before}: {apart}")
         groups.append([stage])
-    return groups, why
+    return groups, "; ".join(reasons) or "they ask for the same device, and it has room for all of them"
 
 
 def _apart(stages: Sequence[StageSettings]) -> str:
@@ -77,9 +78,9 @@ def _apart(stages: Sequence[StageSettings]) -> str:
     if len({(stage.num_gpus > 0, stage.accelerator_type, *sorted(stage.resources.items())) for stage in stages}) > 1:
         return "it asks for another device"
     if (gpus := sum(stage.num_gpus for stage in stages)) > 1:
-        return f"with those before it it would ask for {gpus:g} GPUs"
+        return f"together they ask for {gpus:g} GPUs"
     if len({stage.replicas for stage in stages}) > 1:
-        return "the job says how many"
+        return "the job gives it other replicas"
     return ""
 
 

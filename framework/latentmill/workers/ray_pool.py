@@ -23,8 +23,6 @@ from ray.exceptions import (
     RayTaskError,
     WorkerCrashedError,
 )
-from ray.util.placement_group import remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from latentmill.checks import cause, told
 from latentmill.driver.messages import (
@@ -44,8 +42,8 @@ from latentmill.weights import Reading
 from latentmill.workers.cluster import disconnect, store_environment
 from latentmill.workers.context import this_node
 from latentmill.workers.hearing import Telling
-from latentmill.workers.nodes import PATIENCE, Nodes, alive, check_placement, reserve
-from latentmill.workers.worker import Admit, StageWork, Worker, WorkerSetup, most_memory
+from latentmill.workers.nodes import PATIENCE, Nodes, Places, alive, check_placement
+from latentmill.workers.worker import Admit, StageWork, Worker, WorkerSetup, memory_held
 
 logger = logging.getLogger("latentmill")
 
@@ -75,6 +73,8 @@ class RayPool:
         self.starting: dict[int, StartWorker] = {}
         self.asked: dict[int, float] = {}
         """When those workers were asked for that are not there yet."""
+        self.took: dict[int, float] = {}
+        """Of each type, the seconds that the first worker took to be ready."""
         self.late: set[int] = set()
         """Those of which people have been told that they take long."""
         self.in_flight: dict[int, dict[int, Dispatch]] = {}
@@ -86,13 +86,11 @@ class RayPool:
         """When it was last looked for workers that hang."""
         self.answers: queue.SimpleQueue[tuple[StartWorker | Dispatch, Future[Any]]] = queue.SimpleQueue()
         """Orders of which something has come, each with what has; Ray's own thread puts them in."""
-        nodes = alive()
-        check_placement(setups, list(nodes.values()))
+        check_placement(setups, list(alive().values()))
+        self.places = Places(setups)
         finds = any(setup.replicas is None for setup in setups)
-        self.nodes = Nodes(nodes, watch=not owns_cluster) if finds else None
+        self.nodes = Nodes(self.places, watch=not owns_cluster) if finds else None
         """The nodes, if it depends on them how many workers there are."""
-        self.group, self.free = reserve(setups)
-        self.bundles: dict[int, int] = {}
 
     def submit(self, order: PoolOrder) -> None:
         if isinstance(order, StopWorker):
@@ -106,9 +104,8 @@ class RayPool:
         setup = self.setups[order.worker_type]
         self.types[order.worker] = order.worker_type
         options = {**_resources(setup), "max_concurrency": sum(stage.calls for stage in setup.stages)}
-        if self.group is not None and self.free[order.worker_type]:
-            bundle = self.bundles[order.worker] = self.free[order.worker_type].pop()
-            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self.group, bundle)
+        if place := self.places.take(order.worker_type, order.worker):
+            options["scheduling_strategy"] = place
         actor = _REMOTE.options(**options).remote(os.getcwd(), store_environment(), setup.stages)
         self.actors[order.worker] = actor
         self.starting[order.worker], self.asked[order.worker] = order, time.monotonic()
@@ -136,7 +133,7 @@ class RayPool:
 
     def collect(self, timeout: float) -> list[Event]:
         """Wait up to ``timeout`` seconds for something to happen, and say all that has."""
-        events: list[Event] = self.nodes.news() if self.nodes else []
+        events: list[Event] = self.nodes.news(not self.actors.keys() - self.places.taken.keys()) if self.nodes else []
         dead: dict[int, RayError] = {}
         waits = bool(self.starting or self.heard)
         while True:
@@ -152,11 +149,12 @@ class RayPool:
             except GONE as error:
                 dead[order.worker] = error
         for worker, death in dead.items():
+            if start := self.starting.get(worker):
+                self._could_not_start(start, _cause(death))
             self._bury(worker)
             at_start = getattr(death, "actor_init_failed", False)
             events.append(Died(self.types[worker], worker, _cause(death), at_start, with_node=_with_node(death)))
-        self._warn()
-        return events + self._hanging()
+        return events + self._late() + self._hanging()
 
     def _started(self, start: StartWorker, future: Future[Any]) -> Event | None:
         """A worker is ready, or is not what it should be."""
@@ -167,6 +165,7 @@ class RayPool:
         for stage, messages in found.heard.items():
             self.tell(stage, messages)
         if reason := found.wrong or self.admit(found.node, found.read):
+            self._could_not_start(start, reason)
             self._bury(start.worker)
             return Died(start.worker_type, start.worker, one_line(reason), wrong=True)
         if found.probe and not self.sees(found.probe):
@@ -175,7 +174,9 @@ class RayPool:
                 f"what {found.node} writes is not seen by the driver: "
                 "the output must be one folder or store for all nodes, by its whole path"
             )
+            self._could_not_start(start, reason)
             return Died(start.worker_type, start.worker, reason, at_start=True)
+        self.took.setdefault(start.worker_type, seconds)
         return Started(start.worker_type, start.worker, seconds, found.memory)
 
     def _done(self, order: Dispatch, future: Future[Any]) -> Event | None:
@@ -218,14 +219,34 @@ class RayPool:
         else:
             self.heard.pop(order.worker, None)
 
-    def _warn(self) -> None:
-        """Say once of a worker that it isn't ready: its model is large, or its node is gone and no other has come."""
-        for worker, when in self.asked.items():
-            if worker in self.late or time.monotonic() - when <= PATIENCE:
+    def _late(self) -> list[Event]:
+        """Say once of a worker that it isn't ready: its model is large, or its node is gone and no other has come. One that the
+        job can do without is given up after as long again as the first of its type took five times.
+        """
+        events: list[Event] = []
+        for worker, when in list(self.asked.items()):
+            worker_type, waited = self.types[worker], time.monotonic() - when
+            if waited <= PATIENCE:
                 continue
-            self.late.add(worker)
-            name = self.setups[self.types[worker]].name
-            logger.warning(f"a worker of {name} has not been ready for {PATIENCE:g} s; is there a place for it?")
+            setup = self.setups[worker_type]
+            if worker not in self.late:
+                self.late.add(worker)
+                logger.warning(
+                    f"a worker of {setup.name} has not been ready for {PATIENCE:g} s; is there a place for it?"
+                )
+            took = self.took.get(worker_type)
+            if setup.replicas is None and took is not None and waited > PATIENCE + 5 * took:
+                reason = f"it was not ready after {waited:.0f} s"
+                self._could_not_start(self.starting[worker], reason)
+                self._bury(worker)
+                events.append(Died(worker_type, worker, reason, at_start=True))
+        return events
+
+    def _could_not_start(self, start: StartWorker, reason: str) -> None:
+        """Tell of a worker without which the job may go on."""
+        setup = self.setups[start.worker_type]
+        if setup.replicas is None and start.worker_type in self.took:
+            logger.warning(f"one more worker of {setup.name} could not start: {one_line(reason)}")
 
     def _hanging(self) -> list[Event]:
         """End workers that have work and have finished none for as long as the stages of that work give them."""
@@ -256,8 +277,7 @@ class RayPool:
         self.actors.clear()
         self.blocks.clear()
         self.in_flight.clear()
-        if self.group is not None:
-            remove_placement_group(self.group)
+        self.places.close()
         if self.owns_cluster:
             disconnect()
 
@@ -268,8 +288,8 @@ class RayPool:
         self.heard.pop(worker, None)
         self.starting.pop(worker, None)
         self.asked.pop(worker, None)
-        if worker in self.bundles:
-            self.free[self.types[worker]].append(self.bundles.pop(worker))
+        self.late.discard(worker)
+        self.places.give_back(worker)
         for id in self.in_flight.pop(worker, ()):
             self.blocks.pop(id, None)
 
@@ -285,7 +305,7 @@ class Ready:
     heard: Mapping[str, list[str]] = field(default_factory=dict)
     """What libraries said while each stage was loaded."""
     memory: int = 0
-    """The most bytes that it has held."""
+    """The bytes that it holds."""
     wrong: str = ""
     """Why it can't work for this plan."""
 
@@ -308,7 +328,7 @@ class _Actor(Worker):
         except WrongWorker as error:  # Ray would tell of it in words alone
             self.is_ready = Ready(this_node(), wrong=str(error))
         else:
-            self.is_ready = Ready(this_node(), self.probe(), self.loaded, self.heard(), most_memory())
+            self.is_ready = Ready(this_node(), self.probe(), self.loaded, self.heard(), memory_held())
 
     def ready(self) -> Ready:
         return self.is_ready

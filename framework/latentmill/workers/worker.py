@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
-import sys
 import threading
 import time
 from collections import deque
@@ -96,7 +94,7 @@ class Outcome:
     seconds: float = 0.0
     """How long its stage has computed since the last one."""
     memory: int = 0
-    """The most bytes that the worker has held."""
+    """The bytes that the worker holds."""
 
 
 @dataclass(eq=False)
@@ -129,8 +127,8 @@ class Hosted:
             self.stage = work.make()
             with weights.reading(f"stage {work.name}", into=read):
                 self.stage.load(torch.device("cuda" if work.gpu else "cpu"))
-        self.seconds = 0.0
-        """How long it has computed, since that was last told."""
+        self.seconds: deque[float] = deque()
+        """How long it has computed, each time since that was last told. One thread adds, another takes."""
         self.inside: list[Call] = []
         """Of a continuous stage: the batches that it has taken in."""
         self.most: int | None = None
@@ -261,7 +259,7 @@ class Worker:
         started = time.perf_counter()
         with hosted.hearing.on(), reading, _noting(*calls):
             yield
-        hosted.seconds += time.perf_counter() - started
+        hosted.seconds.append(time.perf_counter() - started)
 
     def _noted(self, block: Block | None) -> Block | None:
         """Before a batch counts as done: with it the driver hears by what it was made."""
@@ -288,9 +286,9 @@ class Worker:
         node = this_node() if self.read_later else ""
         heard, read = hosted.hearing.take(), dict(self.read_later)
         size = sum(table.nbytes for table in call.block)
-        seconds, hosted.seconds = hosted.seconds, 0.0
+        seconds = sum(hosted.seconds.popleft() for _ in range(len(hosted.seconds)))
         return Outcome(
-            outcome, list(call.rejected.items()), heard, read, node, size, seconds, most_memory()
+            outcome, list(call.rejected.items()), heard, read, node, size, seconds, memory_held()
         ), call.block
 
     def _begin(self, stage: str, batch: pa.Table) -> Call:
@@ -332,10 +330,15 @@ def _noting(*calls: Call) -> Iterator[None]:
             call.error = RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def most_memory() -> int:
-    """The most bytes of memory that this process has held."""
-    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return found if sys.platform == "darwin" else 1024 * found
+def memory_held() -> int:
+    """The bytes of memory that are this process's alone: what it sees of Ray's object store, or of mapped weights, is not. 0 where
+    the system doesn't say.
+    """
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next((1024 * int(line.split()[1]) for line in file if line.startswith("RssAnon:")), 0)
+    except OSError:
+        return 0
 
 
 def _gather(slices: Sequence[SliceAddress], blocks: Sequence[Block]) -> list[pa.Table]:
