@@ -90,7 +90,7 @@ def best(profile: tuple[float, ...]) -> tuple[int, ...]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batches", type=int, default=480)
+    parser.add_argument("--batches", type=int, default=240)
     batches = parser.parse_args().batches
     begin(__doc__)
     ray.init(num_cpus=2, resources={"place": PLACES}, include_dashboard=False, log_to_driver=False)
