@@ -129,10 +129,14 @@ def test_another_ctrl_c_does_not_wait_for_a_shard_that_hangs():
     assert pool.collect(0) == [Started(0, 0)]
     pool.submit(Dispatch(0, "commit", 0, 0, [], shard=0))
     assert begun.wait(60)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        pool.close()
-    ends.set()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pool.close()
+    finally:
+        signal.signal(signal.SIGINT, before)
+        ends.set()
 
 
 def test_a_reader_takes_nothing_of_what_another_worker_reads_meanwhile(tmp_path):

@@ -9,12 +9,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from importlib import metadata
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -221,12 +222,21 @@ def _hashed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def versions(distributions: Iterable[str]) -> dict[str, str]:
     """The versions of installed distributions, by name. What was built of one for which hardware (``+cu128``) is left out."""
-    return {name: _version(name, tuple(sys.path)) for name in sorted(distributions)}
+    path = tuple((folder, _changed(folder)) for folder in sys.path)
+    return {name: _version(name, path) for name in sorted(distributions)}
 
 
-@cache
-def _version(name: str, path: tuple[str, ...]) -> str:
-    """What is installed on this path; each worker and each plan asks for the same ones, and each answer is a file to parse."""
+def _changed(folder: str) -> int:
+    """When something came into a folder or left it, in nanoseconds; 0 if there is none."""
+    try:
+        return os.stat(folder or ".").st_mtime_ns
+    except OSError:
+        return 0
+
+
+@lru_cache(1024)
+def _version(name: str, path: tuple[tuple[str, int], ...]) -> str:
+    """What is installed on this path, as long as nothing is installed anew; each answer is a file to parse, and often asked for."""
     try:
         return metadata.version(name).partition("+")[0]
     except metadata.PackageNotFoundError:
