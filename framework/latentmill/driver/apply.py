@@ -89,7 +89,8 @@ def _measure(state: DriverState, dispatch: Dispatch, event: Finished) -> None:
 
 
 def _dispatch_finished(state: DriverState, dispatch: Dispatch, event: Finished) -> None:
-    _measure(state, dispatch, event)
+    if state.nodes is not None:  # else nobody asks how many workers there should be
+        _measure(state, dispatch, event)
     failures.count_success(state, dispatch, has_done_a_row=any(rows for _, rows in event.tables))
     for slice_ in dispatch.slices:
         state.drop(slice_)

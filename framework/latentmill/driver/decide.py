@@ -20,9 +20,8 @@ def decide(state: DriverState) -> list[Order]:
     adjust(state)
     orders += _worker_orders(state)
     orders.extend(_commits(state))
-    for stage in range(
-        state.last_stage, 0, -1
-    ):  # the far end first: what is nearly done makes room for what is before it
+    # The far end first: what is nearly done makes room for what is before it.
+    for stage in range(state.last_stage, 0, -1):
         orders.extend(_batches(state, stage, partial=False))
     orders.extend(_reads(state))
     orders.extend(_claims(state))

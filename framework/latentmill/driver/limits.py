@@ -35,13 +35,13 @@ def has_room(state: DriverState, stage: int, rows: int) -> bool:
         return True  # what leaves the last stage waits in its shard, and open shards are bounded
     spec = state.stages[stage]
     room = queue_limit(state, stage + 1) + spec.batch_size * state.replicas(stage) * spec.batches_per_worker
-    coming = state.rows_queued(stage + 1) + state.rows_in_flight[stage]
-    if state.records or state.fatal_suspects:
-        coming += len(state.suspects(stage + 1))
+    coming = state.rows_queued(stage + 1) + state.rows_in_flight[stage] + len(state.suspects(stage + 1))
     if coming == 0:
         return True
-    if coming + rows > room or state.max_bytes_in_flight == inf:
-        return coming + rows <= room
+    if coming + rows > room:
+        return False
+    if state.max_bytes_in_flight == inf:  # nothing to reckon
+        return True
     return state.bytes_held + state.bytes_to_come() + rows * state.bytes_of_row[stage] <= state.max_bytes_in_flight
 
 

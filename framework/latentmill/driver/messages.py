@@ -167,11 +167,12 @@ class Died:
     worker: int
     reason: str = ""
     at_start: bool = False
-    """It raised while it was being built or loaded. If no worker of its type has ever been ready, none will be."""
+    """It raised while it was being built or loaded. If no worker of its type has ever been ready, none will be. If its type's
+    number is found and others are there, it was one too many."""
     with_node: bool = False
     """Its node went, and all that was on it: no row is to blame."""
     wrong: bool = False
-    """It is not what the plan says, and no other on its node would be. Ends the job: no row is to blame."""
+    """It is not what the plan says, and no other on its node would be. Ends the job, unless it was one too many: no row is to blame."""
 
 
 @dataclass(frozen=True)

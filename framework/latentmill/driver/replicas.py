@@ -112,12 +112,9 @@ def adjust(state: DriverState) -> None:
         state.most_replicas = [most + 1 for most in state.most_replicas]
     types = _with_memory(state)
     counts = allocate(types, work, _of_use(state), state.nodes)
-    room_changed, state.room_changed = state.room_changed, False
-    if counts is None or counts == state.targets:
-        return
-    if not (room_changed and not _take(Room(state.nodes), types, state.targets)) and not _is_better(
-        state, work, counts
-    ):
+    lacks_room = state.room_changed and not _take(Room(state.nodes), types, state.targets)
+    state.room_changed = False
+    if counts is None or counts == state.targets or not (lacks_room or _is_better(state, work, counts)):
         return
     for worker_type, count in enumerate(counts):
         for _ in range(count - state.targets[worker_type]):
