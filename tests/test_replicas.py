@@ -10,15 +10,17 @@ from latentmill.driver.apply import apply
 from latentmill.driver.decide import decide
 from latentmill.driver.messages import (
     Died,
+    Failed,
     Finished,
     NodesSeen,
     StageSpec,
     Started,
     StartWorker,
     StopWorker,
+    TakenOut,
     WorkerType,
 )
-from latentmill.driver.replicas import allocate
+from latentmill.driver.replicas import allocate, work_left
 from latentmill.driver.state import DriverState
 
 BATCH, LOADING = 8, 20.0
@@ -94,7 +96,9 @@ class Cluster:
             self.waiting.remove(order)
             if self.fails_to_start(order.worker_type):
                 self.later(
-                    self.now + LOADING, order.worker, Died(order.worker_type, order.worker, "CUDA", at_start=True)
+                    self.now + LOADING,
+                    order.worker,
+                    Died(order.worker_type, order.worker, "CUDA", at_start=self.raises),
                 )
                 continue
             self.free -= gpus
@@ -259,4 +263,30 @@ def test_what_asks_for_nothing_in_particular_leaves_special_nodes_to_those_that_
     nodes = [{"GPU": 8.0, "accelerator_type:H100": 1.0}, {"GPU": 8.0}]
     assert allocate(types, [1.0, 1.0], [99, 99], nodes) == [8, 8]
     assert allocate(types, [1.0, 9.0], [99, 99], nodes)[1] == 8
+    fuller = [{"GPU": 4.0, "accelerator_type:H100": 1.0}, {"GPU": 8.0}]
+    assert allocate(types, [1.0, 1.0], [99, 99], fuller) == [5, 4]
     assert allocate((WorkerType((0,), None, {}),), [1.0], [99], nodes) == [1]
+
+
+def test_failures_are_held_against_the_most_workers_that_there_were():
+    """Ten workers of sixteen could not load what they needed later; then a node goes, and two are left."""
+    cluster = Cluster(16, [0.01, 1, 4, 1, 0.01], ((0,), (1, 2, 3), (4,)))
+    cluster.run(lambda: len(cluster.decoded) >= 64)
+    state = cluster.state
+    for _ in range(10):
+        failed = next(order for order in state.in_flight.values() if order.stage == 2)
+        apply(state, Failed(failed.id, "unloaded", "no such file"))
+    assert state.load_failures[2] == 10 and not state.failed
+    state.targets[1] = 2
+    failed = next(order for order in state.in_flight.values() if order.stage == 2)
+    apply(state, Failed(failed.id, "unloaded", "no such file"))
+    assert not state.failed
+
+
+def test_shards_that_this_run_made_and_somebody_took_out_are_work():
+    cluster = Cluster(4, [0.01, 1, 4, 1, 0.01], ((0,), (1, 2, 3), (4,)), rows=3000)
+    cluster.run(lambda: cluster.state.committed_shards == 3)
+    assert work_left(cluster.state) == [0.0, 0.0, 0.0]
+    apply(cluster.state, TakenOut(frozenset({0, 2})))
+    took = cluster.state.stage_times[2].of_row
+    assert work_left(cluster.state)[1] >= 2000 * took
