@@ -1,6 +1,7 @@
 """Workers in this process: what computes here, and what is done beside."""
 
 import os
+import queue
 import signal
 import threading
 
@@ -137,6 +138,27 @@ def test_another_ctrl_c_does_not_wait_for_a_shard_that_hangs():
     finally:
         signal.signal(signal.SIGINT, before)
         ends.set()
+
+
+def test_an_interrupt_that_comes_as_an_answer_is_taken_ends_the_run():
+    """Whoever waits for that answer once more waits for ever."""
+
+    class Interrupted(queue.SimpleQueue):
+        def get(self, *args, **settings):
+            super().get(*args, **settings)
+            raise KeyboardInterrupt
+
+    pool = InlinePool([WorkerSetup((StageWork("write", lambda: Note([])),), computes=False)])
+    pool.answers = Interrupted()
+    pool.submit(StartWorker(0, 0))
+    assert pool.collect(0) == [Started(0, 0)]
+    pool.submit(Dispatch(0, "commit", 0, 0, [], shard=0))
+    with pytest.raises(KeyboardInterrupt):
+        pool.collect(60)
+    closing = threading.Thread(target=pool.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive()
 
 
 def test_a_reader_takes_nothing_of_what_another_worker_reads_meanwhile(tmp_path):

@@ -127,7 +127,7 @@ def test_sigterm_stops_cleanly_says_how_to_go_on_and_the_run_goes_on(tmp_path, p
     while not list(output.glob("data/*")) and forks.runs(driver):
         time.sleep(0.01)
     os.kill(driver, signal.SIGTERM)
-    assert forks.end(driver) == 130
+    assert forks.end(driver) == 130, log.read_text()
     said = log.read_text()
     assert "same command" in said and "Traceback" not in said
     assert not list(output.glob(".tmp/*"))

@@ -16,7 +16,7 @@ PROMPTS = [
 ]
 
 SERVER = """
-import ctypes, json, os, signal, sys
+import ctypes, faulthandler, json, os, signal, sys
 import latentmill.cli, latentmill.workers.inline, latentmill.sinks.parquet, latentmill_shapes.plugin
 import latentmill.runner, latentmill.report, latentmill.verify, latentmill.sources.prompts, latentmill.stages.denoise, latentmill.stages.decode
 import latentmill.stages.read, latentmill.stages.write, latentmill.schedulers.dpmpp, latentmill.conf, latentmill.jobs, pandas  # by Arrow
@@ -47,7 +47,8 @@ for line in sys.stdin:
         capabilities[0] &= ~0b110
         assert ctypes.CDLL(None).capset(header, capabilities) == 0
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
-    signal.alarm(120)  # whatever hangs ends
+    faulthandler.dump_traceback_later(110)
+    signal.alarm(120)  # whatever hangs ends, and has said where
     try:
         code = main(asked["arguments"])
     except BaseException:

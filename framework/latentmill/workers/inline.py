@@ -46,6 +46,7 @@ class InlinePool:
         self.types: dict[int, int] = {}
         self.inboxes: dict[int, queue.SimpleQueue[Dispatch | None]] = {}
         """Of each worker that has a thread of its own; None ends the thread."""
+        self.threads: dict[int, threading.Thread] = {}
         self.starts: deque[StartWorker] = deque()
         self.orders: deque[Dispatch] = deque()
         self.calls: dict[int, tuple[Dispatch, Call]] = {}
@@ -149,10 +150,11 @@ class InlinePool:
         self.workers[order.worker], self.types[order.worker] = worker, order.worker_type
         if not setup.computes:
             inbox = self.inboxes[order.worker] = queue.SimpleQueue()
+            name = f"latentmill {setup.name}"
             # Such a thread doesn't keep the process: it may hang in a file that doesn't come.
-            threading.Thread(
-                target=self._live, args=(worker, inbox), name=f"latentmill {setup.name}", daemon=True
-            ).start()
+            thread = threading.Thread(target=self._live, args=(worker, inbox), name=name, daemon=True)
+            self.threads[order.worker] = thread
+            thread.start()
         return Started(order.worker_type, order.worker)
 
     def _end(self, order: Dispatch, call: Call) -> Event:
@@ -185,6 +187,7 @@ class InlinePool:
         self.calls = {id: (order, call) for id, (order, call) in self.calls.items() if order.worker != worker}
         self.beside = {id: order for id, order in self.beside.items() if order.worker != worker}
         self.workers.pop(worker, None)
+        self.threads.pop(worker, None)
         if inbox := self.inboxes.pop(worker, None):
             inbox.put(None)
 
@@ -194,12 +197,13 @@ class InlinePool:
     def close(self) -> None:
         """End all workers. Shards that are being written are finished first; another Ctrl-C doesn't wait for them."""
         self.beside = {id: order for id, order in self.beside.items() if order.task == "commit"}
-        while self.beside:
-            order, _ = self.answers.get()
-            self.beside.pop(order.id, None)
         for inbox in self.inboxes.values():
             inbox.put(None)
+        # Answers are not waited for: an interrupt that comes as one is taken loses it.
+        for worker in {order.worker for order in self.beside.values()} & self.threads.keys():
+            self.threads[worker].join()
         self.inboxes.clear()
+        self.threads.clear()
         self.workers.clear()
         self.calls.clear()
         self.blocks.clear()
