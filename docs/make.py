@@ -9,6 +9,8 @@ from pathlib import Path
 
 from latentmill import registry
 from latentmill.cli import scheduler_table
+from latentmill.exports.spaces import VAE_FAMILIES
+from latentmill.exports.table import EXPORT_FORMATS
 from latentmill.fields import OWN_FIELDS, SOMETIMES, OwnField, limits, python_type
 from latentmill.plugin.stage import BATCH_COLUMNS
 
@@ -93,11 +95,38 @@ def grids() -> str:
     return table(["name", "times", "settings"], rows)
 
 
+def exports() -> str:
+    """The formats that a dataset can be exported to."""
+    rows = [
+        [
+            f"`{each.name}`",
+            ", ".join(each.families) or "any",
+            ", ".join(each.needs),
+            each.layout,
+            each.reader,
+            each.checked,
+        ]
+        for each in EXPORT_FORMATS.values()
+    ]
+    return table(["format", "latents of", "needs", "files", "read by", "read back in tests by"], rows)
+
+
+def families() -> str:
+    """Whose latents exports know."""
+    rows = [
+        [f"`{each.name}`", each.about, str(each.channels), f"1/{each.downscale}", f"{each.scale:g}", f"{each.shift:g}"]
+        for each in VAE_FAMILIES.values()
+    ]
+    return table(["latents of", "VAEs", "channels", "of the sides", "scale", "shift"], rows)
+
+
 PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "fields": ("fields.md", fields),
     "columns": ("fields.md", columns),
     "schedulers": ("schedulers.md", schedulers),
     "grids": ("schedulers.md", grids),
+    "exports": ("trainers.md", exports),
+    "families": ("trainers.md", families),
 }
 """For each marked part: the page that it is in, and what makes it."""
 

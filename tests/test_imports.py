@@ -10,7 +10,7 @@ ORDER = """
     failpoints errors text streams values plugin digests weights syntax ids identity fields registry schedulers batch columns checks storage
     config parts plan shards shard_index dataset
     sources sinks
-    stages verify
+    stages verify exports
     progress driver workers report runner cli
     testing
 """.split()

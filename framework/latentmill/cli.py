@@ -1,4 +1,4 @@
-"""The command line: ``latentmill run | plan | status | verify | plugins | schedulers``."""
+"""The command line: ``latentmill run | plan | status | verify | export | plugins | schedulers``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from latentmill import registry, storage
 from latentmill.errors import JobError, LatentmillError, PlanError
 from latentmill.streams import guard
-from latentmill.text import escaped
+from latentmill.text import escaped, plural
 
 # A command imports what it needs when it is run: --help, plugins and status take neither torch nor Hydra nor Ray.
 
@@ -212,6 +212,38 @@ def _verify(options: Any) -> int:
     return 0 if found.sound else 1
 
 
+def _export(options: Any) -> int:
+    from latentmill.exports.export import export
+
+    def tell(done: int, shards: int) -> None:
+        if done < shards:
+            print(f"{done:,} of {shards:,} shards", file=sys.stderr)
+
+    try:
+        found = export(options.output, options.to.split(","), options.folder, options.names, tell)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    for name in found.written:
+        there = f", {found.there[name]:,} were there" if found.there[name] else ""
+        print(f"{name}: {plural(found.written[name], 'file')} written{there}")
+    return 0
+
+
+class _Formats(argparse.Action):
+    """``--formats``: the table of formats, which is not imported for any other command's sake."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **more: Any) -> None:
+        from latentmill.exports.table import EXPORT_FORMATS
+
+        rows = [
+            [each.name, ", ".join(each.families) or "any", ", ".join(each.needs), each.layout, each.reader]
+            for each in EXPORT_FORMATS.values()
+        ]
+        _print_table(["format", "latents of", "needs", "files", "read by"], rows)
+        parser.exit()
+
+
 def _plugins(options: Any) -> int:
     found = registry.examine() if options.check else registry.entries()
     names = ["group", "name", "distribution", "version", *(["state"] if options.check else [])]
@@ -331,6 +363,18 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
         action="store_true",
         help="move damaged shards and foreign files to quarantine/; the next run does the shards again",
     )
+    exports = add("export", _export, "Write a finished dataset in formats that trainers read.")
+    exports.add_argument("output", metavar="OUT", type=storage.place)
+    exports.add_argument(
+        "folder", metavar="FOLDER", type=storage.place, help="where to; of several formats each has a folder in it"
+    )
+    exports.add_argument("--to", metavar="FORMATS", required=True, help="names of formats, with commas between")
+    exports.add_argument(
+        "--names",
+        metavar="COLUMN",
+        help="the column that says what the pictures are called: file or id, if nothing is said",
+    )
+    exports.add_argument("--formats", action=_Formats, nargs=0, help="list the formats, and end")
     plugins = add("plugins", _plugins, "List all installed plugins.")
     plugins.add_argument("--json", action="store_true")
     plugins.add_argument("--check", action="store_true", help="import each, in another process, and say its state")

@@ -28,6 +28,10 @@ class AddressError(LatentmillError, ValueError):
     """What is no place for a dataset; one line that says what one looks like."""
 
 
+class ExportError(LatentmillError, ValueError):
+    """The dataset can't be exported so; one line that names the format, what it needs and what the dataset is."""
+
+
 class ClusterError(LatentmillError, ValueError):
     """The cluster can't be joined or started; one line that says why, and what to do."""
 

@@ -73,7 +73,14 @@ class Forks:
         self.server = subprocess.Popen(command, **pipes, text=True, env=environment)
 
     def begin(self, arguments, log, obeys=False, **environment):
-        return self._ask({"arguments": arguments, "log": str(log), "obeys": obeys, "environment": environment})
+        return self._ask(
+            {
+                "arguments": [str(each) for each in arguments],
+                "log": str(log),
+                "obeys": obeys,
+                "environment": environment,
+            }
+        )
 
     def end(self, process):
         return self._ask(process)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from tests.outside import prompt_parts
+from tests.outside import prompt_parts, trainer_parts
 
 from latentmill.cli import main
 from latentmill.plugin import RowError
@@ -146,3 +146,9 @@ def acme(latentmill, install, tmp_path, monkeypatch, rows):
     monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
     monkeypatch.delenv("BAD", raising=False)
     return prompt_parts.Acme(latentmill, tmp_path, rows)
+
+
+@pytest.fixture
+def trainers(latentmill, install, tmp_path):
+    install("acme", trainer_parts.POINTS, acme_known=trainer_parts.CODE)
+    return trainer_parts.Trainers(latentmill, tmp_path)

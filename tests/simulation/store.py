@@ -92,6 +92,6 @@ class Store(Storage):
     def sweep(self) -> None:
         pass
 
-    def exists(self, name: str) -> bool:
+    def size(self, name: str) -> int | None:
         self._used()
-        return name in self.files
+        return len(self.files[name]) if name in self.files else None

@@ -13,6 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from latentmill.plugin import Fragment, RowError, Source
 from latentmill.sources import are_small, changed, fingerprint, locate, open_file
 from latentmill.sources.pictures import MAX_PIXELS, read_picture
@@ -30,6 +32,9 @@ CAPTIONS = (".txt", ".caption")
 
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
+FILE = pa.field("file", pa.string())
+"""The column that pictures have: the path below the folder."""
+
 RUN = 1000
 """Pictures in a fragment."""
 
@@ -42,8 +47,8 @@ class Images(Source):
 
     A picture is a file with a picture's suffix. Hidden files and all others are passed over. Links to folders, and links
     to files outside the folder, are followed only with ``follow_links``, since a folder that came from elsewhere may hold
-    links to what is nobody's business. With ``id_column: path`` a row's id is its path below the folder. A fragment is a
-    run of at most 1000 pictures, named after its first.
+    links to what is nobody's business. With ``id_column: path`` a row's id is its path below the folder. ``file``, the same path, can
+    be kept as a column. A fragment is a run of at most 1000 pictures, named after its first.
     """
 
     contract = 2
@@ -76,6 +81,12 @@ class Images(Source):
             raise ValueError(f"{self.path}: no pictures there")
         return fragments
 
+    def columns(self) -> list[str]:
+        return [FILE.name]
+
+    def column_types(self, names: Sequence[str]) -> pa.Schema:
+        return pa.schema([FILE] if FILE.name in names else [])
+
     def read(self, fragment: str, start: int, stop: int) -> Iterator[Mapping[str, Any] | RowError]:
         folder = locate(self.path)
         for name in _run(str(folder), self.follow_links, fragment)[start:stop]:
@@ -87,6 +98,8 @@ class Images(Source):
                     row["prompt"] = self._prompt(folder, caption)
                 if self.id_column is not None:
                     row["id"] = escaped(name)
+                if self.kept.names:
+                    row["kept"] = {FILE.name: escaped(name)}
                 yield row
             except RowError as error:
                 yield RowError(f"{escaped(at)}: {error}")

@@ -96,15 +96,14 @@ class Bucket(Storage):
         with self._said(name):
             return cast(BinaryIO, io.BufferedReader(_Remote(obstore.open_reader(self.store, name)), AHEAD))
 
-    def exists(self, name: str) -> bool:
+    def size(self, name: str) -> int | None:
         import obstore
 
         with self._said(name):
             try:
-                obstore.head(self.store, name)
-                return True
+                return int(obstore.head(self.store, name)["size"])
             except FileNotFoundError:
-                return False
+                return None
 
     def peek(self, name: str) -> BinaryIO:
         return cast(BinaryIO, io.BufferedReader(_Peeked(self, name), PEEKED))

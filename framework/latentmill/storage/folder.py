@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -79,8 +80,12 @@ class LocalFolder(Storage):
     def open(self, name: str) -> BinaryIO:
         return (self.root / name).open("rb")
 
-    def exists(self, name: str) -> bool:
-        return (self.root / name).is_file()
+    def size(self, name: str) -> int | None:
+        try:
+            about = (self.root / name).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return about.st_size if stat.S_ISREG(about.st_mode) else None
 
     def names(self, folder: str) -> list[str]:
         try:

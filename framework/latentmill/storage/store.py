@@ -95,8 +95,12 @@ class Storage(ABC):
         """
 
     @abstractmethod
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None if it is not there."""
+
     def exists(self, name: str) -> bool:
         """Whether a file is there."""
+        return self.size(name) is not None
 
     def check(self) -> None:
         """Raise StorageError unless ``create`` can keep its promise here. Leaves nothing behind."""

@@ -1,0 +1,243 @@
+"""An export: one pass over a finished dataset's shards, many at a time, for all formats that are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latentmill import dataset, failpoints, storage
+from latentmill.errors import ExportError
+from latentmill.exports import table
+from latentmill.exports.formats import ExportFormat, ExportRow, ShardWriter
+from latentmill.exports.ledger import Ledger, ShardMark
+from latentmill.exports.rows import NAMED_BY, ExportSource
+from latentmill.shards import ERRORS_KEY
+from latentmill.text import escaped
+
+WHOLE = "all"
+"""The key of what a format writes for the whole export."""
+
+
+@dataclass
+class Exported:
+    """What an export did, by format."""
+
+    written: Counter[str] = field(default_factory=Counter)
+    """Files that were made."""
+    there: Counter[str] = field(default_factory=Counter)
+    """Files that were there, and right."""
+
+
+def export(
+    output: str,
+    formats: Sequence[str],
+    folder: str,
+    names: str | None = None,
+    tell: Callable[[int, int], None] = lambda done, shards: None,
+) -> Exported:
+    """Write the dataset at ``output`` in these formats into ``folder``, a path or a URL; of several each in a folder of its name.
+
+    ``names``: the column with the pictures' names; None: ``file`` or ``id``. ``tell`` is told how many shards are done.
+    Raises ExportError before anything is written if the dataset is not finished, or not for one of the formats.
+    """
+    source = ExportSource(dataset.load(storage.at(output)), names)
+    spec = source.there.plan.spec
+    if "time" in source.columns:
+        raise ExportError(f"the latents of {output} are half-way (sampling.until): denoise them to their end first")
+    chosen = table.chosen(formats, source.columns, spec, output)
+    # Whoever writes there writes the same, so that a file is whole is all that is asked of the store.
+    target = storage.at(folder, single_writer=True)
+    _require_apart(source.there.store.url, target.url)
+    _require_names(source, chosen)
+    _require_paths(source, chosen)
+    left_over = target.names(".tmp")
+    written = [_Writing(each, Ledger(target, each.name, f"{each.name}/" if chosen[1:] else "")) for each in chosen]
+    for writing in written:
+        writing.ledger.begin({"dataset": source.there.plan.hash, "names": source.names})
+    job = _Export(source, written)
+    _at_once(job.shard, range(source.there.plan.shards), tell)
+    for writing in written:
+        job.finish(writing)
+    for name in left_over:  # what a killed export had not given its name yet
+        target.delete(f".tmp/{name}")
+    return job.exported
+
+
+@dataclass(frozen=True)
+class _Writing:
+    format: ExportFormat
+    ledger: Ledger
+
+
+@dataclass
+class _OfShard:
+    """A shard's files of one format, on their way."""
+
+    writing: _Writing
+    before: ShardMark | None
+    writer: ShardWriter | None = None
+    files: dict[str, int] = field(default_factory=dict)
+    notes: list[Any] = field(default_factory=list)
+
+    def add(self, row: ExportRow, settle: Callable[[_OfShard, str, bytes | Path], None]) -> None:
+        format = self.writing.format
+        if self.writer is not None:
+            self.notes.append(self.writer.add(row))
+            return
+        assert format.files is not None
+        for name, content in format.files(row).items():
+            settle(self, name, content)
+        if format.note is not None:
+            self.notes.append(format.note(row))
+
+
+class _Export:
+    def __init__(self, source: ExportSource, written: Sequence[_Writing]) -> None:
+        self.source, self.written = source, written
+        self.exported = Exported()
+        self._counting = threading.Lock()
+
+    def shard(self, shard: int, stop: threading.Event) -> None:
+        """See that all files of a shard are there."""
+        failpoints.reach(f"exporting {shard}")
+        state, key = self._state(shard), f"{shard:05d}"
+        todo = []
+        for writing in self.written:
+            mark = writing.ledger.mark(key)
+            if mark is not None and writing.ledger.is_right(mark, state):
+                self._count(writing, 0, len(mark.files))
+            else:
+                todo.append(_OfShard(writing, mark))
+        if not todo:
+            return
+        wanted = {name for each in todo for name in each.writing.format.tensors}
+        with ExitStack() as stack:
+            for each in todo:
+                if (begin := each.writing.format.shard) is not None:
+                    folder = stack.enter_context(each.writing.ledger.store.aside(f"{each.writing.format.name}-{key}"))
+                    os.mkdir(folder)
+                    each.writer = begin(shard, Path(folder))
+            for row in self.source.rows(shard, [*wanted]):
+                if stop.is_set():
+                    return
+                for each in todo:
+                    each.add(row, self._settle)
+            for each in todo:
+                for name, path in (each.writer.close() if each.writer is not None else {}).items():
+                    self._settle(each, name, path)
+                each.writing.ledger.close(key, ShardMark(state, each.files, each.notes), each.before)
+        failpoints.reach(f"exported {shard}")
+
+    def finish(self, writing: _Writing) -> None:
+        """The files for the whole export."""
+        if writing.format.finish is None:
+            return
+        of_all = _OfShard(writing, writing.ledger.mark(WHOLE))
+        for name, text in writing.format.finish(self._notes(writing)):
+            with writing.ledger.store.aside(name) as path:
+                with open(path, "w", encoding="utf-8") as file:
+                    file.writelines(text)
+                self._settle(of_all, name, Path(path))
+        writing.ledger.close(WHOLE, ShardMark("", of_all.files, []), of_all.before)
+
+    def _notes(self, writing: _Writing) -> Iterator[Any]:
+        for shard in range(self.source.there.plan.shards):
+            mark = writing.ledger.mark(f"{shard:05d}")
+            assert mark is not None, "all shards are done"
+            yield from mark.notes
+
+    def _state(self, shard: int) -> str:
+        failed = self.source.there.about(shard).get(ERRORS_KEY, "")
+        return hashlib.blake2b(failed.encode(), digest_size=8).hexdigest()
+
+    def _settle(self, each: _OfShard, name: str, content: bytes | Path) -> None:
+        each.files[name] = len(content) if isinstance(content, bytes) else content.stat().st_size
+        made = each.writing.ledger.settle(name, content, each.before)
+        self._count(each.writing, int(made), int(not made))
+
+    def _count(self, writing: _Writing, written: int, there: int) -> None:
+        with self._counting:
+            self.exported.written[writing.format.name] += written
+            self.exported.there[writing.format.name] += there
+
+
+def _at_once(
+    work: Callable[[int, threading.Event], None], shards: Iterable[int], tell: Callable[[int, int], None]
+) -> None:
+    """Do the shards, as many at a time as there are processors, and some more, since they wait for disks and stores."""
+    stop, numbers = threading.Event(), list(shards)
+    with ThreadPoolExecutor(2 * len(os.sched_getaffinity(0)) + 2) as threads:
+        try:
+            pending = {threads.submit(work, shard, stop) for shard in numbers}
+            while pending:
+                done, pending = wait(pending, timeout=10, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                tell(len(numbers) - len(pending), len(numbers))
+        except BaseException:  # Ctrl-C too: what is begun ends at its next row, and nothing else begins
+            stop.set()
+            threads.shutdown(cancel_futures=True)
+            raise
+
+
+def _require_apart(output: str, folder: str) -> None:
+    """Raise ExportError if the export would be written into the dataset."""
+    if "://" in output + folder:
+        inside = f"{folder.rstrip('/')}/".startswith(f"{output.rstrip('/')}/")
+    else:
+        inside = Path(folder).resolve().is_relative_to(Path(output).resolve())
+    if inside:
+        raise ExportError(f"{folder} lies in the dataset, which is to stay as it is: choose another folder")
+
+
+def _require_names(source: ExportSource, chosen: Sequence[ExportFormat]) -> None:
+    """Raise ExportError if a trainer would look for files by names that the dataset doesn't know."""
+    for each in chosen:
+        if each.names == "needed" and source.names is None:
+            raise ExportError(
+                f"{each.name} is found by the pictures' names, and {source.there.store.url} doesn't say them (it has no column "
+                f"{' or '.join(NAMED_BY)}): make it with source.keep=[file], or name a column with --names"
+            )
+
+
+def _require_paths(source: ExportSource, chosen: Sequence[ExportFormat]) -> None:
+    """Raise ExportError if two rows would be one file. Rows that are called by their row_id are not looked at."""
+    asked = [each.path for each in chosen if each.names and each.path is not None]
+    if source.names in (None, "row_id") or not asked:
+        return
+    shards = range(source.there.plan.shards)
+    hashes: list[list[np.ndarray[Any, Any]]] = [[] for _ in asked]
+
+    def look(shard: int) -> list[list[int]]:
+        rows = list(source.rows(shard))
+        return [[hash(path(row)) for row in rows] for path in asked]
+
+    for found in source.there.store.each(look, shards):
+        for every, some in zip(hashes, found):
+            every.append(np.array(some, np.int64))
+    for path, every in zip(asked, hashes):
+        values, counts = np.unique(np.concatenate(every), return_counts=True)
+        if len(twice := {*values[counts > 1].tolist()}):
+            _tell_twice(source, path, twice)
+
+
+def _tell_twice(source: ExportSource, path: Callable[[ExportRow], str], hashes: set[int]) -> None:
+    seen: dict[str, str] = {}
+    for shard in range(source.there.plan.shards):
+        for row in source.rows(shard):
+            name = path(row)
+            if hash(name) in hashes and (first := seen.setdefault(name, row.row_id)) != row.row_id:
+                raise ExportError(
+                    f"rows {first} and {row.row_id} would both be {escaped(name)}: --names row_id, or another column, "
+                    "tells them apart"
+                )

@@ -1,0 +1,46 @@
+"""A folder of pictures with captions: what every trainer reads that makes its own cache."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from latentmill.exports.formats import ExportFormat, ExportRow, jsonable
+
+
+def _path(row: ExportRow) -> str:
+    return f"{row.name}.png"
+
+
+def _files(row: ExportRow) -> Mapping[str, bytes]:
+    """PNG whatever the dataset holds: pixels are stored once with loss at most."""
+    from PIL import Image
+
+    picture = io.BytesIO()
+    Image.fromarray(row.tensors["image"].numpy()).save(picture, "PNG")
+    return {_path(row): picture.getvalue(), f"{row.name}.txt": row.prompt.encode()}
+
+
+def _note(row: ExportRow) -> Any:
+    more = {name: jsonable(value) for name, value in row.columns.items() if name != "prompt"}
+    return {**more, "file_name": _path(row), "text": row.prompt}
+
+
+def _finish(notes: Iterator[Any]) -> Iterable[tuple[str, Iterable[str]]]:
+    yield "metadata.jsonl", (json.dumps(note, ensure_ascii=False) + "\n" for note in notes)
+
+
+PICTURE_FOLDER = ExportFormat(
+    name="folder",
+    reader="Hugging Face datasets' imagefolder; sd-scripts, musubi-tuner, SimpleTuner and others by the .txt",
+    layout="STEM.png, STEM.txt with the prompt, and metadata.jsonl with file_name, text and the other columns",
+    checked="datasets: pictures, prompts, columns",
+    needs=("image",),
+    names="used",
+    files=_files,
+    path=_path,
+    note=_note,
+    finish=_finish,
+)

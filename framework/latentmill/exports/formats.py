@@ -1,0 +1,147 @@
+"""What a format is, and the row that its functions are given."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from latentmill.exports.spaces import VAEFamily
+
+if TYPE_CHECKING:  # to list formats takes none of them
+    import numpy.typing as npt
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ExportRow:
+    """A row of the dataset, for one that writes its files."""
+
+    number: int
+    """In the plan, from 0 on; failed rows leave gaps."""
+    row_id: str
+    name: str
+    """The picture's path below its folder, with slashes and without suffix: ``cats/tom``. ``row_id`` where nothing says it."""
+    picture: str
+    """The same as the dataset says it, with its suffix."""
+    columns: Mapping[str, Any]
+    """The plain ones, as Python values."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """Those that the format needs or takes, as far as the dataset has them."""
+    family: VAEFamily | None = None
+
+    @property
+    def prompt(self) -> str:
+        return self.columns.get("prompt") or ""
+
+    @property
+    def bucket(self) -> tuple[int, int]:
+        """Width and height of the pixels that were encoded."""
+        width, height = self.columns.get("bucket") or (self.columns["width"], self.columns["height"])
+        return width, height
+
+    @property
+    def original_size(self) -> tuple[int, int]:
+        """Width and height of the picture's file; where the dataset doesn't say it, of what was encoded."""
+        width, height = self.columns.get("original_size") or self.bucket
+        return width, height
+
+    @property
+    def crop_ltrb(self) -> list[float]:
+        """Left, top, right and bottom of what was cut out."""
+        return list(self.columns.get("crop_ltrb") or (0, 0, *self.bucket))
+
+    def scaled(self, column: str = "latents") -> npt.NDArray[Any]:
+        """A column's tensor as a denoiser sees it, float32 ``[C, h, w]``: ``(z - shift) * scale``, as it is stored."""
+        return self.tensors[column].float().numpy()
+
+    def raw(self, column: str = "latents") -> npt.NDArray[Any]:
+        """The same as the VAE gave it, neither shifted nor scaled, float32."""
+        assert self.family is not None, "a format that wants raw latents names its families"
+        return self.family.raw(self.scaled(column), spread="_std" in column)
+
+
+class ShardWriter(Protocol):
+    """Writes one of our shards as files that hold many rows."""
+
+    def add(self, row: ExportRow) -> Any:
+        """Take a row, in order. Returns what ``ExportFormat.finish`` is to know of it, JSON."""
+        ...
+
+    def close(self) -> Mapping[str, Path]:
+        """End the files, and say where they are, by the names that they are to have in the export."""
+        ...
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """An entry of the table."""
+
+    name: str
+    reader: str
+    """Who reads it, and at which commit its loader was read."""
+    layout: str
+    """The names of its files, and what is in them: for people."""
+    checked: str
+    """With what our tests read it back."""
+    families: tuple[str, ...] = ()
+    """Of VAEs whose latents it takes, names in VAE_FAMILIES; none: it holds no latents, or any."""
+    needs: tuple[str, ...] = ("latents",)
+    """Columns that the dataset must have."""
+    takes: tuple[str, ...] = ()
+    """Tensors that it stores, too, where the dataset has them."""
+    names: Literal["needed", "used", ""] = ""
+    """Whether its files are called as the pictures are: the trainer finds them by it, or people do."""
+    files: Callable[[ExportRow], Mapping[str, bytes]] | None = None
+    """A row's files by name. The same row gives the same bytes."""
+    path: Callable[[ExportRow], str] | None = None
+    """The name of the first of them, from the plain columns alone: no two rows may have one."""
+    note: Callable[[ExportRow], Any] | None = None
+    """What ``finish`` is to know of a row, JSON."""
+    shard: Callable[[int, Path], ShardWriter] | None = None
+    """Instead of ``files``: begins the files of our shard of that number, in an empty local folder."""
+    finish: Callable[[Iterator[Any]], Iterable[tuple[str, Iterable[str]]]] | None = None
+    """Files for the whole export, name and text in pieces, from the notes of all rows in order."""
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The tensors that it reads."""
+        return tuple(name for name in (*self.needs, *self.takes) if name in TENSORS)
+
+
+TENSORS = ("image", "latents", "latents_std", "latents_flipped", "latents_std_flipped")
+"""Columns of a dataset that an export may read as tensors. Others that are none travel as they are."""
+
+
+def npy(array: npt.NDArray[Any]) -> bytes:
+    """A ``.npy`` file."""
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def jsonable(value: Any) -> Any:
+    """A column's value as JSON has it: null for numbers that JSON lacks, text for dates and the like, base64 for bytes."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, dict):
+        return {str(name): jsonable(inside) for name, inside in value.items()}
+    if isinstance(value, list):
+        return [jsonable(inside) for inside in value]
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def json_list(items: Iterator[str], before: str, after: str) -> Iterator[str]:
+    """A JSON list, an item a line, piece by piece: it may be longer than what memory holds."""
+    yield before
+    for at, item in enumerate(items):
+        yield (",\n" if at else "\n") + item
+    yield f"\n{after}"

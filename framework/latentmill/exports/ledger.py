@@ -1,0 +1,104 @@
+"""What an export has written, in ``.latentmill/`` of its folder: so that the same command passes over what is there and right.
+
+A file appears whole, under its name, or not at all. When all files of a shard are there, the shard's *mark* names them with their sizes: the next
+command looks at those, and reads the shard again only if one is missing or of another size. Files that no mark names, of an
+export that was killed, are compared with what would be written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from latentmill.errors import ExportError
+from latentmill.storage import Storage
+
+LEDGER = ".latentmill"
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True)
+class ShardMark:
+    """A shard whose files are all there."""
+
+    state: str
+    """Which rows of the shard were ok: it may be made again, with others."""
+    files: Mapping[str, int]
+    """Bytes by name."""
+    notes: list[Any]
+    """What the format's ``finish`` is to know of each row."""
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What of one format is there."""
+
+    store: Storage
+    format: str
+    below: str
+    """Where its files are: "" or a folder with a slash behind."""
+
+    def begin(self, about: Mapping[str, Any]) -> None:
+        """Say what is exported. Raises ExportError if the folder has been begun with another dataset, or otherwise."""
+        name = f"{LEDGER}/{self.format}.json"
+        text = (json.dumps({"format": self.format, **about}, indent=1) + "\n").encode()
+        if not self.store.create(name, text) and self.store.read(name) != text:
+            raise ExportError(
+                f"{self.store.url.rstrip('/')}/{name} is of another export to {self.format} (another dataset, or other "
+                "--names): choose another folder"
+            )
+
+    def mark(self, key: str) -> ShardMark | None:
+        """What has been written of a shard, or for the whole export; None if that is not known."""
+        try:
+            return ShardMark(**json.loads(self.store.read(self._mark_name(key))))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError):  # not as we write it: made anew
+            return None
+
+    def is_right(self, mark: ShardMark, state: str) -> bool:
+        """Whether all that a mark names is there still, in that size, of a shard in this state."""
+        return mark.state == state and all(self.store.size(self.below + n) == size for n, size in mark.files.items())
+
+    def settle(self, name: str, content: bytes | Path, ours: ShardMark | None) -> bool:
+        """See that a file is there with this content; False if it was. Raises ExportError if another is, and ``ours`` doesn't name it."""
+        name, what = self.below + name, str(content) if isinstance(content, Path) else content
+        if self.store.create(name, what):
+            return True
+        if self._is(name, content):
+            return False
+        if ours is None or name.removeprefix(self.below) not in ours.files:
+            raise ExportError(
+                f"{self.store.url.rstrip('/')}/{name} is there, and is not what {self.format} would write: "
+                "move it away, or choose another folder"
+            )
+        self.store.delete(name)
+        return self.store.create(name, what)
+
+    def close(self, key: str, mark: ShardMark, before: ShardMark | None) -> None:
+        """All files of a mark are there. Those that were there ``before`` and are no more are deleted."""
+        for name in (before.files if before else {}).keys() - mark.files.keys():
+            self.store.delete(self.below + name)
+        self.store.put(self._mark_name(key), json.dumps(vars(mark), ensure_ascii=False).encode())
+
+    def _mark_name(self, key: str) -> str:
+        return f"{LEDGER}/{self.format}/{key}.json"
+
+    def _is(self, name: str, content: bytes | Path) -> bool:
+        if isinstance(content, bytes):
+            return self.store.size(name) == len(content) and self.store.read(name) == content
+        if self.store.size(name) != content.stat().st_size:
+            return False
+        with self.store.open(name) as there, content.open("rb") as wanted:
+            return _same(there, wanted)
+
+
+def _same(there: BinaryIO, wanted: BinaryIO) -> bool:
+    while piece := wanted.read(_PIECE):
+        if there.read(len(piece)) != piece:
+            return False
+    return True

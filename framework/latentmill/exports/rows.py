@@ -1,0 +1,80 @@
+"""A finished dataset's rows, as exports are given them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+
+from latentmill.dataset import Dataset
+from latentmill.errors import ExportError, RowError, RunError
+from latentmill.exports.formats import TENSORS, ExportRow
+from latentmill.exports.spaces import VAEFamily, family_of
+from latentmill.plugin import tensors
+from latentmill.shards import data_name
+from latentmill.sources.images import SUFFIXES
+from latentmill.text import escaped
+
+NAMED_BY = ("file", "id")
+"""Columns that say what a picture is called, the first that a dataset has: ``source.keep=[file]``, ``source.id_column=path``."""
+NOT_READ = {*TENSORS, "video", "state:"}
+
+
+@dataclass
+class ExportSource:
+    """The dataset, and which of its columns says what the pictures are called."""
+
+    there: Dataset
+    names: str | None = None
+    """A column; None: the first of NAMED_BY that is there."""
+    columns: list[str] = field(init=False)
+    family: VAEFamily | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Raises ExportError if it is not finished, has no rows, or no column ``names``."""
+        url, plan = self.there.store.url, self.there.plan
+        if missing := len(self.there.missing()):
+            raise ExportError(f"{url} is not finished: {missing:,} of its {plan.shards:,} shards are missing")
+        self.columns = self.there.shard(0).about()[1].names
+        plain = [name for name in self.columns if name not in NOT_READ]
+        if self.names is None:
+            self.names = next((name for name in NAMED_BY if name in plain), None)
+        elif self.names not in plain:
+            raise ExportError(f"--names {self.names}: {url} has no such column; it has: {', '.join(plain)}")
+        self.family = family_of(plan.spec) if plan.spec is not None else None
+
+    def rows(self, shard: int, wanted: Sequence[str] = ()) -> Iterator[ExportRow]:
+        """The rows of a shard that are ok, in order, with these tensors. Raises RunError if one is damaged."""
+        read = [name for name in self.columns if name not in NOT_READ or name in wanted]
+        file, name = self.there.shard(shard), data_name(shard, self.there.sink)
+        count = file.about()[2]
+        for piece in file.read(read, range(count)):
+            if isinstance(piece, RowError):
+                raise RunError(f"{self.there.store.url}/{name}: {piece}; latentmill verify says what is wrong with it")
+            yield from self._rows(piece)
+
+    def _rows(self, table: pa.Table) -> Iterator[ExportRow]:
+        held = {f.name: tensors.from_arrow(table, f.name) for f in table.schema if tensors.is_tensor(f)}
+        for at, columns in enumerate(table.drop_columns([*held]).to_pylist()):
+            row_id = columns["row_id"]
+            source_row, _, sample = row_id.partition("-")
+            number = int(source_row) * self.there.plan.samples_per_row + int(sample)
+            picture = columns[self.names] if self.names is not None else row_id
+            of_row = {name: tensor[at] for name, tensor in held.items()}
+            yield ExportRow(number, row_id, self._name(picture, row_id), str(picture), columns, of_row, self.family)
+
+    def _name(self, picture: Any, row_id: str) -> str:
+        """The picture's path without suffix. Raises ExportError if it is none that a file can be made at."""
+        text = picture if isinstance(picture, str) else "" if picture is None else str(picture)
+        path = PurePosixPath(text)
+        if not path.name or path.is_absolute() or ".." in path.parts or not text.isprintable():
+            raise ExportError(
+                f"row {row_id}: its {self.names} is {escaped(text)!r:.100}, which is no path below a folder; "
+                "--names row_id takes the row's own name"
+            )
+        stem, suffix = os.path.splitext(path.as_posix())
+        return stem if suffix.lower() in SUFFIXES else path.as_posix()

@@ -1,0 +1,76 @@
+"""The table of formats, and which of them fit a dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+from latentmill.errors import ExportError
+from latentmill.exports.comfyui import COMFYUI
+from latentmill.exports.folder import PICTURE_FOLDER
+from latentmill.exports.formats import ExportFormat
+from latentmill.exports.research import EDM2, PIXART, REPA
+from latentmill.exports.spaces import family_of, space_in_words
+from latentmill.text import near
+
+if TYPE_CHECKING:  # to list formats takes none of them
+    from latentmill.plugin import LatentSpec
+
+EXPORT_FORMATS: dict[str, ExportFormat] = {
+    each.name: each
+    for each in (
+        EDM2,
+        REPA,
+        PIXART,
+        COMFYUI,
+        PICTURE_FOLDER,
+    )
+}
+"""By name. ``musubi-qwen`` may be called ``musubi`` where it is the only one of musubi's that takes a dataset's latents."""
+
+MADE_BY = {
+    "latents": "a job that ends with encode stores them (latentmill run encode)",
+    "latents_std": "run the job again with latents_std=true, into another output",
+    "image": "it holds pictures if its job ends with decode (latentmill run decode source.path=OUT)",
+    "label": "source.keep=[label] keeps such a column of the source",
+}
+"""How a dataset comes by a column."""
+
+
+def chosen(names: Sequence[str], columns: Collection[str], spec: LatentSpec | None, where: str) -> list[ExportFormat]:
+    """The formats of these names, each once. Raises ExportError, which says why, if the dataset at ``where`` is not for one."""
+    formats = [_named(name, spec, where) for name in dict.fromkeys(names)]
+    if not formats:
+        raise ExportError(f"--to names no format; there are: {', '.join(EXPORT_FORMATS)}")
+    for each in formats:
+        for column in each.needs:
+            if column not in columns:
+                raise ExportError(f"{each.name} needs {column}, and {where} has none: {MADE_BY[column]}")
+        if spec is not None and not _takes(each, spec):
+            raise ExportError(
+                f"{each.name} takes latents of {', '.join(each.families)}, and those of {where} are {space_in_words(spec)}"
+            )
+    return list(dict.fromkeys(formats))
+
+
+def _takes(each: ExportFormat, spec: LatentSpec) -> bool:
+    family = family_of(spec)
+    return not each.families or (family is not None and family.name in each.families)
+
+
+def _named(name: str, spec: LatentSpec | None, where: str) -> ExportFormat:
+    if name in EXPORT_FORMATS:
+        return EXPORT_FORMATS[name]
+    known = [each for each in EXPORT_FORMATS.values() if each.name.startswith(f"{name}-")]
+    if not known:
+        raise ExportError(
+            f"there is no format {name!r}{near(name, EXPORT_FORMATS)}; there are: {', '.join(EXPORT_FORMATS)}"
+        )
+    fitting = [each for each in known if spec is None or _takes(each, spec)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise ExportError(f"{name} is {' or '.join(each.name for each in fitting)}: write which")
+    assert spec is not None
+    takes = ", ".join(f"{each.name} of {' or '.join(each.families)}" for each in known)
+    raise ExportError(f"{name} takes latents ({takes}), and those of {where} are {space_in_words(spec)}")

@@ -1,0 +1,256 @@
+"""``latentmill export``: what research trainers, ComfyUI and ``datasets`` make of it, and that it is made once."""
+
+import csv
+import io
+import json
+import os
+
+import datasets
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from tests.outside.trainer_parts import PICTURES, files
+
+STD = "latents_std=true"
+
+
+def edm2(folder):
+    """Each file with its label, as EDM2's reader finds them: all .npy and pictures of the folder, and a label for each."""
+    names = sorted(
+        os.path.relpath(os.path.join(root, name), folder)
+        for root, _, there in os.walk(folder)
+        for name in there
+        if os.path.splitext(name)[1].lower() in Image.registered_extensions().keys() | {".npy"}
+    )
+    labels = json.loads((folder / "dataset.json").read_text())["labels"]
+    labels = None if labels is None else dict(labels)
+    return {name: (np.load(folder / name), labels and labels[name]) for name in names}
+
+
+def test_edm2_reads_the_posterior_as_the_vae_gave_it(trainers):
+    found = edm2(trainers.export(trainers.encode("sd", STD), "edm2"))
+    assert [*found] == [f"00000/img-mean-std-0000000{n}.npy" for n in range(3)]
+    two, label = found["00000/img-mean-std-00000000.npy"]
+    assert two.dtype == np.float32 and two.shape == (8, 1, 2) and label is None
+    np.testing.assert_allclose(two[:4, 0], [[2, -2], [3, -1], [4, 0], [5, 1]], atol=1e-6)
+    np.testing.assert_allclose(two[4:, 0], [[0.5, 0.5], [1.5, 1.5], [2.5, 2.5], [3.5, 3.5]], atol=1e-6)
+    tall, _ = found["00000/img-mean-std-00000002.npy"]
+    np.testing.assert_allclose(tall[1], [[3], [3], [-1]], atol=1e-6)  # sorted by name, the dog is before the cat
+
+
+def test_repa_reads_labels_that_a_source_s_column_has(trainers, tmp_path):
+    with (tmp_path / "list.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["image", "label"], ["pictures/a b.png", 7], ["pictures/cats/tom.png", 207]])
+    table = ["source=prompts", f"source.path={tmp_path / 'list.csv'}"]
+    unlabelled = trainers.encode("sd", STD, *table, "source.keep=[]", output="unlabelled")
+    assert trainers.refused(unlabelled, "repa").startswith("repa needs label, and ")
+    output = trainers.encode("sd", STD, *table, "source.keep=[label]")
+    folder = trainers.export(output, "repa,edm2")
+    for format in (folder / "repa" / "vae-sd", folder / "edm2"):
+        found = edm2(format)
+        assert [label for _, label in found.values()] == [7, 207]
+        assert found["00000/img-mean-std-00000001.npy"][0][0].tolist() == pytest.approx(np.array([[2], [2], [-2]]))
+
+
+def test_pixart_finds_each_picture_s_file_by_the_path_in_its_list(trainers):
+    folder = trainers.export(trainers.encode("sdxl", STD), "pixart")
+    listed = json.loads((folder / "data_info.json").read_text(encoding="utf-8"))
+    assert [item["path"] for item in listed] == ["a b.png", "cats/dog.v2.png", "cats/tom.png"]
+    assert listed[2] == {
+        "path": "cats/tom.png",
+        "ratio": 3.0,
+        "height": 24,
+        "width": 8,
+        "prompt": PICTURES["cats/tom.png"][1],
+    }
+    for item, red in zip(listed, ([[1, -1]], [[-1, 1, 1], [1, -1, -1]], [[1], [1], [-1]])):
+        name = "_".join(item["path"].rsplit("/", 1)).removesuffix(".png") + ".npy"
+        moments = np.load(folder / "img_sdxl_vae_features_256resolution_ms_new" / name)
+        mean, std = np.split(moments, 2)
+        np.testing.assert_allclose(mean[3], 2 * np.array(red) + 3, atol=1e-5)
+        np.testing.assert_allclose(std[3], np.full(np.shape(red), 3.5), atol=1e-5)
+    assert len(files(folder)) == 4
+
+
+def load_latent(path):
+    """As ComfyUI's node does."""
+    found = safetensors.torch.load_file(path)
+    return found["latent_tensor"].float() * (1.0 if "latent_format_version_0" in found else 1 / 0.18215)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+def test_comfyui_loads_latents_of_every_family_raw(trainers, family):
+    folder = trainers.export(trainers.encode(family), "comfyui")
+    assert [*files(folder)] == ["a b.latent", "cats/dog.v2.latent", "cats/tom.latent"]
+    latents = load_latent(folder / "cats" / "tom.latent")
+    assert latents.shape[0] == 1 and latents.shape[2:] == (3, 1)
+    assert latents[0, 3].flatten().tolist() == pytest.approx([5, 5, 1], abs=1e-5)
+
+
+def test_comfyui_loads_wan_s_with_an_axis_of_frames_and_the_statistics_of_each_channel_undone(trainers):
+    latents = load_latent(trainers.export(trainers.encode("wan"), "comfyui") / "a b.latent")
+    assert latents.shape == (1, 16, 1, 1, 2)
+    # Stored are 2 and -2 for channel 0, 5 and 1 for channel 3: times the spread of Wan's channel, and its mean added.
+    assert latents[0, 0].flatten().tolist() == pytest.approx([2 * 2.8184 - 0.7571, -2 * 2.8184 - 0.7571])
+    assert latents[0, 3].flatten().tolist() == pytest.approx([5 * 2.6558 + 0.1075, 2.6558 + 0.1075])
+
+
+def test_half_precision_goes_out_as_float32(trainers):
+    folder = trainers.export(trainers.encode("sd", "vae.dtype=bfloat16"), "comfyui")
+    latents = load_latent(folder / "a b.latent")
+    # 5 * 0.18215 = 0.91075 is 0.91015625 in bfloat16, of 8 bits
+    assert (
+        latents[0, 3, 0, 0].item() == pytest.approx(0.91015625 / 0.18215, rel=1e-6) and latents.dtype == torch.float32
+    )
+
+
+def test_datasets_reads_the_folder_of_pictures(trainers, tmp_path):
+    settings = ["vae.name=known", "cluster=inline", "source.keep=[file]", f"source.path={trainers.pictures}"]
+    output = tmp_path / "pictured"
+    assert trainers.latentmill("run", "reconstruct", *settings, f"output={output}") == 0, trainers.latentmill.said
+    folder = trainers.export(output, "folder")
+    loaded = datasets.load_dataset(
+        "imagefolder", data_dir=str(folder), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    found = {row["file"]: row for row in loaded}
+    assert {name: row["text"] for name, row in found.items()} == {
+        n: prompt or "" for n, (_, prompt) in PICTURES.items()
+    }
+    assert np.asarray(found["cats/tom.png"]["image"])[:, 0, 0].tolist() == [255] * 16 + [0] * 8
+    assert (folder / "cats" / "tom.txt").read_text(encoding="utf-8") == PICTURES["cats/tom.png"][1]
+    with Image.open(io.BytesIO(files(folder)["a b.png"])) as picture:
+        assert picture.format == "PNG" and picture.size == (16, 8)
+
+
+# ------------------------------------------------------------------------------------------------------- refused
+
+
+def test_what_a_dataset_is_not_for_is_said_before_anything_is_written(trainers):
+    plain, sdxl = trainers.encode("sd"), trainers.encode("sdxl", STD, "source.keep=null", output="sdxl")
+    assert trainers.refused(plain, "comfyui,edm2") == (
+        f"edm2 needs latents_std, and {plain} has none: run the job again with latents_std=true, into another output"
+    )
+    assert trainers.refused(sdxl, "edm2") == (
+        f"edm2 takes latents of sd, and those of {sdxl} are sdxl (Stable Diffusion XL, PixArt-Sigma)"
+    )
+    assert trainers.refused(plain, "folder").startswith(f"folder needs image, and {plain} has none: ")
+    assert "(it has no column file or id): make it with source.keep=[file]" in trainers.refused(sdxl, "pixart")
+    assert trainers.refused(plain, "pixarts").startswith("there is no format 'pixarts' (did you mean 'pixart'?); ")
+    assert "--names colour: " in trainers.refused(plain, "comfyui", "--names", "colour")
+
+
+def test_a_vae_of_no_known_family_is_told_by_its_numbers(trainers):
+    output = trainers.encode("sd", "vae.scale=0.5")
+    assert trainers.refused(output, "comfyui").endswith(
+        "are of no VAE that is known here (4 channels, 1/8 of the sides, scale 0.5, shift 0)"
+    )
+
+
+def test_rows_that_would_be_one_file_are_refused_and_told_apart_by_their_row_ids(trainers):
+    Image.new("RGB", (8, 8)).save(trainers.pictures / "a b.webp", lossless=True)
+    output = trainers.encode("sd")
+    assert trainers.refused(output, "comfyui").startswith(
+        "rows 000000000-000 and 000000001-000 would both be a b.latent: "
+    )
+    found = files(trainers.export(output, "comfyui", "--names", "row_id"))
+    assert [*found] == [f"00000000{n}-000.latent" for n in range(4)]
+
+
+@pytest.mark.parametrize("name", ["../tom", "/tom", "cats/../../tom", "a\nb", ""])
+def test_a_name_that_leads_out_of_the_folder_is_refused(trainers, tmp_path, name):
+    with (tmp_path / "list.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["image", "name"], ["pictures/a b.png", name], ["pictures/cats/tom.png", "tom"]])
+    output = trainers.encode("sd", "source=prompts", f"source.path={tmp_path / 'list.csv'}", "source.keep=[name]")
+    said = trainers.refused(output, "comfyui", "--names", "name")
+    assert said.startswith("row 000000000-000: its name is ") and not list(tmp_path.glob("tom*"))
+
+
+def test_a_dataset_that_is_not_finished_or_is_the_place_is_refused(trainers):
+    output = trainers.encode("sd")
+    assert "lies in the dataset" in trainers.refused(output, "comfyui", folder="encoded/export")
+    (output / "data" / "00001.parquet").rename(trainers.root / "away")
+    assert trainers.refused(output, "comfyui") == f"{output} is not finished: 1 of its 2 shards are missing"
+
+
+def test_latents_that_are_half_way_are_refused(latentmill, trainers, tmp_path):
+    job = ["run", "denoise", "cluster=inline", "sampling.until=0.5", "sampling.steps=2", "samples_per_row=1"]
+    assert latentmill(*job, "source=images", f"source.path={trainers.pictures}", "sampling.width=32",
+                      "sampling.height=32", f"output={tmp_path / 'half'}") == 0, latentmill.said  # fmt: skip
+    assert "half-way" in trainers.refused(tmp_path / "half", "comfyui")
+
+
+# ---------------------------------------------------------------------------------------------------------- once
+
+
+def test_the_same_command_writes_nothing_again_and_makes_what_is_lost_or_cut_short(trainers, latentmill):
+    output = trainers.encode("sd", STD)
+    folder = trainers.export(output, "edm2,comfyui")
+    assert latentmill.out.splitlines() == ["edm2: 4 files written", "comfyui: 3 files written"]
+    before = files(folder)
+    stamps = {path: path.stat().st_ino for path in folder.rglob("*.npy")}
+    trainers.export(output, "edm2,comfyui")
+    assert latentmill.out.splitlines() == [
+        "edm2: 0 files written, 4 were there",
+        "comfyui: 0 files written, 3 were there",
+    ]
+    assert {path: path.stat().st_ino for path in folder.rglob("*.npy")} == stamps
+    (folder / "edm2" / "00000" / "img-mean-std-00000001.npy").unlink()
+    cut = folder / "comfyui" / "a b.latent"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    trainers.export(output, "edm2,comfyui")
+    assert latentmill.out.splitlines() == [
+        "edm2: 1 file written, 3 were there",
+        "comfyui: 1 file written, 2 were there",
+    ]
+    assert files(folder) == before
+
+
+def test_a_file_of_somebody_else_stays(trainers, latentmill):
+    output = trainers.encode("sd")
+    stranger = trainers.root / "export" / "cats" / "tom.latent"
+    stranger.parent.mkdir(parents=True)
+    stranger.write_bytes(b"mine")
+    assert latentmill("export", output, trainers.root / "export", "--to", "comfyui") == 2
+    assert latentmill.err.endswith(
+        "cats/tom.latent is there, and is not what comfyui would write: move it away, or choose another folder\n"
+    )
+    assert stranger.read_bytes() == b"mine"
+    stranger.unlink()
+    assert len(files(trainers.export(output, "comfyui"))) == 3
+
+
+def test_another_dataset_s_export_is_not_mixed_with_this_one(trainers, latentmill):
+    trainers.export(trainers.encode("sd"), "comfyui")
+    other = trainers.encode("sdxl", output="other")
+    assert latentmill("export", other, trainers.root / "export", "--to", "comfyui") == 2
+    assert "is of another export to comfyui" in latentmill.err
+
+
+def test_a_shard_that_was_made_again_with_more_rows_is_exported_again(trainers, monkeypatch):
+    monkeypatch.setenv("ACME_BROKEN", "1")
+    output = trainers.encode("sd", STD)
+    folder = trainers.export(output, "edm2")
+    assert [*edm2(folder)] == [f"00000/img-mean-std-0000000{n}.npy" for n in (0, 2)]
+    monkeypatch.delenv("ACME_BROKEN")
+    trainers.encode("sd", STD, "--retry-failed")
+    assert len(edm2(trainers.export(output, "edm2"))) == 3
+
+
+def test_an_export_of_tars_is_that_of_parquet(trainers):
+    of = [trainers.export(trainers.encode("sd", STD, f"sink={sink}", output=sink), "edm2,comfyui", folder=f"to-{sink}")
+          for sink in ("parquet", "webdataset")]  # fmt: skip
+    assert files(of[0]) == files(of[1]) and len(files(of[0])) == 7
+
+
+def test_an_export_into_a_bucket_is_that_into_a_folder(trainers, bucket, latentmill):
+    output = trainers.encode("sd", STD)
+    local = files(trainers.export(output, "edm2"))
+    for _ in range(2):
+        assert latentmill("export", output, f"{bucket}/export", "--to", "edm2") == 0, latentmill.said
+    assert latentmill.out == "edm2: 0 files written, 4 were there\n"
+    from latentmill import storage
+
+    store = storage.at(f"{bucket}/export")
+    assert {name: store.read(name) for name in local} == local

@@ -1,0 +1,109 @@
+"""A VAE whose latents are worked out in the head, of any family of VAEs, and a folder of pictures for it."""
+
+import json
+
+from PIL import Image
+
+POINTS = "[latentmill.vaes]\nknown = acme_known:Known\n"
+CODE = '''
+import os
+import torch
+from torch.nn.functional import avg_pool2d
+from latentmill.plugin import VAE, LatentSpec
+
+
+class Known(VAE):
+    """Of a block of 8 x 8 pixels of one red, from -1 to 1, channel c is ``2 * red + c``, and its spread ``0.5 + c``: raw, before scale and shift."""
+
+    contract = 2
+
+    def __init__(self, channels: int = 4, scale: float = 0.18215, shift: float = 0.0, dtype: str = "float32", downscale: int = 8):
+        self.told = LatentSpec(channels, downscale, scale, shift, dtype, "known")
+
+    @property
+    def spec(self):
+        return self.told
+
+    def encode(self, images):
+        return self.posterior(images)[0]
+
+    def posterior(self, images):
+        red = avg_pool2d(images[:, :1], self.told.downscale)
+        channel = torch.arange(self.told.channels).reshape(1, -1, 1, 1)
+        if os.environ.get("ACME_BROKEN"):  # for pictures that begin black
+            red = red.masked_fill(red[:, :, :1, :1] < 0, float("nan"))
+        mean, std = 2 * red + channel, (0.5 + channel).expand(len(red), -1, *red.shape[2:])
+        return (mean - self.told.shift) * self.told.scale, std * self.told.scale
+
+    def decode(self, latents):
+        red = (latents[:, :1] / self.told.scale + self.told.shift) / 2
+        return red.repeat_interleave(8, 2).repeat_interleave(8, 3).expand(-1, 3, -1, -1)
+'''
+FAMILIES = {
+    "sd": {"channels": 4, "scale": 0.18215, "shift": 0.0},
+    "sdxl": {"channels": 4, "scale": 0.13025, "shift": 0.0},
+    "sd3": {"channels": 16, "scale": 1.5305, "shift": 0.0609},
+    "flux": {"channels": 16, "scale": 0.3611, "shift": 0.1159},
+    "wan": {"channels": 16, "scale": 1.0, "shift": 0.0},
+}
+PICTURES = {
+    "a b.png": ([[255, 0]], "two blocks"),
+    "cats/tom.png": ([[255], [255], [0]], 'a cat, ünder "quotes"'),
+    "cats/dog.v2.png": ([[0, 255, 255], [255, 0, 0]], None),
+}
+"""Pictures by name: of each block its red, and the prompt. In the order in which they are read."""
+
+
+def save(folder):
+    for name, (blocks, prompt) in PICTURES.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture = Image.new("RGB", (8 * len(blocks[0]), 8 * len(blocks)))
+        for y, line in enumerate(blocks):
+            for x, red in enumerate(line):
+                picture.paste((red, 0, 0), (8 * x, 8 * y, 8 * x + 8, 8 * y + 8))
+        picture.save(path)
+        if prompt is not None:
+            path.with_suffix(".txt").write_text(prompt, encoding="utf-8")
+    return folder
+
+
+class Trainers:
+    """``encode(FAMILY, *settings)``: the folder of a dataset of the pictures; ``export(OUT, FORMATS)``: the folder of its export."""
+
+    def __init__(self, latentmill, tmp_path):
+        self.latentmill, self.root, self.pictures = latentmill, tmp_path, save(tmp_path / "pictures")
+
+    def encode(self, family="sd", *settings, output="encoded"):
+        known = [f"vae.{name}={value}" for name, value in FAMILIES[family].items()]
+        job = ["run", "encode", "cluster=inline", "vae.name=known", *known, f"source.path={self.pictures}"]
+        keep = [] if any(each.startswith(("source.keep", "source=")) for each in settings) else ["source.keep=[file]"]
+        assert self.latentmill(*job, *keep, "rows_per_shard=2", *settings, f"output={self.root / output}") == 0, (
+            self.latentmill.said
+        )
+        return self.root / output
+
+    def export(self, output, formats, *options, folder="export"):
+        assert self.latentmill("export", output, self.root / folder, "--to", formats, *options) == 0, (
+            self.latentmill.said
+        )
+        return self.root / folder
+
+    def refused(self, output, formats, *options, folder="refused"):
+        """The one line that is said, when nothing is written."""
+        assert self.latentmill("export", output, self.root / folder, "--to", formats, *options) == 2, (
+            self.latentmill.said
+        )
+        assert not (self.root / folder).exists()
+        [line] = self.latentmill.err.splitlines()
+        return line.removeprefix("latentmill: ")
+
+
+def files(folder):
+    """The files of an export by their names, less what it remembers."""
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {name: content for name, content in sorted(found.items()) if not name.startswith((".latentmill/", ".tmp/"))}
+
+
+def marks(folder):
+    return [json.loads(path.read_text()) for path in sorted((folder / ".latentmill").rglob("*.json"))]
