@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "framework" / "latentmill"
 ORDER = """
-    failpoints errors text streams values plugin digests weights syntax ids identity fields registry schedulers batch columns checks storage
+    failpoints errors text streams values plugin digests weights syntax ids identity buckets pixels fields registry schedulers batch columns checks storage
     config parts plan shards shard_index dataset
     sources sinks
     stages verify exports

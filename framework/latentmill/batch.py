@@ -33,6 +33,11 @@ SCHEDULER_KEY = b"latentmill.scheduler"
 SPEC_KEY = b"latentmill.latents"
 """Metadata key of the latent space, on the field of a ``latents`` column."""
 
+SPACED = "latents", "latents_flipped"
+"""Columns of latents, whose fields say the space."""
+LATENTS = (*SPACED, "latents_std", "latents_std_flipped")
+"""Columns of one tensor shape: latents, and of what spread they are."""
+
 
 def from_dicts(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """A batch of our fields of ``rows``, with a field's default where a row doesn't say it."""
@@ -57,10 +62,10 @@ def concat(batches: Sequence[pa.Table]) -> pa.Table:
     return batch
 
 
-def with_latents(batch: pa.Table, latents: Any, spec: LatentSpec) -> pa.Table:
+def with_latents(batch: pa.Table, latents: Any, spec: LatentSpec, name: str = "latents") -> pa.Table:
     """The batch with its ``latents`` column and, in the field's metadata, the space that they are of."""
-    batch = tensors.with_tensor(batch, "latents", latents)
-    at = batch.schema.get_field_index("latents")
+    batch = tensors.with_tensor(batch, name, latents)
+    at = batch.schema.get_field_index(name)
     field = batch.schema.field(at)
     return batch.set_column(
         at, field.with_metadata({**field.metadata, SPEC_KEY: spec_to_json(spec).encode()}), batch.column(at)
@@ -134,14 +139,14 @@ def empty(
                 shown = spec.decoded if spec is not None and column == "source_image" else column
                 sides = (1, 1, 1, 3) if shown == "video" else (1, 1, 3)
                 batch = tensors.with_tensor(batch, column, torch.zeros(0, *sides, dtype=torch.uint8))
-            elif column in ("latents", "latents_std") and spec is not None:
+            elif column in LATENTS and spec is not None:
                 height, width = (sampling[side] or spec.downscale for side in ("height", "width"))
                 shape = spec.shape(height, width, 1 if spec.time_downscale else None)
                 dtype = torch.float32 if "time" in stage.adds else getattr(torch, spec.dtype)
                 zeros = torch.zeros(0, *shape, dtype=dtype)
                 batch = (
-                    with_latents(batch, zeros, spec)
-                    if column == "latents"
+                    with_latents(batch, zeros, spec, column)
+                    if column in SPACED
                     else tensors.with_tensor(batch, column, zeros)
                 )
     return batch

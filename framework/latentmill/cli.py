@@ -16,6 +16,8 @@ from latentmill.errors import JobError, LatentmillError, PlanError
 from latentmill.streams import guard
 from latentmill.text import escaped, plural
 
+BUCKETS_A_LINE = 8
+
 # A command imports what it needs when it is run: --help, plugins and status take neither torch nor Hydra nor Ray.
 
 MANY_SHARDS = 20_000
@@ -155,6 +157,12 @@ def _plan(options: Any) -> int:
     print(f"{'libraries':<13} {', '.join(f'{name} {version}' for name, version in plan.libraries.items())}")
     if beside := [f"{column.name} {column.type}" for column in plan.columns.schema()]:
         print(f"{'columns':<13} {', '.join(beside)}")
+    if job.size is not None:
+        found, of = parts.bucket_counts(job, built, plan.fragments)
+        counts = [f"{bucket} {count:,}" for bucket, count in found.most_common()]
+        for start in range(0, len(counts) or 1, BUCKETS_A_LINE):
+            print(f"{'' if start else 'buckets':<13} {', '.join(counts[start : start + BUCKETS_A_LINE])}")
+        print(f"{'':<13} {of}")
     print(f"hash     {plan.hash}")
     for line in [
         *parts.notices(built),

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 
-from latentmill.fields import BESIDE, BY_NAME, IN_JOB, arrow, meaning, parse
+from latentmill.fields import BESIDE, BY_NAME, IN_JOB, NOT_RESERVED, arrow, meaning, parse
 from latentmill.plugin import Denoiser, Plugin, RowError, RowField, Source
 from latentmill.plugin.stage import named
 from latentmill.registry import called
@@ -135,7 +135,7 @@ def reserved(name: str) -> str:
         return "a field of every row"
     if name in IN_JOB:
         return "a key of sampling"
-    if any(named(name, column) for column in BESIDE):
+    if name not in NOT_RESERVED and any(named(name, column) for column in BESIDE):
         return "a column of ours"
     return ""
 

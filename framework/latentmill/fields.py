@@ -200,6 +200,8 @@ BESIDE = {
     "state": _OF_BATCHES["state:"],
 }
 """What columns mean that are no fields: those of batches, and what sinks make of them."""
+NOT_RESERVED = frozenset(column.name for column in BATCH_COLUMNS if not column.reserved)
+"""Those of them whose names a source's column may have, in a job that has none of ours."""
 
 JOB = (
     RowField("max_pixels", pa.int64(), "the most that a row's width times height may be", default=1 << 24, least=1),

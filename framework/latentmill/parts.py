@@ -10,6 +10,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, get_args
 
 from latentmill import registry, syntax
+from latentmill.buckets import Size
 from latentmill.errors import PlanError, PluginError
 from latentmill.plugin import (
     VAE,
@@ -20,6 +21,7 @@ from latentmill.plugin import (
     LatentSpec,
     Plugin,
     Prediction,
+    RowError,
     Scheduler,
     Sink,
     Source,
@@ -101,7 +103,7 @@ def parts(job: Job) -> Parts:
         return getattr(built, kind)
 
     choices = {kind: getattr(job, kind) for kind in PARTS if getattr(job, kind) is not None}
-    built.flow = declarations(built.stages, build, job.sampling, job.latents_std, choices)
+    built.flow = declarations(built.stages, build, job.sampling, job.latents_std, choices, job.size)
     for wrong in _wrong_flow(job, built):
         raise PlanError(f"{job.name}: {wrong}")
     for stage in built.flow:
@@ -114,6 +116,8 @@ def parts(job: Job) -> Parts:
     with registry.asking(built.source):
         stored = built.source.latent_spec()
     spec = stored if built.vae is None else built.vae.spec
+    if job.size is not None:
+        _check_size(job, Size.of(job.size), built.source, stored, spec)
     if built.denoiser is not None and spec is not None:
         with registry.asking(built.denoiser):
             try:
@@ -136,6 +140,7 @@ def declarations(
     sampling: Mapping[str, Any],
     latents_std: bool = False,
     choices: Mapping[str, Mapping[str, Any]] | None = None,
+    size: Mapping[str, Any] | None = None,
 ) -> tuple[Declaration, ...]:
     """What each stage, by its name in the job, says that it is in this flow: asked from the last to the first, and once more from the first to the last.
 
@@ -151,6 +156,7 @@ def declarations(
             after=found[at + 1 :],
             sampling=dict(sampling),
             latents_std=latents_std,
+            size=size,
             choices=choices or {},
             build=build,
         )
@@ -181,6 +187,25 @@ def _wrong_flow(job: Job, built: Parts) -> Iterator[str]:
         yield f"sampling.until leaves latents half-way, so flow must end with denoise, write, not {names}"
     if job.latents_std and "latents_std" not in last:
         yield f"latents_std is of latents as they were encoded, so flow must end with encode, write, not {names}"
+    if job.size and job.size.get("flip") and "latents_flipped" not in last:
+        yield f"size.flip is of latents as they were encoded, so flow must end with encode, write, not {names}"
+
+
+def _check_size(job: Job, size: Size, source: Source, stored: LatentSpec | None, spec: LatentSpec | None) -> None:
+    """Tell the source how to open pictures. Raises PlanError if they can't be brought to these sizes."""
+    name = job.source["name"]
+    if stored is not None:
+        raise PlanError(f"{job.name}: size is for pictures, and source {name} gives latents")
+    if size.pixels not in source.pixel_ways:
+        raise PlanError(
+            f"{job.name}: source {name} opens pictures as {' or '.join(source.pixel_ways)}, so size.pixels can't be {size.pixels}"
+        )
+    source.pixels = size.pixels
+    of = spec.downscale if spec is not None else 1
+    if wrong := next((bucket for bucket in size.sides() if bucket[0] % of or bucket[1] % of), None):
+        raise PlanError(
+            f"{job.name}: size: buckets of {wrong[0]}x{wrong[1]} are no multiples of {of}, as the VAE needs"
+        )
 
 
 def _check_grid(job: Job, denoiser: Denoiser, scheduler: Scheduler, spec: LatentSpec) -> None:
@@ -255,6 +280,40 @@ def foreign_prompts(job: Job, built: Parts, fragments: Sequence[Fragment]) -> li
             found.update(f"negative_prompt: {line}" for line in syntax.told(negative or "", reads))
     first = "first " * (looked_at == READ_BY_PLAN)
     return [f"{rows:,} of the {first}{looked_at:,} rows: {line}" for line, rows in found.most_common()]
+
+
+SIZES_READ = 10_000
+"""Pictures whose size ``plan`` looks at, at most."""
+
+
+def bucket_counts(job: Job, built: Parts, fragments: Sequence[Fragment]) -> tuple[Counter[str], str]:
+    """How many pictures of the source get which bucket, as ``832x1216``, and of how many in words. Reads their headers alone.
+
+    Of a source of more than SIZES_READ rows an even share of each fragment's first. Of several areas each picture has a bucket.
+    """
+    assert job.size is not None
+    size, total = Size.of(job.size), sum(fragment.rows for fragment in fragments)
+    found: Counter[str] = Counter()
+    looked_at = pictures = reached = 0
+    with registry.asking(built.source):
+        for fragment in fragments:
+            reached += fragment.rows
+            share = min(fragment.rows, reached * min(total, SIZES_READ) // total - looked_at)
+            looked_at += share
+            for row in built.source.sizes(fragment.name, 0, share):
+                if isinstance(row, RowError) or row.get("image") is None:
+                    continue
+                pictures += 1
+                sides, own = row["image"], (row.get("width"), row.get("height"))
+                for sample in range(len(size.area)):
+                    try:
+                        width, height = size.fit(sides[0], sides[1], sample).bucket if own == (None, None) else own
+                        found[f"{width}x{height}"] += 1
+                    except RowError:
+                        found["too small"] += 1
+    areas = f", each at {len(size.area)} areas" if len(size.area) > 1 else ""
+    among = f" of the {looked_at:,} rows looked at" if looked_at < total else f" of {total:,} rows"
+    return found, f"{pictures:,} pictures{among}{areas}"
 
 
 @discreet

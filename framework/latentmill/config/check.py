@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from latentmill import registry, storage, values
+from latentmill.buckets import Size
 from latentmill.config.messages import near_key
 from latentmill.config.schema import (
     CLUSTERS,
@@ -134,6 +135,7 @@ def _wrong(job: Job) -> Iterator[str]:
         yield f"{size} are {pixels} pixels, more than sampling.max_pixels={sampling['max_pixels']} allows"
     if (width is None) != (height is None):
         yield "sampling.width and sampling.height must be given together, or neither"
+    yield from _wrong_size(job)
     for key, text in [
         ("output", job.output),
         ("prompt_cache", job.prompt_cache),
@@ -204,6 +206,26 @@ def _wrong(job: Job) -> Iterator[str]:
             grids.choose(grid)
         except ValueError as error:
             yield f"scheduler.grid: {error}"
+
+
+def _wrong_size(job: Job) -> Iterator[str]:
+    if job.size is None:
+        return
+    try:
+        size = Size.of(job.size)
+    except ValueError as error:
+        yield str(error)
+        return
+    most = job.sampling["max_pixels"]
+    if large := [f"{width}x{height}" for width, height in size.sides() if width * height > most]:
+        yield f"size: buckets of {large[0]} pixels are larger than sampling.max_pixels={most} allows"
+    if job.sampling["width"] is not None or job.sampling["height"] is not None:
+        yield "size gives each picture the size of its bucket: leave sampling.width and sampling.height out"
+    if job.samples_per_row % len(size.area):
+        yield (
+            f"size.area has {len(size.area)} areas, and sample k of a row is of the k-th: samples_per_row must be "
+            f"{len(size.area)} or a multiple, not {job.samples_per_row}"
+        )
 
 
 def _wrong_place(folder: str) -> Iterator[str]:

@@ -52,7 +52,7 @@ def parse(overrides: Sequence[str]) -> tuple[list[str], list[Assignment]]:
         if sign == "~":
             choices.append(f"~{key}" + ("" if text is None else f"={_quoted(text)}"))
         elif value and not re.search(r"[@/:]", key):
-            plugin = re.match(rf"(model|{'|'.join(registry.KINDS)})\.\w|stages\.\w+\.settings(\.\w|$)", key)
+            plugin = re.match(rf"(model|size|{'|'.join(registry.KINDS)})\.\w|stages\.\w+\.settings(\.\w|$)", key)
             assignments.pop(key, None)  # the last one counts, in its place
             assignments[key] = Assignment(key, text, bool(sign or plugin) or text[:1] == "{")
         elif key in GROUPS and re.fullmatch(r"null|true|false|[-+.\d]*|\[.*\]", text):
@@ -85,6 +85,8 @@ def assign(config: DictConfig, assignment: Assignment) -> None:
     of_stage = path[0] == "stages" and len(path) > 2 and path[1] in names(raw.get("flow"))
     if of_stage and path[1] not in raw["stages"]:
         OmegaConf.update(config, f"stages.{path[1]}", StageKeys(), force_add=True)
+    if path[0] == "size" and len(path) > 1 and raw["size"] is None:
+        OmegaConf.update(config, "size", {}, merge=False)
     hint: Any = str
     if values.ambiguous(assignment.text):
         hint = _hint(path, raw)

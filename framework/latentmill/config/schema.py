@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, get_type_hints
 from omegaconf import MISSING, OmegaConf
 
 from latentmill import registry, values
+from latentmill.buckets import Size
 from latentmill.fields import IN_JOB, python_type
 from latentmill.plugin import RowField
 
@@ -111,6 +112,7 @@ class Schema:
     flow: list[Any] = MISSING
     latents_std: bool = False
     prompt_cache: str | None = None
+    size: dict[str, Any] | None = None
     source: dict[str, Any] = MISSING
     sink: dict[str, Any] = MISSING
     model: dict[str, Any] = field(default_factory=dict)
@@ -144,6 +146,8 @@ class Job:
     latents_std: bool
     prompt_cache: str | None
     """A folder or a URL where encoded prompts are kept from run to run."""
+    size: dict[str, Any] | None
+    """How each picture is brought to a size of its own (``latentmill.buckets``); None: to ``sampling``'s."""
     source: dict[str, Any]
     sink: dict[str, Any]
     model: dict[str, Any]
@@ -179,6 +183,7 @@ class Job:
             "sampling": self.sampling,
             **({"model": config["model"]} if config["model"] else {}),
             **({"latents_std": True} if self.latents_std else {}),
+            **({} if self.size is None else {"size": Size.of(self.size).about()}),
             **{kind: config[kind] for kind in registry.KINDS if kind in config},
         }
         stages: dict[str, Any] = {}

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from latentmill.errors import RowError
 from latentmill.plugin.contract import Plugin, RowField
@@ -40,6 +40,11 @@ class Source(Plugin, ABC):
 
         return pa.schema([])
 
+    pixel_ways: ClassVar[Sequence[str]] = ("ours",)
+    """The ways in which it can open a picture: ``ours`` is upright and on white; ``kohya`` and ``musubi`` are those trainers' own."""
+    pixels: str = "ours"
+    """The way in which the job wants them opened, one of ``pixel_ways``. The framework sets this before ``fragments``."""
+
     id_column: str | None = None
     """The column with the rows' own ids, if the job declares one (by a setting of this name, as a rule)."""
 
@@ -54,7 +59,7 @@ class Source(Plugin, ABC):
         The same rows whenever and in whatever company they are asked for: some are read twice, and compared.
 
         Keys that mean something: the fields of ``docs/fields.md`` and ``job_fields``; ``image``, a uint8 RGB array
-        ``[H, W, 3]``; ``mask``, one of its size, light where the picture is to be inpainted; ``latents``, a float array
+        ``[H, W, 3]`` (with ``pixels`` of musubi ``[H, W, 4]`` of one with alpha); ``mask``, one of its size, light where the picture is to be inpainted; ``latents``, a float array
         ``[C, h, w]`` of the space that ``latent_spec`` names, and with half-way ones ``time``, ``trajectory`` and ``state`` as our
         own job stored them; with ``id_column``, ``id``, text that no other row has, from which the row's seed is hashed;
         ``kept``, a dict of the columns in ``self.kept``: Python values or ``pa.Scalar``, text for any type that Arrow reads from
@@ -100,6 +105,13 @@ class Source(Plugin, ABC):
         """Prompt and negative prompt of a fragment's rows, in order; None for one that a row doesn't have or that is bad.
 
         Asked by ``plan``, to look for what no text encoder reads. No picture may be decoded for it. Without, it doesn't look.
+        """
+        return iter(())
+
+    def sizes(self, fragment: str, start: int, stop: int) -> Iterator[Mapping[str, Any] | RowError]:
+        """As ``read``, but of ``image`` the width and height that it would have, and of other keys ``width`` and ``height`` alone.
+
+        Asked by ``plan`` of a job with ``size``, to count its buckets. No picture may be decoded for it. Without, it doesn't count.
         """
         return iter(())
 

@@ -28,6 +28,8 @@ class BatchColumn:
     way: str
     """From which stage to which."""
     meaning: str
+    reserved: bool = True
+    """Whether no job may keep a column of its source under this name; if not, none in which a stage adds it."""
 
 
 BATCH_COLUMNS = (
@@ -54,6 +56,39 @@ BATCH_COLUMNS = (
         "tensor as latents",
         "encode to write, where the job asks for it",
         "the standard deviation of the latents' posterior",
+    ),
+    BatchColumn(
+        "latents_flipped",
+        "tensor as latents",
+        "encode to write, where size.flip asks for it",
+        "the latents of the mirrored picture",
+    ),
+    BatchColumn(
+        "latents_std_flipped",
+        "tensor as latents",
+        "as latents_flipped, with latents_std",
+        "the standard deviation of latents_flipped's posterior",
+    ),
+    BatchColumn(
+        "original_size",
+        "list of 2 int32",
+        "read to the dataset, where the job has size",
+        "width and height of the picture as it was opened",
+        reserved=False,
+    ),
+    BatchColumn(
+        "crop_ltrb",
+        "list of 4 float64",
+        "as original_size",
+        "left, top, right and bottom of what was cut out of the scaled picture, in its pixels; with size.pixels=kohya what kohya calls so",
+        reserved=False,
+    ),
+    BatchColumn(
+        "bucket",
+        "list of 2 int32",
+        "as original_size",
+        "width and height that the picture was brought to",
+        reserved=False,
     ),
     BatchColumn("state:", "tensor", "beside half-way latents only", "half-way latents: what the scheduler remembers"),
     BatchColumn(
@@ -130,6 +165,8 @@ class StageContext:
     """The job's ``sampling``: what a row is made with that doesn't say otherwise."""
     latents_std: bool = False
     """Whether the job asks for the standard deviation of encoded latents."""
+    size: Mapping[str, Any] | None = None
+    """The job's ``size``: how each picture is brought to a size of its own; None: to ``sampling``'s, or it keeps its own."""
     choices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """What the job says of each kind of plugin: ``choices["scheduler"]["name"]``. Nothing is built for it."""
     plan: Any = None

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentmill import failpoints
-from latentmill.batch import SPEC_KEY, STATE_PREFIX
+from latentmill.batch import LATENTS, SPACED, SPEC_KEY, STATE_PREFIX
 from latentmill.fields import HALFWAY
 from latentmill.plugin import OpenSideFile, RowError, Sink, tensors
 from latentmill.sinks.picture_files import PictureFiles, decode
@@ -46,7 +46,7 @@ class Parquet(Sink):
     """A Parquet file a shard.
 
     ``image`` becomes a struct of file ``bytes`` and ``path``, ``video`` a list of such, a frame each; ``latents`` a list of numbers, with its ``shape`` beside.
-    ``latents_std`` are stored likewise. Latents are float16 or float32; bfloat16 is stored as float32, and the field's metadata remembers. The list is never of
+    ``latents_std`` and flipped ones are stored likewise. Latents are float16 or float32; bfloat16 is stored as float32, and the field's metadata remembers. The list is never of
     fixed size, since another shard's latents may be of another, and ``datasets`` wants one type. The space of the latents stands in the file's metadata.
     What a scheduler remembers of half-way latents becomes the column ``state``. Other tensors are left out, all other columns kept. The same rows give the same bytes.
     """
@@ -87,9 +87,10 @@ class Parquet(Sink):
                 columns += [lists, pa.array([list(latents.shape[1:])] * len(latents), pa.list_(pa.int32()))]
                 if SPEC_KEY in about:
                     metadata[SPEC_KEY] = about[SPEC_KEY]
-            elif field.name == "latents_std":
-                columns.append(_lists(tensors.from_arrow(batch, "latents_std")))
-                fields.append(pa.field("latents_std", columns[-1].type))
+            elif field.name in LATENTS:
+                columns.append(_lists(tensors.from_arrow(batch, field.name)))
+                kept = {tensors.DTYPE_KEY: (field.metadata or {})[tensors.DTYPE_KEY]} if field.name in SPACED else None
+                fields.append(pa.field(field.name, columns[-1].type, metadata=kept))
         if HALFWAY.names[0] in batch.column_names:
             fields.append(pa.field("state", STATE))
             columns.append(_states(batch))
@@ -144,14 +145,14 @@ class Parquet(Sink):
                 field = pa.field("image", pa.list_(pa.uint8()), nullable=False)
             elif field.name == "video" and pa.types.is_list(field.type) and pa.types.is_struct(field.type.value_type):
                 field = pa.field("video", pa.list_(pa.uint8()), nullable=False)
-            elif field.name in ("latents", "latents_std"):
+            elif field.name in LATENTS:
                 if "shape" not in stored.names:
                     continue
                 _require_lists(field, pa.types.is_floating)
                 _require_lists(stored.field("shape"), pa.types.is_integer)
                 about = {
                     **(field.metadata or {}),
-                    **({SPEC_KEY: spec} if spec and field.name == "latents" else {}),
+                    **({SPEC_KEY: spec} if spec and field.name in SPACED else {}),
                 }
                 field = pa.field(field.name, pa.list_(field.type.value_type), metadata=about)
             elif field.name == "shape" and "latents" in stored.names:
@@ -173,7 +174,7 @@ class Parquet(Sink):
         stored = opened(file)
         names, metadata = stored.schema_arrow.names, stored.schema_arrow.metadata or {}
         wanted = names if columns is None else [n.removesuffix(":") for n in columns if n.removesuffix(":") in names]
-        if {"latents", "latents_std"} & {*wanted} and "shape" not in wanted:
+        if {*LATENTS} & {*wanted} and "shape" not in wanted:
             wanted = [*wanted, "shape"]
         start = 0
         for group in range(stored.num_row_groups):
@@ -234,7 +235,7 @@ def _bytes(shard: pa.Table) -> int:
     total = 0
     if "image" in shard.column_names:
         total += pc.sum(pc.binary_length(pc.struct_field(shard.column("image"), "bytes"))).as_py() or 0
-    for name in ("latents", "latents_std"):
+    for name in LATENTS:
         if name not in shard.column_names:
             continue
         column = shard.column(name)
@@ -254,8 +255,7 @@ def _scalars(table: pa.Table) -> pa.Table:
     stored = {
         "image",
         "video",
-        "latents",
-        "latents_std",
+        *LATENTS,
         "state",
         *(["shape"] if "shape" in table.column_names else []),
     }
@@ -273,7 +273,7 @@ def _tensors(table: pa.Table) -> Iterator[dict[str, Tensor] | RowError]:
                 found["image"] = decode(columns["image"][at].as_py()["bytes"])
             if "video" in columns:
                 found["video"] = _clip(columns["video"][at].as_py())
-            for name in ("latents", "latents_std"):
+            for name in LATENTS:
                 if name in columns:
                     found[name] = _latents(columns[name][at].values, columns["shape"][at].as_py(), dtypes[name])
             for state in (columns["state"][at].as_py() or ()) if "state" in columns else ():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from latentmill.batch import spec_from_json, with_latents
+from latentmill.batch import SPACED, spec_from_json, with_latents
 from latentmill.plugin import RowError, tensors
 
 if TYPE_CHECKING:  # who reads no tensors takes no torch
@@ -55,8 +55,8 @@ def _with_tensors(table: pa.Table, run: list[Mapping[str, Tensor]], spec: bytes 
 
     for name in run[0]:
         tensor = torch.stack([row[name] for row in run])
-        if name == "latents" and spec is not None:
-            table = with_latents(table, tensor, spec_from_json(spec))
+        if name in SPACED and spec is not None:
+            table = with_latents(table, tensor, spec_from_json(spec), name)
         else:
             table = tensors.with_tensor(table, name, tensor)
     return table

@@ -21,7 +21,8 @@ import numpy as np
 import pyarrow as pa
 
 from latentmill import failpoints
-from latentmill.batch import SPEC_KEY, STATE_PREFIX
+from latentmill.batch import LATENTS, SPACED, SPEC_KEY, STATE_PREFIX
+from latentmill.fields import meaning
 from latentmill.plugin import OpenSideFile, RowError, Sink, tensors
 from latentmill.sinks.picture_files import PictureFiles, decode
 from latentmill.sinks.rebuild import batches
@@ -58,8 +59,8 @@ BLOCK, RECORD = 512, 20 * 512
 class WebDataset(Sink):
     """A tar a shard. Of the row ``000000007-000`` it holds ``000000007-000.png`` (or ``.webp``, ``.jpg``), ``.txt`` and ``.json``.
 
-    ``.txt`` is the prompt, ``.json`` all other columns (numbers that JSON lacks are null there), ``.latents.npy`` and
-    ``.latents_std.npy`` latents, ``.video.npy`` a clip, uint8 [T, H, W, 3], ``.state.NAME.npy`` what a scheduler remembers. bfloat16 is stored as float32, and the index
+    ``.txt`` is the prompt, ``.json`` all other columns (numbers that JSON lacks are null there), ``.latents.npy``,
+    ``.latents_std.npy``, ``.latents_flipped.npy`` and ``.latents_std_flipped.npy`` latents, ``.video.npy`` a clip, uint8 [T, H, W, 3], ``.state.NAME.npy`` what a scheduler remembers. bfloat16 is stored as float32, and the index
     remembers. Other tensors are left out. The same rows give the same bytes.
     """
 
@@ -83,7 +84,7 @@ class WebDataset(Sink):
                 suffix = self.pictures.extension.removeprefix(".")
                 contents = self.pictures.encode(tensors.from_arrow(batch, "image"))
                 found = [{"column": "image", "suffix": suffix, "dtype": "uint8", "content": c} for c in contents]
-            elif field.name in ("latents", "latents_std", "video") or field.name.startswith(STATE_PREFIX):
+            elif field.name in (*LATENTS, "video") or field.name.startswith(STATE_PREFIX):
                 found = _arrays(field.name, tensors.from_arrow(batch, field.name))
             else:
                 continue
@@ -159,7 +160,7 @@ class WebDataset(Sink):
         for column in dict.fromkeys(STATE_PREFIX if c.startswith(STATE_PREFIX) else c for c in dtypes):
             dtype = dtypes.get(column, "float64")
             about = {tensors.DTYPE_KEY: dtype.encode()}
-            if column == "latents" and SPEC_KEY in stored.metadata:
+            if column in SPACED and SPEC_KEY in stored.metadata:
                 about[SPEC_KEY] = stored.metadata[SPEC_KEY]
             number = pa.float32() if dtype == "bfloat16" else pa.from_numpy_dtype(dtype)
             fields.append(pa.field(column, pa.list_(number), nullable=False, metadata=about))
@@ -174,8 +175,8 @@ class WebDataset(Sink):
                 found["latents.npy"] = "the latents, channels first"
             elif name == "video":
                 found["video.npy"] = "the clip, uint8 [frames, height, width, 3]"
-            elif name == "latents_std":
-                found["latents_std.npy"] = "the standard deviation of the latents' posterior"
+            elif name in LATENTS:
+                found[f"{name}.npy"] = meaning(name)
             elif name == STATE_PREFIX:
                 found["state.NAME.npy"] = "half-way latents: what the scheduler remembers"
             elif name != "prompt":

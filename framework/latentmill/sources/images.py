@@ -15,8 +15,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from latentmill.buckets import PIXEL_WAYS
 from latentmill.plugin import Fragment, RowError, Source
 from latentmill.sources import are_small, changed, fingerprint, locate, open_file
+from latentmill.sources.picture_sizes import read_size
 from latentmill.sources.pictures import MAX_PIXELS, read_picture
 from latentmill.sources.text import MARKS
 from latentmill.text import escaped
@@ -52,6 +54,7 @@ class Images(Source):
     """
 
     contract = 2
+    pixel_ways = PIXEL_WAYS
 
     def __init__(
         self, path: str, max_pixels: int = MAX_PIXELS, follow_links: bool = False, id_column: str | None = None
@@ -92,7 +95,8 @@ class Images(Source):
         for name in _run(str(folder), self.follow_links, fragment)[start:stop]:
             at = name
             try:
-                row: dict[str, Any] = {"image": read_picture(folder, name, self.max_pixels, self.follow_links)}
+                picture = read_picture(folder, name, self.max_pixels, self.follow_links, self.pixels)
+                row: dict[str, Any] = {"image": picture}
                 if caption := self._caption(name):
                     at = caption
                     row["prompt"] = self._prompt(folder, caption)
@@ -103,6 +107,14 @@ class Images(Source):
                 yield row
             except RowError as error:
                 yield RowError(f"{escaped(at)}: {error}")
+
+    def sizes(self, fragment: str, start: int, stop: int) -> Iterator[Mapping[str, Any] | RowError]:
+        folder = locate(self.path)
+        for name in _run(str(folder), self.follow_links, fragment)[start:stop]:
+            try:
+                yield {"image": read_size(folder, name, self.max_pixels, self.follow_links, self.pixels)}
+            except RowError as error:
+                yield RowError(f"{escaped(name)}: {error}")
 
     def changed(self, fragment: Fragment) -> bool:
         _listing.cache_clear()

@@ -11,10 +11,9 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 from PIL import ExifTags, Image, ImageCms, ImageFile, TiffImagePlugin, UnidentifiedImageError
 from PIL.TiffImagePlugin import (
     BITSPERSAMPLE,
@@ -28,11 +27,9 @@ from PIL.TiffImagePlugin import (
     TILEWIDTH,
 )
 
+from latentmill.pixels import Pixels
 from latentmill.plugin import RowError
 from latentmill.sources import open_file
-
-Pixels: TypeAlias = npt.NDArray[np.uint8]
-"""RGB, ``[H, W, 3]``."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 """What is decoded, going by the contents. All else that Pillow can read stays shut: every format is a way to attack."""
@@ -41,17 +38,21 @@ MAX_PIXELS = 89_478_485
 """What a picture may have unless a job says otherwise: a quarter of a gibibyte in RGB, as Pillow warns from on."""
 
 
-def read_picture(folder: Path, name: str, max_pixels: int = MAX_PIXELS, follow_links: bool = False) -> Pixels:
+def read_picture(
+    folder: Path, name: str, max_pixels: int = MAX_PIXELS, follow_links: bool = False, way: str = "ours"
+) -> Pixels:
     """Decode the file ``name`` inside ``folder``. Raises RowError if it can't be, or would lie outside."""
     with open_file(folder, name, follow_links) as file:
-        return decode(file, max_pixels)
+        return decode(file, max_pixels, way)
 
 
-def decode(file: BinaryIO | bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
+def decode(file: BinaryIO | bytes, max_pixels: int = MAX_PIXELS, way: str = "ours") -> Pixels:
     """A picture's pixels: frame 0, turned as its EXIF says, transparency laid on white, samples scaled to 8 bits.
 
     Raises RowError for anything that isn't a whole picture of the FORMATS, has more than ``max_pixels``, or is of a kind
     that Pillow is known to misread. CMYK goes through the picture's ICC profile if it has one; other profiles are ignored.
+
+    In the ``way`` of kohya or musubi: not turned, and RGB by Pillow's ``convert`` (of musubi, RGBA stays so, ``[H, W, 4]``).
     """
     if isinstance(file, bytes):
         file = io.BytesIO(file)
@@ -61,7 +62,7 @@ def decode(file: BinaryIO | bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
     file.seek(0)
     tiff: Mapping[int, Any] = {}
     try:
-        with _pillow(max_pixels):
+        with pillow(max_pixels):
             if head.startswith(PNG):
                 _check_png(file)
             elif head.startswith(TIFF):
@@ -79,6 +80,9 @@ def decode(file: BinaryIO | bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
                 image.load()  # verify() passes a truncated JPEG
                 if image.format == "PNG" and (image.info.get("interlace") or not any(_last_line(image))):
                     _check_png(file, lines=True)
+                if way != "ours":
+                    plain = ("RGB", "RGBA") if way == "musubi" else ("RGB",)
+                    return np.array(image if image.mode in plain else image.convert("RGB"))
                 rgb = _rgb(image, layout, tiff)
                 if frame is not None and image.format in ("GIF", "WEBP"):
                     rgb = _on_canvas(rgb, frame)
@@ -107,7 +111,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 @contextmanager
-def _pillow(max_pixels: int) -> Iterator[None]:
+def pillow(max_pixels: int) -> Iterator[None]:
     """Pillow's settings, which are its whole process's, as we need them: a bomb beyond ``max_pixels`` is an error.
 
     It warns of nothing else, and reads every TIFF with libtiff: its own reader makes noise of planes and of 16 bits.
@@ -187,13 +191,19 @@ TURNS = {
 
 
 def _upright(image: Image.Image, rgb: Image.Image) -> Image.Image:
+    orientation = orientation_of(image)
+    return rgb.transpose(TURNS[orientation]) if orientation in TURNS else rgb
+
+
+def orientation_of(image: Image.Image) -> int:
+    """What EXIF says, 1 to 8."""
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
     except MemoryError:
         raise
     except Exception:  # garbage where EXIF should be says nothing of the pixels
-        return rgb
-    return rgb.transpose(TURNS[orientation]) if orientation in TURNS else rgb
+        return 1
+    return found if found in TURNS else 1
 
 
 def _narrowed(image: Image.Image, tiff: Mapping[int, Any]) -> Image.Image:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
+from latentmill.buckets import PIXEL_WAYS
 from latentmill.columns import unified
 from latentmill.fields import PICTURES
+from latentmill.pixels import Pixels
 from latentmill.plugin import Fragment, RowError, Source
 from latentmill.sources import changed, find, fingerprint, is_small, locate, root, suffix
-from latentmill.sources.pictures import MAX_PIXELS, Pixels, decode, read_picture
+from latentmill.sources.picture_sizes import read_size, size_of
+from latentmill.sources.pictures import MAX_PIXELS, decode, read_picture
 from latentmill.sources.readers import READERS
 from latentmill.sources.readers.reader import FileReader
 from latentmill.sources.readers.settings import COLUMNS, ReaderSettings
 from latentmill.text import escaped
+
+Opened = TypeVar("Opened", Pixels, tuple[int, int])
 
 TWINS = 100_000
 """Rows that are looked at, before a job starts, for two that will be the same picture."""
@@ -38,6 +43,7 @@ class Prompts(Source):
     """
 
     contract = 2
+    pixel_ways = PIXEL_WAYS
 
     def __init__(
         self,
@@ -104,6 +110,18 @@ class Prompts(Source):
             except RowError as error:
                 yield error
 
+    def sizes(self, fragment: str, start: int, stop: int) -> Iterator[Mapping[str, Any] | RowError]:
+        for row in self._file(fragment).read(start, stop):
+            if isinstance(row, RowError) or row.get("image") is None:
+                yield row
+                continue
+            try:
+                size = self._picture("image", row["image"], (self._root / fragment).parent, read_size, size_of)
+            except RowError as error:
+                yield error
+            else:
+                yield {**row, "image": size}
+
     def changed(self, fragment: Fragment) -> bool:
         return changed(self._root, [fragment.name], fragment.fingerprint)
 
@@ -147,20 +165,23 @@ class Prompts(Source):
             raise RowError("the row has neither prompt nor image")
         for name in PICTURES:
             if row.get(name) is not None:
-                row[name] = self._picture(name, row[name], folder)
+                row[name] = self._picture(name, row[name], folder, read_picture, decode)
         return row
 
-    def _picture(self, name: str, value: Any, folder: Path) -> Pixels:
+    def _picture(
+        self, name: str, value: Any, folder: Path, named: Callable[..., Opened], held: Callable[..., Opened]
+    ) -> Opened:
+        """What ``named`` makes of a file and ``held`` of bytes, whichever the row has. Raises RowError."""
         if isinstance(value, Mapping):  # as Hugging Face datasets stores pictures
             value = value.get("path") if value.get("bytes") is None else value["bytes"]
         if isinstance(value, str):
             try:
-                return read_picture(folder, value, self.max_pixels, self.follow_links)
+                return named(folder, value, self.max_pixels, self.follow_links, self.pixels)
             except RowError as error:
                 raise RowError(f"{name} {value!r}: {error}") from error
         if isinstance(value, bytes):
             try:
-                return decode(value, self.max_pixels)
+                return held(value, self.max_pixels, self.pixels)
             except RowError as error:
                 raise RowError(f"{name}: {error}") from error
         raise RowError(f"{name} must be a path, not {value!r:.80}")

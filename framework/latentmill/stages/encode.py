@@ -21,6 +21,7 @@ from latentmill.batch import (
     NEGATIVE_PREFIX,
     PROMPT_PREFIX,
     SCHEDULER_KEY,
+    SPACED,
     fixed_slots,
     frames_of,
     with_latents,
@@ -48,7 +49,8 @@ class Encode(Stage):
     A picture becomes the mean of the VAE's posterior. A row without picture and latents gets zeros of its width and height,
     and is marked in ``from_noise``. What of a prompt the encoder will not read becomes the row's warning. The picture
     travels on as ``source_image`` where it is decoded again at once, to measure the reconstruction against it;
-    ``latents_std`` is the posterior's standard deviation, which is 0 where there was no picture.
+    ``latents_std`` is the posterior's standard deviation, which is 0 where there was no picture. ``latents_flipped`` are the
+    latents of the mirrored picture, not mirrored latents.
     """
 
     contract = 2
@@ -65,6 +67,8 @@ class Encode(Stage):
             needs.append("vae")
             adds += ["latents_std"] * context.latents_std + ["latents"] + ["mask", "from_noise"] * denoises
             adds += ["masked"] * (denoises and context.is_read("masked"))
+            if not denoises and (context.size or {}).get("flip"):
+                adds += ["latents_flipped"] + ["latents_std_flipped"] * context.latents_std
             if not denoises and any("source_image" in stage.drops for stage in context.after):
                 adds.append("source_image")
         if self.text and (denoises or not self.images):
@@ -157,18 +161,23 @@ class PictureEncoding:
     def encode(self, part: pa.Table, shape: tuple[int, ...], slots: Tensor, size: int) -> tuple[pa.Table, Tensor]:
         """The rows with their latents, less those whose latents are not finite, and which those are, as bools ``[B]``."""
         from_noise = not {"latents", "image", "video"} & {*part.column_names}
-        latents, std = self._latents(part, shape, slots, size)
-        good = latents.isfinite().flatten(1).all(1)
+        found = dict(zip(("latents", "latents_std"), self._latents(part, shape, slots, size)))
+        if "latents_flipped" in self.adds:
+            mirrored = self._latents(part, shape, slots, size, mirrored=True)
+            found |= dict(zip(("latents_flipped", "latents_std_flipped"), mirrored))
+        good = torch.stack([found[name].isfinite().flatten(1).all(1) for name in SPACED if name in found]).all(0)
         if not bool(good.all()):
-            part, slots, latents = part.filter(pa.array(good.tolist())), slots[good], latents[good]
-            std = std[good] if std is not None else None
+            part, slots = part.filter(pa.array(good.tolist())), slots[good]
+            found = {name: values[good] for name, values in found.items()}
         if not len(part):
             return part, good
         if "mask" in part.column_names:
-            part = self._with_mask(part, tuple(latents.shape[-2:]), slots, size)
-        if std is not None:
-            part = tensors.with_tensor(part, "latents_std", std)
-        part = with_latents(part, latents, self.vae.spec)
+            part = self._with_mask(part, tuple(found["latents"].shape[-2:]), slots, size)
+        for name in ("latents_std", "latents", "latents_flipped", "latents_std_flipped"):
+            if name in SPACED and name in found:
+                part = with_latents(part, found[name], self.vae.spec, name)
+            elif name in found:
+                part = tensors.with_tensor(part, name, found[name])
         if self.marks:
             part = part.append_column("from_noise", pa.array([from_noise] * len(part)))
         pictures = self.vae.spec.decoded
@@ -181,24 +190,26 @@ class PictureEncoding:
         return part, good
 
     def _latents(
-        self, part: pa.Table, shape: tuple[int, ...], slots: Tensor, size: int
-    ) -> tuple[Tensor, Tensor | None]:
+        self, part: pa.Table, shape: tuple[int, ...], slots: Tensor, size: int, mirrored: bool = False
+    ) -> tuple[Tensor, ...]:
         """Latents and, if asked for, the posterior's standard deviation, both ``[B, C, h, w]``, on the CPU."""
         wanted = "latents_std" in self.adds
         if "latents" in part.column_names:
             latents = tensors.from_arrow(part, "latents")
-            return latents, torch.zeros_like(latents) if wanted else None
+            return (latents, torch.zeros_like(latents)) if wanted else (latents,)
         dtype = stored_dtype(self.vae.spec)
         if not {"image", "video"} & {*part.column_names}:
             zeros = torch.zeros(len(part), *shape, dtype=dtype)
-            return zeros, zeros if wanted else None
+            return (zeros, zeros) if wanted else (zeros,)
         if not self.loaded:
             with weights.reading("vae"):
                 checks.load(self.vae, self.device)
             self.loaded = True
         images = self._images(part, slots, size)
+        if mirrored:
+            images = images.flip(-1)
         if not wanted:
-            return self._back(self._encoded(images), slots), None
+            return (self._back(self._encoded(images), slots),)
         with checks.inside(self.vae):
             mean, std = self.vae.posterior(images)
         for values in (mean, std):

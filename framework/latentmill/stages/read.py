@@ -13,12 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentmill import checks, columns, registry
+from latentmill import buckets, checks, columns, registry
 from latentmill.batch import STATE_PREFIX, from_dicts, with_latents
+from latentmill.buckets import Size
 from latentmill.columns import Columns
 from latentmill.errors import ContractError
 from latentmill.fields import BY_NAME, FROM_SOURCE, HALFWAY, ID, parse
 from latentmill.identity import row_seed
+from latentmill.pixels import fitted
 from latentmill.plugin import Declaration, LatentSpec, Reject, RowError, RowField, Source, Stage, StageContext, tensors
 from latentmill.registry import called
 
@@ -48,6 +50,9 @@ class Read(Stage):
     downscale, cut evenly from both edges. Latents are taken as they are and give the row its size. A row of more pixels
     than ``sampling.max_pixels`` is an error before any are made, since the memory of every stage grows with them.
 
+    In a job with ``size`` each sample of a picture is brought to its bucket instead (``latentmill.buckets``); a row's own width
+    and height stand for the bucket's.
+
     A row's seed is ``identity.row_seed``'s. -1 and null in the source stand for none, as in other tools.
     """
 
@@ -60,7 +65,8 @@ class Read(Stage):
         with registry.asking(source):
             latents = ("latents",) if source.latent_spec() is not None else ()
         own = ("id",) if source.id_column is not None else ()
-        return replace(super().declare(context), adds=(*own, *latents))
+        sized = buckets.SIZE_COLUMNS if context.size is not None else ()
+        return replace(super().declare(context), adds=(*own, *sized, *latents))
 
     def prepare(self, context: StageContext) -> None:
         self.source: Source = context.plugin("source")
@@ -68,6 +74,9 @@ class Read(Stage):
         self.columns = self.plan.columns
         self.source.job_fields, self.source.kept = self.columns.fields, self.columns.kept
         self.sampling, self.require = context.sampling, context.require_fragment
+        self.size = Size.of(context.size) if context.size is not None else None
+        if self.size is not None:
+            self.source.pixels = self.size.pixels
         self.denoises = context.needed_later("denoiser")
         """Whether a scheduler will move the rows: else they have none, no mask, and no use for a strength."""
         self.scheduler = str(context.choices["scheduler"]["name"]) if self.denoises else ""
@@ -89,12 +98,18 @@ class Read(Stage):
                 for i, _, _ in wanted:
                     reject(i, str(error))
                 continue
-            key = ("time" in values, *((name, tuple(value.shape), value.dtype) for name, value in stored.items()))
-            for _, number, sample in wanted:
+            for i, number, sample in wanted:
                 row_id = self.plan.row_id(number)
                 seed = row_seed(self.plan.seed, row_id, sample, values["seed"], values.get("id"))
-                row = {**values, "row": number, "row_id": row_id, "seed": seed}
-                groups[key].append((row, stored))
+                row, tensors_of_row = {**values, "row": number, "row_id": row_id, "seed": seed}, stored
+                if self.size is not None:
+                    try:
+                        tensors_of_row = self._sized(self.size, row, stored, sample)
+                    except RowError as error:
+                        reject(i, str(error))
+                        continue
+                shapes = ((name, tuple(value.shape), value.dtype) for name, value in tensors_of_row.items())
+                groups["time" in values, *shapes].append((row, tensors_of_row))
         for members in groups.values():
             table = from_dicts([row for row, _ in members])
             for column in [column for column in (ID, *HALFWAY) if column.name in members[0][0]]:
@@ -102,6 +117,8 @@ class Read(Stage):
             for at, column in enumerate(self.columns.schema()):
                 each = [row["beside"][at] for row, _ in members]
                 table = table.append_column(column, pa.concat_arrays(each))
+            for column in buckets.SIZE_COLUMNS if self.size is not None else ():
+                table = table.append_column(column, pa.array([row[column.name] for row, _ in members], column.type))
             for name in members[0][1]:
                 stacked = torch.stack([stored[name] for _, stored in members])
                 if name == "latents":
@@ -205,14 +222,15 @@ class Read(Stage):
             self._bound(values["width"], values["height"], *frames)
         elif (values["width"] is None) != (values["height"] is None):
             raise RowError("width and height must be given together, or neither")
+        elif self.size is not None:
+            stored = self._whole(found)
         elif found.get("image") is not None:
             picture = self._picture(found["image"], values["width"], values["height"])
             stored["image"] = picture
             if found.get("mask") is not None and self.denoises:
-                if np.shape(found["mask"])[:2] != np.shape(found["image"])[:2]:
-                    raise RowError("the mask is of another size than the picture")
+                self._require_mask(found)
                 painted = self._picture(found["mask"], values["width"], values["height"])
-                stored["mask"] = (painted.float().mean(-1) >= 127.5).to(torch.uint8)
+                stored["mask"] = painted_over(painted)
             values["height"], values["width"] = picture.shape[:2]
         elif found.get("video") is not None:
             stored["video"] = self._clip(found["video"], values["width"], values["height"])
@@ -262,11 +280,44 @@ class Read(Stage):
             raise RowError("the latents are not finite numbers")
         return latents
 
+    def _require_mask(self, found: Mapping[str, Any]) -> None:
+        if np.shape(found["mask"])[:2] != np.shape(found["image"])[:2]:
+            raise RowError("the mask is of another size than the picture")
+
+    def _whole(self, found: Mapping[str, Any]) -> dict[str, Tensor]:
+        """A row's picture as it was opened, and its mask, or its clip: what is brought to a bucket. Raises RowError."""
+        whole = {}
+        for name in ("image", "mask") if found.get("image") is not None else ("video",):
+            if found.get(name) is not None and (name != "mask" or self.denoises):
+                frames = found[name] if name == "video" else [found[name]]
+                whole[name] = torch.from_numpy(np.stack([require_picture(frame, self.size) for frame in frames]))
+        if not whole:
+            raise RowError("size is for rows with a picture, and there is none")
+        if "mask" in whole:
+            self._require_mask(found)
+        return whole
+
+    def _sized(self, size: Size, row: dict[str, Any], whole: Mapping[str, Tensor], sample: int) -> dict[str, Tensor]:
+        """A sample's picture, brought to its bucket; the row is told how. Raises RowError."""
+        count, height, width = next(iter(whole.values())).shape[:3]
+        own = row["width"], row["height"]
+        fit = size.fit(width, height, sample) if own[0] is None else buckets.covering(own, width, height)
+        self._bound(*fit.bucket, count)
+        if size.pixels != "ours" and fit.scaled[0] * fit.scaled[1] > width * height:
+            self._bound(*fit.scaled)  # all of it is made before it is cut
+        found = {}
+        for name, frames in whole.items():
+            each = [fitted(frame, fit, size.draw(row["seed"]), size.pixels) for frame in frames.numpy()]
+            found[name] = torch.from_numpy(np.stack([pixels for pixels, _ in each]))
+            row["crop_ltrb"] = each[0][1]
+        row |= {"original_size": (width, height), "bucket": fit.bucket, "width": fit.bucket[0], "height": fit.bucket[1]}
+        return {
+            name: frames if name == "video" else painted_over(frames[0]) if name == "mask" else frames[0]
+            for name, frames in found.items()
+        }
+
     def _picture(self, array: Any, width: int | None, height: int | None) -> Tensor:
-        if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-            raise RowError("a picture must be a uint8 array [H, W, 3]")
-        if not array.size:
-            raise RowError("the picture has no pixels")
+        require_picture(array)
         if width is None or height is None:
             self._bound(*(side - side % self.multiple_of for side in array.shape[1::-1]))
             return torch.from_numpy(crop(array, self.multiple_of))
@@ -287,6 +338,26 @@ class Read(Stage):
             most = f"sampling.max_pixels={self.sampling['max_pixels']}"
             size = f"{width}x{height}" if frames == 1 else f"{frames} frames of {width}x{height}"
             raise RowError(f"{size} are {width * height * frames} pixels, more than {most} allows")
+
+
+def require_picture(array: Any, size: Size | None = None) -> np.ndarray[Any, Any]:
+    """The array, if it is a picture. Raises RowError."""
+    channels = (3, 4) if size is not None and size.pixels == "musubi" else (3,)
+    if (
+        not isinstance(array, np.ndarray)
+        or array.dtype != np.uint8
+        or array.ndim != 3
+        or array.shape[2] not in channels
+    ):
+        raise RowError("a picture must be a uint8 array [H, W, 3]")
+    if not array.size:
+        raise RowError("the picture has no pixels")
+    return array
+
+
+def painted_over(mask: Tensor) -> Tensor:
+    """Where a mask's picture ``[H, W, 3]`` is light: 1, uint8 ``[H, W]``."""
+    return (mask.float().mean(-1) >= 127.5).to(torch.uint8)
 
 
 def cover(picture: np.ndarray[Any, Any], width: int, height: int) -> np.ndarray[Any, Any]:

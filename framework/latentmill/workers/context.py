@@ -40,6 +40,7 @@ def make_stage(job: Job, plan: Plan, name: str) -> Stage:
             fixed=FixedShape(batch_size, job.rows_per_shard) if job.deterministic else None,
             sampling=dict(job.sampling),
             latents_std=job.latents_std,
+            size=job.size,
             choices={kind: getattr(job, kind) for kind in PARTS if getattr(job, kind) is not None},
             plan=plan,
             build=build,
