@@ -14,7 +14,7 @@ SPEC = LatentSpec(channels=2, downscale=8, scale=1.0, shift=0.0, dtype="float32"
 SCHEDULERS = {"euler": Euler(), "euler_ancestral": EulerAncestral(), "dpmpp_2m": DPMpp2M()}
 
 
-def denoise_with(denoiser, schedulers, grid, batch_size, fixed=None, first_noise="latentmill", until=0.0):
+def denoise_with(denoiser, schedulers, grid, batch_size, fixed=None, first_noise="latentmill", until=0.0, **more):
     stage = Denoise()
     context = StageContext.of(
         {"denoiser": denoiser, "scheduler": None},
@@ -23,6 +23,7 @@ def denoise_with(denoiser, schedulers, grid, batch_size, fixed=None, first_noise
         sampling={"until": until, "first_noise": first_noise},
         choices={"scheduler": {"name": "euler", "grid": grid}},
         scheduler_of=schedulers,
+        **more,
     )
     stage.prepare(context)
     return stage

@@ -113,7 +113,7 @@ def test_cfg_prints_the_whole_job_with_overrides_from_before_and_behind_it(here,
     config = yaml.safe_load(text)
     assert (config["seed"], config["sampling"]["steps"], config["samples_per_row"]) == (7, 3, 4)
     assert config["sampling"]["prompt"] == "${oc.env:SECRET}" and config["vae"] == {"name": "shapes"}
-    assert config["stages"]["denoise"]["batch_size"] == 16 and list(here.iterdir()) == []
+    assert config["stages"]["denoise"]["batch_size"] == "auto" and list(here.iterdir()) == []
     (here / "again.yaml").write_text("defaults: [job, _self_]\n" + text)
     assert said(capsys, "run", "again.yaml", "--cfg", "job") == text
     assert load_job("again.yaml").sampling["prompt"] == "s3cr3t"

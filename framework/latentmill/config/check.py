@@ -168,8 +168,8 @@ def _wrong(job: Job) -> Iterator[str]:
             yield f"stages.{name}: there is no such stage in the flow{near(name, {*job.flow, *known})}"
         if stage.replicas != "auto" and not (type(stage.replicas) is int and stage.replicas >= 1):
             yield f"stages.{name}.replicas must be auto, or 1 or more, not {stage.replicas!r}"
-        if stage.batch_size < 1:
-            yield f"stages.{name}.batch_size must be 1 or more, not {stage.batch_size}"
+        if stage.batch_size != "auto" and not (type(stage.batch_size) is int and stage.batch_size >= 1):
+            yield f"stages.{name}.batch_size must be auto, or 1 or more, not {stage.batch_size!r}"
         if stage.retries < 0:
             yield f"stages.{name}.retries must be 0 or more, not {stage.retries}"
         if stage.timeout is not None and not stage.timeout > 0:

@@ -42,7 +42,8 @@ class StageSettings:
     """The plugin that fills the stage; None: the one of the stage's own name."""
     replicas: Any = "auto"
     """Workers; ``auto``: as many as are of use and the cluster has room for."""
-    batch_size: int = 16
+    batch_size: Any = "auto"
+    """Rows; of denoise, evaluations of a call. ``auto``: FIRST_BATCH_SIZE, from which denoise grows for as long as that is faster."""
     num_gpus: float = 0.0
     num_cpus: float = 1.0
     memory: Any = None
@@ -57,6 +58,11 @@ class StageSettings:
     """The plugin's own."""
 
     @property
+    def first_batch_size(self) -> int:
+        """``batch_size`` as a number; of a deterministic job it stays so."""
+        return FIRST_BATCH_SIZE if self.batch_size == "auto" else int(self.batch_size)
+
+    @property
     def threads(self) -> int:
         """Torch's threads in a worker: one a CPU asked for, so that workers on a machine don't fight over its cores."""
         return max(1, int(self.num_cpus))
@@ -67,7 +73,9 @@ class StageSettings:
         return None if self.memory is None else int(values.in_bytes(self.memory))
 
 
-DEFAULTS = {"replicas": "auto", "batch_size": 16, "num_gpus": 0.0, "num_cpus": 1.0, "retries": 1}
+FIRST_BATCH_SIZE = 16
+"""Of a stage whose ``batch_size`` is auto."""
+DEFAULTS = {"replicas": "auto", "batch_size": "auto", "num_gpus": 0.0, "num_cpus": 1.0, "retries": 1}
 """Of a stage's workers, where neither the job nor the stage's ``resources`` say more."""
 
 if TYPE_CHECKING:
@@ -193,7 +201,7 @@ class Job:
             stage: dict[str, Any] = {} if node is None else OmegaConf.to_container(node)  # type: ignore[assignment]
             kept: dict[str, Any] = {}
             if self.deterministic:  # what a matrix product gives depends on its size, and on how many threads share it
-                kept = {"batch_size": self.stages[name].batch_size, "threads": self.stages[name].threads}
+                kept = {"batch_size": self.stages[name].first_batch_size, "threads": self.stages[name].threads}
             if stage.get("settings"):
                 kept["settings"] = stage["settings"]
             if (self.stages[name].name or name) != name:

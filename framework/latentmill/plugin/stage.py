@@ -159,6 +159,8 @@ class StageContext:
     after: Sequence[Declaration] = ()
     """The other stages of the flow, in their order. ``declare`` is asked from the last stage to the first, and sees ``after`` alone."""
     batch_size: int = 16
+    finds_batch_size: bool = False
+    """``batch_size`` is the first to be tried, and the stage may find a better one."""
     fixed: FixedShape | None = None
     """Of a deterministic job."""
     sampling: Mapping[str, Any] = field(default_factory=dict)

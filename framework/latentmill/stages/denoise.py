@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -47,6 +50,7 @@ from latentmill.plugin import (
 )
 from latentmill.plugin.stage import named
 from latentmill.schedulers import grids, noise
+from latentmill.stages.call_size import CallSize
 from latentmill.stages.guidance import Guidance
 from latentmill.stages.running_batch import DenoiseRequest, InpaintingMask, Kind, RunningBatch, Trajectory
 
@@ -62,7 +66,7 @@ PASSING = ("mask", "masked", "from_noise", PROMPT_PREFIX, NEGATIVE_PREFIX, STATE
 class Denoise(ContinuousStage):
     """Replaces ``latents`` by clean ones and drops the conditioning.
 
-    ``batch_size`` is the evaluations of a call. With ``fixed``, batches are computed one after another, each row in its
+    ``batch_size`` is the evaluations of a call, or those of the first ones if the job leaves it to us. With ``fixed``, batches are computed one after another, each row in its
     slot. With ``until`` above 0 rows stop at the first of their times below it: see ``HALFWAY``.
     """
 
@@ -89,7 +93,9 @@ class Denoise(ContinuousStage):
         self.scheduler = context.scheduler_of
         self.grid = grids.choose(context.choices["scheduler"].get("grid", "trailing"))
         self.authors = FollowsAuthors.of(self.denoiser)
-        self.batch_size, self.fixed, self.until = context.batch_size, context.fixed, float(sampling["until"])
+        self.fixed, self.until = context.fixed, float(sampling["until"])
+        self.call_sizes = defaultdict[str, CallSize](lambda: CallSize(context.batch_size, context.finds_batch_size))
+        """By the shape of the latents."""
         self.first_noise = noise.start_of_diffusers if sampling["first_noise"] == "diffusers" else noise.start
         self.device = torch.device("cpu")
         self.moving: dict[Kind, list[Trajectory]] = {}
@@ -262,7 +268,8 @@ class Denoise(ContinuousStage):
     def _choose(self, kind: Kind) -> list[Trajectory]:
         if self.fixed is not None:
             return self.moving[kind]
-        room, chosen = self.batch_size, []
+        waiting = sum(row.evaluations for row in self.moving[kind])
+        room, chosen = self.call_sizes[kind[0]].room(waiting), []
         for row in self.moving[kind]:
             if row.evaluations <= room:
                 chosen.append(row)
@@ -280,8 +287,9 @@ class Denoise(ContinuousStage):
             if one:
                 self._fail(going, error)
                 return
-            self.batch_size = max(1, sum(row.evaluations for row in going) // 2)
-            logger.warning(f"out of memory: from now on {self.batch_size} evaluations a call")
+            size = self.call_sizes[going[0].kind[0]]
+            size.was_too_large(sum(row.evaluations for row in going))
+            logger.warning(f"out of memory: from now on {size.size} evaluations a call")
         except ContractError as error:
             self._fail(going, error)
         except Exception as error:
@@ -301,7 +309,8 @@ class Denoise(ContinuousStage):
                 batch.unstack()
                 del self.running[kind]
             batch = RunningBatch(going, self.denoiser, scheduler, self.device, self.fixed)
-        batch.step(scheduler)
+        with self._timed(kind, sum(row.evaluations for row in going)):
+            batch.step(scheduler)
         self.running[kind] = batch
         if any(row.arrived for row in going):
             batch.unstack()
@@ -309,6 +318,23 @@ class Denoise(ContinuousStage):
             for row in going:
                 row.request.moving -= row.arrived
             self._keep(kind, lambda row: not row.arrived)
+
+    @contextmanager
+    def _timed(self, kind: Kind, evaluations: int) -> Iterator[None]:
+        """Time a call if that is of use. Only then a GPU is waited for."""
+        size = self.call_sizes[kind[0]]
+        if not size.is_timed(evaluations):
+            yield
+            return
+        self._wait()
+        started = time.perf_counter()
+        yield
+        self._wait()
+        size.took(time.perf_counter() - started, evaluations)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _fail(self, going: Sequence[Trajectory], error: Exception) -> None:
         """Give the requests of these rows up."""

@@ -30,13 +30,15 @@ def make_stage(job: Job, plan: Plan, name: str) -> Stage:
     stage: Stage = as_planned(job, plan, f"stage {name}")
     build = cache(partial(as_planned, job, plan))
     at = job.flow.index(name)
-    batch_size = job.stages[name].batch_size
+    settings = job.stages[name]
+    batch_size = settings.first_batch_size
     stage.prepare(
         StageContext(
             plan.stages[at],
             before=plan.stages[:at],
             after=plan.stages[at + 1 :],
             batch_size=batch_size,
+            finds_batch_size=settings.batch_size == "auto" and not job.deterministic,
             fixed=FixedShape(batch_size, job.rows_per_shard) if job.deterministic else None,
             sampling=dict(job.sampling),
             latents_std=job.latents_std,

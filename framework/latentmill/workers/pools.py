@@ -28,7 +28,7 @@ def stage_spec(job: Job, declared: Declaration) -> StageSpec:
     """What the driver must know of a stage."""
     stage = job.stages[declared.name]
     running = RUNNING_BATCHES if declared.continuous and not job.deterministic else 1
-    return StageSpec(declared.name, stage.batch_size, running_batches=running, retries=stage.retries)
+    return StageSpec(declared.name, stage.first_batch_size, running_batches=running, retries=stage.retries)
 
 
 def worker_types(job: Job, plan: Plan) -> tuple[WorkerType, ...]:
