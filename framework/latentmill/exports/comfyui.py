@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from latentmill.exports.formats import ExportFormat, ExportRow
+from latentmill.exports.formats import ExportFormat, ExportRow, safetensors_file
 
 
 def _path(row: ExportRow) -> str:
@@ -14,12 +14,11 @@ def _path(row: ExportRow) -> str:
 def _files(row: ExportRow) -> Mapping[str, bytes]:
     """Without the empty marker the reader would take the latents for Stable Diffusion's, scaled, and scale them back."""
     import torch
-    from safetensors.torch import save
 
     latents = torch.from_numpy(row.raw())[None]
     if row.family is not None and row.family.name == "wan":  # of video, with an axis of frames
         latents = latents[:, :, None]
-    return {_path(row): save({"latent_tensor": latents, "latent_format_version_0": torch.zeros(0)})}
+    return {_path(row): safetensors_file({"latent_tensor": latents, "latent_format_version_0": torch.zeros(0)})}
 
 
 COMFYUI = ExportFormat(

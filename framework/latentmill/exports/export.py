@@ -143,7 +143,7 @@ class _Export:
         if writing.format.finish is None:
             return
         of_all = _OfShard(writing, writing.ledger.mark(WHOLE))
-        for name, text in writing.format.finish(self._notes(writing)):
+        for name, text in writing.format.finish(self._notes(writing), writing.ledger.folder):
             with writing.ledger.store.aside(name) as path:
                 with open(path, "w", encoding="utf-8") as file:
                     file.writelines(text)

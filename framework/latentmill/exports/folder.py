@@ -28,7 +28,7 @@ def _note(row: ExportRow) -> Any:
     return {**more, "file_name": _path(row), "text": row.prompt}
 
 
-def _finish(notes: Iterator[Any]) -> Iterable[tuple[str, Iterable[str]]]:
+def _finish(notes: Iterator[Any], folder: str) -> Iterable[tuple[str, Iterable[str]]]:
     yield "metadata.jsonl", (json.dumps(note, ensure_ascii=False) + "\n" for note in notes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -104,8 +105,8 @@ class ExportFormat:
     """What ``finish`` is to know of a row, JSON."""
     shard: Callable[[int, Path], ShardWriter] | None = None
     """Instead of ``files``: begins the files of our shard of that number, in an empty local folder."""
-    finish: Callable[[Iterator[Any]], Iterable[tuple[str, Iterable[str]]]] | None = None
-    """Files for the whole export, name and text in pieces, from the notes of all rows in order."""
+    finish: Callable[[Iterator[Any], str], Iterable[tuple[str, Iterable[str]]]] | None = None
+    """Files for the whole export, name and text in pieces, from the notes of all rows in order, and the path or URL of its folder."""
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -123,6 +124,26 @@ def npy(array: npt.NDArray[Any]) -> bytes:
 
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def safetensors_file(tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> bytes:
+    """A safetensors file. Its own writer puts ``about`` in another order each time."""
+    from safetensors.torch import save
+
+    content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(about) if about else None)
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[end:]
+
+
+def pt(content: Any) -> bytes:
+    """What ``torch.load(weights_only=True)`` reads: tensors, numbers, text, and lists and dicts of them."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     return buffer.getvalue()
 
 

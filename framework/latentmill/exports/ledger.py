@@ -8,6 +8,7 @@ export that was killed, are compared with what would be written.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,12 @@ class Ledger:
     format: str
     below: str
     """Where its files are: "" or a folder with a slash behind."""
+
+    @property
+    def folder(self) -> str:
+        """The path or URL of the folder of its files, absolute, with a slash behind."""
+        url = self.store.url if "://" in self.store.url else os.path.abspath(self.store.url)
+        return f"{url.rstrip('/')}/{self.below}"
 
     def begin(self, about: Mapping[str, Any]) -> None:
         """Say what is exported. Raises ExportError if the folder has been begun with another dataset, or otherwise."""

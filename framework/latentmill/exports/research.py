@@ -30,7 +30,7 @@ def _edm2_note(row: ExportRow) -> Any:
     return [_edm2_path(row), row.columns.get("label")]
 
 
-def _edm2_finish(notes: Iterator[Any]) -> Iterable[tuple[str, Iterable[str]]]:
+def _edm2_finish(notes: Iterator[Any], folder: str) -> Iterable[tuple[str, Iterable[str]]]:
     """``labels`` of all rows, or null if one has none: so the trainer has it."""
     labels = list(notes)
     if any(label is None for _, label in labels):
@@ -43,8 +43,8 @@ def _repa_path(row: ExportRow) -> str:
     return f"vae-sd/{_edm2_path(row)}"
 
 
-def _repa_finish(notes: Iterator[Any]) -> Iterable[tuple[str, Iterable[str]]]:
-    for name, text in _edm2_finish(notes):
+def _repa_finish(notes: Iterator[Any], folder: str) -> Iterable[tuple[str, Iterable[str]]]:
+    for name, text in _edm2_finish(notes, folder):
         yield f"vae-sd/{name}", text
 
 
@@ -66,7 +66,7 @@ def _pixart_note(row: ExportRow) -> Any:
     }
 
 
-def _pixart_finish(notes: Iterator[Any]) -> Iterable[tuple[str, Iterable[str]]]:
+def _pixart_finish(notes: Iterator[Any], folder: str) -> Iterable[tuple[str, Iterable[str]]]:
     items = (json.dumps(note, ensure_ascii=False) for note in notes)
     yield "data_info.json", json_list(items, "[", "]\n")
 

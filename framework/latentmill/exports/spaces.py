@@ -46,7 +46,14 @@ class VAEFamily:
         )
 
     def raw(self, scaled: npt.NDArray[Any], spread: bool = False) -> npt.NDArray[Any]:
-        """What the VAE's encoder gave, float32, of scaled latents ``[C, h, w]``; or, of a standard deviation, its ``spread``."""
+        """What the VAE's encoder gave, float32, of scaled latents ``[C, h, w]``; or, of a standard deviation, its ``spread``.
+
+        >>> import numpy as np
+        >>> ones = np.ones((1, 1, 1), np.float32)
+        >>> flux = VAE_FAMILIES["flux"]
+        >>> print(f"{flux.raw(ones).item():.4f} {flux.raw(ones, spread=True).item():.4f}")  # 1 / 0.3611, and the shift of 0.1159
+        2.8852 2.7693
+        """
         import numpy as np
 
         mean, std = (np.array(of, np.float64)[:, None, None] for of in (self.mean, self.std))

@@ -6,10 +6,14 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from latentmill.errors import ExportError
+from latentmill.exports.automodel import AUTOMODEL_CACHE
 from latentmill.exports.comfyui import COMFYUI
 from latentmill.exports.folder import PICTURE_FOLDER
 from latentmill.exports.formats import ExportFormat
+from latentmill.exports.kohya import KOHYA
+from latentmill.exports.musubi import MUSUBI
 from latentmill.exports.research import EDM2, PIXART, REPA
+from latentmill.exports.simpletuner import SIMPLETUNER
 from latentmill.exports.spaces import family_of, space_in_words
 from latentmill.text import near
 
@@ -24,6 +28,10 @@ EXPORT_FORMATS: dict[str, ExportFormat] = {
         PIXART,
         COMFYUI,
         PICTURE_FOLDER,
+        *KOHYA,
+        *MUSUBI,
+        SIMPLETUNER,
+        AUTOMODEL_CACHE,
     )
 }
 """By name. ``musubi-qwen`` may be called ``musubi`` where it is the only one of musubi's that takes a dataset's latents."""

@@ -1,0 +1,74 @@
+"""NeMo AutoModel's cache of pictures, without text encodings yet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+from latentmill.exports.formats import ExportFormat, ExportRow, json_list, pt
+
+ITEMS = 10_000
+"""In a file of the list."""
+
+
+def _path(row: ExportRow) -> str:
+    width, height = row.bucket
+    return f"{width}x{height}/{row.row_id}.pt"
+
+
+def _about(row: ExportRow) -> dict[str, Any]:
+    width, height = row.bucket
+    return {
+        "image_path": row.picture,
+        "bucket_resolution": [width, height],
+        "original_resolution": list(row.original_size),
+        "prompt": row.prompt,
+        "bucket_id": f"{width}x{height}",
+        "aspect_ratio": width / height,
+    }
+
+
+def _crop_offset(row: ExportRow) -> list[int]:
+    """Left and top of what was cut out of the middle of the picture, once it was scaled to cover its bucket."""
+    sides = [*zip(row.bucket, row.original_size)]
+    scale = max(want / have for want, have in sides)
+    return [max(0, int(have * scale) - want) // 2 for want, have in sides]
+
+
+def _files(row: ExportRow) -> Mapping[str, bytes]:
+    import torch
+
+    latent = row.tensors["latents"].to(torch.float16)
+    return {_path(row): pt({"latent": latent, "crop_offset": _crop_offset(row), **_about(row)})}
+
+
+def _note(row: ExportRow) -> Any:
+    return {"cache_file": _path(row), **_about(row)}
+
+
+def _finish(notes: Iterator[Any], folder: str) -> Iterable[tuple[str, Iterable[str]]]:
+    """The reader takes files only below the folder that it is given, by paths that are absolute or of where it is started."""
+    shards, items = list[str](), 0
+    while some := list(islice(notes, ITEMS)):
+        shards.append(f"metadata_shard_{len(shards):04d}.json")
+        items += len(some)
+        lines = (json.dumps({**note, "cache_file": folder + note["cache_file"]}, ensure_ascii=False) for note in some)
+        yield shards[-1], json_list(lines, "[", "]\n")
+    about = {"processor": "latentmill", "total_items": items, "num_shards": len(shards), "shard_size": ITEMS}
+    yield "metadata.json", [json.dumps({**about, "shards": shards}, indent=1) + "\n"]
+
+
+AUTOMODEL_CACHE = ExportFormat(
+    name="automodel",
+    reader="NeMo AutoModel's TextToImageDataset at 36044ad",
+    layout="WxH/ROW_ID.pt: latent [C, h, w], scaled, float16, and what is known of the row; metadata.json, metadata_shard_NNNN.json. "
+    "No text encodings yet",
+    checked="torch.load(weights_only=True), and a reader after its loader: lists, types, numbers",
+    families=("flux", "wan"),
+    files=_files,
+    path=_path,
+    note=_note,
+    finish=_finish,
+)

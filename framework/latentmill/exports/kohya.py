@@ -1,0 +1,63 @@
+"""sd-scripts: a ``.npz`` beside each picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+from latentmill.exports.formats import ExportFormat, ExportRow
+
+
+def _path_of(suffix: str) -> Callable[[ExportRow], str]:
+    def path(row: ExportRow) -> str:
+        width, height = row.original_size
+        return f"{row.name}_{width:04d}x{height:04d}{suffix}"
+
+    return path
+
+
+def _npz(row: ExportRow, scaled: bool, plain: bool) -> bytes:
+    """Keys with the latents' height and width behind, so that one file holds several; ``plain``: and without.
+
+    Of Stable Diffusion 1, 2 and XL the trainer of the table reads keys without; later ones, with, first.
+    """
+    import numpy as np
+
+    of = row.scaled if scaled else row.raw
+    latents = of()
+    found = {"latents": latents, "original_size": np.array(row.original_size, np.int64)}
+    found["crop_ltrb"] = np.array(row.crop_ltrb, np.float64)
+    if "latents_flipped" in row.tensors:
+        found["latents_flipped"] = of("latents_flipped")
+    size = f"_{latents.shape[-2]}x{latents.shape[-1]}"
+    arrays: dict[str, Any] = found if plain else {}
+    arrays |= {name + size: value for name, value in found.items()}
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def _format(model: str, family: str, scaled: bool = False, plain: bool = False) -> ExportFormat:
+    path = _path_of(f"_{model}.npz")
+    return ExportFormat(
+        name=f"kohya-{model}",
+        reader="sd-scripts at 48d368f",
+        layout=f"DIR/STEM_WWWWxHHHH_{model}.npz, {'scaled' if scaled else 'raw'}, float32: latents, original_size, crop_ltrb, "
+        f"latents_flipped; keys with _hxw{' and without' if plain else ''}",
+        checked="a reader after its loader: names, keys, types, numbers",
+        families=(family,),
+        takes=("latents_flipped",),
+        names="needed",
+        files=lambda row: {path(row): _npz(row, scaled, plain)},
+        path=path,
+    )
+
+
+KOHYA = (
+    _format("sd", "sd", plain=True),
+    _format("sdxl", "sdxl", plain=True),
+    _format("sd3", "sd3"),
+    _format("flux", "flux", scaled=True),
+    _format("lumina", "flux", scaled=True),
+)
