@@ -32,9 +32,9 @@ SPLIT = ((0,), (1,), (2,), (3,), (4,))
 class Cluster:
     """Workers of one GPU each, which answer after a time that is drawn. Reading and writing ask for none and take no time."""
 
-    def __init__(self, gpus, seconds, hosted=SPLIT, replicas=None, rows=10**7, memory=0):
-        """``seconds``: of a batch in each stage. ``memory``: what a worker has held when it is ready."""
-        self.dice, self.seconds, self.memory = random.Random(1), list(seconds), memory
+    def __init__(self, gpus, seconds, hosted=SPLIT, replicas=None, rows=10**7, memory=0, loading=LOADING):
+        """``seconds``: of a batch in each stage. ``memory``: what a worker has held when it is ready, after ``loading``."""
+        self.dice, self.seconds, self.memory, self.loading = random.Random(1), list(seconds), memory, loading
         self.free, self.now, self.started = gpus, 0.0, 0
         self.events, self.alive, self.waiting, self.busy_until = [], {}, deque(), {}
         self.fails_to_start, self.raises = lambda worker_type: False, True
@@ -96,14 +96,18 @@ class Cluster:
             self.waiting.remove(order)
             if self.fails_to_start(order.worker_type):
                 self.later(
-                    self.now + LOADING,
+                    self.now + self.loading,
                     order.worker,
                     Died(order.worker_type, order.worker, "CUDA", at_start=self.raises),
                 )
                 continue
             self.free -= gpus
             self.alive[order.worker] = gpus
-            self.later(self.now + LOADING, order.worker, Started(order.worker_type, order.worker, LOADING, self.memory))
+            self.later(
+                self.now + self.loading,
+                order.worker,
+                Started(order.worker_type, order.worker, self.loading, self.memory),
+            )
 
     def later(self, when, worker, event):
         heapq.heappush(self.events, (when, len(self.events) + self.dice.random(), worker, event))
@@ -192,6 +196,36 @@ def test_one_type_has_all_there_is_and_a_number_that_is_given_holds():
     cluster = settled(Cluster(16, [0.01, 1, 4, 1, 0.01], replicas={(3,): 1}))
     assert cluster.counts()[2] == 1
     assert sum(cluster.counts()) < 16, "decode's one worker is the slowest: more of others are of no use"
+
+
+FUSED = ((0,), (1, 2, 3), (4,))
+
+
+@pytest.mark.parametrize(("loading", "wanted"), [(5.0, 8), (20.0, 1)])
+def test_where_one_type_computes_all_start_as_soon_as_one_is_loaded_soon(loading, wanted):
+    """Nobody waits for its first batch, which takes minutes, unless loading takes long, too."""
+    cluster = Cluster(8, [0.01, 100.0, 100.0, 100.0, 0.01], FUSED, loading=loading)
+    cluster.run(lambda: 1 in cluster.state.loaded_types and cluster.now > loading)
+    assert cluster.counts() == [wanted] and not cluster.decoded
+    cluster.run(lambda: len(cluster.decoded) > 20)
+    assert cluster.counts() == [8] and cluster.started == 10
+
+
+def test_where_several_types_compute_each_begins_with_one():
+    """Which of them needs more is not known yet."""
+    cluster = Cluster(8, [0.01, 100.0, 100.0, 100.0, 0.01], loading=5.0)
+    cluster.run(lambda: cluster.now > 5.0)
+    assert cluster.counts() == [1, 1, 1]
+
+
+def test_workers_that_start_before_a_batch_is_done_take_no_more_than_there_are_rows_or_memory_for():
+    cluster = Cluster(8, [0.01, 100.0, 100.0, 100.0, 0.01], FUSED, rows=3 * BATCH, loading=5.0)
+    cluster.run(lambda: cluster.now > 5.0)
+    assert cluster.counts() == [3]
+    cluster = Cluster(8, [0.01, 100.0, 100.0, 100.0, 0.01], FUSED, memory=10, loading=5.0)
+    cluster.sees(8, memory=110.0)  # each may take twice what it holds when it is loaded: two that read and write, too
+    cluster.run(lambda: cluster.now > 5.0)
+    assert cluster.counts() == [3]
 
 
 def test_few_rows_start_few_workers():

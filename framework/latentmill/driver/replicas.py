@@ -13,6 +13,8 @@ from latentmill.driver.state import DriverState
 
 GAIN = 0.95
 """What is left must be done in no more than this share of the time, or the workers stay as they are."""
+SOON = 10.0
+"""Seconds of loading that are worth while before anybody knows how long a batch takes."""
 FORGIVEN = 20
 """Looks after which a worker is tried once more where one could not start."""
 
@@ -101,7 +103,12 @@ def adjust(state: DriverState) -> None:
     for worker, worker_type in list(state.leaving.items()):
         if not state.workers[worker_type][worker]:
             _end(state, worker_type, worker)
-    if state.nodes is None or state.measured_batches < state.batches_to_measure:
+    if state.nodes is None:
+        return
+    if not state.looks and not state.measured_batches and (work := _all_of_one(state)):
+        state.looks = 1
+        _change(state, allocate(_with_memory(state, 2.0), work, _of_use(state), state.nodes) or state.targets)
+    if state.measured_batches < state.batches_to_measure:
         return
     work = work_left(state)
     if work is None:
@@ -116,6 +123,24 @@ def adjust(state: DriverState) -> None:
     state.room_changed = False
     if counts is None or counts == state.targets or not (lacks_room or _is_better(state, work, counts)):
         return
+    _change(state, counts)
+
+
+def _all_of_one(state: DriverState) -> list[float]:
+    """Work of the one worker type that computes, of no matter how much, once the first of its workers was loaded soon; else none.
+
+    It needs no measurement: no other type could have the room.
+    """
+    computes = {state.type_of[stage] for stage in range(1, state.last_stage)}
+    if len(computes) > 1 or not computes <= state.loaded_types:
+        return []
+    if any(state.loading_seconds[worker_type] > SOON for worker_type in computes):
+        return []
+    return [float(number in computes) for number in range(len(state.worker_types))]
+
+
+def _change(state: DriverState, counts: list[int]) -> None:
+    """Start and end workers until there are so many of each type."""
     for worker_type, count in enumerate(counts):
         for _ in range(count - state.targets[worker_type]):
             state.start_worker(worker_type)
@@ -149,6 +174,9 @@ def _rows_left(state: DriverState) -> list[int]:
     else:
         shards = len(state.free_shards) + len(state.claimed)
     left = max(0, shards) * state.rows_per_shard + sum(map(len, state.to_read))
+    last = state.shard_count - 1
+    if (state.cursor <= last and last not in state.done) or last in state.free_shards or last in state.claimed:
+        left -= state.rows_per_shard - len(state.shard_rows(last))  # it may be short
     found = []
     for stage in range(len(state.stages)):
         left += state.rows_queued(stage) + state.rows_in_flight[stage]
@@ -166,10 +194,12 @@ def _of_use(state: DriverState) -> list[float]:
     ]
 
 
-def _with_memory(state: DriverState) -> list[WorkerType]:
-    """The worker types, each asking for as much memory as one of them has been seen to take."""
+def _with_memory(state: DriverState, more: float = 1.0) -> list[WorkerType]:
+    """The worker types, each asking for as much memory as one of them has been seen to take, times ``more``."""
     return [
-        WorkerType(hosts.stages, hosts.replicas, {**hosts.asks, "memory": max(hosts.asks.get("memory", 0.0), seen)})
+        WorkerType(
+            hosts.stages, hosts.replicas, {**hosts.asks, "memory": max(hosts.asks.get("memory", 0.0), more * seen)}
+        )
         if seen
         else hosts
         for hosts, seen in zip(state.worker_types, state.memory_seen)
