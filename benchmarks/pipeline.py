@@ -8,7 +8,8 @@ over four workers). The share of the bound is marginal, (bound(3072) - bound(102
 warm-up, so that start and end cancel out.
 
 Ray Data does the same work in the same run: blocks of 8 rows, actors of a fixed number for each stage, four tasks in flight an
-actor, order not kept, a Ray that is told of 16 CPUs. cosmos-xenna (``benchmarks/peers/xenna.py``) needs a virtual environment of its own, with it, numpy and tqdm, whose
+actor, order not kept, a Ray that is told of 16 CPUs. Its actors start with each run, and not in equal times: so the two times
+are of one run, until 1,024 rows have come out and until 3,072 have. cosmos-xenna (``benchmarks/peers/xenna.py``) needs a virtual environment of its own, with it, numpy and tqdm, whose
 Python ``--xenna`` names; its settings stand in that file.
 """
 
@@ -163,7 +164,7 @@ class Ours:
 
 
 def with_ray_data(rows: tuple[int, int], repeats: int) -> list[tuple[float, float, float]]:
-    """The same by Ray Data, whose actors start with each run: that cancels out, too."""
+    """The same by Ray Data."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
@@ -185,8 +186,8 @@ def with_ray_data(rows: tuple[int, int], repeats: int) -> list[tuple[float, floa
 
         return Sleeping
 
-    def run(count: int) -> tuple[float, float]:
-        wall, cpu = time.perf_counter(), time.process_time()
+    def run(count: int, few: int) -> tuple[float, float, float]:
+        """Seconds until a few rows have come out and until all have, and the driver's share of a CPU in between."""
         data = ray.data.range(count, override_num_blocks=count // BATCH)
         for name, seconds, workers in (
             ("encode", 0.005, 1),
@@ -196,15 +197,17 @@ def with_ray_data(rows: tuple[int, int], repeats: int) -> list[tuple[float, floa
         ):
             actors = ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=4)
             data = data.map_batches(sleeping(seconds, name), batch_size=BATCH, compute=actors, num_cpus=0.1)
-        seen = sum(int(batch["x"].sum()) for batch in data.iter_batches(batch_size=None))
+        seen, started, at_few = 0, time.perf_counter(), (0.0, 0.0)
+        for batch in data.iter_batches(batch_size=None):
+            if seen < few:
+                at_few = time.perf_counter(), time.process_time()
+            seen += int(batch["x"].sum())
         assert seen == count
-        return time.perf_counter() - wall, time.process_time() - cpu
+        ended = time.perf_counter()
+        return at_few[0] - started, ended - started, (time.process_time() - at_few[1]) / (ended - at_few[0])
 
-    run(8 * BATCH)
-    found = []
-    for _ in range(repeats):
-        (short, _), (long, cpu) = map(run, rows)
-        found.append((short, long, cpu / long))
+    run(8 * BATCH, BATCH)
+    found = [run(rows[1], rows[0]) for _ in range(repeats)]
     ray.shutdown()
     return found
 

@@ -105,9 +105,9 @@ def adjust(state: DriverState) -> None:
             _end(state, worker_type, worker)
     if state.nodes is None:
         return
-    if not state.looks and not state.measured_batches and (work := _all_of_one(state)):
+    if not state.looks and not state.measured_batches and (all_of_one := _all_of_one(state)):
         state.looks = 1
-        _change(state, allocate(_with_memory(state, 2.0), work, _of_use(state), state.nodes) or state.targets)
+        _change(state, allocate(_with_memory(state, 2.0), all_of_one, _of_use(state), state.nodes) or state.targets)
     if state.measured_batches < state.batches_to_measure:
         return
     work = work_left(state)
