@@ -48,6 +48,22 @@ def test_sd_scripts_loads_each_picture_s_latents(trainers, family, model, values
     assert plain == (model in ("sd", "sdxl"))
 
 
+BUCKETS = "size.buckets=[[16, 32], [32, 16]]"
+
+
+def test_sd_scripts_loads_what_a_bucket_cut_and_the_mirrored_picture(trainers):
+    exact = trainers.encode("sd", "size.buckets=[[16, 8], [8, 24], [24, 16]]", "size.flip=true", output="exact")
+    folder = trainers.export(exact, "kohya", folder="to-exact")
+    for plain in (False, True):
+        latents, _, crop, flipped = kohya(folder, "a b.png", "sd", (16, 8), plain)
+        assert latents[3].tolist() == [pytest.approx([5, 1], abs=1e-5)] and crop == [0, 0, 16, 8]
+        assert flipped[3].tolist() == [pytest.approx([1, 5], abs=1e-5)] and flipped.dtype == np.float32
+    found = np.load(trainers.export(trainers.encode("flux", BUCKETS), "kohya-flux") / "cats" / "tom_0008x0024_flux.npz")
+    assert found["latents_4x2"].shape == (16, 4, 2) and found["original_size_4x2"].tolist() == [8, 24]
+    # 8 x 24 pixels, in 16 x 32, would be 10.67 x 32, from (16 - 10.67) // 2 on: that is how the trainer counts.
+    assert found["crop_ltrb_4x2"].tolist() == pytest.approx([2, 0, 2 + 32 / 3, 32])
+
+
 def test_a_trainer_s_name_stands_for_its_one_format_of_a_family(trainers):
     sd, flux, wan = (trainers.encode(family, output=family) for family in ("sd", "flux", "wan"))
     assert len(files(trainers.export(sd, "kohya"))) == 3
@@ -155,6 +171,20 @@ def test_automodel_loads_its_items(trainers, monkeypatch, tmp_path):
     assert torch.tensor(data["crop_offset"]).tolist() == [0, 0]
     assert data["latent"].dtype == torch.float16 and data["latent"].shape == (16, 3, 1)
     assert data["latent"][3].flatten().tolist() == pytest.approx([1.76364851, 1.76364851, 0.31924851], rel=1e-3)
+
+
+def test_automodel_knows_where_a_bucket_was_cut_out(trainers):
+    folder = trainers.export(trainers.encode("flux", BUCKETS), "automodel")
+    found = {item["image_path"]: (item, data) for item, data in automodel(folder)}
+    item, data = found[TOM]
+    assert item["bucket_resolution"] == [16, 32] and item["original_resolution"] == [8, 24]
+    assert data["crop_offset"] == [0, 8]  # scaled to 16 x 48, of which the middle is taken
+    as_kohya = trainers.export(
+        trainers.encode("flux", BUCKETS, "size.pixels=kohya", output="kohya"), "automodel", folder="to-kohya"
+    )
+    assert {item["image_path"]: data["crop_offset"] for item, data in automodel(as_kohya)}[TOM] == [0, 8]
+    assert found["cats/dog.v2.png"][1]["crop_offset"] == [0, 2]  # 24 x 16 to 32 x 21, and (21 - 16) // 2
+    assert (folder / "16x32" / "000000002-000.pt").is_file()
 
 
 # ------------------------------------------------------------------------------------------------------ all together

@@ -207,6 +207,22 @@ def test_the_same_command_writes_nothing_again_and_makes_what_is_lost_or_cut_sho
     assert files(folder) == before
 
 
+def test_what_is_there_is_known_without_reading_the_dataset_again_and_a_damaged_shard_is_named(trainers, latentmill):
+    output = trainers.encode("sd", STD)
+    folder = trainers.export(output, "edm2")
+    shard = output / "data" / "00000.parquet"
+    content = bytearray(shard.read_bytes())
+    at = content.index(b"a b.png")  # the first page of rows
+    content[at : at + 7] = b"A B.PNG"
+    shard.write_bytes(content)
+    trainers.export(output, "edm2")
+    assert latentmill.out == "edm2: 0 files written, 4 were there\n"
+    (folder / "00000" / "img-mean-std-00000001.npy").unlink()
+    assert latentmill("export", output, folder, "--to", "edm2") == 1
+    [line] = latentmill.err.splitlines()
+    assert "00000.parquet: " in line and "latentmill verify says" in line
+
+
 def test_a_file_of_somebody_else_stays(trainers, latentmill):
     output = trainers.encode("sd")
     stranger = trainers.root / "export" / "cats" / "tom.latent"

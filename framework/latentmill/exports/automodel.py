@@ -30,18 +30,11 @@ def _about(row: ExportRow) -> dict[str, Any]:
     }
 
 
-def _crop_offset(row: ExportRow) -> list[int]:
-    """Left and top of what was cut out of the middle of the picture, once it was scaled to cover its bucket."""
-    sides = [*zip(row.bucket, row.original_size)]
-    scale = max(want / have for want, have in sides)
-    return [max(0, int(have * scale) - want) // 2 for want, have in sides]
-
-
 def _files(row: ExportRow) -> Mapping[str, bytes]:
     import torch
 
     latent = row.tensors["latents"].to(torch.float16)
-    return {_path(row): pt({"latent": latent, "crop_offset": _crop_offset(row), **_about(row)})}
+    return {_path(row): pt({"latent": latent, "crop_offset": list(row.crop_offset), **_about(row)})}
 
 
 def _note(row: ExportRow) -> Any:

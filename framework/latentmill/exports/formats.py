@@ -52,9 +52,14 @@ class ExportRow:
         return width, height
 
     @property
-    def crop_ltrb(self) -> list[float]:
-        """Left, top, right and bottom of what was cut out."""
-        return list(self.columns.get("crop_ltrb") or (0, 0, *self.bucket))
+    def crop_offset(self) -> tuple[int, int]:
+        """Left and top of the bucket in the picture that was scaled to cover it: as the dataset says it, or in the middle."""
+        (width, height), original = self.bucket, self.original_size
+        left, top, right, bottom = self.columns.get("crop_ltrb") or (0, 0, 0, 0)
+        if (right - left, bottom - top) == (width, height):  # else it is kohya's, which isn't what was cut out
+            return int(left), int(top)
+        scale = max(width / original[0], height / original[1])
+        return max(0, int(original[0] * scale) - width) // 2, max(0, int(original[1] * scale) - height) // 2
 
     def scaled(self, column: str = "latents") -> npt.NDArray[Any]:
         """A column's tensor as a denoiser sees it, float32 ``[C, h, w]``: ``(z - shift) * scale``, as it is stored."""

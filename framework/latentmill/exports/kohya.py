@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable
 from typing import Any
 
+from latentmill.buckets import kohya_crop
 from latentmill.exports.formats import ExportFormat, ExportRow
 
 
@@ -27,7 +28,7 @@ def _npz(row: ExportRow, scaled: bool, plain: bool) -> bytes:
     of = row.scaled if scaled else row.raw
     latents = of()
     found = {"latents": latents, "original_size": np.array(row.original_size, np.int64)}
-    found["crop_ltrb"] = np.array(row.crop_ltrb, np.float64)
+    found["crop_ltrb"] = np.array(kohya_crop(row.bucket, row.original_size), np.float64)
     if "latents_flipped" in row.tensors:
         found["latents_flipped"] = of("latents_flipped")
     size = f"_{latents.shape[-2]}x{latents.shape[-1]}"
