@@ -54,8 +54,12 @@ AUTOMODEL = (
 STEPS = {"kohya": 64, "musubi": 16, "automodel": 64}
 """The tables that are made for an area, and what their sides are multiples of."""
 NAMES = (*STEPS, "sdxl")
-PIXEL_WAYS = ("ours", "kohya", "musubi")
-"""Ways to open a picture and to resize it (``latentmill.pixels``)."""
+PIXEL_WAYS = {
+    "ours": "upright as EXIF says, transparency on white, resized by Lanczos",
+    "kohya": "as kohya's sd-scripts does: EXIF and alpha ignored, resized by OpenCV's INTER_AREA down and by Lanczos up",
+    "musubi": "as musubi-tuner does: EXIF ignored, resized by OpenCV's INTER_AREA down and by Lanczos up, alpha dropped",
+}
+"""Ways to open a picture and to resize it (``latentmill.pixels``), in words."""
 CROPS = ("center", "random")
 KEYS = ("buckets", "area", "step", "upscale", "min_side", "max_side", "crop", "flip", "pixels")
 
@@ -134,7 +138,7 @@ class Size:
             most + -most % step,
             _one_of("crop", value("crop", "center"), CROPS),
             _flag("flip", value("flip", False)),
-            _one_of("pixels", value("pixels", "ours"), PIXEL_WAYS),
+            _one_of("pixels", value("pixels", "ours"), [*PIXEL_WAYS]),
         )
         for each in size.area:
             size._check(each)

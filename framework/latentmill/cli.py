@@ -160,9 +160,9 @@ def _plan(options: Any) -> int:
     if job.size is not None:
         found, of = parts.bucket_counts(job, built, plan.fragments)
         counts = [f"{bucket} {count:,}" for bucket, count in found.most_common()]
-        for start in range(0, len(counts) or 1, BUCKETS_A_LINE):
-            print(f"{'' if start else 'buckets':<13} {', '.join(counts[start : start + BUCKETS_A_LINE])}")
-        print(f"{'':<13} {of}")
+        lines = [", ".join(counts[start : start + BUCKETS_A_LINE]) for start in range(0, len(counts), BUCKETS_A_LINE)]
+        for at, line in enumerate([*lines, of]):
+            print(f"{'' if at else 'buckets':<13} {line}")
     print(f"hash     {plan.hash}")
     for line in [
         *parts.notices(built),

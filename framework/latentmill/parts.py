@@ -294,13 +294,14 @@ def bucket_counts(job: Job, built: Parts, fragments: Sequence[Fragment]) -> tupl
     assert job.size is not None
     size, total = Size.of(job.size), sum(fragment.rows for fragment in fragments)
     found: Counter[str] = Counter()
-    looked_at = pictures = reached = 0
+    looked_at = pictures = reached = told = 0
     with registry.asking(built.source):
         for fragment in fragments:
             reached += fragment.rows
             share = min(fragment.rows, reached * min(total, SIZES_READ) // total - looked_at)
             looked_at += share
             for row in built.source.sizes(fragment.name, 0, share):
+                told += 1
                 if isinstance(row, RowError) or row.get("image") is None:
                     continue
                 pictures += 1
@@ -311,6 +312,8 @@ def bucket_counts(job: Job, built: Parts, fragments: Sequence[Fragment]) -> tupl
                         found[f"{width}x{height}"] += 1
                     except RowError:
                         found["too small"] += 1
+    if not told:
+        return found, f"source {job.source['name']} doesn't say how large its pictures are"
     areas = f", each at {len(size.area)} areas" if len(size.area) > 1 else ""
     among = f" of the {looked_at:,} rows looked at" if looked_at < total else f" of {total:,} rows"
     return found, f"{pictures:,} pictures{among}{areas}"

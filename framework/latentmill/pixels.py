@@ -22,7 +22,7 @@ Pixels: TypeAlias = npt.NDArray[np.uint8]
 
 LTRB: TypeAlias = tuple[float, float, float, float]
 
-ROWS = 256
+LINES = 32
 """Lines that are averaged at a time: what they become stays in a processor's cache."""
 
 
@@ -77,20 +77,22 @@ def area(picture: Pixels, width: int, height: int) -> Pixels:
         halves_up = across == down == 2
         means = (sums + 2) // 4 if halves_up else np.rint(sums.astype(np.float32) * np.float32(1.0 / (across * down)))
         return np.asarray(means, np.uint8)
-    lines = np.zeros((have_height, width, channels), np.float32)
-    for start in range(0, have_height, ROWS):
-        part, sums = picture[start : start + ROWS].astype(np.float32), lines[start : start + ROWS]
-        for places, shares in zip(*_covered(have_width, width)):
-            sums += part[:, places] * shares[:, None]
-    result = np.empty((height, width, channels), np.uint8)
-    every = _covered(have_height, height)
-    for start in range(0, height, ROWS):
-        end = min(start + ROWS, height)
-        total = np.zeros((end - start, width, channels), np.float32)
-        for places, shares in zip(*every):
-            total += lines[places[start:end]] * shares[start:end, None, None]
-        result[start:end] = np.rint(total)
-    return result
+    lines = np.empty((have_height, width, channels), np.float32)
+    for start in range(0, have_height, LINES):
+        part = picture[start : start + LINES].transpose(1, 0, 2).astype(np.float32, order="C")
+        lines[start : start + LINES] = _means(part, width).transpose(1, 0, 2)
+    return np.rint(_means(lines, height)).astype(np.uint8)
+
+
+def _means(values: npt.NDArray[np.float32], want: int) -> npt.NDArray[np.float32]:
+    """The first axis of ``values`` averaged to ``want``."""
+    total = np.zeros((want, *values.shape[1:]), np.float32)
+    part = np.empty_like(total)
+    for places, shares in zip(*_covered(len(values), want)):
+        np.take(values, places, axis=0, out=part, mode="clip")
+        part *= shares[:, None, None]
+        total += part
+    return total
 
 
 @lru_cache(maxsize=64)

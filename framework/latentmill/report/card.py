@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from latentmill.buckets import PIXEL_WAYS
 from latentmill.progress import counted
 from latentmill.report.files import MARK, put
 from latentmill.report.material import Material, identity
@@ -37,6 +38,12 @@ def make(dataset: Material) -> None:
     if dataset.plan.get("latents"):
         facts = ", ".join(f"{key} {value}" for key, value in dataset.plan["latents"].items())
         parts.append(f"Latent space: {facts}. Stored latents are scaled: `(z - shift) * scale`.")
+    if size := dataset.plan["config"].get("size"):
+        buckets = size["buckets"] if isinstance(size["buckets"], str) else "a list"
+        parts.append(
+            f"Pictures were opened {PIXEL_WAYS[size['pixels']]}; each was brought to the bucket of its shape, of {buckets}, and cut "
+            + ("in the middle." if size["crop"] == "center" else "where its row's seed says.")
+        )
     parts.append(f"## Config\n\n```json\n{json.dumps(dataset.plan['config'], indent=1)}\n```\n")
     parts.append(f"<!-- {MARK} -->\n")
     put(dataset.store, "README.md", "\n\n".join(parts).encode())

@@ -54,7 +54,7 @@ class Images(Source):
     """
 
     contract = 2
-    pixel_ways = PIXEL_WAYS
+    pixel_ways = (*PIXEL_WAYS,)
 
     def __init__(
         self, path: str, max_pixels: int = MAX_PIXELS, follow_links: bool = False, id_column: str | None = None

@@ -43,7 +43,7 @@ class Prompts(Source):
     """
 
     contract = 2
-    pixel_ways = PIXEL_WAYS
+    pixel_ways = (*PIXEL_WAYS,)
 
     def __init__(
         self,
