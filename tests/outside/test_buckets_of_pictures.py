@@ -346,6 +346,36 @@ def test_a_wrong_size_is_one_line_that_names_the_key(few, latentmill, tmp_path, 
     assert said is None or latentmill.err.rstrip("\n").endswith(said), latentmill.err
 
 
+def test_a_job_s_size_is_replaced_as_a_whole_or_key_by_key(few, latentmill, tmp_path):
+    folder, _ = few
+    job = {
+        "defaults": ["job", "_self_"],
+        "output": str(tmp_path / "out"),
+        "flow": ["read", "encode", "write"],
+        "cluster": {"kind": "inline"},
+        "source": {"name": "images", "path": str(folder)},
+        "sink": {"name": "parquet"},
+        "vae": {"name": "patches", "side": 8},
+        "size": {"buckets": "kohya", "area": 4096, "step": 8, "min_side": 32, "max_side": 128, "crop": "random"},
+    }
+    (tmp_path / "job.yaml").write_text(json.dumps(job))
+
+    def planned(*overrides):
+        assert latentmill("plan", tmp_path / "job.yaml", "--json", *overrides) == 0, latentmill.said
+        return json.loads(latentmill.out)["config"].get("size")
+
+    about = {**job["size"], "area": [4096], "upscale": True, "flip": False, "pixels": "ours"}
+    assert planned() == about and planned("size.crop=center") == {**about, "crop": "center"}
+    sdxl = {"buckets": "sdxl", "crop": "center", "flip": True, "pixels": "ours"}
+    assert planned("size={buckets: sdxl, flip: true}") == sdxl
+    assert planned("size={buckets: [[64, 32]]}", "size.flip=true") == {**sdxl, "buckets": [[64, 32]]}
+    assert planned("size=null") is None
+    del job["size"]
+    (tmp_path / "job.yaml").write_text(json.dumps(job))
+    assert planned("size={buckets: sdxl, flip: true}") == planned("size.buckets=sdxl", "size.flip=true") == sdxl
+    assert planned() is None and "size" not in json.loads(latentmill.out)["config"]
+
+
 def test_latents_have_no_size(few, made, latentmill, tmp_path):
     made(few[0], *KOHYA)
     command = ("run", "decode", "cluster=inline", "vae.name=patches", "vae.side=8", f"source.path={tmp_path / 'out'}")

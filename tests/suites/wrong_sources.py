@@ -176,6 +176,12 @@ class OtherTexts(Right):
         return ((prompt and prompt.upper(), negative) for prompt, negative in super().texts(fragment))
 
 
+class OtherSizes(Right):
+    def sizes(self, fragment, start, stop):
+        for row in self.read(fragment, start, stop):
+            yield {"image": row["image"].shape[:2]} if isinstance(row, dict) and "image" in row else row
+
+
 class FloatPicture(Right):
     def item(self, fragment, at):
         row = super().item(fragment, at)
@@ -238,6 +244,7 @@ MISTAKES = [
     source("ids of other rows", OtherIds, IDS, "ids gives other ids than read"),
     source("an id twice", SameIds, f"{IDS} {STORES}", "two rows have the id"),
     source("texts of other rows", OtherTexts, IDS, "texts gives other prompts than read"),
+    source("sizes with the height first", OtherSizes, "sizes_are_those_of_the_pictures", "sizes gives (2, 3) for a picture of 3x2 pixels"),
     source("a picture of floats", FloatPicture, COUNT, "no uint8 array [H, W, 3]"),
     source("asks for a GPU in `fragments`", Cuda, GPU, "Cuda.fragments calls torch.cuda.is_available before load(device)"),
     source("no contract line", NoContract, PLUGIN, "does not say for which contract it was written"),

@@ -95,7 +95,9 @@ def assign(config: DictConfig, assignment: Assignment) -> None:
     except ValueError as error:
         raise JobError(f"{key}: {error}") from error
     try:
-        OmegaConf.update(config, key, value, force_add=assignment.new or of_stage or path[0] == "sampling")
+        # A whole size takes another's place: what one table has settings for another has not.
+        new = assignment.new or of_stage or path[0] == "sampling"
+        OmegaConf.update(config, key, value, merge=key != "size", force_add=new)
     except (ConfigAttributeError, ConfigKeyError) as error:
         raise JobError(f"there is no key {key}{near_key(key)}") from error
     except (ValueError, AssertionError) as error:  # OmegaConf's of a key that goes into a list, or into text

@@ -147,6 +147,23 @@ class SourceSuite(PluginSuite):
                 assert not twice, f"two rows have the id {twice[0] if twice else ''!r}: an id is one row's"
                 seen |= {name for name in ids if name is not None}
 
+    def test_sizes_are_those_of_the_pictures(self) -> None:
+        """In each way in which the source can open them. They are a short cut, and buckets are counted by them."""
+        for way in self.source().pixel_ways:
+            source = self.source()
+            source.pixels = way
+            for fragment in source.fragments():
+                told = list(source.sizes(fragment.name, 0, fragment.rows))
+                rows = list(source.read(fragment.name, 0, fragment.rows)) if told else []
+                assert len(told) == len(rows), "sizes gives other rows than read: one item for each, in order"
+                for item, row in zip(told, rows):
+                    if not isinstance(item, Mapping) or not isinstance(row, Mapping) or row.get("image") is None:
+                        continue
+                    height, width = row["image"].shape[:2]
+                    assert tuple(item["image"]) == (width, height), (
+                        f"sizes gives {tuple(item['image'])} for a picture of {width}x{height} pixels: width first, as read gives it"
+                    )
+
     def test_rows_are_what_was_stored(self) -> None:
         """In order; needs ``expected()``."""
         expected = self.expected()
