@@ -1,4 +1,4 @@
-"""How a picture is decoded: always to 8-bit RGB, upright, on white."""
+"""How a picture is decoded: to 8-bit RGB, upright, on white, or as a trainer opens it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,6 @@ def decode(file: BinaryIO | bytes, max_pixels: int = MAX_PIXELS, way: str = "our
 
     Raises RowError for anything that isn't a whole picture of the FORMATS, has more than ``max_pixels``, or is of a kind
     that Pillow is known to misread. CMYK goes through the picture's ICC profile if it has one; other profiles are ignored.
-
     In the ``way`` of kohya or musubi: not turned, and RGB by Pillow's ``convert`` (of musubi, RGBA stays so, ``[H, W, 4]``).
     """
     if isinstance(file, bytes):
