@@ -30,11 +30,11 @@ WHOLE = "all"
 
 @dataclass
 class Exported:
-    """What an export did, by format."""
+    """What an export did, by format, in the order in which they were asked for."""
 
-    written: Counter[str] = field(default_factory=Counter)
+    written: Counter[str]
     """Files that were made."""
-    there: Counter[str] = field(default_factory=Counter)
+    there: Counter[str]
     """Files that were there, and right."""
 
 
@@ -92,7 +92,7 @@ class _OfShard:
     def add(self, row: ExportRow, settle: Callable[[_OfShard, str, bytes | Path], None]) -> None:
         format = self.writing.format
         if self.writer is not None:
-            self.notes.append(self.writer.add(row))
+            self.writer.add(row)
             return
         assert format.files is not None
         for name, content in format.files(row).items():
@@ -104,7 +104,7 @@ class _OfShard:
 class _Export:
     def __init__(self, source: ExportSource, written: Sequence[_Writing]) -> None:
         self.source, self.written = source, written
-        self.exported = Exported()
+        self.exported = Exported(*(Counter({each.format.name: 0 for each in written}) for _ in range(2)))
         self._counting = threading.Lock()
 
     def shard(self, shard: int, stop: threading.Event) -> None:
@@ -133,8 +133,10 @@ class _Export:
                 for each in todo:
                     each.add(row, self._settle)
             for each in todo:
-                for name, path in (each.writer.close() if each.writer is not None else {}).items():
-                    self._settle(each, name, path)
+                if each.writer is not None:
+                    for name, path in each.writer.close().items():
+                        self._settle(each, name, path)
+                    each.notes = each.writer.notes
                 each.writing.ledger.close(key, ShardMark(state, each.files, each.notes), each.before)
         failpoints.reach(f"exported {shard}")
 

@@ -72,14 +72,17 @@ class ExportRow:
 
 
 class ShardWriter(Protocol):
-    """Writes one of our shards as files that hold many rows."""
+    """Writes one of our shards as files that hold many rows. The same rows give the same bytes."""
 
-    def add(self, row: ExportRow) -> Any:
-        """Take a row, in order. Returns what ``ExportFormat.finish`` is to know of it, JSON."""
+    notes: list[Any]
+    """What ``ExportFormat.finish`` is to know of the shard, JSON; complete once it is closed."""
+
+    def add(self, row: ExportRow) -> None:
+        """Take a row, in order."""
         ...
 
     def close(self) -> Mapping[str, Path]:
-        """End the files, and say where they are, by the names that they are to have in the export."""
+        """End the files, and say where they are, by the names that they are to have in the export. Of no rows there may be none."""
         ...
 
 
@@ -111,7 +114,7 @@ class ExportFormat:
     shard: Callable[[int, Path], ShardWriter] | None = None
     """Instead of ``files``: begins the files of our shard of that number, in an empty local folder."""
     finish: Callable[[Iterator[Any], str], Iterable[tuple[str, Iterable[str]]]] | None = None
-    """Files for the whole export, name and text in pieces, from the notes of all rows in order, and the path or URL of its folder."""
+    """Files for the whole export, name and text in pieces, from the notes of all rows, or shards, in order, and the path or URL of its folder."""
 
     @property
     def tensors(self) -> tuple[str, ...]:

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 from latentmill.errors import ExportError
 from latentmill.exports.automodel import AUTOMODEL_CACHE
 from latentmill.exports.comfyui import COMFYUI
+from latentmill.exports.energon import ENERGON
+from latentmill.exports.fastvideo import FASTVIDEO
 from latentmill.exports.folder import PICTURE_FOLDER
 from latentmill.exports.formats import ExportFormat
 from latentmill.exports.kohya import KOHYA
+from latentmill.exports.mds import MDS
 from latentmill.exports.musubi import MUSUBI
 from latentmill.exports.research import EDM2, PIXART, REPA
 from latentmill.exports.simpletuner import SIMPLETUNER
@@ -32,6 +35,9 @@ EXPORT_FORMATS: dict[str, ExportFormat] = {
         *MUSUBI,
         SIMPLETUNER,
         AUTOMODEL_CACHE,
+        MDS,
+        ENERGON,
+        FASTVIDEO,
     )
 }
 """By name. ``musubi-qwen`` may be called ``musubi`` where it is the only one of musubi's that takes a dataset's latents."""
