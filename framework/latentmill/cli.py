@@ -223,9 +223,8 @@ def _verify(options: Any) -> int:
 def _export(options: Any) -> int:
     from latentmill.exports.export import export
 
-    def tell(done: int, shards: int) -> None:
-        if done < shards:
-            print(f"{done:,} of {shards:,} shards", file=sys.stderr)
+    def tell(line: str) -> None:
+        print(escaped(line), file=sys.stderr)
 
     try:
         found = export(options.output, options.to.split(","), options.folder, options.names, tell)

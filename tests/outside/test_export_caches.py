@@ -75,6 +75,14 @@ def test_a_trainer_s_name_stands_for_its_one_format_of_a_family(trainers):
     assert "kohya-sdxl takes latents of sdxl, and those of " in trainers.refused(sd, "kohya-sdxl")
 
 
+def test_a_dataset_that_does_not_say_how_large_pictures_are_is_exported_with_a_word(trainers, latentmill):
+    trainers.export(trainers.encode("sd"), "kohya,comfyui", folder="unsized")
+    [line] = latentmill.err.splitlines()
+    assert "doesn't say how large the pictures themselves are, so files of kohya-sd are named" in line
+    trainers.export(trainers.encode("sd", BUCKETS, output="sized"), "kohya", folder="to-sized")
+    assert latentmill.err == ""
+
+
 def test_sd_scripts_files_can_lie_beside_the_pictures(trainers):
     """Where the trainer looks for them; what we remember of it lies beside, too, and no trainer takes it for a picture."""
     output = trainers.encode("sd")

@@ -102,5 +102,5 @@ def test_shards_are_written_once_and_anew_the_same(trainers, latentmill):
     content = torn.read_bytes()
     torn.write_bytes(content[:2000] + b"X" + content[2001:])  # of the same size, so that only a comparison finds it
     (folder / ".latentmill" / "energon" / "00000.json").unlink()
-    assert latentmill("export", output, folder, "--to", "mds,energon,fastvideo,comfyui") == 2
+    assert latentmill("export", output, folder, "--to", "mds,energon,fastvideo,comfyui") == 3
     assert "energon/shard_000000.tar is there, and is not what energon would write" in latentmill.err

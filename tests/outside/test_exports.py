@@ -158,7 +158,15 @@ def test_rows_that_would_be_one_file_are_refused_and_told_apart_by_their_row_ids
     assert [*found] == [f"00000000{n}-000.latent" for n in range(4)]
 
 
-@pytest.mark.parametrize("name", ["../tom", "/tom", "cats/../../tom", "a\nb", ""])
+def test_a_picture_is_called_what_it_is_called(trainers):
+    """With the narrow blank of a screenshot's name, a line break, and bytes that are no UTF-8."""
+    for name in ("shot 1.00\u202fAM.png", "two\nlines.png", os.fsdecode(b"caf\xe9.png")):
+        os.link(trainers.pictures / "a b.png", trainers.pictures / name)
+    found = files(trainers.export(trainers.encode("sd"), "comfyui"))
+    assert {"shot 1.00\u202fAM.latent", "two\nlines.latent", "caf\\udce9.latent"} < {*found}
+
+
+@pytest.mark.parametrize("name", ["../tom", "/tom", "cats/../../tom", ""])
 def test_a_name_that_leads_out_of_the_folder_is_refused(trainers, tmp_path, name):
     with (tmp_path / "list.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["image", "name"], ["pictures/a b.png", name], ["pictures/cats/tom.png", "tom"]])
@@ -228,7 +236,7 @@ def test_a_file_of_somebody_else_stays(trainers, latentmill):
     stranger = trainers.root / "export" / "cats" / "tom.latent"
     stranger.parent.mkdir(parents=True)
     stranger.write_bytes(b"mine")
-    assert latentmill("export", output, trainers.root / "export", "--to", "comfyui") == 2
+    assert latentmill("export", output, trainers.root / "export", "--to", "comfyui") == 3
     assert latentmill.err.endswith(
         "cats/tom.latent is there, and is not what comfyui would write: move it away, or choose another folder\n"
     )

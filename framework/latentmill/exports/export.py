@@ -43,11 +43,11 @@ def export(
     formats: Sequence[str],
     folder: str,
     names: str | None = None,
-    tell: Callable[[int, int], None] = lambda done, shards: None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Exported:
     """Write the dataset at ``output`` in these formats into ``folder``, a path or a URL; of several each in a folder of its name.
 
-    ``names``: the column with the pictures' names; None: ``file`` or ``id``. ``tell`` is told how many shards are done.
+    ``names``: the column with the pictures' names; None: ``file`` or ``id``. ``tell`` is given lines for people.
     Raises ExportError before anything is written if the dataset is not finished, or not for one of the formats.
     """
     source = ExportSource(dataset.load(storage.at(output)), names)
@@ -60,6 +60,11 @@ def export(
     _require_apart(source.there.store.url, target.url)
     _require_names(source, chosen)
     _require_paths(source, chosen)
+    if by_size := [each.name for each in chosen if each.sized and "original_size" not in source.columns]:
+        tell(
+            f"{output} doesn't say how large the pictures themselves are, so files of {', '.join(by_size)} are named by the size "
+            "that was encoded; a job with size says it (size.buckets)"
+        )
     left_over = target.names(".tmp")
     written = [_Writing(each, Ledger(target, each.name, f"{each.name}/" if chosen[1:] else "")) for each in chosen]
     for writing in written:
@@ -173,19 +178,18 @@ class _Export:
             self.exported.there[writing.format.name] += there
 
 
-def _at_once(
-    work: Callable[[int, threading.Event], None], shards: Iterable[int], tell: Callable[[int, int], None]
-) -> None:
-    """Do the shards, as many at a time as there are processors, and some more, since they wait for disks and stores."""
+def _at_once(work: Callable[[int, threading.Event], None], shards: Iterable[int], tell: Callable[[str], None]) -> None:
+    """Do the shards, two at a time for each processor, since they wait for disks and stores; each holds some of its rows."""
     stop, numbers = threading.Event(), list(shards)
-    with ThreadPoolExecutor(2 * len(os.sched_getaffinity(0)) + 2) as threads:
+    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as threads:
         try:
             pending = {threads.submit(work, shard, stop) for shard in numbers}
             while pending:
                 done, pending = wait(pending, timeout=10, return_when=FIRST_EXCEPTION)
                 for future in done:
                     future.result()
-                tell(len(numbers) - len(pending), len(numbers))
+                if pending:
+                    tell(f"{len(numbers) - len(pending):,} of {len(numbers):,} shards")
         except BaseException:  # Ctrl-C too: what is begun ends at its next row, and nothing else begins
             stop.set()
             threads.shutdown(cancel_futures=True)

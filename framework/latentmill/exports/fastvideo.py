@@ -8,7 +8,7 @@ from typing import Any
 
 from latentmill.exports.formats import ExportFormat, ExportRow
 
-ROWS = 64
+GROUP_ROWS = 64
 """In a row group."""
 
 
@@ -41,7 +41,7 @@ class FastVideoShard:
         text = {"text_embedding_bytes": b"", "text_embedding_shape": [], "text_embedding_dtype": "float32"}
         size = {"width": width, "height": height, "num_frames": 1, "duration_sec": 0.0, "fps": 0.0}
         self.rows.append({**about, **stored, "vae_latent_dtype": "float32", **text, **size})
-        if len(self.rows) == ROWS:
+        if len(self.rows) == GROUP_ROWS:
             self._write()
 
     def close(self) -> Mapping[str, Path]:

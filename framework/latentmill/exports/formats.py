@@ -105,6 +105,8 @@ class ExportFormat:
     """Tensors that it stores, too, where the dataset has them."""
     names: Literal["needed", "used", ""] = ""
     """Whether its files are called as the pictures are: the trainer finds them by it, or people do."""
+    sized: bool = False
+    """Whether its trainer finds them by the picture's own size, too."""
     files: Callable[[ExportRow], Mapping[str, bytes]] | None = None
     """A row's files by name. The same row gives the same bytes."""
     path: Callable[[ExportRow], str] | None = None

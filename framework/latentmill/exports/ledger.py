@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from latentmill.errors import ExportError
+from latentmill.errors import ExportError, StorageError
 from latentmill.storage import Storage
 
 LEDGER = ".latentmill"
@@ -72,14 +72,14 @@ class Ledger:
         return mark.state == state and all(self.store.size(self.below + n) == size for n, size in mark.files.items())
 
     def settle(self, name: str, content: bytes | Path, ours: ShardMark | None) -> bool:
-        """See that a file is there with this content; False if it was. Raises ExportError if another is, and ``ours`` doesn't name it."""
+        """See that a file is there with this content; False if it was. Raises StorageError if another is, and ``ours`` doesn't name it."""
         name, what = self.below + name, str(content) if isinstance(content, Path) else content
         if self.store.create(name, what):
             return True
         if self._is(name, content):
             return False
         if ours is None or name.removeprefix(self.below) not in ours.files:
-            raise ExportError(
+            raise StorageError(
                 f"{self.store.url.rstrip('/')}/{name} is there, and is not what {self.format} would write: "
                 "move it away, or choose another folder"
             )

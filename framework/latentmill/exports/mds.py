@@ -8,15 +8,22 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from latentmill.errors import ExportError
+from latentmill.errors import RunError
 from latentmill.exports.formats import ExportFormat, ExportRow
 
-COLUMNS = {"caption": "str", "height": "int", "id": "str", "latents": "bytes", "latents_shape": "json", "width": "int"}
+MDS_COLUMNS = {
+    "caption": "str",
+    "height": "int",
+    "id": "str",
+    "latents": "bytes",
+    "latents_shape": "json",
+    "width": "int",
+}
 """In the order in which a sample has them: by name."""
-HEADER = {
-    "column_encodings": [*COLUMNS.values()],
-    "column_names": [*COLUMNS],
-    "column_sizes": [8 if encoding == "int" else None for encoding in COLUMNS.values()],
+MDS_HEADER = {
+    "column_encodings": [*MDS_COLUMNS.values()],
+    "column_names": [*MDS_COLUMNS],
+    "column_sizes": [8 if encoding == "int" else None for encoding in MDS_COLUMNS.values()],
     "compression": None,
     "format": "mds",
     "hashes": [],
@@ -26,7 +33,7 @@ HEADER = {
 
 
 class MDSShard:
-    """Numbers are uint32, little-endian: how many samples; where each begins, and the last one ends; HEADER; then the samples.
+    """Numbers are uint32, little-endian: how many samples; where each begins, and the last one ends; MDS_HEADER; then the samples.
 
     A sample is the sizes of those of its columns that have no fixed one, and then all columns.
     """
@@ -44,8 +51,8 @@ class MDSShard:
         width, height = row.bucket
         values: dict[str, Any] = {"caption": row.prompt, "id": row.row_id, "width": width, "height": height}
         values |= {"latents": latents.tobytes(), "latents_shape": list(latents.shape)}
-        data = [_encoded(encoding, values[name]) for name, encoding in COLUMNS.items()]
-        sizes = [len(each) for each, encoding in zip(data, COLUMNS.values()) if encoding != "int"]
+        data = [_encoded(encoding, values[name]) for name, encoding in MDS_COLUMNS.items()]
+        sizes = [len(each) for each, encoding in zip(data, MDS_COLUMNS.values()) if encoding != "int"]
         self.sizes.append(self.samples.write(b"".join([np.array(sizes, "<u4").tobytes(), *data])))
 
     def close(self) -> Mapping[str, Path]:
@@ -54,18 +61,16 @@ class MDSShard:
         self.samples.close()
         if not self.sizes:
             return {}
-        header = json.dumps(HEADER, sort_keys=True).encode()
+        header = json.dumps(MDS_HEADER, sort_keys=True).encode()
         places = np.array([0, *self.sizes], np.int64).cumsum() + 4 * (2 + len(self.sizes)) + len(header)
         if places[-1] >= 1 << 32:
-            raise ExportError(
-                f"mds: {self.name} would be of 4 GiB or more, which MDS can't be: make fewer rows_per_shard"
-            )
+            raise RunError(f"mds: {self.name} would be of 4 GiB or more, which MDS can't be: make fewer rows_per_shard")
         path = self.folder / self.name
         with path.open("wb") as file, (self.folder / "samples").open("rb") as samples:
             file.write(np.array([len(self.sizes), *places], "<u4").tobytes() + header)
             shutil.copyfileobj(samples, file)
         about = {"basename": self.name, "bytes": int(places[-1]), "hashes": {}}
-        self.notes = [{**HEADER, "raw_data": about, "samples": len(self.sizes), "zip_data": None}]
+        self.notes = [{**MDS_HEADER, "raw_data": about, "samples": len(self.sizes), "zip_data": None}]
         return {self.name: path}
 
 

@@ -71,7 +71,7 @@ class ExportSource:
         """The picture's path without suffix. Raises ExportError if it is none that a file can be made at."""
         text = picture if isinstance(picture, str) else "" if picture is None else str(picture)
         path = PurePosixPath(text)
-        if not path.name or path.is_absolute() or ".." in path.parts or not text.isprintable():
+        if not path.name or path.is_absolute() or ".." in path.parts or "\0" in text:
             raise ExportError(
                 f"row {row_id}: its {self.names} is {escaped(text)!r:.100}, which is no path below a folder; "
                 "--names row_id takes the row's own name"

@@ -103,7 +103,7 @@ class Images(Source):
                 if self.id_column is not None:
                     row["id"] = escaped(name)
                 if self.kept.names:
-                    row["kept"] = {FILE.name: escaped(name)}
+                    row["kept"] = {FILE.name: _text_of(name)}
                 yield row
             except RowError as error:
                 yield RowError(f"{escaped(at)}: {error}")
@@ -302,6 +302,15 @@ def _captions(names: Sequence[str], texts: Mapping[str, str]) -> dict[str, str]:
 def _rank(name: str) -> tuple[int, bool, str]:
     suffix = os.path.splitext(name)[1]
     return CAPTIONS.index(suffix.lower()), suffix != suffix.lower(), name
+
+
+def _text_of(name: str) -> str:
+    """A file's name as it is; with escapes, if its bytes are no UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return escaped(name)
+    return name
 
 
 def _text(name: str) -> str:
