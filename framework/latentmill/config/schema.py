@@ -180,8 +180,7 @@ class Job:
         Batch sizes and threads count only if the job is deterministic. In plugins' settings environment variables stay
         ``${oc.env:...}``: secrets are none of a dataset's business.
         """
-        made = OmegaConf.create(self.config)
-        config: dict[str, Any] = OmegaConf.to_container(made)  # type: ignore[assignment]
+        config: dict[str, Any] = values.read_yaml(self.config)
         meant: dict[str, Any] = {
             "seed": self.seed,
             "samples_per_row": self.samples_per_row,
@@ -196,9 +195,10 @@ class Job:
         }
         stages: dict[str, Any] = {}
         for name in self.flow:
-            # With interpolations as they were written, but for one that stands for all of it.
-            node = made.stages.get(name)
-            stage: dict[str, Any] = {} if node is None else OmegaConf.to_container(node)  # type: ignore[assignment]
+            written = config["stages"].get(name) or {}
+            if isinstance(written, str):  # an interpolation that stands for all of it; others stay as they were written
+                written = OmegaConf.to_container(OmegaConf.create(self.config).stages[name])
+            stage: dict[str, Any] = written  # type: ignore[assignment]
             kept: dict[str, Any] = {}
             if self.deterministic:  # what a matrix product gives depends on its size, and on how many threads share it
                 kept = {"batch_size": self.stages[name].first_batch_size, "threads": self.stages[name].threads}

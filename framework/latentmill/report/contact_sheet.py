@@ -50,7 +50,7 @@ def make(dataset: Material) -> None:
     content = io.BytesIO()
     about = PngImagePlugin.PngInfo()
     about.add_text("Comment", MARK)
-    sheet.save(content, "PNG", pnginfo=about)
+    sheet.save(content, "PNG", pnginfo=about, compress_level=1)  # 6 takes four times as long, for a tenth of the size
     put(dataset.store, "contact_sheet.png", content.getvalue())
 
 

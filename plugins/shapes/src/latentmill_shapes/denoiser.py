@@ -103,7 +103,11 @@ class UNet(nn.Module):
         super().__init__()
         self.frequencies: Tensor
         self.register_buffer(
-            "frequencies", torch.exp(torch.linspace(math.log(0.25), math.log(16.0), 32)), persistent=False
+            "frequencies",
+            torch.exp(
+                torch.linspace(math.log(0.25), math.log(16.0), 32, device="cpu")
+            ),  # in no file, where all else may come from
+            persistent=False,
         )
         self.time = nn.Sequential(nn.Linear(64, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.pooled = nn.Linear(pooled, embedding)

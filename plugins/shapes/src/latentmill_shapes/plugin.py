@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import safe_open
@@ -19,6 +20,7 @@ from latentmill_shapes.text import TextTransformer, tokenise
 
 WEIGHTS = Path(__file__).parent / "weights"
 """Float16 safetensors, computed with in float32; metadata holds what belongs to the weights (see `train.export`)."""
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def fingerprint(part: str) -> str:
@@ -37,10 +39,14 @@ def _metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata())
 
 
-def _filled(model: nn.Module, part: str, device: torch.device) -> None:
-    """Give `model` its float32 weights, and put it on `device`, ready for use."""
-    model.load_state_dict(weights.load(WEIGHTS / f"{part}.safetensors", model.state_dict()))
+def _filled(cls: Callable[[], Module], part: str, device: torch.device) -> Module:
+    """A model with its float32 weights, on `device`, ready for use. No weights are made up that others take the place of."""
+    with torch.device("meta"):
+        model = cls()
+    found = weights.load(WEIGHTS / f"{part}.safetensors", model.state_dict())
+    model.load_state_dict({name: each.to(torch.float32, copy=True) for name, each in found.items()}, assign=True)
     model.eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types forget memory_format
+    return model
 
 
 class ShapesVAE(VAE):
@@ -64,8 +70,7 @@ class ShapesVAE(VAE):
         )
 
     def load(self, device: torch.device) -> None:
-        self._model = Autoencoder()
-        _filled(self._model, "vae", device)
+        self._model = _filled(Autoencoder, "vae", device)
 
     def encode(self, images: Tensor) -> Tensor:
         assert self._model is not None, "load() comes first"
@@ -91,8 +96,7 @@ class ShapesTextEncoder(TextEncoder):
         return fingerprint("text_encoder")
 
     def load(self, device: torch.device) -> None:
-        self._model, self._device = TextTransformer(), device
-        _filled(self._model, "text_encoder", device)
+        self._model, self._device = _filled(TextTransformer, "text_encoder", device), device
 
     def check(self, prompt: str) -> None:
         tokenise(prompt)
@@ -124,8 +128,7 @@ class ShapesDenoiser(Denoiser):
             raise ValueError(f"trained on latents of the shapes VAE (fingerprint {expected}), not of {found}")
 
     def load(self, device: torch.device) -> None:
-        self._model = UNet()
-        _filled(self._model, "denoiser", device)
+        self._model = _filled(UNet, "denoiser", device)
 
     def predict(self, x: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         assert self._model is not None, "load() comes first"
