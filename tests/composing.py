@@ -5,28 +5,39 @@ Composition is most of what a small job costs, and its values are set afterwards
 
 import copy
 import functools
-import sys
 
 from hydra.core.global_hydra import GlobalHydra
 
+from latentmill import registry
 from latentmill.config import load
 
 
 def remembered(composed):
-    """``composed``, whose answers are kept; not those for job files, nor for plugins that a test installs: those may change."""
-    kept, path = {}, list(sys.path)
+    """``composed``, whose answers are kept; not those for job files, nor where a test installs config or jobs: those may change.
+
+    Of the plugins that a test installs it is the names that count.
+    """
+    kept, ours = {}, files_of(registry.entries())
 
     @functools.wraps(composed)
     def answer(config_name, choices):
-        if config_name == load.THE_FILE or sys.path != path:
+        installed = registry.entries()
+        if config_name == load.THE_FILE or files_of(installed) != ours:
             return composed(config_name, choices)
         searched = GlobalHydra.instance().config_loader().get_search_path().get_path()
-        key = config_name, *choices, *((place.provider, place.path) for place in searched)
+        names = frozenset((entry.group, entry.name, entry.distribution) for entry in installed)
+        key = config_name, *choices, names, *((place.provider, place.path) for place in searched)
         if key not in kept:
             kept[key] = composed(config_name, choices)
         return copy.deepcopy(kept[key])
 
     return answer
+
+
+def files_of(installed):
+    """Who brings config and jobs."""
+    bringing = (registry.CONF_GROUP, registry.group("job"))
+    return [(entry.name, entry.distribution, entry.version) for entry in installed if entry.group in bringing]
 
 
 def once(patch=setattr):

@@ -39,6 +39,7 @@ for line in sys.stdin:
         print(child, flush=True)
         continue
     os.environ.update(asked["environment"])
+    sys.path[:0] = asked["path"]
     log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1), os.dup2(log, 2)
     if asked["obeys"] and os.geteuid() == 0:  # root loses CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, with which it may all
@@ -63,7 +64,8 @@ for line in sys.stdin:
 class Forks:
     """``begin`` starts ``latentmill ARGUMENTS`` and returns its process number; ``end`` waits, and returns the exit code.
 
-    ``obeys``: permissions are for it, too, though it be root. ``prepare`` is code that may say otherwise what ``main`` is.
+    ``obeys``: permissions are for it, too, though it be root. ``path``: folders that come first on its ``sys.path``.
+    ``prepare`` is code that may say otherwise what ``main`` is.
     """
 
     def __init__(self, prepare=""):
@@ -72,15 +74,9 @@ class Forks:
         command = [sys.executable, "-c", SERVER, prepare, str(Path(__file__).parents[2])]
         self.server = subprocess.Popen(command, **pipes, text=True, env=environment)
 
-    def begin(self, arguments, log, obeys=False, **environment):
-        return self._ask(
-            {
-                "arguments": [str(each) for each in arguments],
-                "log": str(log),
-                "obeys": obeys,
-                "environment": environment,
-            }
-        )
+    def begin(self, arguments, log, obeys=False, path=(), **environment):
+        told = {"arguments": list(map(str, arguments)), "log": str(log), "path": list(map(str, path))}
+        return self._ask({**told, "obeys": obeys, "environment": environment})
 
     def end(self, process):
         return self._ask(process)

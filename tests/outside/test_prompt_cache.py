@@ -1,7 +1,6 @@
 """Equal prompts are encoded once: in a run, wherever they stand, and, with ``prompt_cache``, once for all runs. A text encoder counts in a file."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -35,14 +34,14 @@ def test_without_a_folder_they_are_encoded_once_a_run(acme):
     assert list(made.values()) == [torch.tensor(acme.number(HUNDRED[k * 37 % 10])).item() for k in range(60)]
 
 
-def test_several_workers_share_a_folder_and_each_file_is_whole(acme, executable):
+def test_several_workers_share_a_folder_and_each_file_is_whole(acme, forks):
     acme.source(HUNDRED[:40] * 2)
     cache = f"prompt_cache={acme.folder / 'cache'}"
-    code = f"import sys; sys.path.insert(0, {str(acme.folder / 'site')!r}); from latentmill.cli import main; sys.exit(main())"
-    commands = [[executable[0], "-c", code, "run", *acme.job(cache, "stages.encode.batch_size=4")] for _ in range(2)]
+    commands = [["run", *acme.job(cache, "stages.encode.batch_size=4")] for _ in range(2)]
     acme.notes.write_text("")
-    both = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]
-    assert [process.wait() for process in both] == [0, 0]
+    there = {"path": [acme.folder / "site"], "NOTES": str(acme.notes)}
+    both = [forks.begin(command, acme.folder / "log", **there) for command in commands]
+    assert [forks.end(process) for process in both] == [0, 0], (acme.folder / "log").read_text()
     assert acme.encoded().keys() == {*HUNDRED[:40], ""} and max(acme.encoded().values()) <= 2
     assert len(files(acme.folder / "cache")) == 41 and not list((acme.folder / "cache/.tmp").iterdir())
     one, two, again = acme.read(acme.folder / "out1"), acme.read(acme.folder / "out2"), acme(cache)

@@ -1,10 +1,7 @@
 """A shard of two files: a toy sink that keeps the rows' text in one and their sizes beside it, through all that can happen."""
 
 import json
-import os
 import signal
-import subprocess
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -182,14 +179,12 @@ def test_an_index_may_not_take_a_name_of_ours(latentmill, command, tmp_path):
     assert "two_files" in latentmill.err and "finish" in latentmill.err and "'plan.json'" in latentmill.err
 
 
-def test_a_writer_that_is_killed_between_side_file_and_commit_leaves_nothing(latentmill, command, executable, tmp_path):
+def test_a_writer_that_is_killed_between_side_file_and_commit_leaves_nothing(latentmill, command, forks, tmp_path):
     output, places = tmp_path / "out", tmp_path / "places"
     places.mkdir()
-    actions = Path(__file__).parents[1] / "faults" / "actions"
-    paths = os.pathsep.join(map(str, [tmp_path / "site", actions]))
-    environment = {**os.environ, "PYTHONPATH": paths, "LATENTMILL_FAILPOINT": f"data synced:kill:{places}"}
-    killed = subprocess.run([*executable, *command, f"output={output}"], env=environment, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    there = {"path": [tmp_path / "site"], "LATENTMILL_FAILPOINT": f"data synced:kill:{places}"}
+    code = forks.run([*command, f"output={output}"], tmp_path / "log", **there)
+    assert code == -signal.SIGKILL, (tmp_path / "log").read_text()
     assert files(output, "data") == [] and [name[:6] for name in files(output)] == ["00000-"]
     [left] = files(output)
     assert latentmill(*command, f"output={output}") == 0, latentmill.said
