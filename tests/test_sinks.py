@@ -70,7 +70,7 @@ def load(path, **options):
 def test_datasets_opens_pictures_as_pictures(tmp_path):
     batch = tensors.with_tensor(scalars([0, 1]), "image", pictures([0, 1]))
     batch = batch.append_column("psnr", pa.array([30.5, 31.5]))
-    batch = tensors.with_tensor(batch, "prompt:tokens", torch.zeros(2, 5))
+    batch = tensors.with_tensor(batch, "masked", torch.zeros(2, 5))
     data = load(stored(tmp_path / "00000.parquet", Parquet(), [batch]))
     assert data.column_names == [*BATCH_SCHEMA.names[1:], "image", "psnr"]
     for n, row in enumerate(data):

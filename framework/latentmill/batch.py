@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 PROMPT_PREFIX, NEGATIVE_PREFIX, STATE_PREFIX = "prompt:", "negative:", "state:"
 """Prefixes of columns of conditioning, and of what a scheduler remembers of half-way latents."""
+CONDITIONING = (PROMPT_PREFIX, NEGATIVE_PREFIX)
+
+ENCODER_KEY = b"latentmill.text_encoder"
+"""Metadata key, on the fields of conditioning that is stored, of the fingerprint of the text encoder that made it."""
 
 PSNR = pa.field("psnr", pa.float64())
 """Of a picture that was encoded and decoded again, in dB."""

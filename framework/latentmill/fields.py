@@ -140,7 +140,7 @@ OWN_FIELDS: tuple[OwnField, ...] = (
     OwnField(
         "width",
         pa.int32(),
-        "pixels; null: the picture's",
+        "pixels; null: the picture's. 0 where only prompts were encoded",
         least=1,
         most=MAX_SIDE,
         read_by=("read", "encode"),
@@ -234,7 +234,9 @@ HALFWAY = pa.schema([arrow(field) for field in SOMETIMES[1:]])
 
 def meaning(name: str) -> str:
     """What a column of a dataset is, or "" if we don't know."""
-    return BY_NAME[name].meaning if name in BY_NAME else BESIDE.get(name, "")
+    if name in BY_NAME:
+        return BY_NAME[name].meaning
+    return BESIDE.get(name) or BESIDE.get(name.partition(":")[0] + ":", "")
 
 
 # ------------------------------------------------------------------------------------------------------- values

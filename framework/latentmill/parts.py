@@ -10,6 +10,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, get_args
 
 from latentmill import registry, syntax
+from latentmill.batch import PROMPT_PREFIX
 from latentmill.buckets import Size
 from latentmill.errors import PlanError, PluginError
 from latentmill.plugin import (
@@ -127,6 +128,7 @@ def parts(job: Job) -> Parts:
                 raise PluginError(f"denoiser {job.denoiser['name']} and {of} don't fit: {error}") from error  # type: ignore[index]
     if built.denoiser is not None and built.scheduler is not None and spec is not None:
         _check_grid(job, built.denoiser, built.scheduler, spec)
+    _check_conditioning(job, built)
     if stored is not None and built.vae is not None and stored != built.vae.spec:
         ours = built.vae.spec
         wrong = ", ".join(f"{k} {v!r} and not {vars(ours)[k]!r}" for k, v in vars(stored).items() if v != vars(ours)[k])
@@ -206,6 +208,23 @@ def _check_size(job: Job, size: Size, source: Source, stored: LatentSpec | None,
         raise PlanError(
             f"{job.name}: size: buckets of {wrong[0]}x{wrong[1]} are no multiples of {of}, as the VAE needs"
         )
+
+
+def _check_conditioning(job: Job, built: Parts) -> None:
+    """Raise PlanError if stored conditioning is taken that another text encoder made than the job names."""
+    if PROMPT_PREFIX not in built.flow[0].added() or job.text_encoder is None:
+        return
+    encoder: TextEncoder = plugin_of(job, "text_encoder")
+    with registry.asking(encoder):
+        ours = encoder.fingerprint()
+    with registry.asking(built.source):
+        stored = built.source.conditioning()
+    for name, theirs in stored.items():
+        if ours and theirs and ours != theirs:
+            raise PlanError(
+                f"{job.name}: the source's {name} are of another text encoder than {job.text_encoder['name']}: its "
+                f"fingerprint is {ours}, and theirs {theirs}"
+            )
 
 
 def _check_grid(job: Job, denoiser: Denoiser, scheduler: Scheduler, spec: LatentSpec) -> None:

@@ -45,6 +45,9 @@ class Source(Plugin, ABC):
     pixels: str = "ours"
     """The way in which the job wants them opened, one of ``pixel_ways``. The framework sets this before ``fragments``."""
 
+    wants_conditioning: bool = False
+    """Whether the job takes stored conditioning from here, since none of its stages encodes text. The framework sets this before ``read``."""
+
     id_column: str | None = None
     """The column with the rows' own ids, if the job declares one (by a setting of this name, as a rule)."""
 
@@ -61,7 +64,8 @@ class Source(Plugin, ABC):
         Keys that mean something: the fields of ``docs/fields.md`` and ``job_fields``; ``image``, a uint8 RGB array
         ``[H, W, 3]`` (with ``pixels`` of musubi ``[H, W, 4]`` of one with alpha); ``mask``, one of its size, light where the picture is to be inpainted; ``latents``, a float array
         ``[C, h, w]`` of the space that ``latent_spec`` names, and with half-way ones ``time``, ``trajectory`` and ``state`` as our
-        own job stored them; with ``id_column``, ``id``, text that no other row has, from which the row's seed is hashed;
+        own job stored them; if ``wants_conditioning``, ``conditioning``, tensors by the names of ``conditioning()``, where rows of one
+        prompt have best one tensor; with ``id_column``, ``id``, text that no other row has, from which the row's seed is hashed;
         ``kept``, a dict of the columns in ``self.kept``: Python values or ``pa.Scalar``, text for any type that Arrow reads from
         text. None stands for the job's value, and for null in ``kept``; other keys are left out.
         """
@@ -114,6 +118,12 @@ class Source(Plugin, ABC):
         Asked by ``plan`` of a job with ``size``, to count its buckets. No picture may be decoded for it. Without, it doesn't count.
         """
         return iter(())
+
+    def conditioning(self) -> Mapping[str, str]:
+        """The columns of conditioning that are stored beside the rows, as ``prompt:context``, each with the fingerprint of the text
+        encoder that made it, "" if that has none.
+        """
+        return {}
 
     def latent_spec(self) -> LatentSpec | None:
         """The space of the latents that this source reads, or None if it reads none."""

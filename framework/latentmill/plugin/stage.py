@@ -106,10 +106,10 @@ BATCH_COLUMNS = (
     BatchColumn(
         "prompt:",
         "tensor, a conditioning",
-        "encode to denoise; see shares_tensors",
+        "encode to denoise, or to write in a job without denoise; see shares_tensors",
         "what the text encoder made of the prompt",
     ),
-    BatchColumn("negative:", "tensor, the same of the negative", "encode to denoise", "and of the negative prompt"),
+    BatchColumn("negative:", "tensor, the same of the negative", "as prompt:", "what it made of the negative prompt"),
 )
 """Tensors, and what is measured on the way. The type is the stages'; what a sink makes of it is the sink's."""
 

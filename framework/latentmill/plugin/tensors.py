@@ -70,6 +70,15 @@ def with_shared(table: pa.Table, name: str, values: Tensor, index: Sequence[int]
     return table.append_column(field, column) if at < 0 else table.set_column(at, field, column)
 
 
+def with_each(table: pa.Table, name: str, each: Sequence[Tensor]) -> pa.Table:
+    """The table with a column ``name``, new or replaced, of which row ``i`` is ``each[i]``: rows that were given one tensor share it."""
+    import torch
+
+    distinct = {id(value): value for value in each}
+    place = {key: k for k, key in enumerate(distinct)}
+    return with_shared(table, name, torch.stack([*distinct.values()]), [place[id(value)] for value in each])
+
+
 def from_arrow(table: pa.Table, name: str) -> Tensor:
     """Column ``name`` as a tensor ``[B, ...]``: read-only memory shared with the table if it is one chunk; clone to write."""
     if is_shared(table.schema.field(name)):

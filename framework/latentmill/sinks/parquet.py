@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentmill import failpoints
-from latentmill.batch import LATENTS, SPACED, SPEC_KEY, STATE_PREFIX
+from latentmill.batch import CONDITIONING, LATENTS, SPACED, SPEC_KEY, STATE_PREFIX
 from latentmill.fields import HALFWAY
 from latentmill.plugin import OpenSideFile, RowError, Sink, tensors
+from latentmill.sinks import conditioning
 from latentmill.sinks.picture_files import PictureFiles, decode
 from latentmill.sinks.rebuild import batches
 from latentmill.text import first_line
@@ -48,7 +49,8 @@ class Parquet(Sink):
     ``image`` becomes a struct of file ``bytes`` and ``path``, ``video`` a list of such, a frame each; ``latents`` a list of numbers, with its ``shape`` beside.
     ``latents_std`` and flipped ones are stored likewise. Latents are float16 or float32; bfloat16 is stored as float32, and the field's metadata remembers. The list is never of
     fixed size, since another shard's latents may be of another, and ``datasets`` wants one type. The space of the latents stands in the file's metadata.
-    What a scheduler remembers of half-way latents becomes the column ``state``. Other tensors are left out, all other columns kept. The same rows give the same bytes.
+    Conditioning that is stored, ``prompt:NAME`` and ``negative:NAME``, is the bytes of the tensor, once for all rows of a prompt in a row group;
+    the field's metadata has dtype and shape, and zeros at the end are left out. What a scheduler remembers of half-way latents becomes the column ``state``. Other tensors are left out, all other columns kept. The same rows give the same bytes.
     """
 
     contract = 2
@@ -91,6 +93,10 @@ class Parquet(Sink):
                 columns.append(_lists(tensors.from_arrow(batch, field.name)))
                 kept = {tensors.DTYPE_KEY: (field.metadata or {})[tensors.DTYPE_KEY]} if field.name in SPACED else None
                 fields.append(pa.field(field.name, columns[-1].type, metadata=kept))
+            elif field.name.startswith(CONDITIONING):
+                stored, contents = conditioning.packed(batch, field.name)
+                fields.append(stored)
+                columns.append(contents)
         if HALFWAY.names[0] in batch.column_names:
             fields.append(pa.field("state", STATE))
             columns.append(_states(batch))
@@ -106,19 +112,27 @@ class Parquet(Sink):
     def write(self, path: str, shard: pa.Table, metadata: Mapping[str, str]) -> None:
         schema = shard.schema.with_metadata({**(shard.schema.metadata or {}), **metadata})
         scalars = [f.name for f in schema if f.name not in ("image", "latents") and not pa.types.is_nested(f.type)]
+        texts = [name for name in schema.names if name.startswith(CONDITIONING)]
         size = max(1, len(shard) * ROW_GROUP // max(1, _bytes(shard)))
         with pq.ParquetWriter(
             path,
             schema,
             # Pictures are compressed already, and latents are noise to a compressor.
             compression={name: "zstd" for name in scalars},
-            use_dictionary=scalars,
+            use_dictionary=[*scalars, *texts],
+            dictionary_pagesize_limit=max(1 << 20, *(_distinct(shard, name) + (1 << 20) for name in texts))
+            if texts
+            else None,
             write_statistics=scalars,
             write_page_checksum=True,
         ) as writer:
             for start in range(0, len(shard), size):
                 # One chunk, whatever batches the rows came in: the writer cuts its pages at chunks.
-                group = shard.slice(start, size).combine_chunks()
+                group = shard.slice(start, size)
+                for name in texts:
+                    at = group.schema.get_field_index(name)
+                    group = group.set_column(at, group.schema.field(at), conditioning.compact(group.column(name)))
+                group = group.combine_chunks()
                 writer.write_table(group.replace_schema_metadata(schema.metadata), row_group_size=size)
                 failpoints.reach("writing")
 
@@ -155,6 +169,8 @@ class Parquet(Sink):
                     **({SPEC_KEY: spec} if spec and field.name in SPACED else {}),
                 }
                 field = pa.field(field.name, pa.list_(field.type.value_type), metadata=about)
+            elif field.name.startswith(CONDITIONING):
+                field = conditioning.as_lists(field)
             elif field.name == "shape" and "latents" in stored.names:
                 continue
             elif field.name == "state":
@@ -240,7 +256,14 @@ def _bytes(shard: pa.Table) -> int:
             continue
         column = shard.column(name)
         total += (pc.sum(pc.list_value_length(column)).as_py() or 0) * column.type.value_type.bit_width // 8
-    return total
+    return total + sum(_distinct(shard, name) for name in shard.column_names if name.startswith(CONDITIONING))
+
+
+def _distinct(shard: pa.Table, name: str) -> int:
+    """What the distinct values of a column of conditioning weigh."""
+    import pyarrow.compute as pc
+
+    return pc.sum(pc.binary_length(conditioning.compact(shard.column(name)).dictionary)).as_py() or 0
 
 
 def _require_lists(field: pa.Field, fits: Callable[[pa.DataType], bool]) -> None:
@@ -257,6 +280,7 @@ def _scalars(table: pa.Table) -> pa.Table:
         "video",
         *LATENTS,
         "state",
+        *(name for name in table.column_names if name.startswith(CONDITIONING)),
         *(["shape"] if "shape" in table.column_names else []),
     }
     return table.drop_columns([name for name in table.column_names if name in stored]).replace_schema_metadata()
@@ -266,6 +290,11 @@ def _tensors(table: pa.Table) -> Iterator[dict[str, Tensor] | RowError]:
     """Each row's tensors, by the names that they travelled under."""
     columns = {name: table.column(name).combine_chunks() for name in table.column_names}
     dtypes = {name: (table.schema.field(name).metadata or {}).get(tensors.DTYPE_KEY) for name in columns}
+    texts = {
+        name: conditioning.unpacked(column, table.schema.field(name))
+        for name, column in columns.items()
+        if name.startswith(CONDITIONING)
+    }
     for at in range(len(table)):
         try:
             found = {}
@@ -276,6 +305,10 @@ def _tensors(table: pa.Table) -> Iterator[dict[str, Tensor] | RowError]:
             for name in LATENTS:
                 if name in columns:
                     found[name] = _latents(columns[name][at].values, columns["shape"][at].as_py(), dtypes[name])
+            for name, each in texts.items():
+                if isinstance(value := each[at], RowError):
+                    raise value
+                found[name] = value
             for state in (columns["state"][at].as_py() or ()) if "state" in columns else ():
                 found[STATE_PREFIX + state["name"]] = _state(state["values"], state["dtype"], state["shape"])
             yield found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from latentmill.batch import SPACED, spec_from_json, with_latents
+from latentmill.batch import CONDITIONING, SPACED, spec_from_json, with_latents
 from latentmill.plugin import RowError, tensors
 
 if TYPE_CHECKING:  # who reads no tensors takes no torch
@@ -54,6 +54,9 @@ def _with_tensors(table: pa.Table, run: list[Mapping[str, Tensor]], spec: bytes 
     import torch
 
     for name in run[0]:
+        if name.startswith(CONDITIONING):
+            table = tensors.with_each(table, name, [row[name] for row in run])
+            continue
         tensor = torch.stack([row[name] for row in run])
         if name in SPACED and spec is not None:
             table = with_latents(table, tensor, spec_from_json(spec), name)

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from latentmill import failpoints
-from latentmill.batch import LATENTS, SPACED, SPEC_KEY, STATE_PREFIX
+from latentmill.batch import CONDITIONING, ENCODER_KEY, LATENTS, SPACED, SPEC_KEY, STATE_PREFIX
 from latentmill.fields import meaning
 from latentmill.plugin import OpenSideFile, RowError, Sink, tensors
 from latentmill.sinks.picture_files import PictureFiles, decode
@@ -60,7 +60,7 @@ class WebDataset(Sink):
     """A tar a shard. Of the row ``000000007-000`` it holds ``000000007-000.png`` (or ``.webp``, ``.jpg``), ``.txt`` and ``.json``.
 
     ``.txt`` is the prompt, ``.json`` all other columns (numbers that JSON lacks are null there), ``.latents.npy``,
-    ``.latents_std.npy``, ``.latents_flipped.npy`` and ``.latents_std_flipped.npy`` latents, ``.video.npy`` a clip, uint8 [T, H, W, 3], ``.state.NAME.npy`` what a scheduler remembers. bfloat16 is stored as float32, and the index
+    ``.latents_std.npy``, ``.latents_flipped.npy`` and ``.latents_std_flipped.npy`` latents, ``.video.npy`` a clip, uint8 [T, H, W, 3], ``.state.NAME.npy`` what a scheduler remembers, ``.prompt.NAME.npy`` and ``.negative.NAME.npy`` conditioning, of each row its own. bfloat16 is stored as float32, and the index
     remembers. Other tensors are left out. The same rows give the same bytes.
     """
 
@@ -79,12 +79,16 @@ class WebDataset(Sink):
             if not tensors.is_tensor(field):
                 continue
             if field.name == "latents" and SPEC_KEY in (field.metadata or {}):
-                table = table.replace_schema_metadata({SPEC_KEY: field.metadata[SPEC_KEY]})
+                about = {**(table.schema.metadata or {}), SPEC_KEY: field.metadata[SPEC_KEY]}
+                table = table.replace_schema_metadata(about)
+            if ENCODER_KEY in (field.metadata or {}):
+                about = {**(table.schema.metadata or {}), ENCODER_KEY: field.metadata[ENCODER_KEY]}
+                table = table.replace_schema_metadata(about)
             if field.name == "image":
                 suffix = self.pictures.extension.removeprefix(".")
                 contents = self.pictures.encode(tensors.from_arrow(batch, "image"))
                 found = [{"column": "image", "suffix": suffix, "dtype": "uint8", "content": c} for c in contents]
-            elif field.name in (*LATENTS, "video") or field.name.startswith(STATE_PREFIX):
+            elif field.name in (*LATENTS, "video") or field.name.startswith((STATE_PREFIX, *CONDITIONING)):
                 found = _arrays(field.name, tensors.from_arrow(batch, field.name))
             else:
                 continue
@@ -162,6 +166,8 @@ class WebDataset(Sink):
             about = {tensors.DTYPE_KEY: dtype.encode()}
             if column in SPACED and SPEC_KEY in stored.metadata:
                 about[SPEC_KEY] = stored.metadata[SPEC_KEY]
+            if column.startswith(CONDITIONING) and ENCODER_KEY in stored.metadata:
+                about[ENCODER_KEY] = stored.metadata[ENCODER_KEY]
             number = pa.float32() if dtype == "bfloat16" else pa.from_numpy_dtype(dtype)
             fields.append(pa.field(column, pa.list_(number), nullable=False, metadata=about))
         return pa.schema(fields)
@@ -177,6 +183,8 @@ class WebDataset(Sink):
                 found["video.npy"] = "the clip, uint8 [frames, height, width, 3]"
             elif name in LATENTS:
                 found[f"{name}.npy"] = meaning(name)
+            elif name.startswith(CONDITIONING):
+                found[f"{suffix_of(name)}"] = meaning(name)
             elif name == STATE_PREFIX:
                 found["state.NAME.npy"] = "half-way latents: what the scheduler remembers"
             elif name != "prompt":
@@ -217,14 +225,19 @@ class WebDataset(Sink):
 def _arrays(column: str, values: Tensor) -> list[dict[str, Any]]:
     """Each of ``values[B, ...]`` as a ``.npy`` file; bfloat16 as float32."""
     dtype = str(values.dtype).removeprefix("torch.")
-    suffix = re.sub(r"[^a-z0-9_]", lambda c: f"%{ord(c[0]):x}", column.removeprefix(STATE_PREFIX))
-    suffix = f"state.{suffix}.npy" if column.startswith(STATE_PREFIX) else f"{suffix}.npy"
-    found = []
+    suffix, found = suffix_of(column), []
     for value in (values.float() if dtype == "bfloat16" else values).numpy():
         buffer = io.BytesIO()
         np.save(buffer, value, allow_pickle=False)
         found.append({"column": column, "suffix": suffix, "dtype": dtype, "content": buffer.getvalue()})
     return found
+
+
+def suffix_of(column: str) -> str:
+    """Of the file that a row's tensor of a column is in: ``latents.npy``, ``state.NAME.npy``, ``prompt.NAME.npy``."""
+    prefix, colon, name = column.rpartition(":")
+    name = re.sub(r"[^a-z0-9_]", lambda c: f"%{ord(c[0]):x}", name)
+    return f"{prefix}.{name}.npy" if colon else f"{name}.npy"
 
 
 def _tensor(content: bytes, dtype: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Latents that an earlier job of ours stored."""
+"""Latents and conditioning that an earlier job of ours stored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 
 from latentmill import registry, storage
-from latentmill.batch import SPEC_KEY, STATE_PREFIX, spec_from_json
+from latentmill.batch import CONDITIONING, ENCODER_KEY, SPEC_KEY, STATE_PREFIX, spec_from_json
 from latentmill.columns import reserved, unified
 from latentmill.dataset import Dataset, load
 from latentmill.errors import PluginError
@@ -27,11 +27,11 @@ SAMPLING = tuple(field.name for field in OWN_FIELDS if field.sampling)
 
 
 class Latents(Source):
-    """The rows of a job's output folder that holds latents, each shard a fragment; or of Parquet files of its ``data``.
+    """The rows of a job's output folder that holds latents, or conditioning, each shard a fragment; or of Parquet files of its ``data``.
 
     A row keeps its prompts and seed; its size is the latent's. It keeps its steps, guidance, strength and scheduler only
     if it names a scheduler: one that names none was never denoised, and the job's values are used. With ``keep_sampling:
-    false`` the job's are used for all. Half-way latents bring their time, and what the scheduler remembers. ``id_column``
+    false`` the job's are used for all. Conditioning is read where no stage of the job encodes text. Half-way latents bring their time, and what the scheduler remembers. ``id_column``
     may be ``id``, if the job that made them declared one, or ``row_id``.
     """
 
@@ -44,9 +44,14 @@ class Latents(Source):
         self._schema: pa.Schema | None = None
         self._reader: _Reader | None = None
 
-    def latent_spec(self) -> LatentSpec:
-        """The space of the latents. Raises ValueError if there are no latents."""
+    def latent_spec(self) -> LatentSpec | None:
+        """The space of the latents; None if there is only conditioning. Raises ValueError if there is neither."""
         return self._spec(self._names()[0])
+
+    def conditioning(self) -> dict[str, str]:
+        _, schema, _ = self._of(self._names()[0])
+        stored = [field for field in schema if field.name.startswith(CONDITIONING)]
+        return {field.name: (field.metadata or {}).get(ENCODER_KEY, b"").decode() for field in stored}
 
     def columns(self) -> list[str]:
         """Those that our own job would not make again: kept ones, and what its plugins added."""
@@ -61,7 +66,7 @@ class Latents(Source):
         )
 
     def fragments(self) -> list[Fragment]:
-        """Raises ValueError if there are no latents, or latents of different spaces."""
+        """Raises ValueError if there are neither latents nor conditioning, or those of different spaces and text encoders."""
         names = self._names_read()
         spec = self._spec(names[0])
         contents = is_small(self._root, [file for name in names for file in self._files(name)])
@@ -71,6 +76,7 @@ class Latents(Source):
             if self._spec(name) != spec:
                 raise ValueError(f"{self.path}: {names[0]} and {name} hold latents of different spaces")
             _, schema, count = self._of(name)
+            self._require_conditioning(name, names[0], count)
             self._require_ids(name, schema)
             found.append(Fragment(name, count, fingerprint(self._root, self._files(name), contents)))
         if not any(fragment.rows for fragment in found):
@@ -84,7 +90,10 @@ class Latents(Source):
         halfway = STATE_PREFIX in schema.names
         if reader is None or (reader.fragment, reader.at) != (fragment, start):
             known = [*BATCH_SCHEMA.names, *HALFWAY.names, STATE_PREFIX, *(field.name for field in self.job_fields)]
-            kept = [name for name in known if name in schema.names and name not in DROPPED]
+            dropped = DROPPED if "latents" in schema.names else DROPPED[:2]
+            kept = [name for name in known if name in schema.names and name not in dropped]
+            if self.wants_conditioning:
+                kept += [name for name in schema.names if name.startswith(CONDITIONING)]
             if self.id_column is not None and self.id_column not in kept:
                 kept.append(self.id_column)
             wanted = dict.fromkeys([*kept, "latents", *self._beside(schema)])
@@ -99,12 +108,19 @@ class Latents(Source):
         self._reader = reader
 
     def _rows(self, table: pa.Table, halfway: bool) -> Iterator[Mapping[str, Any] | RowError]:
-        found = {f.name: tensors.from_arrow(table, f.name) for f in table.schema if tensors.is_tensor(f)}
-        latents: Any = found.pop("latents")
-        if latents.dtype != torch.bfloat16:
+        stored = [f.name for f in table.schema if tensors.is_tensor(f) and f.name.startswith(CONDITIONING)]
+        conditioning = {name: tensors.by_row(table, name, torch.device("cpu")) for name in stored}
+        found = {
+            f.name: tensors.from_arrow(table, f.name)
+            for f in table.schema
+            if tensors.is_tensor(f) and f.name not in stored
+        }
+        latents: Any = found.pop("latents", None)
+        if latents is not None and latents.dtype != torch.bfloat16:
             latents = latents.numpy()
+        dropped = [*(["latents"] if latents is not None else []), *found, *stored]
         beside = [name for name in self._beside(table.schema) if name != self.id_column]
-        for i, row in enumerate(table.drop_columns(["latents", *found, *beside]).to_pylist()):
+        for i, row in enumerate(table.drop_columns([*dropped, *beside]).to_pylist()):
             if self.id_column is not None:
                 try:
                     row["id"] = as_id(row[self.id_column])
@@ -115,7 +131,12 @@ class Latents(Source):
                 row = {name: value for name, value in row.items() if name not in SAMPLING}
             if halfway:
                 row["state"] = {name.removeprefix(STATE_PREFIX): tensor[i] for name, tensor in found.items()}
-            row["latents"] = latents[i]
+            if latents is not None:
+                row["latents"] = latents[i]
+            elif not row.get("width"):  # 0 where only prompts were encoded
+                row = {name: value for name, value in row.items() if name not in DROPPED}
+            if stored:
+                row["conditioning"] = {name: each[i] for name, each in conditioning.items()}
             yield row
 
     def _beside(self, schema: pa.Schema) -> list[str]:
@@ -235,8 +256,18 @@ class Latents(Source):
                 f"{self._root / name}: column {self.id_column} is {type}, and ids are text or whole numbers"
             )
 
-    def _spec(self, name: str) -> LatentSpec:
+    def _require_conditioning(self, name: str, first: str, count: int) -> None:
+        """Raise ValueError unless a file has the conditioning of the first, if it has rows: a shard in which all failed has none."""
+        told = [
+            {f.name: f.metadata for f in self._of(file)[1] if f.name.startswith(CONDITIONING)} for file in (first, name)
+        ]
+        if count and self.wants_conditioning and told[0] != told[1]:
+            raise ValueError(f"{self.path}: {first} and {name} hold conditioning of different text encoders")
+
+    def _spec(self, name: str) -> LatentSpec | None:
         _, schema, _ = self._of(name)
+        if "latents" not in schema.names and any(each.startswith(CONDITIONING) for each in schema.names):
+            return None
         about = (schema.field("latents").metadata or {}) if "latents" in schema.names else {}
         if SPEC_KEY not in about:
             raise ValueError(f"{self.path}: {name} holds no latents of ours")

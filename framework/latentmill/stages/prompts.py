@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from latentmill import checks, syntax, weights
-from latentmill.batch import NEGATIVE_PREFIX, PROMPT_PREFIX
+from latentmill.batch import ENCODER_KEY, NEGATIVE_PREFIX, PROMPT_PREFIX
 from latentmill.plugin import Conditioning, StageContext, TextEncoder, tensors
 from latentmill.registry import called
 from latentmill.stages.prompt_files import Asked, Place, PromptFiles, bits
@@ -87,6 +87,7 @@ class PromptEncoding:
         self.encoder: TextEncoder = context.plugin("text_encoder")
         self.fields = [field.name for field in self.encoder.row_fields]
         self.negative = context.is_read(NEGATIVE_PREFIX)
+        self.stored = not context.needed_later("denoiser")
         self.plain_negative = type(self.encoder).encode_negative is TextEncoder.encode_negative
         """Whether a negative prompt is encoded as any, and none as an empty one."""
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -130,6 +131,8 @@ class PromptEncoding:
             for name in sorted(found[places[0]]):
                 values = torch.stack([value[name] for value in distinct.values()])
                 part = tensors.with_shared(part, prefix + name, values, [order[id(found[each])] for each in places])
+                if self.stored:
+                    part = _of_encoder(part, prefix + name, self.encoder.fingerprint())
         return part
 
     def _asked(self, text: str | None, negative: bool, own: tuple[tuple[str, Any], ...]) -> Asked:
@@ -246,6 +249,13 @@ class PromptEncoding:
 
 class PromptsWarning(UserWarning):
     """Why what a text encoder made isn't kept."""
+
+
+def _of_encoder(part: pa.Table, name: str, fingerprint: str) -> pa.Table:
+    """The rows with, in a column's metadata, by which text encoder it is."""
+    at, field = part.schema.get_field_index(name), part.schema.field(name)
+    field = field.with_metadata({**field.metadata, ENCODER_KEY: fingerprint.encode()})
+    return part.set_column(at, field, part.column(at))
 
 
 def of_prompt(encoder: TextEncoder, prompt: str) -> list[str]:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentmill import buckets, checks, columns, registry
-from latentmill.batch import STATE_PREFIX, from_dicts, with_latents
+from latentmill.batch import CONDITIONING, PROMPT_PREFIX, STATE_PREFIX, from_dicts, with_latents
 from latentmill.buckets import Size
 from latentmill.columns import Columns
 from latentmill.errors import ContractError
@@ -23,6 +23,7 @@ from latentmill.identity import row_seed
 from latentmill.pixels import fitted
 from latentmill.plugin import Declaration, LatentSpec, Reject, RowError, RowField, Source, Stage, StageContext, tensors
 from latentmill.registry import called
+from latentmill.stages import stored_conditioning
 
 READ_AGAIN = 8
 """Rows that a worker reads a second time, to see whether a source gives what it is asked for."""
@@ -66,13 +67,15 @@ class Read(Stage):
             latents = ("latents",) if source.latent_spec() is not None else ()
         own = ("id",) if source.id_column is not None else ()
         sized = buckets.SIZE_COLUMNS if context.size is not None else ()
-        return replace(super().declare(context), adds=(*own, *sized, *latents))
+        stored = CONDITIONING if stored_conditioning.wanted(context, source) else ()
+        return replace(super().declare(context), adds=(*own, *sized, *latents, *stored))
 
     def prepare(self, context: StageContext) -> None:
         self.source: Source = context.plugin("source")
         self.plan: Rows = context.plan
         self.columns = self.plan.columns
         self.source.job_fields, self.source.kept = self.columns.fields, self.columns.kept
+        self.source.wants_conditioning = PROMPT_PREFIX in context.declaration.adds
         self.sampling, self.require = context.sampling, context.require_fragment
         self.size = Size.of(context.size) if context.size is not None else None
         if self.size is not None:
@@ -83,6 +86,7 @@ class Read(Stage):
         latents: LatentSpec | None = context.plan.spec
         self.multiple_of = latents.downscale if latents is not None else 1
         self.spec = self.source.latent_spec()
+        self.texts_alone = stored_conditioning.texts_alone(context)
         self.again = READ_AGAIN
         self.sound: set[str] = set()
         """Fragments of which a row was read twice."""
@@ -120,6 +124,9 @@ class Read(Stage):
             for column in buckets.SIZE_COLUMNS if self.size is not None else ():
                 table = table.append_column(column, pa.array([row[column.name] for row, _ in members], column.type))
             for name in members[0][1]:
+                if name.startswith(CONDITIONING):
+                    table = tensors.with_each(table, name, [stored[name] for _, stored in members])
+                    continue
                 stacked = torch.stack([stored[name] for _, stored in members])
                 if name == "latents":
                     assert self.spec is not None
@@ -235,12 +242,16 @@ class Read(Stage):
         elif found.get("video") is not None:
             stored["video"] = self._clip(found["video"], values["width"], values["height"])
             values["height"], values["width"] = stored["video"].shape[1:3]
+        elif values["width"] is None and self.texts_alone:
+            values["width"] = values["height"] = 0  # the column has no nulls
         elif values["width"] is None:
             raise RowError("a row without a picture needs width and height")
         elif self.denoises and values["strength"] < 1.0:
             raise RowError(f"strength {values['strength']:g} is for rows with a picture or latents, and there are none")
         else:
             self._bound(values["width"], values["height"])
+        if self.source.wants_conditioning:
+            stored |= stored_conditioning.of_row(found.get("conditioning"))
         return values, stored
 
     def _value(self, field: RowField, found: Mapping[str, Any]) -> Any:

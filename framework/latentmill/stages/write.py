@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from latentmill import checks, failpoints
-from latentmill.batch import count_warnings, empty
+from latentmill.batch import CONDITIONING, count_warnings, empty
 from latentmill.columns import Columns
 from latentmill.fields import OWN_FIELDS
 from latentmill.plugin import CommittingStage, LatentSpec, Reject, Sink, StageContext
@@ -96,6 +96,7 @@ class Write(CommittingStage):
             }
             for e in sorted(errors, key=lambda e: int(e["row"]))
         ]
+        _require_one_shape(packed)
         numbers = [number for table in packed for number in table.column("row").to_pylist()]
         _require_planned(shard, self.plan.shard_rows(shard), [*numbers, *(e["row"] for e in failed)])
         table = pa.concat_tables(
@@ -145,6 +146,14 @@ def publish(store: Storage, name: str, write: Callable[[str], None], check: Call
         first = store.create(name, temporary)
         failpoints.reach("published")
     return first
+
+
+def _require_one_shape(packed: Sequence[pa.Table]) -> None:
+    """Conditioning that is stored has one shape and dtype, which stand in the file once. Raises RuntimeError."""
+    found: dict[str, Any] = {}
+    for field in (field for table in packed for field in table.schema if field.name.startswith(CONDITIONING)):
+        if found.setdefault(field.name, field.metadata) != field.metadata:
+            raise RuntimeError(f"{field.name} has several shapes or dtypes, and can't be stored")
 
 
 def _require_planned(shard: int, planned: range, found: Sequence[int]) -> None:

@@ -1,0 +1,38 @@
+"""Conditioning that an earlier job stored, on its way into rows; and jobs that only store some."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentmill import registry
+from latentmill.batch import CONDITIONING, PROMPT_PREFIX
+from latentmill.plugin import RowError, Source, StageContext
+
+
+def texts_alone(context: StageContext) -> bool:
+    """Whether the stages behind this one encode prompts and do nothing else: rows need no size."""
+    encodes = any(PROMPT_PREFIX in stage.adds for stage in context.after)
+    return encodes and all({*stage.adds} <= {*CONDITIONING} for stage in context.after)
+
+
+def wanted(context: StageContext, source: Source) -> bool:
+    """Whether the conditioning that a source has is taken from it: a later stage wants some, and none makes any."""
+    takes = any(PROMPT_PREFIX in stage.takes for stage in context.after)
+    if not takes or any(PROMPT_PREFIX in stage.adds for stage in context.after):
+        return False
+    with registry.asking(source):
+        return any(name.startswith(PROMPT_PREFIX) for name in source.conditioning())
+
+
+def of_row(given: Any) -> dict[str, Tensor]:
+    """A row's stored conditioning, by column. Raises RowError."""
+    found = {name: torch.as_tensor(value) for name, value in (given or {}).items() if name.startswith(CONDITIONING)}
+    if not any(name.startswith(PROMPT_PREFIX) for name in found):
+        raise RowError("the row has no stored conditioning, and no stage of the job encodes prompts")
+    for name, value in found.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise RowError(f"the stored {name} is not finite")
+    return found

@@ -1,0 +1,192 @@
+"""What a text encoder made of prompts is stored, once for all rows of a prompt, and read where a job encodes none."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from latentmill.batch import from_dicts
+from latentmill.plugin import RowError, tensors
+from latentmill.sinks.parquet import Parquet
+from latentmill.sinks.webdataset import WebDataset
+
+FLOW = "flow=[read, encode_images, denoise, write]"
+
+
+@pytest.fixture
+def denoised(acme):
+    """``denoised(folder)``: a job that encodes no text over what is stored there; the values of its rows, or what it says."""
+
+    def denoised(folder, *more, encoder="text_encoder.name=counting", code=0):
+        acme.notes.write_text("")
+        job = [each for each in acme.job() if not each.startswith(("source.path", "text_encoder"))]
+        given = ["source=latents", f"source.path={folder}", encoder, FLOW]
+        flow = [each for each in more if each.startswith("flow")]
+        given = [*given[:3], *(flow or given[3:]), *(each for each in more if each not in flow)]
+        assert acme.latentmill("run", *job, *given) == code, acme.latentmill.said
+        return acme.latentmill.err if code else [row["latents"][0] for row in acme.read(acme.output)]
+
+    return denoised
+
+
+@pytest.mark.parametrize("sink", ["parquet", "webdataset"])
+def test_a_job_without_a_text_encoder_makes_what_one_with_it_makes(acme, denoised, sink):
+    acme.source(["a fox", "a cat", "a fox", {"prompt": "a dog", "negative_prompt": "a bone"}])
+    same = ("sampling.guidance_scale=3", "sampling.steps=3", "rows_per_shard=3")
+    acme("samples_per_row=2", *same)
+    wanted = [row["latents"][0] for row in acme.read(acme.output)]
+    acme.notes.write_text("")
+    job = acme.job("flow=[read, encode_text, write]", f"sink={sink}", "samples_per_row=2", *same)
+    assert acme.latentmill("run", *job) == 0, acme.latentmill.said
+    assert acme.encoded() == {"a fox": 1, "a cat": 1, "a dog": 1, "a bone": 1, "": 1}
+    assert denoised(acme.output, *same) == wanted
+    assert acme.encoded() == {}
+
+
+def test_rows_of_one_prompt_share_one_copy(acme):
+    acme.source([f"prompt {k * 37 % 10}" for k in range(200)])
+    acme("flow=[read, encode_text, write]", "rows_per_shard=100")
+    [first, second] = sorted(acme.output.glob("data/*"))
+    for file in (first, second):
+        stored = pq.ParquetFile(file)
+        assert stored.num_row_groups == 1
+        for name, count in (("prompt:embeds", 10), ("negative:embeds", 1)):
+            column = stored.read().column(name).combine_chunks()
+            assert len(column) == 100 and len(column.dictionary) == count
+    embeds = pq.read_table(first).column("prompt:embeds")
+    values = torch.frombuffer(bytearray(embeds[3].as_py()), dtype=torch.float32)
+    assert values.tolist() == [torch.tensor(acme.number("prompt 1")).item()] * 64, (
+        "3 * 37 = 111: the tenth prompt's bytes"
+    )
+
+
+def test_another_text_encoder_than_the_job_s_is_refused(acme, denoised, tmp_path):
+    acme.source(["a fox"])
+    acme("flow=[read, encode_text, write]")
+    stored = acme.output
+    (tmp_path / "words").write_text("others")
+    said = denoised(stored, "text_encoder.name=counting", encoder=f"+text_encoder.path={tmp_path}/words", code=2)
+    assert "are of another text encoder than counting: its fingerprint is others, and theirs counting" in said
+    denoised(stored)
+    assert acme.encoded() == {}
+
+
+def test_a_job_that_encodes_text_reads_none_that_is_stored(acme, denoised):
+    acme.source(["a fox"])
+    acme("flow=[read, encode_text, write]")
+    assert len(denoised(acme.output, "flow=[read, encode, denoise, write]")) == 1
+    assert acme.encoded()["a fox"] == 1
+
+
+def test_latents_without_conditioning_need_a_stage_that_encodes(acme, denoised):
+    acme.source(["a fox"])
+    acme()
+    said = denoised(acme.output, "flow=[read, denoise, write]", code=2)
+    assert "flow needs a stage before denoise that adds prompt:*, as encode does" in said
+
+
+def batch(**columns):
+    table = from_dicts(
+        [
+            {"row": k, "row_id": str(k), "prompt": "", "seed": k, "width": 0, "height": 0, "scheduler": ""}
+            for k in range(3)
+        ]
+    )
+    for name, (values, index) in columns.items():
+        table = tensors.with_shared(table, name.replace("_", ":", 1), values, index)
+    return table
+
+
+def written(sink, table, path):
+    sink.write(str(path), sink.pack(table), {})
+    with open(path, "rb") as file:
+        return list(sink.read(file, None, [0, 1, 2], None))
+
+
+@pytest.mark.parametrize("sink", [Parquet(), WebDataset()], ids=["parquet", "webdataset"])
+def test_what_is_stored_comes_back_to_the_bit(sink, tmp_path):
+    half = torch.tensor(
+        [[[1.5, -2.0], [0.0, 3.0], [0.0, 0.0]], [[0.0, 0.0]] * 3, [[1.0, 1.0], [2.0, 2.0], [4.0, -0.0]]]
+    )
+    given = {
+        "prompt_a": (half.bfloat16(), [0, 1, 2]),
+        "prompt_b": (half.half(), [2, 2, 0]),
+        "prompt_mask": (torch.tensor([[True, False, False], [True, True, True]]), [0, 1, 1]),
+        "prompt_ids": (torch.tensor([[1, 0], [0, 7]]), [1, 0, 1]),
+        "prompt_length": (torch.tensor([3, 5]), [1, 1, 0]),
+    }
+    [table] = written(sink, batch(**given), tmp_path / "file")
+    for name, (values, index) in given.items():
+        found = tensors.from_arrow(table, name.replace("_", ":", 1))
+        assert found.dtype == values.dtype and torch.equal(found, values[index]), name
+    signs = tensors.from_arrow(table, "prompt:b")[0]
+    assert bool(signs[2, 1].signbit()), "minus zero is no padding"
+
+
+def test_zeros_at_the_end_take_no_room_and_all_else_is_the_tensor_s_bytes(tmp_path):
+    values = torch.tensor([[[1.0, 2.0], [0.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 5.0], [0.0, 0.0]]])
+    written(Parquet(), batch(prompt_a=(values, [0, 1, 0])), tmp_path / "file")
+    column = pq.read_table(tmp_path / "file").column("prompt:a")
+    one, two = values[0, :1].numpy().tobytes(), values[1, :2].numpy().tobytes()
+    assert column.to_pylist() == [one, two, one] and len(one) == 8 and len(two) == 16
+    about = pq.read_schema(tmp_path / "file").field("prompt:a").metadata
+    assert json.loads(about[b"latentmill.shape"]) == [3, 2] and about[b"latentmill.dtype"] == b"float32"
+
+
+def test_each_row_group_has_what_its_rows_need_alone(tmp_path):
+    """16 MiB a group: four prompts of 6 MiB, of which each group but the last has two or three."""
+    values = torch.arange(4.0)[:, None, None].expand(4, 1536, 1024).contiguous() + 1
+    tables = [batch(prompt_a=(values, [k, k, k])) for k in range(4)]
+    sink = Parquet()
+    shard = pa.concat_tables([sink.pack(table) for table in tables])
+    sink.write(str(tmp_path / "file"), shard, {})
+    stored = pq.ParquetFile(tmp_path / "file")
+    distinct = [
+        len(stored.read_row_group(k).column("prompt:a").combine_chunks().dictionary)
+        for k in range(stored.num_row_groups)
+    ]
+    assert stored.num_row_groups == 2 and max(distinct) == 3
+    assert (tmp_path / "file").stat().st_size < 5.1 * 6 * 2**20
+    with open(tmp_path / "file", "rb") as file:
+        found = [tensors.shared(table, "prompt:a") for table in sink.read(file, None, range(12), None)]
+    assert [float(each[k][0, 0]) for each, index in found for k in index] == [1.0] * 3 + [2.0] * 3 + [3.0] * 3 + [
+        4.0
+    ] * 3
+    assert all(len(each) <= 3 for each, _ in found)
+
+
+def test_what_can_t_be_read_is_its_row_s_error(tmp_path):
+    values = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    sink = Parquet()
+    packed = sink.pack(batch(prompt_a=(values, [0, 1, 1])))
+    at = packed.schema.get_field_index("prompt:a")
+    short = pa.array([b"abc", values[1].numpy().tobytes()], pa.large_binary())
+    column = pa.DictionaryArray.from_arrays(pa.array([0, 1, None], pa.int32()), short)
+    sink.write(str(tmp_path / "file"), packed.set_column(at, packed.schema.field(at), column), {})
+    with open(tmp_path / "file", "rb") as file:
+        first, good, null = sink.read(file, None, [0, 1, 2], None)
+    assert isinstance(first, RowError) and str(first) == "prompt:a has 3 bytes, which can't be of shape [2]"
+    assert tensors.from_arrow(good, "prompt:a").tolist() == [[3.0, 4.0]]
+    assert isinstance(null, RowError) and str(null) == "prompt:a is null"
+
+
+def test_conditioning_of_several_shapes_is_refused_before_it_is_mixed_up(acme, install):
+    code = """
+import torch
+from latentmill.plugin import Stage, tensors
+
+class Ragged(Stage):
+    contract = 2
+    adds = ("prompt:control",)
+
+    def __call__(self, batch, reject):
+        first = batch.column("row")[0].as_py()
+        return tensors.with_tensor(batch, "prompt:control", torch.ones(len(batch), 2 + first % 2, 4))
+"""
+    install("ragged", "[latentmill.stages]\nragged = acme_ragged:Ragged\n", acme_ragged=code)
+    acme.source(["a fox", "a cat"])
+    job = ["flow=[read, encode_text, ragged, write]", "stages.ragged.batch_size=1", "rows_per_shard=2"]
+    assert acme.latentmill("run", *acme.job(*job)) == 3
+    assert "prompt:control has several shapes or dtypes, and can't be stored" in acme.latentmill.err
