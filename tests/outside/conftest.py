@@ -148,7 +148,12 @@ def acme(latentmill, install, tmp_path, monkeypatch, rows):
     return prompt_parts.Acme(latentmill, tmp_path, rows)
 
 
+@pytest.fixture(scope="session")
+def encoded(tmp_path_factory):
+    return tmp_path_factory.mktemp("encoded")
+
+
 @pytest.fixture
-def trainers(latentmill, install, tmp_path):
+def trainers(latentmill, install, tmp_path, encoded):
     install("acme", trainer_parts.POINTS, acme_known=trainer_parts.CODE)
-    return trainer_parts.Trainers(latentmill, tmp_path)
+    return trainer_parts.Trainers(latentmill, tmp_path, encoded)

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
@@ -52,7 +53,7 @@ BUCKETS = "size.buckets=[[16, 32], [32, 16]]"
 
 
 def test_sd_scripts_loads_what_a_bucket_cut_and_the_mirrored_picture(trainers):
-    exact = trainers.encode("sd", "size.buckets=[[16, 8], [8, 24], [24, 16]]", "size.flip=true", output="exact")
+    exact = trainers.encode("sd", "size.buckets=[[16, 8], [8, 24], [24, 16]]", "size.flip=true")
     folder = trainers.export(exact, "kohya", folder="to-exact")
     for plain in (False, True):
         latents, _, crop, flipped = kohya(folder, "a b.png", "sd", (16, 8), plain)
@@ -65,7 +66,7 @@ def test_sd_scripts_loads_what_a_bucket_cut_and_the_mirrored_picture(trainers):
 
 
 def test_a_trainer_s_name_stands_for_its_one_format_of_a_family(trainers):
-    sd, flux, wan = (trainers.encode(family, output=family) for family in ("sd", "flux", "wan"))
+    sd, flux, wan = (trainers.encode(family) for family in ("sd", "flux", "wan"))
     assert len(files(trainers.export(sd, "kohya"))) == 3
     assert trainers.refused(flux, "kohya") == "kohya is kohya-flux or kohya-lumina: write which"
     assert trainers.refused(sd, "musubi").endswith(
@@ -79,7 +80,7 @@ def test_a_dataset_that_does_not_say_how_large_pictures_are_is_exported_with_a_w
     trainers.export(trainers.encode("sd"), "kohya,comfyui", folder="unsized")
     [line] = latentmill.err.splitlines()
     assert "doesn't say how large the pictures themselves are, so files of kohya-sd are named" in line
-    trainers.export(trainers.encode("sd", BUCKETS, output="sized"), "kohya", folder="to-sized")
+    trainers.export(trainers.encode("sd", BUCKETS), "kohya", folder="to-sized")
     assert latentmill.err == ""
 
 
@@ -137,7 +138,7 @@ def test_musubi_s_normalised_latents_keep_their_dtype(trainers):
 def test_musubi_has_one_folder_for_all_so_names_in_two_folders_are_refused(trainers):
     (trainers.pictures / "dogs").mkdir()
     (trainers.pictures / TOM).rename(trainers.pictures / "dogs" / "a b.png")
-    output = trainers.encode("wan", "sampling.width=16", "sampling.height=8")
+    output = trainers.own("wan", "sampling.width=16", "sampling.height=8")
     assert "would both be a b_0016x0008_wan.safetensors" in trainers.refused(output, "musubi-wan")
 
 
@@ -151,10 +152,21 @@ def test_simpletuner_loads_scaled_tensors_by_the_hash_of_the_name(trainers, fami
     assert len(files(folder)) == 3
     latents = torch.load(folder / "cats" / f"{hashlib.sha256(b'tom').hexdigest()}.pt", weights_only=True)
     assert latents.shape[1:] == (3, 1) and latents[3, 0, 0].item() == pytest.approx(first, abs=1e-5)
-    path = folder / "cats" / f"{hashlib.sha256(b'dog.v2').hexdigest()}.pt"
-    dog = torch.load(path, weights_only=True)
+    dog = torch.load(folder / "cats" / f"{hashlib.sha256(b'dog.v2').hexdigest()}.pt", weights_only=True)
     assert (dog[0] > 0).tolist() == [[False, True, True], [True, False, False]]
-    assert path.stat().st_size < 4 * dog.numel() + 2000  # itself, and not the batch that it came in
+
+
+def test_a_tensor_s_file_holds_it_alone(trainers):
+    """And not the rows of its shape that were read with it: of 64 x 64 pixels a kilobyte for each."""
+    folder = trainers.export(trainers.encode("sd", "sampling.width=64", "sampling.height=64"), "simpletuner")
+    small = len(torch_saved(torch.zeros(4, 8, 8)))
+    assert {len(content) for content in files(folder).values()} == {small}
+
+
+def torch_saved(tensor):
+    file = io.BytesIO()
+    torch.save(tensor, file)
+    return file.getvalue()
 
 
 def automodel(folder):
@@ -187,9 +199,7 @@ def test_automodel_knows_where_a_bucket_was_cut_out(trainers):
     item, data = found[TOM]
     assert item["bucket_resolution"] == [16, 32] and item["original_resolution"] == [8, 24]
     assert data["crop_offset"] == [0, 8]  # scaled to 16 x 48, of which the middle is taken
-    as_kohya = trainers.export(
-        trainers.encode("flux", BUCKETS, "size.pixels=kohya", output="kohya"), "automodel", folder="to-kohya"
-    )
+    as_kohya = trainers.export(trainers.encode("flux", BUCKETS, "size.pixels=kohya"), "automodel", folder="to-kohya")
     assert {item["image_path"]: data["crop_offset"] for item, data in automodel(as_kohya)}[TOM] == [0, 8]
     assert found["cats/dog.v2.png"][1]["crop_offset"] == [0, 2]  # 24 x 16 to 32 x 21, and (21 - 16) // 2
     assert (folder / "16x32" / "000000002-000.pt").is_file()

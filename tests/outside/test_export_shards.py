@@ -53,7 +53,7 @@ def test_streaming_reads_scaled_latents(trainers):
 
 def test_a_shard_whose_rows_all_failed_is_no_file_of_streaming(trainers):
     (trainers.pictures / "cats" / "tom.png").write_bytes(b"no picture")
-    folder = trainers.export(trainers.encode("sd"), "mds")
+    folder = trainers.export(trainers.own("sd"), "mds")
     assert [*files(folder)] == ["index.json", "shard.00000.mds"] and len([*mds(folder)]) == 2
 
 

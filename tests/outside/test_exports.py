@@ -44,9 +44,9 @@ def test_repa_reads_labels_that_a_source_s_column_has(trainers, tmp_path):
     with (tmp_path / "list.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["image", "label"], ["pictures/a b.png", 7], ["pictures/cats/tom.png", 207]])
     table = ["source=prompts", f"source.path={tmp_path / 'list.csv'}"]
-    unlabelled = trainers.encode("sd", STD, *table, "source.keep=[]", output="unlabelled")
+    unlabelled = trainers.own("sd", STD, *table, "source.keep=[]", output="unlabelled")
     assert trainers.refused(unlabelled, "repa").startswith("repa needs label, and ")
-    output = trainers.encode("sd", STD, *table, "source.keep=[label]")
+    output = trainers.own("sd", STD, *table, "source.keep=[label]")
     folder = trainers.export(output, "repa,edm2")
     for format in (folder / "repa" / "vae-sd", folder / "edm2"):
         found = edm2(format)
@@ -128,7 +128,7 @@ def test_datasets_reads_the_folder_of_pictures(trainers, tmp_path):
 
 
 def test_what_a_dataset_is_not_for_is_said_before_anything_is_written(trainers):
-    plain, sdxl = trainers.encode("sd"), trainers.encode("sdxl", STD, "source.keep=null", output="sdxl")
+    plain, sdxl = trainers.encode("sd"), trainers.encode("sdxl", STD, "source.keep=null")
     assert trainers.refused(plain, "comfyui,edm2") == (
         f"edm2 needs latents_std, and {plain} has none: run the job again with latents_std=true, into another output"
     )
@@ -150,7 +150,7 @@ def test_a_vae_of_no_known_family_is_told_by_its_numbers(trainers):
 
 def test_rows_that_would_be_one_file_are_refused_and_told_apart_by_their_row_ids(trainers):
     Image.new("RGB", (8, 8)).save(trainers.pictures / "a b.webp", lossless=True)
-    output = trainers.encode("sd")
+    output = trainers.own("sd")
     assert trainers.refused(output, "comfyui").startswith(
         "rows 000000000-000 and 000000001-000 would both be a b.latent: "
     )
@@ -162,7 +162,7 @@ def test_a_picture_is_called_what_it_is_called(trainers):
     """With the narrow blank of a screenshot's name, a line break, and bytes that are no UTF-8."""
     for name in ("shot 1.00\u202fAM.png", "two\nlines.png", os.fsdecode(b"caf\xe9.png")):
         os.link(trainers.pictures / "a b.png", trainers.pictures / name)
-    found = files(trainers.export(trainers.encode("sd"), "comfyui"))
+    found = files(trainers.export(trainers.own("sd"), "comfyui"))
     assert {"shot 1.00\u202fAM.latent", "two\nlines.latent", "caf\\udce9.latent"} < {*found}
 
 
@@ -170,13 +170,13 @@ def test_a_picture_is_called_what_it_is_called(trainers):
 def test_a_name_that_leads_out_of_the_folder_is_refused(trainers, tmp_path, name):
     with (tmp_path / "list.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["image", "name"], ["pictures/a b.png", name], ["pictures/cats/tom.png", "tom"]])
-    output = trainers.encode("sd", "source=prompts", f"source.path={tmp_path / 'list.csv'}", "source.keep=[name]")
+    output = trainers.own("sd", "source=prompts", f"source.path={tmp_path / 'list.csv'}", "source.keep=[name]")
     said = trainers.refused(output, "comfyui", "--names", "name")
     assert said.startswith("row 000000000-000: its name is ") and not list(tmp_path.glob("tom*"))
 
 
 def test_a_dataset_that_is_not_finished_or_is_the_place_is_refused(trainers):
-    output = trainers.encode("sd")
+    output = trainers.own("sd")
     assert "lies in the dataset" in trainers.refused(output, "comfyui", folder="encoded/export")
     (output / "data" / "00001.parquet").rename(trainers.root / "away")
     assert trainers.refused(output, "comfyui") == f"{output} is not finished: 1 of its 2 shards are missing"
@@ -216,7 +216,7 @@ def test_the_same_command_writes_nothing_again_and_makes_what_is_lost_or_cut_sho
 
 
 def test_what_is_there_is_known_without_reading_the_dataset_again_and_a_damaged_shard_is_named(trainers, latentmill):
-    output = trainers.encode("sd", STD)
+    output = trainers.own("sd", STD)
     folder = trainers.export(output, "edm2")
     shard = output / "data" / "00000.parquet"
     content = bytearray(shard.read_bytes())
@@ -247,23 +247,23 @@ def test_a_file_of_somebody_else_stays(trainers, latentmill):
 
 def test_another_dataset_s_export_is_not_mixed_with_this_one(trainers, latentmill):
     trainers.export(trainers.encode("sd"), "comfyui")
-    other = trainers.encode("sdxl", output="other")
+    other = trainers.encode("sdxl")
     assert latentmill("export", other, trainers.root / "export", "--to", "comfyui") == 2
     assert "is of another export to comfyui" in latentmill.err
 
 
 def test_a_shard_that_was_made_again_with_more_rows_is_exported_again(trainers, monkeypatch):
     monkeypatch.setenv("ACME_BROKEN", "1")
-    output = trainers.encode("sd", STD)
+    output = trainers.own("sd", STD)
     folder = trainers.export(output, "edm2")
     assert [*edm2(folder)] == [f"00000/img-mean-std-0000000{n}.npy" for n in (0, 2)]
     monkeypatch.delenv("ACME_BROKEN")
-    trainers.encode("sd", STD, "--retry-failed")
+    trainers.own("sd", STD, "--retry-failed")
     assert len(edm2(trainers.export(output, "edm2"))) == 3
 
 
 def test_an_export_of_tars_is_that_of_parquet(trainers):
-    of = [trainers.export(trainers.encode("sd", STD, f"sink={sink}", output=sink), "edm2,comfyui", folder=f"to-{sink}")
+    of = [trainers.export(trainers.encode("sd", STD, f"sink={sink}"), "edm2,comfyui", folder=f"to-{sink}")
           for sink in ("parquet", "webdataset")]  # fmt: skip
     assert files(of[0]) == files(of[1]) and len(files(of[0])) == 7
 

@@ -1,6 +1,7 @@
 """A VAE whose latents are worked out in the head, of any family of VAEs, and a folder of pictures for it."""
 
-import json
+import hashlib
+from functools import cached_property
 
 from PIL import Image
 
@@ -69,19 +70,35 @@ def save(folder):
 
 
 class Trainers:
-    """``encode(FAMILY, *settings)``: the folder of a dataset of the pictures; ``export(OUT, FORMATS)``: the folder of its export."""
+    """``encode(FAMILY, *settings)``: the folder of a dataset of the pictures; ``export(OUT, FORMATS)``: the folder of its export.
 
-    def __init__(self, latentmill, tmp_path):
-        self.latentmill, self.root, self.pictures = latentmill, tmp_path, save(tmp_path / "pictures")
+    Datasets are made once for all tests, in ``shared``; a test that changes one, or its ``pictures``, makes its ``own``.
+    """
 
-    def encode(self, family="sd", *settings, output="encoded"):
+    def __init__(self, latentmill, tmp_path, shared):
+        self.latentmill, self.root, self.shared = latentmill, tmp_path, shared
+
+    @cached_property
+    def pictures(self):
+        return save(self.root / "pictures")
+
+    def encode(self, family="sd", *settings):
+        name = hashlib.sha256(" ".join((family, *settings)).encode()).hexdigest()[:16]
+        if not (self.shared / "pictures").exists():
+            save(self.shared / "pictures")
+        return self._made(family, settings, self.shared / "pictures", self.shared / name)
+
+    def own(self, family="sd", *settings, output="encoded"):
+        return self._made(family, settings, self.pictures, self.root / output)
+
+    def _made(self, family, settings, pictures, output):
         known = [f"vae.{name}={value}" for name, value in FAMILIES[family].items()]
-        job = ["run", "encode", "cluster=inline", "vae.name=known", *known, f"source.path={self.pictures}"]
+        job = ["run", "encode", "cluster=inline", "vae.name=known", *known, f"source.path={pictures}"]
         keep = [] if any(each.startswith(("source.keep", "source=")) for each in settings) else ["source.keep=[file]"]
-        assert self.latentmill(*job, *keep, "rows_per_shard=2", *settings, f"output={self.root / output}") == 0, (
-            self.latentmill.said
-        )
-        return self.root / output
+        if not (output / "_SUCCESS").exists() or "--retry-failed" in settings:
+            command = [*job, *keep, "rows_per_shard=2", *settings, f"output={output}"]
+            assert self.latentmill(*command) == 0, self.latentmill.said
+        return output
 
     def export(self, output, formats, *options, folder="export"):
         assert self.latentmill("export", output, self.root / folder, "--to", formats, *options) == 0, (
@@ -103,7 +120,3 @@ def files(folder):
     """The files of an export by their names, less what it remembers."""
     found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     return {name: content for name, content in sorted(found.items()) if not name.startswith((".latentmill/", ".tmp/"))}
-
-
-def marks(folder):
-    return [json.loads(path.read_text()) for path in sorted((folder / ".latentmill").rglob("*.json"))]

@@ -89,7 +89,7 @@ class Store(Storage):
     def move(self, name: str, to: str) -> None:
         self.files[to] = self.files.pop(name)
 
-    def sweep(self) -> None:
+    def sweep(self, before: float | None = None) -> None:
         pass
 
     def size(self, name: str) -> int | None:

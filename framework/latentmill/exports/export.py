@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from latentmill.exports.rows import NAMED_BY, ExportSource
 from latentmill.shards import ERRORS_KEY
 from latentmill.text import escaped
 
+SHARDS_AT_ONCE = min(16, 2 * (os.cpu_count() or 1))
 WHOLE = "all"
 """The key of what a format writes for the whole export."""
 
@@ -65,16 +67,16 @@ def export(
             f"{output} doesn't say how large the pictures themselves are, so files of {', '.join(by_size)} are named by the size "
             "that was encoded; a job with size says it (size.buckets)"
         )
-    left_over = target.names(".tmp")
+    began = time.time()
     written = [_Writing(each, Ledger(target, each.name, f"{each.name}/" if chosen[1:] else "")) for each in chosen]
     for writing in written:
         writing.ledger.begin({"dataset": source.there.plan.hash, "names": source.names})
-    job = _Export(source, written)
-    _at_once(job.shard, range(source.there.plan.shards), tell)
-    for writing in written:
-        job.finish(writing)
-    for name in left_over:  # what a killed export had not given its name yet
-        target.delete(f".tmp/{name}")
+    with ThreadPoolExecutor(target.in_flight) as storing:
+        job = _Export(source, written, storing)
+        _at_once(job.shard, range(source.there.plan.shards), tell)
+        for writing in written:
+            job.finish(writing)
+    target.sweep(began)  # what a killed export had not given its name yet
     return job.exported
 
 
@@ -94,21 +96,10 @@ class _OfShard:
     files: dict[str, int] = field(default_factory=dict)
     notes: list[Any] = field(default_factory=list)
 
-    def add(self, row: ExportRow, settle: Callable[[_OfShard, str, bytes | Path], None]) -> None:
-        format = self.writing.format
-        if self.writer is not None:
-            self.writer.add(row)
-            return
-        assert format.files is not None
-        for name, content in format.files(row).items():
-            settle(self, name, content)
-        if format.note is not None:
-            self.notes.append(format.note(row))
-
 
 class _Export:
-    def __init__(self, source: ExportSource, written: Sequence[_Writing]) -> None:
-        self.source, self.written = source, written
+    def __init__(self, source: ExportSource, written: Sequence[_Writing], storing: ThreadPoolExecutor) -> None:
+        self.source, self.written, self.storing = source, written, storing
         self.exported = Exported(*(Counter({each.format.name: 0 for each in written}) for _ in range(2)))
         self._counting = threading.Lock()
 
@@ -132,11 +123,14 @@ class _Export:
                     folder = stack.enter_context(each.writing.ledger.store.aside(f"{each.writing.format.name}-{key}"))
                     os.mkdir(folder)
                     each.writer = begin(shard, Path(folder))
+            begun = deque[Future[None]]()
             for row in self.source.rows(shard, [*wanted]):
                 if stop.is_set():
                     return
                 for each in todo:
-                    each.add(row, self._settle)
+                    self._add(each, row, begun)
+            for future in begun:
+                future.result()
             for each in todo:
                 if each.writer is not None:
                     for name, path in each.writer.close().items():
@@ -144,6 +138,20 @@ class _Export:
                     each.notes = each.writer.notes
                 each.writing.ledger.close(key, ShardMark(state, each.files, each.notes), each.before)
         failpoints.reach(f"exported {shard}")
+
+    def _add(self, each: _OfShard, row: ExportRow, begun: deque[Future[None]]) -> None:
+        """Begin to store a row's files, or give it to the shard's writer. Of ``begun`` no more are on their way than fit."""
+        if each.writer is not None:
+            each.writer.add(row)
+            return
+        format = each.writing.format
+        assert format.files is not None
+        for name, content in format.files(row).items():
+            if len(begun) >= max(1, each.writing.ledger.store.in_flight // SHARDS_AT_ONCE):
+                begun.popleft().result()
+            begun.append(self.storing.submit(self._settle, each, name, content))
+        if format.note is not None:
+            each.notes.append(format.note(row))
 
     def finish(self, writing: _Writing) -> None:
         """The files for the whole export."""
@@ -168,8 +176,9 @@ class _Export:
         return hashlib.blake2b(failed.encode(), digest_size=8).hexdigest()
 
     def _settle(self, each: _OfShard, name: str, content: bytes | Path) -> None:
-        each.files[name] = len(content) if isinstance(content, bytes) else content.stat().st_size
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
         made = each.writing.ledger.settle(name, content, each.before)
+        each.files[name] = size
         self._count(each.writing, int(made), int(not made))
 
     def _count(self, writing: _Writing, written: int, there: int) -> None:
@@ -179,9 +188,9 @@ class _Export:
 
 
 def _at_once(work: Callable[[int, threading.Event], None], shards: Iterable[int], tell: Callable[[str], None]) -> None:
-    """Do the shards, two at a time for each processor, since they wait for disks and stores; each holds some of its rows."""
+    """Do the shards, several at a time; each holds some of its rows."""
     stop, numbers = threading.Event(), list(shards)
-    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as threads:
+    with ThreadPoolExecutor(SHARDS_AT_ONCE) as threads:
         try:
             pending = {threads.submit(work, shard, stop) for shard in numbers}
             while pending:

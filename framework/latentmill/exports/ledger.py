@@ -69,7 +69,8 @@ class Ledger:
 
     def is_right(self, mark: ShardMark, state: str) -> bool:
         """Whether all that a mark names is there still, in that size, of a shard in this state."""
-        return mark.state == state and all(self.store.size(self.below + n) == size for n, size in mark.files.items())
+        sizes = self.store.each(self.store.size, [self.below + name for name in mark.files])
+        return mark.state == state and [*sizes] == [*mark.files.values()]
 
     def settle(self, name: str, content: bytes | Path, ours: ShardMark | None) -> bool:
         """See that a file is there with this content; False if it was. Raises StorageError if another is, and ``ours`` doesn't name it."""
@@ -90,7 +91,10 @@ class Ledger:
         """All files of a mark are there. Those that were there ``before`` and are no more are deleted."""
         for name in (before.files if before else {}).keys() - mark.files.keys():
             self.store.delete(self.below + name)
-        self.store.put(self._mark_name(key), json.dumps(vars(mark), ensure_ascii=False).encode())
+        self.store.put(
+            self._mark_name(key),
+            json.dumps({**vars(mark), "files": dict(sorted(mark.files.items()))}, ensure_ascii=False).encode(),
+        )
 
     def _mark_name(self, key: str) -> str:
         return f"{LEDGER}/{self.format}/{key}.json"

@@ -116,10 +116,11 @@ class LocalFolder(Storage):
         os.replace(self.root / name, self.root / to)
         _sync(str((self.root / name).parent))
 
-    def sweep(self) -> None:
+    def sweep(self, before: float | None = None) -> None:
+        oldest = time.time() - DAY if before is None else before
         for file in [*(self.root / ".tmp").glob("*"), *(self.root / "leases").glob("*.alive")]:
             with suppress(FileNotFoundError):  # another driver sweeps, too
-                if file.stat().st_mtime < time.time() - DAY:
+                if file.stat().st_mtime < oldest:
                     _remove(file)
 
 
