@@ -69,6 +69,9 @@ def test_a_picture_gets_the_bucket_of_the_nearest_aspect_ratio(given, picture, b
 def test_of_two_that_are_equally_near_the_first_of_the_table_wins():
     # 1.5 between 1 and 2.
     assert Size.of({"buckets": [[64, 32], [32, 32]]}).fit(96, 64).bucket == (32, 32)
+    # Of one aspect ratio the first, unless the picture's own size is there.
+    squares = Size.of({"buckets": [[96, 96], [64, 64], [32, 32]]})
+    assert [squares.fit(side, side).bucket[0] for side in (31, 32, 64, 65, 96)] == [32, 32, 64, 32, 96]
 
 
 @pytest.mark.parametrize(

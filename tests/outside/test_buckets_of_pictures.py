@@ -2,6 +2,7 @@
 
 import io
 import json
+from importlib.metadata import entry_points
 
 import cv2
 import numpy as np
@@ -9,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+
+from latentmill.plugin import tensors
 
 KOHYA = ("size.buckets=kohya", "size.area=4096", "size.step=8", "size.min_side=32", "size.max_side=128")
 # 4096 pixels within 32..128, by hand: 4096 / 32 = 128, / 40 = 102 -> 96, / 48 = 85 -> 80, / 56 = 73 -> 72, / 64 = 64, / 72 = 56,
@@ -269,25 +272,29 @@ def test_a_reconstruction_is_measured_against_its_bucket(few, made):
     assert [pixels(row).shape[1::-1] for row in found] == [bucket_of(*sides) for sides in FEW]
 
 
-def test_tars_have_the_columns_and_a_shard_without_rows_has_them_too(few, made, latentmill, tmp_path, rows):
+def test_a_shard_without_rows_has_the_columns_and_so_have_tars(few, made, latentmill, tmp_path, rows):
     folder, _ = few
     (folder / "00.png").write_bytes(b"no picture")
-    more = (*KOHYA, "size.pixels=kohya", "size.flip=true", "rows_per_shard=1")
-    found = made(folder, *more)
+    more = (*KOHYA, "size.pixels=kohya", "size.flip=true", "latents_std=true")
+    found = made(folder, *more, "rows_per_shard=1")
     schemas = [pq.read_schema(path) for path in sorted((tmp_path / "out/data").iterdir())]
     assert len(found) == 14 and all(schema.remove_metadata() == schemas[1].remove_metadata() for schema in schemas)
-    tars = ("sink=webdataset", "rows_per_shard=40", f"output={tmp_path / 'tars'}")
-    latentmill(
-        "run", "encode", "cluster=inline", "vae.name=patches", "vae.side=8", f"source.path={folder}", *more, *tars
-    )
-    back = (
-        "decode",
-        "cluster=inline",
-        "vae.name=patches",
-        "vae.side=8",
-        f"source.path={tmp_path / 'tars'}",
-        "source.keep=[bucket]",
-    )
+    vae = ("cluster=inline", "vae.name=patches", "vae.side=8")
+    for sink in ("webdataset", "parquet"):
+        output = ("rows_per_shard=40", f"sink={sink}", f"output={tmp_path / sink}")
+        latentmill("run", "encode", *vae, f"source.path={folder}", *more, *output)
+        [point] = [point for point in entry_points(group="latentmill.sinks") if point.name == sink]
+        [path] = (tmp_path / sink / "data").iterdir()
+        with path.open("rb") as file:
+            tables = list(point.load()().read(file, None, range(len(found)), lambda name: None))
+        assert len(tables) > 3
+        held = [(table, at) for table in tables for at in range(len(table))]
+        for (table, at), one in zip(held, found, strict=True):
+            assert table.schema.field("latents_flipped").metadata == table.schema.field("latents").metadata
+            for name in ("latents", "latents_flipped", "latents_std", "latents_std_flipped"):
+                assert tensors.from_arrow(table, name)[at].flatten().tolist() == one[name]
+            assert table["crop_ltrb"][at].as_py() == one["crop_ltrb"]
+    back = ("decode", *vae, f"source.path={tmp_path / 'webdataset'}", "source.keep=[bucket]")
     assert latentmill("run", *back, f"output={tmp_path / 'back'}") == 0, latentmill.said
     for row, one in zip(rows(tmp_path / "back"), found):
         assert row["bucket"] == one["bucket"] and np.array_equal(pixels(row), decoded(one))
