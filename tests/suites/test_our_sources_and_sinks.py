@@ -1,6 +1,8 @@
 """Our own sources, sinks and grids by the suites that plugins inherit."""
 
+import io
 import json
+import tarfile
 from functools import partial
 
 import numpy as np
@@ -40,12 +42,21 @@ def as_parquet(path, rows):
                                                          "seed": "uint64", "steps": "int32"}.items())), path)  # fmt: skip
 
 
+def as_tar(path, rows):
+    with tarfile.open(path, "w") as tar:
+        for number, row in enumerate(rows):
+            member, content = tarfile.TarInfo(f"{number:05d}.json"), json.dumps(row).encode()
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
 WRITERS = {
     "txt": lambda path, rows: path.write_text("\n\n".join(row["prompt"] for row in rows), encoding="utf-8"),
     "csv": lambda path, rows: path.write_text(as_csv(rows), encoding="utf-8"),
     "jsonl": lambda path, rows: path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8"),
     "json": lambda path, rows: path.write_text(json.dumps(rows), encoding="utf-8"),
     "parquet": as_parquet,
+    "tar": as_tar,
 }
 
 

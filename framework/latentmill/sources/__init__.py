@@ -91,6 +91,8 @@ def find(path: str, suffixes: Collection[str]) -> list[str]:
             for match in folder.glob(str(pattern))
             if hidden or not any(part.startswith(".") for part in match.relative_to(folder).parts)
         ]
+    elif "://" in path and not path.startswith("pkg://"):
+        raise ValueError(f"sources are files of this machine or a shared disk, and {path} is not: copy it first")
     else:
         raise ValueError(f"there is no file or folder {path}")
     known = [file for file in found if suffix(file.name) in suffixes]

@@ -30,7 +30,7 @@ TWINS = 100_000
 
 
 class Prompts(Source):
-    """Rows of ``.txt``, ``.csv``, ``.tsv``, ``.json``, ``.jsonl`` and ``.parquet`` files, each file a fragment.
+    """Rows of ``.txt``, ``.csv``, ``.tsv``, ``.json``, ``.jsonl``, ``.parquet`` and ``.tar`` files, each file a fragment.
 
     A line of text is a prompt, without the white space around it; blank lines are no rows, in text, CSV and JSON lines
     alike. An empty field of a CSV file stands for the job's value, but an empty prompt is an empty prompt; null is the
@@ -174,6 +174,10 @@ class Prompts(Source):
         """What ``named`` makes of a file and ``held`` of bytes, whichever the row has. Raises RowError."""
         if isinstance(value, Mapping):  # as Hugging Face datasets stores pictures
             value = value.get("path") if value.get("bytes") is None else value["bytes"]
+        if isinstance(value, str) and value.lower().startswith(("http://", "https://")):
+            raise RowError(
+                f"{name} {value!r:.200} is on the web: img2dataset fetches pictures, and its .tar files are read here"
+            )
         if isinstance(value, str):
             try:
                 return named(folder, value, self.max_pixels, self.follow_links, self.pixels)

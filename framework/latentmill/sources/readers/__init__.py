@@ -15,6 +15,7 @@ from latentmill.sources.readers.lines import LinesReader
 from latentmill.sources.readers.parquet import ParquetReader
 from latentmill.sources.readers.reader import FileReader
 from latentmill.sources.readers.settings import ReaderSettings
+from latentmill.sources.readers.tar import TarReader
 
 _TEXT: Mapping[str, Callable[[Path, ReaderSettings], FileReader]] = {
     ".txt": LinesReader,
@@ -28,5 +29,6 @@ _TEXT: Mapping[str, Callable[[Path, ReaderSettings], FileReader]] = {
 READERS: Mapping[str, Callable[[Path, ReaderSettings], FileReader]] = {
     **{suffix + packed: reader for packed in ("", ".gz", ".zst") for suffix, reader in _TEXT.items()},
     ".parquet": ParquetReader,
+    ".tar": TarReader,
 }
 """What opens a file, by the suffix of its name. Files of text may be compressed."""
