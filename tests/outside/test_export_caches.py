@@ -142,6 +142,17 @@ def test_musubi_has_one_folder_for_all_so_names_in_two_folders_are_refused(train
     assert "would both be a b_0016x0008_wan.safetensors" in trainers.refused(output, "musubi-wan")
 
 
+def test_several_resolutions_of_a_picture_have_a_folder_each(trainers):
+    """As musubi-tuner wants it: a cache directory for each of its datasets."""
+    areas = ["size.buckets=musubi", "size.area=[1024, 4096]", "samples_per_row=2"]
+    output = trainers.encode("wan", *areas)
+    folder = trainers.export(output, "musubi-wan")
+    found = {side: musubi(folder / str(side), "wan") for side in (32, 64)}
+    assert [*map(len, found.values())] == [3, 3] and len(files(folder)) == 6
+    small, large = (found[side]["tom", 8, 24][0] for side in (32, 64))
+    assert (small.shape, large.shape) == ((16, 1, 8, 2), (16, 1, 16, 4))  # of buckets of 16 x 64, and of 32 x 128
+
+
 # ------------------------------------------------------------------------------------------ SimpleTuner, AutoModel
 
 

@@ -28,6 +28,7 @@ COMFYUI = ExportFormat(
     checked="safetensors, and what the node does: numbers of each family",
     families=("sd", "sdxl", "sd3", "flux", "wan"),
     names="used",
+    apart=True,
     files=_files,
     path=_path,
 )

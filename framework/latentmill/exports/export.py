@@ -149,7 +149,7 @@ class _Export:
         for name, content in format.files(row).items():
             if len(begun) >= max(1, each.writing.ledger.store.in_flight // SHARDS_AT_ONCE):
                 begun.popleft().result()
-            begun.append(self.storing.submit(self._settle, each, name, content))
+            begun.append(self.storing.submit(self._settle, each, format.below(row) + name, content))
         if format.note is not None:
             each.notes.append(format.note(row))
 
@@ -227,7 +227,7 @@ def _require_names(source: ExportSource, chosen: Sequence[ExportFormat]) -> None
 
 def _require_paths(source: ExportSource, chosen: Sequence[ExportFormat]) -> None:
     """Raise ExportError if two rows would be one file. Rows that are called by their row_id are not looked at."""
-    asked = [each.path for each in chosen if each.names and each.path is not None]
+    asked = [_whole_path(each, each.path) for each in chosen if each.names and each.path is not None]
     if source.names in (None, "row_id") or not asked:
         return
     shards = range(source.there.plan.shards)
@@ -244,6 +244,10 @@ def _require_paths(source: ExportSource, chosen: Sequence[ExportFormat]) -> None
         values, counts = np.unique(np.concatenate(every), return_counts=True)
         if len(twice := {*values[counts > 1].tolist()}):
             _tell_twice(source, path, twice)
+
+
+def _whole_path(format: ExportFormat, path: Callable[[ExportRow], str]) -> Callable[[ExportRow], str]:
+    return lambda row: format.below(row) + path(row)
 
 
 def _tell_twice(source: ExportSource, path: Callable[[ExportRow], str], hashes: set[int]) -> None:

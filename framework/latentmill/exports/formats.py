@@ -34,6 +34,8 @@ class ExportRow:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     """Those that the format needs or takes, as far as the dataset has them."""
     family: VAEFamily | None = None
+    resolution: int = 0
+    """Of a dataset with several of each picture: the side of a square of the row's area; else 0."""
 
     @property
     def prompt(self) -> str:
@@ -105,6 +107,8 @@ class ExportFormat:
     """Tensors that it stores, too, where the dataset has them."""
     names: Literal["needed", "used", ""] = ""
     """Whether its files are called as the pictures are: the trainer finds them by it, or people do."""
+    apart: bool = False
+    """Whether several resolutions of a picture would be one file. Each has a folder then, called by the side of its square."""
     sized: bool = False
     """Whether its trainer finds them by the picture's own size, too."""
     files: Callable[[ExportRow], Mapping[str, bytes]] | None = None
@@ -117,6 +121,10 @@ class ExportFormat:
     """Instead of ``files``: begins the files of our shard of that number, in an empty local folder."""
     finish: Callable[[Iterator[Any], str], Iterable[tuple[str, Iterable[str]]]] | None = None
     """Files for the whole export, name and text in pieces, from the notes of all rows, or shards, in order, and the path or URL of its folder."""
+
+    def below(self, row: ExportRow) -> str:
+        """The folder that a row's files are in, with a slash behind, or "": what ``path`` and ``files`` don't say."""
+        return f"{row.resolution}/" if self.apart and row.resolution else ""
 
     @property
     def tensors(self) -> tuple[str, ...]:

@@ -50,6 +50,7 @@ def _format(model: str, family: str, scaled: bool = False, plain: bool = False) 
         families=(family,),
         takes=("latents_flipped",),
         names="needed",
+        apart=True,
         sized=True,
         files=lambda row: {path(row): _npz(row, scaled, plain)},
         path=path,

@@ -39,6 +39,7 @@ def _format(
         checked="safetensors, and what its loader makes of names and keys: metadata, types, numbers",
         families=(family,),
         names="needed",
+        apart=True,
         sized=True,
         files=lambda row: {path(row): _content(row, architecture, scaled, frames)},
         path=path,

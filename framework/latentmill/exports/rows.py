@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ class ExportSource:
     """A column; None: the first of NAMED_BY that is there."""
     columns: list[str] = field(init=False)
     family: VAEFamily | None = field(init=False)
+    resolutions: list[int] = field(init=False)
+    """Of a dataset with several of each picture, in the order of a picture's samples."""
 
     def __post_init__(self) -> None:
         """Raises ExportError if it is not finished, has no rows, or no column ``names``."""
@@ -46,6 +49,8 @@ class ExportSource:
         elif self.names not in plain:
             raise ExportError(f"--names {self.names}: {url} has no such column; it has: {', '.join(plain)}")
         self.family = family_of(plan.spec) if plan.spec is not None else None
+        areas = (plan.config.get("size") or {}).get("area")
+        self.resolutions = [math.isqrt(area) for area in areas] if isinstance(areas, list) and areas[1:] else [0]
 
     def rows(self, shard: int, wanted: Sequence[str] = ()) -> Iterator[ExportRow]:
         """The rows of a shard that are ok, in order, with these tensors. Raises RunError if one is damaged."""
@@ -65,7 +70,8 @@ class ExportSource:
             number = int(source_row) * self.there.plan.samples_per_row + int(sample)
             picture = columns[self.names] if self.names is not None else row_id
             of_row = {name: tensor[at] for name, tensor in held.items()}
-            yield ExportRow(number, row_id, self._name(picture, row_id), str(picture), columns, of_row, self.family)
+            name, resolution = self._name(picture, row_id), self.resolutions[int(sample) % len(self.resolutions)]
+            yield ExportRow(number, row_id, name, str(picture), columns, of_row, self.family, resolution)
 
     def _name(self, picture: Any, row_id: str) -> str:
         """The picture's path without suffix. Raises ExportError if it is none that a file can be made at."""

@@ -20,6 +20,7 @@ SIMPLETUNER = ExportFormat(
     checked="torch.load(weights_only=True): names, types, numbers",
     families=("sd", "sdxl", "sd3", "flux"),
     names="needed",
+    apart=True,
     files=lambda row: {_path(row): pt(row.tensors["latents"].clone())},
     path=_path,
 )
