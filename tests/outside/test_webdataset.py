@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 from PIL import Image
@@ -196,3 +197,14 @@ def test_a_job_that_is_killed_in_a_commit_goes_on(made, latentmill, patches, pic
     assert [path.name for path in (tmp_path / "again" / "data").iterdir()] == ["00000.tar"]
     assert latentmill("run", *again) == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").glob("data/*")} == whole
+
+
+def test_latents_whose_first_shard_has_no_rows_are_a_source(latentmill, patches, pictures, tmp_path):
+    """All of its rows failed, so its tar says nothing of what rows would hold."""
+    for k in range(2):
+        (pictures / f"!{k}.png").write_bytes(b"no picture")
+    first, second = tmp_path / "first", tmp_path / "second"
+    words = (*patches, f"source.path={pictures}", "sink=webdataset", "rows_per_shard=2", "max_error_rate=1")
+    assert latentmill("run", "encode", *words, f"output={first}") == 0, latentmill.said
+    assert latentmill("run", "decode", *patches, f"source.path={first}", f"output={second}") == 0, latentmill.said
+    assert sum(pq.ParquetFile(file).metadata.num_rows for file in second.glob("data/*")) == 4

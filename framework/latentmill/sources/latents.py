@@ -46,10 +46,10 @@ class Latents(Source):
 
     def latent_spec(self) -> LatentSpec | None:
         """The space of the latents; None if there is only conditioning. Raises ValueError if there is neither."""
-        return self._spec(self._names()[0])
+        return self._spec(self._with_rows(self._names()))
 
     def conditioning(self) -> dict[str, str]:
-        _, schema, _ = self._of(self._names()[0])
+        _, schema, _ = self._of(self._with_rows(self._names()))
         stored = [field for field in schema if field.name.startswith(CONDITIONING)]
         return {field.name: (field.metadata or {}).get(ENCODER_KEY, b"").decode() for field in stored}
 
@@ -68,15 +68,16 @@ class Latents(Source):
     def fragments(self) -> list[Fragment]:
         """Raises ValueError if there are neither latents nor conditioning, or those of different spaces and text encoders."""
         names = self._names_read()
-        spec = self._spec(names[0])
+        first = self._with_rows(names)
+        spec = self._spec(first)
         contents = is_small(self._root, [file for name in names for file in self._files(name)])
         self.fingerprinted = ("path",) if contents else ()
         found = []
         for name in names:
-            if self._spec(name) != spec:
-                raise ValueError(f"{self.path}: {names[0]} and {name} hold latents of different spaces")
             _, schema, count = self._of(name)
-            self._require_conditioning(name, names[0], count)
+            if count and self._spec(name) != spec:
+                raise ValueError(f"{self.path}: {first} and {name} hold latents of different spaces")
+            self._require_conditioning(name, first, count)
             self._require_ids(name, schema)
             found.append(Fragment(name, count, fingerprint(self._root, self._files(name), contents)))
         if not any(fragment.rows for fragment in found):
@@ -181,6 +182,10 @@ class Latents(Source):
             if not found:
                 raise ValueError(f"{self.path}: none of its shards is there yet")
         return found
+
+    def _with_rows(self, names: Sequence[str]) -> str:
+        """The first file that has rows: one in which all failed may not say what others hold."""
+        return next((name for name in names if self._of(name)[2]), names[0])
 
     def _names_read(self) -> list[str]:
         """The same. What they say of themselves is known then, read of many at a time."""
