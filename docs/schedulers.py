@@ -30,6 +30,10 @@ def main() -> None:
         source = Path(folder, "rows.jsonl")
         source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         settings = [f"source.path={source}", "samples_per_row=1", "cluster=inline", f"output={folder}/out"]
+        settings += [
+            "deterministic=true",
+            "stages.denoise.batch_size=8",
+        ]  # the same picture on any machine that is alike
         result = latentmill.run("txt2img", settings)
         assert result.failed == 0, result.text
         files = sorted(Path(folder, "out", "data").glob("*.parquet"))

@@ -11,7 +11,7 @@ FAILPOINTS = str(Path(__file__).parent / "faults" / "actions")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [FAILPOINTS, os.environ.get("PYTHONPATH")]))
 
 SLOW = (
-    "test_run", "test_worker_faults", "test_mixed_rows", "test_denoiser", "test_schedulers", "test_pipeline", "test_tiers", "test_parity",
+    "test_run", "test_worker_faults", "test_pipeline", "test_denoiser", "test_schedulers", "test_mixed_rows", "test_tiers", "test_parity",
     "test_multistep_settings", "test_scheduler_settings", "test_operations", "test_cluster", "test_driver_faults", "test_wrong_worker",
     "test_other_disk", "test_suites", "test_folder", "test_traced", "test_vae", "test_prompt_cache", "test_original", "test_store_faults",
     "test_telling", "test_parity_schedulers", "test_wheel", "test_placement", "test_simulate", "test_parity_pictures", "test_drivers",
