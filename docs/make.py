@@ -10,7 +10,8 @@ from pathlib import Path
 from latentmill import registry
 from latentmill.cli import scheduler_table
 from latentmill.exports.spaces import VAE_FAMILIES
-from latentmill.exports.table import EXPORT_FORMATS
+from latentmill.exports.table import EXPORT_FORMATS, NOT_MADE
+from latentmill.exports.texts import TEXT_FAMILIES, shapes_in_words
 from latentmill.fields import OWN_FIELDS, SOMETIMES, OwnField, limits, python_type
 from latentmill.plugin.stage import BATCH_COLUMNS
 
@@ -100,7 +101,7 @@ def exports() -> str:
     rows = [
         [
             f"`{each.name}`",
-            ", ".join(each.families) or "any",
+            each.of,
             ", ".join(each.needs),
             each.layout,
             each.reader,
@@ -120,6 +121,26 @@ def families() -> str:
     return table(["latents of", "VAEs", "channels", "of the sides", "scale", "shift"], rows)
 
 
+def texts() -> str:
+    """Whose encodings of prompts exports know."""
+    rows = [
+        [
+            f"`{each.name}`",
+            each.about,
+            shapes_in_words(each.shapes),
+            f"`{each.made_with}`" if each.made_with else "",
+            ", ".join(f"`{format.name}`" for format in EXPORT_FORMATS.values() if each in format.texts),
+        ]
+        for each in TEXT_FAMILIES.values()
+    ]
+    return table(["text of", "model", "`prompt:*`, each with its shape", "made with", "formats"], rows)
+
+
+def not_made() -> str:
+    """Encodings of prompts that are in no format."""
+    return table(["format", "not made, since"], [[f"`{name}`", why] for name, why in NOT_MADE.items()])
+
+
 PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "fields": ("fields.md", fields),
     "columns": ("fields.md", columns),
@@ -127,6 +148,8 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "grids": ("schedulers.md", grids),
     "exports": ("trainers.md", exports),
     "families": ("trainers.md", families),
+    "texts": ("trainers.md", texts),
+    "not_made": ("trainers.md", not_made),
 }
 """For each marked part: the page that it is in, and what makes it."""
 

@@ -244,8 +244,7 @@ class _Formats(argparse.Action):
         from latentmill.exports.table import EXPORT_FORMATS
 
         rows = [
-            [each.name, ", ".join(each.families) or "any", ", ".join(each.needs), each.layout, each.reader]
-            for each in EXPORT_FORMATS.values()
+            [each.name, each.of, ", ".join(each.needs), each.layout, each.reader] for each in EXPORT_FORMATS.values()
         ]
         _print_table(["format", "latents of", "needs", "files", "read by"], rows)
         parser.exit()

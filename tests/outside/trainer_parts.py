@@ -93,7 +93,9 @@ class Trainers:
 
     def _made(self, family, settings, pictures, output):
         known = [f"vae.{name}={value}" for name, value in FAMILIES[family].items()]
-        job = ["run", "encode", "cluster=inline", "vae.name=known", *known, f"source.path={pictures}"]
+        texts = any(each.startswith("text_encoder") for each in settings)
+        name = ["encode_text", "source=images"] if texts else ["encode"]
+        job = ["run", *name, "cluster=inline", "vae.name=known", *known, f"source.path={pictures}"]
         keep = [] if any(each.startswith(("source.keep", "source=")) for each in settings) else ["source.keep=[file]"]
         if not (output / "_SUCCESS").exists() or "--retry-failed" in settings:
             command = [*job, *keep, "rows_per_shard=2", *settings, f"output={output}"]

@@ -1,4 +1,4 @@
-"""NeMo AutoModel's cache of pictures, without text encodings yet."""
+"""NeMo AutoModel's cache of pictures and what text encoders made of their prompts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from latentmill.exports.formats import ExportFormat, ExportRow, json_list, pt
+from latentmill.exports.formats import TEXTS, ExportFormat, ExportRow, json_list, pt
+from latentmill.exports.texts import TEXT_FAMILIES
 
 ITEMS = 10_000
 """In a file of the list."""
+TEXT_OF = {"flux": TEXT_FAMILIES["flux"], "wan": TEXT_FAMILIES["qwen-image"]}
+"""By the VAE's family, whose encodings of prompts belong to its latents."""
 
 
 def _path(row: ExportRow) -> str:
@@ -34,7 +37,21 @@ def _files(row: ExportRow) -> Mapping[str, bytes]:
     import torch
 
     latent = row.tensors["latents"].to(torch.float16)
-    return {_path(row): pt({"latent": latent, "crop_offset": list(row.crop_offset), **_about(row)})}
+    about = {"crop_offset": list(row.crop_offset), **_about(row)}
+    return {_path(row): pt({"latent": latent, **_text(row), **about})}
+
+
+def _text(row: ExportRow) -> Mapping[str, Any]:
+    """With the axis of a batch of one, and bfloat16 whatever is stored, as the trainer's own preprocessing has it."""
+    import torch
+
+    if row.text is None or row.family is None or row.text is not TEXT_OF.get(row.family.name):
+        return {}
+    found = {"prompt_embeds": row.embeds}
+    if "prompt:pooled" in row.tensors:
+        found["pooled_prompt_embeds"] = row.tensors["prompt:pooled"]
+    # A clone, since of a view the whole tensor would be stored.
+    return {name: tensor[None].to(torch.bfloat16, copy=True) for name, tensor in found.items()}
 
 
 def _note(row: ExportRow) -> Any:
@@ -56,10 +73,12 @@ def _finish(notes: Iterator[Any], folder: str) -> Iterable[tuple[str, Iterable[s
 AUTOMODEL_CACHE = ExportFormat(
     name="automodel",
     reader="NeMo AutoModel's TextToImageDataset at 36044ad",
-    layout="WxH/ROW_ID.pt: latent [C, h, w], scaled, float16, and what is known of the row; metadata.json, metadata_shard_NNNN.json. "
-    "No text encodings yet",
+    layout="WxH/ROW_ID.pt: latent [C, h, w], scaled, float16, and what is known of the row; of FLUX.1 and Qwen-Image, with encodings "
+    "stored, prompt_embeds [1, tokens, width] and pooled_prompt_embeds [1, 768], bfloat16; metadata.json, metadata_shard_NNNN.json",
     checked="torch.load(weights_only=True), and a reader after its loader: lists, types, numbers",
     families=("flux", "wan"),
+    takes=TEXTS,
+    texts=(*TEXT_OF.values(),),
     files=_files,
     path=_path,
     note=_note,

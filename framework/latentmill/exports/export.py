@@ -47,7 +47,8 @@ def export(
     names: str | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Exported:
-    """Write the dataset at ``output`` in these formats into ``folder``, a path or a URL; of several each in a folder of its name.
+    """Write the dataset at ``output`` in these formats into ``folder``, a path or a URL; of several each in a folder of its name,
+    and what belongs beside another trainer's files in theirs.
 
     ``names``: the column with the pictures' names; None: ``file`` or ``id``. ``tell`` is given lines for people.
     Raises ExportError before anything is written if the dataset is not finished, or not for one of the formats.
@@ -57,6 +58,9 @@ def export(
     if "time" in source.columns:
         raise ExportError(f"the latents of {output} are half-way (sampling.until): denoise them to their end first")
     chosen = table.chosen(formats, source.columns, spec, output)
+    if any(each.texts for each in chosen):
+        for line in table.require_texts(chosen, source.text, output):
+            tell(line)
     # Whoever writes there writes the same, so that a file is whole is all that is asked of the store.
     target = storage.at(folder, single_writer=True)
     _require_apart(source.there.store.url, target.url)
@@ -68,7 +72,10 @@ def export(
             "that was encoded; a job with size says it (size.buckets)"
         )
     began = time.time()
-    written = [_Writing(each, Ledger(target, each.name, f"{each.name}/" if chosen[1:] else "")) for each in chosen]
+    written = [
+        _Writing(each, Ledger(target, each.name, f"{each.beside or each.name}/" if chosen[1:] else ""))
+        for each in chosen
+    ]
     for writing in written:
         writing.ledger.begin({"dataset": source.there.plan.hash, "names": source.names})
     with ThreadPoolExecutor(target.in_flight) as storing:

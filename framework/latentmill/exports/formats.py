@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from latentmill.exports.spaces import VAEFamily
+from latentmill.exports.texts import TextFamily
 
 if TYPE_CHECKING:  # to list formats takes none of them
     import numpy.typing as npt
@@ -36,6 +37,8 @@ class ExportRow:
     family: VAEFamily | None = None
     resolution: int = 0
     """Of a dataset with several of each picture: the side of a square of the row's area; else 0."""
+    text: TextFamily | None = None
+    """Whose encodings of the prompt the dataset has, of those that are known."""
 
     @property
     def prompt(self) -> str:
@@ -72,6 +75,12 @@ class ExportRow:
         assert self.family is not None, "a format that wants raw latents names its families"
         return self.family.raw(self.scaled(column), spread="_std" in column)
 
+    @property
+    def embeds(self) -> Tensor:
+        """The prompt's encoding ``[tokens, width]`` as it is stored, without padding where the dataset knows it."""
+        embeds, length = self.tensors["prompt:embeds"], self.tensors.get("prompt:length")
+        return embeds if length is None else embeds[: int(length)]
+
 
 class ShardWriter(Protocol):
     """Writes one of our shards as files that hold many rows. The same rows give the same bytes."""
@@ -105,6 +114,10 @@ class ExportFormat:
     """Columns that the dataset must have."""
     takes: tuple[str, ...] = ()
     """Tensors that it stores, too, where the dataset has them."""
+    texts: tuple[TextFamily, ...] = ()
+    """Whose encodings of prompts it takes; it needs some, if they are among ``needs``."""
+    beside: str = ""
+    """The format of the same trainer in whose folder its files belong."""
     names: Literal["needed", "used", ""] = ""
     """Whether its files are called as the pictures are: the trainer finds them by it, or people do."""
     apart: bool = False
@@ -127,12 +140,20 @@ class ExportFormat:
         return f"{row.resolution}/" if self.apart and row.resolution else ""
 
     @property
+    def of(self) -> str:
+        """Whose latents it takes, for people; or whose encodings of prompts, if it holds those alone."""
+        texts = f"(text of {', '.join(text.name for text in self.texts)})" if self.texts else ""
+        return ", ".join(self.families) or texts or "any"
+
+    @property
     def tensors(self) -> tuple[str, ...]:
         """The tensors that it reads."""
         return tuple(name for name in (*self.needs, *self.takes) if name in TENSORS)
 
 
-TENSORS = ("image", "latents", "latents_std", "latents_flipped", "latents_std_flipped")
+TEXTS = ("prompt:embeds", "prompt:pooled", "prompt:length")
+"""Columns of what a text encoder made of the prompt."""
+TENSORS = ("image", "latents", "latents_std", "latents_flipped", "latents_std_flipped", *TEXTS)
 """Columns of a dataset that an export may read as tensors. Others that are none travel as they are."""
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from latentmill.buckets import kohya_crop
 from latentmill.exports.formats import ExportFormat, ExportRow
+from latentmill.exports.texts import TEXT_FAMILIES
+
+if TYPE_CHECKING:  # to list formats takes none of them
+    import numpy.typing as npt
+    from torch import Tensor
 
 
 def _path_of(suffix: str) -> Callable[[ExportRow], str]:
@@ -56,6 +61,39 @@ def _format(model: str, family: str, scaled: bool = False, plain: bool = False) 
         path=path,
     )
 
+
+def _text_path(row: ExportRow) -> str:
+    return f"{row.name}_te_outputs.npz"
+
+
+def _text(row: ExportRow) -> Mapping[str, bytes]:
+    """``embeds`` is what the two text encoders made, one behind the other; numpy has no bfloat16."""
+    import numpy as np
+    import torch
+
+    def array(tensor: Tensor) -> npt.NDArray[Any]:
+        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+    first, second = row.embeds.split([768, 1280], dim=-1)
+    pooled, buffer = array(row.tensors["prompt:pooled"]), io.BytesIO()
+    np.savez(buffer, hidden_state1=array(first), hidden_state2=array(second), pool2=pooled)
+    return {_text_path(row): buffer.getvalue()}
+
+
+KOHYA_TEXT = ExportFormat(
+    name="kohya-sdxl-text",
+    reader="sd-scripts at 48d368f, without max_token_length and weighted_captions",
+    layout="DIR/STEM_te_outputs.npz: hidden_state1 [77, 768], hidden_state2 [77, 1280], pool2 [1280], as stored, bfloat16 as float32",
+    checked="a reader after its loader: names, keys, types, numbers",
+    needs=("prompt:embeds",),
+    takes=("prompt:pooled",),
+    texts=(TEXT_FAMILIES["sdxl"],),
+    beside="kohya-sdxl",
+    names="needed",
+    apart=True,
+    files=_text,
+    path=_text_path,
+)
 
 KOHYA = (
     _format("sd", "sd", plain=True),

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from latentmill.exports.formats import ExportFormat, ExportRow, safetensors_file
+from latentmill.exports.texts import TEXT_FAMILIES
+
+if TYPE_CHECKING:  # to list formats takes none of them
+    from torch import Tensor
 
 
 def _path_of(short: str) -> Callable[[ExportRow], str]:
@@ -52,4 +57,49 @@ MUSUBI = (
     _format("krea2", "kr2", "krea2", "wan"),
     _format("wan", "wan", "wan", "wan"),
     _format("z-image", "zi", "z_image", "flux", scaled=False, frames=False),
+)
+
+
+def _text_format(model: str, short: str, architecture: str, family: str, keys: Mapping[str, str]) -> ExportFormat:
+    """``keys``: what the trainer calls the encodings, with the dtype behind, and ours."""
+
+    def path(row: ExportRow) -> str:
+        return f"{row.name.rpartition('/')[2]}_{short}_te.safetensors"
+
+    def files(row: ExportRow) -> Mapping[str, bytes]:
+        found: dict[str, Tensor] = {}
+        for key, column in keys.items():
+            tensor = row.embeds if column == "prompt:embeds" else row.tensors[column]
+            found[f"{key}_{str(tensor.dtype).removeprefix('torch.')}"] = tensor
+        about = {"architecture": architecture, "caption1": row.prompt, "format_version": "1.0.1"}
+        return {path(row): safetensors_file(found, about)}
+
+    shapes = TEXT_FAMILIES[family].shapes
+    return ExportFormat(
+        name=f"musubi-{model}-text",
+        reader="musubi-tuner at 30c658c",
+        layout=f"STEM_{short}_te.safetensors: {', '.join(f'{key}_DTYPE' for key in keys)}, as stored"
+        f"{', of as many tokens as the prompt has' if 'length' in shapes else ''}",
+        checked="safetensors, and what its loader makes of names and keys: metadata, types, numbers",
+        needs=("prompt:embeds",),
+        takes=tuple(f"prompt:{name}" for name in shapes if name != "embeds"),
+        texts=(TEXT_FAMILIES[family],),
+        beside=f"musubi-{model}",
+        names="needed",
+        apart=True,
+        files=files,
+        path=path,
+    )
+
+
+MUSUBI_TEXTS = (
+    _text_format("qwen-image", "qi", "qwen_image", "qwen-image", {"varlen_vl_embed": "prompt:embeds"}),
+    _text_format("z-image", "zi", "z_image", "z-image", {"varlen_llm_embed": "prompt:embeds"}),
+    _text_format(
+        "flux-kontext",
+        "fk",
+        "flux_kontext",
+        "flux",
+        {"t5_vec": "prompt:embeds", "clip_l_pooler": "prompt:pooled"},
+    ),
 )

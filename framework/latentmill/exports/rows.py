@@ -6,15 +6,18 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 
+from latentmill.batch import CONDITIONING, PROMPT_PREFIX
 from latentmill.dataset import Dataset
 from latentmill.errors import ExportError, RowError, RunError
-from latentmill.exports.formats import TENSORS, ExportRow
+from latentmill.exports.formats import TENSORS, TEXTS, ExportRow
 from latentmill.exports.spaces import VAEFamily, family_of
+from latentmill.exports.texts import OWN_WAYS, StoredText
 from latentmill.plugin import tensors
 from latentmill.shards import data_name
 from latentmill.sources.images import SUFFIXES
@@ -23,6 +26,7 @@ from latentmill.text import escaped
 NAMED_BY = ("file", "id")
 """Columns that say what a picture is called, the first that a dataset has: ``source.keep=[file]``, ``source.id_column=path``."""
 NOT_READ = {*TENSORS, "video", "state:"}
+"""Columns, beside those of conditioning, that are read only if a format wants them."""
 
 
 @dataclass
@@ -43,7 +47,7 @@ class ExportSource:
         if missing := len(self.there.missing()):
             raise ExportError(f"{url} is not finished: {missing:,} of its {plan.shards:,} shards are missing")
         self.columns = self.there.shard(0).about()[1].names
-        plain = [name for name in self.columns if name not in NOT_READ]
+        plain = [name for name in self.columns if _is_plain(name)]
         if self.names is None:
             self.names = next((name for name in NAMED_BY if name in plain), None)
         elif self.names not in plain:
@@ -52,9 +56,24 @@ class ExportSource:
         areas = (plan.config.get("size") or {}).get("area")
         self.resolutions = [math.isqrt(area) for area in areas] if isinstance(areas, list) and areas[1:] else [0]
 
+    @cached_property
+    def text(self) -> StoredText | None:
+        """What the first row has of encodings of its prompt; None if the dataset has none. Raises RunError if it can't be read."""
+        names = [name for name in self.columns if name.startswith(PROMPT_PREFIX)]
+        files = (self.there.shard(shard) for shard in range(self.there.plan.shards)) if names else ()
+        for file in files:
+            for table in file.read(["row_id", *names], range(min(1, file.about()[2]))):
+                if isinstance(table, RowError):
+                    raise RunError(f"{self.there.store.url}/{file.name}: {table}")
+                held = {name.removeprefix(PROMPT_PREFIX): tensors.shared(table, name)[0] for name in names}
+                settings = self.there.plan.config.get("text_encoder") or {}
+                own_ways = tuple(setting for setting in OWN_WAYS if settings.get(setting))
+                return StoredText({name: tuple(values.shape[1:]) for name, values in held.items()}, own_ways)
+        return None
+
     def rows(self, shard: int, wanted: Sequence[str] = ()) -> Iterator[ExportRow]:
         """The rows of a shard that are ok, in order, with these tensors. Raises RunError if one is damaged."""
-        read = [name for name in self.columns if name not in NOT_READ or name in wanted]
+        read = [name for name in self.columns if _is_plain(name) or name in wanted]
         file, name = self.there.shard(shard), data_name(shard, self.there.sink)
         count = file.about()[2]
         for piece in file.read(read, range(count)):
@@ -63,15 +82,16 @@ class ExportSource:
             yield from self._rows(piece)
 
     def _rows(self, table: pa.Table) -> Iterator[ExportRow]:
-        held = {f.name: tensors.from_arrow(table, f.name) for f in table.schema if tensors.is_tensor(f)}
+        held = {f.name: tensors.shared(table, f.name) for f in table.schema if tensors.is_tensor(f)}
         for at, columns in enumerate(table.drop_columns([*held]).to_pylist()):
             row_id = columns["row_id"]
             source_row, _, sample = row_id.partition("-")
             number = int(source_row) * self.there.plan.samples_per_row + int(sample)
             picture = columns[self.names] if self.names is not None else row_id
-            of_row = {name: tensor[at] for name, tensor in held.items()}
+            of_row = {name: values[index[at]] for name, (values, index) in held.items()}
+            text = self.text.family if not held.keys().isdisjoint(TEXTS) and self.text else None
             name, resolution = self._name(picture, row_id), self.resolutions[int(sample) % len(self.resolutions)]
-            yield ExportRow(number, row_id, name, str(picture), columns, of_row, self.family, resolution)
+            yield ExportRow(number, row_id, name, str(picture), columns, of_row, self.family, resolution, text)
 
     def _name(self, picture: Any, row_id: str) -> str:
         """The picture's path without suffix. Raises ExportError if it is none that a file can be made at."""
@@ -84,3 +104,7 @@ class ExportSource:
             )
         stem, suffix = os.path.splitext(path.as_posix())
         return stem if suffix.lower() in SUFFIXES else path.as_posix()
+
+
+def _is_plain(name: str) -> bool:
+    return name not in NOT_READ and not name.startswith(CONDITIONING)

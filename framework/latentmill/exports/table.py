@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from latentmill.errors import ExportError
@@ -11,13 +11,14 @@ from latentmill.exports.comfyui import COMFYUI
 from latentmill.exports.energon import ENERGON
 from latentmill.exports.fastvideo import FASTVIDEO
 from latentmill.exports.folder import PICTURE_FOLDER
-from latentmill.exports.formats import ExportFormat
-from latentmill.exports.kohya import KOHYA
+from latentmill.exports.formats import TEXTS, ExportFormat
+from latentmill.exports.kohya import KOHYA, KOHYA_TEXT
 from latentmill.exports.mds import MDS
-from latentmill.exports.musubi import MUSUBI
+from latentmill.exports.musubi import MUSUBI, MUSUBI_TEXTS
 from latentmill.exports.research import EDM2, PIXART, REPA
 from latentmill.exports.simpletuner import SIMPLETUNER
 from latentmill.exports.spaces import family_of, space_in_words
+from latentmill.exports.texts import StoredText, shapes_in_words
 from latentmill.text import near
 
 if TYPE_CHECKING:  # to list formats takes none of them
@@ -32,7 +33,9 @@ EXPORT_FORMATS: dict[str, ExportFormat] = {
         COMFYUI,
         PICTURE_FOLDER,
         *KOHYA,
+        KOHYA_TEXT,
         *MUSUBI,
+        *MUSUBI_TEXTS,
         SIMPLETUNER,
         AUTOMODEL_CACHE,
         MDS,
@@ -47,8 +50,20 @@ MADE_BY = {
     "latents_std": "run the job again with latents_std=true, into another output",
     "image": "it holds pictures if its job ends with decode (latentmill run decode source.path=OUT)",
     "label": "source.keep=[label] keeps such a column of the source",
+    "prompt:embeds": "a job with encode_text in its flow stores what a model's text encoders make (latentmill run encode_text)",
 }
 """How a dataset comes by a column."""
+
+NOT_MADE = {
+    "kohya-sd3-text": "sd-scripts caches the attention masks of the three tokenizers, too, and a dataset of ours has none",
+    "kohya-flux-text": "sd-scripts caches T5's attention mask, too, and a dataset of ours has none",
+    "kohya-lumina-text": "sd-scripts caches token ids, too, and a dataset of ours has none",
+    "simpletuner-text": "SimpleTuner has one file for all pictures of a caption, and what two shards of ours have of one may differ in its "
+    "last bits",
+    "musubi-krea2-text": "no text encoder of ours makes what Krea 2's does",
+    "musubi-wan-text": "no text encoder of ours makes what Wan's does",
+}
+"""Encodings of prompts that trainers cache and that would have to be guessed, and why."""
 
 
 def chosen(names: Sequence[str], columns: Collection[str], spec: LatentSpec | None, where: str) -> list[ExportFormat]:
@@ -67,6 +82,20 @@ def chosen(names: Sequence[str], columns: Collection[str], spec: LatentSpec | No
     return list(dict.fromkeys(formats))
 
 
+def require_texts(formats: Sequence[ExportFormat], stored: StoredText | None, where: str) -> Iterator[str]:
+    """Lines of what is left out. Raises ExportError if the encodings of prompts at ``where`` are not those that a format needs."""
+    for each in formats:
+        if stored is None or not each.texts or stored.family in each.texts:
+            continue
+        wanted = " or ".join(f"{text.about} ({shapes_in_words(text.shapes)})" for text in each.texts)
+        line = f"{each.name} takes encodings of prompts of {wanted}, and those of {where} are {stored}"
+        if set(each.needs).isdisjoint(TEXTS):
+            yield f"{line}: they are left out"
+            continue
+        made_with = " ".join(text.made_with for text in each.texts)
+        raise ExportError(line + (f": make them with {made_with}" if made_with else ""))
+
+
 def _takes(each: ExportFormat, spec: LatentSpec) -> bool:
     family = family_of(spec)
     return not each.families or (family is not None and family.name in each.families)
@@ -75,7 +104,9 @@ def _takes(each: ExportFormat, spec: LatentSpec) -> bool:
 def _named(name: str, spec: LatentSpec | None, where: str) -> ExportFormat:
     if name in EXPORT_FORMATS:
         return EXPORT_FORMATS[name]
-    known = [each for each in EXPORT_FORMATS.values() if each.name.startswith(f"{name}-")]
+    if name in NOT_MADE:
+        raise ExportError(f"{name} is not made: {NOT_MADE[name]}")
+    known = [each for each in EXPORT_FORMATS.values() if each.name.startswith(f"{name}-") and not each.beside]
     if not known:
         raise ExportError(
             f"there is no format {name!r}{near(name, EXPORT_FORMATS)}; there are: {', '.join(EXPORT_FORMATS)}"
