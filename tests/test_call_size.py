@@ -8,7 +8,9 @@ import torch
 from tests.denoising import SCHEDULERS, SPEC, Gaussian, batch, denoise, denoise_with, latents_of
 
 from latentmill.batch import with_latents
-from latentmill.plugin import FixedShape
+from latentmill.config import load_job
+from latentmill.plugin import Declaration, FixedShape
+from latentmill.workers.pools import stage_spec
 
 
 class Timed(Gaussian):
@@ -112,3 +114,10 @@ def test_each_shape_of_latents_has_its_own_size(clock):
     denoiser.evaluated.clear()
     latents_of(stage(wide, pytest.fail))
     assert denoiser.evaluated[0] == 8
+
+
+def test_a_worker_holds_rows_for_the_calls_that_are_tried():
+    """Four batches where the size is found, two where it is given; one after another in a deterministic job."""
+    stage = Declaration("denoise", continuous=True)
+    for words, held in (([], 4), (["stages.denoise.batch_size=16"], 2), (["deterministic=true"], 2)):
+        assert stage_spec(load_job("txt2img", words), stage).batches_per_worker == held

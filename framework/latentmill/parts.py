@@ -10,7 +10,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, get_args
 
 from latentmill import registry, syntax
-from latentmill.batch import PROMPT_PREFIX
+from latentmill.batch import NEGATIVE_PREFIX, PROMPT_PREFIX
 from latentmill.buckets import Size
 from latentmill.errors import PlanError, PluginError
 from latentmill.plugin import (
@@ -211,14 +211,26 @@ def _check_size(job: Job, size: Size, source: Source, stored: LatentSpec | None,
 
 
 def _check_conditioning(job: Job, built: Parts) -> None:
-    """Raise PlanError if stored conditioning is taken that another text encoder made than the job names."""
-    if PROMPT_PREFIX not in built.flow[0].added() or job.text_encoder is None:
+    """Raise PlanError if stored conditioning is taken that another text encoder made than the job names, or that lacks something."""
+    built.source.wants_conditioning = PROMPT_PREFIX in built.flow[0].added()
+    if not built.source.wants_conditioning:
+        return
+    if job.sampling["negative_prompt"] is not None:
+        raise PlanError(
+            f"{job.name}: sampling.negative_prompt is of no use: the source's prompts and negative prompts are encoded"
+        )
+    with registry.asking(built.source):
+        stored = built.source.conditioning()
+    names = [name.removeprefix(PROMPT_PREFIX) for name in stored if name.startswith(PROMPT_PREFIX)]
+    reads = [stage.name for stage in built.flow if "denoiser" in stage.needs and NEGATIVE_PREFIX not in stage.ignores]
+    for name in names if reads else ():
+        if NEGATIVE_PREFIX + name not in stored:
+            raise PlanError(f"{job.name}: the source has no {NEGATIVE_PREFIX}{name}, which {reads[0]} reads")
+    if job.text_encoder is None:
         return
     encoder: TextEncoder = plugin_of(job, "text_encoder")
     with registry.asking(encoder):
         ours = encoder.fingerprint()
-    with registry.asking(built.source):
-        stored = built.source.conditioning()
     for name, theirs in stored.items():
         if ours and theirs and ours != theirs:
             raise PlanError(

@@ -1,11 +1,13 @@
 """What a text encoder made of prompts is stored, once for all rows of a prompt, and read where a job encodes none."""
 
 import json
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from latentmill.batch import from_dicts
 from latentmill.plugin import RowError, tensors
@@ -175,6 +177,7 @@ def test_what_can_t_be_read_is_its_row_s_error(tmp_path):
 def test_conditioning_of_several_shapes_is_refused_before_it_is_mixed_up(acme, install):
     code = """
 import torch
+from PIL import Image
 from latentmill.plugin import Stage, tensors
 
 class Ragged(Stage):
@@ -190,3 +193,94 @@ class Ragged(Stage):
     job = ["flow=[read, encode_text, ragged, write]", "stages.ragged.batch_size=1", "rows_per_shard=2"]
     assert acme.latentmill("run", *acme.job(*job)) == 3
     assert "prompt:control has several shapes or dtypes, and can't be stored" in acme.latentmill.err
+
+
+def test_the_bytes_of_a_file_do_not_hang_on_what_came_together(tmp_path):
+    """Two prompts of equal tensors, in one batch or in two, whole or row by row."""
+    one = torch.tensor([[1.0, 2.0], [1.0, 2.0], [3.0, 4.0]])
+    sink = Parquet()
+    table = sink.pack(batch(prompt_a=(one, [0, 1, 2])))
+    shards = {"whole": table, "by row": pa.concat_tables([table.slice(k, 1) for k in range(3)])}
+    for name, shard in shards.items():
+        sink.write(str(tmp_path / name), shard, {})
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "by row").read_bytes()
+
+
+def test_files_of_two_text_encoders_are_refused_together(acme, denoised, tmp_path):
+    """The first of them is the job's own."""
+    acme.source(["a fox"])
+    (tmp_path / "words").write_text("others")
+    both = tmp_path / "both"
+    both.mkdir()
+    for name, more in {"a": (), "b": (f"+text_encoder.path={tmp_path}/words",)}.items():
+        acme("flow=[read, encode_text, write]", *more)
+        (acme.output / "data/00000.parquet").rename(both / f"{name}.parquet")
+    assert "a.parquet and b.parquet hold conditioning of different text encoders" in denoised(both, code=2)
+
+
+def test_a_negative_prompt_that_would_only_be_said_is_refused(acme, denoised):
+    acme.source(["a fox"])
+    acme("flow=[read, encode_text, write]")
+    said = denoised(acme.output, "sampling.negative_prompt=ugly", "sampling.guidance_scale=3", code=2)
+    assert "sampling.negative_prompt is of no use: the source's prompts and negative prompts are encoded" in said
+
+
+def test_conditioning_without_the_negative_that_a_stage_reads_is_refused(acme, denoised, tmp_path):
+    acme.source(["a fox"])
+    acme("flow=[read, encode_text, write]")
+    table = pq.read_table(acme.output / "data/00000.parquet")
+    pq.write_table(table.drop_columns(["negative:count"]), tmp_path / "half.parquet")
+    assert "the source has no negative:count, which denoise reads" in denoised(tmp_path / "half.parquet", code=2)
+
+
+def test_seeds_stay_unless_the_job_s_are_asked_for(acme, denoised):
+    acme.source(["a fox", "a cat"])
+    acme("flow=[read, encode_text, write]")
+    stored = acme.output
+    seeds = {}
+    for name, more in {
+        "stored": (), "seed": ("seed=5",), "anew": ("source.keep_sampling=false",), "5": ("source.keep_sampling=false", "seed=5")
+    }.items():  # fmt: skip
+        denoised(stored, *more)
+        seeds[name] = [row["seed"] for row in acme.read(acme.output)]
+    assert seeds["stored"] == seeds["seed"] == [row["seed"] for row in acme.read(stored)]
+    assert not {*seeds["5"]} & {*seeds["anew"]}
+
+
+def test_a_file_that_another_program_has_written_again_is_read(acme, denoised, tmp_path):
+    """Without Parquet's dictionaries: each row then has its bytes."""
+    acme.source(["a fox", "a cat", "a fox"])
+    wanted = acme("sampling.guidance_scale=3")
+    acme("flow=[read, encode_text, write]", "sampling.guidance_scale=3")
+    table = pq.read_table(acme.output / "data/00000.parquet")
+    for at, field in enumerate(table.schema):
+        if pa.types.is_dictionary(field.type):
+            plain = table.column(at).cast(pa.large_binary())
+            table = table.set_column(at, pa.field(field.name, pa.large_binary(), metadata=field.metadata), plain)
+    pq.write_table(table, tmp_path / "again.parquet")
+    assert denoised(tmp_path / "again.parquet", "sampling.guidance_scale=3") == [*wanted.values()]
+
+
+def test_pictures_beside_prompts_are_no_business_of_a_job_that_encodes_prompts(acme, tmp_path):
+    Image.new("RGB", (3, 5)).save(tmp_path / "a.png")
+    acme.source([{"prompt": "a fox", "image": "a.png"}])
+    acme("flow=[read, encode_text, write]", "sampling={width: null, height: null}")
+    [row] = acme.read(acme.output)
+    assert "image" not in row and (row["width"], row["height"]) == (0, 0)
+
+
+def test_reading_a_row_makes_no_tensors_of_all_others(tmp_path):
+    """300 prompts of a mebibyte each, of which padding is all but a kibibyte: 64 rows are read at once."""
+    values = torch.zeros(3, 1024, 256)
+    sink, tables = Parquet(), []
+    for k in range(100):
+        values[:, 0, 0] = torch.arange(3) + 3 * k + 1
+        tables.append(sink.pack(batch(prompt_a=(values, [0, 1, 2]))))
+    sink.write(str(tmp_path / "file"), pa.concat_tables(tables), {})
+    tracemalloc.start()
+    with open(tmp_path / "file", "rb") as file:
+        first = next(sink.read(file, None, range(300), None))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert tensors.from_arrow(first, "prompt:a")[:, 0, 0].tolist() == [float(k + 1) for k in range(64)]
+    assert peak < 100 << 20

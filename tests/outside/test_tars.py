@@ -172,3 +172,34 @@ def test_pictures_on_the_web_and_sources_in_a_store_are_said_to_be_none_of_ours(
     assert (
         "sources are files of this machine or a shared disk, and s3://bucket/rows.jsonl is not: copy it first" in said
     )
+
+
+@pytest.mark.parametrize("broken", ["cut between files", "cut in a header", "a byte of a header", "a header of zeros"])
+def test_a_tar_never_ends_in_silence_before_its_end(encoded, tmp_path, broken):
+    path = pack(tmp_path / "a.tar", [file for k in range(4) for file in sample(f"x{k}", "red")])
+    content = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        at = tar.getmember("x2.png").offset
+    if broken == "a byte of a header":
+        content[at + 3] ^= 1
+    elif broken == "a header of zeros":
+        content[at : at + 512] = bytes(512)
+    else:
+        content = content[: at + (0 if broken == "cut between files" else 100)]
+    path.write_bytes(content)
+    assert "a.tar is no whole tar: " in encoded(path, code=2)
+
+
+def test_what_a_mac_packs_beside_files_is_no_row(encoded, tmp_path):
+    files = [("._x.png", b"\0"), ("x.png", png("red")), ("._x.txt", b"\0"), ("x.txt", "a fox"), (".DS_Store", b"\0")]
+    rows, failed = encoded(pack(tmp_path / "a.tar", files))
+    assert [(row["prompt"], pixels(row)) for row in rows] == [("a fox", (255, 0, 0))] and failed == []
+
+
+def test_the_size_that_img2dataset_says_is_the_picture_s_and_none_that_is_wanted(encoded, tmp_path):
+    files = sample("x", "red", width=33, height=25, original_width=66, original_height=50)
+    files[0] = ("x.png", png("red", (33, 25)))
+    rows, _ = encoded(
+        pack(tmp_path / "a.tar", files), "sampling={width: null, height: null}", "size.buckets=[[16, 16]]"
+    )
+    assert [(row["bucket"], row["original_size"]) for row in rows] == [([16, 16], [33, 25])]

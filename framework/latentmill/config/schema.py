@@ -43,7 +43,8 @@ class StageSettings:
     replicas: Any = "auto"
     """Workers; ``auto``: as many as are of use and the cluster has room for."""
     batch_size: Any = "auto"
-    """Rows; of denoise, evaluations of a call. ``auto``: FIRST_BATCH_SIZE, from which denoise grows for as long as that is faster."""
+    """Rows; of denoise, evaluations of a call. ``auto``: FIRST_BATCH_SIZE; denoise grows from there up to four times as many rows, for
+    as long as that is faster, unless other workers share its GPU."""
     num_gpus: float = 0.0
     num_cpus: float = 1.0
     memory: Any = None

@@ -46,7 +46,7 @@ class Source(Plugin, ABC):
     """The way in which the job wants them opened, one of ``pixel_ways``. The framework sets this before ``fragments``."""
 
     wants_conditioning: bool = False
-    """Whether the job takes stored conditioning from here, since none of its stages encodes text. The framework sets this before ``read``."""
+    """Whether the job takes stored conditioning from here, since none of its stages encodes text. The framework sets this before ``fragments``."""
 
     id_column: str | None = None
     """The column with the rows' own ids, if the job declares one (by a setting of this name, as a rule)."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -26,20 +28,22 @@ def packed(batch: pa.Table, name: str) -> tuple[pa.Field, pa.DictionaryArray]:
     return field, pa.DictionaryArray.from_arrays(pa.array(index, pa.int32()), contents)
 
 
-def unpacked(array: pa.DictionaryArray, field: pa.Field) -> list[Tensor | RowError]:
-    """Each row's tensor: rows of one prompt have one."""
-    each = [_tensor(content, field) for content in array.dictionary.to_pylist()]
-    missing = RowError(f"{field.name} is null")
-    return [missing if k is None else each[k] for k in array.indices.to_pylist()]
+def unpacked(array: pa.Array, field: pa.Field, at_once: int) -> Iterator[Tensor | RowError]:
+    """Each row's tensor, as it is asked for: rows of one prompt have one, among the last ``at_once`` prompts."""
+    array = array if pa.types.is_dictionary(array.type) else array.dictionary_encode()
+    tensor = lru_cache(at_once)(lambda k: _tensor(array.dictionary[k].as_py(), field))
+    for k in array.indices:
+        yield RowError(f"{field.name} is null") if k.as_py() is None else tensor(k.as_py())
 
 
 def compact(column: pa.ChunkedArray) -> pa.DictionaryArray:
     """One array, with those values alone that are used, each once, in the order in which rows have them."""
     import pyarrow.compute as pc  # takes a while, and who reads no rows needs none of it
 
-    whole = column.unify_dictionaries().combine_chunks()
-    if isinstance(whole, pa.ChunkedArray):
-        whole = whole.chunk(0) if whole.num_chunks else pa.array([], STORED)
+    none = pa.array(
+        [], STORED
+    )  # beside it equal values become one even where there is one chunk, whatever rows came together
+    whole = pa.chunked_array([*column.cast(STORED).chunks, none]).unify_dictionaries().combine_chunks()
     used = pc.unique(whole.indices.drop_null())
     return pa.DictionaryArray.from_arrays(pc.index_in(whole.indices, used), whole.dictionary.take(used))
 

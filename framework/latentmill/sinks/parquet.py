@@ -17,7 +17,7 @@ from latentmill.fields import HALFWAY
 from latentmill.plugin import OpenSideFile, RowError, Sink, tensors
 from latentmill.sinks import conditioning
 from latentmill.sinks.picture_files import PictureFiles, decode
-from latentmill.sinks.rebuild import batches
+from latentmill.sinks.rebuild import MOST, batches
 from latentmill.text import first_line
 
 if TYPE_CHECKING:  # who reads no tensors takes no torch
@@ -291,11 +291,12 @@ def _tensors(table: pa.Table) -> Iterator[dict[str, Tensor] | RowError]:
     columns = {name: table.column(name).combine_chunks() for name in table.column_names}
     dtypes = {name: (table.schema.field(name).metadata or {}).get(tensors.DTYPE_KEY) for name in columns}
     texts = {
-        name: conditioning.unpacked(column, table.schema.field(name))
+        name: conditioning.unpacked(column, table.schema.field(name), MOST)
         for name, column in columns.items()
         if name.startswith(CONDITIONING)
     }
     for at in range(len(table)):
+        told = {name: next(each) for name, each in texts.items()}
         try:
             found = {}
             if "image" in columns:
@@ -305,8 +306,8 @@ def _tensors(table: pa.Table) -> Iterator[dict[str, Tensor] | RowError]:
             for name in LATENTS:
                 if name in columns:
                     found[name] = _latents(columns[name][at].values, columns["shape"][at].as_py(), dtypes[name])
-            for name, each in texts.items():
-                if isinstance(value := each[at], RowError):
+            for name, value in told.items():
+                if isinstance(value, RowError):
                     raise value
                 found[name] = value
             for state in (columns["state"][at].as_py() or ()) if "state" in columns else ():

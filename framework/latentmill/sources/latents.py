@@ -130,6 +130,8 @@ class Latents(Source):
                     continue
             if not (self.keep_sampling and row.get("scheduler")):
                 row = {name: value for name, value in row.items() if name not in SAMPLING}
+            if latents is None and not self.keep_sampling:  # nothing was made with it
+                row.pop("seed", None)
             if halfway:
                 row["state"] = {name.removeprefix(STATE_PREFIX): tensor[i] for name, tensor in found.items()}
             if latents is not None:
@@ -264,10 +266,18 @@ class Latents(Source):
     def _require_conditioning(self, name: str, first: str, count: int) -> None:
         """Raise ValueError unless a file has the conditioning of the first, if it has rows: a shard in which all failed has none."""
         told = [
-            {f.name: f.metadata for f in self._of(file)[1] if f.name.startswith(CONDITIONING)} for file in (first, name)
+            {f.name: f.metadata or {} for f in self._of(file)[1] if f.name.startswith(CONDITIONING)}
+            for file in (first, name)
         ]
-        if count and self.wants_conditioning and told[0] != told[1]:
-            raise ValueError(f"{self.path}: {first} and {name} hold conditioning of different text encoders")
+        if not count or not self.wants_conditioning:
+            return
+        if told[0].keys() != told[1].keys():
+            raise ValueError(
+                f"{self.path}: {first} and {name} have not the same conditioning: {[*told[0]]}, {[*told[1]]}"
+            )
+        for column, about in told[0].items():
+            if about.get(ENCODER_KEY) != told[1][column].get(ENCODER_KEY):
+                raise ValueError(f"{self.path}: {first} and {name} hold conditioning of different text encoders")
 
     def _spec(self, name: str) -> LatentSpec | None:
         _, schema, _ = self._of(name)

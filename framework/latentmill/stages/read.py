@@ -108,7 +108,8 @@ class Read(Stage):
                 row, tensors_of_row = {**values, "row": number, "row_id": row_id, "seed": seed}, stored
                 if self.size is not None:
                     try:
-                        tensors_of_row = self._sized(self.size, row, stored, sample)
+                        whole = {name: value for name, value in stored.items() if not name.startswith(CONDITIONING)}
+                        tensors_of_row = {**stored, **self._sized(self.size, row, whole, sample)}
                     except RowError as error:
                         reject(i, str(error))
                         continue
@@ -220,6 +221,8 @@ class Read(Stage):
         if self.source.id_column is not None:
             values["id"] = parse(BY_NAME["id"], found.get("id"))
         stored: dict[str, Tensor] = {}
+        if self.texts_alone:
+            found = {name: value for name, value in found.items() if name not in ("image", "mask", "video")}
         if found.get("latents") is not None:
             stored["latents"] = self._latents(found["latents"])
             if found.get("time") is not None:

@@ -21,8 +21,10 @@ MANY = 1000
 """Names of schedulers in rows of which a worker tells: nobody has so many, and rows may hold anything."""
 
 
-def make_stage(job: Job, plan: Plan, name: str) -> Stage:
+def make_stage(job: Job, plan: Plan, name: str, fixed_size: bool = False) -> Stage:
     """Build a stage by its name in the job's flow, with its own plugins and no others. Loads nothing onto a device.
+
+    ``fixed_size``: it looks for no larger batch size than its first.
 
     Raises WrongWorker if what is installed here, or the plugins find, is not what the plan says.
     """
@@ -38,7 +40,7 @@ def make_stage(job: Job, plan: Plan, name: str) -> Stage:
             before=plan.stages[:at],
             after=plan.stages[at + 1 :],
             batch_size=batch_size,
-            finds_batch_size=settings.batch_size == "auto" and not job.deterministic,
+            finds_batch_size=settings.batch_size == "auto" and not job.deterministic and not fixed_size,
             fixed=FixedShape(batch_size, job.rows_per_shard) if job.deterministic else None,
             sampling=dict(job.sampling),
             latents_std=job.latents_std,

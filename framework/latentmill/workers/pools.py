@@ -24,11 +24,16 @@ RUNNING_BATCHES = 4
 """Stack keys (shapes, schedulers) of which a worker of a continuous stage holds rows at a time, so that the calls for each are full."""
 
 
+FEED = 4
+"""Batches of one stack key that a worker holds of a continuous stage which finds its batch size: a call has no more rows."""
+
+
 def stage_spec(job: Job, declared: Declaration) -> StageSpec:
     """What the driver must know of a stage."""
     stage = job.stages[declared.name]
     running = RUNNING_BATCHES if declared.continuous and not job.deterministic else 1
-    return StageSpec(declared.name, stage.first_batch_size, running_batches=running, retries=stage.retries)
+    feed = FEED if running > 1 and stage.batch_size == "auto" else StageSpec.batches_per_worker
+    return StageSpec(declared.name, stage.first_batch_size, feed, running_batches=running, retries=stage.retries)
 
 
 def worker_types(job: Job, plan: Plan) -> tuple[WorkerType, ...]:
@@ -94,12 +99,13 @@ def worker_setup(job: Job, plan: Plan, stages: Sequence[int]) -> WorkerSetup:
     settings = [job.stages[stage.name] for stage in declared]
     memory = [stage.bytes for stage in settings if stage.bytes is not None]
     gpus = [stage.num_gpus for stage in settings]
+    num_gpus = max(gpus) if max(gpus) > 1 else min(1.0, round(sum(gpus), 6))
     given = [stage.replicas for stage in settings if isinstance(stage.replicas, int)]
     return WorkerSetup(
-        stages=tuple(_stage_work(job, plan, stage) for stage in declared),
+        stages=tuple(_stage_work(job, plan, stage, shares=0 < num_gpus < 1) for stage in declared),
         replicas=1 if job.cluster.kind == "inline" else max(given, default=None),
         num_cpus=max(stage.num_cpus for stage in settings),
-        num_gpus=max(gpus) if max(gpus) > 1 else min(1.0, round(sum(gpus), 6)),
+        num_gpus=num_gpus,
         memory=sum(memory) if memory else None,
         resources={
             name: max(stage.resources.get(name, 0.0) for stage in settings)
@@ -110,13 +116,14 @@ def worker_setup(job: Job, plan: Plan, stages: Sequence[int]) -> WorkerSetup:
     )
 
 
-def _stage_work(job: Job, plan: Plan, declared: Declaration) -> StageWork:
+def _stage_work(job: Job, plan: Plan, declared: Declaration, shares: bool) -> StageWork:
+    """``shares``: the worker's GPU has others, which need their memory: there no stage looks for a larger batch size."""
     spec, settings = stage_spec(job, declared), job.stages[declared.name]
     # In one process, and nothing to be reproduced bit by bit, torch takes all there are where it computes.
     free = job.cluster.kind == "inline" and not job.deterministic and declared.position == "between"
     return StageWork(
         declared.name,
-        partial(make_stage, job, plan, declared.name),
+        partial(make_stage, job, plan, declared.name, fixed_size=shares),
         gpu=settings.num_gpus > 0,
         calls=spec.batches_per_worker * spec.running_batches,
         threads=None if free else settings.threads,

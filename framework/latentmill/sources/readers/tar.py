@@ -39,7 +39,7 @@ class TarReader(FileReader):
     """A tar. Neighbours whose names are equal up to the first dot are a row.
 
     Its columns: ``image``, the first file of a picture; ``mask``, ``NAME.mask.png`` or the like; the keys of ``.json``; ``txt``, the
-    text of ``.txt``, which is the ``prompt`` where no other column is; ``__key__``, the name. Files without a suffix are passed over, and so
+    text of ``.txt``, which is the ``prompt`` where no other column is; not ``width`` and ``height`` of img2dataset, which says them of the picture; ``__key__``, the name. Files without a suffix are passed over, and so
     is what has another one.
     """
 
@@ -118,7 +118,8 @@ class TarReader(FileReader):
                 raise RowError(f"{key}.{member.suffix} is there twice")
         if "json" in by_suffix:
             found = self._object(key, by_suffix["json"])
-        found = {name: value for name, value in found.items() if name not in ("image", "mask", "txt", KEY)}
+        size = ("width", "height") if "original_width" in found else ()  # img2dataset's are of the picture as it is
+        found = {name: value for name, value in found.items() if name not in ("image", "mask", "txt", KEY, *size)}
         if "txt" in by_suffix:
             found["txt"] = strict(self._content(by_suffix["txt"]), f"{key}.txt").removesuffix("\n")
             prompt = self.settings.column_of.get("prompt")
@@ -155,7 +156,7 @@ def _samples(path: Path) -> Iterator[tuple[str, list[Member]]]:
                 name = found.name.removeprefix("./")
                 folder, base = os.path.split(name)
                 stem, _, suffix = base.partition(".")
-                if not found.isreg() or found.issparse() or not suffix:
+                if not found.isreg() or found.issparse() or not suffix or not stem:
                     continue
                 whole = f"{folder}/{stem}" if folder else stem
                 if whole != key and members:
@@ -163,7 +164,22 @@ def _samples(path: Path) -> Iterator[tuple[str, list[Member]]]:
                     members = []
                 key = whole
                 members.append(Member(suffix.lower(), found.offset_data, found.size))
+            _require_end(path, tar.offset)
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{path} is no whole tar: {first_line(error)}") from error
     if members:
         yield key, members
+
+
+def _require_end(path: Path, at: int) -> None:
+    """Raise ValueError unless a tar's end stands there and nothing behind it: where a header is damaged or missing, tarfile ends."""
+    with path.open("rb") as file:
+        file.seek(at)
+        if len(rest := file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+            raise ValueError(f"{path} is no whole tar: it is cut off at byte {at:,}")
+        while rest:
+            if rest.strip(b"\0"):
+                raise ValueError(
+                    f"{path} is no whole tar: what stands at byte {at:,} is no file of it, and not its end"
+                )
+            rest = file.read(1 << 20)
