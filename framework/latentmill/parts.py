@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import wraps
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, get_args
@@ -131,7 +131,10 @@ def parts(job: Job) -> Parts:
     _check_conditioning(job, built)
     if stored is not None and built.vae is not None and stored != built.vae.spec:
         ours = built.vae.spec
-        wrong = ", ".join(f"{k} {v!r} and not {vars(ours)[k]!r}" for k, v in vars(stored).items() if v != vars(ours)[k])
+        said = {
+            each.name: (getattr(stored, each.name), getattr(ours, each.name)) for each in fields(ours) if each.compare
+        }
+        wrong = ", ".join(f"{name} {there!r} and not {here!r}" for name, (there, here) in said.items() if there != here)
         raise PlanError(f"the source's latents are of another space than VAE {job.vae['name']}'s: {wrong}")  # type: ignore[index]
     return built
 

@@ -217,6 +217,8 @@ def _hashed(content: Mapping[str, Any]) -> dict[str, Any]:
     if not content["config"].get("deterministic"):
         shown.add("libraries")
     kept = {key: value for key, value in content.items() if key not in shown}
+    if kept.get("latents"):  # what it says of statistics follows from its fingerprint, and older plans don't say it
+        kept["latents"] = {name: value for name, value in kept["latents"].items() if name != "statistics"}
     return {**kept, "config": _without(content["config"], content["fingerprinted"])}
 
 

@@ -5,6 +5,8 @@ from functools import cached_property
 
 from PIL import Image
 
+from latentmill.plugin import statistics_digest
+
 POINTS = "[latentmill.vaes]\nknown = acme_known:Known\n"
 CODE = '''
 import os
@@ -18,8 +20,8 @@ class Known(VAE):
 
     contract = 2
 
-    def __init__(self, channels: int = 4, scale: float = 0.18215, shift: float = 0.0, dtype: str = "float32", downscale: int = 8):
-        self.told = LatentSpec(channels, downscale, scale, shift, dtype, "known")
+    def __init__(self, channels: int = 4, scale: float = 0.18215, shift: float = 0.0, dtype: str = "float32", downscale: int = 8, statistics: str = ""):
+        self.told = LatentSpec(channels, downscale, scale, shift, dtype, "known", statistics=statistics)
 
     @property
     def spec(self):
@@ -40,12 +42,21 @@ class Known(VAE):
         red = (latents[:, :1] / self.told.scale + self.told.shift) / 2
         return red.repeat_interleave(8, 2).repeat_interleave(8, 3).expand(-1, 3, -1, -1)
 '''
+WAN_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+WAN_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+WAN = statistics_digest(WAN_MEAN, WAN_STD)
 FAMILIES = {
     "sd": {"channels": 4, "scale": 0.18215, "shift": 0.0},
     "sdxl": {"channels": 4, "scale": 0.13025, "shift": 0.0},
     "sd3": {"channels": 16, "scale": 1.5305, "shift": 0.0609},
     "flux": {"channels": 16, "scale": 0.3611, "shift": 0.1159},
-    "wan": {"channels": 16, "scale": 1.0, "shift": 0.0},
+    "wan": {"channels": 16, "scale": 1.0, "shift": 0.0, "statistics": WAN},
 }
 PICTURES = {
     "a b.png": ([[255, 0]], "two blocks"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # to list formats takes none of them
@@ -35,13 +35,20 @@ class VAEFamily:
     shift: float = 0.0
     mean: Sequence[float] = (0.0,)
     std: Sequence[float] = (1.0,)
-    """Of each channel, or one for all. Where they are statistics, our VAEs apply them, and LatentSpec says scale 1 and shift 0."""
+    """Of each channel, or one for all. Where they are statistics, our VAEs apply them, and LatentSpec says scale 1, shift 0 and which."""
+
+    @property
+    def statistics(self) -> str:
+        """As LatentSpec has them; "" where there are none."""
+        from latentmill.plugin import statistics_digest
+
+        return statistics_digest(self.mean, self.std) if self.mean[1:] else ""
 
     def fits(self, spec: LatentSpec) -> bool:
         """Whether ``spec`` says what is true of the family."""
         numbers = (spec.scale, self.scale), (spec.shift, self.shift)
         shape = spec.channels, spec.downscale, spec.time_downscale
-        return shape == (self.channels, self.downscale, 0) and all(
+        return (*shape, spec.statistics) == (self.channels, self.downscale, 0, self.statistics) and all(
             math.isclose(found, known, rel_tol=1e-3) for found, known in numbers
         )
 
@@ -83,5 +90,16 @@ def family_of(spec: LatentSpec) -> VAEFamily | None:
 def space_in_words(spec: LatentSpec) -> str:
     """What a latent space is, for people."""
     family = family_of(spec)
+    if family:
+        return f"{family.name} ({family.about})"
     numbers = f"{spec.channels} channels, 1/{spec.downscale} of the sides, scale {spec.scale:g}, shift {spec.shift:g}"
-    return f"{family.name} ({family.about})" if family else f"of no VAE that is known here ({numbers})"
+    if spec.statistics:
+        numbers += ", and statistics of each channel of its own"
+    words = f"of no VAE that is known here ({numbers})"
+    like = [each for each in VAE_FAMILIES.values() if each.fits(replace(spec, statistics=each.statistics))]
+    if like and not spec.statistics:
+        words += (
+            f"; they don't say their statistics of each channel: if they are {like[0].name}'s ({like[0].about}), made by an older "
+            "version, encode them again, into another output"
+        )
+    return words

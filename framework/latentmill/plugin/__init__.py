@@ -34,7 +34,7 @@ from latentmill.plugin.stage import (
     StageContext,
 )
 from latentmill.plugin.text_encoder import Conditioning, TextEncoder
-from latentmill.plugin.vae import VAE, LatentSpec
+from latentmill.plugin.vae import VAE, LatentSpec, statistics_digest
 
 __all__ = [
     "CONTRACT",
@@ -67,4 +67,5 @@ __all__ = [
     "StoredShard",
     "TextEncoder",
     "VAE",
+    "statistics_digest",
 ]

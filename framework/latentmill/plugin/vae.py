@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from latentmill.errors import RowError
@@ -34,6 +35,9 @@ class LatentSpec:
     time_downscale: int = 0
     """0: latents of pictures, ``[C, h, w]``. From 1 on: of clips, ``[C, t, h, w]``, with that many frames a latent frame
     behind the first, which has its own, as causal video VAEs have it: ``t = 1 + (frames - 1) / time_downscale``."""
+    statistics: str = field(default="", compare=False)
+    """``statistics_digest`` of what the VAE takes off each channel before scale and shift; "" where that is nothing. Exports know the
+    VAE by it. Not compared: it follows from what ``fingerprint`` is of, and datasets of older versions don't say it."""
 
     def shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
         """Latent shape, ``(C, h, w)`` or ``(C, t, h, w)``, of ``height`` x ``width`` pixels, and of a clip's ``frames``.
@@ -66,8 +70,20 @@ class LatentSpec:
         return "video" if self.time_downscale else "image"
 
     def about(self) -> dict[str, Any]:
-        """What is stored of it, for JSON: all values, less those that only clips have."""
-        return {name: value for name, value in vars(self).items() if name != "time_downscale" or value}
+        """What is stored of it, for JSON: all values, less those that only clips, or VAEs with statistics, have."""
+        return {
+            name: value for name, value in vars(self).items() if name not in ("time_downscale", "statistics") or value
+        }
+
+
+def statistics_digest(mean: Sequence[float], std: Sequence[float]) -> str:
+    """16 hex digits for ``LatentSpec.statistics``: of each channel, that becomes ``(z - mean) / std``. Six digits of a number count.
+
+    >>> statistics_digest([0.0, -0.7571], [1.0, 2.8184]) == statistics_digest([-0.0, -0.75710001], [1, 2.8183999])
+    True
+    """
+    numbers = " ".join(f"{number + 0.0:.6g}" for number in (*mean, *std))
+    return hashlib.blake2b(numbers.encode(), digest_size=8).hexdigest()
 
 
 class VAE(Plugin, ABC):

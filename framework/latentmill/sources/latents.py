@@ -295,6 +295,7 @@ class Latents(Source):
             or not (isinstance(spec.downscale, int) and 1 <= spec.downscale <= MAX_SIDE)
             or not (isinstance(spec.time_downscale, int) and spec.time_downscale >= 0)
             or spec.dtype not in ("float32", "float16", "bfloat16")
+            or not isinstance(spec.statistics, str)
         ):
             raise ValueError(f"{self.path}: {name} says of its latents what can't be: {spec}")
         return spec

@@ -10,6 +10,7 @@ import tiny.autoencoders
 import torch
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from latentmill.exports.spaces import family_of
 from latentmill.plugin import RowError
 from latentmill.testing import VAESuite
 from latentmill_diffusers.vae import DiffusersVAE
@@ -103,6 +104,49 @@ def test_the_spec_says_scale_and_shift_where_they_are_numbers(vae):
     assert (flux_2.channels, flux_2.downscale) == (16, 4)
     with pytest.raises(RowError, match="not a multiple of 4"):
         flux_2.shape(34, 64)
+
+
+def sixteen(name, **settings):
+    """A VAE of 16 channels at an eighth of the sides, as Qwen-Image's and Wan's are; its class's own statistics, if it has some."""
+    if name == "AutoencoderTiny":
+        blocks = {f"{half}_block_out_channels": (8,) * 4 for half in ("encoder", "decoder")}
+        counts = {f"num_{half}_blocks": (1,) * 4 for half in ("encoder", "decoder")}
+        return diffusers.AutoencoderTiny(latent_channels=16, **blocks, **counts)
+    if name == "AutoencoderKL":
+        return tiny.autoencoders.autoencoder(16, 4, **settings)
+    sizes = {"base_dim": 8, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+    return getattr(diffusers, name)(**sizes, **settings)
+
+
+OTHERS = {"latents_mean": [0.1] * 16, "latents_std": [1.5] * 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "family"),
+    [
+        ("AutoencoderKLWan", {}, "wan"),
+        ("AutoencoderKLQwenImage", {}, "wan"),
+        ("AutoencoderKLWan", OTHERS, None),
+        ("AutoencoderKL", {"scaling_factor": 1.0}, None),  # CogView 4
+        ("AutoencoderKL", OTHERS, None),  # GLM-Image
+        ("AutoencoderTiny", {}, None),
+    ],
+)
+def test_of_vaes_alike_in_size_and_scale_the_statistics_say_whose_latents_they_are(name, settings, family, tmp_path):
+    sixteen(name, **settings).save_pretrained(tmp_path)
+    spec = DiffusersVAE(str(tmp_path)).spec
+    assert (spec.channels, spec.downscale, spec.shift) == (16, 8, 0.0)
+    found = family_of(spec)
+    assert (found and found.name) == family
+    assert bool(spec.statistics) == ("KLWan" in name or "Qwen" in name or settings is OTHERS)
+
+
+def test_a_scale_beside_statistics_counts_as_part_of_them(tmp_path):
+    specs = []
+    for scale in (1.0, 0.5):
+        sixteen("AutoencoderKL", scaling_factor=scale, **OTHERS).save_pretrained(tmp_path / str(scale))
+        specs.append(DiffusersVAE(str(tmp_path / str(scale))).spec)
+    assert specs[0].statistics != specs[1].statistics and specs[0].scale == specs[1].scale == 1.0
 
 
 def test_an_old_config_gets_its_class_s_defaults(vae, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from latentmill.plugin import VAE, LatentSpec
+from latentmill.plugin import VAE, LatentSpec, statistics_digest
 from latentmill_diffusers.configs import MODEL_INDEX, completed, downscale_of
 from latentmill_diffusers.folder import LOCATION, Folder
 from latentmill_diffusers.loading import dtype_of, part_class
@@ -84,6 +84,7 @@ class DiffusersVAE(VAE):
             shift=float(config.get("shift_factor") or 0.0) if scaled else 0.0,
             dtype=self.dtype,
             fingerprint=self.folder.fingerprint(self.part, index=False),
+            statistics=self._statistics(config),
         )
 
     @property
@@ -166,6 +167,13 @@ class DiffusersVAE(VAE):
             std, mean = (torch.tensor(config[name], device=self._device) for name in ("latents_std", "latents_mean"))
             return std.reshape(1, -1, 1, 1) / scale, mean.reshape(1, -1, 1, 1)
         return torch.tensor(1.0 / scale), torch.tensor(float(config.get("shift_factor") or 0.0))
+
+    def _statistics(self, config: dict[str, Any]) -> str:
+        """As LatentSpec has them. FLUX.2's are among its weights, and are said by the fingerprint alone."""
+        if config.get("latents_mean") is None or self.patch > 1:
+            return ""
+        scale = float(config.get("scaling_factor") or 1.0) if self.scaled else 1.0
+        return statistics_digest(config["latents_mean"], [std / scale for std in config["latents_std"]])
 
     def _require_known(self) -> None:
         """Raise ValueError unless it makes pictures of latents, and is known to do so here."""
