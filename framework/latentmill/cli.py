@@ -227,7 +227,9 @@ def _export(options: Any) -> int:
         print(escaped(line), file=sys.stderr)
 
     try:
-        found = export(options.output, options.to.split(","), options.folder, options.names, tell)
+        found = export(
+            options.output, [name.strip() for name in options.to.split(",")], options.folder, options.names, tell
+        )
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130

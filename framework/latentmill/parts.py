@@ -338,8 +338,10 @@ def bucket_counts(job: Job, built: Parts, fragments: Sequence[Fragment]) -> tupl
                 told += 1
                 if isinstance(row, RowError) or row.get("image") is None:
                     continue
-                pictures += 1
                 sides, own = row["image"], (row.get("width"), row.get("height"))
+                if None in own and own != (None, None):
+                    continue  # an error row
+                pictures += 1
                 for sample in range(len(size.area)):
                     try:
                         width, height = size.fit(sides[0], sides[1], sample).bucket if own == (None, None) else own

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import safetensors
 import torch
@@ -214,6 +215,26 @@ def test_automodel_knows_where_a_bucket_was_cut_out(trainers):
     assert {item["image_path"]: data["crop_offset"] for item, data in automodel(as_kohya)}[TOM] == [0, 8]
     assert found["cats/dog.v2.png"][1]["crop_offset"] == [0, 2]  # 24 x 16 to 32 x 21, and (21 - 16) // 2
     assert (folder / "16x32" / "000000002-000.pt").is_file()
+
+
+def test_automodel_s_files_hold_their_own_latents_alone(trainers):
+    """Half precision needs no conversion: a view of all rows that were read together would be stored with each."""
+    folder = trainers.export(
+        trainers.encode("flux", "vae.dtype=float16", "sampling.width=64", "sampling.height=64"), "automodel"
+    )
+    for _, data in automodel(folder):
+        assert data["latent"].untyped_storage().nbytes() == data["latent"].numel() * 2
+
+
+def test_automodel_knows_where_a_random_crop_was(trainers):
+    """Of 30 samples: left and right are not whole numbers, so their difference is the bucket's width to rounding."""
+    settings = ("size.buckets=[[16, 24]]", "size.crop=random", "samples_per_row=30", "rows_per_shard=100")
+    output = trainers.encode("flux", *settings)
+    folder = trainers.export(output, "automodel", "--names", "row_id")
+    found = {Path(item["cache_file"]).stem: data["crop_offset"] for item, data in automodel(folder)}
+    rows = pq.read_table(output / "data").to_pylist()
+    assert len({tuple(row["crop_ltrb"]) for row in rows}) > 30
+    assert found == {row["row_id"]: [int(side) for side in row["crop_ltrb"][:2]] for row in rows}
 
 
 # ------------------------------------------------------------------------------------------------------ all together

@@ -280,3 +280,19 @@ def test_an_export_into_a_bucket_is_that_into_a_folder(trainers, bucket, latentm
 
     store = storage.at(f"{bucket}/export")
     assert {name: store.read(name) for name in local} == local
+
+
+def test_tars_whose_first_shard_has_no_rows_are_exported(trainers):
+    """It knows of no latents."""
+    for k in range(2):
+        (trainers.pictures / f"!{k}.png").write_bytes(b"no picture")
+    output = trainers.own("sd", "sink=webdataset", "max_error_rate=1")
+    assert len(files(trainers.export(output, "comfyui"))) == 3
+
+
+def test_a_folder_of_one_format_is_not_begun_again_for_several(trainers, latentmill):
+    """Its files would stay there, of which nobody knows any more."""
+    output = trainers.encode("sd")
+    folder = trainers.export(output, "comfyui")
+    assert latentmill("export", output, folder, "--to", "comfyui, energon") == 2
+    assert "another export to comfyui (another dataset, other --names, or beside other formats)" in latentmill.err

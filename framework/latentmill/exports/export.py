@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -71,7 +70,6 @@ def export(
             f"{output} doesn't say how large the pictures themselves are, so files of {', '.join(by_size)} are named by the size "
             "that was encoded; a job with size says it (size.buckets)"
         )
-    began = time.time()
     written = [
         _Writing(each, Ledger(target, each.name, f"{each.beside or each.name}/" if chosen[1:] else ""))
         for each in chosen
@@ -83,7 +81,7 @@ def export(
         _at_once(job.shard, range(source.there.plan.shards), tell)
         for writing in written:
             job.finish(writing)
-    target.sweep(began)  # what a killed export had not given its name yet
+    target.sweep()
     return job.exported
 
 
@@ -117,7 +115,7 @@ class _Export:
         todo = []
         for writing in self.written:
             mark = writing.ledger.mark(key)
-            if mark is not None and writing.ledger.is_right(mark, state):
+            if mark is not None and writing.ledger.is_right(mark, state, SHARDS_AT_ONCE):
                 self._count(writing, 0, len(mark.files))
             else:
                 todo.append(_OfShard(writing, mark))
@@ -140,9 +138,12 @@ class _Export:
                 future.result()
             for each in todo:
                 if each.writer is not None:
-                    for name, path in each.writer.close().items():
+                    made = each.writer.close()
+                    each.before = each.writing.ledger.claim(key, made, each.before)
+                    for name, path in made.items():
                         self._settle(each, name, path)
                     each.notes = each.writer.notes
+                    failpoints.reach(f"{each.writing.format.name} settled")
                 each.writing.ledger.close(key, ShardMark(state, each.files, each.notes), each.before)
         failpoints.reach(f"exported {shard}")
 
@@ -166,6 +167,7 @@ class _Export:
             return
         of_all = _OfShard(writing, writing.ledger.mark(WHOLE))
         for name, text in writing.format.finish(self._notes(writing), writing.ledger.folder):
+            of_all.before = writing.ledger.claim(WHOLE, [name], of_all.before)
             with writing.ledger.store.aside(name) as path:
                 with open(path, "w", encoding="utf-8") as file:
                     file.writelines(text)
@@ -241,10 +243,13 @@ def _require_paths(source: ExportSource, chosen: Sequence[ExportFormat]) -> None
     hashes: list[list[np.ndarray[Any, Any]]] = [[] for _ in asked]
 
     def look(shard: int) -> list[list[int]]:
-        rows = list(source.rows(shard))
-        return [[hash(path(row)) for row in rows] for path in asked]
+        found: list[list[int]] = [[] for _ in asked]
+        for row in source.rows(shard):
+            for path, some in zip(asked, found):
+                some.append(hash(path(row)))
+        return found
 
-    for found in source.there.store.each(look, shards):
+    for found in source.there.store.each(look, shards, SHARDS_AT_ONCE):
         for every, some in zip(hashes, found):
             every.append(np.array(some, np.int64))
     for path, every in zip(asked, hashes):

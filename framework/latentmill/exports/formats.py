@@ -61,8 +61,8 @@ class ExportRow:
         """Left and top of the bucket in the picture that was scaled to cover it: as the dataset says it, or in the middle."""
         (width, height), original = self.bucket, self.original_size
         left, top, right, bottom = self.columns.get("crop_ltrb") or (0, 0, 0, 0)
-        if (right - left, bottom - top) == (width, height):  # else it is kohya's, which isn't what was cut out
-            return int(left), int(top)
+        if math.isclose(right - left, width, abs_tol=1e-6) and math.isclose(bottom - top, height, abs_tol=1e-6):
+            return int(left), int(top)  # else it is kohya's, which isn't what was cut out
         scale = max(width / original[0], height / original[1])
         return max(0, int(original[0] * scale) - width) // 2, max(0, int(original[1] * scale) - height) // 2
 
@@ -178,11 +178,14 @@ def safetensors_file(tensors: Mapping[str, Tensor], about: Mapping[str, str] | N
 
 
 def pt(content: Any) -> bytes:
-    """What ``torch.load(weights_only=True)`` reads: tensors, numbers, text, and lists and dicts of them."""
+    """What ``torch.load(weights_only=True)`` reads: a tensor, or a dict of tensors, numbers, text and lists of them."""
     import torch
 
+    def alone(value: Any) -> Any:  # of a view all that it is a view of would be stored
+        return value.clone() if isinstance(value, torch.Tensor) else value
+
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save({k: alone(v) for k, v in content.items()} if isinstance(content, dict) else alone(content), buffer)
     return buffer.getvalue()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +18,8 @@ from latentmill.errors import ExportError, StorageError
 from latentmill.storage import Storage
 
 LEDGER = ".latentmill"
+CLAIMED = "claimed"
+"""The state of a mark whose files may not all be there."""
 _PIECE = 1 << 20
 
 
@@ -51,11 +53,11 @@ class Ledger:
     def begin(self, about: Mapping[str, Any]) -> None:
         """Say what is exported. Raises ExportError if the folder has been begun with another dataset, or otherwise."""
         name = f"{LEDGER}/{self.format}.json"
-        text = (json.dumps({"format": self.format, **about}, indent=1) + "\n").encode()
+        text = (json.dumps({"format": self.format, "files": self.below, **about}, indent=1) + "\n").encode()
         if not self.store.create(name, text) and self.store.read(name) != text:
             raise ExportError(
-                f"{self.store.url.rstrip('/')}/{name} is of another export to {self.format} (another dataset, or other "
-                "--names): choose another folder"
+                f"{self.store.url.rstrip('/')}/{name} is of another export to {self.format} (another dataset, other --names, or "
+                "beside other formats): choose another folder"
             )
 
     def mark(self, key: str) -> ShardMark | None:
@@ -67,10 +69,22 @@ class Ledger:
         except (ValueError, TypeError):  # not as we write it: made anew
             return None
 
-    def is_right(self, mark: ShardMark, state: str) -> bool:
-        """Whether all that a mark names is there still, in that size, of a shard in this state."""
-        sizes = self.store.each(self.store.size, [self.below + name for name in mark.files])
-        return mark.state == state and [*sizes] == [*mark.files.values()]
+    def is_right(self, mark: ShardMark, state: str, at_once: int) -> bool:
+        """Whether all that a mark names is there still, in that size, of a shard in this state. So many shards are asked for at once."""
+        if mark.state != state:
+            return False
+        names, many = [self.below + name for name in mark.files], max(1, self.store.in_flight // at_once)
+        return [*self.store.each(self.store.size, names, many)] == [*mark.files.values()]
+
+    def claim(self, key: str, names: Iterable[str], before: ShardMark | None) -> ShardMark | None:
+        """Note which files are about to be made that aren't there: after a kill they are ours, though no mark is whole yet."""
+        fresh = [name for name in names if not self.store.exists(self.below + name)]
+        if not fresh:
+            return before
+        known = before or ShardMark("", {}, [])
+        mark = ShardMark(CLAIMED, {**known.files, **dict.fromkeys(fresh, -1)}, known.notes)
+        self._put(key, mark)
+        return mark
 
     def settle(self, name: str, content: bytes | Path, ours: ShardMark | None) -> bool:
         """See that a file is there with this content; False if it was. Raises StorageError if another is, and ``ours`` doesn't name it."""
@@ -91,10 +105,11 @@ class Ledger:
         """All files of a mark are there. Those that were there ``before`` and are no more are deleted."""
         for name in (before.files if before else {}).keys() - mark.files.keys():
             self.store.delete(self.below + name)
-        self.store.put(
-            self._mark_name(key),
-            json.dumps({**vars(mark), "files": dict(sorted(mark.files.items()))}, ensure_ascii=False).encode(),
-        )
+        self._put(key, mark)
+
+    def _put(self, key: str, mark: ShardMark) -> None:
+        text = json.dumps({**vars(mark), "files": dict(sorted(mark.files.items()))}, ensure_ascii=False)
+        self.store.put(self._mark_name(key), text.encode())
 
     def _mark_name(self, key: str) -> str:
         return f"{LEDGER}/{self.format}/{key}.json"

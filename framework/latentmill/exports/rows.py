@@ -46,7 +46,11 @@ class ExportSource:
         url, plan = self.there.store.url, self.there.plan
         if missing := len(self.there.missing()):
             raise ExportError(f"{url} is not finished: {missing:,} of its {plan.shards:,} shards are missing")
-        self.columns = self.there.shard(0).about()[1].names
+        abouts = (self.there.shard(shard).about() for shard in range(plan.shards))
+        first = next(
+            (about for about in abouts if about[2]), self.there.shard(0).about()
+        )  # without rows it may not say all
+        self.columns = first[1].names
         plain = [name for name in self.columns if _is_plain(name)]
         if self.names is None:
             self.names = next((name for name in NAMED_BY if name in plain), None)

@@ -147,10 +147,10 @@ class Bucket(Storage):
         with self._said(name):
             obstore.rename(self.store, name, to)
 
-    def sweep(self, before: float | None = None) -> None:  # nothing is written aside in the store
+    def sweep(self) -> None:  # nothing is written aside in the store
         import obstore
 
-        oldest = time.time() - DAY if before is None else before
+        oldest = time.time() - DAY
         with self._said("leases"):
             for entry in obstore.list_with_delimiter(self.store, "leases")["objects"]:
                 if entry["path"].endswith(".alive") and entry["last_modified"].timestamp() < oldest:

@@ -116,9 +116,12 @@ class LocalFolder(Storage):
         os.replace(self.root / name, self.root / to)
         _sync(str((self.root / name).parent))
 
-    def sweep(self, before: float | None = None) -> None:
-        oldest = time.time() - DAY if before is None else before
-        for file in [*(self.root / ".tmp").glob("*"), *(self.root / "leases").glob("*.alive")]:
+    def sweep(self) -> None:
+        oldest = time.time() - DAY
+        aside = (self.root / ".tmp").glob(
+            f"{'[0-9a-f]' * 32}-*"
+        )  # an export's folder may hold other people's files, too
+        for file in [*aside, *(self.root / "leases").glob("*.alive")]:
             with suppress(FileNotFoundError):  # another driver sweeps, too
                 if file.stat().st_mtime < oldest:
                     _remove(file)

@@ -88,8 +88,8 @@ class Storage(ABC):
         """Give a file another name; one of that name is replaced."""
 
     @abstractmethod
-    def sweep(self, before: float | None = None) -> None:
-        """Remove what processes that were killed left before that time; unless it is said, a day ago: younger files may be in use.
+    def sweep(self) -> None:
+        """Remove what processes that were killed left a day ago and before: younger files may be in use.
 
         That is what was written aside, and signs of life in ``leases/``, which whoever lives makes anew every few seconds.
         """
