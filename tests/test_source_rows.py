@@ -138,7 +138,7 @@ def test_parquet_text_of_every_arrow_kind(tmp_path):
         ("p.csv", b"prompt,\xff\n\xc3\xa9,1\n", "p.csv: the header is not UTF-8"),
         ("p.csv", "a\x1b[2J\n", r"has no column prompt or image, only a\\x1b\[2J"),
         ("p.csv", "prompt\rx\na", "the header can't be read: not CSV: new-line character"),
-        ("p.docx", "a", "no .txt, .csv, .tsv, .json, .jsonl, .ndjson, .parquet file there"),
+        ("p.docx", "a", "no .txt, .csv, .tsv, .json, .jsonl, .ndjson, .parquet, .tar file there"),
     ],
 )
 def test_a_source_that_can_t_be_used_says_so_in_one_line(tmp_path, name, content, message):
