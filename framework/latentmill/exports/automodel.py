@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -58,10 +58,10 @@ def _note(row: ExportRow) -> Any:
     return {"cache_file": _path(row), **_about(row)}
 
 
-def _finish(notes: Iterator[Any], folder: str) -> Iterable[tuple[str, Iterable[str]]]:
+def _finish(notes: Iterable[Any], folder: str) -> Iterable[tuple[str, Iterable[str]]]:
     """The reader takes files only below the folder that it is given, by paths that are absolute or of where it is started."""
-    shards, items = list[str](), 0
-    while some := list(islice(notes, ITEMS)):
+    shards, items, left = list[str](), 0, iter(notes)
+    while some := list(islice(left, ITEMS)):
         shards.append(f"metadata_shard_{len(shards):04d}.json")
         items += len(some)
         lines = (json.dumps({**note, "cache_file": folder + note["cache_file"]}, ensure_ascii=False) for note in some)

@@ -102,6 +102,20 @@ class _OfShard:
     notes: list[Any] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Notes:
+    """Those of a format that has done all its shards, read anew each time."""
+
+    ledger: Ledger
+    shards: int
+
+    def __iter__(self) -> Iterator[Any]:
+        for shard in range(self.shards):
+            mark = self.ledger.mark(f"{shard:05d}")
+            assert mark is not None, "all shards are done"
+            yield from mark.notes
+
+
 class _Export:
     def __init__(self, source: ExportSource, written: Sequence[_Writing], storing: ThreadPoolExecutor) -> None:
         self.source, self.written, self.storing = source, written, storing
@@ -166,19 +180,14 @@ class _Export:
         if writing.format.finish is None:
             return
         of_all = _OfShard(writing, writing.ledger.mark(WHOLE))
-        for name, text in writing.format.finish(self._notes(writing), writing.ledger.folder):
+        notes = _Notes(writing.ledger, self.source.there.plan.shards)
+        for name, text in writing.format.finish(notes, writing.ledger.folder):
             of_all.before = writing.ledger.claim(WHOLE, [name], of_all.before)
             with writing.ledger.store.aside(name) as path:
                 with open(path, "w", encoding="utf-8") as file:
                     file.writelines(text)
                 self._settle(of_all, name, Path(path))
         writing.ledger.close(WHOLE, ShardMark("", of_all.files, []), of_all.before)
-
-    def _notes(self, writing: _Writing) -> Iterator[Any]:
-        for shard in range(self.source.there.plan.shards):
-            mark = writing.ledger.mark(f"{shard:05d}")
-            assert mark is not None, "all shards are done"
-            yield from mark.notes
 
     def _state(self, shard: int) -> str:
         failed = self.source.there.about(shard).get(ERRORS_KEY, "")

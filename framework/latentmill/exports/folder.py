@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from latentmill.exports.formats import ExportFormat, ExportRow, jsonable
@@ -28,7 +28,7 @@ def _note(row: ExportRow) -> Any:
     return {**more, "file_name": _path(row), "text": row.prompt}
 
 
-def _finish(notes: Iterator[Any], folder: str) -> Iterable[tuple[str, Iterable[str]]]:
+def _finish(notes: Iterable[Any], folder: str) -> Iterable[tuple[str, Iterable[str]]]:
     yield "metadata.jsonl", (json.dumps(note, ensure_ascii=False) + "\n" for note in notes)
 
 

@@ -132,8 +132,9 @@ class ExportFormat:
     """What ``finish`` is to know of a row, JSON."""
     shard: Callable[[int, Path], ShardWriter] | None = None
     """Instead of ``files``: begins the files of our shard of that number, in an empty local folder."""
-    finish: Callable[[Iterator[Any], str], Iterable[tuple[str, Iterable[str]]]] | None = None
-    """Files for the whole export, name and text in pieces, from the notes of all rows, or shards, in order, and the path or URL of its folder."""
+    finish: Callable[[Iterable[Any], str], Iterable[tuple[str, Iterable[str]]]] | None = None
+    """Files for the whole export, name and text in pieces, from the notes of all rows, or shards, in order, and the path or URL of its folder.
+    The notes may be gone through again."""
 
     def below(self, row: ExportRow) -> str:
         """The folder that a row's files are in, with a slash behind, or "": what ``path`` and ``files`` don't say."""

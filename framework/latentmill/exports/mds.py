@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -80,7 +80,7 @@ def _encoded(encoding: str, value: Any) -> bytes:
     return value if isinstance(value, bytes) else (value if encoding == "str" else json.dumps(value)).encode()
 
 
-def _finish(notes: Iterator[Any], folder: str) -> Iterable[tuple[str, Iterable[str]]]:
+def _finish(notes: Iterable[Any], folder: str) -> Iterable[tuple[str, Iterable[str]]]:
     yield "index.json", [json.dumps({"shards": list(notes), "version": 2}, sort_keys=True)]
 
 

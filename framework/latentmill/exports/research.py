@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,8 @@ from latentmill.exports.formats import ExportFormat, ExportRow, json_list, npy
 
 RESOLUTIONS = (256, 512, 1024, 2048)
 """PixArt-Sigma's, which are in the names of its folders."""
+MADE_NPY = (".png", ".jpg", ".webp", ".jpeg", ".JPEG", ".JPG")
+"""Those that it makes ``.npy`` of, in turn; at older commits the first three alone."""
 
 
 def _moments(row: ExportRow) -> bytes:
@@ -30,7 +33,7 @@ def _edm2_note(row: ExportRow) -> Any:
     return [_edm2_path(row), row.columns.get("label")]
 
 
-def _edm2_finish(notes: Iterator[Any], folder: str) -> Iterable[tuple[str, Iterable[str]]]:
+def _edm2_finish(notes: Iterable[Any], folder: str) -> Iterable[tuple[str, Iterable[str]]]:
     """``labels`` of all rows, or null if one has none: so the trainer has it."""
     labels = list(notes)
     if any(label is None for _, label in labels):
@@ -43,32 +46,47 @@ def _repa_path(row: ExportRow) -> str:
     return f"vae-sd/{_edm2_path(row)}"
 
 
-def _repa_finish(notes: Iterator[Any], folder: str) -> Iterable[tuple[str, Iterable[str]]]:
+def _repa_finish(notes: Iterable[Any], folder: str) -> Iterable[tuple[str, Iterable[str]]]:
     for name, text in _edm2_finish(notes, folder):
         yield f"vae-sd/{name}", text
 
 
-def _pixart_path(row: ExportRow) -> str:
-    """Of ``a/b/c.png`` it is ``a/b_c.npy``, in the folder of the resolution that the picture's area is nearest to."""
+def _pixart_listed(row: ExportRow) -> str:
+    """The picture as the list has it: with one of the suffixes that the trainer, at any commit, makes ``.npy`` of."""
+    suffix = os.path.splitext(row.picture)[1]
+    return row.name + (suffix if suffix in MADE_NPY[:3] else MADE_NPY[0])
+
+
+def _pixart_resolution(row: ExportRow) -> int:
+    """The one that the area is nearest to."""
     side = math.sqrt(math.prod(row.bucket))
-    resolution = min(RESOLUTIONS, key=lambda of: abs(math.log(side / of)))
-    return f"img_sdxl_vae_features_{resolution}resolution_ms_new/{'_'.join(row.name.rsplit('/', 1))}.npy"
+    return min(RESOLUTIONS, key=lambda of: abs(math.log(side / of)))
+
+
+def _pixart_path(row: ExportRow) -> str:
+    """Of ``a/b/c.png`` it is ``a/b_c.npy``, as the trainer makes it of what is listed: each suffix within counts, too."""
+    name = "_".join(_pixart_listed(row).rsplit("/", 1))
+    for suffix in MADE_NPY:
+        name = name.replace(suffix, ".npy")
+    return f"img_sdxl_vae_features_{_pixart_resolution(row)}resolution_ms_new/{name}"
 
 
 def _pixart_note(row: ExportRow) -> Any:
-    width, height = row.original_size
-    return {
-        "path": row.picture,
-        "ratio": height / width,
-        "height": height,
-        "width": width,
-        "prompt": row.prompt,
-    }
+    """The sides are those of the latents: the trainer makes batches of rows whose ratios are nearest to one of its own."""
+    width, height = row.bucket
+    about = {"path": _pixart_listed(row), "ratio": height / width, "height": height, "width": width}
+    return [_pixart_resolution(row), {**about, "prompt": row.prompt}]
 
 
-def _pixart_finish(notes: Iterator[Any], folder: str) -> Iterable[tuple[str, Iterable[str]]]:
-    items = (json.dumps(note, ensure_ascii=False) for note in notes)
-    yield "data_info.json", json_list(items, "[", "]\n")
+def _pixart_finish(notes: Iterable[Any], folder: str) -> Iterable[tuple[str, Iterable[str]]]:
+    """A list for each resolution, since a trainer of one looks for all that is listed in the folder of that."""
+    resolutions = sorted({resolution for resolution, _ in notes})
+
+    def items(of: int) -> Iterator[str]:
+        return (json.dumps(item, ensure_ascii=False) for resolution, item in notes if resolution == of)
+
+    for each in resolutions or RESOLUTIONS[:1]:
+        yield f"data_info_{each}.json" if resolutions[1:] else "data_info.json", json_list(items(each), "[", "]\n")
 
 
 EDM2 = ExportFormat(
@@ -97,7 +115,8 @@ REPA = replace(
 PIXART = ExportFormat(
     name="pixart",
     reader="PixArt-Sigma's InternalDataMSSigma at 1ce521a",
-    layout="img_sdxl_vae_features_Nresolution_ms_new/DIR_STEM.npy, mean and std, raw, float32; data_info.json",
+    layout="img_sdxl_vae_features_Nresolution_ms_new/DIR_STEM.npy, mean and std, raw, float32; data_info.json, or of several "
+    "resolutions data_info_N.json",
     checked="a reader after its loader: the list, names, numbers",
     families=("sdxl",),
     needs=("latents", "latents_std"),
