@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
 PAYS_OFF = 0.95
 """A call of twice as many must take no more than this share of the time for each of them."""
 TIMED = 5
@@ -25,12 +31,20 @@ class CallSize:
             self.size *= 2
         return self.size
 
-    def is_timed(self, evaluations: int) -> bool:
-        """Whether somebody wants to know how long a call of so many takes: one that is not full says nothing of its size."""
-        return self.grows and len(self._seconds) < TIMED and evaluations > 0.9 * self.size
+    @contextmanager
+    def timing(self, evaluations: int, device: torch.device) -> Iterator[None]:
+        """Time a call of so many if that is of use: one that is not full says nothing of its size. Only then a GPU is waited for."""
+        if not self.grows or len(self._seconds) == TIMED or evaluations <= 0.9 * self.size:
+            yield
+            return
+        _wait(device)
+        started = time.perf_counter()
+        yield
+        _wait(device)
+        self._took(time.perf_counter() - started, evaluations)
 
-    def took(self, seconds: float, evaluations: int) -> None:
-        """A call took so long. A size that gains too little is given up for the one before."""
+    def _took(self, seconds: float, evaluations: int) -> None:
+        """A size that gains too little is given up for the one before."""
         self._seconds.append(seconds / evaluations)
         if len(self._seconds) == TIMED and self._smaller is not None and min(self._seconds) > PAYS_OFF * self._smaller:
             self.size, self.grows = self.size // 2, False
@@ -38,3 +52,8 @@ class CallSize:
     def was_too_large(self, evaluations: int) -> None:
         """There was no memory for so many."""
         self.size, self.grows = max(1, evaluations // 2), False
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -309,7 +307,7 @@ class Denoise(ContinuousStage):
                 batch.unstack()
                 del self.running[kind]
             batch = RunningBatch(going, self.denoiser, scheduler, self.device, self.fixed)
-        with self._timed(kind, sum(row.evaluations for row in going)):
+        with self.call_sizes[kind[0]].timing(sum(row.evaluations for row in going), self.device):
             batch.step(scheduler)
         self.running[kind] = batch
         if any(row.arrived for row in going):
@@ -318,23 +316,6 @@ class Denoise(ContinuousStage):
             for row in going:
                 row.request.moving -= row.arrived
             self._keep(kind, lambda row: not row.arrived)
-
-    @contextmanager
-    def _timed(self, kind: Kind, evaluations: int) -> Iterator[None]:
-        """Time a call if that is of use. Only then a GPU is waited for."""
-        size = self.call_sizes[kind[0]]
-        if not size.is_timed(evaluations):
-            yield
-            return
-        self._wait()
-        started = time.perf_counter()
-        yield
-        self._wait()
-        size.took(time.perf_counter() - started, evaluations)
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def _fail(self, going: Sequence[Trajectory], error: Exception) -> None:
         """Give the requests of these rows up."""

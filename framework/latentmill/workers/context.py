@@ -12,10 +12,11 @@ from latentmill import registry, storage, weights
 from latentmill.config import Job
 from latentmill.errors import PluginError, WrongWorker
 from latentmill.parts import PARTS, identity, plugin_of
-from latentmill.plan import LIBRARIES, Plan, of_row, versions
+from latentmill.plan import LIBRARIES, Plan, versions
 from latentmill.plan import read as read_plan
 from latentmill.plugin import FixedShape, Plugin, RowError, Scheduler, Stage, StageContext
 from latentmill.storage import Storage
+from latentmill.workers.weights_read import of_row
 
 MANY = 1000
 """Names of schedulers in rows of which a worker tells: nobody has so many, and rows may hold anything."""

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
-from latentmill import plan as planning
 from latentmill import values
 from latentmill.config import Job
 from latentmill.config.schema import StageSettings
@@ -18,6 +17,7 @@ from latentmill.plan import Plan
 from latentmill.plugin import Declaration
 from latentmill.storage import Storage
 from latentmill.workers.context import make_stage
+from latentmill.workers.weights_read import WeightsRead
 from latentmill.workers.worker import StageWork, WorkerSetup
 
 RUNNING_BATCHES = 4
@@ -150,7 +150,7 @@ def max_bytes_in_flight(job: Job) -> float:
 def make_pool(job: Job, plan: Plan, store: Storage) -> Pool:
     """The pool that the job's cluster asks for. Ray is imported only if it is wanted."""
     setups = [worker_setup(job, plan, stages) for stages in hosted(job, plan)[0]]
-    admit = planning.WeightsRead(plan, store)
+    admit = WeightsRead(plan, store)
     if job.cluster.kind == "inline":
         from latentmill.workers.inline import InlinePool
 
