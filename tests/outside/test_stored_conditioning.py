@@ -24,9 +24,8 @@ def denoised(acme):
     def denoised(folder, *more, encoder="text_encoder.name=counting", code=0):
         acme.notes.write_text("")
         job = [each for each in acme.job() if not each.startswith(("source.path", "text_encoder"))]
-        given = ["source=latents", f"source.path={folder}", encoder, FLOW]
-        flow = [each for each in more if each.startswith("flow")]
-        given = [*given[:3], *(flow or given[3:]), *(each for each in more if each not in flow)]
+        flow = [] if any(each.startswith("flow") for each in more) else [FLOW]
+        given = ["source=latents", f"source.path={folder}", encoder, *flow, *more]
         assert acme.latentmill("run", *job, *given) == code, acme.latentmill.said
         return acme.latentmill.err if code else [row["latents"][0] for row in acme.read(acme.output)]
 

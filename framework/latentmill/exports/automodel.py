@@ -50,8 +50,7 @@ def _text(row: ExportRow) -> Mapping[str, Any]:
     found = {"prompt_embeds": row.embeds}
     if "prompt:pooled" in row.tensors:
         found["pooled_prompt_embeds"] = row.tensors["prompt:pooled"]
-    # A clone, since of a view the whole tensor would be stored.
-    return {name: tensor[None].to(torch.bfloat16, copy=True) for name, tensor in found.items()}
+    return {name: tensor[None].to(torch.bfloat16) for name, tensor in found.items()}
 
 
 def _note(row: ExportRow) -> Any:

@@ -22,7 +22,7 @@ class EnergonShard:
 
     def add(self, row: ExportRow) -> None:
         about = {name: jsonable(value) for name, value in row.columns.items()}
-        self._add(f"{row.row_id}.pth", pt(row.tensors["latents"].clone()))
+        self._add(f"{row.row_id}.pth", pt(row.tensors["latents"]))
         self._add(f"{row.row_id}.json", json.dumps(about, ensure_ascii=False).encode())
 
     def close(self) -> Mapping[str, Path]:

@@ -35,11 +35,10 @@ def _edm2_note(row: ExportRow) -> Any:
 
 def _edm2_finish(notes: Iterable[Any], folder: str) -> Iterable[tuple[str, Iterable[str]]]:
     """``labels`` of all rows, or null if one has none: so the trainer has it."""
-    labels = list(notes)
-    if any(label is None for _, label in labels):
+    if any(label is None for _, label in notes):
         yield "dataset.json", ['{"labels": null}\n']
     else:
-        yield "dataset.json", json_list(map(json.dumps, labels), '{"labels": [', "]}\n")
+        yield "dataset.json", json_list(map(json.dumps, notes), '{"labels": [', "]}\n")
 
 
 def _repa_path(row: ExportRow) -> str:

@@ -21,6 +21,6 @@ SIMPLETUNER = ExportFormat(
     families=("sd", "sdxl", "sd3", "flux"),
     names="needed",
     apart=True,
-    files=lambda row: {_path(row): pt(row.tensors["latents"].clone())},
+    files=lambda row: {_path(row): pt(row.tensors["latents"])},
     path=_path,
 )
