@@ -268,6 +268,26 @@ def test_pictures_beside_prompts_are_no_business_of_a_job_that_encodes_prompts(a
     assert "image" not in row and (row["width"], row["height"]) == (0, 0)
 
 
+def test_a_stage_before_that_adds_nothing_sees_the_picture(acme, install, tmp_path):
+    code = """
+from latentmill.plugin import Stage
+
+class Sees(Stage):
+    contract = 2
+
+    def __call__(self, batch, reject):
+        if "image" not in batch.column_names:
+            reject(0, "no picture")
+            return batch.slice(1)
+        return batch
+"""
+    install("sees", "[latentmill.stages]\nsees = acme_sees:Sees\n", acme_sees=code)
+    Image.new("RGB", (3, 5)).save(tmp_path / "a.png")
+    acme.source([{"prompt": "a fox", "image": "a.png"}])
+    acme("flow=[read, sees, encode_text, write]", "sampling={width: null, height: null}")
+    assert [row["prompt"] for row in acme.read(acme.output)] == ["a fox"]
+
+
 def test_reading_a_row_makes_no_tensors_of_all_others(tmp_path):
     """300 prompts of a mebibyte each, of which padding is all but a kibibyte: 64 rows are read at once."""
     values = torch.zeros(3, 1024, 256)

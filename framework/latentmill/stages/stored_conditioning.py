@@ -13,9 +13,9 @@ from latentmill.plugin import RowError, Source, StageContext
 
 
 def texts_alone(context: StageContext) -> bool:
-    """Whether the stages behind this one encode prompts and do nothing else: rows need no size."""
-    encodes = any(PROMPT_PREFIX in stage.adds for stage in context.after)
-    return encodes and all({*stage.adds} <= {*CONDITIONING} for stage in context.after)
+    """Whether all stages between this one and the last encode prompts, and nothing else: rows need no size and no picture."""
+    between = [{*stage.adds} for stage in context.after if stage.position == "between"]
+    return bool(between) and all(PROMPT_PREFIX in adds and adds <= {*CONDITIONING} for adds in between)
 
 
 def wanted(context: StageContext, source: Source) -> bool:
