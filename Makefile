@@ -1,5 +1,5 @@
 # Everything below makes .venv on first use. PYTHON=python3.12 make test chooses another interpreter; SEEDS=10000 make simulate
-# runs as many worlds. make bench is for a machine that does nothing else, for a quarter of an hour; XENNA=VENV/bin/python
+# runs as many worlds. make bench is for a machine that does nothing else, for half an hour; XENNA=VENV/bin/python
 # names a virtual environment with cosmos-xenna, to be measured beside.
 PYTHON ?= python3
 SEEDS ?= 1000

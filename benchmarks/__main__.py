@@ -2,7 +2,7 @@
 
     python -m benchmarks [NAME ...] [--quick] [--xenna PYTHON]
 
-A quarter of an hour on an idle machine; on a busy one the figures are worth nothing. ``--quick`` tries every script at its smallest,
+Half an hour on an idle machine; on a busy one the figures are worth nothing. ``--quick`` tries every script at its smallest,
 and prints what it would have written. benchmarks/gpu.py is for a machine with a GPU, and is not among them.
 """
 
@@ -53,7 +53,7 @@ def main() -> int:
         told = SCRIPTS.get(name, ([], []))[options.quick]
         if name == "pipeline" and options.xenna:
             told = [*told, "--xenna", options.xenna]
-        text, right = _section(name, told)
+        text, right = _section(name, told, hidden=options.xenna)
         sections.append(text)
         failed |= not right
     whole = "\n".join(["# Benchmarks", "", "Written by `make bench`. " + machine(), "", *sections])
@@ -64,15 +64,16 @@ def main() -> int:
     return int(failed)
 
 
-def _section(name: str, told: list[str]) -> tuple[str, bool]:
-    """What a script says, and whether it came to its end."""
+def _section(name: str, told: list[str], hidden: str | None = None) -> tuple[str, bool]:
+    """What a script says, and whether it came to its end. ``hidden``: a path of this machine, which is nobody's business."""
     print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
     started = time.monotonic()
     command = [sys.executable, str(HERE / f"{name}.py"), *told]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, COLLECTED: "1"})
     seconds = time.monotonic() - started
     print(f"{seconds:.0f} s", file=sys.stderr, flush=True)
-    text = f"## {name}\n\n{done.stdout.strip()}\n\n`python benchmarks/{' '.join([f'{name}.py', *told])}`, {seconds:.0f} s.\n"
+    shown = " ".join([f"{name}.py", *("PYTHON" if each == hidden else each for each in told)])
+    text = f"## {name}\n\n{done.stdout.strip()}\n\n`python benchmarks/{shown}`, {seconds:.0f} s.\n"
     if done.returncode:
         print(done.stderr[-3000:], file=sys.stderr)
         text += f"\nIt failed with exit code {done.returncode}.\n"

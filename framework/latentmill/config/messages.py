@@ -48,6 +48,12 @@ def explained(error: BaseException) -> str:
         brings = BROUGHT_BY.get(missing) or BROUGHT_BY.get(wanted.partition(":")[0])
         return f"{said}; pip install {brings} brings it" if brings else said
     key = _found(r"Could not override '([^']+)'", text) or _found(r"full_key: (\S+)", text)
+    if found := re.search(r"Cannot assign (\w+) to Dict|\b(\w+) is not a subclass of \w+(?:.*value: (.*))?", text):
+        assigned, given, value = found.groups()
+        what = value or {"str": "text", "list": "a list"}.get(assigned or given, "a number")
+        return f"{f'{key}: ' if key else ''}keys and their values are expected, not {what}"
+    if "is not a ListConfig" in text:
+        return f"{key}: a list is expected"
     if key:
         if re.search(r"Key '[^']*' (is )?not in", text):
             return f"there is no key {key}{near_key(key)}"

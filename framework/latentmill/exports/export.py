@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,12 @@ class _Export:
 
     def _add(self, each: _OfShard, row: ExportRow, begun: deque[Future[None]]) -> None:
         """Begin to store a row's files, or give it to the shard's writer. Of ``begun`` no more are on their way than fit."""
+        if each.writing.format.one_size and row.bucket != self._first.bucket:
+            sizes = " and ".join(f"row {of.row_id} is of {of.bucket[0]}x{of.bucket[1]}" for of in (self._first, row))
+            raise ExportError(
+                f"{each.writing.format.name} takes pictures of one size, and {sizes} pixels: encode them with one bucket, "
+                "as size.buckets=[[256,256]]"
+            )
         if each.writer is not None:
             each.writer.add(row)
             return
@@ -188,6 +195,11 @@ class _Export:
                     file.writelines(text)
                 self._settle(of_all, name, Path(path))
         writing.ledger.close(WHOLE, ShardMark("", of_all.files, []), of_all.before)
+
+    @cached_property
+    def _first(self) -> ExportRow:
+        """The dataset's first row, whichever shards are there already."""
+        return next(row for shard in range(self.source.there.plan.shards) for row in self.source.rows(shard))
 
     def _state(self, shard: int) -> str:
         failed = self.source.there.about(shard).get(ERRORS_KEY, "")

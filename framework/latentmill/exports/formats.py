@@ -124,6 +124,8 @@ class ExportFormat:
     """Whether several resolutions of a picture would be one file. Each has a folder then, called by the side of its square."""
     sized: bool = False
     """Whether its trainer finds them by the picture's own size, too."""
+    one_size: bool = False
+    """Whether its trainer takes latents of one size alone."""
     files: Callable[[ExportRow], Mapping[str, bytes]] | None = None
     """A row's files by name. The same row gives the same bytes."""
     path: Callable[[ExportRow], str] | None = None

@@ -95,6 +95,7 @@ EDM2 = ExportFormat(
     checked="a reader after its loader: names, labels, numbers",
     families=("sd",),
     needs=("latents", "latents_std"),
+    one_size=True,
     files=lambda row: {_edm2_path(row): _moments(row)},
     path=_edm2_path,
     note=_edm2_note,
