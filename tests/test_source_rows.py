@@ -195,9 +195,9 @@ def test_a_parquet_row_group_is_decoded_once(tmp_path):
     pq.write_table(pa.table({"prompt": [str(i) for i in range(1000)]}), path, row_group_size=100)
     source = Prompts(str(path))
     assert [row["prompt"] for row in source.read("p.parquet", 95, 205)] == [str(i) for i in range(95, 205)]
-    kept = source._files["p.parquet"].file._kept[1]
+    kept = source._readers["p.parquet"].file._kept[1]
     assert [row["prompt"] for row in source.read("p.parquet", 205, 210)] == [str(i) for i in range(205, 210)]
-    assert source._files["p.parquet"].file._kept[1] is kept
+    assert source._readers["p.parquet"].file._kept[1] is kept
 
 
 @pytest.mark.parametrize("checksums", [False, True])

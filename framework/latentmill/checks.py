@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from latentmill.batch import SPEC_KEY, spec_from_json
-from latentmill.errors import ContractError, LoadError, NoRowError
+from latentmill.errors import ContractError, LoadError, NoRowError, StorageError
 from latentmill.fields import BATCH_SCHEMA, HALFWAY
 from latentmill.plugin import Conditioning, LatentSpec, Plugin, RowError, Stage, State, TextEncoder, tensors
 from latentmill.plugin.stage import named
@@ -42,16 +42,18 @@ def inside(plugin: Plugin) -> Iterator[None]:
         raise
 
 
-def cause(error: BaseException) -> Literal["raised", "unloaded", "contract"]:
+def cause(error: BaseException) -> Literal["raised", "unloaded", "contract", "store"]:
     """What an exception of a worker means to the flow."""
     if isinstance(error, ContractError):
         return "contract"
+    if isinstance(error, StorageError):
+        return "store"
     return "unloaded" if isinstance(error, LoadError) else "raised"
 
 
 def told(error: BaseException) -> str:
     """An exception in words: its type, unless the words are ours; what it says; the plugin that raised it."""
-    if isinstance(error, (ContractError, LoadError, NoRowError)):
+    if isinstance(error, (ContractError, LoadError, NoRowError, StorageError)):
         return str(error)
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", [])[:1])
     return f"{type(error).__name__}: {error}{notes}"

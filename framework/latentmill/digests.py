@@ -222,8 +222,12 @@ class _Memory:
         return dict(re.findall(r"^([0-9a-f]{32}) ([0-9a-f]{64})$", text, re.MULTILINE))
 
     def _file(self) -> Path:
-        """Raises RuntimeError if there is no home folder."""
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "latentmill" / "digests"
+        return cache_folder() / "digests"
+
+
+def cache_folder() -> Path:
+    """The user's, for what may be lost; it may not be there. Raises RuntimeError if there is no home folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "latentmill"
 
 
 _memory = _Memory()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno as numbers
+
 
 class LatentmillError(Exception):
     """What all have in common. The command line prints the line and ends with ``exit_code``: see ``cli.main``."""
@@ -74,6 +76,8 @@ class StorageError(LatentmillError, OSError):
     """The store refuses or fails; one line that names it and the file."""
 
     exit_code = 3
+    errno = numbers.EIO
+    """As of a disk that fails: whoever reads a file knows by it that the file isn't to blame."""
 
 
 # ----------------------------------------------------- raised in workers: the driver retries, or ends the job (RunError)

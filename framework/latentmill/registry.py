@@ -15,7 +15,7 @@ from importlib.metadata import EntryPoint, entry_points
 from importlib.resources import files
 from typing import Any
 
-from latentmill.errors import JobError, PluginError
+from latentmill.errors import JobError, PluginError, StorageError
 from latentmill.plugin import (
     CONTRACT,
     VAE,
@@ -208,11 +208,12 @@ def _call(kind: str, name: str, entry: Entry) -> str:
 def asking(plugin: Plugin) -> Iterator[None]:
     """For the driver, where it asks a plugin something: what that raises becomes a PluginError, one line.
 
-    A ValueError or OSError is a sentence for people, as the contract has it; of anything else the type is said, too.
+    A ValueError or OSError is a sentence for people, as the contract has it; of anything else the type is said, too. A store that fails
+    is not the plugin's fault.
     """
     try:
         yield
-    except (PluginError, MemoryError):
+    except (PluginError, StorageError, MemoryError):
         raise
     except Exception as error:
         raise refusal(called(plugin), error) from error
@@ -238,7 +239,7 @@ def build(kind: str, choice: Mapping[str, Any]) -> Any:
     who = _names[plugin] = _call(kind, name, find(kind, name))
     try:
         return plugin(**settings)
-    except (PluginError, MemoryError):
+    except (PluginError, StorageError, MemoryError):
         raise
     except Exception as error:
         raise refusal(who, error) from error

@@ -160,7 +160,7 @@ def test_our_own_tars_are_a_source(latentmill, encoded, patches, tmp_path):
     assert [row["id"] for row in rows] == ["000000000-000", "000000001-000"]
 
 
-def test_pictures_on_the_web_and_sources_in_a_store_are_said_to_be_none_of_ours(encoded, tmp_path):
+def test_pictures_and_sources_on_the_web_are_said_to_be_none_of_ours(encoded, tmp_path):
     table = tmp_path / "rows.jsonl"
     (tmp_path / "a.png").write_bytes(png("red"))
     table.write_text('{"image": "a.png"}\n{"image": "https://example.com/a.png"}\n')
@@ -168,9 +168,10 @@ def test_pictures_on_the_web_and_sources_in_a_store_are_said_to_be_none_of_ours(
     assert reason == (
         "image 'https://example.com/a.png' is on the web: img2dataset fetches pictures, and its .tar files are read here"
     )
-    said = encoded("s3://bucket/rows.jsonl", f"output={tmp_path}/other", code=2)
+    said = encoded("https://example.com/rows.jsonl", f"output={tmp_path}/other", code=2)
     assert (
-        "sources are files of this machine or a shared disk, and s3://bucket/rows.jsonl is not: copy it first" in said
+        "sources are files of this machine or a shared disk, s3://BUCKET/PATH, gs://BUCKET/PATH, az://BUCKET/PATH or "
+        "hf://datasets/OWNER/NAME/PATH, and https://example.com/rows.jsonl is not: copy it first" in said
     )
 
 

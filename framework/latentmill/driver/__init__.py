@@ -17,6 +17,7 @@ What goes wrong climbs a ladder:
 A stage has *worked* once it has done a row. Until then none of its rows is quarantined for an exception or a death: suspects
 wait. If nothing else is left to do, the stage has failed, and the job ends. Two things are a stage's fault at once: it can't
 load its weights, and its plugin breaks the contract. A row that a stage *rejects*, with a reason, is the row's own fault.
+A *store* that is read from and fails is nobody's: after the stage's retries, each of which is many of the store's client, the job ends.
 
 =============  ===================================================================================================
 messages       orders and events, and what a block and a slice are

@@ -70,6 +70,8 @@ def _dispatch_failed(state: DriverState, dispatch: Dispatch, event: Failed) -> N
     elif event.cause == "contract":
         state.failed = state.failed or f"stage {state.stages[dispatch.stage].name}: {event.reason}"
         failures.try_again(state, dispatch, dispatch.attempts)
+    elif event.cause == "store" and dispatch.task != "commit":
+        failures.store_failed(state, dispatch, event.reason)
     else:
         failures.dispatch_failed(state, dispatch, event.reason)
         failures.count_failure(state, dispatch, event.reason)

@@ -41,6 +41,14 @@ def dispatch_failed(state: DriverState, dispatch: Dispatch, reason: str, least: 
         state.fatal_suspects.append(Suspect(dispatch, reason))
 
 
+def store_failed(state: DriverState, dispatch: Dispatch, reason: str) -> None:
+    """A store that is read from failed, and no row is to blame: after its stage's retries the job ends. The store's client has tried often."""
+    spec = state.stages[dispatch.stage]
+    if dispatch.attempts >= spec.retries and not state.failed:
+        state.failed = f"stage {spec.name}: {reason}"
+    try_again(state, dispatch, dispatch.attempts + 1)
+
+
 def try_again(state: DriverState, dispatch: Dispatch, attempts: int) -> None:
     """Give a dispatch out anew, as it is."""
     if dispatch.task == "commit":

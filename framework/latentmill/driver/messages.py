@@ -153,9 +153,9 @@ class Failed:
     """A dispatch was not done."""
 
     id: int
-    cause: Literal["raised", "lost", "unloaded", "contract"]
+    cause: Literal["raised", "lost", "unloaded", "contract", "store"]
     """Its stage raised; its input was lost with a node; its stage could not load weights that it first needed now; a plugin broke
-    the contract."""
+    the contract; a store failed."""
     reason: str = ""
 
 

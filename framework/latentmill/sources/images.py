@@ -6,9 +6,9 @@ import hashlib
 import os
 import unicodedata
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ import pyarrow as pa
 
 from latentmill.buckets import PIXEL_WAYS
 from latentmill.plugin import Fragment, RowError, Source
-from latentmill.sources import are_small, changed, fingerprint, locate, open_file
-from latentmill.sources.picture_sizes import read_size
-from latentmill.sources.pictures import MAX_PIXELS, read_picture
+from latentmill.sources import files
+from latentmill.sources.files import Files
+from latentmill.sources.picture_sizes import size_of
+from latentmill.sources.pictures import MAX_PIXELS, decode
 from latentmill.sources.text import MARKS
 from latentmill.text import escaped
 
@@ -68,17 +69,17 @@ class Images(Source):
 
     def fragments(self) -> list[Fragment]:
         """Raises ValueError if the folder is missing, has no pictures, or folders in folders without end."""
-        folder = locate(self.path)
-        if not folder.is_dir():
+        if not self._files.is_folder():
             raise ValueError(f"there is no folder {self.path}")
         _listing.cache_clear()
-        contents = are_small(_size(folder / name) for name in _walk(str(folder), self.follow_links))
+        self._files.look_everywhere()
+        contents = self._files.known_by_contents(_walk(self._files, self.follow_links))
         self.fingerprinted = ("path",) if contents else ()
         self._seen = _Seen()
-        pictures = _walk(str(folder), self.follow_links, seen=self._seen)
+        pictures = _walk(self._files, self.follow_links, seen=self._seen)
         fragments = []
         while run := list(islice(pictures, RUN)):
-            mark = fingerprint(folder, self._files(run), contents)
+            mark = self._files.fingerprint(self._with_captions(run), contents)
             fragments.append(Fragment(_run_name(run), len(run), mark))
         if not fragments:
             raise ValueError(f"{self.path}: no pictures there")
@@ -91,15 +92,17 @@ class Images(Source):
         return pa.schema([FILE] if FILE.name in names else [])
 
     def read(self, fragment: str, start: int, stop: int) -> Iterator[Mapping[str, Any] | RowError]:
-        folder = locate(self.path)
-        for name in _run(str(folder), self.follow_links, fragment)[start:stop]:
+        names = _run(self._files, self.follow_links, fragment)[start:stop]
+        self._files.ahead(file for name in names for file in (name, self._caption(name)) if file)
+        for name in names:
             at = name
             try:
-                picture = read_picture(folder, name, self.max_pixels, self.follow_links, self.pixels)
+                with self._files.open(name, self.follow_links) as file:
+                    picture = decode(file, self.max_pixels, self.pixels)
                 row: dict[str, Any] = {"image": picture}
                 if caption := self._caption(name):
                     at = caption
-                    row["prompt"] = self._prompt(folder, caption)
+                    row["prompt"] = self._prompt(caption)
                 if self.id_column is not None:
                     row["id"] = escaped(name)
                 if self.kept.names:
@@ -109,25 +112,28 @@ class Images(Source):
                 yield RowError(f"{escaped(at)}: {error}")
 
     def sizes(self, fragment: str, start: int, stop: int) -> Iterator[Mapping[str, Any] | RowError]:
-        folder = locate(self.path)
-        for name in _run(str(folder), self.follow_links, fragment)[start:stop]:
+        names = _run(self._files, self.follow_links, fragment)[start:stop]
+        self._files.ahead(names, heads=True)
+        for name in names:
             try:
-                yield {"image": read_size(folder, name, self.max_pixels, self.follow_links, self.pixels)}
+                with self._files.open(name, self.follow_links) as file:
+                    size = size_of(file, self.max_pixels, self.pixels)
+                yield {"image": size}
             except RowError as error:
                 yield RowError(f"{escaped(name)}: {error}")
 
     def changed(self, fragment: Fragment) -> bool:
-        _listing.cache_clear()
-        _run.cache_clear()
-        folder = locate(self.path)
+        if self._files.local is not None:  # a store is listed once, and what is read is held against that
+            _listing.cache_clear()
+            _run.cache_clear()
         try:
-            names = _run(str(folder), self.follow_links, fragment.name)
+            names = _run(self._files, self.follow_links, fragment.name)
         except PicturesCameOrWent:
             return True
-        return changed(folder, self._files(names), fragment.fingerprint)
+        return self._files.changed(self._with_captions(names), fragment.fingerprint)
 
     def ids(self, fragment: Fragment) -> Iterator[str]:
-        return map(escaped, _run(str(locate(self.path)), self.follow_links, fragment.name))
+        return map(escaped, _run(self._files, self.follow_links, fragment.name))
 
     def notices(self) -> list[str]:
         lines = []
@@ -147,30 +153,35 @@ class Images(Source):
             )
         return lines
 
-    def _files(self, names: Sequence[str]) -> list[str]:
+    @cached_property
+    def _files(self) -> Files:
+        return files.at(self.path)
+
+    def _with_captions(self, names: Sequence[str]) -> list[str]:
         """The pictures, each with its caption, or where one would be."""
         return [file for name in names for file in (name, self._caption(name) or _text(name))]
 
     def _caption(self, name: str) -> str | None:
         """The file with a picture's prompt, if there is one."""
         folder, _, file = name.rpartition("/")
-        found = _listing(str(locate(self.path) / folder), self.follow_links).captions.get(file)
+        found = _listing(self._files, folder, self.follow_links).captions.get(file)
         return found and os.path.join(folder, found)
 
     def reads_from(self, folder: str) -> bool:
-        return Path(folder).resolve().is_relative_to(locate(self.path).resolve())
+        at = self._files.local
+        return at is not None and Path(folder).resolve().is_relative_to(at.resolve())
 
     def texts(self, fragment: Fragment) -> Iterator[tuple[str | None, str | None]]:
-        folder = locate(self.path)
-        for name in _run(str(folder), self.follow_links, fragment.name):
-            caption = self._caption(name)
+        captions = [self._caption(name) for name in _run(self._files, self.follow_links, fragment.name)]
+        self._files.ahead(caption for caption in captions if caption)
+        for caption in captions:
             try:
-                yield (self._prompt(folder, caption) if caption else None), None
+                yield (self._prompt(caption) if caption else None), None
             except RowError:
                 yield None, None
 
-    def _prompt(self, folder: Path, name: str) -> str:
-        with open_file(folder, name, self.follow_links) as file:
+    def _prompt(self, name: str) -> str:
+        with self._files.open(name, self.follow_links) as file:
             content = file.read()
         encoding = next((encoding for mark, encoding in MARKS.items() if content.startswith(mark)), "utf-8")
         try:
@@ -193,12 +204,12 @@ def _run_name(names: Sequence[str]) -> str:
 
 
 @lru_cache(maxsize=4)
-def _run(folder: str, follow_links: bool, fragment: str) -> Sequence[str]:
+def _run(files: Files, follow_links: bool, fragment: str) -> Sequence[str]:
     first, _, count = fragment.rpartition("@")[0].rpartition("+")
     *folders, name = first.split("/")
-    names = list(islice(_walk(folder, follow_links, [*(f"{part}/" for part in folders), name]), int(count)))
+    names = list(islice(_walk(files, follow_links, [*(f"{part}/" for part in folders), name]), int(count)))
     if not names or _run_name(names) != fragment:
-        raise PicturesCameOrWent(f"pictures came or went in {folder} since the job began, at {escaped(first)}")
+        raise PicturesCameOrWent(f"pictures came or went in {files.path} since the job began, at {escaped(first)}")
     return names
 
 
@@ -211,24 +222,23 @@ class _Seen:
 
 
 def _walk(
-    folder: str,
+    files: Files,
     follow_links: bool,
     first: Sequence[str] = (),
-    above: Sequence[tuple[int, int]] = (),
+    above: Sequence[Hashable] = (),
     seen: _Seen | None = None,
     below: str = "",
 ) -> Iterator[str]:
-    """Pictures below a folder, as relative paths in the order of their parts; from ``first`` on if that is given.
+    """Pictures below the root, in the order of their parts; from ``first`` on if that is given. ``below``, with a slash behind, is the folder to begin with.
 
     ``above`` are the folders that it lies in: a link that leads back to one of them is not followed.
     """
     if len(above) > DEPTH:
-        raise ValueError(f"{escaped(folder[:200])}...: folders in folders, more than {DEPTH} deep")
-    status = os.stat(folder)
-    here = status.st_dev, status.st_ino
+        raise ValueError(f"{escaped(f'{files.path}/{below}'[:200])}...: folders in folders, more than {DEPTH} deep")
+    here = files.identity(below[:-1])
     if here in above:
         return
-    listing = _listing(folder, follow_links)
+    listing = _listing(files, below[:-1], follow_links)
     if seen is not None:
         seen.links += [escaped(below + name) for name in listing.links]
         seen.tables += [escaped(below + name) for name in listing.tables]
@@ -236,11 +246,9 @@ def _walk(
     for name in islice(listing.names, at, None):
         if name.endswith("/"):
             rest = first[1:] if first and name == first[0] else ()
-            inside = folder + "/" + name[:-1]
-            for deeper in _walk(inside, follow_links, rest, [*above, here], seen, below + name):
-                yield name + deeper
+            yield from _walk(files, follow_links, rest, [*above, here], seen, below + name)
         else:
-            yield name
+            yield below + name
 
 
 @dataclass(frozen=True)
@@ -258,26 +266,22 @@ class _Listing:
 
 
 @lru_cache(maxsize=8)
-def _listing(folder: str, follow_links: bool) -> _Listing:
+def _listing(files: Files, folder: str, follow_links: bool) -> _Listing:
     names, links, tables = [], [], []
     texts: dict[str, str] = {}
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            name = entry.name
-            stem, suffix = os.path.splitext(name)
-            if name.startswith("."):
-                continue
-            link = entry.is_symlink() and os.path.isdir(entry.path)
-            if entry.is_dir(follow_symlinks=False) or (link and follow_links):
-                names.append(name + "/")
-            elif suffix.lower() in SUFFIXES:
-                names.append(name)
-            elif suffix.lower() in CAPTIONS:
-                texts[stem] = min(texts.get(stem, name), name, key=_rank)
-            elif name.lower() in TABLES:
-                tables.append(name)
-            elif link:
-                links.append(name)
+    for entry in files.entries(folder, follow_links):
+        name = entry.name
+        stem, suffix = os.path.splitext(name)
+        if entry.is_folder:
+            names.append(name + "/")
+        elif suffix.lower() in SUFFIXES:
+            names.append(name)
+        elif suffix.lower() in CAPTIONS:
+            texts[stem] = min(texts.get(stem, name), name, key=_rank)
+        elif name.lower() in TABLES:
+            tables.append(name)
+        elif entry.is_link:
+            links.append(name)
     names.sort()
     return _Listing(names, _captions(names, texts), sorted(links), sorted(tables))
 
@@ -315,10 +319,3 @@ def _text_of(name: str) -> str:
 
 def _text(name: str) -> str:
     return os.path.splitext(name)[0] + ".txt"
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from latentmill.columns import plain_type, unified
+from latentmill.sources.files import SourceFile
 
 AT_ONCE = 10_000
 """Rows whose values are looked at together."""
@@ -21,7 +21,7 @@ BOOL = re.compile("true|false", re.IGNORECASE)
 
 
 def guess_types(
-    path: Path,
+    path: SourceFile,
     names: Sequence[str],
     rows: Iterable[Mapping[str, Any]],
     said: Callable[[Sequence[Any]], pa.DataType | None],

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
 
-from latentmill import registry, storage
+from latentmill import registry
 from latentmill.batch import CONDITIONING, ENCODER_KEY, SPEC_KEY, STATE_PREFIX, spec_from_json
 from latentmill.columns import reserved, unified
 from latentmill.dataset import Dataset, load
@@ -19,7 +18,8 @@ from latentmill.errors import PluginError
 from latentmill.fields import BATCH_SCHEMA, HALFWAY, MAX_SIDE, OWN_FIELDS
 from latentmill.plugin import Fragment, LatentSpec, RowError, Source, tensors
 from latentmill.shards import FOLDER, ShardFile, data_name, side_files
-from latentmill.sources import as_id, changed, find, fingerprint, is_small, is_text, locate, plain, root, suffix
+from latentmill.sources import as_id, files, is_text, plain, suffix
+from latentmill.sources.files import Files
 from latentmill.sources.kept import rows_kept
 from latentmill.text import first_line
 
@@ -70,7 +70,7 @@ class Latents(Source):
         names = self._names_read()
         first = self._with_rows(names)
         spec = self._spec(first)
-        contents = is_small(self._root, [file for name in names for file in self._files(name)])
+        contents = self._data.known_by_contents([file for name in names for file in self._files(name)])
         self.fingerprinted = ("path",) if contents else ()
         found = []
         for name in names:
@@ -79,7 +79,7 @@ class Latents(Source):
                 raise ValueError(f"{self.path}: {first} and {name} hold latents of different spaces")
             self._require_conditioning(name, first, count)
             self._require_ids(name, schema)
-            found.append(Fragment(name, count, fingerprint(self._root, self._files(name), contents)))
+            found.append(Fragment(name, count, self._data.fingerprint(self._files(name), contents)))
         if not any(fragment.rows for fragment in found):
             raise ValueError(f"{self.path} has no rows")
         return found
@@ -151,7 +151,7 @@ class Latents(Source):
                 yield row.get("prompt"), row.get("negative_prompt")
 
     def changed(self, fragment: Fragment) -> bool:
-        return changed(self._root, self._files(fragment.name), fragment.fingerprint)
+        return self._data.changed(self._files(fragment.name), fragment.fingerprint)
 
     def ids(self, fragment: Fragment) -> Iterator[str | None]:
         assert self.id_column is not None
@@ -177,7 +177,7 @@ class Latents(Source):
 
     def _names(self) -> list[str]:
         if self._dataset is None:
-            found = find(self._data, [*self._sinks])
+            found = self._data.find([*self._sinks])
         else:
             sink = self._dataset.sink
             found = [data_name(shard, sink).removeprefix("data/") for shard in sorted(self._dataset.done())]
@@ -193,24 +193,26 @@ class Latents(Source):
         """The same. What they say of themselves is known then, read of many at a time."""
         names = self._names()
         unread = [name for name in names if name not in self._about]
-        for name, about in zip(unread, storage.at(str(self._root)).each(self._read_about, unread)):
+        for name, about in zip(unread, self._data.storage().each(self._read_about, unread)):
             self._keep(name, *about)
         return names
 
     @cached_property
     def _dataset(self) -> Dataset | None:
         """The dataset, where ``path`` is the folder of one, with its plan."""
-        folder = locate(self.path)
-        return load(storage.at(str(folder))) if (folder / "plan.json").is_file() else None
+        if not self._there.is_folder():
+            return None
+        store = self._there.storage()
+        return load(store) if store.exists("plan.json") else None
 
     @cached_property
-    def _data(self) -> str:
-        inside = locate(self.path) / "data"
-        return str(inside) if inside.is_dir() else self.path
+    def _there(self) -> Files:
+        return files.at(self.path)
 
     @cached_property
-    def _root(self) -> Path:
-        return root(self._data)
+    def _data(self) -> Files:
+        """The files of rows: those in ``data/``, where there is such a folder."""
+        return self._there.child("data") or self._there
 
     @cached_property
     def _sinks(self) -> dict[str, str]:
@@ -224,7 +226,7 @@ class Latents(Source):
     def _file(self, name: str) -> ShardFile:
         if self._dataset is not None:
             return ShardFile(self._dataset.store, self._dataset.sink, f"data/{name}")
-        return ShardFile(storage.at(str(self._root)), registry.build("sink", {"name": self._sinks[suffix(name)]}), name)
+        return ShardFile(self._data.storage(), registry.build("sink", {"name": self._sinks[suffix(name)]}), name)
 
     def _files(self, name: str) -> list[str]:
         """A shard's file, and those beside it, relative to ``data/``."""
@@ -256,11 +258,11 @@ class Latents(Source):
             return
         if self.id_column not in schema.names:
             there = ", ".join(schema.names)[:200]
-            raise ValueError(f"{self._root / name} has no column {self.id_column} (id_column), only {there}")
+            raise ValueError(f"{self._data.file(name)} has no column {self.id_column} (id_column), only {there}")
         type = schema.field(self.id_column).type
         if not is_text(type) and not pa.types.is_integer(type):
             raise ValueError(
-                f"{self._root / name}: column {self.id_column} is {type}, and ids are text or whole numbers"
+                f"{self._data.file(name)}: column {self.id_column} is {type}, and ids are text or whole numbers"
             )
 
     def _require_conditioning(self, name: str, first: str, count: int) -> None:

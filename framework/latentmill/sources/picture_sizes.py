@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image
 
 from latentmill.plugin import RowError
-from latentmill.sources import open_file
 from latentmill.sources.pictures import FORMATS, MAX_PIXELS, orientation_of, pillow
-
-
-def read_size(
-    folder: Path, name: str, max_pixels: int = MAX_PIXELS, follow_links: bool = False, way: str = "ours"
-) -> tuple[int, int]:
-    """Width and height of the picture that ``read_picture`` would give. Raises RowError if it can't be opened."""
-    with open_file(folder, name, follow_links) as file:
-        return size_of(file, max_pixels, way)
 
 
 def size_of(file: BinaryIO | bytes, max_pixels: int = MAX_PIXELS, way: str = "ours") -> tuple[int, int]:

@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -29,21 +28,12 @@ from PIL.TiffImagePlugin import (
 
 from latentmill.pixels import Pixels
 from latentmill.plugin import RowError
-from latentmill.sources import open_file
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 """What is decoded, going by the contents. All else that Pillow can read stays shut: every format is a way to attack."""
 
 MAX_PIXELS = 89_478_485
 """What a picture may have unless a job says otherwise: a quarter of a gibibyte in RGB, as Pillow warns from on."""
-
-
-def read_picture(
-    folder: Path, name: str, max_pixels: int = MAX_PIXELS, follow_links: bool = False, way: str = "ours"
-) -> Pixels:
-    """Decode the file ``name`` inside ``folder``. Raises RowError if it can't be, or would lie outside."""
-    with open_file(folder, name, follow_links) as file:
-        return decode(file, max_pixels, way)
 
 
 def decode(file: BinaryIO | bytes, max_pixels: int = MAX_PIXELS, way: str = "ours") -> Pixels:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import posixpath
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import pyarrow as pa
 
@@ -15,16 +18,23 @@ from latentmill.columns import unified
 from latentmill.fields import PICTURES
 from latentmill.pixels import Pixels
 from latentmill.plugin import Fragment, RowError, Source
-from latentmill.sources import changed, find, fingerprint, is_small, locate, root, suffix
-from latentmill.sources.picture_sizes import read_size, size_of
-from latentmill.sources.pictures import MAX_PIXELS, decode, read_picture
+from latentmill.sources import files, suffix
+from latentmill.sources.files import Files
+from latentmill.sources.picture_sizes import size_of
+from latentmill.sources.pictures import MAX_PIXELS, decode
 from latentmill.sources.readers import READERS
 from latentmill.sources.readers.reader import FileReader
 from latentmill.sources.readers.settings import COLUMNS, ReaderSettings
 from latentmill.text import escaped
 
 Opened = TypeVar("Opened", Pixels, tuple[int, int])
+Told = TypeVar("Told")
+Row: TypeAlias = "dict[str, Any] | RowError"
 
+ROWS_AHEAD = 64
+"""Rows, at most, of which the pictures are fetched together."""
+HELD_AHEAD = 16 << 20
+"""Bytes of pictures that rows bring themselves, at most, while others are waited for."""
 TWINS = 100_000
 """Rows that are looked at, before a job starts, for two that will be the same picture."""
 
@@ -58,37 +68,38 @@ class Prompts(Source):
             raise ValueError(f"max_pixels must be 1 or more, not {max_pixels}")
         self.path, self.max_pixels, self.follow_links, self.id_column = path, max_pixels, follow_links, id_column
         self._given, self._encoding = _checked({} if columns is None else columns), _known(encoding)
-        self._files: dict[str, FileReader] = {}
+        self._readers: dict[str, FileReader] = {}
         self._notices: dict[str, list[str]] = {}  # each line, and the files that it is of
 
     def columns(self) -> list[str]:
         """Of all files; of JSON, all keys that there are."""
-        found = (self._file(name).columns() for name in find(self.path, READERS))
+        found = self._asked(self._files.find(READERS), lambda name, file: file.columns())
         return list(dict.fromkeys(name for names in found for name in self._settings.unused(names)))
 
     def column_types(self, names: Sequence[str]) -> pa.Schema:
         """Those that a Parquet file says; of text, those that all values have: whole numbers, numbers, bools, or text."""
         self.kept = pa.schema([(name, pa.null()) for name in names])
-        files = find(self.path, READERS)
-        return unified((file, name, type) for file in files for name, type in self._file(file).types(names))
+        found = self._files.find(READERS)
+        types = self._asked(found, lambda name, file: [(name, *each) for each in file.types(names)])
+        return unified(each for of_file in types for each in of_file)
 
     def fragments(self) -> list[Fragment]:
         """Raises ValueError if nothing is there, a file can't be read as what it is called, or a column is missing."""
-        names = find(self.path, READERS)
-        contents = is_small(self._root, names)
-        found, pictures = [], False
+        names = self._files.find(READERS)
+        contents = self._files.known_by_contents(names)
+        found, pictures, with_seeds = [], False, []
         self._notices.clear()
-        for name in names:
-            file = self._file(name)
-            found.append(Fragment(name, file.count(), fingerprint(self._root, [name], contents)))
-            pictures = pictures or file.pictures
-            for line in file.notices():
+        for name, about in zip(names, self._asked(names, _About.of)):
+            found.append(Fragment(name, about.rows, self._files.fingerprint([name], contents)))
+            pictures = pictures or about.pictures
+            with_seeds += [found[-1]] if about.says_seeds else []
+            for line in about.notices:
                 self._notices.setdefault(line, []).append(name)
         # Elsewhere other pictures may lie beside the file, of which no fingerprint knows.
         self.fingerprinted = ("path",) if contents and not pictures else ()
         if not any(fragment.rows for fragment in found):
             raise ValueError(f"{self.path} has no rows")
-        if twins := self._twins(found):
+        if twins := self._twins(with_seeds):
             self._notices[twins] = []
         return found
 
@@ -100,36 +111,38 @@ class Prompts(Source):
         return [f"source prompts: {which(names)}{line}" for line, names in self._notices.items()]
 
     def read(self, fragment: str, start: int, stop: int) -> Iterator[Mapping[str, Any] | RowError]:
-        file = self._file(fragment)
-        for row in file.read(start, stop):
+        folder = posixpath.dirname(fragment)
+        for row in self._ahead(self._file(fragment).read(start, stop), folder):
             if isinstance(row, RowError):
                 yield row
                 continue
             try:
-                yield self._row(row, (self._root / fragment).parent)
+                yield self._row(row, folder)
             except RowError as error:
                 yield error
 
     def sizes(self, fragment: str, start: int, stop: int) -> Iterator[Mapping[str, Any] | RowError]:
-        for row in self._file(fragment).read(start, stop):
+        folder = posixpath.dirname(fragment)
+        for row in self._ahead(self._file(fragment).read(start, stop), folder, heads=True):
             if isinstance(row, RowError) or row.get("image") is None:
                 yield row
                 continue
             try:
-                size = self._picture("image", row["image"], (self._root / fragment).parent, read_size, size_of)
+                size = self._picture("image", row["image"], folder, size_of)
             except RowError as error:
                 yield error
             else:
                 yield {**row, "image": size}
 
     def changed(self, fragment: Fragment) -> bool:
-        return changed(self._root, [fragment.name], fragment.fingerprint)
+        return self._files.changed([fragment.name], fragment.fingerprint)
 
     def ids(self, fragment: Fragment) -> Iterator[str | None]:
         return self._file(fragment.name).ids()
 
     def reads_from(self, folder: str) -> bool:
-        return locate(self.path).is_dir() and Path(folder).resolve() == locate(self.path).resolve()
+        at = self._files.local
+        return at is not None and at.is_dir() and Path(folder).resolve() == at.resolve()
 
     def texts(self, fragment: Fragment) -> Iterator[tuple[str | None, str | None]]:
         file = self._file(fragment.name)
@@ -139,8 +152,8 @@ class Prompts(Source):
             yield prompt, negative
 
     @cached_property
-    def _root(self) -> Path:
-        return root(self.path)
+    def _files(self) -> Files:
+        return files.at(self.path)
 
     @cached_property
     def _settings(self) -> ReaderSettings:
@@ -150,14 +163,51 @@ class Prompts(Source):
         return ReaderSettings(self._given, self.id_column, self._encoding, known, self)
 
     def _file(self, name: str) -> FileReader:
-        if name not in self._files:
-            for file in self._files.values():
+        if name not in self._readers:
+            for file in self._readers.values():
                 file.close()
-            self._files.clear()  # one file's marks, or its footer and a row group, are enough to keep
-            self._files[name] = READERS[suffix(name)](self._root / name, self._settings)
-        return self._files[name]
+            self._readers.clear()  # one file's marks, or its footer and a row group, are enough to keep
+            self._readers[name] = self._opened(name)
+        return self._readers[name]
 
-    def _row(self, row: dict[str, Any], folder: Path) -> Mapping[str, Any]:
+    def _opened(self, name: str) -> FileReader:
+        return READERS[suffix(name)](self._files.file(name), self._settings)
+
+    def _asked(self, names: Sequence[str], ask: Callable[[str, FileReader], Told]) -> Iterator[Told]:
+        """What is asked of each file, in their order. Of a store's, many are open at a time, and none of them stays so."""
+        if self._files.local is not None or len(names) == 1:
+            yield from (ask(name, self._file(name)) for name in names)
+            return
+
+        def asked(name: str) -> Told:
+            with closing(self._opened(name)) as file:
+                return ask(name, file)
+
+        yield from self._files.each(asked, names)
+
+    def _ahead(self, rows: Iterator[Row], folder: str, heads: bool = False) -> Iterator[Row]:
+        """The rows. The pictures that they name in a store are on their way before they come."""
+        if self._files.local is not None:
+            yield from rows
+            return
+        some: list[Row] = []
+        paths: list[str] = []
+        held = 0
+        for row in rows:
+            for value in () if isinstance(row, RowError) else map(_where, map(row.get, PICTURES)):
+                if isinstance(value, str):
+                    paths.append(value)
+                held += len(value) if isinstance(value, bytes) else 0
+            some.append(row)
+            if len(some) == ROWS_AHEAD or held > HELD_AHEAD:
+                self._files.ahead(paths, folder, heads)
+                yield from some
+                some, paths, held = [], [], 0
+        if some:
+            self._files.ahead(paths, folder, heads)
+            yield from some
+
+    def _row(self, row: dict[str, Any], folder: str) -> Mapping[str, Any]:
         """A reader's row with its pictures read. Raises RowError."""
         if "prompt" in row and row["prompt"] is None:
             raise RowError("prompt is null")
@@ -165,27 +215,25 @@ class Prompts(Source):
             raise RowError("the row has neither prompt nor image")
         for name in PICTURES:
             if row.get(name) is not None:
-                row[name] = self._picture(name, row[name], folder, read_picture, decode)
+                row[name] = self._picture(name, row[name], folder, decode)
         return row
 
-    def _picture(
-        self, name: str, value: Any, folder: Path, named: Callable[..., Opened], held: Callable[..., Opened]
-    ) -> Opened:
-        """What ``named`` makes of a file and ``held`` of bytes, whichever the row has. Raises RowError."""
-        if isinstance(value, Mapping):  # as Hugging Face datasets stores pictures
-            value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    def _picture(self, name: str, value: Any, folder: str, opened: Callable[..., Opened]) -> Opened:
+        """What ``opened`` makes of a file or of bytes, whichever the row has. Raises RowError."""
+        value = _where(value)
         if isinstance(value, str) and value.lower().startswith(("http://", "https://")):
             raise RowError(
                 f"{name} {value!r:.200} is on the web: img2dataset fetches pictures, and its .tar files are read here"
             )
         if isinstance(value, str):
             try:
-                return named(folder, value, self.max_pixels, self.follow_links, self.pixels)
+                with self._files.open(value, self.follow_links, folder) as file:
+                    return opened(file, self.max_pixels, self.pixels)
             except RowError as error:
                 raise RowError(f"{name} {value!r}: {error}") from error
         if isinstance(value, bytes):
             try:
-                return held(value, self.max_pixels, self.pixels)
+                return opened(value, self.max_pixels, self.pixels)
             except RowError as error:
                 raise RowError(f"{name}: {error}") from error
         raise RowError(f"{name} must be a path, not {value!r:.80}")
@@ -213,6 +261,28 @@ class Prompts(Source):
             return None
         among = f"the first {looked:,} rows" if looked == TWINS else f"{looked:,} rows"
         return f"{twins:,} of {among} have prompt, seed and all else of a row before them, and will be the same picture"
+
+
+@dataclass(frozen=True)
+class _About:
+    """What a plan must know of a file."""
+
+    rows: int
+    pictures: bool
+    says_seeds: bool
+    notices: Sequence[str]
+
+    @classmethod
+    def of(cls, name: str, file: FileReader) -> _About:
+        rows = file.count()  # all else is known then
+        return cls(rows, file.pictures, file.says_seeds, list(file.notices()))
+
+
+def _where(value: Any) -> Any:
+    """A picture's path or its bytes, where that is what a row has."""
+    if isinstance(value, Mapping):  # as Hugging Face datasets stores pictures
+        return value.get("path") if value.get("bytes") is None else value["bytes"]
+    return value
 
 
 def _checked(columns: Mapping[str, str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 
 from latentmill.plugin import RowError
+from latentmill.sources.files import SourceFile
 from latentmill.text import first_line
 
 HEAD = 1 << 20
@@ -50,7 +51,7 @@ class TextFile:
     Goes by the contents, never by the name. An encoding that was not given and is no kind of Unicode is ``guessed``.
     """
 
-    def __init__(self, path: Path, encoding: str | None = None) -> None:
+    def __init__(self, path: SourceFile, encoding: str | None = None) -> None:
         """Raises ValueError, saying what the file is, if it is no text or its encoding can't be told."""
         self.path = path
         with path.open("rb") as file:
@@ -100,8 +101,10 @@ class TextFile:
         return "utf-8"
 
     def _unpacked(self) -> Any:
-        file = pa.OSFile(str(self.path)) if self.compression else self.path.open("rb")
-        return pa.CompressedInputStream(file, self.compression) if self.compression else file
+        if self.compression is None:
+            return self.path.open("rb")
+        packed = pa.OSFile(str(self.path)) if isinstance(self.path, Path) else pa.PythonFile(self.path.open("rb"))
+        return pa.CompressedInputStream(packed, self.compression)
 
     def _pull(self, file: Any) -> bytes:
         try:

@@ -13,11 +13,11 @@ import re
 from pathlib import Path
 
 from latentmill.errors import AddressError
-from latentmill.storage.bucket import CREDENTIALS, Bucket
+from latentmill.storage.bucket import CREDENTIALS, Bucket, Stored
 from latentmill.storage.folder import LocalFolder
 from latentmill.storage.store import Storage
 
-__all__ = ["Bucket", "LocalFolder", "Storage", "at", "place"]
+__all__ = ["CREDENTIALS", "Bucket", "LocalFolder", "Storage", "Stored", "at", "place"]
 
 
 def place(output: str) -> str:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, cast
+from typing import Any, BinaryIO, ClassVar, NamedTuple, cast
 
 from latentmill import failpoints
 from latentmill.errors import StorageError
@@ -32,12 +32,21 @@ AHEAD = 1 << 20
 """Bytes that any other brings: whoever wants more than that wants all, or much."""
 
 
+class Stored(NamedTuple):
+    """What a store says of a file."""
+
+    size: int
+    tag: str
+    """Another once the name is another file's."""
+
+
 class Bucket(Storage):
     """A prefix of an object store, through obstore: S3 and what speaks its protocol, Google Cloud Storage, Azure."""
 
     in_flight: ClassVar[int] = 256
 
-    def __init__(self, url: str, single_writer: bool = False) -> None:
+    def __init__(self, url: str, single_writer: bool = False, timeout: str = "600s") -> None:
+        """``timeout`` is that of one request; one that reads is made again."""
         super().__init__(url, single_writer)
         try:
             from obstore import exceptions
@@ -45,7 +54,7 @@ class Bucket(Storage):
         except ImportError as error:
             raise StorageError(f"{url}: an object store needs obstore: pip install 'latentmill[s3]'") from error
         self._errors = exceptions
-        options: dict[str, Any] = {"client_options": {"timeout": "600s", "allow_http": True}}
+        options: dict[str, Any] = {"client_options": {"timeout": timeout, "allow_http": True}}
         if url.startswith("s3"):
             options["config"] = {"checksum_algorithm": "sha256"}  # the store compares what it got with what was sent
         try:
@@ -134,6 +143,46 @@ class Bucket(Storage):
                     name = str(entry["path"]).removeprefix(f"{folder}/")
                     if "/" not in name:
                         yield name, entry
+
+    # ---------------------------------------------------------------------------------- what others put here: sources
+
+    def about(self, name: str) -> Stored | None:
+        """What is said of a file; None if it is not there."""
+        import obstore
+
+        with self._said(name):
+            try:
+                return _stored(obstore.head(self.store, name))
+            except FileNotFoundError:
+                return None
+
+    def walk(self, folder: str, deep: bool) -> Iterator[tuple[str, Stored | None]]:
+        """Names below a folder, with all of their path: of all files, or of what is right in it, where folders have None."""
+        import obstore
+
+        with self._said(folder):
+            if deep:
+                for page in obstore.list(self.store, folder or None, chunk_size=1000):
+                    for entry in page:
+                        yield str(entry["path"]), _stored(entry)
+                return
+            found = obstore.list_with_delimiter(self.store, folder or None)
+            yield from ((str(entry["path"]), _stored(entry)) for entry in found["objects"])
+            yield from ((str(path).rstrip("/"), None) for path in found["common_prefixes"])
+
+    def part(self, name: str, start: int = 0, stop: int | None = None) -> tuple[bytes, Stored]:
+        """Bytes of a file, from ``start`` to before ``stop``, or all; and what file it was. Raises FileNotFoundError, and ValueError for
+        what is no name.
+        """
+        import obstore
+
+        wanted: Any = {} if stop is None else {"range": (start, stop)}
+        with self._said(name):
+            try:
+                found = obstore.get(self.store, name, options=wanted)
+            except self._errors.InvalidPathError as error:
+                raise ValueError(_one_line(error)) from error
+            return bytes(found.bytes()), _stored(found.meta)
 
     def delete(self, name: str) -> None:
         import obstore
@@ -259,6 +308,12 @@ class _Peeked(io.RawIOBase):
 
     def tell(self) -> int:
         return self.at
+
+
+def _stored(entry: Any) -> Stored:
+    """The ETag, bare, as listings and answers write it in different ways; or else the second of the last change."""
+    tag = (entry["e_tag"] or "").removeprefix("W/").strip('"')
+    return Stored(int(entry["size"]), tag or f"@{entry['last_modified']:%Y-%m-%dT%H:%M:%S}")
 
 
 def _one_line(error: BaseException) -> str:

@@ -27,8 +27,8 @@ SESSION = "ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
 """The longest path of a socket that Ray makes below its temporary folder."""
 ASK = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 """A call that each Ray cluster answers."""
-STORE_VARIABLES = ("AWS_", "GOOGLE_", "GCS_", "AZURE_")
-"""How the names of environment variables begin that an object store's address and keys stand in."""
+STORE_VARIABLES = ("AWS_", "GOOGLE_", "GCS_", "AZURE_", "HF_TOKEN", "HF_ENDPOINT")
+"""How the names of environment variables begin that a store's address and keys stand in."""
 
 
 def connect(address: str | None) -> bool:

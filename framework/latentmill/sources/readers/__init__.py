@@ -7,8 +7,8 @@ is read line by line or row by row, it is a ``TextReader``; else it is a ``FileR
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
+from latentmill.sources.files import SourceFile
 from latentmill.sources.readers.csv import CSVReader, TSVReader
 from latentmill.sources.readers.json import json_reader
 from latentmill.sources.readers.lines import LinesReader
@@ -17,7 +17,7 @@ from latentmill.sources.readers.reader import FileReader
 from latentmill.sources.readers.settings import ReaderSettings
 from latentmill.sources.readers.tar import TarReader
 
-_TEXT: Mapping[str, Callable[[Path, ReaderSettings], FileReader]] = {
+_TEXT: Mapping[str, Callable[[SourceFile, ReaderSettings], FileReader]] = {
     ".txt": LinesReader,
     ".csv": CSVReader,
     ".tsv": TSVReader,
@@ -26,7 +26,7 @@ _TEXT: Mapping[str, Callable[[Path, ReaderSettings], FileReader]] = {
     ".ndjson": json_reader,
 }
 
-READERS: Mapping[str, Callable[[Path, ReaderSettings], FileReader]] = {
+READERS: Mapping[str, Callable[[SourceFile, ReaderSettings], FileReader]] = {
     **{suffix + packed: reader for packed in ("", ".gz", ".zst") for suffix, reader in _TEXT.items()},
     ".parquet": ParquetReader,
     ".tar": TarReader,

@@ -6,12 +6,12 @@ import csv
 import io
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from latentmill.fields import parse_text
 from latentmill.plugin import RowError
 from latentmill.sources import as_id
+from latentmill.sources.files import SourceFile
 from latentmill.sources.kept import type_of_texts
 from latentmill.sources.readers.names import listed
 from latentmill.sources.readers.text_reader import LONGEST, TextReader
@@ -172,7 +172,7 @@ def _split(lines: Iterable[str], separator: str) -> list[str]:
     return next(csv.reader(lines, delimiter=separator, strict=True))
 
 
-def _name(path: Path, name: str) -> str:
+def _name(path: SourceFile, name: str) -> str:
     """The name of a column. Raises ValueError if it is not UTF-8."""
     try:
         name.encode()

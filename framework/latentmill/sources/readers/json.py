@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from latentmill.plugin import RowError
 from latentmill.sources import as_id, suffix
+from latentmill.sources.files import SourceFile
 from latentmill.sources.readers.names import listed
 from latentmill.sources.readers.settings import ReaderSettings
 from latentmill.sources.readers.text_reader import LONGEST, TextReader, is_json
@@ -95,7 +95,7 @@ class JSONLinesReader(TextReader):
 class JSONReader(JSONLinesReader):
     """JSON, objects in an array or one after the other, over as many lines as they like. A text in the array is a prompt."""
 
-    def __init__(self, path: Path, settings: ReaderSettings) -> None:
+    def __init__(self, path: SourceFile, settings: ReaderSettings) -> None:
         super().__init__(path, settings)
         self.marked = False
 
@@ -114,7 +114,7 @@ class JSONReader(JSONLinesReader):
         return {column: item} if isinstance(item, str) and column is not None else item
 
 
-def json_reader(path: Path, settings: ReaderSettings) -> JSONLinesReader:
+def json_reader(path: SourceFile, settings: ReaderSettings) -> JSONLinesReader:
     """The reader of a file of JSON. Its first line says which: an object a line, or any other way."""
     file = TextFile(path, settings.encoding)
     with file.open() as opened:
@@ -126,7 +126,7 @@ def json_reader(path: Path, settings: ReaderSettings) -> JSONLinesReader:
     return JSONLinesReader(path, settings)
 
 
-def _elements(path: Path, lines: Lines) -> Iterator[Any]:
+def _elements(path: SourceFile, lines: Lines) -> Iterator[Any]:
     """The elements of an array, or values one after the other. Raises ValueError, with the line, for text that is neither."""
     decoder = json.JSONDecoder()
     text, at, number, size = "", 0, 1, READ_BYTES

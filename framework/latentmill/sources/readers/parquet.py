@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import repeat
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from latentmill.fields import PICTURES, python_type
 from latentmill.plugin import RowError, RowField
-from latentmill.sources import ParquetRows, as_id, is_text, plain
+from latentmill.sources import as_id, is_text, plain
+from latentmill.sources.files import SourceFile
 from latentmill.sources.kept import rows_kept
+from latentmill.sources.readers.parquet_rows import ParquetRows
 from latentmill.sources.readers.reader import FileReader
 from latentmill.sources.readers.settings import ReaderSettings
 from latentmill.sources.text import strict
@@ -21,7 +22,7 @@ from latentmill.sources.text import strict
 class ParquetReader(FileReader):
     """A Parquet file. Damage costs the rows of its row group."""
 
-    def __init__(self, path: Path, settings: ReaderSettings) -> None:
+    def __init__(self, path: SourceFile, settings: ReaderSettings) -> None:
         self.file, self.settings = ParquetRows(path), settings
         names = self.file.schema.names
         self.pictures = not settings.pictures.isdisjoint(names)
@@ -92,7 +93,7 @@ class ParquetReader(FileReader):
         yield from self.settings.notices(self.file.schema.names)
 
     def close(self) -> None:
-        self.file.file.close()
+        self.file.file.close(force=True)
 
 
 def _is_binary(type: pa.DataType) -> bool:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from latentmill.fields import FROM_SOURCE, PICTURES
 from latentmill.plugin import RowField, Source
+from latentmill.sources.files import SourceFile
 from latentmill.sources.readers.names import alike, listed, renaming
 
 COLUMNS: Mapping[str, RowField | None] = {
@@ -46,7 +46,7 @@ class ReaderSettings:
         """The files' names of our columns of pictures."""
         return {column for name, column in self.column_of.items() if name in PICTURES}
 
-    def require(self, path: Path, names: Sequence[str], rows: str = "") -> None:
+    def require(self, path: SourceFile, names: Sequence[str], rows: str = "") -> None:
         """Raise ValueError if a table with columns of these names can't be used. ``rows`` says which rows have been seen."""
         where = f"{path} has no column"
         there = f"{rows}, only {listed(names)}" if any(names) else f"{rows}, none"

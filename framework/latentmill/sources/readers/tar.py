@@ -6,19 +6,21 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 
 from latentmill.plugin import RowError
 from latentmill.sources import as_id
+from latentmill.sources.files import SourceFile, StoredFile
 from latentmill.sources.kept import guess_types, type_of_values
 from latentmill.sources.readers.json import PEEK
 from latentmill.sources.readers.names import listed
 from latentmill.sources.readers.reader import FileReader
 from latentmill.sources.readers.settings import ReaderSettings
+from latentmill.sources.readers.tar_index import remembered
 from latentmill.sources.text import strict
 from latentmill.text import first_line
 
@@ -45,14 +47,26 @@ class TarReader(FileReader):
 
     pictures = says_seeds = False
 
-    def __init__(self, path: Path, settings: ReaderSettings) -> None:
+    def __init__(self, path: SourceFile, settings: ReaderSettings) -> None:
         self.path, self.settings = path, settings
-        self.samples = list(_samples(path))
-        self.file: BinaryIO = path.open("rb")
-        seen = [row for row in islice(map(self._seen, range(len(self.samples))), PEEK) if row is not None]
-        self.names = list(dict.fromkeys(name for row in seen for name in row))
-        if seen:
+        if isinstance(path, StoredFile):
+            of_prompt = str(settings.column_of.get("prompt") == "prompt")
+            found, self.names = remembered(path, of_prompt, self._look)
+            self.samples = [(key, [Member(*member) for member in members]) for key, members in found]
+        else:
+            self.samples, self.names = self._look()
+        if self.names:
             settings.require(path, self.names, self._where)
+
+    @cached_property
+    def file(self) -> BinaryIO:
+        return self.path.open("rb")
+
+    def _look(self) -> tuple[list[tuple[str, list[Member]]], list[str]]:
+        """All rows, and the columns of the first ones."""
+        self.samples = list(_samples(self.path))
+        seen = [row for row in islice(map(self._seen, range(len(self.samples))), PEEK) if row is not None]
+        return self.samples, list(dict.fromkeys(name for row in seen for name in row))
 
     def count(self) -> int:
         return len(self.samples)
@@ -146,11 +160,11 @@ class TarReader(FileReader):
         return self.file.read(member.size)
 
 
-def _samples(path: Path) -> Iterator[tuple[str, list[Member]]]:
+def _samples(path: SourceFile) -> Iterator[tuple[str, list[Member]]]:
     """The rows of a tar: their names, and where their files are. Raises ValueError if it is none, or is cut off."""
     key, members = "", list[Member]()
     try:
-        with tarfile.open(path, "r:") as tar:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             while (found := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # it would keep one for each file
                 name = found.name.removeprefix("./")
@@ -171,7 +185,7 @@ def _samples(path: Path) -> Iterator[tuple[str, list[Member]]]:
         yield key, members
 
 
-def _require_end(path: Path, at: int) -> None:
+def _require_end(path: SourceFile, at: int) -> None:
     """Raise ValueError unless a tar's end stands there and nothing behind it: where a header is damaged or missing, tarfile ends."""
     with path.open("rb") as file:
         file.seek(at)

@@ -7,12 +7,12 @@ from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from latentmill.plugin import RowError
+from latentmill.sources.files import SourceFile
 from latentmill.sources.kept import guess_types, type_of_values
 from latentmill.sources.readers.reader import FileReader
 from latentmill.sources.readers.settings import ReaderSettings
@@ -42,7 +42,7 @@ class TextReader(FileReader):
     type_of = staticmethod(type_of_values)
     """The type of a column's values; None if they have no one type."""
 
-    def __init__(self, path: Path, settings: ReaderSettings) -> None:
+    def __init__(self, path: SourceFile, settings: ReaderSettings) -> None:
         self.path, self.settings = path, settings
         self.file = TextFile(path, settings.encoding)
         self.marked = self.file.plain

@@ -1,0 +1,136 @@
+"""Files of a dataset on the Hugging Face Hub, at one commit."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, partial
+from typing import Any
+from urllib.parse import unquote
+
+from latentmill.errors import StorageError
+from latentmill.sources.files.remote import RemoteFiles
+from latentmill.storage import Stored
+from latentmill.text import one_line
+
+DATASET_URL = re.compile(
+    r"hf://datasets/(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>refs/(convert|pr)/[^/]+|[^/]+))?(/(?P<key>.*))?"
+)
+COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
+AGAIN = (408, 429, 500, 502, 503, 504)
+"""Answers after which a request is made once more."""
+PAUSES = (0.2, 1.0, 3.0, 10.0, 30.0)
+"""Seconds between one try and the next, while the Hub fails."""
+HUB_TIMEOUT = 60.0
+"""Seconds."""
+
+
+class HubFiles(RemoteFiles):
+    """``hf://datasets/OWNER/NAME[@REVISION]/PATH``. What the revision means is asked once; fingerprints begin with the commit.
+
+    Tags are blob ids. Nothing changes at a commit, so none is compared when a file is read.
+    """
+
+    def __init__(self, path: str) -> None:
+        found = DATASET_URL.fullmatch(path)
+        if not found:
+            raise ValueError(f"{path} is no file or folder of a dataset: hf://datasets/OWNER/NAME@REVISION/PATH")
+        super().__init__(path, found["key"] or "")
+        self.repository, self.revision = found["repository"], unquote(found["revision"] or "main")
+        try:
+            import huggingface_hub
+        except ImportError as error:
+            raise ValueError(f"{path}: the Hub needs huggingface_hub: pip install 'latentmill[hf]'") from error
+        self.endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None  # its client looked when it was imported
+        self.api: Any = huggingface_hub.HfApi(endpoint=self.endpoint)
+
+    @cached_property
+    def commit(self) -> str:
+        """The commit that is read, 40 hex digits."""
+        if COMMIT_HASH.fullmatch(self.revision):
+            return self.revision
+        return str(self._asked("", lambda: self.api.dataset_info(self.repository, revision=self.revision).sha))
+
+    def _version(self) -> str:
+        return f"{self.commit} "
+
+    def url(self, key: str) -> str:
+        return f"hf://datasets/{self.repository}@{self.commit}/{key}"
+
+    def known_by_contents(self, names: Iterable[str]) -> bool:
+        return True
+
+    def changed(self, names: Iterable[str], before: str) -> bool:
+        if "commit" not in vars(self):  # the branch may have moved on
+            self.commit = before.partition(" ")[0]
+        return super().changed(names, before)
+
+    def _list(self, folder: str, deep: bool) -> Iterator[tuple[str, Stored | None]]:
+        tree = partial(self.api.list_repo_tree, self.repository, folder or None, recursive=deep, **self._where())
+        try:
+            found = self._asked(folder, lambda: list(tree()))
+        except FileNotFoundError:
+            return
+        for each in found:
+            if hasattr(each, "blob_id"):
+                yield each.path, Stored(each.size, each.blob_id)
+            elif not deep:
+                yield each.path, None
+
+    def _look(self, key: str) -> Stored | None:
+        found = self._asked(key, partial(self.api.get_paths_info, self.repository, [key], **self._where()))
+        files = [Stored(each.size, each.blob_id) for each in found if each.path == key and hasattr(each, "blob_id")]
+        return files[0] if files else None
+
+    def _where(self) -> dict[str, str]:
+        return {"revision": self.commit, "repo_type": "dataset"}
+
+    def _fetch(self, key: str, start: int, stop: int | None) -> tuple[bytes, Stored | None]:
+        from huggingface_hub import hf_hub_url, utils
+
+        client: Any = utils  # whose types say of nothing that it is for others
+
+        url = hf_hub_url(self.repository, key, endpoint=self.endpoint, **self._where())
+        headers = dict(client.build_hf_headers())
+        if stop is not None:
+            headers["Range"] = f"bytes={start}-{stop - 1}"
+
+        def get() -> Any:
+            answer = client.get_session().get(url, headers=headers, timeout=HUB_TIMEOUT)
+            client.hf_raise_for_status(answer)
+            return answer
+
+        answer = self._asked(key, get)
+        content = bytes(answer.content)
+        whole = stop is not None and answer.status_code == 200  # who was asked doesn't know parts
+        return (content[start:stop] if whole else content), None
+
+    def _another(self, path: str) -> RemoteFiles:
+        other = HubFiles(path)
+        other.commit = self.commit
+        return other
+
+    def _asked(self, key: str, ask: Callable[[], Any]) -> Any:
+        """What the Hub answers, asked again while it fails. Raises FileNotFoundError, and StorageError, one line."""
+        from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+        at = f"hf://datasets/{self.repository}"
+        for pause in (*PAUSES, None):
+            try:
+                return ask()
+            except EntryNotFoundError as error:
+                raise FileNotFoundError(f"{at}@{self.revision}/{key} is not there") from error
+            except RevisionNotFoundError as error:
+                raise StorageError(f"{at} has no revision {self.revision}") from error
+            except RepositoryNotFoundError as error:
+                raise StorageError(
+                    f"{at} is not there, or not for everybody: HF_TOKEN or `hf auth login` says who asks"
+                ) from error
+            except Exception as error:  # of the network's libraries, which are the client's own affair
+                status = getattr(getattr(error, "response", None), "status_code", None)
+                if pause is None or (status is not None and status not in AGAIN):
+                    raise StorageError(f"{at}@{self.revision}/{key}: {one_line(error, 300)}") from error
+            time.sleep(pause)
+        raise AssertionError

@@ -1,0 +1,257 @@
+"""Sources in stores: the rows are those of the same files on disk, whatever a store does meanwhile, or one line says why not."""
+
+import io
+import json
+import os
+import random
+import re
+import tarfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from tests.outside.conftest import errors, table
+from tests.outside.store_parts import Before, Hub, put, upload
+from tests.outside.test_prompt_files import FILES, TEXT
+
+
+def png(colour, size=(4, 4)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "png")
+    return buffer.getvalue()
+
+
+COLOURS = [(20 * k, 200 - 10 * k, 7) for k in range(12)]
+
+
+def pictures(folder):
+    """Folders in folders, captions of both kinds, a broken picture, what is passed over."""
+    for k, colour in enumerate(COLOURS):
+        at = folder / ("a", "a/b c", "ü#%41", "")[k % 4]
+        at.mkdir(parents=True, exist_ok=True)
+        (at / f"{k}.png").write_bytes(png(colour))
+        if k % 2:
+            (at / f"{k}{('.txt', '.caption')[k % 3 == 0]}").write_text(f"a colour, {k}")
+    (folder / "a" / "broken.jpg").write_bytes(b"no picture")
+    (folder / "a" / "notes.md").write_text("no row")
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden" / "x.png").write_bytes(png("red"))
+    return "", ("source=images",)
+
+
+def texts(folder):
+    for name, (content, _, _) in FILES.items():
+        (folder / name).write_bytes(content)
+    return "", ("source=prompts", *TEXT)
+
+
+def globbed(folder):
+    for name in ("a.csv", "._a.csv", ".old/b.csv", "c/d.csv", "c/._d.csv", "e.txt"):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_bytes(b"\0" if "._" in name else f"prompt\n{name}\n".encode())
+    return "/**/[a-d].csv", ("source=prompts", *TEXT)
+
+
+def long_lines(folder):
+    """Some pieces, so that reading runs ahead."""
+    with (folder / "p.jsonl").open("w") as file:
+        for k in range(300):
+            file.write(json.dumps({"prompt": f"{k} " + "x" * (50 * k), "seed": k}) + "\n")
+    return "/p.jsonl", ("source=prompts", *TEXT, "rows_per_shard=100")
+
+
+def named(folder):
+    """A Hugging Face folder: pictures that a table names, one of which is not there."""
+    (folder / "images").mkdir()
+    rows = [{"file_name": f"images/{k}.png", "text": f"a {k}"} for k in range(len(COLOURS))]
+    for row, colour in zip(rows, COLOURS):
+        (folder / row["file_name"]).write_bytes(png(colour))
+    rows[3]["file_name"], rows[5]["file_name"], rows[6]["file_name"] = "images/none.png", "../p.png", "./images//6.png"
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return "/metadata.jsonl", ("source=prompts", "source.columns={image: file_name, prompt: text}")
+
+
+def columns(folder):
+    """Parquet files of several row groups, with pictures in them."""
+    for part in range(3):
+        held = [{"bytes": png(colour), "path": None} for colour in COLOURS[4 * part : 4 * part + 4]]
+        data = pa.table(
+            {"image": held, "prompt": [f"a {part} {k}" for k in range(4)], "score": [1.5 * k for k in range(4)]}
+        )
+        pq.write_table(data, folder / f"{part}.parquet", row_group_size=3)
+    return "", ("source=prompts", "source.keep=[score]")
+
+
+def tars(folder):
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for k, colour in enumerate(COLOURS[6 * shard : 6 * shard + 6]):
+                noise = random.Random(k).randbytes(300_000)  # which nobody reads
+                files = {"png": png(colour), "txt": f"a {k}".encode(), "json": b'{"score": 3}', "bin": noise}
+                for suffix, content in files.items():
+                    member = tarfile.TarInfo(f"{shard}{k}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return "", ("source=prompts", "source.keep=[score]", "source.id_column=__key__", "samples_per_row=1")
+
+
+KINDS = {make.__name__: make for make in (pictures, texts, globbed, long_lines, named, columns, tars)}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def encoded(latentmill, patches, tmp_path):
+    """``encoded(PATH, *more)``: what a job over it makes: its rows, and its error rows."""
+    count = iter(range(100))
+
+    def encoded(path, *more, output=None, code=0):
+        output = output or tmp_path / f"out{next(count)}"
+        given = [*patches, f"source.path={path}", f"output={output}", "max_error_rate=1", *more]
+        assert latentmill("run", "encode", *given) == code, latentmill.said
+        return (table(output).replace_schema_metadata(), errors(output)) if not code else latentmill.err
+
+    return encoded
+
+
+@pytest.fixture
+def before(bucket, monkeypatch):
+    """``before(...)``: a proxy before the store, which jobs speak to from here on."""
+    made = []
+
+    def before(**how):
+        made.append(Before(os.environ["AWS_ENDPOINT_URL"], **how))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", made[-1].url)
+        return made[-1]
+
+    yield before
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = Hub()
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def files(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bucket_and_the_hub_give_the_rows_of_the_disk(kind, files, encoded, bucket, hub):
+    path, more = KINDS[kind](files)
+    wanted, failed = encoded(f"{files}{path}", *more)
+    assert wanted.num_rows > 1
+    upload(os.environ["AWS_ENDPOINT_URL"], files, "some/in")
+    commit = hub.commit(files)
+    for place in (f"{bucket}/some/in", f"hf://datasets/{hub.repository}", f"hf://datasets/{hub.repository}@{commit}"):
+        rows, wrong = encoded(f"{place}{path}", *more)
+        assert rows.equals(wanted) and wrong == failed, place
+
+
+@pytest.mark.parametrize("sink", ["parquet", "webdataset"])
+def test_our_own_datasets_are_read_from_where_they_were_written(
+    sink, files, encoded, latentmill, patches, bucket, hub, tmp_path
+):
+    _, more = pictures(files)
+    for place in (f"{bucket}/made", tmp_path / "made"):
+        given = [*patches, f"source.path={files}", f"output={place}", f"sink={sink}", *more, "latents_std=true"]
+        assert latentmill("run", "encode", *given, "rows_per_shard=3", "max_error_rate=1") == 0, latentmill.said
+    hub.commit(tmp_path / "made")
+    found = []
+    for at, place in enumerate(
+        (tmp_path / "made", f"{bucket}/made", f"hf://datasets/{hub.repository}", f"{bucket}/made/data")
+    ):
+        output = tmp_path / f"decoded{at}"
+        assert latentmill("run", "decode", *patches, f"source.path={place}", f"output={output}") == 0, latentmill.said
+        found.append(table(output).replace_schema_metadata())
+    assert found[0].num_rows == len(COLOURS) and all(each.equals(found[0]) for each in found[1:])
+
+
+@pytest.mark.parametrize("kind", ["pictures", "named", "columns", "tars"])
+def test_a_store_that_is_slow_and_fails_now_and_then_fails_no_row(kind, files, encoded, bucket, before):
+    path, more = KINDS[kind](files)
+    wanted, failed = encoded(f"{files}{path}", *more)
+    upload(os.environ["AWS_ENDPOINT_URL"], files, "in")
+    store = before(seconds=0.05, fails=7)
+    for _ in range(2):
+        rows, wrong = encoded(f"{bucket}/in{path}", *more)
+        assert rows.equals(wanted) and wrong == failed
+    assert store.failed
+
+
+def test_an_object_that_is_changed_while_a_job_reads_ends_it(files, encoded, bucket, before, tmp_path):
+    _, more = pictures(files)
+    upload(os.environ["AWS_ENDPOINT_URL"], files, "in")
+    endpoint = os.environ["AWS_ENDPOINT_URL"]
+
+    def first(method, path):
+        if method == "GET" and path.endswith("/a/8.png"):
+            put(endpoint, "in/a/8.png", png("white", (8, 8)))
+
+    before(first=first)
+    output = tmp_path / "out"
+    said = encoded(f"{bucket}/in", *more, "rows_per_shard=4", output=output, code=1)
+    assert "s3://bucket/in/a/8.png was changed since it was listed: a source must stay as it was planned" in said
+    assert errors(output) == [] and not (output / "_SUCCESS").exists()
+    assert "holds another job's dataset: fragments" in encoded(
+        f"{bucket}/in", *more, "rows_per_shard=4", output=output, code=2
+    )
+
+
+def test_a_file_that_is_changed_between_two_of_its_pieces_ends_the_job(files, encoded, bucket, before, tmp_path):
+    path, more = long_lines(files)
+    content = (files / "p.jsonl").read_bytes()
+    endpoint = os.environ["AWS_ENDPOINT_URL"]
+    put(endpoint, "in/p.jsonl", content)
+    planned = []
+
+    def first(method, path):
+        planned.append(method == "HEAD")
+        if sum(planned) >= 2 and method == "GET" and not planned[-1]:  # the worker has looked at it
+            put(endpoint, "in/p.jsonl", content.replace(b"x", b"y"))
+
+    before(first=first)
+    said = encoded(f"{bucket}/in{path}", *more, code=1, output=tmp_path / "out")
+    assert "s3://bucket/in/p.jsonl was changed since it was listed" in said and errors(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("kind", ["pictures", "named", "columns", "tars", "long_lines"])
+def test_a_request_that_is_refused_once_is_no_row_s_fault(kind, files, encoded, bucket, before, tmp_path):
+    path, more = KINDS[kind](files)
+    wanted, failed = encoded(f"{files}{path}", *more)
+    upload(os.environ["AWS_ENDPOINT_URL"], files, "in")
+    output, refused = tmp_path / "out", []
+
+    def first(method, path):
+        if method == "GET" and (output / "plan.json").exists() and not refused:
+            refused.append(path)
+            return 403
+        return None
+
+    before(first=first)
+    rows, wrong = encoded(f"{bucket}/in{path}", *more, output=output)
+    assert refused and rows.equals(wanted) and wrong == failed
+
+
+def test_a_store_that_refuses_for_good_ends_the_job_in_a_line(files, encoded, bucket, before, tmp_path):
+    path, more = named(files)
+    upload(os.environ["AWS_ENDPOINT_URL"], files, "in")
+    before(first=lambda method, path: 403 if path.endswith("/7.png") else None)
+    said = encoded(f"{bucket}/in{path}", *more, "rows_per_shard=2", output=tmp_path / "out", code=1)
+    assert re.search(r"stage read: s3://bucket/in/images/7.png: .*403", said), said
+    assert {error["reason"].partition(":")[0] for error in errors(tmp_path / "out")} <= {
+        "image 'images/none.png'",
+        "image '../p.png'",
+    }
