@@ -46,7 +46,7 @@ class World:
                 return self
             for order in decide(self.state):
                 if isinstance(order, CheckDataset):
-                    apply(self.state, DatasetChecked(self.made_before))
+                    apply(self.state, DatasetChecked(order.stage, self.made_before))
                 elif isinstance(order, StopWorker):
                     self.orders = [other for other in self.orders if other.worker != order.worker]
                 else:

@@ -14,11 +14,16 @@ def plan_of(shards):
     return Plan("many", {"sink": {"name": "parquet"}}, {}, (Fragment("p.txt", shards),), 1, 1, 0)
 
 
-def shard_file(path, plan, failed=()):
-    """A shard of one row, that is ok or failed in these stages."""
+def shard_file(path, plan, failed=(), filtered=()):
+    """A shard of one row, that is ok, or failed or was filtered in these stages."""
     errors = [{"row": 0, "row_id": "0-000", "stage": stage, "reason": "a reason"} for stage in failed]
-    rows = pa.table({"row_id": pa.array([] if failed else ["0-000"]), "prompt": pa.array([] if failed else ["a"])})
-    Parquet().write(str(path), rows, {"latentmill.plan": plan.hash, "latentmill.errors": json.dumps(errors)})
+    unwanted = [{"row": 0, "row_id": "0-000", "stage": stage, "reason": "a reason", "scores": {}} for stage in filtered]
+    row = not failed and not filtered
+    rows = pa.table({"row_id": pa.array(["0-000"] * row), "prompt": pa.array(["a"] * row)})
+    about = {"latentmill.plan": plan.hash, "latentmill.errors": json.dumps(errors)}
+    if unwanted:
+        about["latentmill.filtered"] = json.dumps(unwanted)
+    Parquet().write(str(path), rows, about)
     return path
 
 

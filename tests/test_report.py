@@ -137,6 +137,21 @@ def test_a_finished_run_has_nothing_left_and_a_fast_loop_of_a_long_run_keeps_few
     assert pace.left() == 0.0 and pace.progress() == 20_000
 
 
+def test_rows_that_end_before_a_stage_are_none_that_it_waits_for():
+    """Read does 4 rows a second; of each 4 a stage between filters 3, and write has the other: all that are left take 15 s."""
+    pace = Pace()
+    for second in range(11):
+        stages = [
+            StageView("read", 4 * second, 0, 1, 1),
+            StageView("write", second, 0, 1, 1, ended_before=3 * second),
+        ]
+        pace.add(View(stages, 100, 4 * second, 0, float(second), 0, 10, filtered=3 * second))
+    assert pace.rate(1) == 1.0 and pace.progress() == 40 and pace.left() == 15.0
+    shown = Live("job", io.StringIO())
+    shown.pace = pace
+    assert shown.line() == "job: 40 of 100 rows | 30 filtered | read 40 write 10 | 1.0 rows/s | 15 s left"
+
+
 def test_busy_is_the_share_of_the_workers_time():
     pace = Pace()
     pace.add(view(0.0, 0, 0, busy=1))

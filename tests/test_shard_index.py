@@ -84,6 +84,21 @@ def test_what_was_read_once_is_not_read_again(out):
     assert len(files_of(out)) == 1 and remembered(storage.at(str(out))).keys() == {*range(SHARDS)}
 
 
+def test_an_entry_says_what_was_filtered_where_there_is_something_to_say(out):
+    """Those that were written before anything was filtered are right as they are."""
+    remember(out)
+    before = json.loads(files_of(out)[0].read_bytes())["shards"]
+    assert {len(entry) for entry in before} == {2, 5}
+    shard_file(data(out, 3), PLAN, filtered=["sieve"])
+    truth, asked = told(out)
+    assert asked == ["data/00003.parquet"] and truth["filtered"] == 1 and truth["rows"][3] == 0
+    there = load(storage.at(str(out)))
+    save(there.store, (3, there.look().readable[3]))
+    entries = [json.loads(file.read_bytes())["shards"] for file in files_of(out)]
+    assert [[entry[0], entry[5]] for some in entries for entry in some if len(entry) > 5] == [[3, {"sieve": 1}]]
+    assert told(out) == (truth, [])
+
+
 def test_shards_that_come_go_and_change_are_seen(out):
     remember(out)
     data(out, 0).unlink()

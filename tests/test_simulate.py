@@ -6,8 +6,9 @@ from tests.simulation.seeds import trial
 from tests.simulation.store import Store
 from tests.simulation.world import World
 
-from latentmill.driver import failures, replicas
+from latentmill.driver import decide, ended, failures, replicas
 from latentmill.driver.leases import Leases
+from latentmill.driver.messages import Dispatch
 from latentmill.driver.state import DriverState
 from latentmill.stages import write
 
@@ -151,6 +152,42 @@ def a_fused_worker_s_death_counted_for_another_stage(monkeypatch):
     return "ends its workers, and the job ends with"
 
 
+def filtered_counted_as_failed(monkeypatch):
+    monkeypatch.setattr(
+        ended, "_filter_out", lambda state, row, stage, why: ended.quarantine(state, row, stage, why.reason)
+    )
+    return "are in the errors, and nothing is wrong with them"
+
+
+def a_filtered_row_forgotten(monkeypatch):
+    """Its shard doesn't wait for it, and nobody tells of it."""
+    monkeypatch.setattr(ended, "_filter_out", lambda state, row, stage, why: ended._end(state, row, stage))
+    return "places"
+
+
+def the_same_sample_drawn_again(monkeypatch):
+    """Who reads a row is not told which attempt it is at."""
+    monkeypatch.setattr(
+        decide,
+        "_read",
+        lambda state, worker, rows, failures=0: Dispatch(-1, "read", 0, worker, rows, failures=failures),
+    )
+    return "are filtered, after so many samples, and they are not"
+
+
+def an_attempt_too_few(monkeypatch):
+    """After a row is drawn anew for the first time, the second is its last."""
+    filtered = ended.filtered
+
+    def impatient(state, stage, rows):
+        attempts, state.attempts = state.attempts, min(2, state.attempts)
+        filtered(state, stage, rows)
+        state.attempts = attempts
+
+    monkeypatch.setattr(ended, "filtered", impatient)
+    return "are filtered, after so many samples, and they are not"
+
+
 def a_lease_given_back_that_is_another_s(monkeypatch):
     """Harmless, as far as rows go: leases save work, and decide nothing."""
 
@@ -176,6 +213,10 @@ def a_lease_given_back_that_is_another_s(monkeypatch):
         a_budget_never_given_back,
         a_stage_starved_by_the_policy,
         a_fused_worker_s_death_counted_for_another_stage,
+        filtered_counted_as_failed,
+        a_filtered_row_forgotten,
+        the_same_sample_drawn_again,
+        an_attempt_too_few,
     ],
     ids=lambda plant: plant.__name__,
 )

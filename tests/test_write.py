@@ -178,7 +178,7 @@ def test_errors_lost_between_the_two_files_are_made_again(tmp_path):
     before = errors_of(tmp_path, 0)
     (tmp_path / "errors" / "00000.jsonl").unlink()
     for shard in (0, 2):
-        Dataset(storage.at(str(tmp_path)), Plan(), Parquet()).copy_errors(shard)
+        Dataset(storage.at(str(tmp_path)), Plan(), Parquet()).make_copies(shard)
     assert errors_of(tmp_path, 0) == before
     assert shown(tmp_path) == ["data/00000.parquet", "data/00002.parquet", "errors/00000.jsonl"]
 
@@ -341,7 +341,7 @@ def test_of_racing_processes_one_commits_each_shard_and_one_killed_does_no_harm(
     assert drivers[0].returncode == 0
     assert done_shards(storage.at(str(tmp_path)), ".parquet") == set(range(20))
     for shard in range(20):
-        Dataset(storage.at(str(tmp_path)), Plan(), Parquet()).copy_errors(shard)
+        Dataset(storage.at(str(tmp_path)), Plan(), Parquet()).make_copies(shard)
         [error] = errors_of(tmp_path, shard)
         winner = error["row"] - shard * 4
         assert error["reason"] == f"driver {winner}"

@@ -31,6 +31,9 @@ ENCODER_KEY = b"latentmill.text_encoder"
 PSNR = pa.field("psnr", pa.float64())
 """Of a picture that was encoded and decoded again, in dB."""
 
+ATTEMPT = pa.field("attempt", pa.int32())
+"""Of a job with ``accept``: which of a row's samples it is, from 0."""
+
 SCHEDULER_KEY = b"latentmill.scheduler"
 """Metadata key of a batch whose rows have all one scheduler: what can be moved together travels together."""
 
@@ -122,7 +125,7 @@ def require_spec(batch: pa.Table, spec: LatentSpec) -> None:
 def empty(
     stages: Sequence[Declaration], spec: LatentSpec | None, sampling: Mapping[str, Any], beside: Sequence[pa.Field] = ()
 ) -> pa.Table:
-    """No rows, with the columns that rows have behind these stages: a shard in which all failed must fit beside the others.
+    """No rows, with the columns that rows have behind these stages: a shard of which none is stored must fit beside the others.
 
     ``beside``: plugins' fields and the source's own columns, which the first stage adds.
     Columns whose shapes only a stage's plugins know are left out: conditioning, masks, and what a scheduler remembers.
@@ -136,6 +139,8 @@ def empty(
         own = [column for column in stage.adds if column == ID.name]
         for column in [*own, *(beside if stage.position == "first" else ()), *(c for c in stage.adds if c not in own)]:
             if isinstance(column, pa.Field):
+                if column.name in batch.column_names:  # of a stage that stands twice in the flow, and makes it anew
+                    batch = batch.drop_columns([column.name])
                 batch = batch.append_column(column, pa.array([], column.type))
             elif column in (plain := {field.name: field for field in (ID, PSNR, *HALFWAY)}):
                 batch = batch.append_column(plain[column], pa.array([], plain[column].type))

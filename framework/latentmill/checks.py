@@ -17,7 +17,18 @@ from torch import Tensor
 from latentmill.batch import SPEC_KEY, spec_from_json
 from latentmill.errors import ContractError, LoadError, NoRowError, StorageError
 from latentmill.fields import BATCH_SCHEMA, HALFWAY
-from latentmill.plugin import Conditioning, LatentSpec, Plugin, RowError, Stage, State, TextEncoder, tensors
+from latentmill.plugin import (
+    Conditioning,
+    Filtered,
+    LatentSpec,
+    Plugin,
+    Reason,
+    RowError,
+    Stage,
+    State,
+    TextEncoder,
+    tensors,
+)
 from latentmill.plugin.stage import named
 from latentmill.registry import called
 
@@ -142,6 +153,22 @@ def same_rows(plugin: Plugin, given: pa.Table, returned: Sequence[Any], rejected
                     raise ContractError(
                         f"{who} returned row {ids[number]} with the row_id {row_id!r}: keep it as it is"
                     )
+
+
+def reason(plugin: Plugin, why: Reason) -> Reason:
+    """Why a row goes no further, in plain values: it travels. Raises ContractError if one is filtered without words, or by no numbers."""
+    if not isinstance(why, Filtered):
+        return why
+    if not isinstance(why.reason, str) or not why.reason.strip():
+        raise ContractError(f"{called(plugin)} filters a row without a reason: people read it in filtered/")
+    try:
+        if any(isinstance(part, str) for part in why.scores.values()):
+            raise ValueError
+        return Filtered(why.reason, {str(name): float(score) for name, score in why.scores.items()})
+    except (AttributeError, TypeError, ValueError):
+        raise ContractError(
+            f"{called(plugin)} filters a row with the scores {why.scores!r:.80}: they are numbers, by name"
+        ) from None
 
 
 def same_columns(stage: Stage, given: pa.Table, returned: Sequence[pa.Table]) -> None:

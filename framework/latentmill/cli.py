@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     ==== =====================================================================================
     0    done
-    1    it stopped, and the same command may go on; not one row succeeded; ``verify``: not sound
+    1    it stopped, and the same command may go on; rows failed, and not one succeeded; ``verify``: not sound
     2    the job, or what was asked, is wrong: do not retry. Nothing has been started or written
     3    the output, or what is told on stdout, can't be written
     4    there is no place on the cluster now: retry later
@@ -114,7 +114,7 @@ def _run(options: Any) -> int:
     print(result.text)
     if result.interrupted:
         return 130
-    return 0 if result.ok else 1  # not one row: whoever started this wants to know
+    return 1 if result.failed and not result.ok else 0  # not one row: whoever started this wants to know
 
 
 def _plan(options: Any) -> int:
@@ -138,6 +138,8 @@ def _plan(options: Any) -> int:
     print(
         f"planned  {plan.rows:,} rows in {plan.shards:,} shards of {plan.rows_per_shard:,}, of which {done:,} are done"
     )
+    if job.attempts:
+        print(f"accept   of each row up to {plural(job.attempts, 'sample')}, until one is not filtered")
     if plan.shards > MANY_SHARDS:
         print(
             f"         that is many files: rows_per_shard={-(-plan.rows // MANY_SHARDS // 100) * 100} would make fewer"
@@ -181,12 +183,14 @@ def _status(options: Any) -> int:
     if options.json:
         print(json.dumps(now))
         return 0
-    made = now["ok"] + now["failed"]
+    filtered = now.get("filtered", 0)
+    made = now["ok"] + now["failed"] + filtered
     state = "complete" if now["success"] else "not complete; the same command goes on with it"
     if now["lost"]:
         state = f"was complete, and has lost {now['lost']:,} shards; the same command does them again"
     print(f"{now['output']}: job {now['name']}, {state}")
-    print(f"{made:,} of {now['planned']:,} rows: {now['ok']:,} ok, {now['failed']:,} failed")
+    counts = f"{now['ok']:,} ok, {now['failed']:,} failed" + f", {filtered:,} filtered" * bool(filtered)
+    print(f"{made:,} of {now['planned']:,} rows: {counts}")
     print(f"{now['shards_done']:,} of {now['shards']:,} shards")
     for name in now["foreign"]:
         print(f"data/{name} is no shard of this dataset")
@@ -202,7 +206,8 @@ def _verify(options: Any) -> int:
     found = verify.verify(store)
     plan = found.plan
     print(f"{options.output}: job {plan.name}, {plan.rows:,} rows planned in {plan.shards:,} shards")
-    print(f"{found.ok:,} rows ok, {found.failed:,} failed with a reason, each once")
+    filtered = f", {found.filtered:,} filtered with one" * bool(found.filtered)
+    print(f"{found.ok:,} rows ok, {found.failed:,} failed with a reason{filtered}, each once")
     if found.missing:
         print(f"{len(found.missing):,} shards are not done yet")
     for shard, wrong in found.damaged.items():

@@ -25,14 +25,15 @@ from latentmill.plan import Plan
 from latentmill.plugin import Sink, StoredShard
 from latentmill.shard_index import WORTH, Index, Inventory, Summary, summary
 from latentmill.shards import (
+    COPIES,
     FOLDER,
     PLAN_KEY,
     ShardFile,
-    copy_errors,
+    ToldRows,
+    copy_name,
     data_name,
-    error_lines,
     error_rows,
-    errors_name,
+    make_copies,
     shard_numbers,
     side_file_shard,
     side_files,
@@ -191,36 +192,38 @@ class Dataset:
 
     # --------------------------------------------------------------------------------------------- what is in them
 
-    def errors(self, shards: Iterable[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """Of those shards that are there and can be read the error rows, out of their files."""
+    def told(self, shards: Iterable[int], rows: ToldRows = error_rows) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """Of those shards that are there and can be read the ``error_rows``, or the ``filtered_rows``, out of their files."""
 
         def read(shard: int) -> tuple[int, list[dict[str, Any]]]:
             with suppress(FileNotFoundError, PlanError):
-                return shard, error_rows(self.about(shard))
+                return shard, rows(self.about(shard))
             return shard, []
 
         yield from self.store.each(read, shards)
 
-    def holds_ok(self) -> bool:
-        """Whether a row that is ok is there."""
-        return any(self.look().rows().values())
+    def has_worked(self, stage: int) -> bool:
+        """Whether a stage, by its place in the flow, has done a row that is there: one that is ok, or was filtered there or later."""
+        seen, later = self.look(), {each.name for each in self.plan.stages[stage:]}
+        return any(seen.rows().values()) or not later.isdisjoint(seen.filtered_in())
 
     def status(self, seen: Inventory | None = None) -> dict[str, Any]:
         """How far it is, or was when ``seen`` was.
 
-        Keys: ``name``, ``planned``, ``ok``, ``failed`` (rows), ``shards``, ``shards_done``, ``success`` (all
+        Keys: ``name``, ``planned``, ``ok``, ``failed`` (rows), ``filtered`` (if there are any), ``shards``, ``shards_done``, ``success`` (all
         shards are there, and a run has said so), ``lost`` (a run had said so, and so many shards are there no more), ``foreign``
         (names in ``data/`` that are no shard's), ``warnings`` (rows by what is to be known of them, the most frequent first).
         """
         seen = seen or self.look()
-        failed, last = seen.failed_in().total(), self.plan.shards - 1
+        failed, filtered, last = seen.failed_in().total(), seen.filtered_in().total(), self.plan.shards - 1
         short = self.plan.rows_per_shard - len(self.plan.shard_rows(last)) if last in seen.shards else 0
         missing, ended = self.plan.shards - len(seen.shards), self.store.exists("_SUCCESS")
         return {
             "name": self.plan.name,
             "planned": self.plan.rows,
-            "ok": len(seen.shards) * self.plan.rows_per_shard - short - failed,
+            "ok": len(seen.shards) * self.plan.rows_per_shard - short - failed - filtered,
             "failed": failed,
+            **({"filtered": filtered} if filtered else {}),
             "shards": self.plan.shards,
             "shards_done": len(seen.shards),
             "success": ended and not missing,
@@ -246,7 +249,7 @@ class Dataset:
         return {*seen.ours()}
 
     def settle(self) -> frozenset[int]:
-        """Compare what is in ``data/`` with the plan, and bring ``errors/`` and ``files/`` in line with it.
+        """Compare what is in ``data/`` with the plan, and bring ``errors/``, ``filtered/`` and ``files/`` in line with it.
 
         Returns the shards that another driver has taken out since ``newly_taken_out`` was asked, to do failed rows again: the
         dataset is not complete then. Raises StorageError if one is not there for any other reason, PlanError if one is not this plan's.
@@ -260,9 +263,9 @@ class Dataset:
                 f"{self._at(data_name(lost[0], self.sink))} first: is this the same folder on every node? "
                 "The same command goes on with them"
             )
-        copies = {*self.store.names("errors")}
-        told = [shard for shard, found in shards.items() if found.failed or f"{shard:05d}.jsonl" in copies]
-        for _ in self.store.each(self.copy_errors, told):
+        copies = {name for folder in COPIES for name in self.store.names(folder)}
+        told = [shard for shard, found in shards.items() if found.not_stored or f"{shard:05d}.jsonl" in copies]
+        for _ in self.store.each(self.make_copies, told):
             pass
         for name in self.stray_side_files():
             self.store.delete(f"{FOLDER}/{name}")
@@ -285,14 +288,14 @@ class Dataset:
                 raise ValueError(f"finish made a file {name!r}: not a name that is free at the top of a dataset")
             self.store.put(name, content)
 
-    def copy_errors(self, shard: int) -> None:
-        """Make ``errors/NNNNN.jsonl`` of a committed shard what its data file says; no file, if no row failed.
+    def make_copies(self, shard: int) -> None:
+        """Make ``errors/NNNNN.jsonl`` and ``filtered/NNNNN.jsonl`` of a committed shard what its data file says.
 
         A driver may have died between the two, so it is done for each shard before a dataset is called complete.
         Drivers that do so at the same time write the same.
         """
         with suppress(FileNotFoundError):  # another driver has taken it out
-            copy_errors(self.store, shard, error_lines(self.about(shard)))
+            make_copies(self.store, shard, self.about(shard))
 
     # ------------------------------------------------------------------------------------------------ taking shards out
 
@@ -304,14 +307,16 @@ class Dataset:
         name = data_name(shard, self.sink)
         to = f"quarantine/{name.removeprefix('data/')}-{why}"
         self.store.delete("_SUCCESS")
-        self.store.delete(errors_name(shard))
+        for folder in COPIES:
+            self.store.delete(copy_name(shard, folder))
         beside = self._side_files(shard)
         try:
             self.store.move(name, to)
         except FileNotFoundError:
             to, beside = "", []
         for side in beside:
-            self._move(f"{FOLDER}/{side}", f"quarantine/{side}-{why}")
+            with suppress(FileNotFoundError):
+                self.store.move(f"{FOLDER}/{side}", f"quarantine/{side}-{why}")
         self.store.delete("_SUCCESS")  # a driver may have looked just before
         return to
 
@@ -357,10 +362,6 @@ class Dataset:
         except PlanError:
             return [name for name in names if side_file_shard(name) == shard]
 
-    def _move(self, name: str, to: str) -> None:
-        with suppress(FileNotFoundError):
-            self.store.move(name, to)
-
     def _at(self, name: str) -> str:
         return f"{self.store.url.rstrip('/')}/{name}"
 
@@ -375,7 +376,7 @@ OURS = {
     "contact_sheet.png",
     "report.html",
     "data",
-    "errors",
+    *COPIES,
     FOLDER,
     "leases",
     "quarantine",

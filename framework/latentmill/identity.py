@@ -21,5 +21,13 @@ def row_seed(job_seed: int, row_id: str, sample: int, given: int | None = None, 
     return (_hash(f"{job_seed}/{row_id}") if id is None else _hash(f"{job_seed}/id/{sample:03d}/{id}")) >> 1
 
 
+def attempt_seed(row_seed: int, attempt: int) -> int:
+    """The seed of a row's sample by its attempt, from 0: the row's own, and then a hash of that and of the attempt, of 63 bits.
+
+    A hash of other words than a further sample of a row has: else its first attempt would be another row's second.
+    """
+    return _hash(f"{row_seed}/attempt/{attempt}") >> 1 if attempt else row_seed
+
+
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

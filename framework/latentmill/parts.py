@@ -104,7 +104,7 @@ def parts(job: Job) -> Parts:
         return getattr(built, kind)
 
     choices = {kind: getattr(job, kind) for kind in PARTS if getattr(job, kind) is not None}
-    built.flow = declarations(built.stages, build, job.sampling, job.latents_std, choices, job.size)
+    built.flow = declarations(built.stages, build, job.sampling, job.latents_std, choices, job.size, job.attempts)
     for wrong in _wrong_flow(job, built):
         raise PlanError(f"{job.name}: {wrong}")
     for stage in built.flow:
@@ -146,6 +146,7 @@ def declarations(
     latents_std: bool = False,
     choices: Mapping[str, Mapping[str, Any]] | None = None,
     size: Mapping[str, Any] | None = None,
+    attempts: int | None = None,
 ) -> tuple[Declaration, ...]:
     """What each stage, by its name in the job, says that it is in this flow: asked from the last to the first, and once more from the first to the last.
 
@@ -162,6 +163,7 @@ def declarations(
             sampling=dict(sampling),
             latents_std=latents_std,
             size=size,
+            attempts=attempts,
             choices=choices or {},
             build=build,
         )
@@ -190,6 +192,8 @@ def _wrong_flow(job: Job, built: Parts) -> Iterator[str]:
     last = flow[-2].added()
     if job.sampling["until"] and "time" not in last:
         yield f"sampling.until leaves latents half-way, so flow must end with denoise, write, not {names}"
+    if job.accept and not any("denoiser" in stage.needs for stage in flow):
+        yield f"accept draws noise anew for rows that are filtered, and no stage of flow makes any, as denoise does: {names}"
     if job.latents_std and "latents_std" not in last:
         yield f"latents_std is of latents as they were encoded, so flow must end with encode, write, not {names}"
     if job.size and job.size.get("flip") and "latents_flipped" not in last:

@@ -1,4 +1,4 @@
-"""How a picture's pixels are brought to its bucket: as ours are to ``sampling.width`` and ``height``, or as a trainer does it.
+"""How a picture's pixels are brought to a size, or to its bucket: as ours are to ``sampling.width`` and ``height``, or as a trainer does it.
 
 kohya's sd-scripts and musubi-tuner scale the whole picture to whole pixels, by OpenCV's INTER_AREA where it gets smaller and by
 Pillow's Lanczos where it gets larger, and cut the bucket out of that. ``area`` is INTER_AREA to the bit.
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from latentmill.buckets import Fit, Sides, kohya_crop
+from latentmill.plugin import RowError
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 """``[H, W, 3]``; of a picture with alpha, as musubi-tuner resizes it, ``[H, W, 4]``."""
@@ -119,3 +120,24 @@ def _covered(have: int, want: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np
         for k, (place, share) in enumerate(covered):
             places[k, at], shares[k, at] = place, share
     return places, shares
+
+
+def cover(picture: np.ndarray[Any, Any], width: int, height: int) -> np.ndarray[Any, Any]:
+    """The middle of ``picture[H, W, 3]``, scaled to cover ``width`` x ``height``; itself if it has that size."""
+    have_height, have_width = picture.shape[:2]
+    if (have_width, have_height) == (width, height):
+        return np.array(picture)
+    # The middle is cut out first: 1 x 20000 pixels, scaled to cover a square, would be a million and more high.
+    scale = max(width / have_width, height / have_height)
+    cut_x, cut_y = (have_width - width / scale) / 2, (have_height - height / scale) / 2
+    box = (max(cut_x, 0.0), max(cut_y, 0.0), min(have_width - cut_x, have_width), min(have_height - cut_y, have_height))
+    return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS, box=box))
+
+
+def crop(picture: np.ndarray[Any, Any], multiple_of: int) -> np.ndarray[Any, Any]:
+    """The middle of ``picture[H, W, 3]`` with sides that are multiples. Raises RowError if it is too small for one."""
+    height, width = (side - side % multiple_of for side in picture.shape[:2])
+    if not width or not height:
+        raise RowError(f"a picture of {picture.shape[1]}x{picture.shape[0]} pixels, and the VAE needs {multiple_of}")
+    top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
+    return np.array(picture[top : top + height, left : left + width])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TextIO
@@ -30,6 +30,13 @@ class StageView:
     """Workers that have started."""
     busy: int
     """Workers that have something to do."""
+    ended_before: int = 0
+    """Rows that failed or were filtered before they came to it, less those that left it and have begun again since."""
+
+    @property
+    def passed(self) -> int:
+        """Rows of which it has nothing more to do."""
+        return self.done + self.ended_before
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,8 @@ class View:
     shards: int
     leased_by_others: int = 0
     """Shards that other drivers work on."""
+    filtered: int = 0
+    """Rows among the finished that this run made and that were not wanted."""
 
 
 class Pace:
@@ -83,10 +92,13 @@ class Pace:
 
     def rate(self, stage: int) -> float:
         """Rows a second that leave a stage. The wait for its first row is left out: workers start then."""
+        return self._a_second(stage, lambda seen: seen.done)
+
+    def _a_second(self, stage: int, rows: Callable[[StageView], int]) -> float:
         last = self.last
-        first = next((v for v in reversed(tuple(self.views)) if not v.stages[stage].done), self.views[0])
+        first = next((v for v in reversed(tuple(self.views)) if not rows(v.stages[stage])), self.views[0])
         passed = last.seconds - first.seconds
-        return (last.stages[stage].done - first.stages[stage].done) / passed if passed > 0 else 0.0
+        return (rows(last.stages[stage]) - rows(first.stages[stage])) / passed if passed > 0 else 0.0
 
     def busy(self, name: str) -> float:
         """The share of its workers' time, since they started, in which a stage had something to do."""
@@ -94,15 +106,15 @@ class Pace:
 
     def progress(self) -> int:
         """Rows that are through, those included that wait for the rest of their shard."""
-        return min(self.last.planned, max(self.last.finished, self.before + self.last.stages[-1].done))
+        return min(self.last.planned, max(self.last.finished, self.before + self.last.stages[-1].passed))
 
     def left(self) -> float | None:
         """Seconds to go, by the stage that will be the last to finish; None as long as nobody can tell."""
         longest = 0.0
         for at, stage in enumerate(self.last.stages):
-            rows = self.last.planned - self.before - stage.done
+            rows = self.last.planned - self.before - stage.passed
             if rows > 0 and self.last.finished < self.last.planned:
-                rate = self.rate(at)
+                rate = self._a_second(at, lambda seen: seen.passed)
                 if not rate:
                     return None
                 longest = max(longest, rows / rate)
@@ -134,6 +146,7 @@ class Live:
         left = self.pace.left()
         parts = [f"{self.job_name}: {self.pace.progress():,} of {view.planned:,} rows"]
         parts += [f"{view.failed:,} failed"] * bool(view.failed)
+        parts += [f"{view.filtered:,} filtered"] * bool(view.filtered)
         parts.append(" ".join(f"{stage.name} {stage.done:,}" for stage in view.stages))
         parts.append(f"{rate_text(self.pace.rate(-1))} rows/s")
         parts.append("starting" if left is None else f"{duration_text(round(left))} left")
@@ -163,6 +176,8 @@ class Live:
         parts: list[RenderableType] = [head, stages]
         if view.leased_by_others:
             parts.append(f"{counted(view.leased_by_others, 'shard')} with other drivers")
+        if view.filtered:
+            parts.append(f"{counted(view.filtered, 'row')} filtered; the reasons are in filtered/")
         if view.failed:
             parts.append(f"[yellow]{counted(view.failed, 'row')} failed; the reasons are in errors/[/]")
         return Group(*parts)

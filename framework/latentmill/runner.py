@@ -47,6 +47,8 @@ class Result:
     text: str
     """The summary, for people."""
     interrupted: bool = False
+    filtered: int = 0
+    """``ok``, ``filtered`` and ``failed`` are what was planned, once all is done."""
 
 
 def run(
@@ -97,7 +99,7 @@ def run(
                     store.delete("_SUCCESS")  # somebody has taken shards out
                     lease = nullcontext() if job.single_writer else Leases(store, data)
                     with _remembering(there), lease as held:
-                        drive(state, pool, show, held, there.holds_ok)
+                        drive(state, pool, show, held, there.has_worked)
                 if not (taken := there.newly_taken_out() or there.settle()):
                     break
             there.remember(all_there=True)
@@ -135,8 +137,8 @@ def _show(live: progress.Live, state: DriverState, plan: Plan, started: float) -
 def _result(job: Job, there: Dataset, state: DriverState, seconds: float, interrupted: bool = False) -> Result:
     now = there.status()
     there.remember()
-    counts = {name: now[name] for name in ("planned", "ok", "failed")}
-    made = state.committed_ok + state.committed_failed
+    counts = {name: now.get(name, 0) for name in ("planned", "ok", "failed", "filtered")}
+    made = state.committed_ok + state.committed_failed + state.committed_filtered
     try:
         text = report.summary(
             job.name,
@@ -149,6 +151,7 @@ def _result(job: Job, there: Dataset, state: DriverState, seconds: float, interr
         )
     except Exception:  # a store that answers no more: the rows are there all the same
         text = f"{job.name}: {now['ok']:,} of {now['planned']:,} rows, {now['failed']:,} failed"
+        text += f", {now['filtered']:,} filtered" if "filtered" in now else ""
     return Result(job.output, **counts, seconds=seconds, text=text, interrupted=interrupted)
 
 
@@ -172,6 +175,8 @@ def begin(job: Job, there: Dataset) -> DriverState:
         fixed=job.deterministic,
         stop_on_error=job.on_error == "stop",
         max_error_rate=job.max_error_rate,
+        attempts=job.attempts or 1,
+        drawn_in=next((at for at, stage in enumerate(plan.stages) if "denoiser" in stage.needs), 0),
         row_name=plan.row_id,
         worker_types=worker_types(job, plan),
     )
@@ -180,7 +185,7 @@ def begin(job: Job, there: Dataset) -> DriverState:
 def failed_shards(there: Dataset, done: Set[int], wanted: Callable[[Mapping[str, Any]], bool]) -> list[int]:
     """The shards that have error rows of which one or more are ``wanted``."""
     failed = [shard for shard, found in there.look().readable.items() if shard in done and found.failed]
-    return [shard for shard, errors in there.errors(failed) if any(map(wanted, errors))]
+    return [shard for shard, errors in there.told(failed) if any(map(wanted, errors))]
 
 
 @contextmanager

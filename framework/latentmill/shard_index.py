@@ -15,11 +15,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from latentmill.errors import PlanError
 from latentmill.plan import Plan
-from latentmill.shards import WARNINGS_KEY, error_rows, side_files
+from latentmill.shards import WARNINGS_KEY, error_rows, filtered_rows, side_files
 from latentmill.storage import Storage
 
 INDEX_FOLDER = ".index"
@@ -29,6 +30,7 @@ WORTH = 1000
 """Shards from which an index pays: fewer are read in a second."""
 ENTRIES_A_FILE = 50_000
 """Entries in one file."""
+NOTHING_FILTERED: Mapping[str, int] = MappingProxyType({})
 
 
 class Summary(NamedTuple):
@@ -40,11 +42,18 @@ class Summary(NamedTuple):
     """Rows by what is to be known of them."""
     side_files: Sequence[str]
     """Their names in ``files/``."""
+    filtered: Mapping[str, int] = NOTHING_FILTERED
+    """Filtered rows by the stage that filtered them."""
 
     @property
     def errors(self) -> int:
         """Failed rows."""
         return sum(self.failed.values())
+
+    @property
+    def not_stored(self) -> int:
+        """Rows that are not in its data: failed, or filtered."""
+        return self.errors + sum(self.filtered.values())
 
 
 CLEAN = Summary({}, {}, ())
@@ -52,8 +61,9 @@ CLEAN = Summary({}, {}, ())
 
 def summary(about: Mapping[str, str]) -> Summary:
     """What a shard's metadata say in short. Raises ValueError, TypeError or KeyError if they are not as we write them."""
-    failed = Counter(str(error["stage"]) for error in error_rows(about))
-    found = Summary(failed, json.loads(about.get(WARNINGS_KEY, "{}")), [side.stored_as for side in side_files(about)])
+    failed, filtered = (Counter(str(row["stage"]) for row in of(about)) for of in (error_rows, filtered_rows))
+    warnings = json.loads(about.get(WARNINGS_KEY, "{}"))
+    found = Summary(failed, warnings, [side.stored_as for side in side_files(about)], filtered)
     return found if any(found) else CLEAN
 
 
@@ -83,11 +93,15 @@ class Inventory:
 
     def rows(self) -> dict[int, int]:
         """How many rows are stored in each of them: those that are ok."""
-        return {shard: len(self.plan.shard_rows(shard)) - found.errors for shard, found in self.readable.items()}
+        return {shard: len(self.plan.shard_rows(shard)) - found.not_stored for shard, found in self.readable.items()}
 
     def failed_in(self) -> Counter[str]:
         """Failed rows by the stage that they failed in."""
         return _sum(found.failed for found in self.readable.values())
+
+    def filtered_in(self) -> Counter[str]:
+        """Filtered rows by the stage that filtered them."""
+        return _sum(found.filtered for found in self.readable.values())
 
     def warnings(self) -> dict[str, int]:
         """Rows by what is to be known of them, the most frequent first."""
@@ -129,13 +143,20 @@ class Index:
                 return list(found["shards"])
         return []
 
-    def _one(self, failed: Mapping[str, int], warnings: Mapping[str, int], side_files: Sequence[str]) -> Summary:
-        failed, warnings = (self._equal.setdefault((*part.items(),), part) for part in (failed, warnings))
-        return Summary(failed, warnings, side_files)
+    def _one(
+        self,
+        failed: Mapping[str, int],
+        warnings: Mapping[str, int],
+        side_files: Sequence[str],
+        filtered: Mapping[str, int] = NOTHING_FILTERED,
+    ) -> Summary:
+        """Entries say ``filtered`` only where it says something: those that were written before there were filtered rows are right."""
+        counts = [self._equal.setdefault((*part.items(),), part) for part in (failed, warnings, filtered)]
+        return Summary(counts[0], counts[1], side_files, counts[2])
 
     def save(self, entries: Iterable[tuple[int, str, Summary]]) -> None:
         """Add what is known of shards, each with its file's tag."""
-        found = [[shard, tag, *(about if about is not CLEAN else ())] for shard, tag, about in entries if tag]
+        found = [[shard, tag, *_entry(about)] for shard, tag, about in entries if tag]
         for start in range(0, len(found), ENTRIES_A_FILE):
             some = {"format": INDEX_FORMAT, "plan": self.plan, "shards": found[start : start + ENTRIES_A_FILE]}
             content = json.dumps(some, separators=(",", ":")).encode()
@@ -156,6 +177,13 @@ class Index:
         """Delete the index: it says what the shards don't."""
         for name in self.store.names(INDEX_FOLDER):
             self.store.delete(f"{INDEX_FOLDER}/{name}")
+
+
+def _entry(about: Summary) -> Sequence[Any]:
+    """What an entry holds of a summary: no more than there is to say."""
+    if about is CLEAN:
+        return ()
+    return about if about.filtered else about[:-1]
 
 
 def _name(content: bytes) -> str:

@@ -12,11 +12,11 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import pyarrow as pa
 
@@ -25,6 +25,8 @@ from latentmill.storage import Storage
 
 ERRORS_KEY = "latentmill.errors"
 """Metadata key of a shard's error rows, JSON."""
+FILTERED_KEY = "latentmill.filtered"
+"""Metadata key of a shard's rows that were filtered, JSON; not there if none was."""
 WARNINGS_KEY = "latentmill.warnings"
 """Metadata key of how many of a shard's rows have which warning, JSON; not there if none has any."""
 PLAN_KEY = "latentmill.plan"
@@ -33,6 +35,8 @@ SIDE_FILES_KEY = "latentmill.files"
 """Metadata key of a shard's side files, JSON; not there if it has none."""
 FOLDER = "files"
 """Where side files are."""
+COPIES = {"errors": ERRORS_KEY, "filtered": FILTERED_KEY}
+"""Folders with a file for each shard, for people: a copy of what stands in the shard under a key."""
 
 
 def data_name(shard: int, sink: Sink) -> str:
@@ -40,9 +44,9 @@ def data_name(shard: int, sink: Sink) -> str:
     return f"data/{shard:05d}{sink.suffix}"
 
 
-def errors_name(shard: int) -> str:
-    """Where a shard's errors are, if it has any."""
-    return f"errors/{shard:05d}.jsonl"
+def copy_name(shard: int, folder: str) -> str:
+    """Where a shard's errors are, if it has any, or what was filtered: ``folder`` is one of COPIES."""
+    return f"{folder}/{shard:05d}.jsonl"
 
 
 def shard_numbers(names: Iterable[str], suffix: str) -> dict[str, int]:
@@ -57,25 +61,39 @@ def done_shards(store: Storage, suffix: str) -> set[int]:
     return {*shard_numbers(store.names("data"), suffix).values()}
 
 
+ToldRows: TypeAlias = Callable[[Mapping[str, str]], list[dict[str, Any]]]
+"""What finds rows that are not stored, of one kind, in a shard's metadata: ``error_rows`` or ``filtered_rows``."""
+
+
 def error_rows(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
     """The error rows in a shard's metadata."""
-    found: list[dict[str, Any]] = json.loads(metadata.get(ERRORS_KEY, "[]"))
+    return _rows(metadata, ERRORS_KEY)
+
+
+def filtered_rows(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The rows in a shard's metadata that were filtered."""
+    return _rows(metadata, FILTERED_KEY)
+
+
+def _rows(metadata: Mapping[str, str], key: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(metadata.get(key, "[]"))
     return found
 
 
-def error_lines(metadata: Mapping[str, str]) -> bytes:
-    """The same, a line of JSON each."""
-    lines = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in error_rows(metadata))
+def copy_lines(metadata: Mapping[str, str], folder: str) -> bytes:
+    """What a shard's file in one of the folders of COPIES says: a line of JSON for each row."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(metadata, COPIES[folder]))
     return lines.encode("utf-8", "backslashreplace")  # JSON's own escape, of half a surrogate
 
 
-def copy_errors(store: Storage, shard: int, content: bytes) -> None:
-    """Make a shard's error file say ``content``; no file, where that is empty."""
-    name = errors_name(shard)
-    if not content:
-        store.delete(name)
-    elif not store.create(name, content) and store.read(name) != content:  # of a file that was there before
-        store.put(name, content)
+def make_copies(store: Storage, shard: int, metadata: Mapping[str, str], folders: Iterable[str] = COPIES) -> None:
+    """Make a shard's copies in these folders what its metadata says; no file, where that is nothing."""
+    for folder in folders:
+        name, content = copy_name(shard, folder), copy_lines(metadata, folder)
+        if not content:
+            store.delete(name)
+        elif not store.create(name, content) and store.read(name) != content:  # of a file that was there before
+            store.put(name, content)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from latentmill import dataset
 from latentmill.dataset import Dataset
 from latentmill.plan import Plan
 from latentmill.shard_index import INDEX_FOLDER, Summary, summary
-from latentmill.shards import FOLDER, PLAN_KEY, data_name, error_lines, error_rows, errors_name
+from latentmill.shards import COPIES, FOLDER, PLAN_KEY, copy_lines, copy_name, data_name, error_rows, filtered_rows
 from latentmill.storage import Storage
 from latentmill.text import one_line
 
@@ -25,12 +25,14 @@ class Findings:
     """Rows in shards that are right."""
     failed: int = 0
     """Rows in their error tables."""
+    filtered: int = 0
+    """Rows in them that were filtered."""
     missing: list[int] = field(default_factory=list)
     """Shards that are not done yet."""
     damaged: dict[int, str] = field(default_factory=dict)
     """Shards that are not what was planned, with the reason."""
-    copies: list[int] = field(default_factory=list)
-    """Shards that are right, with an error file that isn't."""
+    copies: dict[int, list[str]] = field(default_factory=dict)
+    """Shards that are right, each with its copies of errors, and of what was filtered, that aren't."""
     misremembered: list[int] = field(default_factory=list)
     """Shards that are right, of which the index says something else."""
     foreign: list[str] = field(default_factory=list)
@@ -50,7 +52,8 @@ def verify(store: Storage) -> Findings:
     """Re-read every shard of a dataset: checksums, each planned row exactly once. Raises PlanError if there is no plan."""
     there = dataset.load(store)
     found = Findings(there.plan, foreign=there.foreign())
-    copies, beside = {*store.names("errors")}, store.names(FOLDER)  # what comes later is not looked at
+    copies = {f"{folder}/{name}" for folder in COPIES for name in store.names(folder)}
+    beside = store.names(FOLDER)  # what comes later is not looked at
     tags, said = there.tags(), dict[int, Summary]()
     shards = sorted(tags)
     found.missing = [shard for shard in range(there.plan.shards) if shard not in tags]
@@ -61,13 +64,14 @@ def verify(store: Storage) -> Findings:
                 continue
             found.damaged[shard] = wrong
             continue
-        about, is_copied = wrong
-        failed = len(error_rows(about))
-        found.ok += len(there.plan.shard_rows(shard)) - failed
+        about, not_copied = wrong
+        failed, filtered = len(error_rows(about)), len(filtered_rows(about))
+        found.ok += len(there.plan.shard_rows(shard)) - failed - filtered
         found.failed += failed
-        if not is_copied:
-            found.copies.append(shard)
-            found.strange.append(f"{errors_name(shard)} is not what {data_name(shard, there.sink)} says")
+        found.filtered += filtered
+        if not_copied:
+            found.copies[shard] = not_copied
+            found.strange += [f"{name} is not what {data_name(shard, there.sink)} says" for name in not_copied]
         said[shard] = summary(about)
     found.stray = there.unnamed(beside, said)
     still = dict(tags.items() & there.tags().items())  # that were these files all the time
@@ -84,7 +88,7 @@ def verify(store: Storage) -> Findings:
 def repair(store: Storage, found: Findings) -> Iterator[str]:
     """Take out of the dataset, into ``quarantine/``, what doesn't belong in it; the next run does damaged shards again.
 
-    And make error files what their shards say. Tells what it does.
+    And make files of errors, and of what was filtered, what their shards say. Tells what it does.
     """
     there = dataset.load(store)
     if found.damaged or found.missing:
@@ -97,13 +101,14 @@ def repair(store: Storage, found: Findings) -> Iterator[str]:
         yield f"deleted what is in {INDEX_FOLDER}; the next run makes it again"
     for name, to in there.take_out_foreign():
         yield f"moved {name} -> {to}; it is no {'shard' if name.startswith('data/') else 'file'} of this dataset"
-    for shard in found.copies:
-        there.copy_errors(shard)
-        yield f"made {errors_name(shard)} again"
+    for shard, names in found.copies.items():
+        there.make_copies(shard)
+        for name in names:
+            yield f"made {name} again"
 
 
-def _check(there: Dataset, shard: int, copies: Set[str]) -> str | tuple[Mapping[str, str], bool]:
-    """A shard's metadata, and whether its error file says the same, if it has one; or what is wrong with the shard."""
+def _check(there: Dataset, shard: int, copies: Set[str]) -> str | tuple[Mapping[str, str], list[str]]:
+    """A shard's metadata, and which of its copies say something else, of those that are there; or what is wrong with the shard."""
     plan = there.plan
     try:
         about, ids = there.shard(shard).read_whole()
@@ -112,19 +117,24 @@ def _check(there: Dataset, shard: int, copies: Set[str]) -> str | tuple[Mapping[
     if about.get(PLAN_KEY) != plan.hash:
         return f"was made by another plan, {about.get(PLAN_KEY)}"
     try:
-        failed = [error["row_id"] for error in error_rows(about)]
+        left_out = [row["row_id"] for row in (*error_rows(about), *filtered_rows(about))]
         summary(about)
     except (ValueError, KeyError, TypeError):
         return "has errors in it that can't be read"
     planned = [plan.row_id(row) for row in plan.shard_rows(shard)]
-    if sorted([*ids, *failed]) != sorted(planned):
-        missing, foreign = set(planned) - {*ids, *failed}, {*ids, *failed} - set(planned)
-        twice = len(ids) + len(failed) - len({*ids, *failed})
+    if sorted([*ids, *left_out]) != sorted(planned):
+        missing, foreign = set(planned) - {*ids, *left_out}, {*ids, *left_out} - set(planned)
+        twice = len(ids) + len(left_out) - len({*ids, *left_out})
         return f"has not the planned rows: {len(missing)} missing, {twice} twice, {len(foreign)} foreign"
     there_ids = set(ids)
     if ids != [row_id for row_id in planned if row_id in there_ids]:
         return "has its rows in another order"
-    name = errors_name(shard)
+    said = {copy_name(shard, folder): copy_lines(about, folder) for folder in COPIES}
+    return about, [name for name, lines in said.items() if name in copies and not _says(there, name, lines)]
+
+
+def _says(there: Dataset, name: str, lines: bytes) -> bool:
+    """Whether a copy is what it should be, if it is still there."""
     with suppress(FileNotFoundError):
-        return about, name.rpartition("/")[2] not in copies or there.store.read(name) == error_lines(about)
-    return about, True
+        return there.store.read(name) == lines
+    return True

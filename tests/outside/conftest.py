@@ -89,9 +89,8 @@ def table(output):
     return pa.concat_tables([pq.read_table(path) for path in sorted(Path(output).glob("data/*.parquet"))])
 
 
-def errors(output):
-    """The error rows of a dataset."""
-    return [json.loads(line) for path in sorted(Path(output).glob("errors/*.jsonl")) for line in path.open()]
+def told(output, folder):
+    return [json.loads(line) for path in sorted(Path(output).glob(f"{folder}/*.jsonl")) for line in path.open()]
 
 
 @pytest.fixture
@@ -103,7 +102,13 @@ def rows():
 @pytest.fixture
 def failed():
     """``failed(OUT)``: a dataset's error rows, a dict each."""
-    return errors
+    return lambda output: told(output, "errors")
+
+
+@pytest.fixture
+def filtered():
+    """``filtered(OUT)``: a dataset's rows that were filtered, a dict each."""
+    return lambda output: told(output, "filtered")
 
 
 @pytest.fixture

@@ -53,8 +53,8 @@ def written(install):
     install("my-plugins", points, my_plugins="from __future__ import annotations\n" + "\n".join(blocks))
 
 
-def test_the_plugins_of_the_page_make_a_dataset(written, tmp_path, latentmill, rows, failed):
-    """A picture of one colour, out of six plugins; the rows that are too dark are rejected with the reason."""
+def test_the_plugins_of_the_page_make_a_dataset(written, tmp_path, latentmill, rows, failed, filtered):
+    """A picture of one colour, out of six plugins; the rows that are too dark are filtered, with reason and score."""
     job = tmp_path / "job.yaml"
     job.write_text(
         "defaults: [job, sink: parquet, cluster: inline, _self_]\n"
@@ -68,7 +68,8 @@ def test_the_plugins_of_the_page_make_a_dataset(written, tmp_path, latentmill, r
     assert latentmill("run", job) == 0, latentmill.said
     found = rows(tmp_path / "out")
     assert [row["brightness"] for row in found] == [pytest.approx(1 / 3)] * 3
-    assert latentmill("run", job, f"output={tmp_path / 'dark'}", "stages.too_dark.settings.least=0.5") == 1
-    assert [error["reason"] for error in failed(tmp_path / "dark")] == ["brightness 0.33 is below 0.5"] * 3
+    assert latentmill("run", job, f"output={tmp_path / 'dark'}", "stages.too_dark.settings.least=0.5") == 0
+    told = [(row["stage"], row["reason"], row["scores"]) for row in filtered(tmp_path / "dark")]
+    assert told == [("too_dark", "brightness 0.33 is below 0.5", {"brightness": pytest.approx(1 / 3)})] * 3
     assert latentmill("run", job, f"output={tmp_path / 'bad'}", "source.prompt=pink") == 1
     assert failed(tmp_path / "bad")[0]["reason"] == "'pink' is no colour; there are red, green, blue"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tests.simulation.settings import LARGEST_ROW, NAMES, Gone, Row, Wrong, value
+from tests.simulation.settings import EARLY, FILTER, LARGEST_ROW, NAMES, Gone, Row, Wrong, attempt_of, value
 
 from latentmill.driver.limits import MAX_QUARANTINED_ON_TRUST
 from latentmill.driver.messages import (
@@ -24,6 +24,7 @@ from latentmill.driver.messages import (
     StartWorker,
     StopWorker,
 )
+from latentmill.plugin import Filtered, Reason
 from latentmill.stages import write
 
 if TYPE_CHECKING:
@@ -188,20 +189,32 @@ class Pool:
 
     def _made(self, actor: Actor, order: Dispatch, seconds: float) -> Finished:
         settings = self.world.settings
-        given = [(row, value(row, -1)) for row in order.rows] if order.task == "read" else self._gather(order)
+        attempts = order.attempts or [0] * len(order.rows)
+        asked = [(row, value(row, -1, attempt)) for row, attempt in zip(order.rows, attempts)]
+        given = asked if order.task == "read" else self._gather(order)
         if [row for row, _ in given] != list(order.rows):
             raise Wrong(f"{NAMES[order.stage]} was promised rows {order.rows}, and has {given}")
-        rejected = [row for row, _ in given if order.stage == 1 and row in settings.rejected]
+        rejected = {row: why for row, made in given if (why := self._unwanted(order.stage, row, attempt_of(row, made)))}
         parts: list[list[Row]] = [[] for _ in range(settings.shapes)]
         for row, made in given:
-            if made != value(row, order.stage - 1):
+            attempt = attempt_of(row, made)
+            if made != value(row, order.stage - 1, attempt) or attempt >= settings.attempts:
                 raise Wrong(f"row {row} comes to {NAMES[order.stage]} as {made}")
             if row not in rejected:
-                parts[row % settings.shapes].append((row, value(row, order.stage)))
+                parts[row % settings.shapes].append((row, value(row, order.stage, attempt)))
         self.blocks[order.id] = actor.node, parts
         told = [(f"shape {k}", tuple(row for row, _ in part)) for k, part in enumerate(parts)]
         size = sum(1 + row % LARGEST_ROW for part in parts for row, _ in part)
-        return Finished(order.id, told, [(row, "unfit") for row in rejected], size, seconds)
+        return Finished(order.id, told, [*rejected.items()], size, seconds)
+
+    def _unwanted(self, stage: int, row: int, attempt: int) -> Reason | None:
+        """Why a stage lets a row go no further; None if it does."""
+        settings = self.world.settings
+        if stage == EARLY and row in settings.rejected:
+            return "unfit"
+        if (stage == EARLY and row in settings.early) or (stage == FILTER and attempt < settings.passes_at[row]):
+            return Filtered("unwanted", {"score": float(row)})
+        return None
 
     def _gather(self, order: Dispatch) -> list[Row]:
         return [row for p in order.slices for row in self.blocks[p.block][1][p.table][p.start : p.stop]]
@@ -210,8 +223,9 @@ class Pool:
         """What ``Write.commit`` does, with a worker that may end before or after, and a disk that may lie."""
         world, name = self.world, f"data/{order.shard:05d}"
         rows, errors = sorted(self._gather(order)), sorted(error["row"] for error in order.errors)
+        filtered = sorted((row["row"], row.get("attempts", 1), NAMES.index(row["stage"])) for row in order.filtered)
         self._check_blame(order)
-        content = json.dumps({"rows": rows, "errors": errors}).encode()
+        content = json.dumps({"rows": rows, "errors": errors, "filtered": filtered}).encode()
 
         def store(temporary: str) -> None:
             world.store.temporary[temporary] = content[:-9] if world.trouble("torn") else content
@@ -241,7 +255,7 @@ class Pool:
         blamed = {
             error["row"] for error in order.errors if error["stage"] == NAMES[wreck] and error["reason"] != "unfit"
         }
-        if blamed - world.blamed and not world.holds_ok():
+        if blamed - world.blamed and not world.has_worked(wreck):
             raise Wrong(f"rows {sorted(blamed)} are blamed for a stage that never worked")
         world.blamed |= blamed
         self.driver.blamed_rows |= blamed

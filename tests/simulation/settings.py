@@ -12,6 +12,10 @@ from latentmill.driver.messages import StageSpec, WorkerType
 LARGEST_ROW = 9
 """Bytes."""
 NAMES = ("read", "encode", "denoise", "decode", "write")
+FILTER = 3
+"""The stage that filters what was drawn, in the one before it."""
+EARLY = 1
+"""The stage that filters rows for good."""
 TROUBLED = 120.0
 """Virtual seconds until troubles end."""
 LONGEST = 20_000.0
@@ -54,6 +58,12 @@ class Settings:
     killing: set[int]
     hanging: set[int]
     """Rows on which a stage raises, dies, or hangs, each time: for good."""
+    attempts: int
+    """Samples of a row that are drawn at most."""
+    passes_at: dict[int, int]
+    """The attempt, from 0, at which a row passes the filter: at none that is made, if that is none of ``attempts``."""
+    early: set[int]
+    """Rows that are filtered before anything is drawn."""
     rates: dict[str, float]
     """Chance of a trouble for each dispatch, commit, or use of the store."""
 
@@ -61,6 +71,13 @@ class Settings:
     def bad(self) -> set[int]:
         """Rows that can't be done."""
         return self.rejected | self.raising | self.killing | self.hanging
+
+    @property
+    def filtered(self) -> dict[int, int]:
+        """Rows that nobody wants, each with how many of its samples are drawn."""
+        never = {row: self.attempts for row, attempt in self.passes_at.items() if attempt >= self.attempts}
+        wanted = never | dict.fromkeys(self.early, 1)
+        return {row: drawn for row, drawn in wanted.items() if row not in self.bad}
 
     @classmethod
     def draw(cls, dice: random.Random) -> Settings:
@@ -91,7 +108,7 @@ class Settings:
         kinds_of_bad: list[set[int]] = [set(), set(), set(), set()]
         for row in bad:
             dice.choice(kinds_of_bad).add(row)
-        return cls(
+        drawn = cls(
             rows,
             dice.randint(1, 25),
             tuple(stages),
@@ -113,9 +130,23 @@ class Settings:
                 **{name: dice.choice((0.0, 0.1, 0.3)) for name in often},
                 "wrecked": wrecked,
             },
+            attempts=1,
+            passes_at={},
+            early=set(),
         )
+        # Last of all: what was drawn before is as it was when there were no filters.
+        share, drawn.attempts = dice.choice((0.0, 0.0, 0.3, 0.7, 1.0)), dice.choice((1, 1, 2, 4))
+        for row in range(rows):
+            drawn.passes_at[row] = next((k for k in range(drawn.attempts) if dice.random() >= share), drawn.attempts)
+        drawn.early = {row for row in range(rows) if row not in bad and dice.random() < share / 5}
+        return drawn
 
 
-def value(row: int, stage: int) -> int:
-    """What a row is behind a stage: it depends on the row, and on nothing else."""
-    return row * 1_000_003 + stage
+def value(row: int, stage: int, attempt: int = 0) -> int:
+    """What a row is behind a stage: it depends on the row and its attempt, and on nothing else."""
+    return row * 1_000_003 + attempt * 10 + stage + 1
+
+
+def attempt_of(row: int, made: int) -> int:
+    """The attempt of a row of which this was made."""
+    return (made - row * 1_000_003) // 10

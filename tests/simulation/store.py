@@ -60,9 +60,16 @@ class Store(Storage):
                 found = json.loads(content)
             except ValueError:
                 raise Wrong(f"{name} is not whole") from None
-            if sorted([*(row for row, _ in found["rows"]), *found["errors"]]) != planned:
+            if (
+                sorted([*(row for row, _ in found["rows"]), *found["errors"], *(row for row, *_ in found["filtered"])])
+                != planned
+            ):
                 raise Wrong(f"{name} has not the rows that were planned: {found}")
-            if wrong := [row for row, made in found["rows"] if made != value(row, len(NAMES) - 1)]:
+            if wrong := [(row, drawn) for row, drawn, _ in found["filtered"] if settings.filtered.get(row) != drawn]:
+                raise Wrong(f"{name} says that rows {wrong} are filtered, after so many samples, and they are not")
+            if wrong := [
+                row for row, made in found["rows"] if made != value(row, len(NAMES) - 1, settings.passes_at[row])
+            ]:
                 raise Wrong(f"{name} has other rows' values at {wrong}")
         self.files[name] = content
 

@@ -61,14 +61,16 @@ class World:
         self.told(f"{self.now:9.2f}  {line}")
 
     def check_end(self) -> None:
-        """Every row is in the dataset, or in its errors, and those that can't be done are in the errors."""
+        """Every row is ok, failed or filtered, once, and those that can't be done have failed, and those that nobody wants are filtered."""
         settings, places = self.settings, Counter[int]()
-        failed = set()
+        failed, stored = set[int](), set[int]()
         for name in self.store.names("data"):
             content = json.loads(self.store.files[f"data/{name}"])
             places.update(row for row, _ in content["rows"])
             places.update(content["errors"])
+            places.update(row for row, *_ in content["filtered"])
             failed.update(content["errors"])
+            stored.update(row for row, _ in content["rows"])
         planned = set(range(settings.rows))
         if self.hopeless():
             planned &= places.keys()
@@ -77,19 +79,22 @@ class World:
         bad = settings.bad
         if bad & planned - failed:
             raise Wrong(f"rows {sorted(bad & planned - failed)} can't be done, and are in the dataset")
+        if unwanted := stored & settings.filtered.keys():
+            raise Wrong(f"rows {sorted(unwanted)} are filtered, and are in the dataset")
         chance = any(settings.rates[name] for name in ("raise", "die", "hang"))
         if failed - bad - self.blamed and not chance:
             raise Wrong(f"rows {sorted(failed - bad)} are in the errors, and nothing is wrong with them")
 
     def hopeless(self) -> bool:
-        """Whether there is no row to show that it is not a stage's fault: none is ok, and none of those that are left will be."""
+        """Whether there is no row to show that it is not a stage's fault: none is there, and none of those that are left will be."""
         done, size = done_shards(self.store, ""), self.settings.rows_per_shard
         left = {row for row in range(self.settings.rows) if row // size not in done}
-        return bool(left) and left <= self.settings.bad and not self.holds_ok()
+        return bool(left) and left <= self.settings.bad | self.settings.early and not self.has_worked(2)
 
-    def holds_ok(self) -> bool:
-        """Whether the dataset holds a row that is ok."""
-        return any(json.loads(file)["rows"] for name, file in self.store.files.items() if name.startswith("data/"))
+    def has_worked(self, stage: int) -> bool:
+        """Whether the dataset holds a row that a stage has done: one that is ok, or was filtered there or later."""
+        shards = [json.loads(file) for name, file in self.store.files.items() if name.startswith("data/")]
+        return any(shard["rows"] or any(stage <= at for *_, at in shard["filtered"]) for shard in shards)
 
 
 class Driver:
@@ -135,6 +140,8 @@ class Driver:
             fixed=settings.fixed,
             worker_types=settings.worker_types,
             max_bytes_in_flight=settings.max_bytes,
+            attempts=settings.attempts,
+            drawn_in=2,
         )
         self._while_alive(0, self.turn)
         self._while_alive(0, self.beat)
@@ -166,7 +173,7 @@ class Driver:
             self.end("killed")
             return
         try:
-            turn(state, self.pool, self.leases, world.holds_ok)
+            turn(state, self.pool, self.leases, world.has_worked)
         except OSError as error:
             self.end(str(error))
             return

@@ -6,7 +6,7 @@ import pyarrow as pa
 import torch
 from tests.suites.mistakes import Mistake, suite_of
 
-from latentmill.plugin import Stage, tensors
+from latentmill.plugin import Filtered, Stage, tensors
 from latentmill.testing import StageSuite
 from latentmill_example import Brightness
 
@@ -32,6 +32,11 @@ class RejectsAndKeeps(Brightness):
 class RejectsWithoutReason(Brightness):
     def __call__(self, batch, reject):
         return super().__call__(batch, lambda i, reason: reject(i, ""))
+
+
+class FiltersByNothing(Brightness):
+    def __call__(self, batch, reject):
+        return super().__call__(batch, lambda i, why: reject(i, Filtered(why.reason, {"brightness": "dark"})))
 
 
 class RejectsByNumber(Brightness):
@@ -152,7 +157,7 @@ class NoContract(Stage):
 
 
 class Dark(Brightness):
-    """Rejects the black picture of the suite's batch."""
+    """Filters the black picture of the suite's batch."""
 
     def __init__(self):
         super().__init__(least=0.1)
@@ -181,6 +186,10 @@ class WithoutReason(RejectsWithoutReason, Dark):
     pass
 
 
+class ByNothing(FiltersByNothing, Dark):
+    pass
+
+
 class ByNumber(RejectsByNumber, Dark):
     pass
 
@@ -189,6 +198,7 @@ MISTAKES = [
     stage("drops a row without a word", DropsDark, EACH, "the stage drops row 10 without a word"),
     stage("rejects a row and gives it back", RejectsAndKeeps, EACH, "the stage rejects row 10 and gives it back"),
     stage("rejects without a reason", WithoutReason, EACH, "reject is given no reason"),
+    stage("filters by scores that are none", ByNothing, EACH, "they are numbers, by name"),
     stage("rejects by the row's number", ByNumber, EACH, "it is a row's place in the batch"),
     stage("gives a row twice", Twice, EACH, "the stage gives row 10 twice"),
     stage("invents a row", Invents, EACH, "the stage invents row 99"),

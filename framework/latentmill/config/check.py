@@ -136,6 +136,7 @@ def _wrong(job: Job) -> Iterator[str]:
     if (width is None) != (height is None):
         yield "sampling.width and sampling.height must be given together, or neither"
     yield from _wrong_size(job)
+    yield from _wrong_accept(job)
     for key, text in [
         ("output", job.output),
         ("prompt_cache", job.prompt_cache),
@@ -226,6 +227,19 @@ def _wrong_size(job: Job) -> Iterator[str]:
             f"size.area has {len(size.area)} areas, and sample k of a row is of the k-th: samples_per_row must be "
             f"{len(size.area)} or a multiple, not {job.samples_per_row}"
         )
+
+
+def _wrong_accept(job: Job) -> Iterator[str]:
+    if job.accept is None:
+        return
+    if "rows" in job.accept:
+        yield "accept.rows is not there yet: accept.attempts alone is, and every row that passes is kept"
+    for key in job.accept:
+        if key != "attempts":
+            yield f"there is no key accept.{key}{near(key, ['attempts'])}"
+    attempts = job.accept.get("attempts")
+    if type(attempts) is not int or attempts < 1:
+        yield f"accept.attempts must be 1 or more, the samples of a row that are drawn at most, not {attempts!r}"
 
 
 def _wrong_place(folder: str) -> Iterator[str]:

@@ -21,6 +21,8 @@ from latentmill.fields import IN_JOB, python_type
 
 GROUPS = (*registry.KINDS, "cluster", "model", "stages")
 """Keys whose value may be the name of a config."""
+SET_WHOLE = ("size", "accept")
+"""Keys of which a value takes another's place as a whole: what one table has settings for another has not."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ def assign(config: DictConfig, assignment: Assignment) -> None:
     of_stage = path[0] == "stages" and len(path) > 2 and path[1] in names(raw.get("flow"))
     if of_stage and path[1] not in raw["stages"]:
         OmegaConf.update(config, f"stages.{path[1]}", StageKeys(), force_add=True)
-    if path[0] == "size" and len(path) > 1 and raw["size"] is None:
-        OmegaConf.update(config, "size", {}, merge=False)
+    if path[0] in SET_WHOLE and len(path) > 1 and raw[path[0]] is None:
+        OmegaConf.update(config, path[0], {}, merge=False)
     hint: Any = str
     if values.ambiguous(assignment.text):
         hint = _hint(path, raw)
@@ -95,9 +97,8 @@ def assign(config: DictConfig, assignment: Assignment) -> None:
     except ValueError as error:
         raise JobError(f"{key}: {error}") from error
     try:
-        # A whole size takes another's place: what one table has settings for another has not.
-        new = assignment.new or of_stage or path[0] == "sampling"
-        OmegaConf.update(config, key, value, merge=key != "size", force_add=new)
+        new = assignment.new or of_stage or path[0] in ("sampling", "accept")
+        OmegaConf.update(config, key, value, merge=key not in SET_WHOLE, force_add=new)
     except (ConfigAttributeError, ConfigKeyError) as error:
         raise JobError(f"there is no key {key}{near_key(key)}") from error
     except (ValueError, AssertionError) as error:  # OmegaConf's of a key that goes into a list, or into text

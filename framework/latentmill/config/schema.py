@@ -122,6 +122,7 @@ class Schema:
     latents_std: bool = False
     prompt_cache: str | None = None
     size: dict[str, Any] | None = None
+    accept: dict[str, Any] | None = None
     source: dict[str, Any] = MISSING
     sink: dict[str, Any] = MISSING
     model: dict[str, Any] = field(default_factory=dict)
@@ -157,6 +158,8 @@ class Job:
     """A folder or a URL where encoded prompts are kept from run to run."""
     size: dict[str, Any] | None
     """How each picture is brought to a size of its own (``latentmill.buckets``); None: to ``sampling``'s."""
+    accept: dict[str, Any] | None
+    """``attempts``: how many samples of a row are drawn at most, until one is not filtered; None: one."""
     source: dict[str, Any]
     sink: dict[str, Any]
     model: dict[str, Any]
@@ -175,6 +178,11 @@ class Job:
     """What may be between stages, in bytes: a number or words; None leaves a share of Ray's object store."""
     cluster: Cluster
 
+    @property
+    def attempts(self) -> int | None:
+        """What ``accept`` says; None of a job without."""
+        return None if self.accept is None else int(self.accept["attempts"])
+
     def meaning(self) -> dict[str, Any]:
         """What of the config changes the dataset: no cluster, output, workers or what they ask for.
 
@@ -192,6 +200,7 @@ class Job:
             **({"model": config["model"]} if config["model"] else {}),
             **({"latents_std": True} if self.latents_std else {}),
             **({} if self.size is None else {"size": Size.of(self.size).about()}),
+            **({} if self.accept is None else {"accept": {"attempts": self.attempts}}),
             **{kind: config[kind] for kind in registry.KINDS if kind in config},
         }
         stages: dict[str, Any] = {}

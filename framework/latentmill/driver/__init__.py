@@ -14,7 +14,7 @@ What goes wrong climbs a ladder:
 5. A worker's *death* makes all that it held suspect. Each batch is tried again alone, unless the worker's node went with it.
 6. Deaths over different rows, with no batch done in between, end the job: it is the stage.
 
-A stage has *worked* once it has done a row. Until then none of its rows is quarantined for an exception or a death: suspects
+A stage has *worked* once it has done a row, or filtered one. Until then none of its rows is quarantined for an exception or a death: suspects
 wait. If nothing else is left to do, the stage has failed, and the job ends. Two things are a stage's fault at once: it can't
 load its weights, and its plugin breaks the contract. A row that a stage *rejects*, with a reason, is the row's own fault.
 A *store* that is read from and fails is nobody's: after the stage's retries, each of which is many of the store's client, the job ends.
@@ -27,6 +27,7 @@ limits         how big a queue may get, how many rows may fail, how often a work
 replicas       how many workers of each type there are, found as the job runs
 decide         what to start, to dispatch and to claim now
 apply          what an event changes
+ended          how a row ends that is not stored, failed or filtered, and how one begins again
 failures       the ladder
 leases         which driver works on which shard; what happens to leases on Ctrl-C
 loop           decide, dispatch, collect, until all is done

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import inf
 
-from latentmill.driver import failures
+from latentmill.driver import ended, failures
 from latentmill.driver.messages import (
     Claimed,
     DatasetChecked,
@@ -20,6 +20,7 @@ from latentmill.driver.messages import (
     TakenOut,
 )
 from latentmill.driver.state import DriverState
+from latentmill.plugin import Filtered
 
 
 def apply(state: DriverState, event: Event) -> DriverState:
@@ -42,7 +43,7 @@ def apply(state: DriverState, event: Event) -> DriverState:
         else:
             (state.done if event.outcome == "done" else state.leased_by_others).add(event.shard)
     elif isinstance(event, DatasetChecked):
-        state.dataset_holds_ok = event.holds_ok
+        state.worked_before[event.stage] = event.worked
     elif isinstance(event, LeasesSeen):
         state.done |= event.done & state.leased_by_others
         state.free_shards.extend(sorted(event.free & state.leased_by_others))
@@ -69,7 +70,7 @@ def _dispatch_failed(state: DriverState, dispatch: Dispatch, event: Failed) -> N
         failures.load_failed(state, dispatch, event.reason)
     elif event.cause == "contract":
         state.failed = state.failed or f"stage {state.stages[dispatch.stage].name}: {event.reason}"
-        failures.try_again(state, dispatch, dispatch.attempts)
+        failures.try_again(state, dispatch, dispatch.failures)
     elif event.cause == "store" and dispatch.task != "commit":
         failures.store_failed(state, dispatch, event.reason)
     else:
@@ -93,15 +94,18 @@ def _measure(state: DriverState, dispatch: Dispatch, event: Finished) -> None:
 def _dispatch_finished(state: DriverState, dispatch: Dispatch, event: Finished) -> None:
     if state.nodes is not None:  # else nobody asks how many workers there should be
         _measure(state, dispatch, event)
-    failures.count_success(state, dispatch, has_done_a_row=any(rows for _, rows in event.tables))
+    unwanted = [(row, why) for row, why in event.rejected if isinstance(why, Filtered)]
+    failures.count_success(state, dispatch, has_done_a_row=bool(unwanted) or any(rows for _, rows in event.tables))
     for slice_ in dispatch.slices:
         state.drop(slice_)
     if dispatch.task == "commit":
         _shard_committed(state, dispatch)
         return
     state.finished_rows[dispatch.stage] += len(dispatch.rows)
-    for row, reason in event.rejected:
-        failures.quarantine(state, row, dispatch.stage, reason)
+    for row, why in event.rejected:
+        if not isinstance(why, Filtered):
+            ended.quarantine(state, row, dispatch.stage, why)
+    ended.filtered(state, dispatch.stage, unwanted)
     wanted = sum(len(rows) for _, rows in event.tables)
     if wanted:
         state.block_came(dispatch, wanted, event.bytes)
@@ -123,9 +127,12 @@ def _shard_committed(state: DriverState, dispatch: Dispatch) -> None:
         for stage in range(1, len(state.stages)):
             for row in dispatch.rows[:: state.stages[stage].batch_size]:
                 state.queues[stage].forget(state.chunk(stage, row))
+    for row in dispatch.rows:
+        state.attempt_of.pop(row, None)
     state.committed_shards += 1
     state.committed_failed += len(shard.errors)
-    state.committed_ok += len(dispatch.rows) - len(shard.errors)
+    state.committed_filtered += len(shard.filtered)
+    state.committed_ok += len(dispatch.rows) - len(shard.errors) - len(shard.filtered)
 
 
 def _enqueue(state: DriverState, stage: int, shape_key: str, slice_: TableSlice) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from latentmill.driver import failures
@@ -47,14 +47,16 @@ def _commits(state: DriverState) -> Iterator[Dispatch]:
     while state.complete:
         number = next(iter(state.complete))
         shard = state.shards[number]
-        worker = _worker(state, state.last_stage, alone=shard.attempts > 0)
+        worker = _worker(state, state.last_stage, alone=shard.failures > 0)
         if worker is None:
             return
         del state.complete[number]
         rows = state.shard_rows(number)
-        yield state.given(
-            Dispatch(-1, "commit", state.last_stage, worker, rows, shard.packed, number, shard.errors, shard.attempts)
+        order = Dispatch(
+            -1, "commit", state.last_stage, worker, rows, shard.packed, number, shard.errors, shard.failures
         )
+        order.filtered = shard.filtered
+        yield state.given(order)
 
 
 def _batches(state: DriverState, stage: int, partial: bool, room: bool = True) -> Iterator[Dispatch]:
@@ -62,11 +64,11 @@ def _batches(state: DriverState, stage: int, partial: bool, room: bool = True) -
     spec, queue = state.stages[stage], state.queues[stage]
     while queue.retries or (queue.slices if partial else queue.full):
         if queue.retries:
-            worker = _worker(state, stage, idle=partial, alone=queue.retries[0].attempts > 0)
+            worker = _worker(state, stage, idle=partial, alone=queue.retries[0].failures > 0)
             if worker is None:
                 return
             retry = queue.next_retry()
-            yield state.given(Dispatch(-1, "batch", stage, worker, retry.rows, retry.slices, attempts=retry.attempts))
+            yield state.given(Dispatch(-1, "batch", stage, worker, retry.rows, retry.slices, failures=retry.failures))
             continue
         if room and not has_room(state, stage, spec.batch_size):
             return
@@ -102,12 +104,12 @@ def _partial_batches(state: DriverState) -> Iterator[Dispatch]:
 def _reads(state: DriverState, room: bool = True) -> Iterator[Dispatch]:
     size, queue = state.stages[0].batch_size, state.queues[0]
     while not room or has_room(state, 0, size):
-        worker = _worker(state, 0, alone=bool(queue.retries) and queue.retries[0].attempts > 0)
+        worker = _worker(state, 0, alone=bool(queue.retries) and queue.retries[0].failures > 0)
         if worker is None:
             return
         if queue.retries:
             retry = queue.next_retry()
-            yield state.given(Dispatch(-1, "read", 0, worker, retry.rows, attempts=retry.attempts))
+            yield state.given(_read(state, worker, retry.rows, retry.failures))
             continue
         if not state.to_read and not _open_shard(state):
             return
@@ -115,7 +117,12 @@ def _reads(state: DriverState, room: bool = True) -> Iterator[Dispatch]:
         if len(rows) > size:
             state.to_read.appendleft(rows[size:])
             rows = rows[:size]
-        yield state.given(Dispatch(-1, "read", 0, worker, rows))
+        yield state.given(_read(state, worker, rows))
+
+
+def _read(state: DriverState, worker: int, rows: Sequence[int], failures: int = 0) -> Dispatch:
+    attempts = [state.attempt_of[row] for row in rows] if state.attempt_of else []
+    return Dispatch(-1, "read", 0, worker, rows, failures=failures, attempts=attempts)
 
 
 def _open_shard(state: DriverState) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from latentmill.driver.ended import begin_again, quarantine
 from latentmill.driver.limits import (
     MAX_CONSECUTIVE_FAILURES,
     MAX_DEATHS_PER_REPLICA,
     MAX_LOSSES_PER_ROW,
     MAX_QUARANTINED_ON_TRUST,
-    error_rate_exceeded,
 )
 from latentmill.driver.messages import CheckDataset, Died, Dispatch, StopWorker, TableSlice
 from latentmill.driver.state import DriverState, Suspect, WorkerRecord
@@ -20,17 +20,17 @@ from latentmill.driver.waiting import Retry
 
 def dispatch_failed(state: DriverState, dispatch: Dispatch, reason: str, least: int = 0) -> None:
     """Try a dispatch again; in halves after its stage's retries, or after ``least`` if that is more; or suspect its one row."""
-    attempts, retries = dispatch.attempts + 1, max(state.stages[dispatch.stage].retries, least)
+    failures, retries = dispatch.failures + 1, max(state.stages[dispatch.stage].retries, least)
     if dispatch.task == "commit":
         shard = state.shards[dispatch.shard]
-        shard.attempts += 1
-        if shard.attempts > retries:
+        shard.failures += 1
+        if shard.failures > retries:
             state.failed, state.output_failed = f"shard {dispatch.shard} can't be committed: {reason}", True
-        try_again(state, dispatch, attempts)
-    elif attempts <= retries:
-        try_again(state, dispatch, attempts)
+        try_again(state, dispatch, failures)
+    elif failures <= retries:
+        try_again(state, dispatch, failures)
     elif len(dispatch.rows) > 1:
-        _split(state, dispatch, attempts=max(retries, 1))
+        _split(state, dispatch, failures=max(retries, 1))
     elif dispatch.worker in state.workers_of(dispatch.stage):
         state.records.setdefault((dispatch.stage, dispatch.worker), WorkerRecord()).suspects.append(
             Suspect(dispatch, reason)
@@ -44,23 +44,23 @@ def dispatch_failed(state: DriverState, dispatch: Dispatch, reason: str, least: 
 def store_failed(state: DriverState, dispatch: Dispatch, reason: str) -> None:
     """A store that is read from failed, and no row is to blame: after its stage's retries the job ends. The store's client has tried often."""
     spec = state.stages[dispatch.stage]
-    if dispatch.attempts >= spec.retries and not state.failed:
+    if dispatch.failures >= spec.retries and not state.failed:
         state.failed = f"stage {spec.name}: {reason}"
-    try_again(state, dispatch, dispatch.attempts + 1)
+    try_again(state, dispatch, dispatch.failures + 1)
 
 
-def try_again(state: DriverState, dispatch: Dispatch, attempts: int) -> None:
+def try_again(state: DriverState, dispatch: Dispatch, failures: int) -> None:
     """Give a dispatch out anew, as it is."""
     if dispatch.task == "commit":
         state.complete.setdefault(dispatch.shard)
     else:
-        state.queues[dispatch.stage].try_again(Retry(dispatch.rows, dispatch.slices, attempts))
+        state.queues[dispatch.stage].try_again(Retry(dispatch.rows, dispatch.slices, failures))
 
 
-def _split(state: DriverState, dispatch: Dispatch, attempts: int) -> None:
+def _split(state: DriverState, dispatch: Dispatch, failures: int) -> None:
     half = len(dispatch.rows) // 2
     for side in (slice(half, None), slice(None, half)):
-        retry = Retry(dispatch.rows[side], rows_of(dispatch.slices, side), attempts)
+        retry = Retry(dispatch.rows[side], rows_of(dispatch.slices, side), failures)
         state.queues[dispatch.stage].try_again(retry, first=True)
 
 
@@ -80,37 +80,19 @@ def rows_of(slices: Sequence[TableSlice], side: slice) -> list[TableSlice]:
 # ---------------------------------------------------------------------------------- a row: suspect, quarantine
 
 
-def quarantine(state: DriverState, row: int, stage: int, reason: str) -> None:
-    """A row ends in the error table. Ends the job if no row may fail, or too many have."""
-    shard, name = state.shards[row // state.rows_per_shard], state.stages[stage].name
-    shard.missing.discard(row)
-    shard.errors.append({"row": row, "stage": name, "reason": reason})
-    if not shard.missing:
-        state.complete.setdefault(row // state.rows_per_shard)
-    if state.fixed:
-        for later in range(stage + 1, len(state.stages)):
-            state.queues[later].account(state.chunk(later, row), 1)
-    state.quarantined += 1
-    if state.failed:
-        return
-    if state.stop_on_error:
-        state.failed = f"row {state.row_name(row)} failed in {name}, and on_error is stop: {reason}"
-    elif too_many := error_rate_exceeded(state):
-        state.failed = f"{too_many}; the last was row {state.row_name(row)}, in {name}: {reason}"
-
-
 def settle_suspects(state: DriverState) -> CheckDataset | None:
     """Only suspects are left. The rows are to blame where their stage has worked; else the stage is, and the job ends.
 
-    A run that goes on where another stopped may find a bad row alone. So a few rows are to blame where the dataset shows that all
-    stages have worked before; what is returned is the question whether it does.
+    A run that goes on where another stopped may find a bad row alone. So a few rows are to blame where the dataset shows that the
+    stage has worked before; what is returned is the question whether it does.
     """
-    for stage in {*range(len(state.stages))} - state.worked_stages:
-        suspects = state.suspects(stage)
-        if suspects and state.dataset_holds_ok is None:
-            return CheckDataset()
+    left = {stage: state.suspects(stage) for stage in {*range(len(state.stages))} - state.worked_stages}
+    left = {stage: suspects for stage, suspects in left.items() if suspects}
+    for stage in left.keys() - state.worked_before.keys():
+        return CheckDataset(stage)
+    for stage, suspects in left.items():
         state.quarantined_on_trust[stage] += len(suspects)
-        if suspects and (not state.dataset_holds_ok or state.quarantined_on_trust[stage] > MAX_QUARANTINED_ON_TRUST):
+        if not state.worked_before[stage] or state.quarantined_on_trust[stage] > MAX_QUARANTINED_ON_TRUST:
             count = "the only row" if len(suspects) == 1 else f"each of {len(suspects)} rows"
             state.failed = (
                 f"stage {state.stages[stage].name} failed for {count} that it was given: {suspects[-1].reason}"
@@ -177,7 +159,7 @@ def load_failed(state: DriverState, dispatch: Dispatch, reason: str) -> None:
     )
     if dispatch.stage not in state.worked_stages or too_often:
         state.failed = f"stage {spec.name} can't start: {reason}"
-    try_again(state, dispatch, dispatch.attempts)
+    try_again(state, dispatch, dispatch.failures)
     if not state.failed and dispatch.worker in state.workers_of(dispatch.stage):
         _stop_worker(state, dispatch.stage, dispatch.worker, reason)
 
@@ -209,7 +191,7 @@ def worker_died(state: DriverState, event: Died) -> None:
     _replace_worker(state, event.worker_type, event.worker, {} if event.with_node else rows, event.reason)
     for dispatch in held:
         if event.with_node and max(state.losses[row] for row in dispatch.rows) <= MAX_LOSSES_PER_ROW:
-            try_again(state, dispatch, dispatch.attempts)
+            try_again(state, dispatch, dispatch.failures)
             continue
         # Of several it may have been any: each is tried again alone, whatever the stage's retries. And one row alone
         # twice more, since workers die for other reasons, too.
@@ -233,7 +215,7 @@ def _stop_worker(state: DriverState, stage: int, worker: int, reason: str) -> No
     held = state.worker_gone(worker_type, worker)
     _replace_worker(state, worker_type, worker, {stage: set()}, reason)
     for dispatch in held:
-        try_again(state, dispatch, dispatch.attempts)
+        try_again(state, dispatch, dispatch.failures)
 
 
 def suspects_of_gone(state: DriverState, worker_type: int, worker: int) -> None:
@@ -265,14 +247,14 @@ def _replace_worker(
 
 
 def data_lost(state: DriverState, dispatch: Dispatch, reason: str) -> None:
-    """The data of these rows is gone with a node: they begin again from the source."""
+    """The data of these rows is gone with a node: they begin again from the source, each with the attempt that it is at."""
     rows = list(dispatch.rows)
     if dispatch.task == "commit":
         shard = state.shards[dispatch.shard]
         rows = [row for slice_ in shard.packed for row in slice_.rows]
         shard.missing.update(rows)
         shard.packed = []
-        if not shard.missing:  # all its rows had failed
+        if not shard.missing:  # none of its rows was to be stored
             state.complete.setdefault(dispatch.shard)
     for slice_ in dispatch.slices:
         state.drop(slice_)
@@ -283,7 +265,5 @@ def data_lost(state: DriverState, dispatch: Dispatch, reason: str) -> None:
             quarantine(state, row, dispatch.stage, f"lost {MAX_LOSSES_PER_ROW} times with its node: {reason}")
             continue
         again.append(row)
-        for stage in range(1, dispatch.stage + 1) if state.fixed else ():
-            state.queues[stage].account(state.chunk(stage, row), -1)
     if again:
-        state.to_read.appendleft(again)
+        begin_again(state, dispatch.stage, again)

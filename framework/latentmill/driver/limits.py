@@ -55,7 +55,8 @@ def error_rate_exceeded(state: DriverState) -> str:
 
     Rows under way are not counted: those that fail are known long before those that succeed have arrived.
     """
-    ended = max(state.finished_rows[0], state.quarantined + state.arrived)
+    read = state.finished_rows[0] - state.drawn_again.total()
+    ended = max(read, state.quarantined + state.filtered + state.arrived)
     if state.quarantined <= state.max_error_rate * max(ended, MIN_ROWS_FOR_ERROR_RATE):
         return ""
     return f"{state.quarantined} of {ended} rows failed, more than max_error_rate={state.max_error_rate:g} allows"

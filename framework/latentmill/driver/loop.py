@@ -37,11 +37,11 @@ def drive(
     pool: Pool,
     show: Callable[[], None],
     leases: Leases | None = None,
-    holds_ok: Callable[[], bool] = lambda: False,
+    worked: Callable[[int], bool] = lambda stage: False,
 ) -> None:
     """The loop. Raises RunError if the state says that the job can't go on."""
     while not finished(state):
-        turn(state, pool, leases, holds_ok)
+        turn(state, pool, leases, worked)
         show()
         if state.failed:
             raise (OutputError if state.output_failed else RunError)(state.failed)
@@ -50,9 +50,12 @@ def drive(
 
 
 def turn(
-    state: DriverState, pool: Pool, leases: Leases | None = None, holds_ok: Callable[[], bool] = lambda: False
+    state: DriverState,
+    pool: Pool,
+    leases: Leases | None = None,
+    worked: Callable[[int], bool] = lambda stage: False,
 ) -> None:
-    """Decide, dispatch, collect, once. ``holds_ok`` says whether the dataset holds a row that is ok."""
+    """Decide, dispatch, collect, once. ``worked`` says of a stage whether the dataset shows that it has worked before."""
     while True:
         answered = False
         for order in decide(state):
@@ -61,7 +64,7 @@ def turn(
                 apply(state, leases.claim(order.shard))
                 answered = True
             elif isinstance(order, CheckDataset):
-                apply(state, DatasetChecked(holds_ok()))
+                apply(state, DatasetChecked(order.stage, worked(order.stage)))
                 answered = True
             else:
                 pool.submit(order)
@@ -104,6 +107,8 @@ def view(state: DriverState, plan: Plan, seconds: float) -> progress.View:
             queued=state.rows_queued(at) if at else sum(map(len, state.to_read)),
             workers=len(state.workers_of(at)),
             busy=state.busy[at],
+            ended_before=sum(state.ended_rows[before] for before in range(at))
+            - sum(state.drawn_again[later] for later in range(at, len(state.stages))),
         )
         for at, spec in enumerate(state.stages)
     ]
@@ -113,8 +118,9 @@ def view(state: DriverState, plan: Plan, seconds: float) -> progress.View:
     return progress.View(
         stages=stages,
         planned=plan.rows,
-        finished=before + state.committed_ok + state.committed_failed,
+        finished=before + state.committed_ok + state.committed_failed + state.committed_filtered,
         failed=state.committed_failed,
+        filtered=state.committed_filtered,
         seconds=seconds,
         shards_done=len(state.done) + state.committed_shards,
         shards=plan.shards,

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from latentmill.plugin import Reason
+
 
 @dataclass(frozen=True)
 class StageSpec:
@@ -70,10 +72,14 @@ class Dispatch:
     slices: list[TableSlice] = field(default_factory=list)
     shard: int = -1
     errors: list[dict[str, Any]] = field(default_factory=list)
-    attempts: int = 0
+    failures: int = 0
     """How often these rows have failed together. Above 0, the worker is given nothing else meanwhile."""
     stack_key: Any = None
     """The key of the queue that the rows come from; None for what is tried again. Rows of one key can be stacked."""
+    filtered: list[dict[str, Any]] = field(default_factory=list)
+    """Of a commit: those of the shard's rows that were filtered; ``errors`` are those that failed."""
+    attempts: Sequence[int] = ()
+    """Of a read: the attempt that each row is at, from 0; nothing if all are at their first."""
 
     def blocks(self) -> list[int]:
         """The blocks that its slices are of, each once."""
@@ -110,7 +116,9 @@ class Claim:
 
 @dataclass(frozen=True)
 class CheckDataset:
-    """An order to whoever sees the dataset: say whether it holds a row that is ok."""
+    """An order to whoever sees the dataset: say whether it shows that a stage has worked before."""
+
+    stage: int
 
 
 PoolOrder: TypeAlias = "StartWorker | StopWorker | Dispatch"
@@ -138,8 +146,8 @@ class Finished:
     id: int
     tables: Sequence[tuple[str, tuple[int, ...]]] = ()
     """For each table of the block, its shape key and its row numbers."""
-    rejected: Sequence[tuple[int, str]] = ()
-    """Row numbers that end in the error table, with the reason."""
+    rejected: Sequence[tuple[int, Reason]] = ()
+    """Row numbers that go no further, with the reason."""
     bytes: int = 0
     """The size of the block."""
     seconds: float = 0.0
@@ -192,9 +200,12 @@ class Claimed:
 
 @dataclass(frozen=True)
 class DatasetChecked:
-    """The answer to ``CheckDataset``: an ok row has been through every stage, in an earlier run or in another driver's."""
+    """The answer to ``CheckDataset``: whether a row has been through the stage, in an earlier run or in another driver's. One that is
+    ok has been through every stage, one that was filtered through those up to the one that filtered it.
+    """
 
-    holds_ok: bool
+    stage: int
+    worked: bool
 
 
 @dataclass(frozen=True)

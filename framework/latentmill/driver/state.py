@@ -20,10 +20,11 @@ class OpenShard:
     """A shard on its way: what has arrived at its end, and what is still to come."""
 
     missing: set[int]
-    """Rows that have neither arrived nor failed."""
+    """Rows that have neither arrived nor failed nor been filtered."""
     packed: list[TableSlice] = field(default_factory=list)
     errors: list[dict[str, Any]] = field(default_factory=list)
-    attempts: int = 0
+    filtered: list[dict[str, Any]] = field(default_factory=list)
+    failures: int = 0
 
 
 class Suspect(NamedTuple):
@@ -61,6 +62,10 @@ class DriverState:
     """The first row that fails ends the job."""
     max_error_rate: float = 1.0
     """A larger share of failed rows ends it, once the share says something."""
+    attempts: int = 1
+    """Samples of a row that are drawn at most, until one is not filtered."""
+    drawn_in: int = 0
+    """The stage that draws them: what is filtered before it would be the same again, and is filtered for good."""
     max_bytes_in_flight: float = inf
     """Bytes that may be between stages, in blocks that are there and in those that are to come."""
     row_name: Callable[[int], str] = str
@@ -86,6 +91,8 @@ class DriverState:
 
     # Rows and batches
     to_read: deque[Sequence[int]] = field(default_factory=deque)
+    attempt_of: Counter[int] = field(default_factory=Counter)
+    """The attempt that a row of an open shard is at, from 0; those at their first need not be there."""
     queues: list[StageQueue] = field(default_factory=list)
     """For each stage, what waits for it."""
     in_flight: dict[int, Dispatch] = field(default_factory=dict)
@@ -145,8 +152,8 @@ class DriverState:
     # Failures
     worked_stages: set[int] = field(default_factory=set)
     """Stages that have done a row."""
-    dataset_holds_ok: bool | None = None
-    """Whether the dataset holds a row that is ok; None until that was asked."""
+    worked_before: dict[int, bool] = field(default_factory=dict)
+    """Of each stage of which it was asked, whether the dataset shows that it has worked before."""
     quarantined_on_trust: Counter[int] = field(default_factory=Counter)
     """Rows of stages that have not worked in this run, quarantined because the dataset shows that the stages worked before."""
     load_failures: Counter[int] = field(default_factory=Counter)
@@ -171,11 +178,18 @@ class DriverState:
     """Rows that each stage has done."""
     committed_ok: int = 0
     committed_failed: int = 0
+    committed_filtered: int = 0
     committed_shards: int = 0
     arrived: int = 0
     """Rows that have left the last stage, committed or not."""
     quarantined: int = 0
     """Rows that failed, committed or not."""
+    filtered: int = 0
+    """Rows that were filtered, committed or not."""
+    ended_rows: Counter[int] = field(default_factory=Counter)
+    """Rows that failed or were filtered in each stage, committed or not."""
+    drawn_again: Counter[int] = field(default_factory=Counter)
+    """How often a row was filtered in each stage and begun again."""
 
     def __post_init__(self) -> None:
         count = len(self.stages)
@@ -311,7 +325,7 @@ class DriverState:
         if ids is None or worker in self.leaving:
             return None
         held = [self.in_flight[id] for id in ids]
-        if any(dispatch.attempts for dispatch in held):
+        if any(dispatch.failures for dispatch in held):
             return None
         here = [dispatch for dispatch in held if dispatch.stage == stage]
         if spec.running_batches == 1:

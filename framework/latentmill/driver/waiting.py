@@ -23,7 +23,7 @@ class Retry:
 
     rows: Sequence[int]
     slices: list[TableSlice]
-    attempts: int
+    failures: int
 
 
 class StageQueue:

@@ -22,7 +22,7 @@ from latentmill.exports import table
 from latentmill.exports.formats import ExportFormat, ExportRow, ShardWriter
 from latentmill.exports.ledger import Ledger, ShardMark
 from latentmill.exports.rows import NAMED_BY, ExportSource
-from latentmill.shards import ERRORS_KEY
+from latentmill.shards import COPIES
 from latentmill.text import escaped
 
 SHARDS_AT_ONCE = min(16, 2 * (os.cpu_count() or 1))
@@ -202,8 +202,10 @@ class _Export:
         return next(row for shard in range(self.source.there.plan.shards) for row in self.source.rows(shard))
 
     def _state(self, shard: int) -> str:
-        failed = self.source.there.about(shard).get(ERRORS_KEY, "")
-        return hashlib.blake2b(failed.encode(), digest_size=8).hexdigest()
+        """Names which of a shard's rows are not stored: those that are, are the plan's."""
+        about = self.source.there.about(shard)
+        said = "".join(about.get(key, "") for key in COPIES.values())
+        return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
 
     def _settle(self, each: _OfShard, name: str, content: bytes | Path) -> None:
         size = len(content) if isinstance(content, bytes) else content.stat().st_size

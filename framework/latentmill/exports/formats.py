@@ -24,7 +24,7 @@ class ExportRow:
     """A row of the dataset, for one that writes its files."""
 
     number: int
-    """In the plan, from 0 on; failed rows leave gaps."""
+    """In the plan, from 0 on; rows that are not stored leave gaps."""
     row_id: str
     name: str
     """The picture's path below its folder, with slashes and without suffix: ``cats/tom``. ``row_id`` where nothing says it."""

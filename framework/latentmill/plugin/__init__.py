@@ -15,11 +15,12 @@ clean, 1 is noise. A latent at time t is ``x = alpha(t) * x0 + sigma(t) * noise`
 Tensors that a plugin is given may lie in memory that other processes share: read them, never write into them.
 
 What a plugin gives back is held against what is said here: shapes, counts, row ids. A plugin that breaks its contract, can't be
-loaded, or fails for every row ends the job with its name; ``RowError``, and ``reject``, are for a row that can't be used.
+loaded, or fails for every row ends the job with its name; ``RowError``, and ``reject``, are for a row that can't be used, and ``reject``
+with ``Filtered`` for one that is not wanted.
 """
 
 from latentmill.errors import RowError
-from latentmill.plugin.contract import CONTRACT, Plugin, Reject, RowField
+from latentmill.plugin.contract import CONTRACT, Filtered, Plugin, Reason, Reject, RowField
 from latentmill.plugin.denoiser import Denoiser, FollowsAuthors, Prediction
 from latentmill.plugin.scheduler import Field, Grid, NoiseSchedule, Scheduler, Start, State
 from latentmill.plugin.sink import OpenSideFile, Sink, StoredShard
@@ -44,6 +45,7 @@ __all__ = [
     "Declaration",
     "Denoiser",
     "Field",
+    "Filtered",
     "FixedShape",
     "FollowsAuthors",
     "Fragment",
@@ -53,6 +55,7 @@ __all__ = [
     "OpenSideFile",
     "Plugin",
     "Prediction",
+    "Reason",
     "Reject",
     "Request",
     "RowError",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 if TYPE_CHECKING:  # to list plugins takes none of them
@@ -15,8 +15,26 @@ CONTRACT = 2
 """Version of this module's promises. A plugin written for another one, or for none, is refused when it is selected."""
 
 
-Reject: TypeAlias = Callable[[int, str], None]
-"""``reject(i, reason)``: row ``i`` of the batch ends in the error table, with the reason."""
+@dataclass(frozen=True)
+class Filtered:
+    """Why a row is not wanted, though nothing is wrong with it: ``reject(i, Filtered("black picture", {"brightness": 0.0}))``.
+
+    The row is filtered: it is no error and counts towards no limit of errors, and it is not in the dataset. In a job with ``accept``
+    the row's next sample is drawn.
+    """
+
+    reason: str
+    """In a few words, for people: they read it in ``filtered/``."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Numbers by which it was found, by name. One that is not finite is stored as null."""
+
+
+Reason: TypeAlias = str | Filtered
+"""Why a row goes no further: words, of one that can't be used, or Filtered, of one that is not wanted."""
+
+Reject: TypeAlias = Callable[[int, Reason], None]
+"""``reject(i, reason)``: row ``i`` of the batch goes no further. With words it has failed, and ends in the error table; with Filtered it
+is filtered."""
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,13 @@ BATCH_COLUMNS = (
         "width and height that the picture was brought to",
         reserved=False,
     ),
+    BatchColumn(
+        "attempt",
+        "int32",
+        "read to the dataset, where the job has accept",
+        "which of the row's samples was accepted, from 0: those before it were filtered",
+        reserved=False,
+    ),
     BatchColumn("state:", "tensor", "beside half-way latents only", "half-way latents: what the scheduler remembers"),
     BatchColumn(
         "source_image",
@@ -169,6 +176,8 @@ class StageContext:
     """Whether the job asks for the standard deviation of encoded latents."""
     size: Mapping[str, Any] | None = None
     """The job's ``size``: how each picture is brought to a size of its own; None: to ``sampling``'s, or it keeps its own."""
+    attempts: int | None = None
+    """Of a job with ``accept``: how many samples of a row are drawn at most, until one is not filtered."""
     choices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """What the job says of each kind of plugin: ``choices["scheduler"]["name"]``. Nothing is built for it."""
     plan: Any = None
@@ -228,7 +237,7 @@ class Stage(Plugin, ABC):
     Here and below a name that ends in ``:`` stands for all columns that begin so, as ``prompt:``."""
     adds: Sequence[str | pa.Field] = ()
     """Columns of its results that it was not given, by name if they are in ``BATCH_COLUMNS``, else as Arrow
-    fields. A shard in which all rows failed has the columns that its stages declare."""
+    fields. A shard of which no row is stored has the columns that its stages declare."""
     drops: Sequence[str] = ()
     """Columns that are not in its results."""
     ignores: Sequence[str] = ()
@@ -239,7 +248,8 @@ class Stage(Plugin, ABC):
     resources: Mapping[str, Any] = {}
     """What of ``stages.NAME`` a job need not say: ``batch_size``, ``replicas``, ``num_cpus``, ``num_gpus`` and the like."""
     position: ClassVar[Literal["first", "between", "last"]] = "between"
-    """``first``: is given tables of the column ``row`` alone, row numbers, and makes rows of them. ``last``: see CommittingStage."""
+    """``first``: is given tables of the column ``row`` alone, row numbers, and makes rows of them; in a job with ``accept`` there may be
+    ``attempt`` beside it, and is then a column of what it makes. ``last``: see CommittingStage."""
     continuous: ClassVar[bool] = False
     """Whether it works on several batches at a time: see ContinuousStage."""
     fixed: FixedShape | None = None
@@ -265,7 +275,7 @@ class Stage(Plugin, ABC):
     def __call__(self, batch: pa.Table, reject: Reject) -> pa.Table | Iterable[pa.Table]:
         """The batch's rows, changed. The columns are those in ``BATCH_COLUMNS``.
 
-        Keep ``row`` and ``row_id`` as they are; leave out the rows that were rejected, and only those: a row that
+        Keep ``row`` and ``row_id`` as they are; leave out the rows that were rejected, failed or filtered, and only those: a row that
         disappears without a reason is an error. Return several tables if rows part into several tensor shapes.
         """
 
@@ -312,10 +322,17 @@ class CommittingStage(Stage):
     position: ClassVar[Literal["first", "between", "last"]] = "last"
 
     @abstractmethod
-    def commit(self, shard: int, packed: Sequence[pa.Table], errors: Sequence[Mapping[str, Any]]) -> bool:
+    def commit(
+        self,
+        shard: int,
+        packed: Sequence[pa.Table],
+        errors: Sequence[Mapping[str, Any]],
+        filtered: Sequence[Mapping[str, Any]] = (),
+    ) -> bool:
         """Publish a shard; False if another driver had, whose rows and errors then stand.
 
-        ``packed``: the rows that are ok, in any order; ``errors``: ``row``, ``stage`` and ``reason`` of the others.
+        ``packed``: the rows that are ok, in any order; ``errors``: ``row``, ``stage`` and ``reason`` of those that failed;
+        ``filtered``: the same and ``scores`` of those that were filtered. It is given ``filtered`` only if there are any.
         """
 
     @abstractmethod

@@ -21,6 +21,7 @@ def make(dataset: Material) -> None:
         f"# {dataset.name}",
         f"{counted(dataset.ok, 'row')}, made by latentmill"
         + (f"; {dataset.failed:,} more failed, with their reasons in `errors/`" if dataset.failed else "")
+        + (f"; {dataset.filtered:,} more were filtered, with their reasons in `filtered/`" if dataset.filtered else "")
         + f". The plan that it follows, down to the weights' hashes, is `plan.json` (hash `{dataset.plan['hash']}`).",
     ]
     if dataset.warnings:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from importlib import resources
 from string import Template
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from PIL import Image
 
@@ -41,6 +42,8 @@ def make(dataset: Material, pace: Pace | None) -> None:
 def _figures(dataset: Material, pace: Pace | None) -> Iterator[tuple[str, str]]:
     yield "rows", f"{dataset.ok:,}"
     yield "failed", f"{dataset.failed:,}"
+    if dataset.filtered:
+        yield "filtered", f"{dataset.filtered:,}"
     yield "planned", f"{dataset.plan['rows']:,}"
     if _ran(pace):
         seconds, made = pace.last.seconds, pace.progress() - pace.before
@@ -60,18 +63,29 @@ def _sections(dataset: Material, pace: Pace | None) -> Iterator[tuple[str, str]]
         ]
         head = ["stage", "rows", "rows/s", "workers", "busy"]
         yield "Stages in the last run", _table(head, stages, numbers=range(1, 5))
-    if dataset.errors:
-        by_stage = ", ".join(f"{stage} {count:,}" for stage, count in dataset.failed_in.most_common())
-        first = f"the first {len(dataset.errors)} of {dataset.failed:,}" if dataset.failed > len(dataset.errors) else ""
-        counts = escape("; ".join(filter(None, [by_stage, first])))
-        rows = [[error["row_id"], error["stage"], error["reason"]] for error in dataset.errors]
-        yield "Failed rows", f'<p class="faint">{counts}</p>{_table(["row", "stage", "reason"], rows)}'
+    for title, rows, counts in (
+        ("Failed rows", dataset.errors, dataset.failed_in),
+        ("Filtered rows", dataset.left_out, dataset.filtered_in),
+    ):
+        if rows:
+            yield title, _not_stored(rows, counts)
     if dataset.warnings:
         warnings = [[f"{rows:,}", text] for text, rows in dataset.warnings.items()]
         yield "Warnings", _table(["rows", "what is to be known of them"], warnings, numbers=[0])
     plugins = [[kind, *identity(plugin)] for kind, plugin in dataset.plan["plugins"].items()]
     yield "Made with", _table(["part", "plugin", "from", "weights"], plugins)
     yield "Config", f"<pre>{escape(json.dumps(dataset.plan['config'], indent=1))}</pre>"
+
+
+def _not_stored(rows: Sequence[Mapping[str, Any]], counts: Counter[str]) -> str:
+    by_stage = ", ".join(f"{stage} {count:,}" for stage, count in counts.most_common())
+    first = f"the first {len(rows)} of {counts.total():,}" if counts.total() > len(rows) else ""
+    head, cells = ["row", "stage", "reason"], [[row["row_id"], row["stage"], row["reason"]] for row in rows]
+    if "scores" in rows[0]:
+        head.append("scores")
+        for line, row in zip(cells, rows):
+            line.append(", ".join(f"{name} {score}" for name, score in row["scores"].items()))
+    return f'<p class="faint">{escape("; ".join(filter(None, [by_stage, first])))}</p>{_table(head, cells)}'
 
 
 def _ran(pace: Pace | None) -> TypeGuard[Pace]:

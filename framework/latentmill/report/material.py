@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ from PIL import Image
 
 from latentmill.dataset import Dataset
 from latentmill.plugin import RowError, tensors
+from latentmill.shards import ToldRows, error_rows, filtered_rows
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class Material:
     errors: list[dict[str, Any]] = field(init=False)
     """The first failed rows."""
     failed_in: Counter[str] = field(init=False)
+    left_out: list[dict[str, Any]] = field(init=False)
+    """The first filtered rows."""
+    filtered_in: Counter[str] = field(init=False)
 
     def __post_init__(self) -> None:
         self.store = self.there.store
@@ -50,16 +54,19 @@ class Material:
             self.has_pictures = "image" in schema.names
         now = self.there.status(seen)
         self.ok, self.failed, self.warnings = now["ok"], now["failed"], now["warnings"]
-        self.failed_in = seen.failed_in()
-        self.errors = self._first_errors(200, [(shard, found.errors) for shard, found in seen.readable.items()])
+        self.filtered = now.get("filtered", 0)
+        self.failed_in, self.filtered_in = seen.failed_in(), seen.filtered_in()
+        self.errors = self._first(200, error_rows, {shard: said.failed for shard, said in seen.readable.items()})
+        self.left_out = self._first(200, filtered_rows, {shard: said.filtered for shard, said in seen.readable.items()})
 
-    def _first_errors(self, most: int, failed: Iterable[tuple[int, int]]) -> list[dict[str, Any]]:
+    def _first(self, most: int, rows: ToldRows, counts: Mapping[int, Mapping[str, int]]) -> list[dict[str, Any]]:
+        """The first ``most`` of the rows that shards don't store, of one kind."""
         shards, counted = [], 0
-        for shard, rows in failed:
-            if rows and counted < most:
+        for shard, by_stage in counts.items():
+            if by_stage and counted < most:
                 shards.append(shard)
-                counted += rows
-        return [error for _, errors in self.there.errors(shards) for error in errors][:most]
+                counted += sum(by_stage.values())
+        return [row for _, found in self.there.told(shards, rows) for row in found][:most]
 
     @property
     def name(self) -> str:

@@ -15,6 +15,7 @@ def summary(
     planned: int,
     ok: int,
     failed: int,
+    filtered: int = 0,
     made: int,
     seconds: float,
     interrupted: bool = False,
@@ -22,10 +23,10 @@ def summary(
 ) -> str:
     """The end of a run, in a few lines for people.
 
-    ``planned``, ``ok`` and ``failed`` are rows of the whole dataset; ``made`` of them, in ``seconds``, this run's own;
+    ``planned``, ``ok``, ``failed`` and ``filtered`` are rows of the whole dataset; ``made`` of them, in ``seconds``, this run's own;
     ``warnings`` are rows by what is to be known of them.
     """
-    done = ok + failed
+    done = ok + failed + filtered
     if done == planned and not made:
         lines = [f"{name}: nothing to do, all {counted(planned, 'row')} were finished before"]
     else:
@@ -41,6 +42,9 @@ def summary(
         lines.append(f"  dataset       {output}/data ({ok:,} rows)")
     if failed and store.holds_any("errors"):
         lines.append(f"  failed        {output}/errors ({counted(failed, 'row')}, each with its reason)")
+    if filtered and store.holds_any("filtered"):
+        every = ": all that were planned, so that the dataset has no row" * (filtered == planned)
+        lines.append(f"  filtered      {output}/filtered ({counted(filtered, 'row')}, each with its reason{every})")
     lines += [f"  warning       {counted(rows, 'row')}: {text}" for text, rows in (warnings or {}).items()]
     for label, name in (("pictures", "contact_sheet.png"), ("report", "report.html")):
         if store.exists(name):

@@ -10,17 +10,16 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image
 from torch import Tensor
 
 from latentmill import buckets, checks, columns, registry
-from latentmill.batch import CONDITIONING, PROMPT_PREFIX, STATE_PREFIX, from_dicts, with_latents
+from latentmill.batch import ATTEMPT, CONDITIONING, PROMPT_PREFIX, STATE_PREFIX, from_dicts, with_latents
 from latentmill.buckets import Size
 from latentmill.columns import Columns
 from latentmill.errors import ContractError
 from latentmill.fields import BY_NAME, FROM_SOURCE, HALFWAY, ID, parse
-from latentmill.identity import row_seed
-from latentmill.pixels import fitted
+from latentmill.identity import attempt_seed, row_seed
+from latentmill.pixels import cover, crop, fitted
 from latentmill.plugin import Declaration, LatentSpec, Reject, RowError, RowField, Source, Stage, StageContext, tensors
 from latentmill.registry import called
 from latentmill.stages import stored_conditioning
@@ -54,7 +53,8 @@ class Read(Stage):
     In a job with ``size`` each sample of a picture is brought to its bucket instead (``latentmill.buckets``); a row's own width
     and height stand for the bucket's.
 
-    A row's seed is ``identity.row_seed``'s. -1 and null in the source stand for none, as in other tools.
+    A row's seed is ``identity.row_seed``'s, and of a later attempt ``identity.attempt_seed``'s. -1 and null in the source stand for
+    none, as in other tools.
     """
 
     contract = 2
@@ -66,9 +66,8 @@ class Read(Stage):
         with registry.asking(source):
             latents = ("latents",) if source.latent_spec() is not None else ()
         own = ("id",) if source.id_column is not None else ()
-        sized = buckets.SIZE_COLUMNS if context.size is not None else ()
         stored = CONDITIONING if stored_conditioning.wanted(context, source) else ()
-        return replace(super().declare(context), adds=(*own, *sized, *latents, *stored))
+        return replace(super().declare(context), adds=(*own, *_added(context), *latents, *stored))
 
     def prepare(self, context: StageContext) -> None:
         self.source: Source = context.plugin("source")
@@ -80,6 +79,7 @@ class Read(Stage):
         self.size = Size.of(context.size) if context.size is not None else None
         if self.size is not None:
             self.source.pixels = self.size.pixels
+        self.added = _added(context)
         self.denoises = context.needed_later("denoiser")
         """Whether a scheduler will move the rows: else they have none, no mask, and no use for a strength."""
         self.scheduler = str(context.choices["scheduler"]["name"]) if self.denoises else ""
@@ -93,6 +93,7 @@ class Read(Stage):
 
     def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
         groups: dict[Any, list[tuple[dict[str, Any], dict[str, Tensor]]]] = defaultdict(list)
+        attempts = batch.column("attempt").to_pylist() if "attempt" in batch.column_names else [0] * len(batch)
         for found, wanted in self._source_rows(batch.column("row").to_pylist()):
             try:
                 if isinstance(found, RowError):
@@ -105,7 +106,8 @@ class Read(Stage):
             for i, number, sample in wanted:
                 row_id = self.plan.row_id(number)
                 seed = row_seed(self.plan.seed, row_id, sample, values["seed"], values.get("id"))
-                row, tensors_of_row = {**values, "row": number, "row_id": row_id, "seed": seed}, stored
+                about = {"row": number, "row_id": row_id, "attempt": attempts[i]}
+                row, tensors_of_row = {**values, **about, "seed": attempt_seed(seed, attempts[i])}, stored
                 if self.size is not None:
                     try:
                         whole = {name: value for name, value in stored.items() if not name.startswith(CONDITIONING)}
@@ -122,7 +124,7 @@ class Read(Stage):
             for at, column in enumerate(self.columns.schema()):
                 each = [row["beside"][at] for row, _ in members]
                 table = table.append_column(column, pa.concat_arrays(each))
-            for column in buckets.SIZE_COLUMNS if self.size is not None else ():
+            for column in self.added:
                 table = table.append_column(column, pa.array([row[column.name] for row, _ in members], column.type))
             for name in members[0][1]:
                 if name.startswith(CONDITIONING):
@@ -354,6 +356,12 @@ class Read(Stage):
             raise RowError(f"{size} are {width * height * frames} pixels, more than {most} allows")
 
 
+def _added(context: StageContext) -> tuple[pa.Field, ...]:
+    """What rows have beside others in a job with ``size``, or with ``accept``."""
+    sized = buckets.SIZE_COLUMNS if context.size is not None else ()
+    return sized if context.attempts is None else (*sized, ATTEMPT)
+
+
 def require_picture(array: Any, size: Size | None = None) -> np.ndarray[Any, Any]:
     """The array, if it is a picture. Raises RowError."""
     channels = (3, 4) if size is not None and size.pixels == "musubi" else (3,)
@@ -372,24 +380,3 @@ def require_picture(array: Any, size: Size | None = None) -> np.ndarray[Any, Any
 def painted_over(mask: Tensor) -> Tensor:
     """Where a mask's picture ``[H, W, 3]`` is light: 1, uint8 ``[H, W]``."""
     return (mask.float().mean(-1) >= 127.5).to(torch.uint8)
-
-
-def cover(picture: np.ndarray[Any, Any], width: int, height: int) -> np.ndarray[Any, Any]:
-    """The middle of ``picture[H, W, 3]``, scaled to cover ``width`` x ``height``; itself if it has that size."""
-    have_height, have_width = picture.shape[:2]
-    if (have_width, have_height) == (width, height):
-        return np.array(picture)
-    # The middle is cut out first: 1 x 20000 pixels, scaled to cover a square, would be a million and more high.
-    scale = max(width / have_width, height / have_height)
-    cut_x, cut_y = (have_width - width / scale) / 2, (have_height - height / scale) / 2
-    box = (max(cut_x, 0.0), max(cut_y, 0.0), min(have_width - cut_x, have_width), min(have_height - cut_y, have_height))
-    return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS, box=box))
-
-
-def crop(picture: np.ndarray[Any, Any], multiple_of: int) -> np.ndarray[Any, Any]:
-    """The middle of ``picture[H, W, 3]`` with sides that are multiples. Raises RowError if it is too small for one."""
-    height, width = (side - side % multiple_of for side in picture.shape[:2])
-    if not width or not height:
-        raise RowError(f"a picture of {picture.shape[1]}x{picture.shape[0]} pixels, and the VAE needs {multiple_of}")
-    top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
-    return np.array(picture[top : top + height, left : left + width])

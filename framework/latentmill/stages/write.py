@@ -1,13 +1,15 @@
 """The write stage: pack batches, and commit a shard's rows and errors by one atomic create.
 
-The create of the data file decides everything about a shard. The error rows travel inside it, in its metadata: of two
-drivers whose rows failed differently one wins, with its rows and its errors. ``errors/00007.jsonl`` is only a copy of
-what is in ``data/00007.parquet``, for people and ``grep``; whoever finds it missing makes it again.
+The create of the data file decides everything about a shard. The error rows travel inside it, in its metadata, and so do those
+that were filtered: of two drivers whose rows ended differently one wins, with all of its. ``errors/00007.jsonl`` and
+``filtered/00007.jsonl`` are only copies of what is in ``data/00007.parquet``, for people and ``grep``; whoever finds one missing
+makes it again.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -22,13 +24,14 @@ from latentmill.columns import Columns
 from latentmill.fields import OWN_FIELDS
 from latentmill.plugin import CommittingStage, LatentSpec, Reject, Sink, StageContext
 from latentmill.shards import (
+    COPIES,
     ERRORS_KEY,
+    FILTERED_KEY,
     PLAN_KEY,
     WARNINGS_KEY,
     ShardFile,
-    copy_errors,
     data_name,
-    error_lines,
+    make_copies,
     with_side_files,
 )
 from latentmill.storage import Storage
@@ -81,24 +84,23 @@ class Write(CommittingStage):
         self.store.create(name, b"")
         return name
 
-    def commit(self, shard: int, packed: Sequence[pa.Table], errors: Sequence[Mapping[str, Any]]) -> bool:
+    def commit(
+        self,
+        shard: int,
+        packed: Sequence[pa.Table],
+        errors: Sequence[Mapping[str, Any]],
+        filtered: Sequence[Mapping[str, Any]] = (),
+    ) -> bool:
         """Publish a shard; False if another driver had, whose rows and errors then stand.
 
-        ``packed``: the rows that are ok, in any order; ``errors``: ``row``, ``stage`` and ``reason`` of the others.
+        ``packed``: the rows that are ok, in any order; ``errors``: ``row``, ``stage`` and ``reason`` of those that failed;
+        ``filtered``: the same and ``scores`` of those that were filtered.
         Raises RuntimeError unless these are the shard's planned rows, each once, or if they don't read back so.
         """
-        failed = [
-            {
-                "row": e["row"],
-                "row_id": self.plan.row_id(e["row"]),
-                "stage": e["stage"],
-                "reason": self._reason(e["reason"]),
-            }
-            for e in sorted(errors, key=lambda e: int(e["row"]))
-        ]
+        failed, unwanted = self._told(errors), self._told(filtered)
         _require_one_shape(packed)
         numbers = [number for table in packed for number in table.column("row").to_pylist()]
-        _require_planned(shard, self.plan.shard_rows(shard), [*numbers, *(e["row"] for e in failed)])
+        _require_planned(shard, self.plan.shard_rows(shard), [*numbers, *(row["row"] for row in (*failed, *unwanted))])
         table = pa.concat_tables(
             packed or [self.sink.pack(empty(self.stages, self.plan.spec, self.sampling, self.plan.columns.schema()))],
             promote_options="default",
@@ -110,6 +112,8 @@ class Write(CommittingStage):
         table = table.drop_columns([name for name in unstored if name in table.column_names])
 
         about = {**self.metadata, ERRORS_KEY: json.dumps(failed)}
+        if unwanted:
+            about[FILTERED_KEY] = json.dumps(unwanted)
         if warnings := count_warnings(table):
             about[WARNINGS_KEY] = json.dumps(warnings)
         name, ids = data_name(shard, self.sink), [self.plan.row_id(number) for number in sorted(numbers)]
@@ -119,8 +123,10 @@ class Write(CommittingStage):
                 if list(self.sink.row_ids(file)) != ids:
                     raise RuntimeError(f"shard {shard}: the file just written has not the rows that were written")
                 file.seek(0)
-                if self.sink.metadata(file).get(ERRORS_KEY) != about[ERRORS_KEY]:
-                    raise RuntimeError(f"shard {shard}: the file just written has not the errors that were written")
+                found = self.sink.metadata(file)
+                for key, what in ((ERRORS_KEY, "errors"), (FILTERED_KEY, "filtered rows")):
+                    if found.get(key) != about.get(key):
+                        raise RuntimeError(f"shard {shard}: the file just written has not the {what} that were written")
 
         with with_side_files(self.store, self.sink, shard, table) as side_files:
             about |= side_files.metadata
@@ -128,11 +134,23 @@ class Write(CommittingStage):
                 side_files.keep()
         with suppress(FileNotFoundError):  # the winner's has been taken out again, to be made anew
             winner = about if first else ShardFile(self.store, self.sink, name).metadata()
-            copy_errors(self.store, shard, error_lines(winner))
+            make_copies(self.store, shard, winner, [folder for folder, key in COPIES.items() if key in winner])
         return first
 
-    def _reason(self, reason: str) -> str:
-        return one_line(without_secrets(reason, json.dumps(self.plan.config)))
+    def _told(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Rows that are not stored, as their shard tells of them: by number, each with its name."""
+        found, config = [], json.dumps(self.plan.config)
+        for row in sorted(rows, key=lambda row: int(row["row"])):
+            about = {"row": row["row"], "row_id": self.plan.row_id(row["row"]), "stage": row["stage"]}
+            about["reason"] = one_line(without_secrets(row["reason"], config))
+            if "attempts" in row:
+                about["attempts"] = row["attempts"]
+            if "scores" in row:
+                about["scores"] = {
+                    name: score if math.isfinite(score) else None for name, score in row["scores"].items()
+                }
+            found.append(about)
+        return found
 
 
 def publish(store: Storage, name: str, write: Callable[[str], None], check: Callable[[str], None]) -> bool:

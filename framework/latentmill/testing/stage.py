@@ -12,7 +12,7 @@ import torch
 
 from latentmill import checks
 from latentmill.errors import ContractError, NoRowError
-from latentmill.plugin import RowError, Stage, StageContext, tensors
+from latentmill.plugin import Filtered, Reason, RowError, Stage, StageContext, tensors
 from latentmill.testing import batches
 from latentmill.testing.behaviour import GENERATORS, alike, seed_all
 from latentmill.testing.suite import PluginSuite, identity
@@ -35,7 +35,8 @@ class StageSuite(PluginSuite):
         """As itself."""
         batch = self.batch()
         given = dict(zip(batch.column("row").to_pylist(), batch.column("row_id").to_pylist()))
-        tables, rejected = run(self._ready(), batch, strict=False)
+        stage = self._ready()
+        tables, rejected = run(stage, batch, strict=False)
         for table in tables:
             assert isinstance(table, pa.Table), (
                 f"the stage gives a {type(table).__name__}: it gives a table, or several"
@@ -48,9 +49,13 @@ class StageSuite(PluginSuite):
             assert isinstance(at, int) and 0 <= at < len(batch), (
                 f"reject names row {at} of a batch of {len(batch)}: it is a row's place in the batch"
             )
-            assert isinstance(reason, str) and reason.strip(), (
+            assert isinstance(reason, Filtered) or (isinstance(reason, str) and reason.strip()), (
                 "reject is given no reason: people read it in the error table"
             )
+            try:
+                checks.reason(stage, reason)
+            except ContractError as error:
+                raise AssertionError(str(error)) from error
         gone = [batch.column("row")[at].as_py() for at, _ in rejected]
         for number in numbers:
             assert number in given, f"the stage invents row {number}, which it was not given"
@@ -190,9 +195,9 @@ def ready(stage: Stage, context: Callable[[], StageContext] | None) -> Stage:
 
 def run(
     stage: Stage, batch: pa.Table, seeds: Sequence[int] = (0, 0, 0), strict: bool = True
-) -> tuple[list[pa.Table], list[tuple[int, str]]]:
-    """The tables that a batch becomes, and the rows that are rejected."""
-    rejected: list[tuple[int, str]] = []
+) -> tuple[list[pa.Table], list[tuple[int, Reason]]]:
+    """The tables that a batch becomes, and the rows that are rejected, failed or filtered."""
+    rejected: list[tuple[int, Reason]] = []
     seed_all(seeds)
     try:
         with torch.no_grad():
@@ -210,7 +215,7 @@ def outcome(stage: Stage, batch: pa.Table, seeds: Sequence[int] = (0, 0, 0)) -> 
     given = fresh(batch)
     tables, rejected = run(stage, given, seeds)
     numbers = batch.column("row").to_pylist()
-    found: dict[int, Any] = {numbers[at]: reason for at, reason in rejected if 0 <= at < len(numbers)}
+    found: dict[int, Any] = {numbers[at]: _plain(why) for at, why in rejected if 0 <= at < len(numbers)}
     for table in tables:
         plain = [field.name for field in table.schema if not tensors.is_tensor(field)]
         rows: list[dict[str, Any]] = [
@@ -235,6 +240,12 @@ def stream(batch: pa.Table) -> pa.Buffer:
     with pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_table(batch)
     return sink.getvalue()
+
+
+def _plain(why: Reason) -> Any:
+    if not isinstance(why, Filtered):
+        return why
+    return {"filtered": why.reason, "scores": {name: _as_tensor(score) for name, score in why.scores.items()}}
 
 
 def _as_tensor(value: Any) -> Any:

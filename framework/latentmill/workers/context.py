@@ -46,6 +46,7 @@ def make_stage(job: Job, plan: Plan, name: str, fixed_size: bool = False) -> Sta
             sampling=dict(job.sampling),
             latents_std=job.latents_std,
             size=job.size,
+            attempts=job.attempts,
             choices={kind: getattr(job, kind) for kind in PARTS if getattr(job, kind) is not None},
             plan=plan,
             build=build,

@@ -114,9 +114,9 @@ class InlinePool:
     def _do(self, worker: Worker, order: Dispatch) -> tuple[Outcome, Block] | None:
         stage, blocks = self.stages[order.stage], self._blocks(order)
         if order.task == "read":
-            return worker.read(stage, order.rows)
+            return worker.read(stage, order.rows, order.attempts)
         if order.task == "commit":
-            worker.commit(stage, order.shard, order.errors, order.addresses(), *blocks)
+            worker.commit(stage, order.shard, order.errors, order.filtered, order.addresses(), *blocks)
             return None
         return worker.batch(stage, order.addresses(), *blocks)
 

@@ -119,10 +119,11 @@ class RayPool:
         held[order.id] = order
         blocks = [self.blocks[name] for name in order.blocks()]
         if order.task == "commit":
-            self._await(order, actor.commit.remote(stage, order.shard, order.errors, order.addresses(), *blocks))
+            ended = order.errors, order.filtered
+            self._await(order, actor.commit.remote(stage, order.shard, *ended, order.addresses(), *blocks))
             return
         if order.task == "read":
-            outcome, block = actor.read.options(num_returns=2).remote(stage, list(order.rows))
+            outcome, block = actor.read.options(num_returns=2).remote(stage, list(order.rows), order.attempts)
         else:
             outcome, block = actor.batch.options(num_returns=2).remote(stage, order.addresses(), *blocks)
         self.blocks[order.id] = block

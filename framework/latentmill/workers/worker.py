@@ -15,8 +15,8 @@ import pyarrow as pa
 import torch
 
 from latentmill import checks, failpoints, weights
-from latentmill.batch import concat, shape_key
-from latentmill.plugin import CommittingStage, ContinuousStage, Request, RowError, Stage, tensors
+from latentmill.batch import ATTEMPT, concat, shape_key
+from latentmill.plugin import CommittingStage, ContinuousStage, Reason, Request, RowError, Stage, tensors
 from latentmill.workers.context import this_node
 from latentmill.workers.hearing import Hearing
 
@@ -83,7 +83,7 @@ class Outcome:
     """What the driver learns of a block without seeing it."""
 
     parts: list[tuple[str, tuple[int, ...]]]
-    rejected: list[tuple[int, str]]
+    rejected: list[tuple[int, Reason]]
     heard: list[str] = field(default_factory=list)
     """What libraries said in the worker since it was last asked."""
     read: weights.Reading = field(default_factory=dict)
@@ -102,7 +102,7 @@ class Call:
     """A batch that a worker was given, until it hands it back."""
 
     batch: pa.Table
-    rejected: dict[int, str] = field(default_factory=dict)
+    rejected: dict[int, Reason] = field(default_factory=dict)
     request: Request | None = None
     block: Block | None = None
     error: Exception | None = None
@@ -111,7 +111,7 @@ class Call:
     def done(self) -> bool:
         return self.block is not None or self.error is not None
 
-    def reject(self, i: int, reason: str) -> None:
+    def reject(self, i: int, reason: Reason) -> None:
         self.rejected.setdefault(self.batch.column("row")[i].as_py(), reason)
 
 
@@ -169,7 +169,7 @@ class Hosted:
         start = 0
         while start < len(call.batch):
             count = min(self.most or len(call.batch), len(call.batch) - start)
-            rejected: dict[int, str] = {}
+            rejected: dict[int, Reason] = {}
             try:
                 result = self.stage(call.batch.slice(start, count), rejected.__setitem__)
                 block += [result] if isinstance(result, pa.Table) else list(result)
@@ -216,9 +216,12 @@ class Worker:
         found = [hosted.stage.probe() for hosted in self.stages.values() if isinstance(hosted.stage, CommittingStage)]
         return found[0] if found else ""
 
-    def read(self, stage: str, numbers: Sequence[int]) -> tuple[Outcome, Block]:
-        """Read rows by number."""
-        return self._finish(stage, self._begin(stage, pa.table({"row": pa.array(numbers, pa.int64())})))
+    def read(self, stage: str, numbers: Sequence[int], attempts: Sequence[int] = ()) -> tuple[Outcome, Block]:
+        """Read rows by number, each as its attempt has it; without ``attempts``, the first."""
+        given = pa.table({"row": pa.array(numbers, pa.int64())})
+        if attempts:
+            given = given.append_column(ATTEMPT, pa.array(attempts, ATTEMPT.type))
+        return self._finish(stage, self._begin(stage, given))
 
     def batch(self, stage: str, slices: Sequence[SliceAddress], *blocks: Block) -> tuple[Outcome, Block]:
         """Work on one batch."""
@@ -229,11 +232,18 @@ class Worker:
         return self._begin(stage, concat(_gather(slices, blocks)))
 
     def commit(
-        self, stage: str, shard: int, errors: list[dict[str, Any]], slices: Sequence[SliceAddress], *blocks: Block
+        self,
+        stage: str,
+        shard: int,
+        errors: list[dict[str, Any]],
+        filtered: list[dict[str, Any]],
+        slices: Sequence[SliceAddress],
+        *blocks: Block,
     ) -> float:
         """Publish a shard, unless another driver had. Returns the seconds that it took."""
         started = time.perf_counter()
-        cast(CommittingStage, self.stages[stage].stage).commit(shard, _gather(slices, blocks), errors)
+        more = {"filtered": filtered} if filtered else {}  # a stage that is older than filtered rows knows of none
+        cast(CommittingStage, self.stages[stage].stage).commit(shard, _gather(slices, blocks), errors, **more)
         return time.perf_counter() - started
 
     def advance(self) -> None:
@@ -279,6 +289,7 @@ class Worker:
             raise call.error
         assert call.block is not None
         checks.same_rows(of, call.batch, call.block, call.rejected)
+        rejected = [(row, checks.reason(of, why)) for row, why in call.rejected.items()]
         if not isinstance(of, CommittingStage):
             checks.same_columns(of, call.batch, call.block)
         call.block = [tensors.compact(table) for table in call.block]
@@ -287,9 +298,7 @@ class Worker:
         heard, read = hosted.hearing.take(), dict(self.read_later)
         size = sum(table.nbytes for table in call.block)
         seconds = sum(hosted.seconds.popleft() for _ in range(len(hosted.seconds)))
-        return Outcome(
-            outcome, list(call.rejected.items()), heard, read, node, size, seconds, memory_held()
-        ), call.block
+        return Outcome(outcome, rejected, heard, read, node, size, seconds, memory_held()), call.block
 
     def _begin(self, stage: str, batch: pa.Table) -> Call:
         hosted = self.stages[stage]

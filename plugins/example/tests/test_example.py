@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latentmill.plugin import tensors
+from latentmill.plugin import Filtered, tensors
 from latentmill.testing import SchedulerSuite, SinkSuite, StageSuite, VAESuite
 from latentmill.testing.batches import with_pictures
 from latentmill_example import Brightness, Patches, Trapezoid
@@ -44,10 +44,10 @@ def test_a_side_that_is_none_is_refused():
         Patches(side=0)
 
 
-def test_brightness_is_the_mean_and_dark_pictures_are_rejected():
+def test_brightness_is_the_mean_and_dark_pictures_are_filtered():
     told = {}
     found = Brightness(least=0.1)(with_pictures(), told.__setitem__)
     images = tensors.from_arrow(with_pictures(), "image")
-    assert told == {0: "brightness 0.000, which is not from 0.1 to 1.0"}
+    assert told == {0: Filtered("brightness 0.000, which is not from 0.1 to 1.0", {"brightness": 0.0})}
     assert found.column("row").to_pylist() == [11, 12, 13, 14]
     assert found.column("brightness").to_pylist() == [float(i.double().mean()) / 255 for i in images[1:]]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from latentmill.plugin import VAE, Field, LatentSpec, Reject, Scheduler, Stage, State, tensors
+from latentmill.plugin import VAE, Field, Filtered, LatentSpec, Reject, Scheduler, Stage, State, tensors
 
 
 class Patches(VAE):
@@ -65,7 +65,7 @@ BRIGHTNESS = pa.field("brightness", pa.float64(), nullable=False)
 
 
 class Brightness(Stage):
-    """Adds each picture's mean, ``brightness``, from 0 to 1, and rejects pictures that are darker than ``least`` or lighter than ``most``."""
+    """Adds each picture's mean, ``brightness``, from 0 to 1, and filters pictures that are darker than ``least`` or lighter than ``most``."""
 
     contract = 2
     adds = (BRIGHTNESS,)
@@ -81,7 +81,8 @@ class Brightness(Stage):
         kept = [i for i, value in enumerate(found) if self.least <= value <= self.most]
         for i, value in enumerate(found):
             if i not in kept:
-                reject(i, f"brightness {value:.3f}, which is not from {self.least} to {self.most}")
+                why = f"brightness {value:.3f}, which is not from {self.least} to {self.most}"
+                reject(i, Filtered(why, {"brightness": value}))  # nothing is wrong with the row: it is not wanted
         if "brightness" in batch.column_names:  # the stage may stand twice in a job
             batch = batch.drop_columns(["brightness"])
         return batch.append_column(BRIGHTNESS, pa.array(found, pa.float64())).take(pa.array(kept, pa.int64()))

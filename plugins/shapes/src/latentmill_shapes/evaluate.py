@@ -23,7 +23,7 @@ from PIL import Image
 
 from latentmill import registry
 from latentmill.batch import concat, from_dicts
-from latentmill.plugin import Declaration, Scheduler, Stage, StageContext, tensors
+from latentmill.plugin import Declaration, Reason, Scheduler, Stage, StageContext, tensors
 from latentmill.stages.decode import Decode
 from latentmill.stages.denoise import Denoise
 from latentmill.stages.encode import Encode
@@ -90,7 +90,7 @@ def generate(
         stage.prepare(context)
         stage.load(cpu)
 
-    def reject(i: int, reason: str) -> None:
+    def reject(i: int, reason: Reason) -> None:
         raise ValueError(reason)
 
     pictures = []
