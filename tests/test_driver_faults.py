@@ -100,6 +100,38 @@ def test_what_is_the_stage_s_own_fault_ends_the_job_at_once(cause):
     assert len(told) == 1 and not world.committed
 
 
+@pytest.mark.parametrize("retries", [0, 1, 3])
+@pytest.mark.parametrize("worked", [False, True])
+def test_a_store_that_fails_ends_the_job_after_the_retries_and_blames_no_row(retries, worked):
+    """Not even where the stage has worked, and one row alone was asked for."""
+    world = World(state(sizes=(1,) * 5, retries=retries), seed=3)
+    carry_out, told = world.carry_out, []
+
+    def broken(order):
+        if isinstance(order, Dispatch) and order.stage == 0 and (not worked or 7 in order.rows):
+            told.append(order.rows)
+            return Failed(order.id, "store", "s3://b/x: no answer")
+        return carry_out(order)
+
+    world.carry_out = broken
+    assert world.run().state.failed == "stage read: s3://b/x: no answer"
+    assert max(Counter(told).values()) == 1 + retries and not world.failed()
+
+
+def test_a_store_that_fails_for_a_while_costs_no_row():
+    world = World(state(retries=2), seed=3)
+    carry_out, told = world.carry_out, Counter()
+
+    def broken(order):
+        if isinstance(order, Dispatch) and order.task == "read" and told[order.rows] < 2:
+            told[order.rows] += 1
+            return Failed(order.id, "store", "s3://b/x: no answer")
+        return carry_out(order)
+
+    world.carry_out = broken
+    assert len(world.run().ok()) == 100 and not world.failed()
+
+
 def test_a_worker_that_cannot_load_a_part_is_replaced_where_another_could():
     world = World(state(replicas=(1, 2, 1, 1, 1)), seed=4)
     carry_out, unable = world.carry_out, []

@@ -87,8 +87,12 @@ class Before(Server):
 
 
 def put(endpoint, key, content):
-    """Write an object into s3://bucket."""
-    obstore.put(from_url("s3://bucket", endpoint=endpoint, client_options={"allow_http": True}), key, content)
+    """Write an object into s3://bucket; without content, delete it."""
+    store = from_url("s3://bucket", endpoint=endpoint, client_options={"allow_http": True})
+    if content is None:
+        obstore.delete(store, key)
+    else:
+        obstore.put(store, key, content)
 
 
 def upload(endpoint, folder, prefix):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import ray
 from tests import ray_forks
+from tests.outside.store_parts import upload
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 COMMAND = Path(sys.executable).with_name("latentmill")
@@ -62,11 +63,11 @@ def test_a_token_of_this_user_keeps_nobody_from_a_cluster_without_one(latentmill
         ray.shutdown()
 
 
-def test_the_keys_of_an_object_store_reach_the_nodes(latentmill, job, head, alone, bucket):
-    """The cluster was started before they were set."""
-    assert latentmill("run", *job, "cluster=ray", f"cluster.address={head}", f"output={bucket}/out") == 0, (
-        latentmill.err
-    )
+def test_the_keys_of_an_object_store_reach_the_nodes(latentmill, job, head, alone, pictures, bucket):
+    """The cluster was started before they were set. Rows come from the store, and go there."""
+    upload(os.environ["AWS_ENDPOINT_URL"], pictures, "in")
+    given = [*job, f"source.path={bucket}/in", "cluster=ray", f"cluster.address={head}"]
+    assert latentmill("run", *given, f"output={bucket}/out") == 0, latentmill.err
     assert latentmill("verify", f"{bucket}/out") == 0
 
 

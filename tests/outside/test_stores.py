@@ -210,21 +210,26 @@ def test_an_object_that_is_changed_while_a_job_reads_ends_it(files, encoded, buc
     )
 
 
-def test_a_file_that_is_changed_between_two_of_its_pieces_ends_the_job(files, encoded, bucket, before, tmp_path):
-    path, more = long_lines(files)
-    content = (files / "p.jsonl").read_bytes()
-    endpoint = os.environ["AWS_ENDPOINT_URL"]
-    put(endpoint, "in/p.jsonl", content)
-    planned = []
+@pytest.mark.parametrize(("kind", "name"), [("long_lines", "p.jsonl"), ("tars", "0.tar"), ("columns", "1.parquet")])
+@pytest.mark.parametrize("to", ["another", "nothing"])
+def test_a_file_that_is_changed_or_goes_while_it_is_read_ends_the_job(
+    kind, name, to, files, encoded, bucket, before, tmp_path
+):
+    path, more = KINDS[kind](files)
+    upload(os.environ["AWS_ENDPOINT_URL"], files, "in")
+    content, endpoint, output, seen = (files / name).read_bytes(), os.environ["AWS_ENDPOINT_URL"], tmp_path / "out", []
 
     def first(method, path):
-        planned.append(method == "HEAD")
-        if sum(planned) >= 2 and method == "GET" and not planned[-1]:  # the worker has looked at it
-            put(endpoint, "in/p.jsonl", content.replace(b"x", b"y"))
+        if method == "GET" and path.endswith(name) and (output / "plan.json").exists():
+            seen.append(path)
+            if len(seen) == (1 if kind == "columns" else 2):  # of the others a piece is read
+                put(endpoint, f"in/{name}", content[::-1] if to == "another" else None)
 
     before(first=first)
-    said = encoded(f"{bucket}/in{path}", *more, code=1, output=tmp_path / "out")
-    assert "s3://bucket/in/p.jsonl was changed since it was listed" in said and errors(tmp_path / "out") == []
+    said = encoded(f"{bucket}/in{path}", *more, code=1, output=output)
+    what = "was changed since it was listed" if to == "another" else "is not there any more"
+    assert f"s3://bucket/in/{name} {what}: a source must stay as it was planned" in said
+    assert errors(output) == [] and not (output / "_SUCCESS").exists()
 
 
 @pytest.mark.parametrize("kind", ["pictures", "named", "columns", "tars", "long_lines"])

@@ -118,7 +118,7 @@ class Driver:
         world.say(f"driver {self.number} begins, with {len(world.store.names('data'))} shards done")
         self.wreck = world.dice.randrange(len(NAMES)) if world.trouble("wrecked") else None
         """The stage at which nothing can be done in this life."""
-        self.how = world.dice.choice(("raised", "raised", "unloaded", "contract", "dies"))
+        self.how = world.dice.choice(("raised", "store", "unloaded", "contract", "dies"))
         self.blamed_rows: set[int] = set()
         self.largest: list[int] = []
         """The most workers of each type that were wanted in this life."""

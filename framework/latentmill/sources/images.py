@@ -123,6 +123,7 @@ class Images(Source):
                 yield RowError(f"{escaped(name)}: {error}")
 
     def changed(self, fragment: Fragment) -> bool:
+        self._files.expect(fragment.fingerprint)
         if self._files.local is not None:  # a store is listed once, and what is read is held against that
             _listing.cache_clear()
             _run.cache_clear()

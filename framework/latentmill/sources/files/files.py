@@ -99,5 +99,9 @@ class Files(ABC):
         """One for all the files; ``contents`` is what ``known_by_contents`` said."""
 
     @abstractmethod
+    def expect(self, fingerprint: str) -> None:
+        """What is asked from here on is of the files as they were planned with this fingerprint."""
+
+    @abstractmethod
     def changed(self, names: Iterable[str], before: str) -> bool:
         """Whether the files have another fingerprint than ``before``, now, or here."""

@@ -62,10 +62,9 @@ class HubFiles(RemoteFiles):
     def known_by_contents(self, names: Iterable[str]) -> bool:
         return True
 
-    def changed(self, names: Iterable[str], before: str) -> bool:
+    def expect(self, fingerprint: str) -> None:
         if "commit" not in vars(self):  # the branch may have moved on
-            self.commit = before.partition(" ")[0]
-        return super().changed(names, before)
+            self.commit = fingerprint.partition(" ")[0]
 
     def _list(self, folder: str, deep: bool) -> Iterator[tuple[str, Stored | None]]:
         tree = partial(self.api.list_repo_tree, self.repository, folder or None, recursive=deep, **self._where())

@@ -1,0 +1,214 @@
+"""What is asked of a store, and what is not: of listings, ranges, tars that are known already, a branch of the Hub that moves on."""
+
+import gzip
+import json
+import os
+import random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tests.outside.conftest import errors, table
+from tests.outside.store_parts import Before, Hub, put, upload
+from tests.outside.test_stores import COLOURS, KINDS, png
+
+TEXT = ("source=prompts", "sampling.width=4", "sampling.height=4")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def store(bucket, monkeypatch):
+    """A proxy before S3, which counts."""
+    server = Before(os.environ["AWS_ENDPOINT_URL"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = Hub()
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def files(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def asked(latentmill, patches, tmp_path):
+    """``asked("plan" or "run", PATH, *more)``: of a job over it; all that it says."""
+
+    def asked(command, path, *more, output="out", code=0):
+        given = (*patches, f"source.path={path}", f"output={tmp_path / output}", "max_error_rate=1", *more)
+        assert latentmill(command, "encode", *given) == code, latentmill.said
+        return latentmill.said
+
+    return asked
+
+
+def test_a_plan_lists_and_asks_for_no_object_alone(store, asked):
+    for k in range(150):
+        put(store.url, f"in/{k % 5}/{k:04d}.png", b"")  # no plan opens one
+        put(store.url, f"tables/{k:04d}.csv", b"prompt\n" + b"a\n" * k)
+    store.asked.clear()
+    assert "150 rows in 1 files" in asked("plan", "s3://bucket/in", "source=images")
+    assert store.count("HEAD") == 1 and store.count("GET", "list-type") == 2  # is it a file, a folder; what is in it
+    assert store.count("GET") == 2
+    store.asked.clear()
+    assert "11,175 rows in 150 files" in asked("plan", "s3://bucket/tables", *TEXT)
+    assert store.count("HEAD") == 1 and store.count("GET", "list-type") == 2
+    assert store.count("GET", "csv") <= 2 * 150  # to count the rows, and to look for syntax of other tools
+
+
+def test_of_a_parquet_file_the_footer_is_read_and_the_columns_that_are_wanted(store, asked, tmp_path):
+    noise = [random.Random(k).randbytes(500_000) for k in range(40)]
+    pq.write_table(
+        pa.table({"prompt": [f"a {k}" for k in range(40)], "noise": noise}), tmp_path / "p.parquet", row_group_size=10
+    )
+    put(store.url, "p.parquet", (tmp_path / "p.parquet").read_bytes())
+    store.sent = 0
+    asked("run", "s3://bucket/p.parquet", *TEXT)
+    assert [row["prompt"] for row in table(tmp_path / "out").to_pylist()] == [f"a {k}" for k in range(40)]
+    assert store.sent < 20_000_000 / 2
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_range_that_is_refused_is_no_damage_of_the_file(packed, store, asked, tmp_path):
+    """Neither of a row group nor of what is unpacked on the way."""
+    noise = [random.Random(k).randbytes(300_000).hex() for k in range(8)]
+    rows = [{"prompt": f"a {k}", "noise": each} for k, each in enumerate(noise)]
+    name = "p.jsonl.gz" if packed else "p.parquet"
+    if packed:
+        put(store.url, name, gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), 1))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name, row_group_size=1)
+        put(store.url, name, (tmp_path / name).read_bytes())
+    seen = []
+
+    def first(method, path):
+        if method == "GET" and path.endswith(name) and (tmp_path / "out" / "plan.json").exists():
+            seen.append(path)
+            return 403 if len(seen) > 1 else None
+        return None
+
+    store.first = first
+    said = asked("run", f"s3://bucket/{name}", *TEXT, "source.keep=[noise]", code=1)
+    assert f"stage read: s3://bucket/{name}: " in said and "403" in said
+    assert errors(tmp_path / "out") == []
+
+
+def test_a_tar_is_gone_through_once_on_a_machine(store, files, asked, cache, tmp_path):
+    KINDS["tars"](files)
+    size = sum(path.stat().st_size for path in files.iterdir())
+    upload(store.url, files, "in")
+    more = ("source=prompts",)
+    store.sent = 0
+    asked("plan", "s3://bucket/in", *more)
+    assert store.sent >= size / 2
+    kept = sorted((cache / "latentmill" / "tars").iterdir())
+    assert len(kept) == 2
+    store.sent = 0
+    asked("plan", "s3://bucket/in", *more, "source.max_pixels=1000")
+    assert store.sent < size / 20
+    asked("run", "s3://bucket/in", *more)
+    first = table(tmp_path / "out")
+    for path in kept:
+        path.write_bytes(path.read_bytes()[:-9] + b"otherwise")
+    asked("run", "s3://bucket/in", *more, output="torn")
+    assert table(tmp_path / "torn").equals(first) and first.num_rows == len(COLOURS)
+    put(store.url, "in/0.tar", (files / "1.tar").read_bytes())  # another under the name of the first
+    assert "is there twice" in asked(
+        "plan", "s3://bucket/in", *more, "source.id_column=__key__", output="other", code=2
+    )
+
+
+def test_buckets_are_counted_by_the_pictures_heads(store, files, asked):
+    for k, size in enumerate([(640, 480), (480, 640), (512, 512)]):
+        (files / f"{k}.png").write_bytes(png((9, 9, 9), size) + bytes(300_000))
+    (files / "t.jsonl").write_text("".join(json.dumps({"image": f"{k}.png"}) + "\n" for k in (0, 1, 2, 3)))
+    upload(store.url, files, "in")
+    for more, path in ((("source=images",), ""), (("source=prompts",), "/t.jsonl")):
+        more = (*more, "size={buckets: kohya, area: 65536, step: 64}")
+        wanted = [line for line in asked("plan", f"{files}{path}", *more).splitlines() if "bucket" in line]
+        store.sent = 0
+        found = asked("plan", f"s3://bucket/in{path}", *more)
+        assert wanted and all(line in found for line in wanted)
+        assert store.sent < 300_000
+
+
+def test_a_branch_that_moves_on_is_read_at_the_commit_of_the_plan(hub, files, asked, tmp_path):
+    _, more = KINDS["pictures"](files)
+    asked("run", files, *more, output="wanted")
+    planned = hub.commit(files)
+    answer = hub.answer
+
+    def moves_on(method, path, headers, body):
+        found = answer(method, path, headers, body)
+        if "/revision/main" in path:
+            (files / "a" / "8.png").write_bytes(png("white"))
+            hub.commit(files)
+        return found
+
+    hub.answer = moves_on
+    asked("run", f"hf://datasets/{hub.repository}", *more)
+    rows, wanted = (table(tmp_path / name).replace_schema_metadata() for name in ("out", "wanted"))
+    assert hub.main != planned and rows.equals(wanted) and errors(tmp_path / "out") == errors(tmp_path / "wanted")
+    [fragment] = json.loads((tmp_path / "out" / "plan.json").read_text())["fragments"]
+    assert fragment[2].startswith(f"{planned} ")
+    said = asked("run", f"hf://datasets/{hub.repository}", *more, code=2)
+    assert f"fragments: {fragment}" in said and hub.main in said
+    asked("run", f"hf://datasets/{hub.repository}@{planned}", *more)  # the same plan, and all is done
+
+
+def test_the_hub_fails_now_and_then_and_no_row_is_blamed(hub, files, asked, tmp_path):
+    path, more = KINDS["named"](files)
+    asked("run", f"{files}{path}", *more, output="wanted")
+    hub.commit(files)
+    dice, answer, failed = random.Random(1), hub.answer, []
+
+    def fails(*request):
+        if dice.randrange(5):
+            return answer(*request)
+        failed.append(request)
+        return 503, {}, b""
+
+    hub.answer = fails
+    asked("run", f"hf://datasets/{hub.repository}{path}", *more)
+    assert failed and table(tmp_path / "out").replace_schema_metadata().equals(
+        table(tmp_path / "wanted").replace_schema_metadata()
+    )
+    assert errors(tmp_path / "out") == errors(tmp_path / "wanted")
+
+
+@pytest.mark.parametrize(
+    ("path", "code", "said"),
+    [
+        ("hf://datasets/nobody/nothing/p.csv", 3, "hf://datasets/nobody/nothing is not there, or not for everybody: HF_TOKEN"),
+        ("hf://datasets/some/pictures@none/p.csv", 3, "hf://datasets/some/pictures has no revision none"),
+        ("hf://datasets/some/pictures/none.csv", 2, "there is no file or folder hf://datasets/some/pictures/none.csv"),
+        ("hf://some/model", 2, "hf://some/model is no file or folder of a dataset: hf://datasets/OWNER/NAME@REVISION/PATH"),
+        ("s3://bucket/none", 2, "there is no file or folder s3://bucket/none"),
+        ("s3://bucket/*.csv", 2, "s3://bucket/*.csv: no .txt, .csv"),
+        ("s3://nowhere/p.csv", 3, "s3://nowhere/p.csv: "),
+        ("s3:///p.csv", 2, "s3:///p.csv names no bucket: s3://BUCKET/PATH"),
+        ("ftp://host/p.csv", 2, "sources are files of this machine or a shared disk, s3://BUCKET/PATH"),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_is_said_in_a_line_before_anything_starts(
+    path, code, said, store, hub, files, asked, tmp_path
+):
+    (files / "a.csv").write_text("prompt\na\n")
+    hub.commit(files)
+    assert said in asked("run", path, *TEXT, code=code).replace("source prompts: ", "")
+    assert not (tmp_path / "out").exists()
