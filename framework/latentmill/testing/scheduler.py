@@ -98,7 +98,7 @@ class SchedulerSuite(PluginSuite):
             )
 
     def test_the_distribution_is_reached(self) -> None:
-        """Deterministic: the measured order of convergence. Stochastic: mean and variance of 100,000 samples."""
+        """Deterministic: the measured order of convergence. Stochastic: mean and variance, of all draws that there may be."""
         for name, schedule in NOISE_SCHEDULES.items():
             if self.scheduler().stochastic:
                 check_moments(self.scheduler(), schedule(), name, steps=self.steps)
