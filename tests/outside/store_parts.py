@@ -47,7 +47,7 @@ class Server:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self):
         self.server.shutdown()
@@ -100,6 +100,11 @@ def upload(endpoint, folder, prefix):
     for path in sorted(Path(folder).rglob("*")):
         if path.is_file():
             put(endpoint, f"{prefix}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+
+def errors(output):
+    """The error rows of a dataset."""
+    return [json.loads(line) for path in sorted(Path(output).glob("errors/*.jsonl")) for line in path.open()]
 
 
 class Hub(Server):
