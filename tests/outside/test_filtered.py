@@ -198,23 +198,29 @@ def test_a_stage_that_filters_without_words_or_by_no_numbers_ends_the_job(make, 
     assert not list((tmp_path / "out" / "data").glob("*.parquet"))
 
 
-def test_rows_that_were_filtered_show_that_their_stage_had_worked_and_those_before_it(
-    make, latentmill, failed, tmp_path
-):
-    """A run that goes on finds a bad row alone: it is the row's fault, for the dataset has rows that the stage filtered."""
-    flow, out = "read,encode,decode,{name: sieve, as: early},sieve,write", tmp_path / "out"
-    settings = ("filters=[0,1,2,3,4,5,6,7,9]", "raises=[8]")
-    assert make("out", *settings, flow=flow, shard=1) == 1, latentmill.said  # 8 and 18 failed, none is ok
-    assert [error["row"] for error in failed(out)] == [8, 18], latentmill.said
-    shown = failed(out)
-    (out / "data" / "00018.parquet").unlink()
-    assert make("out", *settings, flow=flow, shard=1) == 1 and failed(out) == shown, latentmill.said
+def test_a_stage_that_has_filtered_a_row_has_worked(make, latentmill, failed, tmp_path):
+    """What fails in it then is the row's fault, though the stage lets no row pass."""
+    assert make("out", "filters=[0,1,2,3,4,5,6,7,9]", "raises=[8]", shard=20) == 1
+    assert [error["row"] for error in failed(tmp_path / "out")] == [8, 18], latentmill.said
+    assert (tmp_path / "out" / "_SUCCESS").exists()
 
 
-def test_rows_filtered_before_a_stage_show_nothing_of_it(make, latentmill, tmp_path):
-    flow = "read,encode,decode,{name: sieve, as: early, filters: [0,1,2,3,4,5,6,7]},sieve,write"
-    assert make("out", "raises=[8,9]", flow=flow) == 1, latentmill.said
-    assert "stage sieve failed for each of 4 rows that it was given: ValueError: row" in latentmill.err
+def test_rows_that_were_filtered_show_a_later_run_that_their_stage_has_worked(make, latentmill, failed, tmp_path):
+    """It finds a bad row alone, and no row of the dataset is ok."""
+    out, settings = tmp_path / "out", ("filters=[0,1,2,3,4,5,6,7,9]", "raises=[8]")
+    assert make("out", *settings, shard=1) == 1, latentmill.said
+    for name in ("data/00018.parquet", "errors/00018.jsonl", "_SUCCESS"):
+        (out / name).unlink()
+    assert make("out", *settings, shard=1) == 1
+    assert [error["row"] for error in failed(out)] == [8, 18] and (out / "_SUCCESS").exists(), latentmill.said
+
+
+def test_rows_filtered_before_a_stage_show_nothing_of_it(make, latentmill, filtered, tmp_path):
+    """The run stops; what it has committed has its copies."""
+    flow = "read,encode,decode,{name: sieve, as: early, filters: [0,1,2,3,4,5,6,7,9]},sieve,write"
+    assert make("out", "raises=[8]", flow=flow) == 1, latentmill.said
+    assert "stage sieve failed for each of 2 rows that it was given: ValueError: row" in latentmill.err
+    assert filtered(tmp_path / "out") == [line(row, row % 5, row // 5, "early") for row in range(8)]
 
 
 def test_what_is_left_of_a_dataset_is_a_source_and_is_exported(make, latentmill, patches, rows, tmp_path, monkeypatch):

@@ -54,6 +54,8 @@ def check(state: DriverState, largest: list[int]) -> None:
     )
     if state.bytes_held > most:
         raise Wrong(f"{state.bytes_held} bytes are between stages, and {most} is the most")
+    if left := {row for row in state.attempt_of if row // state.rows_per_shard not in state.shards}:
+        raise Wrong(f"rows {sorted(left)} are of no open shard, and their attempts are kept")
     if len(state.shards) > max_open_shards(state):
         raise Wrong(f"{len(state.shards)} shards are open")
 
