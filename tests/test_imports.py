@@ -8,13 +8,13 @@ import pytest
 ROOT = Path(__file__).parents[1] / "framework" / "latentmill"
 ORDER = """
     failpoints errors text streams values plugin digests weights syntax ids identity buckets pixels fields registry schedulers batch columns checks storage
-    config parts plan shards shard_index dataset
+    config parts plan shards shard_index dataset stored
     sources sinks
     stages verify exports
     progress driver workers report runner cli
     testing
 """.split()
-DOOR = {"config", "dataset", "runner"}
+DOOR = {"config", "dataset", "runner", "stored"}
 """What ``latentmill/__init__.py`` may open: it is the public door, and no module goes through it."""
 
 

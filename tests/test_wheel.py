@@ -19,6 +19,7 @@ SOURCES = {
     "latentmill_shapes": ["plugins/shapes", ["pyproject.toml", "README.md", "src"]],
     "latentmill_diffusers": ["plugins/diffusers", ["pyproject.toml", "README.md", "src"]],
     "latentmill_example": ["plugins/example", ["pyproject.toml", "README.md", "src"]],
+    "latentmill_filters": ["plugins/filters", ["pyproject.toml", "README.md", "src"]],
 }
 NO_SOURCE = shutil.ignore_patterns("__pycache__", "*.egg-info")
 
@@ -44,7 +45,7 @@ def wheels(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(wheels, tmp_path_factory):
-    """The commands of a venv with framework, shapes and example. What they depend on is lent by this one: torch is large."""
+    """The commands of a venv with framework, shapes, example and filters. What they depend on is lent by this one: torch is large."""
     work = tmp_path_factory.mktemp("installed")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(work / "venv")], check=True)
     (work / "lent").mkdir()
@@ -93,7 +94,9 @@ def test_the_framework_is_one_package_with_its_config_and_jobs_inside(wheels):
     assert {"latentmill/conf/job.yaml", "latentmill/jobs/txt2img.yaml", "latentmill/py.typed"} <= expected
 
 
-@pytest.mark.parametrize("package", ["latentmill_shapes", "latentmill_diffusers", "latentmill_example"])
+@pytest.mark.parametrize(
+    "package", ["latentmill_shapes", "latentmill_diffusers", "latentmill_example", "latentmill_filters"]
+)
 def test_a_plugin_is_one_package(wheels, package):
     expected = {name for name in files(ROOT / SOURCES[package][0] / "src") if ".egg-info/" not in name}
     assert contents(wheels[package]) == expected
@@ -114,7 +117,7 @@ def listed(installed, tmp_path_factory):
 def test_the_plugins_are_listed(listed):
     assert {entry["state"] for entry in listed} == {"ok"}
     by_distribution = {entry["distribution"] for entry in listed}
-    assert by_distribution == {"latentmill", "latentmill-shapes", "latentmill-example"}
+    assert by_distribution == {"latentmill", "latentmill-shapes", "latentmill-example", "latentmill-filters"}
 
 
 def test_the_examples_vae_and_scheduler_are_selected_by_name_and_their_pictures_arrive(installed, listed, tmp_path):

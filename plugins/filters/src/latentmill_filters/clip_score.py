@@ -1,0 +1,56 @@
+"""How well a picture fits its prompt, by CLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from latentmill_filters.network import NetworkScorer
+
+
+class ClipScore(NetworkScorer):
+    """Scores how well a picture fits its prompt, and filters what fits too badly.
+
+    ``clip_score`` is 100 times the cosine of CLIP's embeddings of picture and prompt: ``100 * cos(E_I, E_C)``, from -100 to 100. Hessel et
+    al. 2021 (arXiv:2104.08718, eq. 1) have ``2.5 * max(cos, 0)``, torchmetrics ``max(100 * cos, 0)``. Of a prompt of more tokens than CLIP
+    reads, 77, the end is not read.
+
+    ``path`` is the folder of a CLIPModel with its processor and tokenizer, as openai/clip-vit-large-patch14.
+    """
+
+    contract = 2
+    libraries = ("transformers", "tokenizers")
+    adds = (pa.field("clip_score", pa.float64(), nullable=False),)
+
+    def __init__(self, path: str = "", min_score: float | None = None, dtype: str = "float32") -> None:
+        super().__init__(path, dtype)
+        self.folder.require_tokenizer()
+        self.min_score = min_score
+
+    def network_class(self) -> Any:
+        from transformers import CLIPModel
+
+        return CLIPModel
+
+    def load(self, device: torch.device) -> None:
+        super().load(device)
+        self.tokenizer = self.folder.tokenizer()
+        self.longest = self.network.config.text_config.max_position_embeddings
+
+    def judged(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        # All to one length: what a prompt comes to must not hang on the longest beside it.
+        tokens = self.tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=self.longest, return_tensors="pt"
+        )
+        found = self.network(**tokens.to(self.device), pixel_values=pixels)
+        cosine: Tensor = (found.image_embeds.float() * found.text_embeds.float()).sum(-1)
+        return 100 * cosine
+
+    def reason(self, scores: Mapping[str, float]) -> str:
+        if self.min_score is not None and scores["clip_score"] < self.min_score:
+            return f"CLIP score {scores['clip_score']:.2f} is below {self.min_score:g}"
+        return ""
