@@ -7,11 +7,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "framework" / "latentmill"
 ORDER = """
-    failpoints errors text streams values plugin digests weights syntax ids identity buckets pixels fields registry schedulers batch columns checks storage
-    config parts plan shards shard_index dataset stored
+    failpoints errors text streams values plugin digests weights libraries syntax ids identity buckets pixels fields registry schedulers batch columns checks storage
+    config parts plan plan_files generations shards shard_index dataset stored
     sources sinks
     stages verify exports
-    progress driver workers report runner cli
+    progress driver workers report runner listings cli
     testing
 """.split()
 DOOR = {"config", "dataset", "runner", "stored"}

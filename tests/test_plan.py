@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from latentmill import plan as planning
-from latentmill import storage
+from latentmill import plan_files, storage
 from latentmill.errors import PlanError
 from latentmill.plan import Plan
 from latentmill.plugin import Fragment
@@ -96,33 +95,33 @@ def test_row_ids_are_the_row_s_own_for_ever():
     ],
 )
 def test_whatever_changes_the_dataset_changes_the_hash_and_is_refused(change, tmp_path):
-    planning.publish(PLAN, storage.at(str(tmp_path)))
+    plan_files.publish(PLAN, storage.at(str(tmp_path)))
     other = dataclasses.replace(PLAN, **change)
     assert other.hash != PLAN.hash
     with pytest.raises(PlanError, match="holds another job's dataset"):
-        planning.publish(other, storage.at(str(tmp_path)))
+        plan_files.publish(other, storage.at(str(tmp_path)))
     assert json.loads((tmp_path / "plan.json").read_text())["hash"] == PLAN.hash
 
 
 def test_the_same_plan_goes_on_and_its_name_does_not_matter(tmp_path):
-    planning.publish(PLAN, storage.at(str(tmp_path)))
-    planning.publish(dataclasses.replace(PLAN, name="another"), storage.at(str(tmp_path)))
+    plan_files.publish(PLAN, storage.at(str(tmp_path)))
+    plan_files.publish(dataclasses.replace(PLAN, name="another"), storage.at(str(tmp_path)))
 
 
 def test_the_difference_is_said(tmp_path):
-    planning.publish(PLAN, storage.at(str(tmp_path)))
+    plan_files.publish(PLAN, storage.at(str(tmp_path)))
     other = dataclasses.replace(PLAN, config={"sampling": {"steps": 21}, "seed": 0})
     with pytest.raises(PlanError, match=r"sampling\.steps: 20 -> 21\. Choose another output"):
-        planning.compare(other, storage.at(str(tmp_path)))
+        plan_files.compare(other, storage.at(str(tmp_path)))
 
 
 def test_a_broken_plan_is_said_in_one_line(tmp_path):
     (tmp_path / "plan.json").write_text("{not json")
     with pytest.raises(PlanError, match="can't be read as a plan"):
-        planning.compare(PLAN, storage.at(str(tmp_path)))
+        plan_files.compare(PLAN, storage.at(str(tmp_path)))
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(PlanError, match="can't be read as a plan"):
-        planning.read(storage.at(str(tmp_path)))
+        plan_files.read(storage.at(str(tmp_path)))
     for nowhere in ("nowhere", "plan.json"):
         with pytest.raises(PlanError, match="has no plan.json"):
-            planning.read(storage.at(str(tmp_path / nowhere)))
+            plan_files.read(storage.at(str(tmp_path / nowhere)))

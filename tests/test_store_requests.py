@@ -45,7 +45,7 @@ def asked(caplog):
 def test_a_footer_is_one_request_and_the_report_of_a_store_lists_once(many, asked):
     footers = {f"GET/out/data/{shard:05d}.parquet": 1 for shard in range(20)}
     found = asked(lambda: load(many).status())
-    assert found == {**footers, "list": 1, "GET/out/plan.json": 1, "HEAD/out/_SUCCESS": 1}
+    assert found == {**footers, "list": 1, "GET/out/plan.json": 1, "GET/out/plan-1.json": 1, "HEAD/out/_SUCCESS": 1}
     there = load(many)
     assert asked(lambda: report.finish(there))["list"] == 1 and many.exists("report.html")
 
@@ -56,7 +56,7 @@ def test_an_index_in_a_store_is_of_the_objects_that_were_read(many, asked, tmp_p
     truth = there.status()
     there.remember()
     [index] = many.names(".index")
-    listed = {"list": 2, "GET/out/plan.json": 1, f"GET/out/.index/{index}": 1}
+    listed = {"list": 2, "GET/out/plan.json": 1, "GET/out/plan-1.json": 1, f"GET/out/.index/{index}": 1}
     assert asked(lambda: load(many).look()) == listed and load(many).status() == truth
     ok, failed = many.read("data/00003.parquet"), shard_file(tmp_path / "failed", PLAN, ["read", "read"]).read_bytes()
     size = max(len(ok), len(failed)) + 1  # Parquet's footer is at the end, and what is before it is passed over

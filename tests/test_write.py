@@ -37,7 +37,6 @@ class Plan:
     spec: LatentSpec | None = SPEC
     size: tuple[int | None, int | None] = (8, 8)
     config: dict = field(init=False)
-    hash = "abc"
     columns = Columns()
 
     def __post_init__(self):
@@ -46,6 +45,9 @@ class Plan:
             "source": {"name": "prompts"},
             "sampling": {"until": 0.0, "width": self.size[0], "height": self.size[1]},
         }
+
+    def hash_of(self, shard):
+        return "abc"
 
     def shard_rows(self, shard):
         return range(shard * 4, min(shard * 4 + 4, 10))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import metadata
-from itertools import zip_longest
 from typing import Any
 
-from latentmill import registry, storage
+from latentmill import listings, registry, storage
 from latentmill.errors import JobError, LatentmillError, PlanError
 from latentmill.streams import guard
 from latentmill.text import escaped, plural
@@ -110,7 +108,7 @@ def _run(options: Any) -> int:
     def wanted(error: Mapping[str, Any]) -> bool:
         return error["stage"] == (options.stage or error["stage"]) and (options.reason or "") in error["reason"]
 
-    result = run(options.job, options.overrides, wanted if options.retry_failed else None)
+    result = run(options.job, options.overrides, wanted if options.retry_failed else None, options.grow)
     print(result.text)
     if result.interrupted:
         return 130
@@ -118,7 +116,7 @@ def _run(options: Any) -> int:
 
 
 def _plan(options: Any) -> int:
-    from latentmill import parts
+    from latentmill import generations, parts, plan_files
     from latentmill import plan as planning
     from latentmill.config import load_job
     from latentmill.dataset import Dataset
@@ -126,8 +124,9 @@ def _plan(options: Any) -> int:
 
     job = load_job(options.job, options.overrides)
     built = parts.parts(job)
-    plan = planning.plan(job, built)
-    there = Dataset(storage.at(job.output), plan, built.sink)
+    store = storage.at(job.output)
+    plan = generations.settle(planning.plan(job, built), store, built.source, options.grow)
+    there = Dataset(store, plan, built.sink)
     done = len(there.adopt())
     if options.json:
         print(plan.to_json(), end="")
@@ -169,7 +168,7 @@ def _plan(options: Any) -> int:
     for line in [
         *parts.notices(built),
         *parts.foreign_prompts(job, built, plan.fragments),
-        *planning.changed_libraries(plan, there.store),
+        *plan_files.changed_libraries(plan, store),
         *(f"{job.output}/data/{name} is no shard of this dataset" for name in there.foreign()),
     ]:
         print(f"notice   {line}")
@@ -244,87 +243,6 @@ def _export(options: Any) -> int:
     return 0
 
 
-class _Formats(argparse.Action):
-    """``--formats``: the table of formats, which is not imported for any other command's sake."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **more: Any) -> None:
-        from latentmill.exports.table import EXPORT_FORMATS
-
-        rows = [
-            [each.name, each.of, ", ".join(each.needs), each.layout, each.reader] for each in EXPORT_FORMATS.values()
-        ]
-        _print_table(["format", "latents of", "needs", "files", "read by"], rows)
-        parser.exit()
-
-
-def _plugins(options: Any) -> int:
-    found = registry.examine() if options.check else registry.entries()
-    names = ["group", "name", "distribution", "version", *(["state"] if options.check else [])]
-    if options.json:
-        print(json.dumps([{name: getattr(entry, name) for name in names} for entry in found], indent=1))
-        return 0
-    rows = [[entry.group.removeprefix("latentmill."), *(getattr(entry, name) for name in names[1:])] for entry in found]
-    _print_table(["kind", *names[1:]], rows, ["" if entry.state == "ok" else "yellow" for entry in found])
-    return 0
-
-
-def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str] = ()) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*head, box=None, header_style="bold", pad_edge=False)
-    for row, style in zip_longest(rows, styles):
-        table.add_row(*row, style=style)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
-
-
-def scheduler_table() -> list[dict[str, Any]]:
-    """What there is to say of each installed scheduler, ours first: keys name, order, evaluations, stochastic, paper, distribution.
-
-    ``paper`` is the first arXiv number in the class's docstring or those of its parents.
-    """
-    from latentmill.plugin import Scheduler
-
-    found = []
-    there = registry.entries("scheduler")
-    for entry in sorted(there, key=lambda e: (e.distribution != "latentmill", e.distribution, e.name)):
-        cls = registry.load("scheduler", f"{entry.distribution}:{entry.name}")
-        assert issubclass(cls, Scheduler)
-        texts = " ".join(parent.__doc__ or "" for parent in cls.__mro__ if parent.__module__ == cls.__module__)
-        paper = re.search(r"arXiv:\d{4}\.\d{4,5}", texts)
-        found.append(
-            {
-                "name": entry.name,
-                "order": cls.order,
-                "evaluations": cls.evaluations,
-                "stochastic": cls.stochastic,
-                "paper": paper.group() if paper else "",
-                "distribution": entry.distribution,
-            }
-        )
-    return found
-
-
-def _schedulers(options: Any) -> int:
-    found = scheduler_table()
-    if options.json:
-        print(json.dumps(found, indent=1))
-        return 0
-    rows = [
-        [
-            row["name"],
-            str(row["order"]),
-            str(row["evaluations"]),
-            "yes" * row["stochastic"],
-            row["paper"],
-            row["distribution"],
-        ]
-        for row in found
-    ]
-    _print_table(["name", "order", "evaluations", "noise", "paper", "distribution"], rows)
-    return 0
-
-
 def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     """The parser, and the names of our commands."""
     theirs = [f"  {entry.name:<20}of {entry.distribution} {entry.version}" for entry in registry.entries("command")]
@@ -350,6 +268,11 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
         command.add_argument("job", metavar="JOB", help=job_help)
         command.add_argument(
             "overrides", metavar="key=value", nargs="*", help="a value of the job, as sampling.steps=10"
+        )
+        command.add_argument(
+            "--grow",
+            action="store_true",
+            help="take in rows that have come to the source since; those that are there stay",
         )
     runs.add_argument("--cfg", choices=["job"], help="print the whole composed config, and run nothing")
     runs.add_argument(
@@ -387,11 +310,13 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
         metavar="COLUMN",
         help="the column that says what the pictures are called: file or id, if nothing is said",
     )
-    exports.add_argument("--formats", action=_Formats, nargs=0, help="list the formats, and end")
-    plugins = add("plugins", _plugins, "List all installed plugins.")
+    exports.add_argument("--formats", action=listings.Formats, nargs=0, help="list the formats, and end")
+    plugins = add("plugins", listings.plugins, "List all installed plugins.")
     plugins.add_argument("--json", action="store_true")
     plugins.add_argument("--check", action="store_true", help="import each, in another process, and say its state")
-    schedulers = add("schedulers", _schedulers, "Say of each scheduler its order, what a step costs, and the paper.")
+    schedulers = add(
+        "schedulers", listings.schedulers, "Say of each scheduler its order, what a step costs, and the paper."
+    )
     schedulers.add_argument("--json", action="store_true")
     return parser, commands.choices
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
-from latentmill import plan as planning
-from latentmill import registry, storage
+from latentmill import plan_files, registry, storage
 from latentmill.errors import PlanError, StorageError
 from latentmill.plan import Plan
 from latentmill.plugin import Sink, StoredShard
@@ -75,7 +74,7 @@ class Dataset:
     def foreign(self) -> list[str]:
         """Names in ``data/`` that are no shard of this plan's, the hidden left out."""
         names = self.store.names("data")
-        return _foreign(names, self._shards(names))
+        return self._foreign(names, self._shards(names))
 
     def stray_side_files(self) -> list[str]:
         """Names in ``files/`` that no shard names, and none will: its shard is there, or will never be."""
@@ -96,11 +95,26 @@ class Dataset:
             shard = side_file_shard(name)
             return shard is None or shard >= self.plan.shards or shard in shards
 
-        return sorted(name for name in names if name not in named and is_nobodys(name))
+        return self._less_later(
+            sorted(name for name in names if name not in named and is_nobodys(name)), side_file_shard
+        )
 
     def _shards(self, names: Iterable[str]) -> dict[str, int]:
         found, planned = shard_numbers(names, self.sink.suffix), self.plan.shards
         return {name: shard for name, shard in found.items() if shard < planned}
+
+    def outgrown(self) -> bool:
+        """Whether it has grown beyond this plan, by another driver."""
+        return self.store.exists(plan_files.next_name(self.plan))
+
+    def _foreign(self, names: Iterable[str], planned: Mapping[str, int]) -> list[str]:
+        found = sorted(name for name in names if name not in planned and not name.startswith((".", "_")))
+        return self._less_later(found, shard_numbers(found, self.sink.suffix).get)
+
+    def _less_later(self, names: list[str], shard_of: Callable[[str], int | None]) -> list[str]:
+        """Names that were listed just now, less those of shards by which it has grown since the plan was read."""
+        later = {name for name in names if (shard := shard_of(name)) is not None and shard >= self.plan.shards}
+        return [name for name in names if name not in later] if later and self.outgrown() else names
 
     # ---------------------------------------------------------------------------------------- what they say of themselves
 
@@ -123,7 +137,7 @@ class Dataset:
                 raise
             said = one_line(error, 200)
             raise PlanError(f"{self._at(name)} can't be read as a shard of ours ({said}): {OUT_OF_THE_WAY}") from error
-        if (made_by := about.get(PLAN_KEY)) != self.plan.hash:
+        if (made_by := about.get(PLAN_KEY)) != self.plan.hash_of(shard):
             what = "is no shard of ours" if made_by is None else f"is a shard of another plan, {made_by}"
             raise PlanError(f"{self._at(name)} {what}: {OUT_OF_THE_WAY}")
         try:
@@ -150,7 +164,7 @@ class Dataset:
                     self._unsaved.add(shard)
             self._seen = {shard: self._seen[shard] for shard in sorted(there)}
             return Inventory(
-                self.plan, {shard: found for shard, (_, found) in self._seen.items()}, _foreign(tags, shards)
+                self.plan, {shard: found for shard, (_, found) in self._seen.items()}, self._foreign(tags, shards)
             )
 
     def _read(self, shard: int, until: threading.Event | None = None) -> Summary | PlanError | None:
@@ -165,7 +179,7 @@ class Dataset:
 
     @cached_property
     def _index(self) -> Index:
-        return Index(self.store, self.plan.hash)
+        return Index(self.store, self.plan.first_hash)
 
     def remember(self, all_there: bool = False) -> None:
         """Add to the index what was read since, if it is much; ``all_there``: put its pieces together. It is a help, and may fail."""
@@ -184,7 +198,7 @@ class Dataset:
 
     def remembered(self, tags: Mapping[int, str]) -> Iterator[tuple[int, Summary]]:
         """All that the index says of these files; of one it may say several things."""
-        return Index(self.store, self.plan.hash).load(tags)
+        return Index(self.store, self.plan.first_hash).load(tags)
 
     def forget(self) -> None:
         """Delete the index."""
@@ -215,13 +229,12 @@ class Dataset:
         (names in ``data/`` that are no shard's), ``warnings`` (rows by what is to be known of them, the most frequent first).
         """
         seen = seen or self.look()
-        failed, filtered, last = seen.failed_in().total(), seen.filtered_in().total(), self.plan.shards - 1
-        short = self.plan.rows_per_shard - len(self.plan.shard_rows(last)) if last in seen.shards else 0
+        failed, filtered = seen.failed_in().total(), seen.filtered_in().total()
         missing, ended = self.plan.shards - len(seen.shards), self.store.exists("_SUCCESS")
         return {
             "name": self.plan.name,
             "planned": self.plan.rows,
-            "ok": len(seen.shards) * self.plan.rows_per_shard - short - failed - filtered,
+            "ok": self.plan.rows_in(seen.shards.keys()) - failed - filtered,
             "failed": failed,
             **({"filtered": filtered} if filtered else {}),
             "shards": self.plan.shards,
@@ -236,7 +249,7 @@ class Dataset:
 
     def adopt(self) -> set[int]:
         """The shards that a run of this plan finds done. Raises PlanError, and changes nothing, if what is there is another's."""
-        planning.compare(self.plan, self.store)
+        plan_files.compare(self.plan, self.store)
         self.newly_taken_out()  # before the shards are listed: what is taken out from here on is new
         seen = self.look()
         alien = [name for name in seen.foreign if name.endswith(self.sink.suffix)]
@@ -273,8 +286,15 @@ class Dataset:
 
     def finish(self) -> None:
         """Have the sink make what it stores for the whole dataset. Raises ValueError if it has no name that is free for it."""
+        for name, content in self.made_for_all().items():
+            if name in OURS or "/" in name or name.startswith((".", "_")):
+                raise ValueError(f"finish made a file {name!r}: not a name that is free at the top of a dataset")
+            self.store.put(name, content)
+
+    def made_for_all(self) -> Mapping[str, bytes]:
+        """What the sink stores for the whole dataset, by name."""
         if type(self.sink).finish is Sink.finish:  # then it is not to be told of a hundred thousand shards
-            return
+            return {}
 
         def read(shard: int) -> StoredShard | None:
             with suppress(FileNotFoundError):  # another driver has taken it out, and finishes anew
@@ -282,11 +302,7 @@ class Dataset:
             return None
 
         rows = self.look().rows()
-        stored = [found for found in self.store.each(read, rows) if found]
-        for name, content in self.sink.finish(stored).items():
-            if name in OURS or "/" in name or name.startswith((".", "_")):
-                raise ValueError(f"finish made a file {name!r}: not a name that is free at the top of a dataset")
-            self.store.put(name, content)
+        return self.sink.finish([found for found in self.store.each(read, rows) if found])
 
     def make_copies(self, shard: int) -> None:
         """Make ``errors/NNNNN.jsonl`` and ``filtered/NNNNN.jsonl`` of a committed shard what its data file says.
@@ -366,28 +382,13 @@ class Dataset:
         return f"{self.store.url.rstrip('/')}/{name}"
 
 
-def _foreign(names: Iterable[str], planned: Mapping[str, int]) -> list[str]:
-    return sorted(name for name in names if name not in planned and not name.startswith((".", "_")))
-
-
-OURS = {
-    "plan.json",
-    "README.md",
-    "contact_sheet.png",
-    "report.html",
-    "data",
-    *COPIES,
-    FOLDER,
-    "leases",
-    "quarantine",
-    "weights",
-}
+OURS = {*"plan.json README.md contact_sheet.png report.html data leases quarantine weights".split(), *COPIES, FOLDER}
 """Names at the top of a dataset that no sink may give to a file of its own."""
 
 
 def load(store: Storage) -> Dataset:
     """The dataset that lies in ``store``. Raises PlanError if there is none, PluginError if its sink isn't installed."""
-    plan = planning.load(store)
+    plan = plan_files.load(store)
     return Dataset(store, plan, registry.build("sink", plan.config["sink"]))
 
 

@@ -15,7 +15,7 @@ import re
 import stat
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -75,6 +75,18 @@ def of_all(named: Iterable[tuple[str, Path]]) -> str:
         if not failed:
             _memory.keep(key, known, max((max(about.st_mtime, about.st_ctime) for about in files), default=0.0))
     return known
+
+
+def of_beginnings(name: str, path: Path, ends: Iterable[int]) -> Iterator[str]:
+    """What ``of_all`` would say of one file, if it ended behind so many bytes, ascending."""
+    whole, read = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        for end in ends:
+            while read < end and (piece := file.read(min(PIECE, end - read))):
+                whole.update(piece)
+                read += len(piece)
+            named = name.encode("utf-8", "surrogateescape") + b"\0" + whole.hexdigest().encode() + b"\0"
+            yield hashlib.sha256(named).hexdigest()
 
 
 def _about(path: Path) -> os.stat_result | int:

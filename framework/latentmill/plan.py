@@ -1,7 +1,8 @@
 """What a job means: which rows there are, how they part into shards, and a hash that says it all.
 
 Rows are numbered by arithmetic: ``row = source_row * samples_per_row + sample``; shard k holds the rows from
-``k * rows_per_shard``. So nothing grows with the number of rows, and every driver that reads the plan knows every shard.
+``k * rows_per_shard``. So nothing grows with the number of rows, and every driver that reads the plan knows every shard. Where a dataset has
+grown, each generation of rows begins with a shard of its own.
 """
 
 from __future__ import annotations
@@ -9,14 +10,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
-import sys
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from importlib import metadata
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +24,21 @@ from latentmill import columns, registry
 from latentmill import identity as identities
 from latentmill.columns import Columns
 from latentmill.errors import PlanError
+from latentmill.libraries import LIBRARIES, versions
 from latentmill.parts import Parts, discreet, identity
 from latentmill.plugin import Declaration, Fragment, LatentSpec, Plugin
-from latentmill.storage import Storage
 
 if TYPE_CHECKING:  # a plan is read without torch and without Hydra
     from latentmill.config import Job
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Rows that came to a dataset at a time: those that it was begun with, or by which it grew."""
+
+    hash: str
+    rows: int
+    """Of the source."""
 
 
 @dataclass(frozen=True)
@@ -57,45 +64,121 @@ class Plan:
     fingerprinted: Sequence[str] = ()
     """Keys of the config, as ``vae.path``, that the fingerprints stand for: they are shown, and not hashed."""
 
+    generations: Sequence[Generation] = ()
+    """Of a dataset that has grown: all of them, the first among them. Not hashed: each has a hash of its own."""
+    places: Sequence[tuple[int, int, int]] = ()
+    """Where the rows of a source that has grown lie in ``fragments`` now, in the order of their numbers: runs of fragment, first row,
+    rows. None: one fragment after another."""
+
     @cached_property
     def rows(self) -> int:
         """Rows planned."""
-        return self._ends[-1] * self.samples_per_row if self.fragments else 0
+        return sum(rows for _, _, rows in self._spans)
 
-    @property
+    @cached_property
     def shards(self) -> int:
         """Shards planned."""
-        return -(-self.rows // self.rows_per_shard)
+        first, _, rows = self._spans[-1]
+        return first + -(-rows // self.rows_per_shard)
+
+    @cached_property
+    def end(self) -> int:
+        """The number behind the last row's. Of a dataset that has grown there are fewer rows: each generation begins with a shard."""
+        first, _, rows = self._spans[-1]
+        return first * self.rows_per_shard + rows
+
+    @cached_property
+    def short(self) -> Mapping[int, int]:
+        """Shards with fewer rows than the others, the last of generations, each with how many it has."""
+        rest = ((first + rows // self.rows_per_shard, rows % self.rows_per_shard) for first, _, rows in self._spans)
+        return {shard: rows for shard, rows in rest if rows}
 
     def shard_rows(self, shard: int) -> range:
         """The row numbers of a shard."""
         start = shard * self.rows_per_shard
-        return range(start, min(start + self.rows_per_shard, self.rows))
+        return range(start, min(start + self.short.get(shard, self.rows_per_shard), self.end))
+
+    def rows_in(self, shards: Set[int]) -> int:
+        """How many rows some shards have."""
+        lacking = sum(self.rows_per_shard - rows for shard, rows in self.short.items() if shard in shards)
+        return len(shards) * self.rows_per_shard - lacking
 
     def locate(self, row: int) -> tuple[str, int, int]:
         """Where a row comes from: the fragment's name, the source row's index in it, and which sample of it."""
-        source_row, sample = divmod(row, self.samples_per_row)
+        source_row, sample = self._source_row(row)
         at = bisect_right(self._ends, source_row)
-        return self.fragments[at].name, source_row - (self._ends[at - 1] if at else 0), sample
+        fragment, first, _ = self.runs[at]
+        return self.fragments[fragment].name, first + source_row - (self._ends[at - 1] if at else 0), sample
 
     def row_id(self, row: int) -> str:
         """A row's name for ever; safe as a file name."""
-        return identities.row_id(*divmod(row, self.samples_per_row))
+        return identities.row_id(*self._source_row(row))
+
+    def _source_row(self, row: int) -> tuple[int, int]:
+        """Its number among all rows of the source, and which sample of it. Shards leave gaps between generations, rows of the source don't."""
+        at = bisect_right(self._spans, row // self.rows_per_shard, key=lambda span: span[0]) - 1
+        first, source_rows, _ = self._spans[at]
+        source_row, sample = divmod(row - first * self.rows_per_shard, self.samples_per_row)
+        return source_rows + source_row, sample
+
+    @cached_property
+    def _spans(self) -> list[tuple[int, int, int]]:
+        """Of each generation the first shard, the rows of the source before it, and its rows."""
+        spans, shard, before = [], 0, 0
+        for source_rows in [each.rows for each in self.generations] or [sum(f.rows for f in self.fragments)]:
+            rows = source_rows * self.samples_per_row
+            spans.append((shard, before, rows))
+            shard, before = shard - (-rows // self.rows_per_shard), before + source_rows
+        return spans
+
+    @cached_property
+    def runs(self) -> Sequence[tuple[int, int, int]]:
+        """``places``, of a source that has not grown too."""
+        return self.places or [(at, 0, fragment.rows) for at, fragment in enumerate(self.fragments)]
 
     @cached_property
     def _ends(self) -> list[int]:
-        return list(accumulate(fragment.rows for fragment in self.fragments))
+        return list(accumulate(rows for _, _, rows in self.runs))
 
     @cached_property
     def hash(self) -> str:
-        """32 hex digits over everything but the name."""
-        text = json.dumps(_hashed(self._content()), sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        """32 hex digits over everything but the name. Of a dataset that has grown the last generation's, which names the one before."""
+        return self.generations[-1].hash if self.generations else digest(hashed(self._content()))
+
+    @property
+    def first_hash(self) -> str:
+        """The hash of what it was begun with, which stands in ``plan.json`` whatever comes later."""
+        return self.generations[0].hash if self.generations else self.hash
+
+    def hash_of(self, shard: int) -> str:
+        """The hash of the generation that a shard is of: the shard holds it."""
+        if not self.generations:
+            return self.hash
+        return self.generations[bisect_right(self._spans, shard, key=lambda span: span[0]) - 1].hash
 
     def to_json(self) -> str:
-        """The text of ``plan.json``."""
+        """The text of ``plan.json``; of a dataset that has grown, of what would be in it, and its generations."""
         totals = {"hash": self.hash, "rows": self.rows, "shards": self.shards}
-        return json.dumps({**totals, **self._content()}, indent=1) + "\n"
+        grown = {"generations": [vars(each) for each in self.generations]} if self.generations else {}
+        return json.dumps({**totals, **self._content(), **grown}, indent=1) + "\n"
+
+    @staticmethod
+    def from_json(found: Mapping[str, Any]) -> Plan:
+        """Out of what ``plan.json`` says. Raises KeyError or TypeError if it can't be."""
+        return Plan(
+            name=found["name"],
+            config=found["config"],
+            plugins=found["plugins"],
+            fragments=tuple(Fragment(*fragment) for fragment in found["fragments"]),
+            samples_per_row=found["samples_per_row"],
+            rows_per_shard=found["rows_per_shard"],
+            seed=found["seed"],
+            spec=LatentSpec(**found["latents"]) if found["latents"] else None,
+            stages=tuple(map(_stage_from_json, found["stages"])),
+            libraries=found["libraries"],
+            fingerprinted=found["fingerprinted"],
+            columns=Columns.from_json(found),
+        )
 
     def _content(self) -> dict[str, Any]:
         return {
@@ -180,11 +263,6 @@ def _check_fragments(fragments: Sequence[Fragment]) -> None:
         names.add(fragment.name)
 
 
-NOT_THERE = "not installed"
-LIBRARIES = ("latentmill", "numpy", "pillow", "scipy", "torch")
-"""Whose versions change our own numbers."""
-
-
 def _fingerprinted(config: Mapping[str, Any], plugins: Mapping[str, Plugin]) -> list[str]:
     """The keys of a config that the plugins' fingerprints stand for, and those of ``model`` that none but those refer to."""
     keys = []
@@ -210,7 +288,12 @@ def _without(config: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     return kept
 
 
-def _hashed(content: Mapping[str, Any]) -> dict[str, Any]:
+def digest(content: Mapping[str, Any]) -> str:
+    """A hash of what JSON can say, 32 hex digits."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def hashed(content: Mapping[str, Any]) -> dict[str, Any]:
     """What of a plan's content the hash is over."""
     shown = {"hash", "rows", "shards", "name", "fingerprinted", "arrow_schema", "stages"}
     if not content["config"].get("deterministic"):
@@ -219,129 +302,6 @@ def _hashed(content: Mapping[str, Any]) -> dict[str, Any]:
     if kept.get("latents"):  # what it says of statistics follows from its fingerprint, and older plans don't say it
         kept["latents"] = {name: value for name, value in kept["latents"].items() if name != "statistics"}
     return {**kept, "config": _without(content["config"], content["fingerprinted"])}
-
-
-def versions(distributions: Iterable[str]) -> dict[str, str]:
-    """The versions of installed distributions, by name. What was built of one for which hardware (``+cu128``) is left out."""
-    path = tuple((folder, _changed(folder)) for folder in sys.path)
-    return {name: _version(name, path) for name in sorted(distributions)}
-
-
-def _changed(folder: str) -> int:
-    """When something came into a folder or left it, in nanoseconds; 0 if there is none."""
-    try:
-        return os.stat(folder or ".").st_mtime_ns
-    except OSError:
-        return 0
-
-
-@lru_cache(1024)
-def _version(name: str, path: tuple[tuple[str, int], ...]) -> str:
-    """What is installed on this path, as long as nothing is installed anew; each answer is a file to parse, and often asked for."""
-    try:
-        return metadata.version(name).partition("+")[0]
-    except metadata.PackageNotFoundError:
-        return NOT_THERE
-
-
-def changed_libraries(plan: Plan, store: Storage) -> list[str]:
-    """In which libraries' versions a dataset goes on that was begun with others, a line each."""
-    if not store.exists("plan.json"):
-        return []
-    begun = read(store).get("libraries", {})
-    return [
-        f"begun with {name} {begun[name]}, going on with {version}: its rows may differ a little from those that are there"
-        for name, version in plan.libraries.items()
-        if begun.get(name, version) != version
-    ]
-
-
-def publish(plan: Plan, store: Storage) -> None:
-    """Write ``plan.json`` if there is none; raise PlanError, with the differences, if another plan's is there."""
-    if not store.create("plan.json", plan.to_json().encode()):
-        compare(plan, store)
-
-
-def compare(plan: Plan, store: Storage) -> None:
-    """Raise PlanError if another plan's dataset is there. Writes nothing."""
-    if not store.exists("plan.json"):
-        return
-    there = read(store)
-    if there.get("hash") != plan.hash:
-        try:
-            shown = list(dict.fromkeys(differences(_hashed(there), _hashed(json.loads(plan.to_json())))))
-        except (KeyError, TypeError, AttributeError):
-            raise PlanError(f"{store.url}/plan.json can't be read as a plan: move the folder away") from None
-        more = f" and {len(shown) - 6} more" if len(shown) > 6 else ""
-        raise PlanError(
-            f"{store.url} holds another job's dataset: {'; '.join(shown[:6])}{more}. Choose another output; --fork begins one."
-        )
-
-
-def read(store: Storage) -> dict[str, Any]:
-    """What ``plan.json`` says. Raises PlanError if there is none or it can't be read."""
-    path = f"{store.url.rstrip('/')}/plan.json"
-    try:
-        found = json.loads(store.read("plan.json").decode())
-    except (FileNotFoundError, NotADirectoryError):
-        shards = [name for name in store.names("data") if name[:5].isdecimal()]
-        lost = (
-            f"; data/{min(shards)} may be a shard of ours: the job that it is of, run again, puts plan.json back"
-            if shards
-            else ""
-        )
-        raise PlanError(f"{store.url} holds no dataset of ours: it has no plan.json{lost}") from None
-    except ValueError as error:
-        raise PlanError(f"{path} can't be read as a plan ({error}): move the folder away or choose another") from error
-    if not isinstance(found, dict) or not {"hash", "name", "rows", "shards", "rows_per_shard"} <= found.keys():
-        raise PlanError(f"{path} can't be read as a plan: move the folder away or choose another")
-    return found
-
-
-def load(store: Storage) -> Plan:
-    """The plan of a dataset, without its job. Raises PlanError if there is none or it can't be read."""
-    found = read(store)
-    try:
-        plan = Plan(
-            name=found["name"],
-            config=found["config"],
-            plugins=found["plugins"],
-            fragments=tuple(Fragment(*fragment) for fragment in found["fragments"]),
-            samples_per_row=found["samples_per_row"],
-            rows_per_shard=found["rows_per_shard"],
-            seed=found["seed"],
-            spec=LatentSpec(**found["latents"]) if found["latents"] else None,
-            stages=tuple(map(_stage_from_json, found["stages"])),
-            libraries=found["libraries"],
-            fingerprinted=found["fingerprinted"],
-            columns=Columns.from_json(found),
-        )
-    except (KeyError, TypeError) as error:
-        raise PlanError(f"{store.url}/plan.json can't be read as a plan: {error}") from error
-    if plan.hash != found["hash"]:
-        raise PlanError(
-            f"{store.url}/plan.json was changed: its hash is {found['hash']}, and its contents' {plan.hash}"
-        )
-    return plan
-
-
-def differences(old: Any, new: Any, at: str = "") -> Iterator[str]:
-    """``key: old -> new`` for every leaf of two plans in which they differ."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in [*old, *(key for key in new if key not in old)]:
-            if key not in ("hash", "name"):
-                yield from differences(old.get(key), new.get(key), f"{at}.{key}" if at else str(key))
-    elif old != new:
-        if isinstance(old, list) and isinstance(new, list) and len(str(old)) > 80:
-            old, new = _unlike(old, new)
-        yield f"{at.removeprefix('config.')}: {old} -> {new}"
-
-
-def _unlike(old: list[Any], new: list[Any]) -> tuple[Any, Any]:
-    for a, b in zip(old, new):
-        if a != b:
-            return a, b
-    return f"{len(old)} items", f"{len(new)} items"
 
 
 def _stage_to_json(stage: Declaration) -> dict[str, Any]:

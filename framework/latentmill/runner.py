@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from latentmill import failpoints, parts, progress, registry, report, storage
+from latentmill import failpoints, generations, parts, plan_files, progress, registry, report, storage
 from latentmill import plan as planning
 from latentmill.config import Job, load_job
 from latentmill.dataset import RETRIED, Dataset
@@ -52,13 +52,17 @@ class Result:
 
 
 def run(
-    job: Job | str, overrides: Sequence[str] = (), retry_failed: Callable[[Mapping[str, Any]], bool] | None = None
+    job: Job | str,
+    overrides: Sequence[str] = (),
+    retry_failed: Callable[[Mapping[str, Any]], bool] | None = None,
+    grow: bool = False,
 ) -> Result:
     """Run a job to its end, or go on where an earlier run stopped.
 
     ``job`` is the name of a shipped job, the path of a YAML file, or a Job; ``overrides`` as on the command line
     (``["sampling.steps=10"]``). ``retry_failed`` says of an error row (``row_id``, ``stage``, ``reason``) whether it is to be
-    done again: shards with such rows are taken out of the dataset and done anew, whole. Raises JobError, PluginError, PlanError or PlacementError before anything is started or
+    done again: shards with such rows are taken out of the dataset and done anew, whole. ``grow``: rows that have come to the source since
+    the dataset was begun get shards of their own, and what is there stays. Raises JobError, PluginError, PlanError or PlacementError before anything is started or
     written, RunError if the job has to stop.
     """
     job = load_job(job, overrides) if isinstance(job, str) else job
@@ -67,12 +71,13 @@ def run(
     for line in parts.notices(built):
         logger.warning(line)
     store = storage.at(job.output, job.single_writer)
+    plan = generations.settle(plan, store, built.source, grow)
     there = Dataset(store, plan, built.sink)
     state = begin(job, there)
-    for line in planning.changed_libraries(plan, store):
+    for line in plan_files.changed_libraries(plan, store):
         logger.warning(line)
     again = failed_shards(there, state.done, retry_failed) if retry_failed else []
-    if finished(state) and not again and store.exists("_SUCCESS") and store.exists("plan.json"):
+    if finished(state) and not again and store.exists("_SUCCESS") and plan_files.is_published(plan, store):
         return _result(job, there, state, seconds=0.0)
     pool: Pool | None = None
     started, interrupted = time.monotonic(), False
@@ -81,7 +86,7 @@ def run(
             if again or not finished(state):
                 pool = make_pool(job, plan, store)
             store.check()
-            planning.publish(plan, store)
+            generations.publish(plan, store, built.source)
             there.remember()
             failpoints.reach("planning")
             store.sweep()
@@ -103,11 +108,7 @@ def run(
                 if not (taken := there.newly_taken_out() or there.settle()):
                     break
             there.remember(all_there=True)
-            _finish_sink(there)
-            report.finish(there, live.pace)
-            failpoints.reach("finishing")
-            store.put("_SUCCESS", b"")
-            there.forget_retried()
+            _end(there, live)
             leases.sweep(store, there.done())
     except KeyboardInterrupt:
         if not store.exists("plan.json"):
@@ -119,6 +120,22 @@ def run(
         if pool is not None:
             pool.close()
     return _result(job, there, state, time.monotonic() - started, interrupted)
+
+
+def _end(there: Dataset, live: progress.Live) -> None:
+    """All rows of the plan are there. Those are the whole dataset, unless another driver has grown it meanwhile, and does the rest."""
+    if there.outgrown():
+        logger.warning(
+            f"{there.store.url} has grown meanwhile: the same command goes on with what has come, if nobody does"
+        )
+        return
+    _finish_sink(there)
+    report.finish(there, live.pace)
+    failpoints.reach("finishing")
+    there.store.put("_SUCCESS", b"")
+    if there.outgrown():  # it was not there when we looked, and what deletes this file may have come before it
+        there.store.delete("_SUCCESS")
+    there.forget_retried()
 
 
 def _finish_sink(there: Dataset) -> None:
@@ -168,7 +185,7 @@ def begin(job: Job, there: Dataset) -> DriverState:
     stages = tuple(stage_spec(job, stage) for stage in plan.stages)
     return DriverState(
         stages,
-        plan.rows,
+        plan.end,
         plan.rows_per_shard,
         done,
         shared=not job.single_writer,
@@ -178,6 +195,7 @@ def begin(job: Job, there: Dataset) -> DriverState:
         attempts=job.attempts or 1,
         drawn_in=next((at for at, stage in enumerate(plan.stages) if "denoiser" in stage.needs), 0),
         row_name=plan.row_id,
+        short=plan.short,
         worker_types=worker_types(job, plan),
     )
 

@@ -114,7 +114,7 @@ def _check(there: Dataset, shard: int, copies: Set[str]) -> str | tuple[Mapping[
         about, ids = there.shard(shard).read_whole()
     except Exception as error:  # whatever a damaged file makes a reader say
         return f"can't be read: {type(error).__name__}: {one_line(error, 200)}"
-    if about.get(PLAN_KEY) != plan.hash:
+    if about.get(PLAN_KEY) != plan.hash_of(shard):
         return f"was made by another plan, {about.get(PLAN_KEY)}"
     try:
         left_out = [row["row_id"] for row in (*error_rows(about), *filtered_rows(about))]

@@ -287,10 +287,10 @@ def test_a_worker_imports_and_builds_its_own_plugins_and_no_others(latentmill, i
     code = f"""
 import os, sys
 sys.path.insert(0, {str(tmp_path / "site")!r})
-from latentmill import config, plan, storage
+from latentmill import config, plan_files, storage
 from latentmill.workers.context import make_stage
 job = config.load_job("txt2img", {told!r})
-plan = plan.load(storage.at(job.output, False))
+plan = plan_files.load(storage.at(job.output, False))
 open(os.environ["NOTES"], "w").close()
 for name in job.flow:
     if not os.fork():

@@ -38,6 +38,11 @@ class Settings:
     """What a seed draws: a job, and how bad its world is."""
 
     rows: int
+    """The number behind the last row's."""
+    begun: int
+    """The same of the plan that the dataset is begun with: it grows, or not."""
+    grows_at: float
+    """From then on drivers that begin have the whole plan."""
     rows_per_shard: int
     stages: tuple[StageSpec, ...]
     worker_types: tuple[WorkerType, ...]
@@ -66,6 +71,18 @@ class Settings:
     """Rows that are filtered before anything is drawn."""
     rates: dict[str, float]
     """Chance of a trouble for each dispatch, commit, or use of the store."""
+
+    @property
+    def short(self) -> dict[int, int]:
+        """The last shards of both generations, where they have fewer rows than others."""
+        ends = (self.begun, self.rows)
+        return {end // self.rows_per_shard: end % self.rows_per_shard for end in ends if end % self.rows_per_shard}
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of all rows."""
+        second = -(-self.begun // self.rows_per_shard) * self.rows_per_shard
+        return [*range(self.begun), *range(second, self.rows)]
 
     @property
     def bad(self) -> set[int]:
@@ -108,9 +125,18 @@ class Settings:
         kinds_of_bad: list[set[int]] = [set(), set(), set(), set()]
         for row in bad:
             dice.choice(kinds_of_bad).add(row)
+        size, begun = dice.randint(1, 25), rows
+        grows = random.Random(f"{rows} of {size} grow")  # of its own, so that worlds that don't grow stay as they were
+        if grows.random() < 0.3:  # the second generation begins with a shard of its own
+            second = -(-begun // size) * size
+            rows = second + grows.randint(1, 40)
+            if grows.random() < 0.3:
+                grows.choice(kinds_of_bad).add(grows.randrange(second, rows))
         drawn = cls(
             rows,
-            dice.randint(1, 25),
+            begun,
+            grows.uniform(0, 100),
+            size,
             tuple(stages),
             tuple(WorkerType(hosts, number, {"CPU": 1.0}) for hosts, number in zip(hosted, numbers)),
             fixed,
@@ -136,9 +162,9 @@ class Settings:
         )
         # Last of all: what was drawn before is as it was when there were no filters.
         share, drawn.attempts = dice.choice((0.0, 0.0, 0.3, 0.7, 1.0)), dice.choice((1, 1, 2, 4))
-        for row in range(rows):
+        for row in drawn.numbers:
             drawn.passes_at[row] = next((k for k in range(drawn.attempts) if dice.random() >= share), drawn.attempts)
-        drawn.early = {row for row in range(rows) if row not in bad and dice.random() < share / 5}
+        drawn.early = {row for row in drawn.numbers if row not in drawn.bad and dice.random() < share / 5}
         return drawn
 
 

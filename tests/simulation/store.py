@@ -53,9 +53,8 @@ class Store(Storage):
                 raise Wrong(f"{name} was there, and is another now")
             shard = int(name.removeprefix("data/"))
             settings = self.world.settings
-            planned = list(
-                range(settings.rows)[shard * settings.rows_per_shard : (shard + 1) * settings.rows_per_shard]
-            )
+            numbers = range(shard * settings.rows_per_shard, (shard + 1) * settings.rows_per_shard)
+            planned = sorted({*numbers} & {*settings.numbers})
             try:
                 found = json.loads(content)
             except ValueError:

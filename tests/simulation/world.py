@@ -71,7 +71,7 @@ class World:
             places.update(row for row, *_ in content["filtered"])
             failed.update(content["errors"])
             stored.update(row for row, _ in content["rows"])
-        planned = set(range(settings.rows))
+        planned = set(settings.numbers)
         if self.hopeless():
             planned &= places.keys()
         if wrong := {row for row in planned if places[row] != 1} | (places.keys() - planned):
@@ -88,7 +88,7 @@ class World:
     def hopeless(self) -> bool:
         """Whether there is no row to show that it is not a stage's fault: none is there, and none of those that are left will be."""
         done, size = done_shards(self.store, ""), self.settings.rows_per_shard
-        left = {row for row in range(self.settings.rows) if row // size not in done}
+        left = {row for row in self.settings.numbers if row // size not in done}
         return bool(left) and left <= self.settings.bad | self.settings.early and not self.has_worked(2)
 
     def has_worked(self, stage: int) -> bool:
@@ -131,11 +131,14 @@ class Driver:
             f"machine-{self.number}/{self.lives}/{self.number}.{self.lives}",
             lambda: world.now,
         )
+        rows = settings.rows if world.now >= settings.grows_at else settings.begun
+        done = {shard for shard in done_shards(world.store, "") if shard * settings.rows_per_shard < rows}
         self.state = DriverState(
             settings.stages,
-            settings.rows,
+            rows,
             settings.rows_per_shard,
-            done_shards(world.store, ""),
+            done,
+            short=settings.short,
             shared=True,
             fixed=settings.fixed,
             worker_types=settings.worker_types,
@@ -161,7 +164,7 @@ class Driver:
 
     def turn(self) -> None:
         """One turn of the loop."""
-        world, state = self.world, self.state
+        world, state, settings = self.world, self.state, self.world.settings
         assert state is not None
         if world.trouble("pause"):
             self.awake_at = world.now + world.dice.uniform(0, 300)
@@ -186,6 +189,8 @@ class Driver:
             world.say(f"driver {self.number} gives up: {state.failed}")
         elif state.failed:
             self.end(state.failed)
+        elif finished(state) and state.rows < settings.rows:
+            self.end("its plan is done, and the dataset has grown, or will")
         elif finished(state):
             self.finished = True
             self.lives += 1

@@ -112,13 +112,10 @@ def view(state: DriverState, plan: Plan, seconds: float) -> progress.View:
         )
         for at, spec in enumerate(state.stages)
     ]
-    before = len(state.done) * plan.rows_per_shard
-    if plan.shards - 1 in state.done:  # the last may be short
-        before -= plan.rows_per_shard - len(plan.shard_rows(plan.shards - 1))
     return progress.View(
         stages=stages,
         planned=plan.rows,
-        finished=before + state.committed_ok + state.committed_failed + state.committed_filtered,
+        finished=plan.rows_in(state.done) + state.committed_ok + state.committed_failed + state.committed_filtered,
         failed=state.committed_failed,
         filtered=state.committed_filtered,
         seconds=seconds,

@@ -174,9 +174,9 @@ def _rows_left(state: DriverState) -> list[int]:
     else:
         shards = len(state.free_shards) + len(state.claimed)
     left = max(0, shards) * state.rows_per_shard + sum(map(len, state.to_read))
-    last = state.shard_count - 1
-    if (state.cursor <= last and last not in state.done) or last in state.free_shards or last in state.claimed:
-        left -= state.rows_per_shard - len(state.shard_rows(last))  # it may be short
+    for shard in {*state.short, state.shard_count - 1}:
+        if (state.cursor <= shard and shard not in state.done) or shard in state.free_shards or shard in state.claimed:
+            left -= state.rows_per_shard - len(state.shard_rows(shard))  # it may have fewer
     found = []
     for stage in range(len(state.stages)):
         left += state.rows_queued(stage) + state.rows_in_flight[stage]

@@ -51,6 +51,7 @@ class DriverState:
 
     stages: tuple[StageSpec, ...]
     rows: int
+    """The number behind the last row's: shards in the middle may be short."""
     rows_per_shard: int
     done: set[int] = field(default_factory=set)
     """Shards that were committed before, or by other drivers."""
@@ -70,6 +71,8 @@ class DriverState:
     """Bytes that may be between stages, in blocks that are there and in those that are to come."""
     row_name: Callable[[int], str] = str
     """How people are told of a row."""
+    short: Mapping[int, int] = field(default_factory=dict)
+    """How many rows those shards have that have fewer than others: the last of each generation."""
     last_stage: int = 0
     """The number of the last stage: the one that commits."""
     worker_types: tuple[WorkerType, ...] = ()
@@ -240,7 +243,8 @@ class DriverState:
 
     def shard_rows(self, shard: int) -> range:
         """Row numbers of a shard."""
-        return range(shard * self.rows_per_shard, min((shard + 1) * self.rows_per_shard, self.rows))
+        start = shard * self.rows_per_shard
+        return range(start, min(start + self.short.get(shard, self.rows_per_shard), self.rows))
 
     def chunk(self, stage: int, row: int) -> Chunk:
         """The batch that a row belongs to when batches are fixed: its shard, and the batch's place in it."""

@@ -76,7 +76,7 @@ def export(
         for each in chosen
     ]
     for writing in written:
-        writing.ledger.begin({"dataset": source.there.plan.hash, "names": source.names})
+        writing.ledger.begin({"dataset": source.there.plan.first_hash, "names": source.names})
     with ThreadPoolExecutor(target.in_flight) as storing:
         job = _Export(source, written, storing)
         _at_once(job.shard, range(source.there.plan.shards), tell)

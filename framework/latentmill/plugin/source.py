@@ -51,6 +51,9 @@ class Source(Plugin, ABC):
     id_column: str | None = None
     """The column with the rows' own ids, if the job declares one (by a setting of this name, as a rule)."""
 
+    knows_rows: ClassVar[bool] = False
+    """Whether ``ids`` tells rows apart where the job declares no ``id_column``, too: by their files' names, say."""
+
     @abstractmethod
     def fragments(self) -> Sequence[Fragment]:
         """All fragments, in an order that never changes. Called once, in the driver, before anything starts."""
@@ -100,6 +103,14 @@ class Source(Plugin, ABC):
         """
         for row in self.read(fragment.name, 0, fragment.rows):
             yield None if isinstance(row, RowError) else row["id"]
+
+    def still(self, fragment: Fragment, runs: Sequence[tuple[str, int, int]]) -> bool | None:
+        """Whether what a fragment held when it was planned lies there now, to the last byte: ``runs`` of fragment, first row, rows.
+
+        None if it can't be known. Asked in the driver, after ``fragments``, where a dataset is to grow with its source: of fragments that are not
+        as they were, about rows of the same ids or, where the source knows none, about the first rows of what has the fragment's name.
+        """
+        return None
 
     def reads_from(self, folder: str) -> bool:
         """Whether files that come into this local folder, or below it, would be the source's: no job may write there."""

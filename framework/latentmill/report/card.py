@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from latentmill import plan_files
 from latentmill.buckets import PIXEL_WAYS
 from latentmill.progress import counted
 from latentmill.report.files import MARK, put
@@ -22,7 +23,8 @@ def make(dataset: Material) -> None:
         f"{counted(dataset.ok, 'row')}, made by latentmill"
         + (f"; {dataset.failed:,} more failed, with their reasons in `errors/`" if dataset.failed else "")
         + (f"; {dataset.filtered:,} more were filtered, with their reasons in `filtered/`" if dataset.filtered else "")
-        + f". The plan that it follows, down to the weights' hashes, is `plan.json` (hash `{dataset.plan['hash']}`).",
+        + f". The plan that it follows, down to the weights' hashes, is `plan.json` (hash `{dataset.there.plan.first_hash}`)."
+        + _grown(dataset),
     ]
     if dataset.warnings:
         parts.append("\n".join(f"- {counted(rows, 'row')}: {text}" for text, rows in dataset.warnings.items()))
@@ -48,6 +50,16 @@ def make(dataset: Material) -> None:
     parts.append(f"## Config\n\n```json\n{json.dumps(dataset.plan['config'], indent=1)}\n```\n")
     parts.append(f"<!-- {MARK} -->\n")
     put(dataset.store, "README.md", "\n\n".join(parts).encode())
+
+
+def _grown(dataset: Material) -> str:
+    """In a sentence, by how many rows of the source it has grown each time; "" if it never has."""
+    later = dataset.there.plan.generations[1:]
+    which = ", ".join(
+        f"`{plan_files.name_of(number)}` ({counted(each.rows, 'row')} of the source)"
+        for number, each in enumerate(later, 1)
+    )
+    return f" It has grown since: {which}." if later else ""
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -56,6 +56,7 @@ class Images(Source):
 
     contract = 2
     pixel_ways = (*PIXEL_WAYS,)
+    knows_rows = True
 
     def __init__(
         self, path: str, max_pixels: int = MAX_PIXELS, follow_links: bool = False, id_column: str | None = None
@@ -135,6 +136,10 @@ class Images(Source):
 
     def ids(self, fragment: Fragment) -> Iterator[str]:
         return map(escaped, _run(self._files, self.follow_links, fragment.name))
+
+    def still(self, fragment: Fragment, runs: Sequence[tuple[str, int, int]]) -> bool:
+        found = (_run(self._files, self.follow_links, of)[start : start + rows] for of, start, rows in runs)
+        return self._files.still(self._with_captions([name for names in found for name in names]), fragment.fingerprint)
 
     def notices(self) -> list[str]:
         lines = []

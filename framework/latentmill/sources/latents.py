@@ -153,6 +153,12 @@ class Latents(Source):
     def changed(self, fragment: Fragment) -> bool:
         return self._data.changed(self._files(fragment.name), fragment.fingerprint)
 
+    def still(self, fragment: Fragment, runs: Sequence[tuple[str, int, int]]) -> bool | None:
+        whole = [*runs] == [(fragment.name, 0, fragment.rows)]
+        if whole and self._data.still(self._files(fragment.name), fragment.fingerprint):
+            return True
+        return None if self.id_column is not None else False
+
     def ids(self, fragment: Fragment) -> Iterator[str | None]:
         assert self.id_column is not None
         for piece in self._file(fragment.name).read([self.id_column], range(fragment.rows)):

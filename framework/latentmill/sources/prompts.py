@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import posixpath
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -136,6 +136,17 @@ class Prompts(Source):
 
     def changed(self, fragment: Fragment) -> bool:
         return self._files.changed([fragment.name], fragment.fingerprint)
+
+    def still(self, fragment: Fragment, runs: Sequence[tuple[str, int, int]]) -> bool | None:
+        if [*runs] != [(fragment.name, 0, fragment.rows)]:  # moved, and found by their ids
+            return None
+        if self._files.still([fragment.name], fragment.fingerprint):
+            return True
+        with suppress(FileNotFoundError, ValueError):  # it is no file of its kind any more
+            ends = self._file(fragment.name).ends(fragment.rows)
+            if self._files.began_as(fragment.name, ends, fragment.fingerprint):
+                return True
+        return None if self.id_column is not None else False
 
     def ids(self, fragment: Fragment) -> Iterator[str | None]:
         return self._file(fragment.name).ids()

@@ -41,9 +41,7 @@ from latentmill.text import one_line, without_secrets
 class Shards(Protocol):
     """What a plan knows of shards."""
 
-    @property
-    def hash(self) -> str: ...
-
+    def hash_of(self, shard: int) -> str: ...
     @property
     def spec(self) -> LatentSpec | None: ...
 
@@ -69,7 +67,6 @@ class Write(CommittingStage):
         self.sink: Sink = context.plugin("sink")
         self.store: Storage = context.open_output()
         self.plan: Shards = context.plan
-        self.metadata = {PLAN_KEY: self.plan.hash}
         self.stages, self.sampling = context.before, context.sampling
 
     def __call__(self, batch: pa.Table, reject: Reject) -> pa.Table:
@@ -111,7 +108,7 @@ class Write(CommittingStage):
         unstored = [*(field.name for field in OWN_FIELDS if not field.stored), *self.plan.columns.unstored()]
         table = table.drop_columns([name for name in unstored if name in table.column_names])
 
-        about = {**self.metadata, ERRORS_KEY: json.dumps(failed)}
+        about = {PLAN_KEY: self.plan.hash_of(shard), ERRORS_KEY: json.dumps(failed)}
         if unwanted:
             about[FILTERED_KEY] = json.dumps(unwanted)
         if warnings := count_warnings(table):

@@ -11,9 +11,10 @@ from typing import Any
 from latentmill import registry, storage, weights
 from latentmill.config import Job
 from latentmill.errors import PluginError, WrongWorker
+from latentmill.libraries import LIBRARIES, versions
 from latentmill.parts import PARTS, identity, plugin_of
-from latentmill.plan import LIBRARIES, Plan, versions
-from latentmill.plan import read as read_plan
+from latentmill.plan import Plan
+from latentmill.plan_files import read as read_plan
 from latentmill.plugin import FixedShape, Plugin, RowError, Scheduler, Stage, StageContext
 from latentmill.storage import Storage
 from latentmill.workers.weights_read import of_row
@@ -150,7 +151,7 @@ class _Fragments:
 
 def _output(job: Job, plan: Plan) -> Storage:
     store = storage.at(job.output, job.single_writer)
-    if not store.exists("plan.json") or read_plan(store)["hash"] != plan.hash:
+    if not store.exists("plan.json") or read_plan(store)["hash"] != plan.first_hash:
         raise RuntimeError(
             f"{this_node()} doesn't see the plan.json that the driver wrote in {job.output}: "
             "the output must be one folder or store for all nodes, by its whole path"

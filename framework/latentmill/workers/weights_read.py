@@ -7,7 +7,8 @@ import re
 
 from latentmill import registry
 from latentmill.errors import PlanError, PluginError
-from latentmill.plan import NOT_THERE, Plan
+from latentmill.libraries import NOT_THERE
+from latentmill.plan import Plan
 from latentmill.plugin import Scheduler
 from latentmill.storage import Storage
 from latentmill.weights import Reading

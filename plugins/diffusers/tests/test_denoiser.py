@@ -124,10 +124,10 @@ def test_workers_of_other_stages_never_see_diffusers(model, tmp_path):
     ]
     code = f"""
 import sys
-from latentmill import config, plan, storage
+from latentmill import config, plan_files, storage
 from latentmill.workers import context
 job = config.load_job("denoise", {told!r})
-plan = plan.load(storage.at(job.output, False))
+plan = plan_files.load(storage.at(job.output, False))
 for name in ("read", "write"):
     context.make_stage(job, plan, name)
     print(name, "diffusers" in sys.modules)

@@ -105,3 +105,11 @@ class Files(ABC):
     @abstractmethod
     def changed(self, names: Iterable[str], before: str) -> bool:
         """Whether the files have another fingerprint than ``before``, now, or here."""
+
+    @abstractmethod
+    def still(self, names: Iterable[str], before: str) -> bool:
+        """Whether the files hold what they did when ``before`` was their fingerprint, of whichever version of all files that was."""
+
+    def began_as(self, name: str, ends: Sequence[int], before: str) -> bool:
+        """Whether a file's fingerprint would be ``before`` if it ended behind so many bytes, which ascend; False where nobody can tell."""
+        return False

@@ -8,7 +8,7 @@ import logging
 import os
 import stat
 import sys
-from collections.abc import Collection, Hashable, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
@@ -155,6 +155,14 @@ class LocalFiles(Files):
     def changed(self, names: Iterable[str], before: str) -> bool:
         # Of one by times it isn't known: a copy has others.
         return not before.startswith("t") and self.fingerprint(names, contents=True) != before
+
+    def still(self, names: Iterable[str], before: str) -> bool:
+        return self.fingerprint(names, not before.startswith("t")) == before
+
+    def began_as(self, name: str, ends: Sequence[int], before: str) -> bool:
+        if before.startswith("t"):
+            return False
+        return any(found[:32] == before for found in digests.of_beginnings(name, self.root / name, ends))
 
     def _at(self, folder: str) -> str:
         return os.path.join(self.root, folder) if folder else str(self.root)

@@ -48,6 +48,10 @@ class FileReader(ABC):
         """The ids of all rows, in order; None for a row that has no good one."""
         return (None if isinstance(row, RowError) else row["id"] for row in self.read(0, self.count()))
 
+    def ends(self, rows: int) -> Sequence[int]:
+        """Bytes, ascending, behind which the file may have ended when it had so many rows; none if rows can't be added to its end."""
+        return ()
+
     @abstractmethod
     def notices(self) -> Iterator[str]:
         """What people should know about the file, a line each. Asked once the rows are counted."""

@@ -103,6 +103,19 @@ class TextReader(FileReader):
         self.close()
         self._reading = stop, lines, items
 
+    def ends(self, rows: int) -> Sequence[int]:
+        if not self.marked or not rows:
+            return ()
+        row, lines, items = self._at(rows - 1)
+        with lines.file:
+            if sum(1 for _ in islice(items, rows - row)) < rows - row:
+                return ()
+            found = {lines.offset}
+            while is_blank(loose(line := lines.line())) and line:  # it may have ended with some
+                found.add(lines.offset)
+        # The last line may have had no end of its own, before more came.
+        return sorted({end - less for end in found for less in (0, 1, 2)})
+
     def columns(self) -> Sequence[str]:
         return self.names
 

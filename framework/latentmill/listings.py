@@ -1,0 +1,96 @@
+"""What is installed, as tables for people and as JSON: ``latentmill plugins``, ``schedulers``, ``export --formats``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any
+
+from latentmill import registry
+
+
+class Formats(argparse.Action):
+    """``--formats``: the table of formats, which is not imported for any other command's sake."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **more: Any) -> None:
+        from latentmill.exports.table import EXPORT_FORMATS
+
+        rows = [
+            [each.name, each.of, ", ".join(each.needs), each.layout, each.reader] for each in EXPORT_FORMATS.values()
+        ]
+        _print_table(["format", "latents of", "needs", "files", "read by"], rows)
+        parser.exit()
+
+
+def plugins(options: Any) -> int:
+    """``latentmill plugins``."""
+    found = registry.examine() if options.check else registry.entries()
+    names = ["group", "name", "distribution", "version", *(["state"] if options.check else [])]
+    if options.json:
+        print(json.dumps([{name: getattr(entry, name) for name in names} for entry in found], indent=1))
+        return 0
+    rows = [[entry.group.removeprefix("latentmill."), *(getattr(entry, name) for name in names[1:])] for entry in found]
+    _print_table(["kind", *names[1:]], rows, ["" if entry.state == "ok" else "yellow" for entry in found])
+    return 0
+
+
+def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str] = ()) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*head, box=None, header_style="bold", pad_edge=False)
+    for row, style in zip_longest(rows, styles):
+        table.add_row(*row, style=style)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def scheduler_table() -> list[dict[str, Any]]:
+    """What there is to say of each installed scheduler, ours first: keys name, order, evaluations, stochastic, paper, distribution.
+
+    ``paper`` is the first arXiv number in the class's docstring or those of its parents.
+    """
+    from latentmill.plugin import Scheduler
+
+    found = []
+    there = registry.entries("scheduler")
+    for entry in sorted(there, key=lambda e: (e.distribution != "latentmill", e.distribution, e.name)):
+        cls = registry.load("scheduler", f"{entry.distribution}:{entry.name}")
+        assert issubclass(cls, Scheduler)
+        texts = " ".join(parent.__doc__ or "" for parent in cls.__mro__ if parent.__module__ == cls.__module__)
+        paper = re.search(r"arXiv:\d{4}\.\d{4,5}", texts)
+        found.append(
+            {
+                "name": entry.name,
+                "order": cls.order,
+                "evaluations": cls.evaluations,
+                "stochastic": cls.stochastic,
+                "paper": paper.group() if paper else "",
+                "distribution": entry.distribution,
+            }
+        )
+    return found
+
+
+def schedulers(options: Any) -> int:
+    """``latentmill schedulers``."""
+    found = scheduler_table()
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    rows = [
+        [
+            row["name"],
+            str(row["order"]),
+            str(row["evaluations"]),
+            "yes" * row["stochastic"],
+            row["paper"],
+            row["distribution"],
+        ]
+        for row in found
+    ]
+    _print_table(["name", "order", "evaluations", "noise", "paper", "distribution"], rows)
+    return 0
