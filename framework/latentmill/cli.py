@@ -1,4 +1,4 @@
-"""The command line: ``latentmill run | plan | status | verify | export | plugins | schedulers``."""
+"""The command line: ``latentmill run | plan | status | verify | export | push | plugins | schedulers``."""
 
 from __future__ import annotations
 
@@ -243,6 +243,17 @@ def _export(options: Any) -> int:
     return 0
 
 
+def _push(options: Any) -> int:
+    from latentmill.push import push
+
+    try:
+        print(push(options.output, options.target))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
 def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     """The parser, and the names of our commands."""
     theirs = [f"  {entry.name:<20}of {entry.distribution} {entry.version}" for entry in registry.entries("command")]
@@ -311,6 +322,9 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
         help="the column that says what the pictures are called: file or id, if nothing is said",
     )
     exports.add_argument("--formats", action=listings.Formats, nargs=0, help="list the formats, and end")
+    pushes = add("push", _push, "Upload a finished dataset, with its card, to the Hugging Face Hub.")
+    pushes.add_argument("output", metavar="OUT", type=storage.place)
+    pushes.add_argument("target", metavar="hf://datasets/OWNER/NAME", help="made if it is not there")
     plugins = add("plugins", listings.plugins, "List all installed plugins.")
     plugins.add_argument("--json", action="store_true")
     plugins.add_argument("--check", action="store_true", help="import each, in another process, and say its state")

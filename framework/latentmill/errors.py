@@ -34,6 +34,10 @@ class ExportError(LatentmillError, ValueError):
     """The dataset can't be exported so; one line that names the format, what it needs and what the dataset is."""
 
 
+class PushError(LatentmillError, ValueError):
+    """The dataset can't be pushed, or not there; one line that says why."""
+
+
 class ClusterError(LatentmillError, ValueError):
     """The cluster can't be joined or started; one line that says why, and what to do."""
 
