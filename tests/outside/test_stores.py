@@ -209,7 +209,7 @@ def test_an_object_that_is_changed_while_a_job_reads_ends_it(files, encoded, buc
 
 
 @pytest.mark.parametrize(("kind", "name"), [("long_lines", "p.jsonl"), ("tars", "0.tar"), ("columns", "1.parquet")])
-@pytest.mark.parametrize("to", ["another", "nothing"])
+@pytest.mark.parametrize("to", ["another", "shorter", "nothing"])
 def test_a_file_that_is_changed_or_goes_while_it_is_read_ends_the_job(
     kind, name, to, files, encoded, bucket, before, tmp_path
 ):
@@ -221,11 +221,11 @@ def test_a_file_that_is_changed_or_goes_while_it_is_read_ends_the_job(
         if method == "GET" and path.endswith(name) and (output / "plan.json").exists():
             seen.append(path)
             if len(seen) == (1 if kind == "columns" else 2):  # of the others a piece is read
-                put(endpoint, f"in/{name}", content[::-1] if to == "another" else None)
+                put(endpoint, f"in/{name}", {"another": content[::-1], "shorter": b"short", "nothing": None}[to])
 
     before(first=first)
     said = encoded(f"{bucket}/in{path}", *more, code=1, output=output)
-    what = "was changed since it was listed" if to == "another" else "is not there any more"
+    what = "is not there any more" if to == "nothing" else "was changed since it was listed"
     assert f"s3://bucket/in/{name} {what}: a source must stay as it was planned" in said
     assert errors(output) == [] and not (output / "_SUCCESS").exists()
 

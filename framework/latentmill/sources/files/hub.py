@@ -21,7 +21,7 @@ DATASET_URL = re.compile(
 COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
 AGAIN = (408, 429, 500, 502, 503, 504)
 """Answers after which a request is made once more."""
-PAUSES = (0.2, 1.0, 3.0, 10.0, 30.0)
+PAUSES = (0.2, 1.0, 3.0, 10.0, 30.0, 60.0)
 """Seconds between one try and the next, while the Hub fails."""
 HUB_TIMEOUT = 60.0
 """Seconds."""

@@ -21,13 +21,16 @@ from latentmill.sources.files.globs import fixed_part, is_glob, matches
 from latentmill.sources.files.ranges import StoredFile, opened, threads
 from latentmill.storage import Storage, Stored
 from latentmill.storage.store import Found
+from latentmill.text import one_line
 
 PICTURE_HEAD = 64 << 10
 """Bytes of a picture in which its size is, as a rule."""
 FILES_AHEAD = 32
 """Small files, at most, that are fetched before they are opened,"""
 BYTES_AHEAD = 64 << 20
-"""and bytes of them."""
+"""and bytes of them. A file that is larger is read by ranges."""
+LONGEST_KEY = 1024
+"""Bytes that a name may have, as S3 says; it answers longer ones with an error."""
 AT_A_TIME = 32
 """Files that are looked at together."""
 
@@ -43,8 +46,8 @@ class RemoteFiles(Files):
         self.key = "/".join(filter(None, key.split("/")))
         self._known: dict[str, Stored | None] = {}
         self._folders: dict[str, Iterable[FolderEntry]] = {}
-        self._begun: dict[str, Future[tuple[bytes, Stored]]] = {}
-        """Files that are being fetched, in the order in which they will be opened."""
+        self._begun: dict[str, tuple[Future[tuple[bytes, Stored]], int]] = {}
+        """Files that are being fetched, with their bytes as far as they are known, in the order in which they will be opened."""
         self._waiting: deque[tuple[str, bool]] = deque()
 
     # ------------------------------------------------------------------------------------------------- what a store says
@@ -181,13 +184,13 @@ class RemoteFiles(Files):
         except FileNotFoundError as error:
             raise RowError("no such file or directory") from error
         except ValueError as error:  # a NUL in the name, or what the store can't spell
-            raise RowError(f"not a file name: {error}") from error
+            raise RowError(f"not a file name: {one_line(error, 100)}") from error
         if len(content) == about.size:
             return io.BytesIO(content)
         return opened(partial(self._as_planned, key, about), about.size, {0: content})
 
     def ahead(self, names: Iterable[str], folder: str = "", heads: bool = False) -> None:
-        for future in self._begun.values():
+        for future, _ in self._begun.values():
             future.cancel()
         self._begun.clear()
         self._waiting.clear()
@@ -202,24 +205,27 @@ class RemoteFiles(Files):
             raise RowError("the path must lead to a file below the source's folder")
         if posixpath.normpath(name) == ".":
             raise RowError("not a file")
-        return self._key(posixpath.join(folder, name))
+        key = self._key(posixpath.join(folder, name))
+        if len(key.encode("utf-8", "surrogateescape")) > LONGEST_KEY:
+            raise RowError("file name too long")
+        return key
 
     def _begin(self) -> None:
-        sizes = {key: about.size for key in self._begun if (about := self._known.get(key))}
-        size = sum(sizes.values())
-        while self._waiting and len(self._begun) < FILES_AHEAD and size < BYTES_AHEAD:
+        held = sum(size for _, size in self._begun.values())
+        while self._waiting and len(self._begun) < FILES_AHEAD and held < BYTES_AHEAD:
             key, heads = self._waiting.popleft()
             if key not in self._begun:
-                self._begun[key] = threads().submit(self._brought, key, heads)
                 about = self._known.get(key)
-                size += about.size if about and not heads else PICTURE_HEAD
+                size = about.size if about and not heads else PICTURE_HEAD
+                self._begun[key] = threads().submit(self._brought, key, heads), size
+                held += size
 
     def _taken(self, key: str) -> Future[tuple[bytes, Stored]]:
         if key not in self._begun:
             return threads().submit(self._brought, key, False)
         while True:
             first = next(iter(self._begun))
-            future = self._begun.pop(first)
+            future, _ = self._begun.pop(first)
             if first == key:
                 self._begin()
                 return future
@@ -235,7 +241,7 @@ class RemoteFiles(Files):
         if about is None:
             content, found = self._fetch(key, 0, None)
             return content, found or Stored(len(content), "")
-        stop = min(about.size, PICTURE_HEAD) if heads else about.size
+        stop = min(about.size, PICTURE_HEAD) if heads or about.size > BYTES_AHEAD else about.size
         return (self._as_planned(key, about, 0, stop) if stop else b""), about
 
     def _as_planned(self, key: str, about: Stored, start: int, stop: int) -> bytes:
@@ -243,6 +249,12 @@ class RemoteFiles(Files):
             content, now = self._fetch(key, start, stop)
         except FileNotFoundError as error:
             raise StorageError(f"{self.url(key)} is not there any more: {STAY}") from error
+        except StorageError:
+            content, now = b"", None
+            with suppress(StorageError):
+                now = self._look(key)
+            if now in (None, about):  # else it is shorter, and has no such bytes
+                raise
         if now is not None and now != about:
             raise StorageError(f"{self.url(key)} was changed since it was listed: {STAY}")
         if len(content) != stop - start:
