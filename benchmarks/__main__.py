@@ -31,6 +31,7 @@ SCRIPTS: dict[str, tuple[list[str], list[str]]] = {
     "planning": (["10000000"], ["100000"]),
     "many_shards": ([], ["200"]),
     "memory": ([], ["--small"]),
+    "reading": ([], ["200", "--repeats", "1"]),
     "replicas": ([], ["--batches", "40"]),
     "spilling": ([], ["--rows", "64"]),
 }
