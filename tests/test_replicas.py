@@ -324,3 +324,18 @@ def test_shards_that_this_run_made_and_somebody_took_out_are_work():
     apply(cluster.state, TakenOut(frozenset({0, 2})))
     took = cluster.state.stage_times[2].of_row
     assert work_left(cluster.state)[1] >= 2000 * took
+
+
+def test_a_node_that_goes_before_anything_was_measured_leaves_room_for_each_type():
+    """Seven workers of the type that computes were wanted; on the node that is left they would keep the readers from a place."""
+    hosted = ((0,), 2), ((1, 2, 3), None), ((4,), None)
+    types = tuple(WorkerType(stages, replicas, {"CPU": 1.0}) for stages, replicas in hosted)
+    state = DriverState(tuple(StageSpec(name, BATCH) for name in NAMES), 1000, 1000, worker_types=types)
+    apply(state, NodesSeen(({"CPU": 5.0}, {"CPU": 5.0})))
+    [computes] = [order for order in decide(state) if isinstance(order, StartWorker) and order.worker_type == 1]
+    apply(state, Started(1, computes.worker, seconds=0.1))
+    decide(state)
+    assert state.targets == [2, 7, 1]
+    apply(state, NodesSeen(({"CPU": 5.0},)))
+    stopped = [order for order in decide(state) if isinstance(order, StopWorker)]
+    assert state.targets == [2, 1, 1] and [order.worker_type for order in stopped] == [1] * 6

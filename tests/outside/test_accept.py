@@ -145,13 +145,20 @@ def test_the_sample_that_is_accepted_is_what_its_seed_gives(job, latentmill, row
     settings = (*sizes, "deterministic=true")
     assert latentmill(*job("out", *settings)) == 0, latentmill.said
     found = rows(tmp_path / "out")
-    later = [row for row in found if row["attempt"]]
-    lines = [json.dumps({"prompt": row["prompt"], "seed": row["seed"]}) for row in later]
+    assert {row["attempt"] for row in found} == {0, 1, 2}
+    seeds = {row["row_id"]: row["seed"] for row in found}
+    lines = [  # of every row, so that each has its number again, and with it its slot; that of the others is filtered
+        json.dumps({"prompt": prompt, "seed": seeds.get(f"{number:09d}-{sample:03d}", 1)})
+        for number, prompt in enumerate(PROMPTS)
+        for sample in range(4)
+    ]
     (tmp_path / "seeds.jsonl").write_text("\n".join(lines))
     again = (*settings, f"source.path={tmp_path / 'seeds.jsonl'}", "samples_per_row=1")
-    assert later and latentmill(*job("again", *again)) == 0
-    assert [(row["seed"], row["attempt"]) for row in rows(tmp_path / "again")] == [(row["seed"], 0) for row in later]
-    assert [row["latents"] for row in rows(tmp_path / "again")] == [row["latents"] for row in later]
+    assert latentmill(*job("again", *again, accept="")) == 0
+    same = ("prompt", "seed", "latents")
+    assert [[row[name] for name in same] for row in rows(tmp_path / "again")] == [
+        [row[name] for name in same] for row in found
+    ]
 
 
 def test_a_seed_of_the_source_is_the_first_attempt_s_and_no_other_row_s(job, latentmill, rows, tmp_path):

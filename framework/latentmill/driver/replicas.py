@@ -112,6 +112,7 @@ def adjust(state: DriverState) -> None:
         return
     work = work_left(state)
     if work is None:
+        _make_room(state)
         return
     state.measured_batches, state.batches_to_measure = 0, max(4, sum(state.targets) // 2)
     state.looks += 1
@@ -124,6 +125,19 @@ def adjust(state: DriverState) -> None:
     if counts is None or counts == state.targets or not (lacks_room or _is_better(state, work, counts)):
         return
     _change(state, counts)
+
+
+def _make_room(state: DriverState) -> None:
+    """Where nodes went before anything was measured, and with them the room for all that are wanted: want the fewest, or those that are
+    left may be all of one type, and wait for others that have no place.
+    """
+    assert state.nodes is not None
+    if not state.room_changed:
+        return
+    state.room_changed, types = False, _with_memory(state)
+    fewest = allocate(types, [0.0] * len(types), _of_use(state), state.nodes)
+    if fewest is not None and not _take(Room(state.nodes), types, state.targets):
+        _change(state, fewest)
 
 
 def _all_of_one(state: DriverState) -> list[float]:
