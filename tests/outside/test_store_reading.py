@@ -211,3 +211,24 @@ def test_what_is_not_there_is_said_in_a_line_before_anything_starts(store, hub, 
         said = asked("run", path, *TEXT, code=code)
         assert f"latentmill: {wanted}" in said.replace("source prompts: ", ""), path
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/in", "hf://datasets/some/pictures"])
+@pytest.mark.parametrize("kind", ["images", "prompts"])
+def test_a_source_in_a_store_grows(kind, place, store, hub, files, asked, tmp_path):
+    def come(*numbers):
+        for k in numbers:
+            (files / f"{k}.png").write_bytes(png(COLOURS[k]))
+            (files / f"{k}.txt").write_text(f"a {k}")
+        upload(store.url, files, "in")
+        hub.commit(files)
+
+    more = (f"source={kind}", *TEXT[1:], "rows_per_shard=2")
+    come(0, 2, 3)
+    asked("run", place, *more)
+    first = {path.name: path.read_bytes() for path in (tmp_path / "out" / "data").iterdir()}
+    come(1, 4)
+    assert "holds another job's dataset" in asked("run", place, *more, code=2)
+    asked("run", place, *more, "--grow")
+    assert sorted(row["prompt"] for row in table(tmp_path / "out").to_pylist()) == [f"a {k}" for k in range(5)]
+    assert {name: (tmp_path / "out" / "data" / name).read_bytes() for name in first} == first
