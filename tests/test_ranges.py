@@ -17,10 +17,11 @@ def fetch(start, stop):
 
 
 @pytest.mark.parametrize("size", [0, 1, LAST_RANGE, LAST_RANGE + 1, RANGE, RANGE + LAST_RANGE + 1, 6 * RANGE + 7])
-def test_whatever_is_read_of_it_is_what_is_there(size):
+@pytest.mark.parametrize("range", [RANGE, 100_000])
+def test_whatever_is_read_of_it_is_what_is_there(range, size):
     dice, content = random.Random(size), CONTENT[:size]
-    plain, ranged = io.BytesIO(content), opened(lambda start, stop: content[start:stop], size, {})
-    for _ in range(300):
+    plain, ranged = io.BytesIO(content), opened(lambda start, stop: content[start:stop], size, {}, range)
+    for _ in [0] * 300:
         at, wanted = dice.randint(0, size + 5), dice.choice([1, 100, 70_000, 3 * RANGE, -1])
         if dice.random() < 0.5:  # else on from where it is
             assert plain.seek(at) == ranged.seek(at)

@@ -213,6 +213,31 @@ def test_what_is_not_there_is_said_in_a_line_before_anything_starts(store, hub, 
         assert not (tmp_path / "out").exists()
 
 
+SHELF = """
+from latentmill.plugin import Fragment, Source, StorageError
+
+class Shelf(Source):
+    contract = 2
+
+    def fragments(self):
+        return [Fragment("shelf", 6)]
+
+    def read(self, fragment, start, stop):
+        for k in range(start, stop):
+            if k == 3:
+                raise StorageError("shelf://3: no answer")
+            yield {"prompt": f"a {k}"}
+"""
+
+
+def test_a_plugin_s_source_says_that_its_store_fails(latentmill, install, patches, tmp_path):
+    install("shelf", "[latentmill.sources]\nshelf = shelves:Shelf\n", shelves=SHELF)
+    size = ("sampling.width=4", "sampling.height=4", "rows_per_shard=1", "stages.read.batch_size=1")
+    given = (*patches, "source.name=shelf", "~source.path", *size, f"output={tmp_path / 'out'}")
+    assert latentmill("run", "encode", *given) == 1
+    assert "latentmill: stage read: shelf://3: no answer" in latentmill.err and errors(tmp_path / "out") == []
+
+
 @pytest.mark.parametrize("place", ["s3://bucket/in", "hf://datasets/some/pictures"])
 @pytest.mark.parametrize("kind", ["images", "prompts"])
 def test_a_source_in_a_store_grows(kind, place, store, hub, files, asked, tmp_path):

@@ -16,10 +16,10 @@ Tensors that a plugin is given may lie in memory that other processes share: rea
 
 What a plugin gives back is held against what is said here: shapes, counts, row ids. A plugin that breaks its contract, can't be
 loaded, or fails for every row ends the job with its name; ``RowError``, and ``reject``, are for a row that can't be used, and ``reject``
-with ``Filtered`` for one that is not wanted.
+with ``Filtered`` for one that is not wanted; ``StorageError`` says that a store which is read from fails, and no row is to blame.
 """
 
-from latentmill.errors import RowError
+from latentmill.errors import RowError, StorageError
 from latentmill.plugin.contract import CONTRACT, Filtered, Plugin, Reason, Reject, RowField
 from latentmill.plugin.denoiser import Denoiser, FollowsAuthors, Prediction
 from latentmill.plugin.scheduler import Field, Grid, NoiseSchedule, Scheduler, Start, State
@@ -67,6 +67,7 @@ __all__ = [
     "StageContext",
     "Start",
     "State",
+    "StorageError",
     "StoredShard",
     "TextEncoder",
     "VAE",

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import unquote
 
 from latentmill.errors import StorageError
@@ -32,6 +32,8 @@ class HubFiles(RemoteFiles):
 
     Tags are blob ids. Nothing changes at a commit, so none is compared when a file is read.
     """
+
+    range: ClassVar[int] = 4 << 20  # it counts requests, and refuses who makes many
 
     def __init__(self, path: str) -> None:
         found = DATASET_URL.fullmatch(path)
@@ -78,6 +80,10 @@ class HubFiles(RemoteFiles):
             elif not deep:
                 yield each.path, None
 
+    @property
+    def _has_any(self) -> bool:
+        return next(self._list(self.key, deep=False), None) is not None  # a folder has a file somewhere, in git
+
     def _look(self, key: str) -> Stored | None:
         found = self._asked(key, partial(self.api.get_paths_info, self.repository, [key], **self._where()))
         files = [Stored(each.size, each.blob_id) for each in found if each.path == key and hasattr(each, "blob_id")]
@@ -113,7 +119,12 @@ class HubFiles(RemoteFiles):
 
     def _asked(self, key: str, ask: Callable[[], Any]) -> Any:
         """What the Hub answers, asked again while it fails. Raises FileNotFoundError, and StorageError, one line."""
-        from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            OfflineModeIsEnabled,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
 
         at = f"hf://datasets/{self.repository}"
         for pause in (*PAUSES, None):
@@ -129,7 +140,8 @@ class HubFiles(RemoteFiles):
                 ) from error
             except Exception as error:  # of the network's libraries, which are the client's own affair
                 status = getattr(getattr(error, "response", None), "status_code", None)
-                if pause is None or (status is not None and status not in AGAIN):
+                for_good = isinstance(error, OfflineModeIsEnabled) or (status is not None and status not in AGAIN)
+                if pause is None or for_good:
                     raise StorageError(f"{at}@{self.revision}/{key}: {one_line(error, 300)}") from error
             time.sleep(pause)
         raise AssertionError

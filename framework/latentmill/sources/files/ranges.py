@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import BinaryIO, Literal, TypeAlias, cast
 
 RANGE = 512 << 10
-"""Bytes that one request brings, as a rule."""
+"""Bytes that one request brings, where the store says nothing else."""
 LAST_RANGE = 64 << 10
 """Bytes at the end that are a piece of their own: there a Parquet file's footer is, and often it is all that is wanted."""
 RANGES_AHEAD = 16
-"""Pieces, at most, that are asked for before they are wanted: what an open file holds in memory is these and a few more."""
+"""Ranges, at most, that are asked for before they are wanted: what an open file holds in memory is these and a few more. Larger ones are fewer."""
 RANGES_BEHIND = 4
-"""Pieces that are kept after they were read."""
+"""Ranges that are kept after they were read."""
 REQUESTS = 64
 """Requests that a process makes at a time."""
 
@@ -46,6 +46,8 @@ class StoredFile:
     tag: str
     """Another once the file holds something else."""
     fetch: Fetch
+    range: int = RANGE
+    """Bytes of a request."""
     first: dict[int, bytes] = field(default_factory=dict, repr=False)
     """Its first piece, once that is there: whoever looks at a file begins with it, time and again."""
 
@@ -61,7 +63,7 @@ class StoredFile:
 
     def open(self, mode: Literal["rb"] = "rb") -> BinaryIO:
         """A file of its own, to read and seek in."""
-        return opened(self.fetch, self.size, self.first)
+        return opened(self.fetch, self.size, self.first, self.range)
 
     def __str__(self) -> str:
         return self.url
@@ -70,16 +72,17 @@ class StoredFile:
 SourceFile: TypeAlias = Path | StoredFile
 
 
-def opened(fetch: Fetch, size: int, first: dict[int, bytes]) -> BinaryIO:
+def opened(fetch: Fetch, size: int, first: dict[int, bytes], range: int = RANGE) -> BinaryIO:
     """A file of so many bytes that are fetched as they are wanted. ``first`` has those of its beginning that are there, or will."""
-    return cast(BinaryIO, io.BufferedReader(_Ranges(fetch, size, first), 64 << 10))
+    return cast(BinaryIO, io.BufferedReader(_Ranges(fetch, size, first, range), 64 << 10))
 
 
 class _Ranges(io.RawIOBase):
     """While it is read from one piece to the next it is further and further ahead. What raised is asked for anew."""
 
-    def __init__(self, fetch: Fetch, size: int, first: dict[int, bytes]) -> None:
-        self.fetch, self.size, self.first = fetch, size, first
+    def __init__(self, fetch: Fetch, size: int, first: dict[int, bytes], range: int) -> None:
+        self.fetch, self.size, self.first, self.range = fetch, size, first, range
+        self.most_ahead = max(4, RANGES_AHEAD * RANGE // range)
         self.at = 0
         self.pieces: dict[int, Future[bytes]] = {}
         """Those that were asked for, by their first byte."""
@@ -87,7 +90,7 @@ class _Ranges(io.RawIOBase):
         """The first byte of the piece that was last read, and of the one behind it."""
         self.run = 0
         """Pieces to be ahead."""
-        self.behind: deque[int] = deque(maxlen=RANGES_BEHIND)
+        self.behind: deque[int] = deque(maxlen=max(1, RANGES_BEHIND * RANGE // range))
 
     def readable(self) -> bool:
         return True
@@ -115,23 +118,24 @@ class _Ranges(io.RawIOBase):
     def _bounds(self, at: int) -> tuple[int, int]:
         """First byte and end of the piece that has a byte."""
         tail = max(0, self.size - LAST_RANGE)
-        return (tail, self.size) if at >= tail else (at - at % RANGE, min(at - at % RANGE + RANGE, tail))
+        start = at - at % self.range
+        return (tail, self.size) if at >= tail else (start, min(start + self.range, tail))
 
     def _piece(self, wanted: int) -> tuple[int, bytes]:
         start, stop = self._bounds(self.at)
         if start != self.current:
-            follows = self.current >= 0 and 0 <= start - self.following <= 2 * RANGE
-            self.run = min(max(1, 2 * self.run), RANGES_AHEAD) if follows else 0
+            follows = self.current >= 0 and 0 <= start - self.following <= 2 * self.range
+            self.run = min(max(1, 2 * self.run), self.most_ahead) if follows else 0
             if self.current >= 0:
                 self.behind.append(self.current)
             self.current, self.following = start, stop
         # All that is read at once is asked for at once, as far as that goes.
-        ahead = max(self.run, min(-(-(self.at + wanted - stop) // RANGE), RANGES_AHEAD))
+        ahead = max(self.run, min(-(-(self.at + wanted - stop) // self.range), self.most_ahead))
         window = dict(self._window(start, ahead))
         for first, end in window.items():
             if first not in self.pieces:
                 self.pieces[first] = threads().submit(self.fetch, first, end)
-        if len(self.pieces) > RANGES_AHEAD + RANGES_BEHIND:
+        if len(self.pieces) > self.most_ahead + len(self.behind):
             self._drop({*window, *self.behind})
         try:
             piece = self.pieces[start].result()

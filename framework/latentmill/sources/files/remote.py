@@ -18,7 +18,7 @@ from latentmill.plugin import RowError
 from latentmill.sources import suffix
 from latentmill.sources.files.files import Files, FolderEntry
 from latentmill.sources.files.globs import fixed_part, is_glob, matches
-from latentmill.sources.files.ranges import StoredFile, opened, threads
+from latentmill.sources.files.ranges import RANGE, StoredFile, opened, threads
 from latentmill.storage import Storage, Stored
 from latentmill.storage.store import Found
 from latentmill.text import one_line
@@ -40,6 +40,9 @@ class RemoteFiles(Files):
 
     What a key's file was when it was first seen, its tag and its size, is remembered: another file under that key is never read.
     """
+
+    range: ClassVar[int] = RANGE
+    """Bytes that are worth a request."""
 
     def __init__(self, path: str, key: str) -> None:
         super().__init__(path)
@@ -111,6 +114,7 @@ class RemoteFiles(Files):
 
     @property
     def _has_any(self) -> bool:
+        """Whether there is a file below."""
         return next(self._list(self.key, deep=True), None) is not None
 
     def child(self, name: str) -> RemoteFiles | None:
@@ -175,7 +179,7 @@ class RemoteFiles(Files):
         about = self._about(key)
         if about is None:
             raise StorageError(f"{self.url(key)} is not there any more")
-        return StoredFile(self.url(key), about.size, about.tag, partial(self._as_planned, key, about))
+        return StoredFile(self.url(key), about.size, about.tag, partial(self._as_planned, key, about), self.range)
 
     def open(self, name: str, follow_links: bool = False, folder: str = "") -> BinaryIO:
         key = self._named(name, folder)
@@ -187,7 +191,7 @@ class RemoteFiles(Files):
             raise RowError(f"not a file name: {one_line(error, 100)}") from error
         if len(content) == about.size:
             return io.BytesIO(content)
-        return opened(partial(self._as_planned, key, about), about.size, {0: content})
+        return opened(partial(self._as_planned, key, about), about.size, {0: content}, self.range)
 
     def ahead(self, names: Iterable[str], folder: str = "", heads: bool = False) -> None:
         for future, _ in self._begun.values():
