@@ -16,12 +16,38 @@ def hub():
     hub.close()
 
 
+CHOOSY = """
+import pyarrow as pa
+from latentmill.plugin import Filtered, Stage
+
+class Choosy(Stage):
+    contract = 2
+
+    def __call__(self, batch, reject):
+        names = batch.column("file").to_pylist()
+        for i in (i for i, name in enumerate(names) if name == "2.png"):
+            reject(i, Filtered("not that one"))
+        return batch.filter(pa.array([name != "2.png" for name in names]))
+"""
+
+
 @pytest.fixture
-def dataset(latentmill, patches, pictures, tmp_path):
-    """A dataset of three rows in two shards and a failed one, with what is nobody else's business beside it."""
+def encode(latentmill, patches, pictures, install, tmp_path):
+    install("choosy", "[latentmill.stages]\nchoosy = choosy:Choosy\n", choosy=CHOOSY)
+
+    def encode(*more):
+        told = ["run", "encode", *patches, f"source.path={pictures}", "rows_per_shard=2", "source.keep=[file]"]
+        told += ["flow=[read, choosy, encode, write]", f"output={tmp_path / 'out'}", *more]
+        assert latentmill(*told) == 0, latentmill.said
+
+    return encode
+
+
+@pytest.fixture
+def dataset(encode, pictures, tmp_path):
+    """A dataset of two rows, a failed and a filtered one in two shards, with what is nobody else's business beside it."""
     (pictures / "3.png").write_bytes(b"no picture")
-    told = ["run", "encode", *patches, f"source.path={pictures}", "rows_per_shard=2", "source.keep=[file]"]
-    assert latentmill(*told, f"output={tmp_path / 'out'}") == 0, latentmill.said
+    encode()
     (tmp_path / "out" / "leases").mkdir(exist_ok=True)
     (tmp_path / "out" / "leases" / "00000").write_text("mine")
     (tmp_path / "out" / "notes.txt").write_text("mine")
@@ -56,7 +82,9 @@ def push(hub, latentmill, forks, dataset, monkeypatch, tmp_path):
 
 def files(output):
     """What is to be there, by the folder."""
-    names = [path for folder in ("data", "errors") for path in (output / folder).iterdir() if path.name[0] != "."]
+    names = [
+        path for folder in ("data", "errors", "filtered") for path in (output / folder).iterdir() if path.name[0] != "."
+    ]
     names += [output / name for name in ("README.md", "contact_sheet.png", "report.html", "_SUCCESS")]
     names += output.glob("plan*.json")
     return {path.relative_to(output).as_posix(): path.read_bytes() for path in names if path.exists()}
@@ -64,7 +92,10 @@ def files(output):
 
 def test_a_dataset_is_there_whole_and_nothing_else_is(hub, push, dataset):
     assert push() == 0, push.said
-    assert hub.files == files(dataset) and {"data/00001.parquet", "errors/00001.jsonl", "README.md"} <= hub.files.keys()
+    assert (
+        hub.files == files(dataset)
+        and {"data/00001.parquet", "errors/00001.jsonl", "filtered/00001.jsonl", "README.md"} <= hub.files.keys()
+    )
     assert f"{len(hub.files)} files of 4 rows at {hub.url}/datasets/{REPO}" in push.said
     assert [hub.commits[0], hub.commits[-1], len(hub.commits)] == [["plan.json"], ["_SUCCESS"], 3]
     assert push() == 0 and len(hub.commits) == 3, "nothing to do"
@@ -88,19 +119,10 @@ def test_large_files_that_are_there_are_not_sent_again(hub, push, dataset, monke
     assert hub.files == files(dataset) and hub.asked.count("blob") == 2 and len(hub.lfs) == 2
 
 
-def test_what_has_grown_is_added(hub, push, dataset, latentmill, patches, pictures):
+def test_what_has_grown_is_added(hub, push, dataset, encode, pictures):
     assert push() == 0, push.said
     Image.new("RGB", (4, 4), (9, 9, 9)).save(pictures / "4.png")
-    told = [
-        "run",
-        "encode",
-        *patches,
-        f"source.path={pictures}",
-        "rows_per_shard=2",
-        "source.keep=[file]",
-        f"output={dataset}",
-    ]
-    assert latentmill(*told, "--grow") == 0, latentmill.said
+    encode("--grow")
     push.killed("commit", 4)
     assert push() == 0, push.said
     assert hub.files == files(dataset) and {"plan-1.json", "data/00002.parquet"} <= hub.files.keys()
