@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -99,12 +100,19 @@ def _keep_ids(plan: Plan, store: Storage, source: Source) -> None:
 
 
 def _ids(source: Source, fragments: Sequence[Fragment], runs: Sequence[Run]) -> Iterator[str | None]:
-    """The ids of rows; a fragment's are read once for all runs of it that follow one another."""
-    last, ids = -1, list[str | None]()
+    """The ids of rows; a fragment's are read once for all runs of it, which ascend. Raises ValueError if the source has too few."""
+    ids: Iterator[str | None] = iter(())
+    last = reached = -1
     for at, first, rows in runs:
         if at != last:
-            last, ids = at, list(source.ids(fragments[at]))
-        yield from ids[first : first + rows]
+            last, reached, ids = at, 0, iter(source.ids(fragments[at]))
+        end = first + rows
+        for id in islice(ids, first - reached, end - reached):
+            yield id
+            rows -= 1
+        if rows:
+            raise ValueError(f"ids gave fewer than the {fragments[at].rows} rows of {fragments[at].name}")
+        reached = end
 
 
 def _kept_ids(plan: Plan, store: Storage) -> Iterator[str | None] | None:
@@ -116,8 +124,12 @@ def _kept_ids(plan: Plan, store: Storage) -> Iterator[str | None] | None:
 
 
 def _lines(store: Storage, hash: str) -> Iterator[str | None]:
-    with store.open(f"{IDS_FOLDER}/{hash}.gz") as file, gzip.GzipFile(fileobj=file) as lines:
-        yield from map(json.loads, lines)
+    name = f"{IDS_FOLDER}/{hash}.gz"
+    try:
+        with store.open(name) as file, gzip.GzipFile(fileobj=file) as lines:
+            yield from map(json.loads, lines)
+    except (gzip.BadGzipFile, zlib.error, EOFError, ValueError) as error:
+        raise PlanError(f"{store.url.rstrip('/')}/{name} can't be read: {error}") from error
 
 
 # -------------------------------------------------------------------------------------- what is where, and what is new
@@ -196,6 +208,8 @@ class _Growth:
             some = list(islice(ids, rows))
             if at in before:
                 before[at][first : first + rows] = some
+        if next(ids, ids) is not ids:  # this is also where a file that is cut off is found out
+            raise PlanError(f"{self.store.url.rstrip('/')}/{IDS_FOLDER} says of more rows than were planned")
         here = {
             id: (number, at)
             for number in free
@@ -210,7 +224,7 @@ class _Growth:
             place = here.get(id) if id is not None else None
             if place is None:
                 lost += 1
-                what = f"row {number} of it, which had no id," if id is None else f"{escaped(id)}"
+                what = f"row {number} of {escaped(fragment.name)}, which had no id," if id is None else f"{escaped(id)}"
                 self.wrong.append(f"{what} is gone")
             else:
                 _join(runs, [(*place, 1)])

@@ -104,6 +104,28 @@ def test_it_grows_again_and_says_so_when_nothing_came(latentmill, encode, pictur
     }
 
 
+def test_what_is_not_done_yet_of_the_old_is_done_beside_the_new(latentmill, encode, pictures, tmp_path):
+    before = encode()
+    for name in ("data/00001.parquet", "_SUCCESS"):
+        (tmp_path / "out" / name).unlink()
+    picture(pictures / "00.png", (9, 9, 9))
+    assert encode("--grow").items() > before.items()
+    assert whole(latentmill, tmp_path / "out") == (5, 3)
+
+
+def test_ids_that_were_lost_or_damaged_are_said(latentmill, encode, pictures, tmp_path):
+    before = encode()
+    picture(pictures / "00.png", (9, 9, 9))
+    [kept] = (tmp_path / "out" / ".rows").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-9])
+    assert encode("--grow", code=2) == before
+    assert f".rows/{kept.name} can't be read" in latentmill.err and latentmill.err.count("\n") == 1
+    kept.unlink()
+    assert encode("--grow", code=2) == before and "(.rows doesn't say which rows there were)" in latentmill.err
+    (pictures / "00.png").rename(pictures / "x.png")
+    assert encode("--grow", code=2) == before, "of 0.png and those behind it there are more now"
+
+
 def test_each_generation_names_the_one_before(encode, pictures, tmp_path):
     encode()
     for number in (1, 2):
