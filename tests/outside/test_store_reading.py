@@ -147,28 +147,29 @@ def test_buckets_are_counted_by_the_pictures_heads(store, files, asked):
         assert store.sent < 300_000
 
 
-def test_a_branch_that_moves_on_is_read_at_the_commit_of_the_plan(hub, files, asked, tmp_path):
-    _, more = KINDS["pictures"](files)
-    asked("run", files, *more, output="wanted")
+@pytest.mark.parametrize(("kind", "changes"), [("pictures", "a/8.png"), ("named", "images/8.png")])
+def test_a_branch_that_moves_on_is_read_at_the_commit_of_the_plan(kind, changes, hub, files, asked, tmp_path):
+    path, more = KINDS[kind](files)
+    asked("run", f"{files}{path}", *more, output="wanted")
     planned = hub.commit(files)
     answer = hub.answer
 
     def moves_on(method, path, headers, body):
         found = answer(method, path, headers, body)
         if "/revision/main" in path:
-            (files / "a" / "8.png").write_bytes(png("white"))
+            (files / changes).write_bytes(png("white"))
             hub.commit(files)
         return found
 
     hub.answer = moves_on
-    asked("run", f"hf://datasets/{hub.repository}", *more)
+    asked("run", f"hf://datasets/{hub.repository}{path}", *more)
     rows, wanted = (table(tmp_path / name).replace_schema_metadata() for name in ("out", "wanted"))
     assert hub.main != planned and rows.equals(wanted) and errors(tmp_path / "out") == errors(tmp_path / "wanted")
     [fragment] = json.loads((tmp_path / "out" / "plan.json").read_text())["fragments"]
     assert fragment[2].startswith(f"{planned} ")
-    said = asked("run", f"hf://datasets/{hub.repository}", *more, code=2)
+    said = asked("run", f"hf://datasets/{hub.repository}{path}", *more, code=2)
     assert f"fragments: {fragment}" in said and hub.main in said
-    asked("run", f"hf://datasets/{hub.repository}@{planned}", *more)  # the same plan, and all is done
+    asked("run", f"hf://datasets/{hub.repository}@{planned}{path}", *more)  # the same plan, and all is done
 
 
 def test_the_hub_fails_now_and_then_and_no_row_is_blamed(hub, files, asked, tmp_path):

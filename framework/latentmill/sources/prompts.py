@@ -96,7 +96,7 @@ class Prompts(Source):
             for line in about.notices:
                 self._notices.setdefault(line, []).append(name)
         # Elsewhere other pictures may lie beside the file, of which no fingerprint knows.
-        self.fingerprinted = ("path",) if contents and not pictures else ()
+        self.fingerprinted = ("path",) if contents and (self._files.knows_neighbours or not pictures) else ()
         if not any(fragment.rows for fragment in found):
             raise ValueError(f"{self.path} has no rows")
         if twins := self._twins(with_seeds):

@@ -94,6 +94,11 @@ class Files(ABC):
     def known_by_contents(self, names: Iterable[str]) -> bool:
         """Whether the fingerprints of these files will say what they hold, wherever they lie. Tells people if that was too much to read."""
 
+    @property
+    def knows_neighbours(self) -> bool:
+        """Whether a file's fingerprint stands for all files beside it, too."""
+        return False
+
     @abstractmethod
     def fingerprint(self, names: Iterable[str], contents: bool) -> str:
         """One for all the files; ``contents`` is what ``known_by_contents`` said."""

@@ -64,6 +64,10 @@ class HubFiles(RemoteFiles):
     def known_by_contents(self, names: Iterable[str]) -> bool:
         return True
 
+    @property
+    def knows_neighbours(self) -> bool:
+        return True  # of one commit all is known
+
     def expect(self, fingerprint: str) -> None:
         if "commit" not in vars(self):  # the branch may have moved on
             self.commit = fingerprint.partition(" ")[0]

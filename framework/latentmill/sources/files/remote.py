@@ -273,9 +273,10 @@ class RemoteFiles(Files):
     def fingerprint(self, names: Iterable[str], contents: bool) -> str:
         digest = hashlib.blake2b(digest_size=16)
         for name in names:
-            about = self._about(self._key(name))
+            key = self._key(name)
+            about = self._about(key)
             said = f"{about.size} {about.tag}" if about else "-"
-            digest.update(f"{name}\0{said}\0".encode("utf-8", "surrogateescape"))
+            digest.update(f"{key}\0{said}\0".encode("utf-8", "surrogateescape"))
         return f"{self._version()}{digest.hexdigest()}"
 
     def expect(self, fingerprint: str) -> None:
