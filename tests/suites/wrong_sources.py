@@ -160,6 +160,16 @@ class AlwaysChanged(Right):
         return True
 
 
+class NeverStill(Right):
+    def still(self, fragment, runs):
+        return False
+
+
+class AlwaysStill(Right):
+    def still(self, fragment, runs):
+        return True
+
+
 class OtherIds(Right):
     def ids(self, fragment):
         return iter([f"{fragment.name}{at + 1}" for at in range(fragment.rows)])
@@ -241,6 +251,9 @@ MISTAKES = [
     source("fragments without fingerprints", ConstantFragments, PRINT, "the fragments' fingerprints stay",
            changed=lambda self: ConstantFragments({**STORED, "b": STORED["b"][::-1]})),
     source("says always that it changed", AlwaysChanged, NAMES, "changed says so of a fragment that is as it was"),
+    source("says always that its rows are gone", NeverStill, NAMES, "still says that a fragment that is as it was planned is not"),
+    source("says always that its rows are there still", AlwaysStill, PRINT, "still says that a fragment is what it was, whose content has changed",
+           changed=lambda self: AlwaysStill({**STORED, "b": STORED["b"][::-1]})),
     source("ids of other rows", OtherIds, IDS, "ids gives other ids than read"),
     source("an id twice", SameIds, f"{IDS} {STORES}", "two rows have the id"),
     source("texts of other rows", OtherTexts, IDS, "texts gives other prompts than read"),

@@ -181,7 +181,7 @@ class StageContext:
     choices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """What the job says of each kind of plugin: ``choices["scheduler"]["name"]``. Nothing is built for it."""
     plan: Any = None
-    """The plan's arithmetic: ``locate``, ``row_id``, ``row_seed``, ``id_seed``, ``shard_rows``; its ``spec``, ``hash`` and ``config``."""
+    """The plan's arithmetic: ``locate``, ``row_id``, ``row_seed``, ``id_seed``, ``shard_rows`` and ``hash_of`` a shard; its ``spec`` and ``config``."""
     build: Callable[[str], Any] | None = None
     """Builds a plugin of the job by its kind, and holds it against the plan."""
     scheduler_of: Callable[[str], Scheduler] | None = None

@@ -37,6 +37,9 @@ class SourceSuite(PluginSuite):
         )
         for fragment in first:
             assert not source.changed(fragment), "changed says so of a fragment that is as it was planned"
+            assert source.still(fragment, [(fragment.name, 0, fragment.rows)]) is not False, (
+                "still says that a fragment that is as it was planned is not: a dataset could not grow"
+            )
 
     def test_a_fragment_has_as_many_rows_as_it_says(self) -> None:
         """One item for each, a mapping or a RowError."""
@@ -200,6 +203,12 @@ class SourceSuite(PluginSuite):
             "the fragments' fingerprints stay when their content changes: take the size and time of a file, or hash it; else a "
             "dataset is continued with other rows"
         )
+        now = {fragment.name: fragment for fragment in other.fragments()}
+        for fragment in before:
+            if (found := now.get(fragment.name, fragment)) != fragment and found.rows == fragment.rows:
+                assert not other.still(fragment, [(fragment.name, 0, fragment.rows)]), (
+                    "still says that a fragment is what it was, whose content has changed: a dataset would grow beside rows that are no more"
+                )
 
     def _wavers(self, fragment: Fragment) -> bool:
         """Whether rows differ from one reading to the next."""
