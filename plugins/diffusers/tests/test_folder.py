@@ -280,6 +280,17 @@ def test_a_tokenizer_that_needs_another_package_says_which(copy):
     assert refused(copy).endswith("PixtralProcessor needs torchvision: pip install torchvision")
 
 
+@pytest.mark.parametrize("name", ["CLIPTokenizer", "T5Tokenizer"])
+def test_a_tokenizer_without_its_words_is_not_made_up(name, copy):
+    shutil.rmtree(copy / "tokenizer")
+    (copy / "tokenizer").mkdir()
+    (copy / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps({**index, "tokenizer": ["transformers", name]}))
+    with pytest.raises(ValueError, match=f"^{copy / 'tokenizer'} holds no words, only how a tokenizer is set up"):
+        DiffusersTextEncoder(str(copy)).load(torch.device("cpu"))
+
+
 def test_of_a_single_file_s_model_no_weights_are_downloaded(hub, copy, tmp_path):
     address, sent = hub
     file = shutil.copy(next((copy / "unet").glob("*.safetensors")), tmp_path / "unet.safetensors")

@@ -20,7 +20,7 @@ from latentmill.weights import digests, record
 from latentmill_diffusers import quantized
 from latentmill_diffusers.configs import MODEL_INDEX, downscale_of, part_config, read_json
 from latentmill_diffusers.hub import locate
-from latentmill_diffusers.loading import naming, part_class, require_finite
+from latentmill_diffusers.loading import naming, part_class, require_finite, require_words
 from latentmill_diffusers.single_file import WEIGHTS_SUFFIXES, SingleFile
 
 HASHED = (".json", ".txt", ".model", ".jinja")
@@ -146,7 +146,11 @@ class Folder:
             if encoders and name.startswith(("tokenizer", "scheduler")):
                 record(*self.files(name))
         with naming(self.root):
-            return getattr(diffusers, self.pipeline).from_pretrained(self.root, local_files_only=True, **given)
+            pipeline = getattr(diffusers, self.pipeline).from_pretrained(self.root, local_files_only=True, **given)
+        for name in parts:
+            if name.startswith("tokenizer"):
+                require_words(getattr(pipeline, name), self.root / name)
+        return pipeline
 
     def _variant(self, part: str) -> str | None:
         """``fp16`` where weights lie in halves only: their files have it in their names."""

@@ -62,3 +62,9 @@ def require_finite(model: torch.nn.Module) -> None:
             low, high = tensor.aminmax()
             if not (low.isfinite() and high.isfinite()):
                 raise ValueError(f"{name} is not finite: the file is damaged, or its training failed")
+
+
+def require_words(tokenizer: Any, path: Path) -> None:
+    """Raise ValueError for a tokenizer that knows no words: transformers makes one where files are missing, and says nothing."""
+    if {*tokenizer.get_vocab()} <= {*tokenizer.all_special_tokens, "▁"}:
+        raise ValueError(f"{path} holds no words, only how a tokenizer is set up: the download is not complete")
