@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 from latentmill import plan_files, registry
 from latentmill.errors import PlanError
-from latentmill.plan import Plan
+from latentmill.plan import Generation, Plan
 from latentmill.plugin import Fragment, Source
 from latentmill.storage import Storage
 from latentmill.text import escaped, plural
@@ -94,8 +94,15 @@ def _keep_ids(plan: Plan, store: Storage, source: Source) -> None:
     before = sum(each.rows for each in plan.generations[:-1])
     with store.aside(name) as path:
         with gzip.GzipFile(path, "wb", compresslevel=1, mtime=0) as file:
-            for id in _ids(source, plan.fragments, _cut(plan.runs, before)):
+            runs = _cut(plan.runs, before)
+            for id in _ids(source, plan.fragments, runs):
                 file.write(json.dumps(id).encode() + b"\n")
+        if not source.knows_rows:  # such a one's fragments are named by their rows
+            for fragment in (plan.fragments[at] for at in dict.fromkeys(at for at, _, _ in runs)):
+                if source.changed(fragment):
+                    raise ValueError(
+                        f"{escaped(fragment.name)} has changed since it was planned: the same command plans anew"
+                    )
         store.create(name, path)
 
 
@@ -117,17 +124,23 @@ def _ids(source: Source, fragments: Sequence[Fragment], runs: Sequence[Run]) -> 
 
 def _kept_ids(plan: Plan, store: Storage) -> Iterator[str | None] | None:
     """The ids of all rows of a plan, in the order of their numbers; None if they were not kept."""
-    hashes = [each.hash for each in plan.generations] or [plan.hash]
-    if not {f"{hash}.gz" for hash in hashes} <= {*store.names(IDS_FOLDER)}:
+    kept = plan.generations or [Generation(plan.hash, sum(fragment.rows for fragment in plan.fragments))]
+    if not {f"{each.hash}.gz" for each in kept} <= {*store.names(IDS_FOLDER)}:
         return None
-    return (id for hash in hashes for id in _lines(store, hash))
+    return (id for each in kept for id in _lines(store, each))
 
 
-def _lines(store: Storage, hash: str) -> Iterator[str | None]:
-    name = f"{IDS_FOLDER}/{hash}.gz"
+def _lines(store: Storage, generation: Generation) -> Iterator[str | None]:
+    """The ids of a generation's rows. Raises PlanError if they can't be read, or are not as many: those behind would be of other rows."""
+    name, read = f"{IDS_FOLDER}/{generation.hash}.gz", 0
     try:
         with store.open(name) as file, gzip.GzipFile(fileobj=file) as lines:
-            yield from map(json.loads, lines)
+            for line in lines:
+                read += 1
+                if read <= generation.rows:
+                    yield json.loads(line)
+        if read != generation.rows:
+            raise ValueError(f"it says of {plural(read, 'row')}, and {generation.rows:,} were planned")
     except (gzip.BadGzipFile, zlib.error, EOFError, ValueError) as error:
         raise PlanError(f"{store.url.rstrip('/')}/{name} can't be read: {error}") from error
 
@@ -208,12 +221,11 @@ class _Growth:
             some = list(islice(ids, rows))
             if at in before:
                 before[at][first : first + rows] = some
-        if next(ids, ids) is not ids:  # this is also where a file that is cut off is found out
-            raise PlanError(f"{self.store.url.rstrip('/')}/{IDS_FOLDER} says of more rows than were planned")
+        next(ids, None)  # this is where a file that is cut off, or has too many, is found out
         here = {
             id: (number, at)
             for number in free
-            for at, id in enumerate(self.source.ids(self.now[number]))
+            for at, id in enumerate(_ids(self.source, self.now, [(number, 0, self.now[number].rows)]))
             if id is not None
         }
         return {at: self._found(self.there.fragments[at], some, here) for at, some in before.items()}

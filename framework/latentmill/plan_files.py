@@ -144,9 +144,11 @@ def _grown(plan: Plan, found: Mapping[str, Any], path: str) -> Plan:
     try:
         fragments = [Fragment(*fragment) for fragment in found["fragments"]]
         further = grown(plan, fragments, [(at, start, rows) for at, start, rows in found["places"]], found["rows"])
-        if (found["hash"], found["after"]) == (further.hash, plan.hash):
+        lie = (0 <= start <= start + rows <= fragments[at].rows for at, start, rows in further.places)
+        many = sum(rows for _, _, rows in further.places) == sum(each.rows for each in further.generations)
+        if (found["hash"], found["after"]) == (further.hash, plan.hash) and many and all(lie):
             return further
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise PlanError(f"{path} can't be read as a plan: {error}") from error
     raise PlanError(f"{path} was changed, or is of another dataset: it doesn't follow what is before it")
 

@@ -76,7 +76,9 @@ def export(
         for each in chosen
     ]
     for writing in written:
-        writing.ledger.begin({"dataset": source.there.plan.first_hash, "names": source.names})
+        plan = source.there.plan
+        came = [each.hash for each in plan.generations[1:]]
+        writing.ledger.begin({"dataset": plan.first_hash, "names": source.names}, came)
     with ThreadPoolExecutor(target.in_flight) as storing:
         job = _Export(source, written, storing)
         _at_once(job.shard, range(source.there.plan.shards), tell)

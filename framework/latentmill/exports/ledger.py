@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -50,14 +50,22 @@ class Ledger:
         url = self.store.url if "://" in self.store.url else os.path.abspath(self.store.url)
         return f"{url.rstrip('/')}/{self.below}"
 
-    def begin(self, about: Mapping[str, Any]) -> None:
-        """Say what is exported. Raises ExportError if the folder has been begun with another dataset, or otherwise."""
-        name = f"{LEDGER}/{self.format}.json"
-        text = (json.dumps({"format": self.format, "files": self.below, **about}, indent=1) + "\n").encode()
-        if not self.store.create(name, text) and self.store.read(name) != text:
+    def begin(self, about: Mapping[str, Any], came: Sequence[str] = ()) -> None:
+        """Say what is exported, and by which generations it has grown since it was begun.
+
+        Raises ExportError if the folder has been begun with another dataset or otherwise, or has one that has grown otherwise, or further.
+        """
+        told = [{"format": self.format, "files": self.below, **about}, *({"generation": hash} for hash in came)]
+        at, names = self.store.url.rstrip("/"), [self._generation_name(number) for number in range(len(told) + 1)]
+        for name, said in zip(names, told):
+            text = (json.dumps(said, indent=1) + "\n").encode()
+            if not self.store.create(name, text) and self.store.read(name) != text:
+                which = "another dataset, other --names, or beside other formats"
+                which = "a dataset that has grown otherwise" if "generation" in said else which
+                raise ExportError(f"{at}/{name} is of another export to {self.format} ({which}): choose another folder")
+        if self.store.exists(names[-1]):
             raise ExportError(
-                f"{self.store.url.rstrip('/')}/{name} is of another export to {self.format} (another dataset, other --names, or "
-                "beside other formats): choose another folder"
+                f"{at}/{names[-1]} is of an export to {self.format} of the dataset when it had grown further: choose another folder"
             )
 
     def mark(self, key: str) -> ShardMark | None:
@@ -110,6 +118,9 @@ class Ledger:
     def _put(self, key: str, mark: ShardMark) -> None:
         text = json.dumps({**vars(mark), "files": dict(sorted(mark.files.items()))}, ensure_ascii=False)
         self.store.put(self._mark_name(key), text.encode())
+
+    def _generation_name(self, number: int) -> str:
+        return f"{LEDGER}/{self.format}-{number}.json" if number else f"{LEDGER}/{self.format}.json"
 
     def _mark_name(self, key: str) -> str:
         return f"{LEDGER}/{self.format}/{key}.json"

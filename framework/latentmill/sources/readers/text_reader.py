@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
@@ -16,7 +17,7 @@ from latentmill.sources.files import SourceFile
 from latentmill.sources.kept import guess_types, type_of_values
 from latentmill.sources.readers.reader import FileReader
 from latentmill.sources.readers.settings import ReaderSettings
-from latentmill.sources.text import Lines, TextFile, count_lines, is_blank, is_utf8, loose
+from latentmill.sources.text import READ_BYTES, Lines, TextFile, count_lines, is_blank, is_utf8, loose
 
 LONGEST = 16 << 20
 """Bytes in which a quote of a CSV file must be closed, and beyond which a row of JSON is not waited for."""
@@ -113,8 +114,10 @@ class TextReader(FileReader):
             found = {lines.offset}
             while is_blank(loose(line := lines.line())) and line:  # it may have ended with some
                 found.add(lines.offset)
-        # The last line may have had no end of its own, before more came.
-        return sorted({end - less for end in found for less in (0, 1, 2)})
+        with self.file.open() as opened:
+            if self.settings.encoding is None and not _are_utf8(opened, max(found)):
+                return ()  # alone it may have been taken for another encoding
+            return sorted(end - less for end in found for less in range(1 + _end_of_line(opened, end)))
 
     def columns(self) -> Sequence[str]:
         return self.names
@@ -166,6 +169,26 @@ class TextReader(FileReader):
         if not self.whole:
             self.rows.append(self.rows[-1] + rows)
             self.places.append((lines.offset, lines.number))
+
+
+def _are_utf8(opened: BinaryIO, size: int) -> bool:
+    """Whether so many bytes of a file are, from its start on."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        while size > 0 and (piece := opened.read(min(size, READ_BYTES))):
+            decoder.decode(piece)
+            size -= len(piece)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _end_of_line(opened: BinaryIO, end: int) -> int:
+    """Of how many bytes the end of the line is that ends there: it may have come later than the line. 0 if the file ends, and the line doesn't."""
+    opened.seek(max(0, end - 2))
+    last = opened.read(min(2, end))
+    return 2 if last == b"\r\n" else int(last.endswith(b"\n"))
 
 
 def is_json(text: str) -> bool:
