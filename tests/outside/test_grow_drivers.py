@@ -13,7 +13,7 @@ from latentmill.driver import leases
 
 leases.BEAT_EVERY = 0.2
 """
-PLACES = [".rows synced", "plan-1.json synced", "planning", "data synced", "published", "finishing"]
+PLACES = [".rows synced", "plan-1.json synced", "data synced", "finishing"]
 
 
 def picture(folder, name):
