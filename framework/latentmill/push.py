@@ -65,9 +65,10 @@ def _finished(store: Storage, output: str) -> Dataset:
 
 def _upload(hub: Any, repo: str, dataset: Dataset) -> str:
     api, store, plan = hub.HfApi(), dataset.store, dataset.plan
+    first_plan = store.read(plan_files.FIRST_PLAN)
     api.create_repo(repo, exist_ok=True, **KIND)
     there = {entry.path: entry for entry in api.list_repo_tree(repo, recursive=True, **KIND) if hasattr(entry, "size")}
-    _require_ours(repo, there, store.read(plan_files.FIRST_PLAN))
+    _require_ours(repo, there, first_plan)
     names = [*CARD_FILES, *map(plan_files.name_of, range(max(1, len(plan.generations)))), *dataset.made_for_all()]
     here = {name: size for name in names if (size := store.size(name)) is not None}
     for folder in PUSHED_FOLDERS:
@@ -75,20 +76,13 @@ def _upload(hub: Any, repo: str, dataset: Dataset) -> str:
         here |= dict(zip(shown, store.each(lambda name: store.size(name) or 0, shown)))
     message = f"{plan.name}: {plural(plan.rows, 'row')}, by latentmill"
     stale = [name for name in there if name not in here and name.partition("/")[0] in PUSHED_FOLDERS]
-    if (
-        stale
-        or SUCCESS not in there
-        or any(name not in there or there[name].size != size for name, size in here.items())
-    ):
-        first = (
-            [hub.CommitOperationAdd(plan_files.FIRST_PLAN, store.read(plan_files.FIRST_PLAN))]
-            if plan_files.FIRST_PLAN not in there
-            else []
-        )
+    complete = SUCCESS in there and not stale
+    if not complete or any(name not in there or there[name].size != size for name, size in here.items()):
+        complete = False
+        first = [] if plan_files.FIRST_PLAN in there else [hub.CommitOperationAdd(plan_files.FIRST_PLAN, first_plan)]
         first += [hub.CommitOperationDelete(SUCCESS)] if SUCCESS in there else []
         if first:
             api.create_commit(repo, first, commit_message=f"{message}: begun", **KIND)
-        there.pop(SUCCESS, None)
     wanted = [*names, *(f"{folder}/*" for folder in PUSHED_FOLDERS)]
     api.upload_folder(
         repo_id=repo,
@@ -98,7 +92,7 @@ def _upload(hub: Any, repo: str, dataset: Dataset) -> str:
         commit_message=message,
         **KIND,
     )
-    if SUCCESS not in there:
+    if not complete:
         last = [*map(hub.CommitOperationDelete, stale), hub.CommitOperationAdd(SUCCESS, b"")]
         api.create_commit(repo, last, commit_message=f"{message}: complete", **KIND)
     return f"{plural(len(here) + 1, 'file')} of {plural(plan.rows, 'row')} at {api.endpoint}/datasets/{repo}"
