@@ -1,11 +1,13 @@
 """What a worker does around its stage."""
 
+from types import SimpleNamespace
+
 import pyarrow as pa
 import pytest
 import torch
 
 from latentmill.batch import FixedShape
-from latentmill.plugin import Stage, tensors
+from latentmill.plugin import ContinuousStage, Filtered, Stage, tensors
 from latentmill.workers.worker import StageWork, Worker
 
 
@@ -81,3 +83,42 @@ def test_rows_that_share_tensors_part_with_their_own_and_a_stage_that_does_not_a
         assert torch.equal(tensors.from_arrow(table, "x"), tensors.from_arrow(batch, "x")[number : number + 1])
         if shares:
             assert len(table.column("x").chunk(0).dictionary) == 1
+
+
+class Twice(Stage):
+    """Gives two reasons for each row."""
+
+    contract = 2
+
+    def __call__(self, batch, reject):
+        for i, number in enumerate(batch.column("row").to_pylist()):
+            for reason in REASONS[number]:
+                reject(i, reason)
+        return batch.slice(len(batch))
+
+
+class TwiceLater(ContinuousStage):
+    """The same, of a stage that works on several batches."""
+
+    contract = 2
+    __call__ = None
+
+    def take(self, batch, reject):
+        Twice()(batch, reject)
+        return SimpleNamespace(done=True, batch=batch)
+
+    def advance(self):
+        pass
+
+    def finish(self, request):
+        return [request.batch.slice(len(request.batch))]
+
+
+DARK, BLURRED = Filtered("dark"), Filtered("blurred")
+REASONS = [("unfit", DARK), (DARK, "unfit"), ("unfit", "too small"), (DARK, BLURRED)]
+
+
+@pytest.mark.parametrize("kind", [Twice, TwiceLater])
+def test_of_several_reasons_an_error_counts_before_a_filter_and_else_the_first(kind):
+    outcome, _ = Worker([StageWork("twice", kind)]).read("twice", range(4))
+    assert dict(outcome.rejected) == {0: "unfit", 1: "unfit", 2: "unfit", 3: DARK}

@@ -139,9 +139,9 @@ def empty(
         own = [column for column in stage.adds if column == ID.name]
         for column in [*own, *(beside if stage.position == "first" else ()), *(c for c in stage.adds if c not in own)]:
             if isinstance(column, pa.Field):
-                if column.name in batch.column_names:  # of a stage that stands twice in the flow, and makes it anew
-                    batch = batch.drop_columns([column.name])
-                batch = batch.append_column(column, pa.array([], column.type))
+                at, values = batch.schema.get_field_index(column.name), pa.array([], column.type)
+                # It is there, where a stage makes it anew: it may stand twice in the flow.
+                batch = batch.append_column(column, values) if at < 0 else batch.set_column(at, column, values)
             elif column in (plain := {field.name: field for field in (ID, PSNR, *HALFWAY)}):
                 batch = batch.append_column(plain[column], pa.array([], plain[column].type))
             elif column in ("image", "video", "source_image"):

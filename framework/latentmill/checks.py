@@ -165,7 +165,7 @@ def reason(plugin: Plugin, why: Reason) -> Reason:
         if any(isinstance(part, str) for part in why.scores.values()):
             raise ValueError
         return Filtered(why.reason, {str(name): float(score) for name, score in why.scores.items()})
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, OverflowError, TypeError, ValueError):
         raise ContractError(
             f"{called(plugin)} filters a row with the scores {why.scores!r:.80}: they are numbers, by name"
         ) from None

@@ -9,6 +9,7 @@ import base64
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
@@ -25,6 +26,7 @@ Keep: TypeAlias = Literal["all"] | Mapping[str, pa.DataType | None]
 FIXED = pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_string
 READ_NO_ROWS = "vae", "scheduler"
 NONE_KEPT = pa.schema([])
+NOT_TAKEN: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,12 @@ class Columns:
 # ------------------------------------------------------------------------------------------------ plugins' fields
 
 
-def of_plugins(plugins: Mapping[str, Plugin], sampling: Mapping[str, Any]) -> tuple[RowField, ...]:
+def of_plugins(
+    plugins: Mapping[str, Plugin], sampling: Mapping[str, Any], taken: Mapping[str, str] = NOT_TAKEN
+) -> tuple[RowField, ...]:
     """The fields that a job's plugins declare, by their places in the job. Raises ValueError if one can't be.
+
+    ``taken``: names of columns that are beside them in this job, each with what it is.
 
     So does a key of ``sampling`` that nobody reads, and one whose value is not of its field.
     """
@@ -87,7 +93,7 @@ def of_plugins(plugins: Mapping[str, Plugin], sampling: Mapping[str, Any]) -> tu
     for kind, plugin in plugins.items():
         for field in plugin.row_fields:
             who = called(plugin)
-            _require(field, who, kind, plugin)
+            _require(field, who, kind, plugin, taken)
             other, known = found.setdefault(field.name, (who, field))
             if (known.type, known.default, limits_of(known)) != (field.type, field.default, limits_of(field)):
                 raise ValueError(f"{who} and {other} both have a row field {field.name}, and they are not the same")
@@ -107,12 +113,12 @@ def limits_of(field: RowField) -> tuple[Any, ...]:
     return field.least, field.most, field.nullable, field.stored
 
 
-def _require(field: Any, who: str, kind: str, plugin: Plugin) -> None:
+def _require(field: Any, who: str, kind: str, plugin: Plugin, taken: Mapping[str, str]) -> None:
     if not isinstance(field, RowField):
         raise ValueError(f"{who}: row_fields must be a list of RowField, and there is {field!r:.80}")
     if kind in READ_NO_ROWS:
         raise ValueError(f"{who} has row field {field.name}, and a {kind} is not given any")
-    if why := reserved(field.name):
+    if why := reserved(field.name) or taken.get(field.name):
         raise ValueError(f"{who} has a row field {field.name}, which is {why}")
     if not re.fullmatch(r"[A-Za-z_]\w*", field.name):
         raise ValueError(f"{who}: the name of a row field must be letters, digits and underscores, not {field.name!r}")

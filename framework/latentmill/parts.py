@@ -194,6 +194,11 @@ def _wrong_flow(job: Job, built: Parts) -> Iterator[str]:
         yield f"sampling.until leaves latents half-way, so flow must end with denoise, write, not {names}"
     if job.accept and not any("denoiser" in stage.needs for stage in flow):
         yield f"accept draws noise anew for rows that are filtered, and no stage of flow makes any, as denoise does: {names}"
+    if job.accept and "attempt" not in flow[0].added():
+        yield (
+            f"accept draws rows again, and {flow[0].name} would read the same: a stage that stands first must declare attempt, "
+            "and go by it"
+        )
     if job.latents_std and "latents_std" not in last:
         yield f"latents_std is of latents as they were encoded, so flow must end with encode, write, not {names}"
     if job.size and job.size.get("flip") and "latents_flipped" not in last:

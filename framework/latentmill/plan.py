@@ -240,7 +240,9 @@ def _columns(job: Job, built: Parts, plugins: Mapping[str, Plugin]) -> Columns:
     """What the rows have beside our fields; the source is told. Raises PlanError."""
     try:
         source = built.source
-        source.job_fields = columns.of_plugins(plugins, job.sampling)
+        first = built.flow[0]
+        beside = dict.fromkeys(first.added(), f"a column that stage {first.name} adds")
+        source.job_fields = columns.of_plugins(plugins, job.sampling, beside)
         keep = columns.wanted(job.source["keep"]) if job.source.get("keep") else {}
     except ValueError as error:
         raise PlanError(f"{job.name}: {error}") from error

@@ -192,7 +192,7 @@ def begin(job: Job, there: Dataset) -> DriverState:
         fixed=job.deterministic,
         stop_on_error=job.on_error == "stop",
         max_error_rate=job.max_error_rate,
-        attempts=job.attempts or 1,
+        attempts=job.attempts,
         drawn_in=next((at for at, stage in enumerate(plan.stages) if "denoiser" in stage.needs), 0),
         row_name=plan.row_id,
         short=plan.short,

@@ -24,7 +24,7 @@ from latentmill.shards import WARNINGS_KEY, error_rows, filtered_rows, side_file
 from latentmill.storage import Storage
 
 INDEX_FOLDER = ".index"
-INDEX_FORMAT = 1
+INDEX_FORMAT = 2
 """What an entry means. Another number where one says more, or something else: older files are then not believed."""
 WORTH = 1000
 """Shards from which an index pays: fewer are read in a second."""
@@ -150,7 +150,7 @@ class Index:
         side_files: Sequence[str],
         filtered: Mapping[str, int] = NOTHING_FILTERED,
     ) -> Summary:
-        """Entries say ``filtered`` only where it says something: those that were written before there were filtered rows are right."""
+        """Entries say ``filtered`` only where it says something."""
         counts = [self._equal.setdefault((*part.items(),), part) for part in (failed, warnings, filtered)]
         return Summary(counts[0], counts[1], side_files, counts[2])
 

@@ -135,6 +135,8 @@ def test_a_shard_of_which_no_row_is_left_has_its_columns_and_a_job_of_such_shard
     wanted = pq.read_schema(tmp_path / "some" / "data" / "00000.parquet")
     for path in (out / "data").iterdir():
         assert pq.read_metadata(path).num_rows == 0 and pq.read_schema(path).equals(wanted)
+    assert latentmill("export", out, "--to", "folder", tmp_path / "to") == 2 and not (tmp_path / "to").exists()
+    assert latentmill.err == f"latentmill: {out} has no rows: latentmill status says what became of them\n"
     assert latentmill("verify", out) == 0
     assert "0 rows ok, 0 failed with a reason, 20 filtered with one, each once\nsound\n" in latentmill.out
     assert make("out", all_of_them) == 0 and "nothing to do, all 20 rows were finished before" in latentmill.out
@@ -189,6 +191,7 @@ def test_rows_that_a_shard_says_are_filtered_must_be_its_planned_rows(make, late
     [
         ("words=' '", "filters a row without a reason: people read it in filtered/"),
         ("score={tens: high}", "filters a row with the scores {'tens': 'high'}: they are numbers, by name"),
+        ("score={tens: 1" + "0" * 400 + "}", "filters a row with the scores {'tens': 1000"),
         ("score=[1]", "filters a row with the scores [1]: they are numbers, by name"),
     ],
 )

@@ -33,6 +33,7 @@ def check(state: DriverState, largest: list[int]) -> None:
     for shard in state.shards.values():
         places.update(row for slice_ in shard.packed for row in slice_.rows)
         places.update(row["row"] for row in (*shard.errors, *shard.filtered))
+        places.update(shard.again)
     planned = {row for shard in state.shards for row in state.shard_rows(shard)}
     if wrong := {row for row in planned if places[row] != 1} | (places.keys() - planned):
         raise Wrong(f"rows {sorted(wrong)} are in {[places[row] for row in sorted(wrong)]} places")

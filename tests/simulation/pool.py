@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tests.simulation.settings import EARLY, FILTER, LARGEST_ROW, NAMES, Gone, Row, Wrong, attempt_of, value
+from tests.simulation.settings import DRAWS, EARLY, LARGEST_ROW, NAMES, Gone, Row, Wrong, attempt_of, value
 
 from latentmill.driver.limits import MAX_QUARANTINED_ON_TRUST
 from latentmill.driver.messages import (
@@ -143,7 +143,7 @@ class Pool:
         world, order = self.world, actor.orders[0]
         actor.busy = True
         rows, settings = set(order.rows), world.settings
-        worst = order.stage == 2 and order.task == "batch"
+        worst = order.stage == DRAWS and order.task == "batch"
         if world.trouble("node"):
             self._node_dies(actor.node)
             return
@@ -161,14 +161,14 @@ class Pool:
 
     def _done(self, actor: Actor, order: Dispatch, seconds: float) -> None:
         """A worker has come to the end of an order."""
-        world, settings = self.world, self.world.settings
+        world = self.world
         answer: Event
         if any(slice_.block in self.lost for slice_ in order.slices):
             answer = Failed(order.id, "lost", "its node is gone")
         elif order.stage == self.driver.wreck and order.task != "commit":
             how: Any = self.driver.how
             answer = Failed(order.id, how, "nothing works here")
-        elif world.trouble("raise") or (order.stage == 2 and set(order.rows) & settings.raising):
+        elif world.trouble("raise") or (order.stage == DRAWS and self._raises(order)):
             answer = Failed(order.id, "raised", "boom")
         elif order.task == "commit":
             try:
@@ -212,9 +212,14 @@ class Pool:
         settings = self.world.settings
         if stage == EARLY and row in settings.rejected:
             return "unfit"
-        if (stage == EARLY and row in settings.early) or (stage == FILTER and attempt < settings.passes_at[row]):
+        by = settings.filters[(row + attempt) % len(settings.filters)]
+        if (stage == EARLY and row in settings.early) or (stage == by and attempt < settings.passes_at[row]):
             return Filtered("unwanted", {"score": float(row)})
         return None
+
+    def _raises(self, order: Dispatch) -> bool:
+        raising = self.world.settings.raising
+        return any(raising.get(row) == attempt_of(row, made) for row, made in self._gather(order))
 
     def _gather(self, order: Dispatch) -> list[Row]:
         return [row for p in order.slices for row in self.blocks[p.block][1][p.table][p.start : p.stop]]

@@ -12,8 +12,8 @@ from latentmill.driver.messages import StageSpec, WorkerType
 LARGEST_ROW = 9
 """Bytes."""
 NAMES = ("read", "encode", "denoise", "decode", "write")
-FILTER = 3
-"""The stage that filters what was drawn, in the one before it."""
+DRAWS = 2
+"""The stage that draws samples, and may itself filter them, as those behind it may."""
 EARLY = 1
 """The stage that filters rows for good."""
 TROUBLED = 120.0
@@ -59,14 +59,17 @@ class Settings:
     """What the driver is told that a worker takes to load, as a share of what it takes."""
     rejected: set[int]
     """Rows that a stage rejects."""
-    raising: set[int]
+    raising: dict[int, int]
+    """Rows on which a stage raises, each with the attempt at which it does, if the row comes to it."""
     killing: set[int]
     hanging: set[int]
-    """Rows on which a stage raises, dies, or hangs, each time: for good."""
+    """Rows on which a stage dies, or hangs, each time: for good."""
     attempts: int
     """Samples of a row that are drawn at most."""
     passes_at: dict[int, int]
     """The attempt, from 0, at which a row passes the filter: at none that is made, if that is none of ``attempts``."""
+    filters: list[int]
+    """The stages that filter what was drawn: a row by turns."""
     early: set[int]
     """Rows that are filtered before anything is drawn."""
     rates: dict[str, float]
@@ -87,7 +90,8 @@ class Settings:
     @property
     def bad(self) -> set[int]:
         """Rows that can't be done."""
-        return self.rejected | self.raising | self.killing | self.hanging
+        raising = {row for row, attempt in self.raising.items() if attempt <= self.passes_at[row]}
+        return self.rejected | raising | self.killing | self.hanging
 
     @property
     def filtered(self) -> dict[int, int]:
@@ -148,7 +152,7 @@ class Settings:
             slowness=[dice.choice((0.2, 1.0, 6.0)) for _ in stages],
             loading=dice.choice((0.0, 1.0)),
             rejected=kinds_of_bad[0],
-            raising=kinds_of_bad[1],
+            raising=dict.fromkeys(kinds_of_bad[1], 0),
             killing=kinds_of_bad[2],
             hanging=kinds_of_bad[3],
             rates={
@@ -158,12 +162,15 @@ class Settings:
             },
             attempts=1,
             passes_at={},
+            filters=[],
             early=set(),
         )
         # Last of all: what was drawn before is as it was when there were no filters.
         share, drawn.attempts = dice.choice((0.0, 0.0, 0.3, 0.7, 1.0)), dice.choice((1, 1, 2, 4))
         for row in drawn.numbers:
             drawn.passes_at[row] = next((k for k in range(drawn.attempts) if dice.random() >= share), drawn.attempts)
+        drawn.filters = dice.sample((DRAWS, DRAWS + 1, DRAWS + 2), dice.choice((1, 1, 2, 3)))
+        drawn.raising = {row: dice.randrange(drawn.attempts) for row in drawn.raising}
         drawn.early = {row for row in drawn.numbers if row not in drawn.bad and dice.random() < share / 5}
         return drawn
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from tests.simulation.check import check
 from tests.simulation.pool import Pool
-from tests.simulation.settings import LONGEST, NAMES, TROUBLED, Settings, Wrong
+from tests.simulation.settings import DRAWS, LONGEST, NAMES, TROUBLED, Settings, Wrong
 from tests.simulation.store import Store
 
 from latentmill.driver.leases import BEAT_EVERY, Leases
@@ -89,7 +89,7 @@ class World:
         """Whether there is no row to show that it is not a stage's fault: none is there, and none of those that are left will be."""
         done, size = done_shards(self.store, ""), self.settings.rows_per_shard
         left = {row for row in self.settings.numbers if row // size not in done}
-        return bool(left) and left <= self.settings.bad | self.settings.early and not self.has_worked(2)
+        return bool(left) and left <= self.settings.bad | self.settings.early and not self.has_worked(DRAWS)
 
     def has_worked(self, stage: int) -> bool:
         """Whether the dataset holds a row that a stage has done: one that is ok, or was filtered there or later."""
@@ -144,7 +144,7 @@ class Driver:
             worker_types=settings.worker_types,
             max_bytes_in_flight=settings.max_bytes,
             attempts=settings.attempts,
-            drawn_in=2,
+            drawn_in=DRAWS,
         )
         self._while_alive(0, self.turn)
         self._while_alive(0, self.beat)

@@ -101,7 +101,7 @@ def _dispatch_finished(state: DriverState, dispatch: Dispatch, event: Finished) 
     if dispatch.task == "commit":
         _shard_committed(state, dispatch)
         return
-    state.finished_rows[dispatch.stage] += len(dispatch.rows)
+    state.rows_done(dispatch.stage, dispatch.rows)
     for row, why in event.rejected:
         if not isinstance(why, Filtered):
             ended.quarantine(state, row, dispatch.stage, why)
@@ -158,7 +158,6 @@ def _arrive(state: DriverState, slice_: TableSlice) -> None:
             shard, arrived = state.shards[number], slice_.sub(start, at)
             shard.missing.difference_update(arrived.rows)
             shard.packed.append(arrived)
-            if not shard.missing:
-                state.complete.setdefault(number)
             state.arrived += len(arrived.rows)
+            ended.settle(state, number)
             start = at

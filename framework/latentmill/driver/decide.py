@@ -121,7 +121,7 @@ def _reads(state: DriverState, room: bool = True) -> Iterator[Dispatch]:
 
 
 def _read(state: DriverState, worker: int, rows: Sequence[int], failures: int = 0) -> Dispatch:
-    attempts = [state.attempt_of[row] for row in rows] if state.attempt_of else []
+    attempts = [] if state.attempts is None else [state.attempt_of[row] for row in rows]
     return Dispatch(-1, "read", 0, worker, rows, failures=failures, attempts=attempts)
 
 

@@ -17,7 +17,10 @@ from latentmill.plugin import Filtered
 def quarantine(state: DriverState, row: int, stage: int, reason: str) -> None:
     """A row ends in the error table. Ends the job if no row may fail, or too many have."""
     name = state.stages[stage].name
-    state.shards[row // state.rows_per_shard].errors.append({"row": row, "stage": name, "reason": reason})
+    about: dict[str, Any] = {"row": row, "stage": name, "reason": reason}
+    if state.attempt_of[row]:
+        about["attempt"] = state.attempt_of[row]
+    state.shards[row // state.rows_per_shard].errors.append(about)
     _end(state, row, stage)
     state.quarantined += 1
     if state.failed:
@@ -32,14 +35,22 @@ def filtered(state: DriverState, stage: int, rows: Sequence[tuple[int, Filtered]
     """A stage does not want these rows. Nobody is to blame, however many there are: each is drawn anew, or ends."""
     again = []
     for row, why in rows:
-        if stage >= state.drawn_in and state.attempt_of[row] + 1 < state.attempts:
+        if stage >= state.drawn_in and state.attempt_of[row] + 1 < (state.attempts or 1):
             state.attempt_of[row] += 1
+            state.losses.pop(row, None)  # of the sample before
             again.append(row)
         else:
             _filter_out(state, row, stage, why)
-    if again:
-        state.drawn_again[stage] += len(again)
-        begin_again(state, stage, again)
+    state.drawn_again[stage] += len(again)
+    if not state.fixed:
+        if again:
+            begin_again(state, stage, again)
+        return
+    for row in again:
+        number = row // state.rows_per_shard
+        state.shards[number].again.append(row)
+        _account(state, row, stage)
+        settle(state, number)
 
 
 def begin_again(state: DriverState, stage: int, rows: Sequence[int]) -> None:
@@ -50,9 +61,22 @@ def begin_again(state: DriverState, stage: int, rows: Sequence[int]) -> None:
     state.to_read.appendleft(rows)
 
 
+def settle(state: DriverState, number: int) -> None:
+    """Of a shard fewer rows are under way: commit it if that are none, or draw those again that wait for it.
+
+    They begin together: else it would hang on who arrives first which of them share a batch.
+    """
+    shard = state.shards[number]
+    if not shard.missing:
+        state.complete.setdefault(number)
+    elif len(shard.missing) == len(shard.again):
+        rows, shard.again = sorted(shard.again), []
+        begin_again(state, state.last_stage, rows)
+
+
 def _filter_out(state: DriverState, row: int, stage: int, why: Filtered) -> None:
     about: dict[str, Any] = {"row": row, "stage": state.stages[stage].name, "reason": why.reason, "scores": why.scores}
-    if state.attempts > 1:
+    if state.attempts is not None:
         about["attempts"] = state.attempt_of[row] + 1
     state.shards[row // state.rows_per_shard].filtered.append(about)
     _end(state, row, stage)
@@ -61,11 +85,14 @@ def _filter_out(state: DriverState, row: int, stage: int, why: Filtered) -> None
 
 def _end(state: DriverState, row: int, stage: int) -> None:
     number = row // state.rows_per_shard
-    shard = state.shards[number]
-    shard.missing.discard(row)
-    if not shard.missing:
-        state.complete.setdefault(number)
+    state.shards[number].missing.discard(row)
     state.ended_rows[stage] += 1
+    _account(state, row, stage)
+    settle(state, number)
+
+
+def _account(state: DriverState, row: int, stage: int) -> None:
+    """A row doesn't come to the stages behind this one, or not yet: where batches are fixed, nothing there waits for it."""
     if state.fixed:
         for later in range(stage + 1, len(state.stages)):
             state.queues[later].account(state.chunk(later, row), 1)

@@ -108,7 +108,7 @@ def _quarantine_suspect(state: DriverState, suspect: Suspect) -> None:
     dispatch = suspect.dispatch
     for slice_ in dispatch.slices:
         state.drop(slice_)
-    state.finished_rows[dispatch.stage] += 1
+    state.rows_done(dispatch.stage, dispatch.rows)
     quarantine(state, dispatch.rows[0], dispatch.stage, suspect.reason)
 
 

@@ -53,10 +53,10 @@ def max_open_shards(state: DriverState) -> int:
 def error_rate_exceeded(state: DriverState) -> str:
     """Why too many rows have failed; "" if not too many have.
 
-    Rows under way are not counted: those that fail are known long before those that succeed have arrived.
+    They are a share of those that were read, each counted once however often it is drawn: what fails is known long before what
+    succeeds has arrived.
     """
-    read = state.finished_rows[0] - state.drawn_again.total()
-    ended = max(read, state.quarantined + state.filtered + state.arrived)
+    ended = max(state.rows_read, state.quarantined + state.filtered + state.arrived)
     if state.quarantined <= state.max_error_rate * max(ended, MIN_ROWS_FOR_ERROR_RATE):
         return ""
     return f"{state.quarantined} of {ended} rows failed, more than max_error_rate={state.max_error_rate:g} allows"

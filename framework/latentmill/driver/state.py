@@ -24,6 +24,8 @@ class OpenShard:
     packed: list[TableSlice] = field(default_factory=list)
     errors: list[dict[str, Any]] = field(default_factory=list)
     filtered: list[dict[str, Any]] = field(default_factory=list)
+    again: list[int] = field(default_factory=list)
+    """Where batches are fixed: rows that were filtered and begin again as soon as no other row of the shard is under way."""
     failures: int = 0
 
 
@@ -58,13 +60,13 @@ class DriverState:
     shared: bool = False
     """Other drivers may work on this dataset: a shard is claimed before it is opened."""
     fixed: bool = False
-    """Deterministic: batches are cut by row number, never by who arrives first."""
+    """Deterministic: batches are cut by row number, never by who arrives first, those of rows that are drawn again among them."""
     stop_on_error: bool = False
     """The first row that fails ends the job."""
     max_error_rate: float = 1.0
     """A larger share of failed rows ends it, once the share says something."""
-    attempts: int = 1
-    """Samples of a row that are drawn at most, until one is not filtered."""
+    attempts: int | None = None
+    """Of a job with ``accept``: samples of a row that are drawn at most, until one is not filtered."""
     drawn_in: int = 0
     """The stage that draws them: what is filtered before it would be the same again, and is filtered for good."""
     max_bytes_in_flight: float = inf
@@ -154,7 +156,7 @@ class DriverState:
 
     # Failures
     worked_stages: set[int] = field(default_factory=set)
-    """Stages that have done a row."""
+    """Stages that have done a row: one that was filtered in them is done."""
     worked_before: dict[int, bool] = field(default_factory=dict)
     """Of each stage of which it was asked, whether the dataset shows that it has worked before."""
     quarantined_on_trust: Counter[int] = field(default_factory=Counter)
@@ -179,6 +181,8 @@ class DriverState:
     next_worker: int = 0
     finished_rows: Counter[int] = field(default_factory=Counter)
     """Rows that each stage has done."""
+    rows_read: int = 0
+    """Rows that were read, each once: not those that were drawn again."""
     committed_ok: int = 0
     committed_failed: int = 0
     committed_filtered: int = 0
@@ -262,6 +266,12 @@ class DriverState:
     def workers_of(self, stage: int) -> dict[int, list[int]]:
         """The ready workers that host a stage, each with its dispatches, of all stages that it hosts, oldest first."""
         return self.workers[self.type_of[stage]]
+
+    def rows_done(self, stage: int, rows: Sequence[int]) -> None:
+        """Count what a stage has done."""
+        self.finished_rows[stage] += len(rows)
+        if stage == 0:
+            self.rows_read += sum(not self.attempt_of[row] for row in rows)
 
     def worker_came(self, worker_type: int, worker: int) -> None:
         """A worker is ready, and can be given work."""

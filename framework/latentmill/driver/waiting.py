@@ -37,7 +37,7 @@ class StageQueue:
         """The stack keys of which a full batch waits, in the order in which they became full."""
         self.retries: deque[Retry] = deque()
         self.accounted: Counter[Chunk] = Counter()
-        """Where batches are fixed: how many rows of a chunk have reached the stage, or failed before it."""
+        """Where batches are fixed: how many rows of a chunk have reached the stage, or ended before it: failed, filtered, or waiting to be drawn again."""
         self._rows_of: Counter[Any] = Counter()
         self._keys_of: dict[Chunk, dict[Any, None]] = {}
         self._waiting = self._retried = 0
@@ -81,7 +81,7 @@ class StageQueue:
         return slices
 
     def account(self, chunk: Chunk, rows: int) -> None:
-        """So many rows more of a chunk have reached the stage or failed before it; fewer, if they begin again."""
+        """So many rows more of a chunk have reached the stage or ended before it; fewer, if they begin again."""
         self.accounted[chunk] += rows
         for key in self._keys_of.get(chunk, ()):
             self._note(key)

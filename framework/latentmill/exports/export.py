@@ -204,9 +204,11 @@ class _Export:
         return next(row for shard in range(self.source.there.plan.shards) for row in self.source.rows(shard))
 
     def _state(self, shard: int) -> str:
-        """Names which of a shard's rows are not stored: those that are, are the plan's."""
+        """Names which of a shard's rows are not stored, and of a job with ``accept`` which sample is: all else the plan says."""
         about = self.source.there.about(shard)
         said = "".join(about.get(key, "") for key in COPIES.values())
+        if "attempt" in self.source.columns:
+            said += "".join(f"/{attempt}" for attempt in self.source.column(shard, "attempt"))
         return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
 
     def _settle(self, each: _OfShard, name: str, content: bytes | Path) -> None:

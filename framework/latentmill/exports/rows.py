@@ -47,10 +47,10 @@ class ExportSource:
         if missing := len(self.there.missing()):
             raise ExportError(f"{url} is not finished: {missing:,} of its {plan.shards:,} shards are missing")
         abouts = (self.there.shard(shard).about() for shard in range(plan.shards))
-        first = next(
-            (about for about in abouts if about[2]), self.there.shard(0).about()
-        )  # without rows it may not say all
-        self.columns = first[1].names
+        columns = next((schema.names for _, schema, rows in abouts if rows), None)  # without rows it may not say all
+        if columns is None:
+            raise ExportError(f"{url} has no rows: latentmill status says what became of them")
+        self.columns = columns
         plain = [name for name in self.columns if _is_plain(name)]
         if self.names is None:
             self.names = next((name for name in NAMED_BY if name in plain), None)
@@ -77,13 +77,20 @@ class ExportSource:
 
     def rows(self, shard: int, wanted: Sequence[str] = ()) -> Iterator[ExportRow]:
         """The rows of a shard that are ok, in order, with these tensors. Raises RunError if one is damaged."""
-        read = [name for name in self.columns if _is_plain(name) or name in wanted]
+        for table in self._read(shard, [name for name in self.columns if _is_plain(name) or name in wanted]):
+            yield from self._rows(table)
+
+    def column(self, shard: int, name: str) -> Iterator[Any]:
+        """The values of a plain column of a shard, in the order of its rows. Raises RunError if one is damaged."""
+        for table in self._read(shard, [name]):
+            yield from table.column(name).to_pylist()
+
+    def _read(self, shard: int, columns: Sequence[str]) -> Iterator[pa.Table]:
         file, name = self.there.shard(shard), data_name(shard, self.there.sink)
-        count = file.about()[2]
-        for piece in file.read(read, range(count)):
+        for piece in file.read(columns, range(file.about()[2])):
             if isinstance(piece, RowError):
                 raise RunError(f"{self.there.store.url}/{name}: {piece}; latentmill verify says what is wrong with it")
-            yield from self._rows(piece)
+            yield piece
 
     def _rows(self, table: pa.Table) -> Iterator[ExportRow]:
         held = {f.name: tensors.shared(table, f.name) for f in table.schema if tensors.is_tensor(f)}

@@ -51,7 +51,8 @@ class Read(Stage):
     than ``sampling.max_pixels`` is an error before any are made, since the memory of every stage grows with them.
 
     In a job with ``size`` each sample of a picture is brought to its bucket instead (``latentmill.buckets``); a row's own width
-    and height stand for the bucket's.
+    and height stand for the bucket's. Where that is cut at random, it hangs on the seed of the first attempt: a later one has the same
+    picture.
 
     A row's seed is ``identity.row_seed``'s, and of a later attempt ``identity.attempt_seed``'s. -1 and null in the source stand for
     none, as in other tools.
@@ -82,6 +83,7 @@ class Read(Stage):
         self.added = _added(context)
         self.denoises = context.needed_later("denoiser")
         """Whether a scheduler will move the rows: else they have none, no mask, and no use for a strength."""
+        self.draws_again = (context.attempts or 1) > 1
         self.scheduler = str(context.choices["scheduler"]["name"]) if self.denoises else ""
         latents: LatentSpec | None = context.plan.spec
         self.multiple_of = latents.downscale if latents is not None else 1
@@ -111,7 +113,7 @@ class Read(Stage):
                 if self.size is not None:
                     try:
                         whole = {name: value for name, value in stored.items() if not name.startswith(CONDITIONING)}
-                        tensors_of_row = {**stored, **self._sized(self.size, row, whole, sample)}
+                        tensors_of_row = {**stored, **self._sized(self.size, row, seed, whole, sample)}
                     except RowError as error:
                         reject(i, str(error))
                         continue
@@ -279,6 +281,10 @@ class Read(Stage):
             if time > 0:
                 raise RowError(f"the latents are half-way, at time {time:g}: only a job with denoise can finish them")
             return {}
+        if self.draws_again:
+            raise RowError(
+                f"the latents are half-way, at time {time:g}: their noise was drawn where they were made, and accept can draw no other"
+            )
         stored |= {STATE_PREFIX + name: torch.as_tensor(value) for name, value in (found.get("state") or {}).items()}
         return {"time": time, "trajectory": parse(BY_NAME["trajectory"], found.get("trajectory"))}
 
@@ -313,7 +319,9 @@ class Read(Stage):
             self._require_mask(found)
         return whole
 
-    def _sized(self, size: Size, row: dict[str, Any], whole: Mapping[str, Tensor], sample: int) -> dict[str, Tensor]:
+    def _sized(
+        self, size: Size, row: dict[str, Any], seed: int, whole: Mapping[str, Tensor], sample: int
+    ) -> dict[str, Tensor]:
         """A sample's picture, brought to its bucket; the row is told how. Raises RowError."""
         count, height, width = next(iter(whole.values())).shape[:3]
         own = row["width"], row["height"]
@@ -323,7 +331,7 @@ class Read(Stage):
             self._bound(*fit.scaled)  # all of it is made before it is cut
         found = {}
         for name, frames in whole.items():
-            each = [fitted(frame, fit, size.draw(row["seed"]), size.pixels) for frame in frames.numpy()]
+            each = [fitted(frame, fit, size.draw(seed), size.pixels) for frame in frames.numpy()]
             found[name] = torch.from_numpy(np.stack([pixels for pixels, _ in each]))
             row["crop_ltrb"] = each[0][1]
         row |= {"original_size": (width, height), "bucket": fit.bucket, "width": fit.bucket[0], "height": fit.bucket[1]}

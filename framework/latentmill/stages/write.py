@@ -90,8 +90,8 @@ class Write(CommittingStage):
     ) -> bool:
         """Publish a shard; False if another driver had, whose rows and errors then stand.
 
-        ``packed``: the rows that are ok, in any order; ``errors``: ``row``, ``stage`` and ``reason`` of those that failed;
-        ``filtered``: the same and ``scores`` of those that were filtered.
+        ``packed``: the rows that are ok, in any order; ``errors``: ``row``, ``stage`` and ``reason`` of those that failed, and ``attempt``, if
+        that was not their first; ``filtered``: ``row``, ``stage``, ``reason``, ``scores`` and, in a job with ``accept``, ``attempts``.
         Raises RuntimeError unless these are the shard's planned rows, each once, or if they don't read back so.
         """
         failed, unwanted = self._told(errors), self._told(filtered)
@@ -140,8 +140,7 @@ class Write(CommittingStage):
         for row in sorted(rows, key=lambda row: int(row["row"])):
             about = {"row": row["row"], "row_id": self.plan.row_id(row["row"]), "stage": row["stage"]}
             about["reason"] = one_line(without_secrets(row["reason"], config))
-            if "attempts" in row:
-                about["attempts"] = row["attempts"]
+            about |= {name: row[name] for name in ("attempt", "attempts") if name in row}
             if "scores" in row:
                 about["scores"] = {
                     name: score if math.isfinite(score) else None for name, score in row["scores"].items()

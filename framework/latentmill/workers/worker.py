@@ -16,7 +16,7 @@ import torch
 
 from latentmill import checks, failpoints, weights
 from latentmill.batch import ATTEMPT, concat, shape_key
-from latentmill.plugin import CommittingStage, ContinuousStage, Reason, Request, RowError, Stage, tensors
+from latentmill.plugin import CommittingStage, ContinuousStage, Filtered, Reason, Request, RowError, Stage, tensors
 from latentmill.workers.context import this_node
 from latentmill.workers.hearing import Hearing
 
@@ -112,7 +112,10 @@ class Call:
         return self.block is not None or self.error is not None
 
     def reject(self, i: int, reason: Reason) -> None:
-        self.rejected.setdefault(self.batch.column("row")[i].as_py(), reason)
+        """Of several reasons for one row the first counts, and one for which it has failed before one for which it is filtered."""
+        row = self.batch.column("row")[i].as_py()
+        if row not in self.rejected or (isinstance(self.rejected[row], Filtered) and not isinstance(reason, Filtered)):
+            self.rejected[row] = reason
 
 
 class Hosted:
@@ -169,9 +172,9 @@ class Hosted:
         start = 0
         while start < len(call.batch):
             count = min(self.most or len(call.batch), len(call.batch) - start)
-            rejected: dict[int, Reason] = {}
+            piece = Call(call.batch.slice(start, count))
             try:
-                result = self.stage(call.batch.slice(start, count), rejected.__setitem__)
+                result = self.stage(piece.batch, piece.reject)
                 block += [result] if isinstance(result, pa.Table) else list(result)
             except OUT_OF_MEMORY as error:
                 if self.stage.fixed is not None:
@@ -182,8 +185,7 @@ class Hosted:
                 logger.warning(f"{self.name}: out of memory with {count} rows; from now on {self.most} at a time")
                 torch.cuda.empty_cache()
                 continue
-            for i, reason in rejected.items():
-                call.reject(start + i, reason)
+            call.rejected |= piece.rejected
             start += count
         return block
 
@@ -217,7 +219,7 @@ class Worker:
         return found[0] if found else ""
 
     def read(self, stage: str, numbers: Sequence[int], attempts: Sequence[int] = ()) -> tuple[Outcome, Block]:
-        """Read rows by number, each as its attempt has it; without ``attempts``, the first."""
+        """Read rows by number, each as its attempt has it, in a job with ``accept``."""
         given = pa.table({"row": pa.array(numbers, pa.int64())})
         if attempts:
             given = given.append_column(ATTEMPT, pa.array(attempts, ATTEMPT.type))
