@@ -4,8 +4,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from latentmill.batch import FixedShape, concat, fixed_slots, require_spec, shape_key, with_latents
-from latentmill.plugin import LatentSpec, tensors
+from latentmill.batch import FixedShape, concat, empty, fixed_slots, require_spec, shape_key, with_latents
+from latentmill.plugin import Declaration, LatentSpec, tensors
 
 SPEC = LatentSpec(channels=4, downscale=4, scale=1.0, shift=0.0, dtype="float32", fingerprint="a")
 
@@ -41,3 +41,15 @@ def test_a_row_s_slot_follows_from_its_number():
     places, size = fixed_slots(batch([0, 7, 8, 19, 20, 43]), fixed)
     assert size == 8 and places.tolist() == [0, 7, 0, 3, 0, 3]
     assert fixed_slots(batch([4, 6]), None)[0].tolist() == [0, 1]
+
+
+def test_without_rows_a_column_that_a_stage_makes_anew_stays_in_its_place_unless_the_stage_drops_it():
+    score, other = pa.field("score", pa.float64()), pa.field("other", pa.int64())
+    made = [Declaration("a", adds=(score,)), Declaration("b", adds=(other,))]
+    again = pa.field("score", pa.float32())
+    there = empty([*made, Declaration("c", adds=(again,))], None, {}).schema
+    assert there.names[-2:] == ["score", "other"] and there.field("score").type == pa.float32()
+    assert empty([*made, Declaration("c", adds=(again,), drops=("score",))], None, {}).schema.names[-2:] == [
+        "other",
+        "score",
+    ]

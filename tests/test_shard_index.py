@@ -154,17 +154,17 @@ def as_another_plan(content):
 
 
 def nonsense(content):
-    content = json.dumps({"format": 1, "plan": PLAN.hash, "shards": [[0, "tag", 1, 2], "x", None]}).encode()
+    content = json.dumps({"format": 2, "plan": PLAN.hash, "shards": [[0, "tag", 1, 2], "x", None]}).encode()
     return named(content), content
 
 
 def as_another_format(content):
-    content = content.replace(b'"format":1', b'"format":2').replace(b'{"decode":1}', b'{"decode":5}')
+    content = content.replace(b'"format":2', b'"format":3').replace(b'{"decode":1}', b'{"decode":5}')
     return named(content), content
 
 
 def without_a_format(content):
-    content = content.replace(b'"format":1,', b"").replace(b'{"decode":1}', b'{"decode":5}')
+    content = content.replace(b'"format":2,', b"").replace(b'{"decode":1}', b'{"decode":5}')
     return named(content), content
 
 

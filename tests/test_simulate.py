@@ -188,6 +188,17 @@ def an_attempt_too_few(monkeypatch):
     return "are filtered, after so many samples, and they are not"
 
 
+def rows_that_wait_to_be_drawn_again_forgotten(monkeypatch):
+    """Where batches are fixed: the last row of a shard comes, and nobody thinks of those that waited for it."""
+
+    def settles(state, number):
+        if not state.shards[number].missing:
+            state.complete.setdefault(number)
+
+    monkeypatch.setattr(ended, "settle", settles)
+    return "not finished after"
+
+
 def a_lease_given_back_that_is_another_s(monkeypatch):
     """Harmless, as far as rows go: leases save work, and decide nothing."""
 
@@ -217,6 +228,7 @@ def a_lease_given_back_that_is_another_s(monkeypatch):
         a_filtered_row_forgotten,
         the_same_sample_drawn_again,
         an_attempt_too_few,
+        rows_that_wait_to_be_drawn_again_forgotten,
     ],
     ids=lambda plant: plant.__name__,
 )
@@ -233,13 +245,13 @@ def test_leases_decide_nothing(monkeypatch):
 
 def test_a_seed_that_fails_says_how_to_see_it_again(monkeypatch, capfd):
     a_block_released_too_early(monkeypatch)
-    wrong = trial(4)
+    wrong = trial(2)
     monkeypatch.setattr(seeds.multiprocessing, "Pool", lambda: Here())
     assert seeds.main(["--seeds", "5"]) == 1
     told = capfd.readouterr().out
-    assert f"seed 4: {wrong}\n    python -m tests.simulation --seed 4\n" in told
+    assert f"seed 2: {wrong}\n    python -m tests.simulation --seed 2\n" in told
     with pytest.raises(Exception, match="released"):
-        seeds.main(["--seed", "4"])
+        seeds.main(["--seed", "2"])
 
 
 class Here:

@@ -111,7 +111,7 @@ def test_a_first_stage_that_does_not_go_by_attempts_is_refused(run, latentmill, 
 @pytest.mark.parametrize(
     ("stage", "settings", "says"),
     [
-        ("greedy", (), "a row field attempt, which is a column that stage read adds"),
+        ("greedy", ("source=images",), "a row field attempt, which is a column that stage read adds"),
         (
             "boxed",
             ("source=images", "size.buckets=[[16,16]]", *OWN_SIZE),

@@ -237,7 +237,8 @@ class Stage(Plugin, ABC):
     Here and below a name that ends in ``:`` stands for all columns that begin so, as ``prompt:``."""
     adds: Sequence[str | pa.Field] = ()
     """Columns of its results that it was not given, by name if they are in ``BATCH_COLUMNS``, else as Arrow
-    fields. A shard of which no row is stored has the columns that its stages declare."""
+    fields. A shard of which no row is stored has the columns that its stages declare: one that is there already stays in
+    its place, unless it is in ``drops``, too."""
     drops: Sequence[str] = ()
     """Columns that are not in its results."""
     ignores: Sequence[str] = ()
@@ -248,8 +249,8 @@ class Stage(Plugin, ABC):
     resources: Mapping[str, Any] = {}
     """What of ``stages.NAME`` a job need not say: ``batch_size``, ``replicas``, ``num_cpus``, ``num_gpus`` and the like."""
     position: ClassVar[Literal["first", "between", "last"]] = "between"
-    """``first``: is given tables of the column ``row`` alone, row numbers, and makes rows of them; in a job with ``accept`` there may be
-    ``attempt`` beside it, and is then a column of what it makes. ``last``: see CommittingStage."""
+    """``first``: is given tables of the column ``row`` alone, row numbers, and makes rows of them; in a job with ``accept`` there is
+    ``attempt`` beside it, by which it goes, and which it declares in ``adds``, or it is refused. ``last``: see CommittingStage."""
     continuous: ClassVar[bool] = False
     """Whether it works on several batches at a time: see ContinuousStage."""
     fixed: FixedShape | None = None
