@@ -1,6 +1,7 @@
 """What is scored without a network: blank pictures, sizes, and hashes."""
 
 import itertools
+import tracemalloc
 
 import imagehash
 import numpy as np
@@ -158,6 +159,22 @@ def test_groups_are_those_that_comparing_all_with_all_finds(distance):
     found = firsts(np.array(hashes, np.uint64), distance).tolist()
     assert found == grouped(hashes, distance)
     assert 1 < len({*found}) < len(hashes) or distance == 0
+
+
+def test_memory_is_of_the_order_of_the_hashes_however_near_they_are():
+    """Ten pictures of which there are a thousand copies each, of as many hashes: all pairs in one group are 500 000."""
+    random = np.random.default_rng(0)
+    bits = np.zeros((10, 1000), np.uint64)
+    for _ in range(3):  # from the first of each, so that the farthest differ in six bits
+        bits ^= np.uint64(1) << random.integers(0, 64, bits.shape, np.uint64)
+    bits[:, 0] = 0
+    hashes = (random.integers(0, 2**64, (10, 1), np.uint64) ^ bits).ravel()
+    tracemalloc.start()
+    found = firsts(hashes, 4)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 300 * len(hashes)
+    assert found.tolist() == np.repeat(np.arange(0, 10_000, 1000), 1000).tolist()
 
 
 def test_a_hash_of_hex_digits_is_a_number():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import combinations
 
 import numpy as np
@@ -37,35 +36,60 @@ def firsts(hashes: npt.NDArray[np.uint64], distance: int) -> npt.NDArray[np.intp
     """For each hash the place of the first of its group: itself, if no other of the group stands before it.
 
     Two hashes are of one group if they differ in ``distance`` bits or fewer, or if a chain of such pairs leads from one to the other. So
-    the groups hang on no order: they are the connected components of a graph.
+    the groups hang on no order: they are the connected components of a graph. Memory is of the order of the hashes, however near they are.
+
+    The 64 bits are cut into ``distance + k`` blocks. So few bits are in as many blocks at most, and k blocks at least are equal: for each
+    choice of k blocks those are compared that are equal there (after Manku et al. 2007, "Detecting Near-Duplicates for Web Crawling").
     """
     values, of = np.unique(hashes, return_inverse=True)
-    pairs = [*near_pairs(values, distance)] or [np.empty((2, 0), np.intp)]
-    a, b = np.concatenate(pairs, axis=1)
-    _, group = connected_components(coo_array((np.ones(len(a), bool), (a, b)), shape=(len(values),) * 2))
+    group = np.arange(len(values))
+    k = 2 if distance <= 4 else 3
+    blocks = [sum(1 << int(bit) for bit in block) for block in np.array_split(np.arange(64), distance + k)]
+    for chosen in combinations(blocks, k) if distance and len(values) else ():
+        group = _joined(group, values, values & np.uint64(sum(chosen)), distance)
     _, first, at = np.unique(group[of], return_index=True, return_inverse=True)
     return first[at]
 
 
-def near_pairs(values: npt.NDArray[np.uint64], distance: int) -> Iterator[npt.NDArray[np.intp]]:
-    """The pairs of places, ``[2, N]``, of distinct values that differ in ``distance`` bits or fewer; a pair may come several times.
+def _joined(
+    group: npt.NDArray[np.intp], values: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64], distance: int
+) -> npt.NDArray[np.intp]:
+    """The values' groups, those made one that have near values of equal keys.
 
-    The 64 bits are cut into ``distance + k`` blocks. So few bits are in as many blocks at most, and k blocks at least are equal: for each
-    choice of k blocks the values are sorted by them, and compared where those are equal (after Manku et al. 2007, "Detecting
-    Near-Duplicates for Web Crawling").
+    The values are sorted by key and group, and each is compared with those of its key behind its own group: the nearest, then the next,
+    and so on. After some steps they are sorted anew, since what was joined by then needs no comparing; each time more steps follow.
     """
-    k = 2 if distance <= 4 else 3
-    blocks = [sum(1 << int(bit) for bit in block) for block in np.array_split(np.arange(64), distance + k)]
-    for chosen in combinations(blocks, k) if distance else ():
-        keys = values & np.uint64(sum(chosen))
-        order = np.argsort(keys)
-        keys = keys[order]
-        left, step = np.arange(len(keys)), 1
-        while True:  # each with the one that stands ``step`` behind it, as long as their keys are equal
-            left = left[left + step < len(keys)]
-            left = left[keys[left] == keys[left + step]]
+    rest, steps = np.argsort(keys), 8
+    equal = np.append(False, keys[rest][1:] == keys[rest][:-1])
+    rest = rest[equal | np.append(equal[1:], False)]
+    while len(rest):
+        rest = rest[np.lexsort((group[rest], keys[rest]))]
+        key, its = keys[rest], group[rest]
+        ends = np.append(np.flatnonzero((key[1:] != key[:-1]) | (its[1:] != its[:-1])) + 1, len(rest))
+        left, right = np.arange(len(rest)), np.repeat(ends, np.diff(ends, prepend=0))
+        for _ in range(steps):
+            left, right = left[right < len(rest)], right[right < len(rest)]
+            equal = key[left] == key[right]
+            left, right = left[equal], right[equal]
             if not len(left):
                 break
-            pair = np.stack([order[left], order[left + step]])
-            yield pair[:, np.bitwise_count(values[pair[0]] ^ values[pair[1]]) <= distance]
-            step += 1
+            a, b = rest[left], rest[right]
+            near = (group[a] != group[b]) & (np.bitwise_count(values[a] ^ values[b]) <= distance)
+            group = _folded(group, group[a[near]], group[b[near]])
+            right = right + 1
+        rest, steps = rest[np.isin(key, key[left])], 2 * steps
+    return group
+
+
+def _folded(group: npt.NDArray[np.intp], a: npt.NDArray[np.intp], b: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+    """Groups by number, of which each of ``a`` has become one with that of ``b``."""
+    if not len(a):
+        return group
+    numbers, at = np.unique(np.concatenate([a, b]), return_inverse=True)
+    links = coo_array((np.ones(len(a), bool), at.reshape(2, -1)), shape=(len(numbers),) * 2)
+    _, component = connected_components(links, directed=False)
+    _, first = np.unique(component, return_index=True)
+    became = np.arange(len(group))
+    became[numbers] = numbers[first[component]]
+    found: npt.NDArray[np.intp] = became[group]
+    return found
