@@ -82,6 +82,7 @@ def folder(tmp_path_factory, drawn):
         if number != of:
             picture[number % 5 :: 7] ^= 3  # too little to be seen
         Image.fromarray(picture if number != 4 else picture * 0).save(folder / f"{number:02d}.png")
+        (folder / f"{number:02d}.txt").write_text(f"picture {number}")
     (folder / "11.png").write_bytes(b"no picture")
     return folder
 
@@ -150,6 +151,18 @@ def test_the_same_source_is_read_again_by_its_row_ids(first, folder, tmp_path):
     Image.open(folder / "06.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(changed / "01.png")
     _, _, failed = run("encode", tmp_path / "other", f"source.path={changed}", *more[1:])
     assert f"row 000000001-000 of {first} is of another picture" in numbered(failed)["01"]["reason"]
+
+
+def test_pictures_that_were_stored_with_a_loss_are_those_of_the_first_dataset(tmp_path):
+    job = [*SMALL, "sink.image_format=jpeg", f"flow={GENERATE.format('near_duplicates')}"]
+    first, _, _ = run("txt2img", tmp_path / "first", *job)
+    again = ["source=prompts", f"source.path={tmp_path}/first/data", "source.id_column=row_id"]
+    flow = f"flow=[read, {{name: near_duplicates, of: {tmp_path}/first}}, encode, write]"
+    ok, filtered, failed = run("encode", tmp_path / "kept", *again, flow)
+    assert not failed and len(ok) + len(filtered) == len(first)
+    assert {row["id"]: row["phash"] for row in ok.values()}.items() <= {
+        name: row["phash"] for name, row in first.items()
+    }.items()
 
 
 def test_ids_of_the_source_s_own_are_asked_for(folder, tmp_path):

@@ -20,7 +20,7 @@ from latentmill_filters.clip_score import ClipScore
 from latentmill_filters.safety import Safety
 
 CPU = torch.device("cpu")
-PROMPTS = ["a fox", "", "a red house by the sea, at night, with a boat", "HAT", "hen"]
+PROMPTS = ["a fox", "x", "a red house by the sea, at night, with a boat", "HAT", "hen"]
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,20 @@ def test_a_clip_score_is_100_times_the_cosine_that_transformers_computes(clip_fo
     found = scored(ready(ClipScore(clip_folder)), batch)
     assert found == pytest.approx(wanted, abs=1e-4)
     assert np.ptp(found) > 5
+
+
+def test_a_row_without_a_prompt_has_no_clip_score(clip_folder, batch):
+    """A bound would filter it by how well its picture fits no words."""
+    prompts = pa.array(["", *PROMPTS[1:4], " "])
+    told = {}
+    found = ready(ClipScore(clip_folder))(
+        batch.set_column(batch.schema.get_field_index("prompt"), "prompt", prompts), told.__setitem__
+    )
+    assert found.column("prompt").to_pylist() == PROMPTS[1:4]
+    assert told == dict.fromkeys((0, 4), "it has no prompt to be scored against")
+    assert found.column("clip_score").to_pylist() == pytest.approx(
+        scored(ready(ClipScore(clip_folder)), batch)[1:4], abs=1e-4
+    )
 
 
 def test_pictures_are_prepared_as_clip_s_authors_do(clip_folder, pictures):
@@ -206,6 +220,22 @@ def test_in_a_deterministic_job_a_row_s_score_is_the_same_bits_in_any_company(cl
 def test_scores_in_halves_are_near(clip_folder, batch):
     found = scored(ready(ClipScore(clip_folder, dtype="bfloat16")), batch)
     assert found == pytest.approx(scored(ready(ClipScore(clip_folder)), batch), abs=3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_of_embeddings_in_halves_the_cosine_is_exact(clip_folder, pictures, batch, dtype):
+    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+    network = CLIPModel.from_pretrained(clip_folder, dtype=getattr(torch, dtype))
+    words, prepare = CLIPTokenizer.from_pretrained(clip_folder), CLIPImageProcessorPil.from_pretrained(clip_folder)
+    tokens = words(PROMPTS, padding="max_length", truncation=True, max_length=24, return_tensors="pt")
+    pixels = prepare(pictures, return_tensors="pt")["pixel_values"].to(network.dtype)
+    with torch.no_grad():
+        of_pictures = network.get_image_features(pixel_values=pixels).pooler_output.double().numpy()
+        of_prompts = network.get_text_features(**tokens).pooler_output.double().numpy()
+    lengths = np.linalg.norm(of_pictures, axis=1) * np.linalg.norm(of_prompts, axis=1)
+    wanted = 100 * (of_pictures * of_prompts).sum(1) / lengths
+    assert scored(ready(ClipScore(clip_folder, dtype=dtype)), batch) == pytest.approx(wanted.tolist(), abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------- what is refused

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from latentmill_filters.network import NetworkScorer
 
@@ -17,12 +18,13 @@ class ClipScore(NetworkScorer):
 
     ``clip_score`` is 100 times the cosine of CLIP's embeddings of picture and prompt: ``100 * cos(E_I, E_C)``, from -100 to 100. Hessel et
     al. 2021 (arXiv:2104.08718, eq. 1) have ``2.5 * max(cos, 0)``, torchmetrics ``max(100 * cos, 0)``. Of a prompt of more tokens than CLIP
-    reads, 77, the end is not read.
+    reads, 77, the end is not read. A row without a prompt is an error: what a picture has in common with no words is no score.
 
     ``path`` is the folder of a CLIPModel with its processor and tokenizer, as openai/clip-vit-large-patch14.
     """
 
     contract = 2
+    needs_prompt = True
     libraries = ("transformers", "tokenizers")
     adds = (pa.field("clip_score", pa.float64(), nullable=False),)
 
@@ -46,8 +48,10 @@ class ClipScore(NetworkScorer):
         tokens = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=self.longest, return_tensors="pt"
         )
-        found = self.network(**tokens.to(self.device), pixel_values=pixels)
-        cosine: Tensor = (found.image_embeds.float() * found.text_embeds.float()).sum(-1)
+        of_pictures = self.network.get_image_features(pixel_values=pixels).pooler_output
+        of_prompts = self.network.get_text_features(**tokens.to(self.device)).pooler_output
+        # As 32 bits first: lengths in 16 are off by more than scores that are to be told apart.
+        cosine: Tensor = (normalize(of_pictures.float()) * normalize(of_prompts.float())).sum(-1)
         return 100 * cosine
 
     def reason(self, scores: Mapping[str, float]) -> str:

@@ -27,8 +27,9 @@ class NearDuplicates(Scorer):
     which its hash differs from that of the row that is kept: in a long group more than ``distance``.
 
     A row is found in ``of`` by its id, if the job's source has an ``id_column``: by the ``id`` there, or the ``row_id`` if that is the
-    column; else by its own ``row_id``, as in a job over the same source. A row that isn't there, or has another hash there, is an
-    error. One without a picture, of stored latents, takes its hash from there. A million rows of ``of`` take some 200 MB in each worker.
+    column; else by its own ``row_id``, as in a job over the same source. A row that isn't there is an error, and so is one whose hash
+    differs from that there in more than ``distance`` bits: fewer may come from its picture's having been stored as JPEG or WebP. Groups
+    go by the hashes in ``of``, and so does the column ``phash``. A million rows of ``of`` take some 200 MB in each worker.
     """
 
     contract = 2
@@ -81,13 +82,18 @@ class NearDuplicates(Scorer):
         if at is None:
             return RowError(f"there is no row {name} in {self.known.path}")
         there = self.known.rows["phash"][at].as_py()
-        if found not in (None, there):
+        if found is not None and _apart(as_numbers([found])[0], self.known.numbers[at]) > self.distance:
             return RowError(f"row {name} of {self.known.path} is of another picture: phash {there}, and here {found}")
         first = int(self.firsts[at])
         if first == at:
             return {"phash": there}
-        bits = int(np.bitwise_count(self.known.numbers[at] ^ self.known.numbers[first]))
+        bits = _apart(self.known.numbers[at], self.known.numbers[first])
         return {"phash": there, "bits": bits, "of": self.known.rows[self.key_there][first].as_py()}
+
+
+def _apart(a: np.uint64, b: np.uint64) -> int:
+    """In how many bits two hashes differ."""
+    return int(np.bitwise_count(a ^ b))
 
 
 class Hashes:

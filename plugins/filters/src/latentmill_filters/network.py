@@ -118,6 +118,8 @@ class NetworkScorer(Scorer):
     libraries: Sequence[str] = ("transformers",)
     fingerprinted: Sequence[str] = ("path",)
     resources: Mapping[str, Any] = {"batch_size": 32}
+    needs_prompt = False
+    """Whether a row without a prompt is an error."""
     network: Any
 
     def __init__(self, path: str, dtype: str) -> None:
@@ -151,10 +153,16 @@ class NetworkScorer(Scorer):
         pictures = [Image.fromarray(picture) for picture in tensors.from_arrow(batch, "image").numpy()]
         pixels = self.processor(pictures, return_tensors="pt")["pixel_values"]
         prompts = [""] * size
-        for slot, prompt in zip(slots.tolist(), batch.column("prompt").to_pylist()):
+        given = batch.column("prompt").to_pylist()
+        for slot, prompt in zip(slots.tolist(), given):
             prompts[slot] = prompt
         found = self.judged(
             tensors.send(tensors.spread(pixels, slots, size), self.device).to(self.network.dtype), prompts
         )
         name = self.adds[0].name
-        return [{name: score} for score in found.double().cpu()[slots].tolist()]
+        return [
+            RowError("it has no prompt to be scored against")
+            if self.needs_prompt and not prompt.strip()
+            else {name: score}
+            for prompt, score in zip(given, found.double().cpu()[slots].tolist())
+        ]
