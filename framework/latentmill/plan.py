@@ -209,7 +209,7 @@ def plan(job: Job, built: Parts) -> Plan:
         fragments = tuple(built.source.fragments())
         _check_fragments(fragments)
         twice = ids.find_twice(built.source, fragments) if built.source.id_column is not None else None
-        inside = "://" not in job.output and built.source.reads_from(job.output)
+        inside = built.source.reads_from(job.output)
     if inside:
         raise PlanError(
             f"output {job.output} lies in what the source reads, so that it would read what is made: choose another"

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from tests.outside import prompt_parts, trainer_parts
+from tests.outside.store_parts import Before, Hub
 
 from latentmill.cli import main
 from latentmill.plugin import RowError
@@ -162,3 +164,45 @@ def encoded(tmp_path_factory):
 def trainers(latentmill, install, tmp_path, encoded):
     install("acme", trainer_parts.POINTS, acme_known=trainer_parts.CODE)
     return trainer_parts.Trainers(latentmill, tmp_path, encoded)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def store(bucket, monkeypatch):
+    """A proxy before S3, which counts."""
+    server = Before(os.environ["AWS_ENDPOINT_URL"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = Hub()
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def files(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def asked(latentmill, patches, tmp_path):
+    """``asked("plan" or "run", PATH, *more)``: of a job over it; all that it says."""
+
+    def asked(command, path, *more, output="out", code=0):
+        given = (*patches, f"source.path={path}", f"output={tmp_path / output}", "max_error_rate=1", *more)
+        assert latentmill(command, "encode", *given) == code, latentmill.said
+        return latentmill.said
+
+    return asked

@@ -8,6 +8,7 @@ import re
 import threading
 import time
 import urllib.parse
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -95,6 +96,12 @@ def put(endpoint, key, content):
         obstore.put(store, key, content)
 
 
+def put_as_is(endpoint, key, content=b""):
+    """The same of a key that obstore would write in another way: folders are marked by an empty object with a slash behind."""
+    headers = {"Content-Type": "application/octet-stream"}
+    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/bucket/{key}", content, headers, method="PUT")).close()
+
+
 def upload(endpoint, folder, prefix):
     """Write all files below a folder."""
     for path in sorted(Path(folder).rglob("*")):
@@ -139,7 +146,9 @@ class Hub(Server):
         if path.startswith(f"{about}/paths-info/"):
             files = self.commits[path.rpartition("/")[2]]
             wanted = urllib.parse.parse_qs(body.decode())["paths"]
-            return _json([_file(name, files[name]) for name in wanted if name in files])
+            there = [_file(name, files[name]) for name in wanted if name in files]
+            folders = [name for name in wanted if any(file.startswith(f"{name}/") for file in files)]
+            return _json(there + [_folder(name) for name in folders])
         if path.startswith(f"/datasets/{self.repository}/resolve/"):
             commit, _, name = path.removeprefix(f"/datasets/{self.repository}/resolve/").partition("/")
             content = self.commits[commit].get(name)
@@ -158,13 +167,16 @@ class Hub(Server):
         right = {name: content for name, content in below.items() if deep or "/" not in name.removeprefix(prefix)}
         inside = {prefix + name.removeprefix(prefix).partition("/")[0] for name in below.keys() - right.keys()}
         return _json(
-            [_file(name, content) for name, content in right.items()]
-            + [{"type": "directory", "path": name, "oid": "0" * 40} for name in sorted(inside)]
+            [_file(name, content) for name, content in right.items()] + [_folder(name) for name in sorted(inside)]
         )
 
 
 def _file(name, content):
     return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+
+
+def _folder(name):
+    return {"type": "directory", "path": name, "oid": "0" * 40}
 
 
 def _json(content):

@@ -2,59 +2,19 @@
 
 import gzip
 import json
-import os
 import random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tests.outside.conftest import table
-from tests.outside.store_parts import Before, Hub, errors, put, upload
+from tests.outside.store_parts import errors, put, upload
 from tests.outside.test_stores import COLOURS, KINDS, png
 
 TEXT = ("source=prompts", "sampling.width=4", "sampling.height=4")
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def store(bucket, monkeypatch):
-    """A proxy before S3, which counts."""
-    server = Before(os.environ["AWS_ENDPOINT_URL"])
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    server = Hub()
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def files(tmp_path):
-    folder = tmp_path / "in"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
-def asked(latentmill, patches, tmp_path):
-    """``asked("plan" or "run", PATH, *more)``: of a job over it; all that it says."""
-
-    def asked(command, path, *more, output="out", code=0):
-        given = (*patches, f"source.path={path}", f"output={tmp_path / output}", "max_error_rate=1", *more)
-        assert latentmill(command, "encode", *given) == code, latentmill.said
-        return latentmill.said
-
-    return asked
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def test_a_plan_lists_and_asks_for_no_object_alone(store, asked):

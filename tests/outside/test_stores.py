@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from tests.outside.conftest import table
-from tests.outside.store_parts import Before, Hub, errors, put, upload
+from tests.outside.store_parts import Before, errors, put, upload
 from tests.outside.test_prompt_files import FILES, TEXT
 
 
@@ -98,10 +98,7 @@ def tars(folder):
 
 KINDS = {make.__name__: make for make in (pictures, texts, globbed, long_lines, named, columns, tars)}
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
@@ -133,21 +130,6 @@ def before(bucket, monkeypatch):
     yield before
     for each in made:
         each.close()
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    server = Hub()
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def files(tmp_path):
-    folder = tmp_path / "in"
-    folder.mkdir()
-    return folder
 
 
 @pytest.fixture

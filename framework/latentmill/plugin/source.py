@@ -89,6 +89,12 @@ class Source(Plugin, ABC):
 
         return pa.schema([])
 
+    def expect(self, fragment: Fragment) -> None:
+        """What is asked from here on is of the source as it was when this fragment of it was planned.
+
+        Told in each worker, before anything is asked; all fragments of a plan were planned at once.
+        """
+
     def changed(self, fragment: Fragment) -> bool:
         """Whether a fragment is another than when the job was planned, or on this machine: then the job ends.
 
@@ -113,7 +119,7 @@ class Source(Plugin, ABC):
         return None
 
     def reads_from(self, folder: str) -> bool:
-        """Whether files that come into this local folder, or below it, would be the source's: no job may write there."""
+        """Whether files that come into this folder or URL of a store, or below it, would be the source's: no job may write there."""
         return False
 
     def texts(self, fragment: Fragment) -> Iterator[tuple[str | None, str | None]]:

@@ -10,7 +10,6 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -123,8 +122,10 @@ class Images(Source):
             except RowError as error:
                 yield RowError(f"{escaped(name)}: {error}")
 
-    def changed(self, fragment: Fragment) -> bool:
+    def expect(self, fragment: Fragment) -> None:
         self._files.expect(fragment.fingerprint)
+
+    def changed(self, fragment: Fragment) -> bool:
         if self._files.local is not None:  # a store is listed once, and what is read is held against that
             _listing.cache_clear()
             _run.cache_clear()
@@ -174,8 +175,7 @@ class Images(Source):
         return found and os.path.join(folder, found)
 
     def reads_from(self, folder: str) -> bool:
-        at = self._files.local
-        return at is not None and Path(folder).resolve().is_relative_to(at.resolve())
+        return self._files.below(folder) is not None
 
     def texts(self, fragment: Fragment) -> Iterator[tuple[str | None, str | None]]:
         captions = [self._caption(name) for name in _run(self._files, self.follow_links, fragment.name)]

@@ -150,6 +150,9 @@ class Latents(Source):
             for row in [{}] if isinstance(piece, RowError) else piece.to_pylist():
                 yield row.get("prompt"), row.get("negative_prompt")
 
+    def expect(self, fragment: Fragment) -> None:
+        self._there.expect(fragment.fingerprint)
+
     def changed(self, fragment: Fragment) -> bool:
         return self._data.changed(self._files(fragment.name), fragment.fingerprint)
 

@@ -190,7 +190,9 @@ def orientation_of(image: Image.Image) -> int:
         found = image.getexif().get(ExifTags.Base.Orientation, 1)
     except MemoryError:
         raise
-    except Exception:  # garbage where EXIF should be says nothing of the pixels
+    except Exception as error:  # garbage where EXIF should be says nothing of the pixels
+        if isinstance(error, OSError) and error.errno is not None:  # the storage's: of a PNG all is looked at
+            raise
         return 1
     return found if found in TURNS else 1
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import pyarrow as pa
@@ -134,6 +133,9 @@ class Prompts(Source):
             else:
                 yield {**row, "image": size}
 
+    def expect(self, fragment: Fragment) -> None:
+        self._files.expect(fragment.fingerprint)
+
     def changed(self, fragment: Fragment) -> bool:
         return self._files.changed([fragment.name], fragment.fingerprint)
 
@@ -152,8 +154,7 @@ class Prompts(Source):
         return self._file(fragment.name).ids()
 
     def reads_from(self, folder: str) -> bool:
-        at = self._files.local
-        return at is not None and at.is_dir() and Path(folder).resolve() == at.resolve()
+        return self._files.below(folder) == "" and self._files.is_folder()  # files in folders below are not read
 
     def texts(self, fragment: Fragment) -> Iterator[tuple[str | None, str | None]]:
         file = self._file(fragment.name)

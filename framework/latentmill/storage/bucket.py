@@ -214,6 +214,8 @@ class Bucket(Storage):
             if isinstance(error, FileNotFoundError) and not writes:
                 raise FileNotFoundError(f"{self.url.rstrip('/')}/{name} is not there") from error
             said = _one_line(error)
+            if isinstance(error, self._errors.InvalidPathError):
+                said = f"{said}: a key of that kind can't be read: give it another name"
             if METADATA.search(said):
                 variables = CREDENTIALS[self.url.partition(":")[0]]
                 said = f"there are no credentials: set {variables}, here and, if they are other machines, on the nodes"

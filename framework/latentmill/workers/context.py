@@ -15,7 +15,7 @@ from latentmill.libraries import LIBRARIES, versions
 from latentmill.parts import PARTS, identity, plugin_of
 from latentmill.plan import Plan
 from latentmill.plan_files import read as read_plan
-from latentmill.plugin import FixedShape, Plugin, RowError, Scheduler, Stage, StageContext
+from latentmill.plugin import FixedShape, Plugin, RowError, Scheduler, Source, Stage, StageContext
 from latentmill.storage import Storage
 from latentmill.workers.weights_read import of_row
 
@@ -84,6 +84,8 @@ def as_planned(job: Job, plan: Plan, kind: str) -> Any:
             raise
         raise WrongWorker(f"{this_node()} can't build what the driver could: {error}") from error
     _require_libraries(plan, plugin.libraries)
+    if isinstance(plugin, Source) and plan.fragments:
+        plugin.expect(plan.fragments[0])
     if (found := plugin.fingerprint()) != planned["fingerprint"]:
         raise WrongWorker(
             f"{this_node()} has other weights or files for {what}: its fingerprint is {found or 'empty'} there, and "

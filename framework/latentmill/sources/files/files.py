@@ -48,6 +48,10 @@ class Files(ABC):
         """Whether the path is a folder."""
 
     @abstractmethod
+    def below(self, output: str) -> str | None:
+        """Where a folder or a store's URL lies below the path, "" if it is the path; None if it lies elsewhere."""
+
+    @abstractmethod
     def child(self, name: str) -> Files | None:
         """The folder ``name`` in the folder that the path is; None if there is none."""
 

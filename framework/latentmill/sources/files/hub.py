@@ -25,6 +25,8 @@ PAUSES = (0.2, 1.0, 3.0, 10.0, 30.0, 60.0)
 """Seconds between one try and the next, while the Hub fails."""
 HUB_TIMEOUT = 60.0
 """Seconds."""
+LONGEST_WAIT = 330.0
+"""Seconds that the Hub is waited for at a time, where it says when it will answer again: it counts requests in five minutes."""
 
 
 class HubFiles(RemoteFiles):
@@ -84,14 +86,19 @@ class HubFiles(RemoteFiles):
             elif not deep:
                 yield each.path, None
 
-    @property
+    @cached_property
     def _has_any(self) -> bool:
-        return next(self._list(self.key, deep=False), None) is not None  # a folder has a file somewhere, in git
+        folders = [each for each in self._info(self.key) if not hasattr(each, "blob_id")] if self.key else [""]
+        return bool(folders)  # each has a file somewhere, in git
 
     def _look(self, key: str) -> Stored | None:
-        found = self._asked(key, partial(self.api.get_paths_info, self.repository, [key], **self._where()))
-        files = [Stored(each.size, each.blob_id) for each in found if each.path == key and hasattr(each, "blob_id")]
+        files = [Stored(each.size, each.blob_id) for each in self._info(key) if hasattr(each, "blob_id")]
         return files[0] if files else None
+
+    def _info(self, key: str) -> list[Any]:
+        """What a file or a folder is; nothing, if it is not there."""
+        found = self._asked(key, partial(self.api.get_paths_info, self.repository, [key], **self._where()))
+        return [each for each in found if each.path == key]
 
     def _where(self) -> dict[str, str]:
         return {"revision": self.commit, "repo_type": "dataset"}
@@ -125,6 +132,7 @@ class HubFiles(RemoteFiles):
         """What the Hub answers, asked again while it fails. Raises FileNotFoundError, and StorageError, one line."""
         from huggingface_hub.errors import (
             EntryNotFoundError,
+            HFValidationError,
             OfflineModeIsEnabled,
             RepositoryNotFoundError,
             RevisionNotFoundError,
@@ -143,9 +151,22 @@ class HubFiles(RemoteFiles):
                     f"{at} is not there, or not for everybody: HF_TOKEN or `hf auth login` says who asks"
                 ) from error
             except Exception as error:  # of the network's libraries, which are the client's own affair
-                status = getattr(getattr(error, "response", None), "status_code", None)
-                for_good = isinstance(error, OfflineModeIsEnabled) or (status is not None and status not in AGAIN)
+                answer = getattr(error, "response", None)
+                status = getattr(answer, "status_code", None)
+                for_good = (
+                    status not in AGAIN if status else isinstance(error, (OfflineModeIsEnabled, HFValidationError))
+                )
                 if pause is None or for_good:
                     raise StorageError(f"{at}@{self.revision}/{key}: {one_line(error, 300)}") from error
+                pause = min(max(pause, _said_wait(answer)), LONGEST_WAIT)
             time.sleep(pause)
         raise AssertionError
+
+
+def _said_wait(answer: Any) -> float:
+    """Seconds until the Hub will answer again, where its answer says that."""
+    headers = getattr(answer, "headers", {})
+    found = re.fullmatch(r"\d+", headers.get("Retry-After", "")) or re.search(
+        r"(?<=;t=)\d+", headers.get("RateLimit", "")
+    )
+    return float(found[0]) if found else 0.0

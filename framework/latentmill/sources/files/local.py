@@ -76,6 +76,12 @@ class LocalFiles(Files):
     def is_folder(self) -> bool:
         return self.local.is_dir()
 
+    def below(self, output: str) -> str | None:
+        at, other = self.local.resolve(), Path(output).resolve()
+        if "://" in output or not other.is_relative_to(at):
+            return None
+        return "" if other == at else other.relative_to(at).as_posix()
+
     def child(self, name: str) -> LocalFiles | None:
         inside = self.local / name
         return LocalFiles(str(inside)) if inside.is_dir() else None

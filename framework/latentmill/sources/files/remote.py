@@ -86,12 +86,12 @@ class RemoteFiles(Files):
         """The key of the folder that names are relative to."""
         if self._is_file:
             return posixpath.dirname(self.key)
-        return fixed_part(self.key) if is_glob(self.key) else self.key
+        return fixed_part(self.key) if self._is_glob else self.key
 
     def find(self, suffixes: Collection[str]) -> list[str]:
         if self._is_file:
             names = [posixpath.basename(self.key)]
-        elif is_glob(self.key):
+        elif self._is_glob:
             pattern = self.key.removeprefix(self.root).removeprefix("/")
             below = self._listed(self.root, deep="/" in pattern)
             names = [self._name(key) for key, stored in below if stored and matches(self._name(key), pattern)]
@@ -105,14 +105,22 @@ class RemoteFiles(Files):
         return known
 
     def is_folder(self) -> bool:
-        return not self._is_file and not is_glob(self.key) and (self.key in self._folders or self._has_any)
+        return not self._is_file and (self.key in self._folders or self._has_any)
+
+    def below(self, output: str) -> str | None:
+        here, there = map(_parts, (self.path, output))
+        return "/".join(there[len(here) :]) if there[: len(here)] == here else None
 
     @cached_property
     def _is_file(self) -> bool:
-        about = self._about(self.key)
+        about = None if self.path.endswith("/") else self._about(self.key)
         return about is not None and (about.size > 0 or not self._has_any)  # some stores make an empty file of a folder
 
-    @property
+    @cached_property
+    def _is_glob(self) -> bool:
+        return is_glob(self.key) and not self.is_folder()  # whose name may have such a character, too
+
+    @cached_property
     def _has_any(self) -> bool:
         """Whether there is a file below."""
         return next(self._list(self.key, deep=True), None) is not None
@@ -123,16 +131,17 @@ class RemoteFiles(Files):
         return inside if inside.is_folder() else None
 
     def look_everywhere(self) -> None:
-        folders: dict[str, dict[str, FolderEntry]] = {self.root: {}}
+        folders: dict[str, dict[FolderEntry, None]] = {self.root: {}}
         for key, _ in self._listed(self.root, deep=True):
             is_folder = False
             while key != self.root:
                 above, name = posixpath.split(key)
-                if name in folders.setdefault(above, {}):
+                entry = FolderEntry(name, is_folder)  # a store may have a file and a folder of one name
+                if entry in folders.setdefault(above, {}):
                     break
-                folders[above][name] = FolderEntry(name, is_folder)
+                folders[above][entry] = None
                 key, is_folder = above, True
-        self._folders = {key: found.values() for key, found in folders.items()}
+        self._folders = dict(folders)
 
     def entries(self, folder: str, follow_links: bool = False) -> Iterator[FolderEntry]:
         key = self._key(folder)
@@ -153,8 +162,16 @@ class RemoteFiles(Files):
         return ReadOnly(self)
 
     def _listed(self, folder: str, deep: bool) -> Iterator[tuple[str, Stored | None]]:
-        for key, stored in self._list(folder, deep):
+        """What is below a folder. An empty object that marks a folder, as consoles and Hadoop make them, is no file."""
+        found = list(self._list(folder, deep))
+        folders = {folder, *(key for key, stored in found if stored is None)}
+        for key, _ in found:
+            while (key := posixpath.dirname(key)) not in folders:
+                folders.add(key)
+        for key, stored in found:
             if stored is not None:
+                if not stored.size and key in folders:
+                    continue
                 self._known.setdefault(key, stored)
             yield key, stored
 
@@ -283,7 +300,6 @@ class RemoteFiles(Files):
         pass
 
     def changed(self, names: Iterable[str], before: str) -> bool:
-        self.expect(before)
         return self.fingerprint(names, contents=False) != before
 
     def still(self, names: Iterable[str], before: str) -> bool:
@@ -322,3 +338,8 @@ class ReadOnly(Storage):
         raise StorageError(f"{self.url} is read, and not written")
 
     aside = create = put = delete = move = sweep = _refused
+
+
+def _parts(url: str) -> list[str]:
+    """The kind of store, the bucket, and the folders below."""
+    return list(filter(None, url.split("/")))
