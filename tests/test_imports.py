@@ -10,8 +10,8 @@ ORDER = """
     failpoints errors text streams values plugin digests weights libraries syntax ids identity buckets pixels fields registry schedulers batch columns checks storage
     config parts plan plan_files generations shards shard_index dataset stored
     sources sinks
-    stages verify exports push
-    progress driver workers report runner listings cli
+    stages verify exports
+    progress driver workers report push runner listings cli
     testing
 """.split()
 DOOR = {"config", "dataset", "runner", "stored"}

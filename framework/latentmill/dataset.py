@@ -287,7 +287,7 @@ class Dataset:
     def finish(self) -> None:
         """Have the sink make what it stores for the whole dataset. Raises ValueError if it has no name that is free for it."""
         for name, content in self.made_for_all().items():
-            if name in OURS or "/" in name or name.startswith((".", "_")):
+            if name in OURS or plan_files.is_name(name) or "/" in name or name.startswith((".", "_")):
                 raise ValueError(f"finish made a file {name!r}: not a name that is free at the top of a dataset")
             self.store.put(name, content)
 
@@ -382,8 +382,8 @@ class Dataset:
         return f"{self.store.url.rstrip('/')}/{name}"
 
 
-OURS = {*"plan.json README.md contact_sheet.png report.html data leases quarantine weights".split(), *COPIES, FOLDER}
-"""Names at the top of a dataset that no sink may give to a file of its own."""
+OURS = {*"README.md contact_sheet.png report.html data leases quarantine weights".split(), *COPIES, FOLDER}
+"""Names at the top of a dataset, beside the plans', that no sink may give to a file of its own."""
 
 
 def load(store: Storage) -> Dataset:

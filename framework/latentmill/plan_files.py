@@ -7,6 +7,7 @@ first name that is free: so drivers that grow a dataset at the same time agree o
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -34,6 +35,11 @@ def changed_libraries(plan: Plan, store: Storage) -> list[str]:
 def name_of(generation: int) -> str:
     """The file of a generation, which are counted from 0 on."""
     return f"plan-{generation}.json" if generation else FIRST_PLAN
+
+
+def is_name(name: str) -> bool:
+    """Whether a file at the top of a dataset is one of these, if it is ours."""
+    return re.fullmatch(r"plan(-[1-9]\d*)?\.json", name, re.ASCII) is not None
 
 
 def next_name(plan: Plan) -> str:

@@ -14,12 +14,13 @@ TOKEN = "hf_abcdefghijklmnop"
 
 
 class Hub:
-    """``files`` is what the repository holds. ``kill``: what is asked, and how often before, at which ``victim`` is killed."""
+    """``files`` is what the repository holds. ``kill``: what is asked, and how often before, at which ``victim`` is killed; ``meanwhile``:
+    what else happens at such a moment."""
 
     def __init__(self):
         self.files, self.lfs, self.blobs = {}, set(), {}
         self.commits, self.asked = [], []
-        self.kill, self.victim, self.large = None, None, False
+        self.kill, self.victim, self.large, self.meanwhile = None, None, False, {}
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -85,6 +86,15 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
+    def _file(self, content):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
     def _dispatch(self):
         hub, path = self.hub, urlsplit(self.path).path
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -98,6 +108,7 @@ class Handler(BaseHTTPRequestHandler):
             os.kill(hub.victim, signal.SIGKILL)
             self.close_connection = True
             return
+        hub.meanwhile.pop((what, hub.asked.count(what)), lambda: None)()
         hub.asked.append(what)
         if what == "blob":  # its address is secret, and asks for nobody
             digest = hashlib.sha256(body).hexdigest()
@@ -122,6 +133,8 @@ class Handler(BaseHTTPRequestHandler):
             hub.commit(body)
             oid = hashlib.sha1(body).hexdigest()
             self._answer({"success": True, "commitOid": oid, "commitUrl": f"{hub.url}/datasets/{REPO}/commit/{oid}"})
+        elif path.startswith(start := f"/datasets/{REPO}/resolve/main/"):
+            self._file(hub.files[path.removeprefix(start)])
         elif path == "/api/validate-yaml":
             self._answer({"errors": [], "warnings": []})
         elif path in (f"/api/datasets/{REPO}", f"/api/datasets/{REPO}/revision/main"):
@@ -129,4 +142,4 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self._answer({"error": f"nobody knows {path}"}, 404)
 
-    do_GET = do_POST = do_PUT = _dispatch
+    do_GET = do_HEAD = do_POST = do_PUT = _dispatch

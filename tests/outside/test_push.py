@@ -60,6 +60,9 @@ def push(hub, latentmill, forks, dataset, monkeypatch, tmp_path):
     """``push()``: the exit code of ``latentmill push``; ``push.said``: what it said; ``push.killed(AT)``: in a process that the Hub kills."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
 
     class Push:
         said = ""

@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from latentmill.dataset import Dataset
 from latentmill.progress import Pace
 from latentmill.report import card, contact_sheet, html
+from latentmill.report.files import MARK
 from latentmill.report.material import Material
 from latentmill.report.summary import summary
 from latentmill.text import one_line
 
-__all__ = ["finish", "summary"]
+__all__ = ["MARK", "finish", "summary"]
 
 logger = logging.getLogger("latentmill")
 
