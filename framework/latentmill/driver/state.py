@@ -182,7 +182,7 @@ class DriverState:
     finished_rows: Counter[int] = field(default_factory=Counter)
     """Rows that each stage has done."""
     rows_read: int = 0
-    """Rows that were read, each once: not those that were drawn again."""
+    """Rows that were read: again if they were lost, not if they were drawn again."""
     committed_ok: int = 0
     committed_failed: int = 0
     committed_filtered: int = 0
