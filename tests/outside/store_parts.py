@@ -62,7 +62,7 @@ class Before(Server):
     """A proxy before a store: ``seconds`` late, failing one time in ``fails``; ``first``, given method and path, may answer itself."""
 
     def __init__(self, upstream, seconds=0.0, fails=0, first=lambda method, path: None):
-        self.upstream = urllib.parse.urlsplit(upstream).netloc
+        self.upstream_url, self.upstream = upstream, urllib.parse.urlsplit(upstream).netloc
         self.seconds, self.fails, self.first = seconds, fails, first
         self.dice, self.failed = random.Random(0), 0
         super().__init__(self._forward)

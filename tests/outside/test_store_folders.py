@@ -116,6 +116,25 @@ def test_latents_are_read_at_the_commit_of_the_plan(hub, files, asked, latentmil
     assert hub.main != planned and rows(tmp_path / "out").equals(rows(tmp_path / "wanted"))
 
 
+def test_a_picture_that_a_row_names_is_the_one_that_was_first_read(store, files, asked, tmp_path):
+    """Some rows are read twice."""
+    for k in (0, 1):
+        put(store.url, f"in/{k}.png", png(COLOURS[k]))
+    put(store.url, "in/t.jsonl", b'{"image": "0.png"}\n{"image": "1.png"}\n')
+    seen = []
+
+    def first(method, path):
+        if method == "GET" and path.endswith("1.png"):
+            seen.append(path)
+            if len(seen) == 2:
+                put(store.upstream_url, "in/1.png", png("white"))
+
+    store.first = first
+    said = asked("run", "s3://bucket/in/t.jsonl", *TEXT[:1], code=1)
+    assert "s3://bucket/in/1.png was changed since it was first read" in said
+    assert errors(tmp_path / "out") == []
+
+
 def test_a_store_that_fails_says_nothing_of_how_a_picture_lies(store, files, asked):
     """Of a PNG all is read to know that: what may say it stands behind the pixels."""
     buffer = io.BytesIO()

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -150,6 +151,21 @@ def test_the_hub_fails_now_and_then_and_no_row_is_blamed(hub, files, asked, tmp_
         table(tmp_path / "wanted").replace_schema_metadata()
     )
     assert errors(tmp_path / "out") == errors(tmp_path / "wanted")
+
+
+@pytest.mark.parametrize("headers", [{"Retry-After": "2"}, {"RateLimit": '"resolvers";r=0;t=2'}])
+def test_the_hub_is_waited_for_as_long_as_it_says(headers, hub, files, asked):
+    (files / "p.txt").write_text("a\n")
+    hub.commit(files)
+    answer, refused, later = hub.answer, [], []
+
+    def refuses(*request):
+        (later if refused else refused).append(time.monotonic())
+        return answer(*request) if later else (429, headers, b"")
+
+    hub.answer = refuses
+    assert "1 rows" in asked("plan", f"hf://datasets/{hub.repository}/p.txt", *TEXT)
+    assert later[0] - refused[0] > 1.9
 
 
 NOT_THERE = {

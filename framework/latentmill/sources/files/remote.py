@@ -31,6 +31,8 @@ BYTES_AHEAD = 64 << 20
 """and bytes of them. A file that is larger is read by ranges."""
 LONGEST_KEY = 1024
 """Bytes that a name may have, as S3 says; it answers longer ones with an error."""
+MET = 100_000
+"""Files that rows name, and of which a process remembers what they were."""
 AT_A_TIME = 32
 """Files that are looked at together."""
 
@@ -48,6 +50,8 @@ class RemoteFiles(Files):
         super().__init__(path)
         self.key = "/".join(filter(None, key.split("/")))
         self._known: dict[str, Stored | None] = {}
+        self._met: dict[str, Stored] = {}
+        """The same of files that rows named, and no listing: the last of them."""
         self._folders: dict[str, Iterable[FolderEntry]] = {}
         self._begun: dict[str, tuple[Future[tuple[bytes, Stored]], int]] = {}
         """Files that are being fetched, with their bytes as far as they are known, in the order in which they will be opened."""
@@ -206,6 +210,12 @@ class RemoteFiles(Files):
             raise RowError("no such file or directory") from error
         except ValueError as error:  # a NUL in the name, or what the store can't spell
             raise RowError(f"not a file name: {one_line(error, 100)}") from error
+        if key not in self._known:
+            before = self._met.setdefault(key, about)
+            if before != about and before.tag and about.tag:
+                raise StorageError(f"{self.url(key)} was changed since it was first read: {STAY}")
+            if len(self._met) > MET:
+                del self._met[next(iter(self._met))]
         if len(content) == about.size:
             return io.BytesIO(content)
         return opened(partial(self._as_planned, key, about), about.size, {0: content}, self.range)
