@@ -38,7 +38,7 @@ def settle(plan: Plan, store: Storage, source: Source, grow: bool = False) -> Pl
 
     Raises PlanError if the dataset is another's, or if not all of its rows are in the source any more as they were. Writes nothing.
     """
-    if not store.exists(plan_files.FIRST_PLAN if grow else plan_files.next_name(plan)):
+    if not store.exists(plan_files.next_name(plan)) and not (grow and store.exists(plan_files.FIRST_PLAN)):
         return plan  # whoever goes on compares
     begun, there = plan_files.first(store), plan_files.load(store)
     plan_files.compare(replace(plan, fragments=begun.fragments, fingerprinted=begun.fingerprinted), store)
@@ -188,7 +188,7 @@ class _Growth:
         moved, others = dict[int, list[Run]](), list[int]()
         for at, fragment in enumerate(self.there.fragments):
             number = self.numbers.get(fragment.name)
-            if number is not None and self.now[number] == fragment:
+            if number is not None and (self.now[number] == fragment or self._is_longer(fragment, number)):
                 moved[at] = [(number, 0, fragment.rows)]
             elif fragment.rows:
                 others.append(at)
@@ -200,8 +200,13 @@ class _Growth:
         if ids is None:
             self.forgotten = _knows_rows(self.source)
             return moved | {at: self._by_name(self.there.fragments[at]) for at in others}
-        taken = {runs[0][0] for runs in moved.values() if runs}
+        taken = {runs[0][0] for runs in moved.values() if runs and runs[0][2] == self.now[runs[0][0]].rows}
         return moved | self._by_id(ids, others, [number for number in range(len(self.now)) if number not in taken])
+
+    def _is_longer(self, fragment: Fragment, number: int) -> bool:
+        """Whether its rows are the first of what has its name now: then nobody need ask for their ids, which they may lack."""
+        rows = fragment.rows
+        return self.now[number].rows > rows and self.source.still(fragment, [(fragment.name, 0, rows)]) is True
 
     def _by_name(self, fragment: Fragment) -> list[Run]:
         """Its rows are the first of what has its name now, or else it is wrong."""

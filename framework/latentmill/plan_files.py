@@ -89,6 +89,10 @@ def read(store: Storage) -> dict[str, Any]:
     try:
         found = json.loads(store.read("plan.json").decode())
     except (FileNotFoundError, NotADirectoryError):
+        if store.exists(name_of(1)):
+            raise PlanError(
+                f"{path} is gone, and can't be made again, since the dataset has grown: it must come from a backup"
+            ) from None
         shards = [name for name in store.names("data") if name[:5].isdecimal()]
         lost = (
             f"; data/{min(shards)} may be a shard of ours: the job that it is of, run again, puts plan.json back"

@@ -132,8 +132,8 @@ def _end(there: Dataset, live: progress.Live) -> None:
     _finish_sink(there)
     report.finish(there, live.pace)
     failpoints.reach("finishing")
-    there.store.put("_SUCCESS", b"")
-    if there.outgrown():  # it was not there when we looked, and what deletes this file may have come before it
+    # If it has grown since we looked, what deletes this file may have come before it; one that is there then is of all generations.
+    if not there.outgrown() and there.store.create("_SUCCESS", b"") and there.outgrown():
         there.store.delete("_SUCCESS")
     there.forget_retried()
 

@@ -151,3 +151,18 @@ def test_one_that_knows_the_old_plan_does_not_say_that_all_is_there(world):
     assert (now["success"], now["shards_done"], now["shards"], now["lost"]) == (False, 2, 3, 0)
     assert world.run() == 0, world.log.read_text()
     assert files(world.output) == world.undisturbed()
+
+
+def test_one_that_knows_the_old_plan_leaves_the_success_of_another(world):
+    """It had looked whether the dataset has grown, and was about to say that it is complete, until another had said so of more."""
+    at = world.folder / "at"
+    at.mkdir()
+    old = world.begin(LATENTMILL_FAILPOINT=f"finishing:pause:{at}")
+    wait_for(at / "finishing")
+    world.grown()
+    assert world.run("--grow", log=world.folder / "grower") == 0, (world.folder / "grower").read_text()
+    whole = files(world.output)
+    assert "_SUCCESS" in whole
+    (at / "go").touch()
+    assert world.forks.end(old) == 0, world.log.read_text()
+    assert files(world.output) == whole

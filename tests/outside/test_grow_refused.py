@@ -67,6 +67,27 @@ def test_ids_of_too_few_or_many_rows_are_not_gone_by(ids, said, latentmill, run,
     assert f".rows/{kept.name} can't be read: it says of {said}" in latentmill.err
 
 
+def test_a_row_without_an_id_is_no_hindrance_where_its_file_got_longer(run, pictures):
+    (pictures / "a.csv").write_text("image,name,prompt\n3.png,d,w\n")
+    (pictures / "b.csv").write_text("image,name,prompt\n0.png,a,x\n1.png,,y\n")
+    before = run("source.id_column=name")
+    (pictures / "a.csv").unlink()
+    (pictures / "b.csv").write_text("image,name,prompt\n0.png,a,x\n1.png,,y\n2.png,c,z\n3.png,d,w\n")
+    assert [id for _, id, _ in before] == ["d", "a"]
+    assert [id for _, id, _ in run("source.id_column=name", "--grow")] == ["d", "a", "c"], "d moved, and is not new"
+
+
+def test_a_plan_that_was_lost_after_growing_is_said(latentmill, run, pictures, tmp_path):
+    before = run(source="images")
+    Image.new("RGB", (4, 4), (9, 9, 9)).save(pictures / "x.png")
+    assert len(run("--grow", source="images")) == len(before) + 1
+    (tmp_path / "out" / "plan.json").unlink()
+    for told in [], ["--grow"]:
+        run(*told, source="images", code=2)
+        assert "plan.json is gone, and can't be made again" in latentmill.err
+    assert latentmill("status", tmp_path / "out") == 2 and "it must come from a backup" in latentmill.err
+
+
 # ----------------------------------------------------------------------------------------- what is at the end of a file
 
 
