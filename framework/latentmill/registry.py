@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.resources import files
+from math import isnan
 from typing import Any
 
 from latentmill.errors import JobError, PluginError, StorageError
@@ -267,11 +268,19 @@ def _check(who: str, plugin: type[Plugin], settings: Mapping[str, Any]) -> None:
     annotated = _hints(plugin)
     for key, value in settings.items():
         hint = annotated.get(key)
+        if value is not None and (number := _NUMBER_OR_NONE.get(hint)):
+            hint = number
         wrong = isinstance(hint, type) and not isinstance(value, hint)
         if hint in (int, float):
             wrong = isinstance(value, bool) or not isinstance(value, (int, float) if hint is float else int)
         if wrong and hint in (bool, int, float, str):
             raise PluginError(f"{who}: {key} must be {hint.__name__}, not {value!r}")
+        if isinstance(value, float) and isnan(value):  # as a bound it would let all pass
+            raise PluginError(f"{who}: {key} must be a number, not nan")
+
+
+_NUMBER_OR_NONE: Mapping[Any, type] = {int | None: int, float | None: float}
+"""Types of settings that may be left out."""
 
 
 def hints(kind: str, name: str) -> dict[str, Any]:
