@@ -96,7 +96,11 @@ def test_plugins_import_the_contract_and_what_goes_with_it():
                 "sinks",
                 "testing",
             }  # schedulers: its noise schedules; sinks: rows as batches again
-            assert units(imports(path, path.parents[1])) <= allowed, path
+            names = imports(path, path.parents[1])
+            assert "latentmill" not in names, (
+                f"{path}: what it takes of the door is not to be seen: from latentmill import read"
+            )
+            assert {name.split(".")[1] for name in names} <= {*allowed, "read"}, path
 
 
 def test_the_reader_sees_every_kind_of_import(tmp_path):

@@ -27,8 +27,8 @@ def tokenizer():
     return CLIPTokenizer(vocab={token: at for at, token in enumerate(tokens)}, merges=[], model_max_length=24)
 
 
-def clip(folder, width, seed):
-    """A CLIP with embeddings of ``width``, in a folder."""
+def clip(folder, width, seed, side=30, **of_vision):
+    """A CLIP with embeddings of ``width`` for pictures of ``side`` pixels, in a folder."""
     from transformers import CLIPConfig, CLIPModel
 
     words = tokenizer()
@@ -40,7 +40,7 @@ def clip(folder, width, seed):
         "eos_token_id": words.eos_token_id,
         "pad_token_id": words.pad_token_id,
     }
-    vision = {"image_size": 30, "patch_size": 10}
+    vision = {"image_size": side, "patch_size": 10, **of_vision}
     torch.manual_seed(seed)
     config = CLIPConfig(text_config={**small, **text}, vision_config={**small, **vision}, projection_dim=width)
     network = CLIPModel(config).eval()
@@ -48,7 +48,7 @@ def clip(folder, width, seed):
         for parameter in network.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.3)
-    for part in (network, words, processor(30)):
+    for part in (network, words, processor(side)):
         part.save_pretrained(folder)
     return folder
 
@@ -66,8 +66,8 @@ def other_clip_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def wide_clip_folder(tmp_path_factory):
-    """One with embeddings of 768, as ViT-L/14 has."""
-    return str(clip(tmp_path_factory.mktemp("wide_clip"), 768, 0))
+    """One with embeddings of 768, patches and layers as ViT-L/14 has, though narrow."""
+    return str(clip(tmp_path_factory.mktemp("wide_clip"), 768, 0, 224, patch_size=14, num_hidden_layers=24))
 
 
 @pytest.fixture(scope="session")

@@ -69,6 +69,28 @@ def test_rows_out_of_bounds_are_filtered_and_the_others_are_as_without_the_filte
         assert row["scores"] == {score: scored[name][score] for score in ("brightness", "contrast")}
 
 
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("min_contrast: abc", "min_contrast must be float, not 'abc'"),
+        ("max_brightness: nan", "max_brightness must be a number, not nan"),
+        ("min_brightness: true", "min_brightness must be float, not True"),
+    ],
+)
+def test_a_bound_that_is_no_number_is_refused(tmp_path, setting, told):
+    with pytest.raises(PluginError, match=re.escape(told)):
+        run("txt2img", tmp_path / "out", *SMALL, f"flow={GENERATE.format(f'{{name: broken, {setting}}}')}")
+
+
+def test_no_score_takes_the_place_of_another_column(tmp_path, classifier_folder):
+    twice = "{name: broken, min_contrast: null}, {name: broken, as: again}"
+    with pytest.raises(PluginError, match="stage broken before it adds the column brightness, too"):
+        run("txt2img", tmp_path / "out", *SMALL, f"flow={GENERATE.format(twice)}")
+    field = f"{{name: safety, path: {classifier_folder}, label: unsafe, column: strength}}"
+    with pytest.raises(PluginError, match="no score can be the column strength, which is another thing"):
+        run("txt2img", tmp_path / "out", *SMALL, f"flow={GENERATE.format(field)}")
+
+
 # ------------------------------------------------------------------------------------------------------ before encode
 
 
@@ -130,7 +152,7 @@ def test_of_near_duplicates_the_first_is_kept_whatever_the_batches(first, tmp_pa
     for name, row in kept.items():
         assert (row["latents"], row["phash"]) == (before[name]["latents"], before[name]["phash"])
     reasons = sorted(row["reason"] for row in filtered.values())
-    assert reasons == sorted(f"a near duplicate of row 0000000{of}-000" for of in NEAR.values())
+    assert reasons == sorted(f"a near duplicate of row 0000000{of}-000 of {first}" for of in NEAR.values())
     assert all(0 <= row["scores"]["bits"] <= 3 for row in filtered.values())
 
 
@@ -170,7 +192,7 @@ def test_ids_of_the_source_s_own_are_asked_for(folder, tmp_path):
     run("encode", tmp_path / "first", *job)
     ok, filtered, _ = run("encode", tmp_path / "kept", *job, f"stages.near_duplicates.settings.of={tmp_path / 'first'}")
     assert {row["id"] for row in ok.values()} == {"00.png", "01.png", "02.png", "06.png", "08.png"}
-    assert "a near duplicate of row 00.png" in {row["reason"] for row in filtered.values()}
+    assert f"a near duplicate of row 00.png of {tmp_path / 'first'}" in {row["reason"] for row in filtered.values()}
 
 
 def test_a_dataset_that_has_no_hashes_or_is_not_finished_is_refused_before_anything_starts(first, folder, tmp_path):
@@ -179,6 +201,9 @@ def test_a_dataset_that_has_no_hashes_or_is_not_finished_is_refused_before_anyth
     with pytest.raises((PluginError, PlanError), match=r"of needs source\.id_column=row_id"):
         latentmill.run("encode", [*job, f"{of}={first}"])
     job.append("source.id_column=row_id")
+    with pytest.raises(PluginError, match=r"has no ids: read it with source\.id_column=row_id"):
+        more = [f"source.path={folder}", "source.id_column=path", ENCODE, f"output={tmp_path / 'kept'}"]
+        latentmill.run("encode", ["cluster=inline", *more, f"{of}={first}"])
     plain = tmp_path / "plain"
     run("encode", plain, f"source.path={folder}")
     with pytest.raises(PluginError, match=r"has no column phash: a job with near_duplicates in its flow stores it"):

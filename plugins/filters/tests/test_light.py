@@ -77,6 +77,11 @@ def test_what_is_black_of_one_colour_or_nearly_so_is_filtered():
     assert told[0].reason == "contrast 0.0039 is below 0.01"
 
 
+def test_a_score_that_would_read_as_its_bound_is_told_in_full():
+    [why] = done(SizeBounds(max_aspect=1.33), with_pictures(1, height=300, width=400))[1].values()
+    assert why.reason == f"aspect {4 / 3!r} is above 1.33"
+
+
 def test_not_a_number_is_a_picture_of_one_colour_once_it_is_bytes():
     """As other programs store it; our own decode refuses the row before."""
     with np.errstate(invalid="ignore"):

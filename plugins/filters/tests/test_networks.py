@@ -1,5 +1,6 @@
 """Scores of networks are what their own library says of the same pictures."""
 
+import json
 import os
 import shutil
 from functools import partial
@@ -72,12 +73,18 @@ class TestSafety(StageSuite):
     name = "safety"
 
     @pytest.fixture(autouse=True)
-    def _of(self, classifier_folder, batch):
+    def _of(self, classifier_folder, batch, tmp_path):
         type(self).stage = staticmethod(partial(Safety, classifier_folder, "unsafe", None))
-        type(self).given = batch
+        type(self).given, type(self).other = batch, tmp_path / "other"
+        shutil.copytree(classifier_folder, type(self).other)
+        [path] = type(self).other.glob("*.safetensors")
+        save_file({name: tensor * 2 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
 
     def batch(self):
         return self.given
+
+    def changed(self):
+        return Safety(str(self.other), "unsafe", None)
 
 
 def ready(stage, fixed=None):
@@ -249,6 +256,9 @@ def refused(make):
 
 def test_what_is_no_network_s_folder_is_refused_when_the_stage_is_built(tmp_path, clip_folder, predictor):
     assert refused(ClipScore).startswith("path must be a network's folder")
+    assert refused(lambda: ClipScore("openai/clip")) == (
+        "there is no folder openai/clip; nothing is downloaded here: hf download NAME --local-dir FOLDER does"
+    )
     assert refused(lambda: ClipScore(str(tmp_path))).endswith(
         "holds no config.json: a folder as save_pretrained writes it is expected"
     )
@@ -259,9 +269,22 @@ def test_what_is_no_network_s_folder_is_refused_when_the_stage_is_built(tmp_path
         "dtype must be float32, float16, bfloat16"
     )
     assert refused(lambda: Aesthetic(clip_folder, predictor[1])) == (
-        "the predictor is for CLIP ViT-L/14, whose embeddings have 768 numbers, not 12"
+        "the predictor is for OpenAI's CLIP ViT-L/14, whose projection_dim is 768, not 12"
     )
     assert "there is no file 'nowhere'" in refused(lambda: Aesthetic(clip_folder, "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("key", "other"), [("patch_size", 16), ("image_size", 336), ("num_hidden_layers", 12), ("hidden_act", "gelu")]
+)
+def test_a_clip_of_another_make_is_refused_though_its_embeddings_are_as_wide(
+    wide_clip_folder, predictor, tmp_path, key, other
+):
+    folder = shutil.copytree(wide_clip_folder, tmp_path / "clip")
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"][key] = other
+    (folder / "config.json").write_text(json.dumps(config))
+    assert f"ViT-L/14, whose {key} is " in refused(lambda: Aesthetic(str(folder), predictor[1]))
 
 
 def test_a_tokenizer_that_is_missing_is_not_made_up(clip_folder, tmp_path):
@@ -276,6 +299,16 @@ def test_a_label_that_the_classifier_has_not_is_refused(classifier_folder):
     assert refused(lambda: Safety(classifier_folder, "nsfw")) == (
         "label must be one of the classifier's, safe, unsafe, drawing, not 'nsfw'"
     )
+
+
+def test_labels_that_a_config_leaves_out_are_not_guessed(classifier_folder, tmp_path):
+    folder = shutil.copytree(classifier_folder, tmp_path / "classifier")
+    config = json.loads((folder / "config.json").read_text())
+    del config["id2label"]
+    (folder / "config.json").write_text(json.dumps({**config, "num_labels": 3}))
+    assert Safety(str(folder), "LABEL_2").at == 2
+    (folder / "config.json").write_text(json.dumps({"model_type": "timm_wrapper", "label_names": ["a", "b"]}))
+    assert "is a network of timm" in refused(lambda: Safety(str(folder), "LABEL_0"))
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.nn import Linear, Module, Sequential
@@ -17,37 +16,56 @@ from torch.nn.functional import normalize
 from latentmill.weights import digest
 from latentmill.weights import load as load_tensors
 from latentmill_filters.network import NetworkScorer
+from latentmill_filters.scorer import written
 
 WIDTH = 768
 """Of the embeddings of CLIP ViT-L/14, for which the predictor was trained."""
+VIT_L_14 = {
+    "projection_dim": WIDTH,
+    "patch_size": 14,
+    "image_size": 224,
+    "num_hidden_layers": 24,
+    "hidden_act": "quick_gelu",
+}
+"""What a config says of it. Others, and those trained elsewhere with another activation, have embeddings as wide."""
+LEFT_OUT = {"patch_size": 32, "image_size": 224, "num_hidden_layers": 12, "hidden_act": "quick_gelu"}
+"""What a config of transformers means that doesn't say it."""
 
 
 class Aesthetic(NetworkScorer):
     """Scores a picture's aesthetics, and filters what is below ``min_score``.
 
-    ``aesthetic`` is what LAION's predictor of version 2 says, about 1 to 10: linear layers, 768 to 1024, 128, 64, 16 and 1 without
+    The score, in the column ``column``, is what LAION's predictor of version 2 says, about 1 to 10: linear layers, 768 to 1024, 128, 64, 16 and 1 without
     activations between, over CLIP's embedding of the picture, brought to length 1 (Schuhmann,
     github.com/christophschuhmann/improved-aesthetic-predictor).
 
-    ``path`` is the folder of CLIP ViT-L/14, as openai/clip-vit-large-patch14, and ``weights`` the predictor's file, as
+    ``path`` is the folder of CLIP ViT-L/14 with OpenAI's weights, openai/clip-vit-large-patch14, and ``weights`` the predictor's file, as
     sac+logos+ava1-l14-linearMSE.pth: a .safetensors, or a .pth, of which nothing but tensors is read. Those with ReLU have other
     layers, and are refused.
     """
 
     contract = 2
     fingerprinted = ("path", "weights")
-    adds = (pa.field("aesthetic", pa.float64(), nullable=False),)
 
     def __init__(
-        self, path: str = "", weights: str = "", min_score: float | None = None, dtype: str = "float32"
+        self,
+        path: str = "",
+        weights: str = "",
+        min_score: float | None = None,
+        dtype: str = "float32",
+        column: str = "aesthetic",
     ) -> None:
-        super().__init__(path, dtype)
+        super().__init__(path, dtype, column)
         self.weights, self.min_score = Path(weights).expanduser(), min_score
         if not self.weights.is_file():
             raise ValueError(f"weights must be the predictor's file, and there is no file {weights!r}")
-        width = self.folder.config.get("projection_dim")
-        if width != WIDTH:
-            raise ValueError(f"the predictor is for CLIP ViT-L/14, whose embeddings have {WIDTH} numbers, not {width}")
+        config = self.folder.config
+        found = {**LEFT_OUT, **config.get("vision_config", {}), "projection_dim": config.get("projection_dim")}
+        for name, wanted in VIT_L_14.items():
+            if found[name] != wanted:
+                raise ValueError(
+                    f"the predictor is for OpenAI's CLIP ViT-L/14, whose {name} is {wanted}, not {found[name]}"
+                )
 
     def fingerprint(self) -> str:
         both = f"{super().fingerprint()} {digest(self.weights)}"
@@ -72,8 +90,8 @@ class Aesthetic(NetworkScorer):
         return found[:, 0]
 
     def reason(self, scores: Mapping[str, float]) -> str:
-        if self.min_score is not None and scores["aesthetic"] < self.min_score:
-            return f"aesthetic score {scores['aesthetic']:.2f} is below {self.min_score:g}"
+        if self.min_score is not None and scores[self.column] < self.min_score:
+            return f"aesthetic score {written(scores[self.column], self.min_score)} is below {self.min_score:g}"
         return ""
 
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from latentmill.plugin import RowError, tensors
-from latentmill_filters.scorer import Scorer, no_pictures
+from latentmill_filters.scorer import Scorer, no_pictures, written
 
 LEVELS = np.arange(256)
 
@@ -43,11 +43,11 @@ class Broken(Scorer):
         if self.min_contrast is not None and contrast < self.min_contrast:
             if contrast == 0:
                 return "a black picture" if brightness == 0 else "a picture of one colour"
-            return f"contrast {contrast:.4f} is below {self.min_contrast:g}"
+            return f"contrast {written(contrast, self.min_contrast, 4)} is below {self.min_contrast:g}"
         if self.min_brightness is not None and brightness < self.min_brightness:
-            return f"brightness {brightness:.4f} is below {self.min_brightness:g}"
+            return f"brightness {written(brightness, self.min_brightness, 4)} is below {self.min_brightness:g}"
         if self.max_brightness is not None and brightness > self.max_brightness:
-            return f"brightness {brightness:.4f} is above {self.max_brightness:g}"
+            return f"brightness {written(brightness, self.max_brightness, 4)} is above {self.max_brightness:g}"
         return ""
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from latentmill_filters.network import NetworkScorer
+from latentmill_filters.scorer import written
 
 
 class ClipScore(NetworkScorer):
     """Scores how well a picture fits its prompt, and filters what fits too badly.
 
-    ``clip_score`` is 100 times the cosine of CLIP's embeddings of picture and prompt: ``100 * cos(E_I, E_C)``, from -100 to 100. Hessel et
+    The score, in the column ``column``, is 100 times the cosine of CLIP's embeddings of picture and prompt: ``100 * cos(E_I, E_C)``, from -100 to 100. Hessel et
     al. 2021 (arXiv:2104.08718, eq. 1) have ``2.5 * max(cos, 0)``, torchmetrics ``max(100 * cos, 0)``. Of a prompt of more tokens than CLIP
     reads, 77, the end is not read. A row without a prompt is an error: what a picture has in common with no words is no score.
 
@@ -26,10 +26,11 @@ class ClipScore(NetworkScorer):
     contract = 2
     needs_prompt = True
     libraries = ("transformers", "tokenizers")
-    adds = (pa.field("clip_score", pa.float64(), nullable=False),)
 
-    def __init__(self, path: str = "", min_score: float | None = None, dtype: str = "float32") -> None:
-        super().__init__(path, dtype)
+    def __init__(
+        self, path: str = "", min_score: float | None = None, dtype: str = "float32", column: str = "clip_score"
+    ) -> None:
+        super().__init__(path, dtype, column)
         self.folder.require_tokenizer()
         self.min_score = min_score
 
@@ -55,6 +56,6 @@ class ClipScore(NetworkScorer):
         return 100 * cosine
 
     def reason(self, scores: Mapping[str, float]) -> str:
-        if self.min_score is not None and scores["clip_score"] < self.min_score:
-            return f"CLIP score {scores['clip_score']:.2f} is below {self.min_score:g}"
+        if self.min_score is not None and scores[self.column] < self.min_score:
+            return f"CLIP score {written(scores[self.column], self.min_score)} is below {self.min_score:g}"
         return ""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-import latentmill
+from latentmill import read
 from latentmill.plugin import Declaration, RowError, StageContext, tensors
 from latentmill_filters.phash import MAX_DISTANCE, as_numbers, firsts, phash
 from latentmill_filters.scorer import Scorer, no_pictures
@@ -49,13 +49,12 @@ class NearDuplicates(Scorer):
         numbered_anew = any(stage.position == "first" and "latents" in stage.added() for stage in context.before)
         if self.known is not None and numbered_anew and context.choices["source"].get("id_column") is None:
             raise ValueError("with stored latents, of needs source.id_column=row_id, by which it knows the rows")
+        if self.known is not None:
+            self.known.places(_names(context)[1])  # what can't be told apart there is said before anything starts
         return super().declare(context)
 
     def prepare(self, context: StageContext) -> None:
-        column = context.choices.get("source", {}).get("id_column")
-        self.key = "id" if column is not None else "row_id"
-        """The batch's column by which a row is known."""
-        self.key_there = "id" if column not in (None, "row_id") else "row_id"
+        self.key, self.key_there = _names(context)
 
     def load(self, device: torch.device) -> None:
         if self.known is not None:
@@ -73,7 +72,9 @@ class NearDuplicates(Scorer):
         return [self._known(*row) for row in zip(batch.column(self.key).to_pylist(), hashes)]
 
     def reason(self, scores: Mapping[str, Any]) -> str:
-        return f"a near duplicate of row {scores['of']}" if "of" in scores else ""
+        if self.known is None or "of" not in scores:
+            return ""
+        return f"a near duplicate of row {scores['of']} of {self.known.path}"
 
     def _known(self, name: str, found: str | None) -> Mapping[str, Any] | RowError:
         """What is known of a row, whose picture has the hash ``found``, if it has a picture."""
@@ -83,12 +84,21 @@ class NearDuplicates(Scorer):
             return RowError(f"there is no row {name} in {self.known.path}")
         there = self.known.rows["phash"][at].as_py()
         if found is not None and _apart(as_numbers([found])[0], self.known.numbers[at]) > self.distance:
-            return RowError(f"row {name} of {self.known.path} is of another picture: phash {there}, and here {found}")
+            return RowError(
+                f"row {name} of {self.known.path} is of another picture, or was hashed in another size: "
+                f"phash {there}, and here {found}"
+            )
         first = int(self.firsts[at])
         if first == at:
             return {"phash": there}
         bits = _apart(self.known.numbers[at], self.known.numbers[first])
         return {"phash": there, "bits": bits, "of": self.known.rows[self.key_there][first].as_py()}
+
+
+def _names(context: StageContext) -> tuple[str, str]:
+    """The columns by which a row is known, the batch's and that of ``of``."""
+    column = context.choices.get("source", {}).get("id_column")
+    return "id" if column is not None else "row_id", "id" if column not in (None, "row_id") else "row_id"
 
 
 def _apart(a: np.uint64, b: np.uint64) -> int:
@@ -106,7 +116,7 @@ class Hashes:
     @cached_property
     def rows(self) -> pa.Table:
         """``row_id`` and ``phash``, and ``id`` where there are ids, of all rows in their order. Raises ValueError."""
-        pieces = list(latentmill.read(self.path, ["row_id", "phash", "id"]))
+        pieces = list(read(self.path, ["row_id", "phash", "id"]))
         if not all("phash" in piece.column_names for piece in pieces):
             raise ValueError(f"{self.path} has no column phash: a job with near_duplicates in its flow stores it")
         if not pieces:

@@ -39,6 +39,10 @@ class NetworkFolder:
         if not path:
             raise ValueError("path must be a network's folder, as save_pretrained of transformers writes it")
         self.root = Path(path).expanduser()
+        if not self.root.is_dir():
+            raise ValueError(
+                f"there is no folder {path}; nothing is downloaded here: hf download NAME --local-dir FOLDER does"
+            )
         if not (self.root / "config.json").is_file():
             raise ValueError(f"{path} holds no config.json: a folder as save_pretrained writes it is expected")
         if not any(self.root.glob("*.safetensors")):
@@ -122,10 +126,11 @@ class NetworkScorer(Scorer):
     """Whether a row without a prompt is an error."""
     network: Any
 
-    def __init__(self, path: str, dtype: str) -> None:
+    def __init__(self, path: str, dtype: str, column: str) -> None:
         if dtype not in NETWORK_DTYPES:
             raise ValueError(f"dtype must be {', '.join(NETWORK_DTYPES)}, not {dtype!r}")
-        self.folder, self.dtype = NetworkFolder(path), dtype
+        self.folder, self.dtype, self.column = NetworkFolder(path), dtype, column
+        self.adds = (pa.field(column, pa.float64(), nullable=False),)
 
     def fingerprint(self) -> str:
         return self.folder.fingerprint()
@@ -159,10 +164,9 @@ class NetworkScorer(Scorer):
         found = self.judged(
             tensors.send(tensors.spread(pixels, slots, size), self.device).to(self.network.dtype), prompts
         )
-        name = self.adds[0].name
         return [
             RowError("it has no prompt to be scored against")
             if self.needs_prompt and not prompt.strip()
-            else {name: score}
+            else {self.column: score}
             for prompt, score in zip(given, found.double().cpu()[slots].tolist())
         ]

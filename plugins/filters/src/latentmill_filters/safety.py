@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import pyarrow as pa
 from torch import Tensor
 
 from latentmill_filters.network import NetworkScorer
+from latentmill_filters.scorer import written
 
 INDEPENDENT = "multi_label_classification"
 """What a config of transformers says where labels don't exclude each other."""
@@ -19,7 +19,7 @@ class Safety(NetworkScorer):
 
     The score, in the column ``column``, is what transformers' pipeline ``image-classification`` says: softmax over all labels, from 0 to
     1; a sigmoid where labels don't exclude each other, or there is only one. ``path`` is the folder of a classifier of pictures, of any
-    architecture of transformers. With another ``column`` the stage may stand twice in a job.
+    architecture of transformers; networks of timm, in its wrapper, are refused. With another ``column`` the stage may stand twice in a job.
     """
 
     contract = 2
@@ -32,12 +32,14 @@ class Safety(NetworkScorer):
         column: str = "unsafe",
         dtype: str = "float32",
     ) -> None:
-        super().__init__(path, dtype)
-        self.label, self.max_score, self.column = label, max_score, column
-        self.adds = (pa.field(column, pa.float64(), nullable=False),)
+        super().__init__(path, dtype, column)
+        self.label, self.max_score = label, max_score
         config = self.folder.config
+        if config.get("model_type") == "timm_wrapper":
+            raise ValueError(f"{path} is a network of timm, and those of transformers alone are taken")
         # transformers leaves out of a config what is its default.
-        labels = {name: int(at) for at, name in config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"}).items()}
+        unnamed = {str(at): f"LABEL_{at}" for at in range(config.get("num_labels", 2))}
+        labels = {name: int(at) for at, name in config.get("id2label", unnamed).items()}
         if label not in labels:
             raise ValueError(f"label must be one of the classifier's, {', '.join(labels)}, not {label!r}")
         if config.get("problem_type") == "regression":
@@ -55,5 +57,5 @@ class Safety(NetworkScorer):
 
     def reason(self, scores: Mapping[str, float]) -> str:
         if self.max_score is not None and scores[self.column] > self.max_score:
-            return f"{self.label} {scores[self.column]:.2f} is above {self.max_score:g}"
+            return f"{self.label} {written(scores[self.column], self.max_score)} is above {self.max_score:g}"
         return ""

@@ -9,7 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from latentmill.plugin import Filtered, Reject, RowError, Stage
+from latentmill.fields import meaning
+from latentmill.plugin import Declaration, Filtered, Reject, RowError, Stage, StageContext
 
 
 class Scorer(Stage):
@@ -21,6 +22,17 @@ class Scorer(Stage):
 
     contract = 2
     adds: Sequence[pa.Field] = ()
+
+    def declare(self, context: StageContext) -> Declaration:
+        """As its class says. Raises ValueError if a column of its is there already: one of both would be lost."""
+        for column in self.adds:
+            if what := meaning(column.name):
+                raise ValueError(f"no score can be the column {column.name}, which is another thing: {what}")
+            if other := next((stage for stage in context.before if column.name in stage.added()), None):
+                raise ValueError(
+                    f"stage {other.name} before it adds the column {column.name}, too: give one another `column`, or leave it out"
+                )
+        return super().declare(context)
 
     @abstractmethod
     def scores(self, batch: pa.Table) -> Iterable[Mapping[str, Any] | RowError]:
@@ -48,9 +60,14 @@ class Scorer(Stage):
             batch = batch.take(pa.array(rows, pa.int64()))
         for field in self.adds:
             column = pa.array([row[field.name] for row in rows.values()], field.type)
-            at = batch.schema.get_field_index(field.name)  # the stage may stand twice in a job
-            batch = batch.append_column(field, column) if at < 0 else batch.set_column(at, field, column)
+            batch = batch.append_column(field, column)
         return batch
+
+
+def written(score: float, bound: float, digits: int = 2) -> str:
+    """A score in a few digits, or in all if it would read as its bound."""
+    short = f"{score:.{digits}f}"
+    return short if float(short) != bound else repr(score)
 
 
 def no_pictures(batch: pa.Table) -> list[RowError]:

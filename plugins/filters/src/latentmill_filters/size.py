@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import pyarrow as pa
 
 from latentmill.plugin import RowError
-from latentmill_filters.scorer import Scorer
+from latentmill_filters.scorer import Scorer, written
 
 
 class SizeBounds(Scorer):
@@ -37,5 +37,5 @@ class SizeBounds(Scorer):
         if self.min_side is not None and scores["short_side"] < self.min_side:
             return f"the shorter side, {scores['short_side']} pixels, is below {self.min_side}"
         if self.max_aspect is not None and scores["aspect"] > self.max_aspect:
-            return f"aspect {scores['aspect']:.2f} is above {self.max_aspect:g}"
+            return f"aspect {written(scores['aspect'], self.max_aspect)} is above {self.max_aspect:g}"
         return ""
