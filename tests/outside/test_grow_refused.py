@@ -139,3 +139,18 @@ def test_two_datasets_of_one_beginning_are_not_exported_into_one_folder(latentmi
         assert latentmill("export", tmp_path / output, export, "--to", "folder") == 2
         assert said in latentmill.err and "choose another folder" in latentmill.err
         assert {path.name: path.read_bytes() for path in export.iterdir() if path.is_file()} == there
+
+
+TAKER = """
+from latentmill.sinks.parquet import Parquet
+
+class Taker(Parquet):
+    def finish(self, shards):
+        return {"plan-1.json": b"{}"}
+"""
+
+
+def test_no_sink_takes_a_plan_s_name(latentmill, install, run, tmp_path):
+    install("taker", "[latentmill.sinks]\ntaker = taker:Taker\n", taker=TAKER)
+    run("sink=taker", source="images", code=1)
+    assert "finish made a file 'plan-1.json'" in latentmill.err and not (tmp_path / "out" / "plan-1.json").exists()
