@@ -51,6 +51,14 @@ def test_each_script_s_words_are_a_section_and_one_that_fails_ends_no_other(runn
     assert "why it broke" in capsys.readouterr().err
 
 
+def test_where_this_machine_has_a_peer_is_not_told(runner, tmp_path, monkeypatch):
+    (tmp_path / "pipeline.py").write_text("import sys\nassert sys.argv[1:] == ['--xenna', '/here/bin/python']\n")
+    monkeypatch.setattr(runner, "SCRIPTS", {"pipeline": ([], []), "first": ([], []), "breaks": ([], [])})
+    run(runner, monkeypatch, "--xenna", "/here/bin/python")
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "`python benchmarks/pipeline.py --xenna PYTHON`, 0 s." in text and "/here" not in text
+
+
 def test_a_few_are_printed_and_nothing_is_written(runner, tmp_path, monkeypatch, capsys):
     assert run(runner, monkeypatch, "first", "--quick") == 0
     assert "| told | --little |" in capsys.readouterr().out and not (tmp_path / "RESULTS.md").exists()

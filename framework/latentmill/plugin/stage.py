@@ -332,8 +332,9 @@ class CommittingStage(Stage):
     ) -> bool:
         """Publish a shard; False if another driver had, whose rows and errors then stand.
 
-        ``packed``: the rows that are ok, in any order; ``errors``: ``row``, ``stage`` and ``reason`` of those that failed;
-        ``filtered``: the same and ``scores`` of those that were filtered. It is given ``filtered`` only if there are any.
+        ``packed``: the rows that are ok, in any order; ``errors``: ``row``, ``stage`` and ``reason`` of those that failed, and ``attempt``, if
+        that was not their first; ``filtered``: ``row``, ``stage``, ``reason``, ``scores`` and, in a job with ``accept``, ``attempts``. It is
+        given ``filtered`` only if there are any.
         """
 
     @abstractmethod

@@ -88,10 +88,8 @@ class Write(CommittingStage):
         errors: Sequence[Mapping[str, Any]],
         filtered: Sequence[Mapping[str, Any]] = (),
     ) -> bool:
-        """Publish a shard; False if another driver had, whose rows and errors then stand.
+        """See ``CommittingStage.commit``.
 
-        ``packed``: the rows that are ok, in any order; ``errors``: ``row``, ``stage`` and ``reason`` of those that failed, and ``attempt``, if
-        that was not their first; ``filtered``: ``row``, ``stage``, ``reason``, ``scores`` and, in a job with ``accept``, ``attempts``.
         Raises RuntimeError unless these are the shard's planned rows, each once, or if they don't read back so.
         """
         failed, unwanted = self._told(errors), self._told(filtered)
