@@ -182,6 +182,21 @@ def store(bucket, monkeypatch):
 
 
 @pytest.fixture
+def another_store(store, monkeypatch):
+    """``another_store()``: a proxy before the same objects, for what is asked from now on. What an earlier command asked for ahead, and no longer waits for, still comes to the one before."""
+    servers = []
+
+    def another():
+        servers.append(Before(store.upstream_url))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", servers[-1].url)
+        return servers[-1]
+
+    yield another
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
 def hub(monkeypatch):
     server = Hub()
     monkeypatch.setenv("HF_ENDPOINT", server.url)
