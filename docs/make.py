@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from latentmill import registry
+from latentmill.commands.listings import scheduler_table
 from latentmill.exports.spaces import VAE_FAMILIES
 from latentmill.exports.table import EXPORT_FORMATS, NOT_MADE
 from latentmill.exports.texts import TEXT_FAMILIES, shapes_in_words
 from latentmill.fields import OWN_FIELDS, SOMETIMES, OwnField, limits, python_type
-from latentmill.listings import scheduler_table
 from latentmill.plugin.stage import BATCH_COLUMNS
 
 DOCS = Path(__file__).parent

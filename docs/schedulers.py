@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
 import latentmill
-from latentmill.listings import scheduler_table
+from latentmill.commands.listings import scheduler_table
 
 HERE = Path(__file__).parent
 PROMPT = "a red star above a blue ring on a yellow background"

@@ -1,6 +1,7 @@
 """The command: one line and 2 for what a person has to put right, and nothing is begun or written before."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,18 @@ def test_in_a_shell_there_is_no_traceback_unless_it_is_asked_for(tmp_path):
     code, lines = shell("--debug")
     assert code == 1 and "Traceback (most recent call last):" in lines
     assert lines[-1] == "latentmill.errors.JobError: " + line.removeprefix("latentmill: ")
+
+
+@pytest.mark.parametrize(
+    ("more", "spins"), [({}, "10000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")]
+)
+def test_threads_that_wait_let_others_work_unless_the_environment_says_more(more, spins, tmp_path):
+    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    code = "from latentmill.cli import main\ntry: main(['--version'])\nexcept SystemExit: import torch"
+    told = subprocess.run(
+        [sys.executable, "-c", code], env={**kept, **more, "OMP_DISPLAY_ENV": "VERBOSE"}, capture_output=True, text=True
+    )
+    assert f"GOMP_SPINCOUNT = '{spins}'" in told.stderr
 
 
 def test_debug_may_stand_anywhere(here):

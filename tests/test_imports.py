@@ -11,7 +11,7 @@ ORDER = """
     config parts plan plan_files generations shards shard_index dataset stored
     sources sinks
     stages verify exports
-    progress driver workers report push runner listings cli
+    progress driver workers report push runner commands cli
     testing
 """.split()
 DOOR = {"config", "dataset", "runner", "stored"}

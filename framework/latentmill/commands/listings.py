@@ -11,6 +11,7 @@ from itertools import zip_longest
 from typing import Any
 
 from latentmill import registry
+from latentmill.commands.command import Command
 
 
 class Formats(argparse.Action):
@@ -26,8 +27,12 @@ class Formats(argparse.Action):
         parser.exit()
 
 
-def plugins(options: Any) -> int:
-    """``latentmill plugins``."""
+def _plugin_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--check", action="store_true", help="import each, in another process, and say its state")
+
+
+def _plugins(options: Any) -> int:
     found = registry.examine() if options.check else registry.entries()
     names = ["group", "name", "distribution", "version", *(["state"] if options.check else [])]
     if options.json:
@@ -75,8 +80,11 @@ def scheduler_table() -> list[dict[str, Any]]:
     return found
 
 
-def schedulers(options: Any) -> int:
-    """``latentmill schedulers``."""
+def _scheduler_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true")
+
+
+def _schedulers(options: Any) -> int:
     found = scheduler_table()
     if options.json:
         print(json.dumps(found, indent=1))
@@ -94,3 +102,12 @@ def schedulers(options: Any) -> int:
     ]
     _print_table(["name", "order", "evaluations", "noise", "paper", "distribution"], rows)
     return 0
+
+
+PLUGINS_COMMAND = Command("plugins", "List all installed plugins.", _plugin_options, _plugins)
+SCHEDULERS_COMMAND = Command(
+    "schedulers",
+    "Say of each scheduler its order, what a step costs, and the paper.",
+    _scheduler_options,
+    _schedulers,
+)

@@ -1,0 +1,20 @@
+"""Our commands, each in a file of its name, in the order of ``--help``. None imports torch, Hydra or Ray before it is called."""
+
+from latentmill.commands.export import EXPORT_COMMAND
+from latentmill.commands.listings import PLUGINS_COMMAND, SCHEDULERS_COMMAND
+from latentmill.commands.plan import PLAN_COMMAND
+from latentmill.commands.push import PUSH_COMMAND
+from latentmill.commands.run import RUN_COMMAND
+from latentmill.commands.status import STATUS_COMMAND
+from latentmill.commands.verify import VERIFY_COMMAND
+
+COMMANDS = (
+    RUN_COMMAND,
+    PLAN_COMMAND,
+    STATUS_COMMAND,
+    VERIFY_COMMAND,
+    EXPORT_COMMAND,
+    PUSH_COMMAND,
+    PLUGINS_COMMAND,
+    SCHEDULERS_COMMAND,
+)

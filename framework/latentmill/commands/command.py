@@ -1,0 +1,41 @@
+"""What a command of ours is, and the words that several take."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from latentmill import registry
+
+
+@dataclass(frozen=True)
+class Command:
+    """``latentmill NAME ...``."""
+
+    name: str
+    about: str
+    """A sentence for ``--help``."""
+    add_options: Callable[[argparse.ArgumentParser], None]
+    call: Callable[[Any], int]
+    """Does it, given the options; returns the exit code. What it needs is imported when it is called."""
+    is_asked_on_stdout: Callable[[Any], bool] = lambda options: True
+    """Whether what it prints is what was asked for: it has failed then where that can't be written."""
+
+
+def add_job(parser: argparse.ArgumentParser) -> None:
+    """``JOB [key=value ...]``, as ``options.job`` and ``options.overrides``."""
+    parser.add_argument(
+        "job", metavar="JOB", help=f"a job that is installed ({', '.join(registry.jobs())}) or the path of a YAML file"
+    )
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="a value of the job, as sampling.steps=10")
+
+
+def add_grow(parser: argparse.ArgumentParser) -> None:
+    """``--grow``."""
+    parser.add_argument(
+        "--grow",
+        action="store_true",
+        help="take in rows that have come to the source since; those that are there stay",
+    )

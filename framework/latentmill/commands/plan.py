@@ -1,0 +1,83 @@
+"""``latentmill plan``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from latentmill import storage
+from latentmill.commands.command import Command, add_grow, add_job
+from latentmill.text import plural
+
+BUCKETS_A_LINE = 8
+MANY_SHARDS = 20_000
+"""Files in one folder from which listing them, and reading their footers at the end, takes minutes."""
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    add_job(parser)
+    add_grow(parser)
+    parser.add_argument("--json", action="store_true", help="print the plan as it would be written to plan.json")
+
+
+def _plan(options: Any) -> int:
+    from latentmill import generations, parts, plan_files
+    from latentmill import plan as planning
+    from latentmill.config import load_job
+    from latentmill.dataset import Dataset
+    from latentmill.workers import pools
+
+    job = load_job(options.job, options.overrides)
+    built = parts.parts(job)
+    store = storage.at(job.output)
+    plan = generations.settle(planning.plan(job, built), store, built.source, options.grow)
+    there = Dataset(store, plan, built.sink)
+    done = len(there.adopt())
+    if options.json:
+        print(plan.to_json(), end="")
+        return 0
+    sources = sum(fragment.rows for fragment in plan.fragments)
+    print(f"job      {job.name}: {' > '.join(job.flow)}")
+    print(f"source   {sources:,} rows in {len(plan.fragments):,} files, x {plan.samples_per_row} samples")
+    print(
+        f"planned  {plan.rows:,} rows in {plan.shards:,} shards of {plan.rows_per_shard:,}, of which {done:,} are done"
+    )
+    if job.attempts:
+        print(f"accept   of each row up to {plural(job.attempts, 'sample')}, until one is not filtered")
+    if plan.shards > MANY_SHARDS:
+        print(
+            f"         that is many files: rows_per_shard={-(-plan.rows // MANY_SHARDS // 100) * 100} would make fewer"
+        )
+    print(f"output   {job.output}")
+    hosted, why = pools.hosted(job, plan)
+    print(f"workers  {', '.join(' + '.join(plan.stages[stage].name for stage in stages) for stages in hosted)} ({why})")
+    plugins = {
+        kind: about
+        for kind, about in plan.plugins.items()
+        if (kind[:5], about["distribution"]) != ("stage", "latentmill")
+    }
+    for kind, about in plugins.items():
+        print(
+            f"{kind:<13} {about['name']} ({about['distribution']} {about['version']}) {about['fingerprint']}".rstrip()
+        )
+    print(f"{'libraries':<13} {', '.join(f'{name} {version}' for name, version in plan.libraries.items())}")
+    if beside := [f"{column.name} {column.type}" for column in plan.columns.schema()]:
+        print(f"{'columns':<13} {', '.join(beside)}")
+    if job.size is not None:
+        found, of = parts.bucket_counts(job, built, plan.fragments)
+        counts = [f"{bucket} {count:,}" for bucket, count in found.most_common()]
+        lines = [", ".join(counts[start : start + BUCKETS_A_LINE]) for start in range(0, len(counts), BUCKETS_A_LINE)]
+        for at, line in enumerate([*lines, of]):
+            print(f"{'' if at else 'buckets':<13} {line}")
+    print(f"hash     {plan.hash}")
+    for line in [
+        *parts.notices(built),
+        *parts.foreign_prompts(job, built, plan.fragments),
+        *plan_files.changed_libraries(plan, store),
+        *(f"{job.output}/data/{name} is no shard of this dataset" for name in there.foreign()),
+    ]:
+        print(f"notice   {line}")
+    return 0
+
+
+PLAN_COMMAND = Command("plan", "Say what a job would make, and run nothing.", _options, _plan)

@@ -1,0 +1,68 @@
+"""``latentmill run``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from latentmill import storage
+from latentmill.commands.command import Command, add_grow, add_job
+from latentmill.errors import JobError, PlanError
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    add_job(parser)
+    add_grow(parser)
+    parser.add_argument("--cfg", choices=["job"], help="print the whole composed config, and run nothing")
+    parser.add_argument(
+        "--fork",
+        metavar="OUT2",
+        type=storage.place,
+        help="begin anew in OUT2, for a job that has changed; nothing is reused",
+    )
+    parser.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="do shards with failed rows again, once what made them fail is mended",
+    )
+    parser.add_argument("--stage", metavar="NAME", help="with --retry-failed: only for rows that failed in this stage")
+    parser.add_argument(
+        "--reason", metavar="TEXT", help="with --retry-failed: only for rows whose reason has this in it"
+    )
+
+
+def _run(options: Any) -> int:
+    from latentmill import values
+    from latentmill.config import load_job
+    from latentmill.runner import run
+
+    if options.cfg:
+        print(load_job(options.job, options.overrides).config, end="")
+        return 0
+    if options.fork:
+        if storage.at(options.fork).exists("plan.json"):
+            raise PlanError(
+                f"--fork {options.fork}: there is a dataset already; a fork begins anew, in a place of its own"
+            )
+        options.overrides.append(f"output={values.literal(options.fork)}")
+    if (options.stage or options.reason) and not options.retry_failed:
+        raise JobError("--stage and --reason say which failed rows --retry-failed does again: give it, too")
+
+    def wanted(error: Mapping[str, Any]) -> bool:
+        return error["stage"] == (options.stage or error["stage"]) and (options.reason or "") in error["reason"]
+
+    result = run(options.job, options.overrides, wanted if options.retry_failed else None, options.grow)
+    print(result.text)
+    if result.interrupted:
+        return 130
+    return 1 if result.failed and not result.ok else 0  # not one row: whoever started this wants to know
+
+
+RUN_COMMAND = Command(
+    "run",
+    "Run a job to its end, or go on where an earlier run stopped.",
+    _options,
+    _run,
+    lambda options: bool(options.cfg),
+)

@@ -1,0 +1,41 @@
+"""``latentmill status``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from latentmill import storage
+from latentmill.commands.command import Command
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output", metavar="OUT", type=storage.place)
+    parser.add_argument("--json", action="store_true")
+
+
+def _status(options: Any) -> int:
+    from latentmill.dataset import status
+
+    now = status(options.output)
+    if options.json:
+        print(json.dumps(now))
+        return 0
+    filtered = now.get("filtered", 0)
+    made = now["ok"] + now["failed"] + filtered
+    state = "complete" if now["success"] else "not complete; the same command goes on with it"
+    if now["lost"]:
+        state = f"was complete, and has lost {now['lost']:,} shards; the same command does them again"
+    print(f"{now['output']}: job {now['name']}, {state}")
+    counts = f"{now['ok']:,} ok, {now['failed']:,} failed" + f", {filtered:,} filtered" * bool(filtered)
+    print(f"{made:,} of {now['planned']:,} rows: {counts}")
+    print(f"{now['shards_done']:,} of {now['shards']:,} shards")
+    for name in now["foreign"]:
+        print(f"data/{name} is no shard of this dataset")
+    for text, rows in now["warnings"].items():
+        print(f"warning: {rows:,} rows: {text}")
+    return 0
+
+
+STATUS_COMMAND = Command("status", "Say how far a dataset is, from its folder alone.", _options, _status)
