@@ -9,9 +9,9 @@ ROOT = Path(__file__).parents[1] / "framework" / "latentmill"
 ORDER = """
     failpoints errors text streams values plugin digests weights libraries syntax ids identity buckets pixels fields registry schedulers batch columns checks storage
     config parts plan plan_files generations shards shard_index dataset stored
-    sources sinks
+    sources sinks launchers
     stages verify exports
-    progress driver workers report push runner commands cli
+    progress driver workers report push runner submissions commands cli
     testing
 """.split()
 DOOR = {"config", "dataset", "runner", "stored"}

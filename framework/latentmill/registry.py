@@ -22,6 +22,7 @@ from latentmill.plugin import (
     VAE,
     Denoiser,
     Grid,
+    Launcher,
     Plugin,
     RowField,
     Scheduler,
@@ -41,6 +42,7 @@ KINDS: dict[str, type[Plugin]] = {
     "stage": Stage,
     "source": Source,
     "sink": Sink,
+    "launcher": Launcher,
 }
 """What can be chosen. The entry-point group of a kind is ``latentmill.<kind>s``."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from latentmill import registry
@@ -39,3 +41,14 @@ def add_grow(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="take in rows that have come to the source since; those that are there stay",
     )
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str] = ()) -> None:
+    """A table for people; ``styles``: of each row, as rich has them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*head, box=None, header_style="bold", pad_edge=False)
+    for row, style in zip_longest(rows, styles):
+        table.add_row(*row, style=style)
+    Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False).print(table)

@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
-from collections.abc import Sequence
-from itertools import zip_longest
 from typing import Any
 
 from latentmill import registry
-from latentmill.commands.command import Command
+from latentmill.commands.command import Command, print_table
 
 
 class Formats(argparse.Action):
@@ -23,7 +20,7 @@ class Formats(argparse.Action):
         rows = [
             [each.name, each.of, ", ".join(each.needs), each.layout, each.reader] for each in EXPORT_FORMATS.values()
         ]
-        _print_table(["format", "latents of", "needs", "files", "read by"], rows)
+        print_table(["format", "latents of", "needs", "files", "read by"], rows)
         parser.exit()
 
 
@@ -39,18 +36,8 @@ def _plugins(options: Any) -> int:
         print(json.dumps([{name: getattr(entry, name) for name in names} for entry in found], indent=1))
         return 0
     rows = [[entry.group.removeprefix("latentmill."), *(getattr(entry, name) for name in names[1:])] for entry in found]
-    _print_table(["kind", *names[1:]], rows, ["" if entry.state == "ok" else "yellow" for entry in found])
+    print_table(["kind", *names[1:]], rows, ["" if entry.state == "ok" else "yellow" for entry in found])
     return 0
-
-
-def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str] = ()) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*head, box=None, header_style="bold", pad_edge=False)
-    for row, style in zip_longest(rows, styles):
-        table.add_row(*row, style=style)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def scheduler_table() -> list[dict[str, Any]]:
@@ -100,7 +87,7 @@ def _schedulers(options: Any) -> int:
         ]
         for row in found
     ]
-    _print_table(["name", "order", "evaluations", "noise", "paper", "distribution"], rows)
+    print_table(["name", "order", "evaluations", "noise", "paper", "distribution"], rows)
     return 0
 
 

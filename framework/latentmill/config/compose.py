@@ -159,14 +159,19 @@ class _Names(ConfigSource):
         return True
 
     def is_group(self, config_path: str) -> bool:
-        return config_path.rstrip("/") in registry.KINDS
+        return _kind(config_path) in registry.KINDS
 
     def is_config(self, config_path: str) -> bool:
-        kind, _, name = config_path.removesuffix(".yaml").rpartition("/")
-        return kind in registry.KINDS and name in _names(kind, tuple(sys.path))
+        group, _, name = config_path.removesuffix(".yaml").rpartition("/")
+        return _kind(group) in registry.KINDS and name in _names(_kind(group), tuple(sys.path))
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
-        return sorted(_names(config_path.rstrip("/"), tuple(sys.path)))
+        return sorted(_names(_kind(config_path), tuple(sys.path)))
+
+
+def _kind(group: str) -> str:
+    """The kind of plugin that a group of configs is for: its own name, but for where jobs are submitted to."""
+    return "launcher" if (name := group.rstrip("/")) == "target" else name
 
 
 @cache

@@ -25,9 +25,9 @@ from latentmill.text import without_secrets
 def load_job(job: str, overrides: Sequence[str] = ()) -> Job:
     """The job of that name, or of that YAML file, with ``key=value`` overrides. Raises JobError or PluginError."""
     prepare()
-    name = Path(job).stem if _is_file(job) else job
+    name = Path(job).stem if is_file(job) else job
     choices, assignments = parse(overrides)
-    if _is_file(job):
+    if is_file(job):
         path = Path(os.path.abspath(os.path.expanduser(job)))  # a link is a job of its own name
         if not path.is_file():
             raise JobError(f"there is no job file {job}; shipped jobs are chosen by name: {', '.join(registry.jobs())}")
@@ -75,5 +75,6 @@ def _raw(path: Path) -> Any:
         return ()
 
 
-def _is_file(job: str) -> bool:
+def is_file(job: str) -> bool:
+    """Whether a job is meant by its file, and not by its name."""
     return job.endswith((".yaml", ".yml")) or "/" in job

@@ -22,6 +22,15 @@ with ``Filtered`` for one that is not wanted; ``StorageError`` says that a store
 from latentmill.errors import RowError, StorageError
 from latentmill.plugin.contract import CONTRACT, Filtered, Plugin, Reason, Reject, RowField
 from latentmill.plugin.denoiser import Denoiser, FollowsAuthors, Prediction
+from latentmill.plugin.launcher import (
+    RETRY_CODES,
+    Launcher,
+    LaunchState,
+    StageNeeds,
+    StateWord,
+    Submission,
+    Submitted,
+)
 from latentmill.plugin.scheduler import Field, Grid, NoiseSchedule, Scheduler, Start, State
 from latentmill.plugin.sink import OpenSideFile, Sink, StoredShard
 from latentmill.plugin.source import Fragment, Source
@@ -39,6 +48,7 @@ from latentmill.plugin.vae import VAE, LatentSpec, statistics_digest
 
 __all__ = [
     "CONTRACT",
+    "RETRY_CODES",
     "CommittingStage",
     "Conditioning",
     "ContinuousStage",
@@ -51,6 +61,8 @@ __all__ = [
     "Fragment",
     "Grid",
     "LatentSpec",
+    "LaunchState",
+    "Launcher",
     "NoiseSchedule",
     "OpenSideFile",
     "Plugin",
@@ -65,10 +77,14 @@ __all__ = [
     "Source",
     "Stage",
     "StageContext",
+    "StageNeeds",
     "Start",
     "State",
+    "StateWord",
     "StorageError",
     "StoredShard",
+    "Submission",
+    "Submitted",
     "TextEncoder",
     "VAE",
     "statistics_digest",

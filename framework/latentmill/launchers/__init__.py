@@ -1,0 +1,1 @@
+"""Where jobs can be started: a process of its own here, Ray's job server, Slurm. Each is a plugin, as anyone's would be."""

@@ -1,0 +1,261 @@
+"""Jobs that were submitted from this machine: what is sent, what is remembered of it, and what became of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+from latentmill import dataset, registry, values
+from latentmill.config import Job, load_job
+from latentmill.config.target import PREFIX, load_target, settled
+from latentmill.errors import JobError, LatentmillError, UnreachableError
+from latentmill.plugin import Launcher, LaunchState, StageNeeds, Submission, Submitted
+from latentmill.text import near, one_line, without_secrets
+
+FIRST_LINE = "defaults: [job, _self_]\n"
+"""What a composed config begins with, to be a job's file: all keys are in it, and take the defaults' places."""
+JOBS_AT_A_TIME = 16
+"""Jobs that are asked for how they are at a time."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A job that was submitted, as it is remembered: a JSON file below ``$XDG_STATE_HOME/latentmill/jobs``."""
+
+    id: str
+    job: str
+    """Its name."""
+    output: str
+    target: Mapping[str, Any]
+    """The launcher's name and settings; environment variables stay ``${oc.env:...}``."""
+    submitted: str
+    """When, in UTC: ISO 8601."""
+    handle: str | None = None
+    """None: submitting has not ended."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A job that is ready to be submitted: checked, and nothing of it has been written or sent."""
+
+    job: Job
+    target: Mapping[str, Any]
+    launcher: Launcher
+    submission: Submission
+    files: Mapping[str, str]
+
+    def submit(self) -> Record:
+        """Write its files, and send it. Raises PluginError, or UnreachableError; then nothing is remembered of it."""
+        sent = self.submission
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        record = Record(sent.id, self.job.name, sent.output, self.target, now)
+        folder = _folder(sent.id)
+        home().mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700)
+        try:
+            for name, text in self.files.items():
+                (folder / name).write_text(text, encoding="utf-8")
+            _write(record)
+            with asking_target(self.launcher, self.job.config):
+                handle = self.launcher.submit(sent, folder)
+        except BaseException:
+            _record_file(sent.id).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        record = Record(**{**asdict(record), "handle": handle})
+        _write(record)
+        return record
+
+
+def prepare(job: str, overrides: Sequence[str], to: str) -> Offer:
+    """What ``latentmill submit JOB --to NAME`` would send. Raises JobError or PluginError for what is wrong with it."""
+    about_target = [word for word in overrides if word.startswith(PREFIX)]
+    overrides = [word for word in overrides if not word.startswith(PREFIX)]
+    target = load_target(to, about_target, job)
+    launcher = _launcher(target)
+    checked = load_job(job, overrides)
+    if not (_is_url(checked.output) or os.path.isabs(checked.output)):
+        if launcher.shares_files:
+            checked = load_job(job, [*overrides, f"output={values.literal(os.path.abspath(checked.output))}"])
+        else:
+            raise JobError(
+                f"output={checked.output} is relative, and --to {to} runs the job where that is another folder: write a path from "
+                "the root that every node sees, as output=/shared/out/my-job, or a URL, as output=s3://bucket/my-job"
+            )
+    if not launcher.shares_files:
+        for key, path in _relative_paths(checked):
+            raise JobError(
+                f"{key}={path} is relative, and --to {to} runs the job where that is another folder: write a path from the root "
+                "that every node sees, or a URL"
+            )
+    submission = Submission(
+        id=_new_id(checked.name),
+        name=checked.name,
+        text=FIRST_LINE + checked.config,
+        output=checked.output,
+        folder=os.getcwd(),
+        needs=tuple(_needs(checked)),
+        without_ray=checked.cluster.kind == "inline",
+    )
+    with asking_target(launcher, checked.config):
+        files = launcher.files(submission)
+    return Offer(checked, target, launcher, submission, files)
+
+
+def records() -> list[Record]:
+    """All jobs that were submitted from here, the oldest first."""
+    found = []
+    for file in home().glob("*.json"):
+        with suppress(OSError, ValueError, TypeError):  # one that is no record, or of another version
+            found.append(Record(**json.loads(file.read_text(encoding="utf-8"))))
+    return sorted(found, key=lambda record: (record.submitted, record.id))
+
+
+def find(name: str) -> Record:
+    """The record of that id, or handle, or whose id alone begins so. Raises JobError."""
+    there = records()
+    for found in (
+        [record for record in there if name in (record.id, record.handle)],
+        [record for record in there if name and record.id.startswith(name)],
+    ):
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise JobError(f"{name} may be {' or '.join(record.id for record in found)}: write more of it")
+    raise JobError(
+        f"no job {name!r} was submitted from here{near(name, [r.id for r in there])}; latentmill jobs lists them"
+    )
+
+
+@contextmanager
+def met_again(record: Record) -> Iterator[tuple[Launcher, Submitted]]:
+    """The launcher of a job that was submitted, and the job, to ask it about: what it raises is one line. Raises JobError or PluginError."""
+    if record.handle is None:
+        raise JobError(
+            f"{record.id}: submitting it did not end, and whether {record.target['name']} has it is not known"
+        )
+    launcher = _launcher(record.target)
+    with asking_target(launcher, str(record.target)):
+        yield launcher, Submitted(record.id, record.handle, _folder(record.id))
+
+
+def look(some: Sequence[Record]) -> list[dict[str, Any]]:
+    """How jobs are, and how far their outputs: keys ``id``, ``job``, ``target``, ``handle``, ``submitted``, ``output``, ``state``, ``exit_code``,
+    ``detail``, ``dataset`` (what ``status`` says; None: it can't be read, or is not begun, and ``unread`` says so in a few words).
+    """
+    with ThreadPoolExecutor(JOBS_AT_A_TIME) as pool:
+        return list(pool.map(_look, some))
+
+
+def _look(record: Record) -> dict[str, Any]:
+    try:
+        with met_again(record) as (launcher, job):
+            state = launcher.state(job)
+    except LatentmillError as error:
+        state = LaunchState("unknown", detail=str(error))
+    unread, found = "", None
+    try:
+        found = dataset.status(record.output)
+    except Exception as error:  # a job that is old, a store that is gone: the others are told of all the same
+        unread = (
+            "not begun"
+            if isinstance(error, LatentmillError) and state.word in ("queued", "running")
+            else one_line(error)
+        )
+    return {
+        **{key: value for key, value in asdict(record).items() if key != "target"},
+        "target": record.target["name"],
+        "state": state.word,
+        "exit_code": state.exit_code,
+        "detail": state.detail,
+        "dataset": found,
+        "unread": unread,
+    }
+
+
+@contextmanager
+def asking_target(launcher: Launcher, config: str) -> Iterator[None]:
+    """What a launcher raises becomes one line, without the secrets that ``config`` names: an OSError an UnreachableError, else a PluginError."""
+    try:
+        with registry.asking(launcher):
+            yield
+    except LatentmillError as error:
+        said = without_secrets(str(error), config)
+        if isinstance(error.__cause__, OSError):
+            raise UnreachableError(said) from None
+        raise type(error)(said) from None
+
+
+def home() -> Path:
+    """Where what was submitted is remembered. It need not be there."""
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(state).expanduser() / "latentmill" / "jobs"
+
+
+def _folder(identity: str) -> Path:
+    return home() / identity
+
+
+def _record_file(identity: str) -> Path:
+    return home() / f"{identity}.json"
+
+
+def _write(record: Record) -> None:
+    file = _record_file(record.id)
+    new = file.with_suffix(".new")
+    new.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
+    new.replace(file)
+
+
+def _launcher(target: Mapping[str, Any]) -> Launcher:
+    return cast(Launcher, registry.build("launcher", settled(target)))
+
+
+def _new_id(name: str) -> str:
+    """The job's name as far as it can stand in a label of DNS, and six signs by which it is told from others."""
+    label = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:38].rstrip("-")
+    label = label if label[:1].isalpha() else f"job-{label}".rstrip("-")
+    return f"{label[:38].rstrip('-')}-{secrets.token_hex(4)}"
+
+
+def _is_url(place: str) -> bool:
+    return "://" in place
+
+
+def _needs(job: Job) -> Iterator[StageNeeds]:
+    for stage in job.flow:
+        asked = job.stages[stage]
+        yield StageNeeds(
+            stage,
+            asked.replicas if isinstance(asked.replicas, int) else None,
+            asked.num_cpus,
+            asked.num_gpus,
+            asked.bytes,
+            asked.accelerator_type,
+            dict(asked.resources),
+        )
+
+
+def _relative_paths(job: Job) -> Iterator[tuple[str, str]]:
+    """Keys of the job whose values are paths that lead from the folder where it runs, and are there in this one."""
+    for part in ("source", "model", "vae", "denoiser", "text_encoder"):
+        for key, value in (getattr(job, part) or {}).items():
+            if (
+                key.rpartition("_")[2] == "path"
+                and isinstance(value, str)
+                and not os.path.isabs(value)
+                and os.path.exists(value)
+            ):
+                yield f"{part}.{key}", value
+    if job.prompt_cache and not (_is_url(job.prompt_cache) or os.path.isabs(job.prompt_cache)):
+        yield "prompt_cache", job.prompt_cache
