@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from latentmill.errors import LatentmillError
@@ -47,14 +47,29 @@ def near(name: str, names: Iterable[str]) -> str:
 
 
 def without_secrets(text: str, config: str) -> str:
-    """``text`` with the values of environment variables that ``config`` names taken out: others may read an error.
+    """``text`` with the values of environment variables that ``config`` names taken out: others may read an error."""
+    return hidden(text, secrets(config))
+
+
+def secrets(config: str, others: Iterable[str] = ()) -> dict[str, str]:
+    """What others must not read: the values of environment variables that ``config`` names, and of those whose names begin as one of
+    ``others`` and say that it is a key, each with what is to stand for it.
 
     Those of at least 8 characters, lest a number or a word be taken for a secret.
     """
-    for name in re.findall(r"""oc\.env:[\s'"\\]*([A-Za-z_]\w*)""", config):
-        value = os.environ.get(name, "")
-        if len(value) >= 8:
-            text = text.replace(value, f"${{oc.env:{name}}}")
+    named = {name: f"${{oc.env:{name}}}" for name in re.findall(r"""oc\.env:[\s'"\\]*([A-Za-z_]\w*)""", config)}
+    beginnings = tuple(others)
+    for name in os.environ:
+        if name.startswith(beginnings) and re.search("KEY|SECRET|TOKEN|PASSWORD", name):
+            named.setdefault(name, f"${name}")
+    found = ((os.environ.get(name, ""), shown) for name, shown in named.items())
+    return {value: shown for value, shown in found if len(value) >= 8}
+
+
+def hidden(text: str, secret: Mapping[str, str]) -> str:
+    """``text`` without these ``secrets``."""
+    for value, shown in secret.items():
+        text = text.replace(value, shown)
     return text
 
 

@@ -6,7 +6,7 @@ import logging
 import re
 import threading
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -53,7 +53,7 @@ class Hearing:
         return taken
 
     def _hear(self, text: str, line: tuple[str, int]) -> None:
-        text = one_line(re.sub(r"\x1b\[[\d;]*m", "", text), 500)  # some write in colours
+        text = one_line(without_colours(text), 500)
         if text not in self._known and self._of_line[line] < EACH:
             self._of_line[line] += 1
             self._known.add(text)
@@ -65,6 +65,8 @@ class _Hook:
 
     def __init__(self) -> None:
         self.on: list[Hearing] = []
+        self.lately: deque[str] = deque(maxlen=64)
+        """Lines of messages that were heard: they are printed, too, as a rule."""
         self.lock = threading.Lock()
         self.factory, self.show = logging.getLogRecordFactory(), warnings.showwarning
 
@@ -92,13 +94,19 @@ class _Hook:
         top = made.name.partition(".")[0]
         # A library that sorts its messages out by a filter has sorted them out for us, too.
         if made.levelno >= logging.WARNING and top not in NOT_HEARD and logging.getLogger(made.name).filter(made):
-            self.hear(f"{made.name}: {made.getMessage()}", (made.pathname, made.lineno))
+            message = made.getMessage()
+            self.lately.extend(line for line in map(one_line, message.splitlines()[:8]) if line)
+            self.hear(f"{made.name}: {message}", (made.pathname, made.lineno))
         return made
 
     def shown(self, message: Any, category: type[Warning], file: str, line: int, *more: Any, **named: Any) -> None:
         if not issubclass(category, DEVELOPERS):
             self.hear(f"{category.__name__}: {message}", (file, line))
-        self.show(message, category, file, line, *more, **named)
+        _here.shows = True
+        try:
+            self.show(message, category, file, line, *more, **named)
+        finally:
+            _here.shows = False
 
     def hear(self, text: str, line: tuple[str, int]) -> None:
         here = getattr(_here, "hearing", None) or next(iter(self.on[-1:]), None)
@@ -110,14 +118,11 @@ _here = threading.local()
 _hook = _Hook()
 
 
-class Telling:
-    """Puts into the driver's log what the workers heard, each message once for a stage."""
+def is_heard(line: str) -> bool:
+    """Whether a line that this thread prints now is one of a message that was heard."""
+    return getattr(_here, "shows", False) or any(known in line for known in tuple(_hook.lately))
 
-    def __init__(self) -> None:
-        self._told: set[tuple[str, str]] = set()
 
-    def __call__(self, stage: str, messages: list[str]) -> None:
-        for text in messages:
-            if (stage, text) not in self._told:
-                self._told.add((stage, text))
-                logger.warning(f"{stage}: {text}")
+def without_colours(text: str) -> str:
+    """What some programs print, without what makes a terminal show it in colours."""
+    return re.sub(r"\x1b\[[\d;]*m", "", text)
