@@ -382,7 +382,7 @@ class Dataset:
         return f"{self.store.url.rstrip('/')}/{name}"
 
 
-OURS = {*"README.md contact_sheet.png report.html data leases quarantine weights".split(), *COPIES, FOLDER}
+OURS = {*"README.md contact_sheet.png report.html data leases quarantine weights logs live".split(), *COPIES, FOLDER}
 """Names at the top of a dataset, beside the plans', that no sink may give to a file of its own."""
 
 

@@ -26,8 +26,10 @@ from latentmill.errors import RunError
 from latentmill.plan import Plan
 from latentmill.shard_index import WORTH
 from latentmill.shards import data_name
-from latentmill.text import without_secrets
+from latentmill.text import secrets, without_secrets
 from latentmill.workers.pools import make_pool, max_bytes_in_flight, stage_spec, worker_types
+from latentmill.workers.speech import SECRET_VARIABLES
+from latentmill.workers.watch import Watch
 
 logger = logging.getLogger("latentmill")
 
@@ -80,11 +82,12 @@ def run(
     if finished(state) and not again and store.exists("_SUCCESS") and plan_files.is_published(plan, store):
         return _result(job, there, state, seconds=0.0)
     pool: Pool | None = None
+    watch = Watch(job.name, job.output, secrets(job.config, SECRET_VARIABLES))
     started, interrupted = time.monotonic(), False
     try:
         with interruptible(), progress.live(job.name) as live:
             if again or not finished(state):
-                pool = make_pool(job, plan, store)
+                pool = make_pool(job, plan, store, watch)
             store.check()
             generations.publish(plan, store, built.source)
             there.remember()
@@ -99,7 +102,7 @@ def run(
             while True:
                 apply(state, TakenOut(taken))
                 if not finished(state):
-                    pool = pool or make_pool(job, plan, store)
+                    pool = pool or make_pool(job, plan, store, watch)
                     state.max_bytes_in_flight = max_bytes_in_flight(job)
                     store.delete("_SUCCESS")  # somebody has taken shards out
                     lease = nullcontext() if job.single_writer else Leases(store, data)

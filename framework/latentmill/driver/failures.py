@@ -211,7 +211,7 @@ def _is_one_too_many(state: DriverState, worker_type: int) -> bool:
 def _stop_worker(state: DriverState, stage: int, worker: int, reason: str) -> None:
     """Replace a worker that lives, since it fails at a stage. What it held is given out anew."""
     worker_type = state.type_of[stage]
-    state.worker_orders.append(StopWorker(worker_type, worker))
+    state.worker_orders.append(StopWorker(worker_type, worker, reason))
     held = state.worker_gone(worker_type, worker)
     _replace_worker(state, worker_type, worker, {stage: set()}, reason)
     for dispatch in held:

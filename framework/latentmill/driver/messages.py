@@ -105,6 +105,8 @@ class StopWorker:
 
     worker_type: int
     worker: int
+    reason: str = ""
+    """What it fails with, if it does."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latentmill import checks, registry, weights
+from latentmill import checks, registry, tally, weights
 from latentmill.batch import (
     NEGATIVE_PREFIX,
     PROMPT_PREFIX,
@@ -287,6 +287,7 @@ class Denoise(ContinuousStage):
                 return
             size = self.call_sizes[going[0].kind[0]]
             size.was_too_large(sum(row.evaluations for row in going))
+            tally.count(tally.HALVINGS)
             logger.warning(f"out of memory: from now on {size.size} evaluations a call")
         except ContractError as error:
             self._fail(going, error)
@@ -307,8 +308,10 @@ class Denoise(ContinuousStage):
                 batch.unstack()
                 del self.running[kind]
             batch = RunningBatch(going, self.denoiser, scheduler, self.device, self.fixed)
-        with self.call_sizes[kind[0]].timing(sum(row.evaluations for row in going), self.device):
+        evaluations = sum(row.evaluations for row in going)
+        with self.call_sizes[kind[0]].timing(evaluations, self.device):
             batch.step(scheduler)
+        tally.count(tally.EVALUATIONS, evaluations)
         self.running[kind] = batch
         if any(row.arrived for row in going):
             batch.unstack()

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -25,8 +26,11 @@ from latentmill.driver.messages import (
 from latentmill.errors import WrongWorker
 from latentmill.text import one_line
 from latentmill.workers.context import this_node
-from latentmill.workers.hearing import Telling
+from latentmill.workers.watch import Watch
 from latentmill.workers.worker import Admit, Block, Call, Outcome, Worker, WorkerSetup
+
+ALL = -1
+"""The number of all workers together, for whoever watches them."""
 
 _Made: TypeAlias = "tuple[Outcome, Block] | Exception | None"
 """What was made of an order; None of a commit."""
@@ -37,11 +41,14 @@ class InlinePool:
     one that reads rows or writes files, has a thread beside.
     """
 
-    def __init__(self, setups: Sequence[WorkerSetup], admit: Admit = lambda node, read: "") -> None:
-        """``admit`` says what is wrong with what a worker has read."""
+    def __init__(
+        self, setups: Sequence[WorkerSetup], admit: Admit = lambda node, read: "", watch: Watch | None = None
+    ) -> None:
+        """``admit`` says what is wrong with what a worker has read; ``watch`` is told of the workers."""
         self.setups, self.admit = setups, admit
         self.stages = [stage.name for setup in setups for stage in setup.stages]
-        self.tell = Telling()
+        self.watch = watch or Watch()
+        self.watch.called(ALL, ALL, self.stages)
         self.workers: dict[int, Worker] = {}
         self.types: dict[int, int] = {}
         self.inboxes: dict[int, queue.SimpleQueue[Dispatch | None]] = {}
@@ -140,7 +147,7 @@ class InlinePool:
             finally:  # a stage that only reads has fewer threads; this thread of Python is for those that compute
                 torch.set_num_threads(before)
             for stage, messages in worker.heard().items():
-                self.tell(stage, messages)
+                self.watch.heard(stage, messages)
             if reason := self.admit(this_node(), worker.loaded):
                 raise WrongWorker(reason)
         except WrongWorker as error:
@@ -175,8 +182,16 @@ class InlinePool:
         if reason := self.admit(outcome.node, outcome.read):
             return Died(self.types[order.worker], order.worker, reason, wrong=True)
         self.blocks[order.id] = block
-        self.tell(self.stages[order.stage], outcome.heard)
+        self.watch.heard(self.stages[order.stage], outcome.heard)
+        self._note(order, outcome)
         return Finished(order.id, outcome.parts, outcome.rejected, outcome.bytes)
+
+    def _note(self, order: Dispatch, outcome: Outcome) -> None:
+        """All workers are this process: what it uses is told once, of the one that computes, if one does."""
+        notice = outcome.notice
+        if not self.setups[self.types[order.worker]].computes and any(setup.computes for setup in self.setups):
+            notice = replace(notice, usage=None)
+        self.watch.noticed(ALL, self.stages[order.stage], notice)
 
     def _blocks(self, order: Dispatch) -> list[Block]:
         return [self.blocks[name] for name in order.blocks()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import ray
@@ -38,8 +38,8 @@ class Places:
     is one, for the first: where that ends, others go on elsewhere, and nobody must wait for just this place.
     """
 
-    def __init__(self, setups: Sequence[WorkerSetup]) -> None:
-        """Raises BusyError if others hold the cluster for longer than PATIENCE."""
+    def __init__(self, setups: Sequence[WorkerSetup], name: Callable[[str], str]) -> None:
+        """``name`` makes the name by which people find a place. Raises BusyError if others hold the cluster for longer than PATIENCE."""
         self.free: dict[int, list[PlacementGroupSchedulingStrategy]] = {}
         """By worker type."""
         self.taken: dict[int, tuple[int, PlacementGroupSchedulingStrategy]] = {}
@@ -48,9 +48,11 @@ class Places:
         found = [(number, setup.asks) for number, setup in enumerate(setups) if setup.replicas is None]
         self.found = {number for number, _ in found}
         together = [[(number, asks) for number, asks in given if asks], *[[each] for each in found if each[1]]]
-        self.groups = {
-            placement_group([asks for _, asks in bundles], strategy="PACK"): bundles for bundles in together if bundles
-        }
+        self.groups = {}
+        for bundles in filter(None, together):
+            types = sorted({number for number, _ in bundles})
+            called = name(f"places of {'+'.join(stage.name for of in types for stage in setups[of].stages)}")
+            self.groups[placement_group([asks for _, asks in bundles], strategy="PACK", name=called)] = bundles
         until = time.monotonic() + PATIENCE
         for group, bundles in self.groups.items():
             if not group.wait(max(0.01, until - time.monotonic())):

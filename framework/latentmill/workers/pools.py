@@ -17,6 +17,7 @@ from latentmill.plan import Plan
 from latentmill.plugin import Declaration
 from latentmill.storage import Storage
 from latentmill.workers.context import make_stage
+from latentmill.workers.watch import Watch
 from latentmill.workers.weights_read import WeightsRead
 from latentmill.workers.worker import StageWork, WorkerSetup
 
@@ -147,19 +148,19 @@ def max_bytes_in_flight(job: Job) -> float:
     return SHARE * there if there else math.inf
 
 
-def make_pool(job: Job, plan: Plan, store: Storage) -> Pool:
-    """The pool that the job's cluster asks for. Ray is imported only if it is wanted."""
+def make_pool(job: Job, plan: Plan, store: Storage, watch: Watch) -> Pool:
+    """The pool that the job's cluster asks for, which tells ``watch`` of its workers. Ray is imported only if it is wanted."""
     setups = [worker_setup(job, plan, stages) for stages in hosted(job, plan)[0]]
     admit = WeightsRead(plan, store)
     if job.cluster.kind == "inline":
         from latentmill.workers.inline import InlinePool
 
-        return InlinePool(setups, admit)
+        return InlinePool(setups, admit, watch)
     from latentmill.workers import cluster, ray_pool
 
     owned = cluster.connect(job.cluster.address if job.cluster.kind == "ray" else None)
     try:
-        return ray_pool.RayPool(setups, owned, partial(_sees, store), admit)
+        return ray_pool.RayPool(setups, owned, partial(_sees, store), admit, watch)
     except PlacementError:
         if owned:
             cluster.disconnect()

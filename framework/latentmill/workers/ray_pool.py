@@ -6,9 +6,8 @@ import logging
 import os
 import queue
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import ray
@@ -38,12 +37,11 @@ from latentmill.driver.messages import (
 )
 from latentmill.errors import WrongWorker
 from latentmill.text import one_line
-from latentmill.weights import Reading
+from latentmill.workers.actor import REMOTE, Ready, resources
 from latentmill.workers.cluster import disconnect, store_environment
-from latentmill.workers.context import this_node
-from latentmill.workers.hearing import Telling
 from latentmill.workers.nodes import PATIENCE, Nodes, Places, alive, check_placement
-from latentmill.workers.worker import Admit, StageWork, Worker, WorkerSetup, memory_held
+from latentmill.workers.watch import Watch
+from latentmill.workers.worker import Admit, WorkerSetup
 
 logger = logging.getLogger("latentmill")
 
@@ -51,6 +49,8 @@ GONE = (RayActorError, OutOfMemoryError, WorkerCrashedError, NodeDiedError, Loca
 """What Ray raises for a call whose worker is no more. OutOfMemoryError: Ray's memory monitor killed it."""
 LOOK_EVERY = 0.25
 """Seconds between two looks for workers that hang."""
+LAST_WORDS = 3.0
+"""Seconds that workers are given at the end to put into an object store what they have said last."""
 
 
 class RayPool:
@@ -62,11 +62,14 @@ class RayPool:
         owns_cluster: bool = False,
         sees: Callable[[str], bool] = bool,
         admit: Admit = lambda node, read: "",
+        watch: Watch | None = None,
     ) -> None:
-        """``sees`` says whether a file that a worker has written is there for the driver, too; ``admit`` what is wrong with what it has read."""
+        """``sees`` says whether a file that a worker has written is there for the driver, too; ``admit`` what is wrong with what it has
+        read; ``watch`` is told of the workers.
+        """
         self.setups, self.owns_cluster, self.sees, self.admit = setups, owns_cluster, sees, admit
         self.stages = [stage for setup in setups for stage in setup.stages]
-        self.tell = Telling()
+        self.watch = watch or Watch()
         self.actors: dict[int, Any] = {}
         self.types: dict[int, int] = {}
         """The type of each worker that was started."""
@@ -87,13 +90,17 @@ class RayPool:
         self.answers: queue.SimpleQueue[tuple[StartWorker | Dispatch, Future[Any]]] = queue.SimpleQueue()
         """Orders of which something has come, each with what has; Ray's own thread puts them in."""
         check_placement(setups, list(alive().values()))
-        self.places = Places(setups)
+        self.places = Places(setups, self.watch.full)
         finds = any(setup.replicas is None for setup in setups)
         self.nodes = Nodes(self.places, watch=not owns_cluster) if finds else None
         """The nodes, if it depends on them how many workers there are."""
 
     def submit(self, order: PoolOrder) -> None:
         if isinstance(order, StopWorker):
+            if order.reason:
+                self.watch.gone(order.worker, f"it was ended: {order.reason}")
+            else:
+                self.watch.left(order.worker)
             self._bury(order.worker)
         elif isinstance(order, StartWorker):
             self._start(order)
@@ -103,10 +110,12 @@ class RayPool:
     def _start(self, order: StartWorker) -> None:
         setup = self.setups[order.worker_type]
         self.types[order.worker] = order.worker_type
-        options = {**_resources(setup), "max_concurrency": sum(stage.calls for stage in setup.stages)}
+        called = self.watch.called(order.worker, order.worker_type, [stage.name for stage in setup.stages])
+        options = {**resources(setup), "max_concurrency": sum(stage.calls for stage in setup.stages)}
+        options["name"] = self.watch.full(called.short)
         if place := self.places.take(order.worker_type, order.worker):
             options["scheduling_strategy"] = place
-        actor = _REMOTE.options(**options).remote(os.getcwd(), store_environment(), setup.stages)
+        actor = REMOTE.options(**options).remote(os.getcwd(), store_environment(), setup.stages, called)
         self.actors[order.worker] = actor
         self.starting[order.worker], self.asked[order.worker] = order, time.monotonic()
         self._await(order, actor.ready.remote())
@@ -155,7 +164,19 @@ class RayPool:
             self._bury(worker)
             at_start = getattr(death, "actor_init_failed", False)
             events.append(Died(self.types[worker], worker, _cause(death), at_start, with_node=_with_node(death)))
-        return events + self._late() + self._hanging()
+        events += self._late() + self._hanging()
+        for event in events:
+            if isinstance(event, Died):
+                self._tell_of(event)
+        return events
+
+    def _tell_of(self, death: Died) -> None:
+        """Say of a worker that it is gone, unless the job ends for just that reason, or it was one more than there need be."""
+        first_or_more = death.worker_type not in self.took or self.setups[death.worker_type].replicas is None
+        if death.wrong or (death.at_start and first_or_more):
+            self.watch.left(death.worker)
+        else:
+            self.watch.gone(death.worker, death.reason)
 
     def _started(self, start: StartWorker, future: Future[Any]) -> Event | None:
         """A worker is ready, or is not what it should be."""
@@ -163,8 +184,10 @@ class RayPool:
             return None
         seconds = time.monotonic() - self.asked.pop(start.worker)
         found: Ready = future.result()
+        self.watch.runs(start.worker, found.node)
         for stage, messages in found.heard.items():
-            self.tell(stage, messages)
+            self.watch.heard(stage, messages, start.worker)
+        self.watch.noticed(start.worker, "", found.notice)
         if reason := found.wrong or self.admit(found.node, found.read):
             self._could_not_start(start, reason)
             self._bury(start.worker)
@@ -178,6 +201,7 @@ class RayPool:
             self._could_not_start(start, reason)
             return Died(start.worker_type, start.worker, reason, at_start=True)
         self.took.setdefault(start.worker_type, seconds)
+        self.watch.ready(start.worker)
         return Started(start.worker_type, start.worker, seconds, found.memory)
 
     def _done(self, order: Dispatch, future: Future[Any]) -> Event | None:
@@ -204,7 +228,8 @@ class RayPool:
         self._answered(order)
         if order.task == "commit":
             return Finished(order.id, seconds=outcome)
-        self.tell(self.stages[order.stage].name, outcome.heard)
+        self.watch.heard(self.stages[order.stage].name, outcome.heard, order.worker)
+        self.watch.noticed(order.worker, self.stages[order.stage].name, outcome.notice)
         return Finished(order.id, outcome.parts, outcome.rejected, outcome.bytes, outcome.seconds, outcome.memory)
 
     def _failed(self, order: Dispatch, why: Any, error: BaseException) -> Failed:
@@ -273,6 +298,9 @@ class RayPool:
 
     def close(self) -> None:
         """End all workers, at once."""
+        if "://" in self.watch.output and self.actors:
+            last = [actor.end.remote() for actor in self.actors.values()]
+            ray.wait(last, num_returns=len(last), timeout=LAST_WORDS)
         for actor in self.actors.values():
             ray.kill(actor)
         self.actors.clear()
@@ -293,59 +321,6 @@ class RayPool:
         self.places.give_back(worker)
         for id in self.in_flight.pop(worker, ()):
             self.blocks.pop(id, None)
-
-
-@dataclass(frozen=True)
-class Ready:
-    """What the driver must know of a worker before it gives it work."""
-
-    node: str
-    probe: str = ""
-    """A file that the driver must see, if it is to see what the worker writes."""
-    read: Reading = field(default_factory=dict)
-    heard: Mapping[str, list[str]] = field(default_factory=dict)
-    """What libraries said while each stage was loaded."""
-    memory: int = 0
-    """The bytes that it holds."""
-    wrong: str = ""
-    """Why it can't work for this plan."""
-
-
-class _Actor(Worker):
-    """As many threads as calls, so that Ray unpacks and packs batches while the stage computes another."""
-
-    def __init__(
-        self,
-        folder: str,
-        environment: Mapping[str, str],
-        stages: Sequence[StageWork],
-    ) -> None:
-        for key, value in environment.items():
-            os.environ.setdefault(key, value)  # what the node says for itself holds
-        if os.path.isdir(folder):  # on a cluster that others started, workers begin elsewhere than the driver
-            os.chdir(folder)
-        try:
-            super().__init__(stages)
-        except WrongWorker as error:  # Ray would tell of it in words alone
-            self.is_ready = Ready(this_node(), wrong=str(error))
-        else:
-            self.is_ready = Ready(this_node(), self.probe(), self.loaded, self.heard(), memory_held())
-
-    def ready(self) -> Ready:
-        return self.is_ready
-
-
-_REMOTE: Any = cast(Any, ray.remote)(max_restarts=0)(_Actor)
-"""Ray's own types don't know ``options``."""
-
-
-def _resources(work: WorkerSetup) -> dict[str, Any]:
-    options: dict[str, Any] = {"num_cpus": work.num_cpus, "num_gpus": work.num_gpus, "resources": dict(work.resources)}
-    if work.memory:
-        options["memory"] = work.memory
-    if work.accelerator_type:
-        options["accelerator_type"] = work.accelerator_type
-    return options
 
 
 def _with_node(error: RayError) -> bool:

@@ -21,6 +21,8 @@ from latentmill.workers import hearing
 
 LOGS = "logs"
 """The folder in the output that has a file for each worker."""
+SECRET_VARIABLES = ("AWS_", "GOOGLE_", "GCS_", "AZURE_", "HF_TOKEN", "RAY_AUTH_TOKEN")
+"""How the names of environment variables begin that may hold keys."""
 LINES, MINUTE = 10, 60.0
 """Lines of one worker that the driver is told in so many seconds."""
 MOST_BYTES = 1 << 20
@@ -64,7 +66,7 @@ class Speech:
 
     def begin(self) -> None:
         """Hear what is printed from now on, by logs and warnings too."""
-        sys.stdout, sys.stderr = _Tee(sys.stdout, self.line), _Tee(sys.stderr, self.line)  # type: ignore[assignment]
+        sys.stdout, sys.stderr = _Tee(sys.stdout, self.line), _Tee(sys.stderr, self.line)
 
     def note(self, text: str) -> None:
         """A line for the file alone."""
@@ -140,20 +142,19 @@ class _LogFile:
     def __init__(self, name: WorkerName) -> None:
         self.path, self.size = os.path.join(name.output, name.log), 0
         self.plan = os.path.join(name.output, "plan.json")
-        self._file: Any = None
+        self._file: int | None = None
 
     def write(self, line: str) -> None:
         if self._file is not None and self.size + len(line) > MOST_BYTES:
-            self._file.close()
+            os.close(self._file)
             os.replace(self.path, self.path.removesuffix(".log") + ".before.log")
             self._file, self.size = None, 0
         if self._file is None:
             if not os.path.exists(self.plan):
                 return
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            self._file = open(self.path, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
-        self.size += len(line)
-        self._file.write(line)
+            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self.size += os.write(self._file, line.encode("utf-8", "backslashreplace"))
 
     def close(self) -> None:
         pass

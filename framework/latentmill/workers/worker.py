@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,11 +14,14 @@ from typing import Any, TypeAlias, cast
 import pyarrow as pa
 import torch
 
-from latentmill import checks, failpoints, weights
+from latentmill import checks, failpoints, tally, weights
 from latentmill.batch import ATTEMPT, concat, shape_key
 from latentmill.plugin import CommittingStage, ContinuousStage, Filtered, Reason, Request, RowError, Stage, tensors
 from latentmill.workers.context import this_node
 from latentmill.workers.hearing import Hearing
+from latentmill.workers.meter import Meter, memory_held
+from latentmill.workers.speech import Speech
+from latentmill.workers.watch import Notice
 
 logger = logging.getLogger("latentmill")
 
@@ -95,6 +98,8 @@ class Outcome:
     """How long its stage has computed since the last one."""
     memory: int = 0
     """The bytes that the worker holds."""
+    notice: Notice = field(default_factory=Notice)
+    """What else is to be known of the worker."""
 
 
 @dataclass(eq=False)
@@ -132,6 +137,8 @@ class Hosted:
                 self.stage.load(torch.device("cuda" if work.gpu else "cpu"))
         self.seconds: deque[float] = deque()
         """How long it has computed, each time since that was last told. One thread adds, another takes."""
+        self.counts: deque[Counter[str]] = deque()
+        """What it has counted, each time since that was last told."""
         self.inside: list[Call] = []
         """Of a continuous stage: the batches that it has taken in."""
         self.most: int | None = None
@@ -182,6 +189,7 @@ class Hosted:
                 if count == 1:
                     raise
                 self.most = count // 2
+                tally.count(tally.HALVINGS)
                 logger.warning(f"{self.name}: out of memory with {count} rows; from now on {self.most} at a time")
                 torch.cuda.empty_cache()
                 continue
@@ -198,6 +206,9 @@ class Worker:
     stage is done when no batch waits: so as many rows as there can be are in it.
     """
 
+    speech: Speech | None = None
+    """What is printed, if the worker has a process of its own."""
+
     def __init__(self, stages: Sequence[StageWork]) -> None:
         self.read_now: weights.Reading = {}
         self.stages = {work.name: Hosted(work, self.read_now) for work in stages}
@@ -208,6 +219,7 @@ class Worker:
         self.waiting: deque[tuple[Hosted, Call]] = deque()
         self.turn = threading.Condition()
         self.taken = False
+        self.meter = Meter(any(work.gpu for work in stages))
 
     def heard(self) -> dict[str, list[str]]:
         """What libraries said of late, by stage."""
@@ -268,9 +280,11 @@ class Worker:
     def _doing(self, hosted: Hosted, *calls: Call) -> Iterator[None]:
         hosted.set_threads()
         reading = weights.reading(f"stage {hosted.name}", each=True, into=self.read_now)
-        started = time.perf_counter()
-        with hosted.hearing.on(), reading, _noting(*calls):
+        started, counts = time.perf_counter(), Counter[str]()
+        with hosted.hearing.on(), reading, tally.counting(counts), _noting(*calls):
             yield
+        if counts:
+            hosted.counts.append(counts)
         hosted.seconds.append(time.perf_counter() - started)
 
     def _noted(self, block: Block | None) -> Block | None:
@@ -300,7 +314,9 @@ class Worker:
         heard, read = hosted.hearing.take(), dict(self.read_later)
         size = sum(table.nbytes for table in call.block)
         seconds = sum(hosted.seconds.popleft() for _ in range(len(hosted.seconds)))
-        return Outcome(outcome, rejected, heard, read, node, size, seconds, memory_held()), call.block
+        counts = sum((hosted.counts.popleft() for _ in range(len(hosted.counts))), Counter())
+        notice = Notice(self.speech.take() if self.speech else (), counts, self.meter.take())
+        return Outcome(outcome, rejected, heard, read, node, size, seconds, memory_held(), notice), call.block
 
     def _begin(self, stage: str, batch: pa.Table) -> Call:
         hosted = self.stages[stage]
@@ -339,17 +355,6 @@ def _noting(*calls: Call) -> Iterator[None]:
     ) as error:  # a library that calls sys.exit, or panics: whoever waits for the calls must hear of it
         for call in calls:
             call.error = RuntimeError(f"{type(error).__name__}: {error}")
-
-
-def memory_held() -> int:
-    """The bytes of memory that are this process's alone: what it sees of Ray's object store, or of mapped weights, is not. 0 where
-    the system doesn't say.
-    """
-    try:
-        with open("/proc/self/status", encoding="ascii") as file:
-            return next((1024 * int(line.split()[1]) for line in file if line.startswith("RssAnon:")), 0)
-    except OSError:
-        return 0
 
 
 def _gather(slices: Sequence[SliceAddress], blocks: Sequence[Block]) -> list[pa.Table]:

@@ -1,0 +1,87 @@
+"""A worker as a Ray actor: a process of its own, on whichever node Ray puts it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import ray
+
+from latentmill.errors import WrongWorker
+from latentmill.text import secrets
+from latentmill.weights import Reading
+from latentmill.workers.context import this_node
+from latentmill.workers.meter import memory_held
+from latentmill.workers.speech import SECRET_VARIABLES, Speech, WorkerName
+from latentmill.workers.watch import Notice
+from latentmill.workers.worker import StageWork, Worker, WorkerSetup
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What the driver must know of a worker before it gives it work."""
+
+    node: str
+    probe: str = ""
+    """A file that the driver must see, if it is to see what the worker writes."""
+    read: Reading = field(default_factory=dict)
+    heard: Mapping[str, list[str]] = field(default_factory=dict)
+    """What libraries said while each stage was loaded."""
+    notice: Notice = field(default_factory=Notice)
+    """What it printed, and uses."""
+    memory: int = 0
+    """The bytes that it holds."""
+    wrong: str = ""
+    """Why it can't work for this plan."""
+
+
+class _Actor(Worker):
+    """As many threads as calls, so that Ray unpacks and packs batches while the stage computes another."""
+
+    def __init__(
+        self,
+        folder: str,
+        environment: Mapping[str, str],
+        stages: Sequence[StageWork],
+        name: WorkerName,
+    ) -> None:
+        for key, value in environment.items():
+            os.environ.setdefault(key, value)  # what the node says for itself holds
+        if os.path.isdir(folder):  # on a cluster that others started, workers begin elsewhere than the driver
+            os.chdir(folder)
+        name = replace(name, secrets={**name.secrets, **secrets("", SECRET_VARIABLES)})
+        self.speech = Speech(name)
+        self.speech.begin()
+        self.speech.note(f"{name.short} of run {name.run} on {this_node()}, process {os.getpid()}")
+        try:
+            super().__init__(stages)
+        except WrongWorker as error:  # Ray would tell of it in words alone
+            self.is_ready = Ready(this_node(), wrong=str(error))
+        else:
+            self.speech.note("ready")
+            notice = Notice(self.speech.take(), usage=self.meter.take())
+            self.is_ready = Ready(this_node(), self.probe(), self.loaded, self.heard(), notice, memory_held())
+
+    def ready(self) -> Ready:
+        return self.is_ready
+
+    def end(self) -> None:
+        """The run has ended, and the process with it."""
+        if self.speech:
+            self.speech.end()
+
+
+REMOTE: Any = cast(Any, ray.remote)(max_restarts=0)(_Actor)
+"""Ray's own types don't know ``options``."""
+
+
+def resources(work: WorkerSetup) -> dict[str, Any]:
+    """What such a worker asks Ray for."""
+    options: dict[str, Any] = {"num_cpus": work.num_cpus, "num_gpus": work.num_gpus, "resources": dict(work.resources)}
+    if work.memory:
+        options["memory"] = work.memory
+    if work.accelerator_type:
+        options["accelerator_type"] = work.accelerator_type
+    return options

@@ -1,0 +1,58 @@
+"""What this process uses: its share of the processors, its memory, and its GPU."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import suppress
+
+import torch
+
+from latentmill.usage import Usage
+
+EVERY = 0.5
+"""Seconds, at least, over which it is measured."""
+LOOK = 1.0
+"""Seconds between two looks at the GPU, which says how busy it was just now."""
+
+
+def memory_held() -> int:
+    """The bytes of memory that are this process's alone: what it sees of Ray's object store, or of mapped weights, is not. 0 where
+    the system doesn't say.
+    """
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next((1024 * int(line.split()[1]) for line in file if line.startswith("RssAnon:")), 0)
+    except OSError:
+        return 0
+
+
+class Meter:
+    """Measures from one time that it is asked to the next."""
+
+    def __init__(self, gpu: bool) -> None:
+        """``gpu``: whether the process computes on one."""
+        self._wall, self._cpu = time.monotonic(), time.process_time()
+        self._gpu = gpu and torch.cuda.is_available()
+        self._busy: list[int] = []
+        if self._gpu:
+            threading.Thread(target=self._look, name="meter", daemon=True).start()
+
+    def _look(self) -> None:
+        with suppress(Exception):  # without nvidia-ml-py nobody can say
+            while True:
+                self._busy.append(torch.cuda.utilization())
+                time.sleep(LOOK)
+
+    def take(self) -> Usage | None:
+        """What was used since the last time; None if that was just now."""
+        now, cpu = time.monotonic(), time.process_time()
+        if (passed := now - self._wall) < EVERY:
+            return None
+        share = (cpu - self._cpu) / passed
+        self._wall, self._cpu = now, cpu
+        if not self._gpu:
+            return Usage(share, memory_held())
+        busy, self._busy = self._busy, []
+        gpu = sum(busy) / len(busy) / 100 if busy else None
+        return Usage(share, memory_held(), gpu, torch.cuda.memory_reserved())
