@@ -52,14 +52,14 @@ def together(stages: str, found: Sequence[Usage]) -> GroupUsage:
     )
 
 
-MOST = 480
+MOMENTS = 480
 """Moments that are kept of a run, however long it is."""
 
 
 class History:
     """What was used over a run. Of a long run each moment that is kept stands for several, with their mean."""
 
-    def __init__(self, most: int = MOST) -> None:
+    def __init__(self, most: int = MOMENTS) -> None:
         """``most``: an even number."""
         self.most, self.each = most, 1
         """``each``: how many moments one that is kept stands for."""

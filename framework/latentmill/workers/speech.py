@@ -23,7 +23,7 @@ LOGS = "logs"
 """The folder in the output that has a file for each worker."""
 SECRET_VARIABLES = ("AWS_", "GOOGLE_", "GCS_", "AZURE_", "HF_TOKEN", "RAY_AUTH_TOKEN")
 """How the names of environment variables begin that may hold keys."""
-LINES, MINUTE = 10, 60.0
+LINES_A_MINUTE, MINUTE = 10, 60.0
 """Lines of one worker that the driver is told in so many seconds."""
 MOST_BYTES = 1 << 20
 """Of a worker's file in a folder; then it begins anew, and the one before is kept beside it."""
@@ -85,14 +85,14 @@ class Speech:
             with self._lock:
                 if self.clock() - self._since >= MINUTE and not self._more:
                     self._begin_minute()
-                if self._count < LINES:
+                if self._count < LINES_A_MINUTE:
                     self._count += 1
                     self._said.append(one_line(hidden(text, self.name.secrets), 500))
                 else:
                     self._more += 1
 
     def take(self) -> list[str]:
-        """What the driver is told since the last time; of more than LINES how many there are."""
+        """What the driver is told since the last time; of more than LINES_A_MINUTE how many there are."""
         with self._lock:
             over = self.clock() - self._since >= MINUTE
             if self._more and (over or not self._told):

@@ -15,11 +15,11 @@ from latentmill.workers.speech import MINUTE, WorkerName
 
 logger = logging.getLogger("latentmill")
 
-LINES = 60
+LINES_OF_ALL = 60
 """Of all workers together, that are put into the driver's log in a minute."""
 STALE = 300.0
 """Seconds after which what a worker used says nothing more of it."""
-DEATHS = 10
+DEATHS_TOLD = 10
 """Of those that say that a worker is gone, or that another has taken its place."""
 
 
@@ -93,8 +93,8 @@ class Watch:
         """What was said last."""
         self._gone: dict[int, deque[str]] = {}
         """By worker type, those in whose place another is to come."""
-        self._lines = Limited(LINES, f"lines of workers are in logs/*@{self.run}.log", self.lately, self.clock)
-        self._deaths = Limited(DEATHS, "workers were gone, or came in another's place", self.lately, self.clock)
+        self._lines = Limited(LINES_OF_ALL, f"lines of workers are in logs/*@{self.run}.log", self.lately, self.clock)
+        self._deaths = Limited(DEATHS_TOLD, "workers were gone, or came in another's place", self.lately, self.clock)
 
     def called(self, worker: int, worker_type: int, stages: Sequence[str]) -> WorkerName:
         """Give a worker that is to start its name."""
