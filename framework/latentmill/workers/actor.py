@@ -12,7 +12,7 @@ import ray
 from latentmill.errors import WrongWorker
 from latentmill.text import secrets
 from latentmill.weights import Reading
-from latentmill.workers.context import this_node
+from latentmill.workers.context import enter, this_node
 from latentmill.workers.meter import memory_held
 from latentmill.workers.speech import SECRET_VARIABLES, Speech, WorkerName
 from latentmill.workers.watch import Notice
@@ -47,10 +47,7 @@ class _Actor(Worker):
         stages: Sequence[StageWork],
         name: WorkerName,
     ) -> None:
-        for key, value in environment.items():
-            os.environ.setdefault(key, value)  # what the node says for itself holds
-        if os.path.isdir(folder):  # on a cluster that others started, workers begin elsewhere than the driver
-            os.chdir(folder)
+        enter(folder, environment)
         name = replace(name, secrets={**name.secrets, **secrets("", SECRET_VARIABLES)})
         self.speech = Speech(name)
         self.speech.begin()

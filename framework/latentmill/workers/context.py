@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -30,7 +31,8 @@ def make_stage(job: Job, plan: Plan, name: str, fixed_size: bool = False) -> Sta
 
     Raises WrongWorker if what is installed here, or the plugins find, is not what the plan says.
     """
-    _require_libraries(plan, LIBRARIES)
+    for other in other_libraries(plan, LIBRARIES):
+        raise WrongWorker(f"{this_node()} {other}")
     stage: Stage = as_planned(job, plan, f"stage {name}")
     build = cache(partial(as_planned, job, plan))
     at = job.flow.index(name)
@@ -52,7 +54,7 @@ def make_stage(job: Job, plan: Plan, name: str, fixed_size: bool = False) -> Sta
             plan=plan,
             build=build,
             scheduler_of=_Schedulers(job.scheduler["name"] if job.scheduler else "", build),
-            require_fragment=_Fragments(job, plan, build),
+            require_fragment=SameFragments(job, plan, build),
             open_output=partial(_output, job, plan),
             open_prompt_cache=partial(storage.at, job.prompt_cache) if job.prompt_cache else None,
         )
@@ -62,44 +64,60 @@ def make_stage(job: Job, plan: Plan, name: str, fixed_size: bool = False) -> Sta
 
 def as_planned(job: Job, plan: Plan, kind: str) -> Any:
     """One of the job's plugins, built, if it is the plan's; else raises WrongWorker."""
+    compared = compare(job, plan, kind)
+    try:
+        raise WrongWorker(f"{this_node()} {next(compared)}")
+    except StopIteration as same:
+        return same.value
+
+
+def compare(job: Job, plan: Plan, kind: str) -> Generator[str, None, Plugin | None]:
+    """In what one of the job's plugins is not the plan's here, a line each; at the end the plugin, if it can be built."""
     planned = plan.plugins[kind]
     what, same = f"{kind} {planned['name']}", "Install the same version on every node"
     try:
         here = identity(job, kind)
     except PluginError as error:
-        raise WrongWorker(
-            f"{this_node()} lacks {what}, which the plan has of {planned['distribution']} {planned['version']}: "
-            f"{error}. {same}"
-        ) from error
+        yield f"lacks {what}, which the plan has of {planned['distribution']} {planned['version']}: {error}. {same}"
+        return None
     for key in ("distribution", "version"):
         if here[key] != planned[key]:
-            raise WrongWorker(
-                f"{this_node()} has {what} of {here['distribution']} {here['version']}, "
+            yield (
+                f"has {what} of {here['distribution']} {here['version']}, "
                 f"and the plan of {planned['distribution']} {planned['version']}. {same}"
             )
+            break
     try:
         plugin: Plugin = plugin_of(job, kind)
     except PluginError as error:
         if isinstance(error.__cause__, OSError):  # the storage's, and may be gone at the next attempt
             raise
-        raise WrongWorker(f"{this_node()} can't build what the driver could: {error}") from error
-    _require_libraries(plan, plugin.libraries)
+        yield f"can't build what the driver could: {error}"
+        return None
+    yield from other_libraries(plan, plugin.libraries)
     if isinstance(plugin, Source) and plan.fragments:
         plugin.expect(plan.fragments[0])
     if (found := plugin.fingerprint()) != planned["fingerprint"]:
-        raise WrongWorker(
-            f"{this_node()} has other weights or files for {what}: its fingerprint is {found or 'empty'} there, and "
+        yield (
+            f"has other weights or files for {what}: its fingerprint is {found or 'empty'} there, and "
             f"{planned['fingerprint'] or 'empty'} in the plan. Put the same files on every node"
         )
     return plugin
 
 
-def _require_libraries(plan: Plan, names: Sequence[str]) -> None:
+def other_libraries(plan: Plan, names: Sequence[str]) -> Iterator[str]:
+    """Which of these distributions are of another version here than the plan says, a line each."""
     for name, here in versions(names).items():
         if here != plan.libraries.get(name, here):
-            raise WrongWorker(
-                f"{this_node()} has {name} {here}, and the driver {plan.libraries[name]}. Install the same version on every node"
-            )
+            yield f"has {name} {here}, and the driver {plan.libraries[name]}. Install the same version on every node"
+
+
+def enter(folder: str, environment: Mapping[str, str]) -> None:
+    """Be in the driver's folder, if it is here, with the driver's variables: what the node says for itself holds."""
+    for key, value in environment.items():
+        os.environ.setdefault(key, value)
+    if os.path.isdir(folder):  # on a cluster that others started, workers begin elsewhere than the driver
+        os.chdir(folder)
 
 
 def this_node() -> str:
@@ -132,7 +150,7 @@ class _Schedulers:
         return self.built[name]
 
 
-class _Fragments:
+class SameFragments:
     """Raises WrongWorker if a fragment of the source is not what was planned; looks once."""
 
     def __init__(self, job: Job, plan: Plan, build: Callable[[str], Any]) -> None:
@@ -141,14 +159,19 @@ class _Fragments:
         self.same: set[str] = set()
 
     def __call__(self, name: str) -> None:
-        if name in self.same:
-            return
-        if self.build("source").changed(self.planned[name]):
-            raise WrongWorker(
-                f"{this_node()} has another {name} for source {self.name} than was planned: "
-                "a source must be the same on every node, and stay so until the job is done"
-            )
-        self.same.add(name)
+        if name not in self.same:
+            if other := self.other(name):
+                raise WrongWorker(f"{this_node()} {other}")
+            self.same.add(name)
+
+    def other(self, name: str) -> str:
+        """What is wrong with a fragment here, in a line; "" if nothing is."""
+        if not self.build("source").changed(self.planned[name]):
+            return ""
+        return (
+            f"has another {name} for source {self.name} than was planned: "
+            "a source must be the same on every node, and stay so until the job is done"
+        )
 
 
 def _output(job: Job, plan: Plan) -> Storage:
