@@ -1,6 +1,7 @@
 """Our commands, each in a file of its name, in the order of ``--help``. None imports torch, Hydra or Ray before it is called."""
 
 from latentmill.commands.cancel import CANCEL_COMMAND
+from latentmill.commands.doctor import DOCTOR_COMMAND
 from latentmill.commands.export import EXPORT_COMMAND
 from latentmill.commands.jobs import JOBS_COMMAND
 from latentmill.commands.listings import PLUGINS_COMMAND, SCHEDULERS_COMMAND
@@ -19,6 +20,7 @@ COMMANDS = (
     JOBS_COMMAND,
     LOGS_COMMAND,
     CANCEL_COMMAND,
+    DOCTOR_COMMAND,
     STATUS_COMMAND,
     VERIFY_COMMAND,
     EXPORT_COMMAND,

@@ -116,6 +116,16 @@ class LocalFolder(Storage):
         os.replace(self.root / name, self.root / to)
         _sync(str((self.root / name).parent))
 
+    @contextmanager
+    def visit(self) -> Iterator[None]:
+        new = [folder for folder in (self.root / ".tmp", self.root, *self.root.parents) if not folder.exists()]
+        try:
+            yield
+        finally:
+            for folder in new:
+                with suppress(OSError):  # others have put something there, or it was never made
+                    folder.rmdir()
+
     def sweep(self) -> None:
         oldest = time.time() - DAY
         aside = (self.root / ".tmp").glob(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, BinaryIO, ClassVar, TypeVar
 
@@ -101,6 +102,11 @@ class Storage(ABC):
     def exists(self, name: str) -> bool:
         """Whether a file is there."""
         return self.size(name) is not None
+
+    @contextmanager
+    def visit(self) -> Iterator[None]:
+        """Of what is made here meanwhile no empty folder stays."""
+        yield
 
     def check(self) -> None:
         """Raise StorageError unless ``create`` can keep its promise here. Leaves nothing behind."""

@@ -27,8 +27,6 @@ SESSION = "ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
 """The longest path of a socket that Ray makes below its temporary folder."""
 ASK = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 """A call that each Ray cluster answers."""
-STORE_VARIABLES = ("AWS_", "GOOGLE_", "GCS_", "AZURE_", "HF_TOKEN", "HF_ENDPOINT")
-"""How the names of environment variables begin that a store's address and keys stand in."""
 
 
 def connect(address: str | None) -> bool:
@@ -58,14 +56,6 @@ def connect(address: str | None) -> bool:
 def disconnect() -> None:
     """End the cluster that ``connect`` started."""
     ray.shutdown()
-
-
-def store_environment() -> dict[str, str]:
-    """The environment variables of the driver that say where an object store is and who may enter.
-
-    They go to the workers as an argument, not in Ray's runtime environment, which everybody who may look at the cluster can read.
-    """
-    return {name: value for name, value in os.environ.items() if name.startswith(STORE_VARIABLES)}
 
 
 # ------------------------------------------------------------------------------------------------------ to start

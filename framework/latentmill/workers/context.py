@@ -23,6 +23,9 @@ from latentmill.workers.weights_read import of_row
 MANY = 1000
 """Names of schedulers in rows of which a worker tells: nobody has so many, and rows may hold anything."""
 
+STORE_VARIABLES = ("AWS_", "GOOGLE_", "GCS_", "AZURE_", "HF_TOKEN", "HF_ENDPOINT")
+"""How the names of environment variables begin that a store's address and keys stand in."""
+
 
 def make_stage(job: Job, plan: Plan, name: str, fixed_size: bool = False) -> Stage:
     """Build a stage by its name in the job's flow, with its own plugins and no others. Loads nothing onto a device.
@@ -110,6 +113,14 @@ def other_libraries(plan: Plan, names: Sequence[str]) -> Iterator[str]:
     for name, here in versions(names).items():
         if here != plan.libraries.get(name, here):
             yield f"has {name} {here}, and the driver {plan.libraries[name]}. Install the same version on every node"
+
+
+def store_environment() -> dict[str, str]:
+    """The environment variables of the driver that say where an object store is and who may enter.
+
+    They go to the workers as an argument, not in Ray's runtime environment, which everybody who may look at the cluster can read.
+    """
+    return {name: value for name, value in os.environ.items() if name.startswith(STORE_VARIABLES)}
 
 
 def enter(folder: str, environment: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import socket
 from collections import Counter
@@ -12,9 +13,10 @@ from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 from latentmill.config import Job
 from latentmill.text import one_line
+from latentmill.workers.context import enter, store_environment
 from latentmill.workers.examination import said
 
-Answer = TypeVar("Answer")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Failed:
+class NoAnswer:
     """Instead of an answer."""
 
     why: str
@@ -41,17 +43,17 @@ Hello: TypeAlias = dict[str, Any]
 """What a node says at first, though it may lack all of ours: ``python``, ``ray``, ``latentmill`` (None: not there), ``time``."""
 
 
-class Nodes(Protocol):
+class Everyone(Protocol):
     """Who can be asked."""
 
     nodes: Sequence[Node]
 
-    def hello(self, within: float) -> dict[str, Hello | Failed]:
+    def hello(self, within: float) -> dict[str, Hello | NoAnswer]:
         """What each node says at first, by its id."""
 
     def ask(
-        self, question: Callable[..., Answer], arguments: Mapping[str, Sequence[Any]], within: float
-    ) -> dict[str, Answer | Failed]:
+        self, question: Callable[..., T], arguments: Mapping[str, Sequence[Any]], within: float
+    ) -> dict[str, T | NoAnswer]:
         """What a function of a module of ours says on each node, given the ``arguments`` for it."""
 
 
@@ -60,20 +62,20 @@ class Here:
 
     def __init__(self, gpus: float) -> None:
         """``gpus``: of how many there must be one each, at least."""
-        self.nodes = [Node("", f"node {socket.gethostname()}", {"GPU": gpus})]
+        self.nodes: Sequence[Node] = [Node("", f"node {socket.gethostname()}", {"GPU": gpus})]
 
-    def hello(self, within: float) -> dict[str, Hello | Failed]:
+    def hello(self, within: float) -> dict[str, Hello | NoAnswer]:
         return {"": _hello()()}
 
     def ask(
-        self, question: Callable[..., Answer], arguments: Mapping[str, Sequence[Any]], within: float
-    ) -> dict[str, Answer | Failed]:
-        found: dict[str, Answer | Failed] = {}
+        self, question: Callable[..., T], arguments: Mapping[str, Sequence[Any]], within: float
+    ) -> dict[str, T | NoAnswer]:
+        found: dict[str, T | NoAnswer] = {}
         for node, given in arguments.items():
             try:
                 found[node] = question(*given)
             except Exception as error:
-                found[node] = Failed(said(error))
+                found[node] = NoAnswer(said(error))
         return found
 
 
@@ -87,7 +89,7 @@ class OnRay:
         self.task: Any = cast(Any, ray.remote)(num_cpus=0, max_retries=0, max_calls=0)
         alive = [node for node in cast(Any, ray).nodes() if node["Alive"]]
         named = Counter(map(_named, alive))
-        self.nodes = [
+        self.nodes: Sequence[Node] = [
             Node(
                 node["NodeID"],
                 _named(node) if named[_named(node)] == 1 else f"{_named(node)[:-1]}, {node['NodeID'][:8]})",
@@ -96,13 +98,16 @@ class OnRay:
             for node in sorted(alive, key=lambda node: (_named(node), node["NodeID"]))
         ]
 
-    def hello(self, within: float) -> dict[str, Hello | Failed]:
+    def hello(self, within: float) -> dict[str, Hello | NoAnswer]:
         return self._answers(self.task(_hello()), {node.id: () for node in self.nodes}, within)
 
     def ask(
-        self, question: Callable[..., Answer], arguments: Mapping[str, Sequence[Any]], within: float
-    ) -> dict[str, Answer | Failed]:
-        calls = {node: (pickle.dumps((question, tuple(given))),) for node, given in arguments.items()}
+        self, question: Callable[..., T], arguments: Mapping[str, Sequence[Any]], within: float
+    ) -> dict[str, T | NoAnswer]:
+        driver = os.getcwd(), store_environment()
+        calls = {
+            node: (pickle.dumps((_as_a_worker, (*driver, question, *given))),) for node, given in arguments.items()
+        }
         return self._answers(self.task(_call()), calls, within)
 
     def _answers(self, task: Any, arguments: Mapping[str, Sequence[Any]], within: float) -> dict[str, Any]:
@@ -120,23 +125,27 @@ class OnRay:
             except self.ray.exceptions.RayTaskError as error:
                 raised = error.cause
                 if isinstance(raised, (ImportError, AttributeError, pickle.UnpicklingError)):
-                    found[asked[reference]] = Failed(
+                    found[asked[reference]] = NoAnswer(
                         f"can't run latentmill: {type(raised).__name__}: {one_line(raised, 300)}. Install the driver's version",
                         silent=True,
                     )
                 else:
-                    found[asked[reference]] = Failed(said(raised) if isinstance(raised, Exception) else one_line(error))
+                    found[asked[reference]] = NoAnswer(
+                        said(raised) if isinstance(raised, Exception) else one_line(error)
+                    )
             except self.ray.exceptions.RayError as error:
                 lines = [line for line in str(error).splitlines() if line.strip()]
-                found[asked[reference]] = Failed(f"can't be asked: {one_line((lines or [type(error).__name__])[0])}", silent=True)
+                found[asked[reference]] = NoAnswer(
+                    f"can't be asked: {one_line((lines or [type(error).__name__])[0])}", silent=True
+                )
         for reference in late:
             self.ray.cancel(reference, force=True)
-            found[asked[reference]] = Failed(f"has not answered in {within:g} s", silent=True)
+            found[asked[reference]] = NoAnswer(f"has not answered in {within:g} s", silent=True)
         return found
 
 
 @contextmanager
-def nodes(job: Job, gpus: float) -> Iterator[Nodes]:
+def nodes(job: Job, gpus: float) -> Iterator[Everyone]:
     """The nodes of the job's cluster; this machine, where the job would start its own. Raises ClusterError."""
     if job.cluster.kind != "ray":
         yield Here(gpus)
@@ -152,6 +161,11 @@ def nodes(job: Job, gpus: float) -> Iterator[Nodes]:
     finally:
         if joined:
             cluster.disconnect()
+
+
+def _as_a_worker(folder: str, environment: Mapping[str, str], question: Callable[..., T], *given: Any) -> T:
+    enter(folder, environment)
+    return question(*given)
 
 
 def _named(node: Mapping[str, Any]) -> str:

@@ -23,18 +23,23 @@ from latentmill.libraries import LIBRARIES
 from latentmill.plan import Plan
 from latentmill.plugin import Reason
 from latentmill.text import one_line
-from latentmill.workers.context import SameFragments, as_planned, compare, enter, make_stage, other_libraries
+from latentmill.workers.context import SameFragments, as_planned, compare, make_stage, other_libraries
 
 GiB = 1 << 30
 LITTLE_DISK = GiB
 """Free bytes below which a disk is as good as full: a shard is written aside before it is published."""
-FULL = 0.95
+FULL_DISK = 0.95
 """Share of the disk of its temporary files from which on Ray spills nothing."""
 LITTLE_SHARED_MEMORY = GiB
 """Bytes of /dev/shm that a Ray of our own would find too few; Docker gives 64 MiB unless told otherwise."""
 FRAGMENTS = 64
 """Of a source's fragments, as many are compared, evenly over all."""
-FILES = ("GOOGLE_APPLICATION_CREDENTIALS", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE")
+CREDENTIAL_FILES = (
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "AWS_CONFIG_FILE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+)
 """Variables of stores that name a file."""
 
 
@@ -85,17 +90,16 @@ def packages(job: Job, plan: Plan, kinds: Sequence[str]) -> list[Remark]:
     return remarks
 
 
-def machine(job: Job, claims: Claims, folder: str, environment: Mapping[str, str]) -> tuple[Amounts, list[Remark]]:
-    """GPUs, disks, shared memory, and whose credentials a worker would have."""
+def machine(environment: Mapping[str, str], output: str, claims: Claims) -> tuple[Amounts, list[Remark]]:
+    """GPUs, disks, shared memory, and whose credentials a worker has; ``environment``: the driver's."""
     remarks = [
         Remark("credentials", f"has {name} of its own, another than the driver's, and its own holds there", wrong=False)
         for name, value in environment.items()
         if os.environ.get(name, value) != value
     ]
-    enter(folder, environment)
     remarks += [
         Remark("credentials", f"has no file at {path}, which {name} names. Put it there, or set the variable there")
-        for name in FILES
+        for name in CREDENTIAL_FILES
         if (path := os.environ.get(name)) and not Path(path).exists()
     ]
     gpus = _visible_gpus() if claims.gpus else None
@@ -108,20 +112,22 @@ def machine(job: Job, claims: Claims, folder: str, environment: Mapping[str, str
             )
         )
     disks = {}
-    for place in dict.fromkeys([*([job.output] if "://" not in job.output else []), tempfile.gettempdir()]):
+    for place in dict.fromkeys([*([output] if "://" not in output else []), tempfile.gettempdir()]):
         usage = shutil.disk_usage(_nearest(place))
         disks[place] = usage.free
         if usage.free < LITTLE_DISK:
-            remarks.append(Remark("disks", f"has {_size(usage.free)} free for {place}. Make room"))
-        elif claims.object_store and place == tempfile.gettempdir() and usage.used > FULL * usage.total:
-            remarks.append(Remark("disks", f"has {usage.used / usage.total:.0%} of {place} in use: Ray spills nothing there"))
+            remarks.append(Remark("disks", f"has {size(usage.free)} free for {place}. Make room"))
+        elif claims.object_store and place == tempfile.gettempdir() and usage.used > FULL_DISK * usage.total:
+            remarks.append(
+                Remark("disks", f"has {usage.used / usage.total:.0%} of {place} in use: Ray spills nothing there")
+            )
     shared = shutil.disk_usage("/dev/shm").total if claims.object_store != 0 and os.path.isdir("/dev/shm") else None
     wanted = LITTLE_SHARED_MEMORY if claims.object_store is None else claims.object_store
     if shared is not None and shared < wanted:
         remarks.append(
             Remark(
                 "shared memory",
-                f"has {_size(shared)} of /dev/shm, and Ray's object store wants {_size(wanted)}: it would lie on a disk, many "
+                f"has {size(shared)} of /dev/shm, and Ray's object store wants {size(wanted)}: it would lie on a disk, many "
                 "times slower. docker run --shm-size, or in Kubernetes an emptyDir with medium: Memory at /dev/shm",
             )
         )
@@ -173,7 +179,9 @@ def _visible_gpus() -> int:
     """In a process that sees what Ray was started with: a task that asks for no GPU sees none."""
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     ours = "ray" not in sys.modules or "RAY_RAYLET_PID" not in os.environ
-    environment |= {name: value for name, value in (os.environ.items() if ours else _raylets()) if name == "CUDA_VISIBLE_DEVICES"}
+    environment |= {
+        name: value for name, value in (os.environ.items() if ours else _raylets()) if name == "CUDA_VISIBLE_DEVICES"
+    }
     command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, cwd="/")
     return int(answer.stdout.split()[-1]) if answer.returncode == 0 and answer.stdout.split() else 0
@@ -196,7 +204,8 @@ def _nearest(place: str) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
-def _size(size: float) -> str:
+def size(size: float) -> str:
+    """Bytes in words."""
     return f"{size / GiB:.1f} GiB" if size >= GiB else f"{size / (1 << 20):.0f} MiB"
 
 

@@ -38,7 +38,8 @@ from latentmill.driver.messages import (
 from latentmill.errors import WrongWorker
 from latentmill.text import one_line
 from latentmill.workers.actor import REMOTE, Ready, resources
-from latentmill.workers.cluster import disconnect, store_environment
+from latentmill.workers.cluster import disconnect
+from latentmill.workers.context import store_environment
 from latentmill.workers.nodes import PATIENCE, Nodes, Places, alive, check_placement
 from latentmill.workers.watch import Watch
 from latentmill.workers.worker import Admit, WorkerSetup
