@@ -11,11 +11,7 @@ ORDER = """
     config parts plan plan_files generations shards shard_index dataset stored
     sources sinks launchers
     stages verify exports
-<<<<<<< HEAD
-    progress driver workers report push runner submissions commands cli
-=======
-    progress driver workers report push runner doctor commands cli
->>>>>>> efffd15 (doctor: every node is asked before a job starts)
+    progress driver workers report push runner submissions doctor commands cli
     testing
 """.split()
 DOOR = {"config", "dataset", "runner", "stored"}

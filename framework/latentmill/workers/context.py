@@ -77,7 +77,8 @@ def as_planned(job: Job, plan: Plan, kind: str) -> Any:
 def compare(job: Job, plan: Plan, kind: str) -> Generator[str, None, Plugin | None]:
     """In what one of the job's plugins is not the plan's here, a line each; at the end the plugin, if it can be built."""
     planned = plan.plugins[kind]
-    what, same = f"{kind} {planned['name']}", "Install the same version on every node"
+    what = kind if kind == f"stage {planned['name']}" else f"{kind} {planned['name']}"
+    same = "Install the same version on every node"
     try:
         here = identity(job, kind)
     except PluginError as error:
