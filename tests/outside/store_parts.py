@@ -155,7 +155,10 @@ class Hub(Server):
             if content is None:
                 return 404, {"X-Error-Code": "EntryNotFound"}, b""
             if found := re.fullmatch(r"bytes=(\d+)-(\d+)", headers.get("range", headers.get("Range", ""))):
-                return 206, {}, content[int(found[1]) : int(found[2]) + 1]
+                first, last = int(found[1]), min(int(found[2]), len(content) - 1)
+                if first > last:
+                    return 416, {"Content-Range": f"bytes */{len(content)}"}, b""
+                return 206, {"Content-Range": f"bytes {first}-{last}/{len(content)}"}, content[first : last + 1]
             return 200, {}, content
         return 404, {"X-Error-Code": "RepoNotFound"}, b""
 

@@ -3,11 +3,15 @@
 import gzip
 import json
 import random
+import struct
 import time
+import zlib
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import ExifTags, Image
 from tests.outside.conftest import table
 from tests.outside.store_parts import errors, put, upload
 from tests.outside.test_stores import COLOURS, KINDS, png
@@ -94,18 +98,61 @@ def test_a_tar_is_gone_through_once_on_a_machine(store, another_store, files, as
     )
 
 
-def test_buckets_are_counted_by_the_pictures_heads(store, another_store, files, asked):
+def test_buckets_are_counted_by_the_pictures_heads_and_ends(store, another_store, files, asked):
     for k, size in enumerate([(640, 480), (480, 640), (512, 512)]):
-        (files / f"{k}.png").write_bytes(png((9, 9, 9), size) + bytes(300_000))
+        noise = np.random.default_rng(k).integers(0, 256, (*size[::-1], 3), np.uint8)
+        Image.fromarray(noise).save(files / f"{k}.png")
+    content = (files / "0.png").read_bytes()  # what says that it lies on its side may come behind the pixels
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    told = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(told) - 4) + told + struct.pack(">I", zlib.crc32(told))
+    (files / "0.png").write_bytes(content[:-12] + chunk + content[-12:])
     (files / "t.jsonl").write_text("".join(json.dumps({"image": f"{k}.png"}) + "\n" for k in (0, 1, 2, 3)))
     upload(store.url, files, "in")
+    turned, others = (files / "0.png").stat().st_size, sum((files / f"{k}.png").stat().st_size for k in (1, 2))
     for more, path in ((("source=images",), ""), (("source=prompts",), "/t.jsonl")):
-        more = (*more, "size={buckets: kohya, area: 65536, step: 64}")
-        wanted = [line for line in asked("plan", f"{files}{path}", *more).splitlines() if "bucket" in line]
+        more = (*more, "size={buckets: kohya, area: 262144, step: 64}")
+        wanted = [line for line in asked("plan", f"{files}{path}", *more).splitlines() if line.startswith("buckets")]
+        assert wanted[-1].split()[1:] == ["448x576", "2,", "512x512", "1"]
         counting = another_store()
         found = asked("plan", f"s3://bucket/in{path}", *more)
-        assert wanted and all(line in found for line in wanted)
-        assert 0 < counting.sent < 300_000
+        assert all(line in found for line in wanted)
+        assert 0 < counting.sent < 1.2 * turned + 0.25 * others
+        assert counting.count("HEAD", "png") == 0
+
+
+def test_of_what_a_row_names_no_more_is_held_than_is_said(store, another_store, hub, files, asked, tmp_path):
+    """An empty file, one that is there in one piece, and one of many."""
+    (files / "0.png").write_bytes(b"")
+    (files / "1.png").write_bytes(png("red"))
+    noise = np.random.default_rng(0).integers(0, 256, (1000, 1200, 3), np.uint8)
+    Image.fromarray(noise).save(files / "2.bmp")
+    names = ["0.png", "1.png", "2.bmp", "not there.png", "1.png"]
+    (files / "t.jsonl").write_text("".join(json.dumps({"image": name}) + "\n" for name in names))
+    upload(store.url, files, "in")
+    more = ("source=prompts", "size={buckets: kohya, area: 65536, step: 32}")
+    asked("run", f"{files}/t.jsonl", *more, output="wanted")
+    sizes = []
+    counting = another_store()
+    forward = counting.answer
+
+    def answer(method, path, headers, body):
+        status, kept, content = forward(method, path, headers, body)
+        sizes.append((method, path, len(content)))
+        return status, kept, content
+
+    counting.answer = answer
+    asked("run", "s3://bucket/in/t.jsonl", *more)
+    assert table(tmp_path / "out").equals(table(tmp_path / "wanted"))
+    told = [[(row["row_id"], row["reason"]) for row in errors(tmp_path / name)] for name in ("wanted", "out")]
+    assert len(told[0]) == 2 and told[0] == told[1]
+    assert max(size for _, _, size in sizes) <= 2 << 20 < 1000 * 1200 * 3
+    assert [path for method, path, _ in sizes if method == "HEAD" and "1.png" in path] == []
+    hub.commit(files)
+    asked("run", "hf://datasets/some/pictures/t.jsonl", *more, output="hub")
+    assert table(tmp_path / "hub").equals(table(tmp_path / "wanted"))
+    assert [row["reason"] for row in errors(tmp_path / "hub")] == [reason for _, reason in told[0]]
 
 
 @pytest.mark.parametrize(("kind", "changes"), [("pictures", "a/8.png"), ("named", "images/8.png")])

@@ -184,10 +184,11 @@ def _upright(image: Image.Image, rgb: Image.Image) -> Image.Image:
     return rgb.transpose(TURNS[orientation]) if orientation in TURNS else rgb
 
 
-def orientation_of(image: Image.Image) -> int:
-    """What EXIF says, 1 to 8."""
+def orientation_of(image: Image.Image, behind: bool = True) -> int:
+    """What EXIF says, 1 to 8; also what stands ``behind`` a PNG's pixels, which are unpacked for that."""
     try:
-        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+        exif = image.getexif() if behind else Image.Image.getexif(image)
+        found = exif.get(ExifTags.Base.Orientation, 1)
     except MemoryError:
         raise
     except Exception as error:  # garbage where EXIF should be says nothing of the pixels

@@ -170,16 +170,15 @@ class Bucket(Storage):
             yield from ((str(entry["path"]), _stored(entry)) for entry in found["objects"])
             yield from ((str(path).rstrip("/"), None) for path in found["common_prefixes"])
 
-    def part(self, name: str, start: int = 0, stop: int | None = None) -> tuple[bytes, Stored]:
-        """Bytes of a file, from ``start`` to before ``stop``, or all; and what file it was. Raises FileNotFoundError, and ValueError for
+    def part(self, name: str, start: int, stop: int) -> tuple[bytes, Stored]:
+        """Bytes of a file, from ``start`` to before ``stop`` or its end, and what file it was. Raises FileNotFoundError, and ValueError for
         what is no name.
         """
         import obstore
 
-        wanted: Any = {} if stop is None else {"range": (start, stop)}
         with self._said(name):
             try:
-                found = obstore.get(self.store, name, options=wanted)
+                found = obstore.get(self.store, name, options={"range": (start, stop)})
             except self._errors.InvalidPathError as error:
                 raise ValueError(_one_line(error)) from error
             return bytes(found.bytes()), _stored(found.meta)

@@ -31,8 +31,11 @@ class BucketFiles(RemoteFiles):
     def _look(self, key: str) -> Stored | None:
         return self.bucket.about(key)
 
-    def _fetch(self, key: str, start: int, stop: int | None) -> tuple[bytes, Stored | None]:
+    def _fetch(self, key: str, start: int, stop: int) -> tuple[bytes, Stored | None]:
         return self.bucket.part(key, start, stop)
+
+    def _first(self, key: str, stop: int) -> tuple[bytes, Stored]:
+        return self.bucket.part(key, 0, stop)
 
     def _another(self, path: str) -> RemoteFiles:
         return BucketFiles(path)

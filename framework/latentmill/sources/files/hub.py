@@ -103,25 +103,34 @@ class HubFiles(RemoteFiles):
     def _where(self) -> dict[str, str]:
         return {"revision": self.commit, "repo_type": "dataset"}
 
-    def _fetch(self, key: str, start: int, stop: int | None) -> tuple[bytes, Stored | None]:
+    def _fetch(self, key: str, start: int, stop: int) -> tuple[bytes, Stored | None]:
+        answer = self._answer(key, start, stop)
+        content = bytes(answer.content)
+        return (content if answer.status_code == 206 else content[start:stop]), None  # not all servers know parts
+
+    def _first(self, key: str, stop: int) -> tuple[bytes, Stored]:
+        answer = self._answer(key, 0, stop)
+        content = bytes(answer.content)
+        size = answer.headers.get("Content-Range", "").rpartition("/")[2] if answer.status_code == 206 else len(content)
+        if not str(size).isdecimal():
+            raise StorageError(f"{self.url(key)}: what came doesn't say how much there is (Content-Range)")
+        return content[:stop], Stored(int(size), "")  # of one commit, there is no other
+
+    def _answer(self, key: str, start: int, stop: int) -> Any:
+        """To a request for bytes of a file."""
         from huggingface_hub import hf_hub_url, utils
 
         client: Any = utils  # whose types say of nothing that it is for others
 
         url = hf_hub_url(self.repository, key, endpoint=self.endpoint, **self._where())
-        headers = dict(client.build_hf_headers())
-        if stop is not None:
-            headers["Range"] = f"bytes={start}-{stop - 1}"
+        headers = {**client.build_hf_headers(), "Range": f"bytes={start}-{stop - 1}"}
 
         def get() -> Any:
             answer = client.get_session().get(url, headers=headers, timeout=HUB_TIMEOUT)
             client.hf_raise_for_status(answer)
             return answer
 
-        answer = self._asked(key, get)
-        content = bytes(answer.content)
-        whole = stop is not None and answer.status_code == 200  # who was asked doesn't know parts
-        return (content[start:stop] if whole else content), None
+        return self._asked(key, get)
 
     def _another(self, path: str) -> RemoteFiles:
         other = HubFiles(path)

@@ -29,6 +29,8 @@ FILES_AHEAD = 32
 """Small files, at most, that are fetched before they are opened,"""
 BYTES_AHEAD = 64 << 20
 """and bytes of them. A file that is larger is read by ranges."""
+UNKNOWN_HEAD = BYTES_AHEAD // FILES_AHEAD
+"""Bytes that are asked for of a file that no listing told the size of. The answer has it."""
 LONGEST_KEY = 1024
 """Bytes that a name may have, as S3 says; it answers longer ones with an error."""
 MET = 100_000
@@ -72,8 +74,12 @@ class RemoteFiles(Files):
         """A file, asked for alone; None if there is none."""
 
     @abstractmethod
-    def _fetch(self, key: str, start: int, stop: int | None) -> tuple[bytes, Stored | None]:
+    def _fetch(self, key: str, start: int, stop: int) -> tuple[bytes, Stored | None]:
         """Bytes of a file, and what file it was, if it might be another. Raises FileNotFoundError and StorageError."""
+
+    @abstractmethod
+    def _first(self, key: str, stop: int) -> tuple[bytes, Stored]:
+        """A file's bytes up to ``stop``, or its end, and what it is, as far as that matters; it is not empty. Raises as ``_fetch``."""
 
     @abstractmethod
     def _another(self, path: str) -> RemoteFiles:
@@ -247,7 +253,7 @@ class RemoteFiles(Files):
             key, heads = self._waiting.popleft()
             if key not in self._begun:
                 about = self._known.get(key)
-                size = about.size if about and not heads else PICTURE_HEAD
+                size = PICTURE_HEAD if heads else about.size if about else UNKNOWN_HEAD
                 self._begun[key] = threads().submit(self._brought, key, heads), size
                 held += size
 
@@ -265,13 +271,16 @@ class RemoteFiles(Files):
     def _brought(self, key: str, heads: bool) -> tuple[bytes, Stored]:
         """A small file, or the beginning of one. Raises FileNotFoundError, ValueError for what is no key, StorageError."""
         about = self._known.get(key)
-        if about is None and (heads or posixpath.dirname(key) in self._folders):
-            about = self._look(key) if posixpath.dirname(key) not in self._folders else None
-            if about is None:
-                raise FileNotFoundError(key)
+        if about is None and posixpath.dirname(key) in self._folders:  # which would have had it
+            raise FileNotFoundError(key)
         if about is None:
-            content, found = self._fetch(key, 0, None)
-            return content, found or Stored(len(content), "")
+            try:
+                return self._first(key, PICTURE_HEAD if heads else UNKNOWN_HEAD)
+            except StorageError:  # of an empty file no part can be had
+                with suppress(StorageError):
+                    about = self._look(key)
+                if about is None or about.size:
+                    raise
         stop = min(about.size, PICTURE_HEAD) if heads or about.size > BYTES_AHEAD else about.size
         return (self._as_planned(key, about, 0, stop) if stop else b""), about
 
