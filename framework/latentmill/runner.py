@@ -20,7 +20,7 @@ from latentmill.driver import leases
 from latentmill.driver.apply import apply
 from latentmill.driver.leases import Leases
 from latentmill.driver.loop import Pool, drive, interruptible, view
-from latentmill.driver.messages import TakenOut
+from latentmill.driver.messages import TakenOut, WorkerType
 from latentmill.driver.state import DriverState, finished
 from latentmill.errors import RunError
 from latentmill.plan import Plan
@@ -175,8 +175,8 @@ def _result(job: Job, there: Dataset, state: DriverState, seconds: float, interr
     return Result(job.output, **counts, seconds=seconds, text=text, interrupted=interrupted)
 
 
-def begin(job: Job, there: Dataset) -> DriverState:
-    """The driver's state at the start of a run: all shards that are not in the dataset yet.
+def begin(job: Job, there: Dataset, types: Sequence[WorkerType] = ()) -> DriverState:
+    """The driver's state at the start of a run: all shards that are not in the dataset yet. ``types``: other workers than the job's.
 
     Raises PlanError if what is in the dataset's place is another's.
     """
@@ -199,7 +199,7 @@ def begin(job: Job, there: Dataset) -> DriverState:
         drawn_in=next((at for at, stage in enumerate(plan.stages) if "denoiser" in stage.needs), 0),
         row_name=plan.row_id,
         short=plan.short,
-        worker_types=worker_types(job, plan),
+        worker_types=tuple(types) or worker_types(job, plan),
     )
 
 

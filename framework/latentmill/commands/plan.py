@@ -7,6 +7,7 @@ from typing import Any
 
 from latentmill import storage
 from latentmill.commands.command import Command, add_grow, add_job
+from latentmill.errors import JobError
 from latentmill.text import plural
 
 BUCKETS_A_LINE = 8
@@ -17,7 +18,15 @@ MANY_SHARDS = 20_000
 def _options(parser: argparse.ArgumentParser) -> None:
     add_job(parser)
     add_grow(parser)
-    parser.add_argument("--json", action="store_true", help="print the plan as it would be written to plan.json")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print the plan as it would be written to plan.json; with --probe: what is reckoned",
+    )
+    parser.add_argument(
+        "--probe", metavar="ROWS", type=int, help="run that many rows, and say what the whole job would take"
+    )
+    parser.add_argument("--price", metavar="PRICE", type=float, help="with --probe: of a GPU for an hour")
 
 
 def _plan(options: Any) -> int:
@@ -27,12 +36,20 @@ def _plan(options: Any) -> int:
     from latentmill.dataset import Dataset
     from latentmill.workers import pools
 
+    if options.price is not None and options.probe is None:
+        raise JobError("--price is of what --probe finds: give it, too")
     job = load_job(options.job, options.overrides)
     built = parts.parts(job)
     store = storage.at(job.output)
     plan = generations.settle(planning.plan(job, built), store, built.source, options.grow)
     there = Dataset(store, plan, built.sink)
     done = len(there.adopt())
+    if options.probe is not None:
+        from latentmill.commands.probing import told
+        from latentmill.probe import probe
+
+        print(told(job, plan, probe(job, plan, built.sink, options.probe, done), options.price, options.json))
+        return 0
     if options.json:
         print(plan.to_json(), end="")
         return 0

@@ -189,6 +189,10 @@ class Bucket(Storage):
         with self._said(name), suppress(FileNotFoundError):
             obstore.delete(self.store, name)
 
+    def clear(self) -> None:
+        for name, _ in list(self.walk("", deep=True)):
+            self.delete(name)
+
     def move(self, name: str, to: str) -> None:
         import obstore
 

@@ -116,6 +116,9 @@ class LocalFolder(Storage):
         os.replace(self.root / name, self.root / to)
         _sync(str((self.root / name).parent))
 
+    def clear(self) -> None:
+        _remove(self.root)
+
     @contextmanager
     def visit(self) -> Iterator[None]:
         new = [folder for folder in (self.root / ".tmp", self.root, *self.root.parents) if not folder.exists()]

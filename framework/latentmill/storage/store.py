@@ -103,6 +103,10 @@ class Storage(ABC):
         """Whether a file is there."""
         return self.size(name) is not None
 
+    def clear(self) -> None:
+        """Remove all that is in it, whoever put it there."""
+        raise NotImplementedError
+
     @contextmanager
     def visit(self) -> Iterator[None]:
         """Of what is made here meanwhile no empty folder stays."""

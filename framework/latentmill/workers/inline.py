@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,8 +33,8 @@ from latentmill.workers.worker import Admit, Block, Call, Outcome, Worker, Worke
 ALL = -1
 """The number of all workers together, for whoever watches them."""
 
-_Made: TypeAlias = "tuple[Outcome, Block] | Exception | None"
-"""What was made of an order; None of a commit."""
+_Made: TypeAlias = "tuple[Outcome, Block] | Exception | float"
+"""What was made of an order; of a commit the seconds that it took."""
 
 
 class InlinePool:
@@ -62,6 +63,8 @@ class InlinePool:
         """Orders that threads work on."""
         self.answers: queue.SimpleQueue[tuple[Dispatch, _Made | KeyboardInterrupt]] = queue.SimpleQueue()
         self.blocks: dict[int, Block] = {}
+        self.waited = 0.0
+        """Seconds in which this thread had nothing to do but to wait for the others."""
 
     def submit(self, order: PoolOrder) -> None:
         if isinstance(order, StopWorker):  # what it held is given out anew
@@ -90,12 +93,15 @@ class InlinePool:
         """What threads have done; if there is nothing yet, wait for it."""
         events: list[Event] = []
         while True:
+            before = time.monotonic()
             try:
                 order, answer = (
                     self.answers.get(timeout=timeout) if timeout and not events else self.answers.get_nowait()
                 )
             except queue.Empty:
                 return events
+            finally:
+                self.waited += time.monotonic() - before
             if self.beside.pop(order.id, None) is None:
                 continue
             if isinstance(answer, KeyboardInterrupt):  # it is meant for the run
@@ -118,13 +124,12 @@ class InlinePool:
             answer = RuntimeError(f"{type(error).__name__}: {error}")
         self.answers.put((order, answer))
 
-    def _do(self, worker: Worker, order: Dispatch) -> tuple[Outcome, Block] | None:
+    def _do(self, worker: Worker, order: Dispatch) -> tuple[Outcome, Block] | float:
         stage, blocks = self.stages[order.stage], self._blocks(order)
         if order.task == "read":
             return worker.read(stage, order.rows, order.attempts)
         if order.task == "commit":
-            worker.commit(stage, order.shard, order.errors, order.filtered, order.addresses(), *blocks)
-            return None
+            return worker.commit(stage, order.shard, order.errors, order.filtered, order.addresses(), *blocks)
         return worker.batch(stage, order.addresses(), *blocks)
 
     def _begin(self, order: Dispatch) -> list[Event]:
@@ -172,8 +177,8 @@ class InlinePool:
             return self._event(order, error)
 
     def _event(self, order: Dispatch, answer: _Made) -> Event:
-        if answer is None:
-            return Finished(order.id)
+        if isinstance(answer, float):
+            return Finished(order.id, seconds=answer)
         if isinstance(answer, WrongWorker):
             return Died(self.types[order.worker], order.worker, one_line(str(answer)), wrong=True)
         if isinstance(answer, Exception):
@@ -184,7 +189,7 @@ class InlinePool:
         self.blocks[order.id] = block
         self.watch.heard(self.stages[order.stage], outcome.heard)
         self._note(order, outcome)
-        return Finished(order.id, outcome.parts, outcome.rejected, outcome.bytes)
+        return Finished(order.id, outcome.parts, outcome.rejected, outcome.bytes, outcome.seconds, outcome.memory)
 
     def _note(self, order: Dispatch, outcome: Outcome) -> None:
         """All workers are this process: what it uses is told once, of the one that computes, if one does."""

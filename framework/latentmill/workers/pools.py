@@ -148,9 +148,12 @@ def max_bytes_in_flight(job: Job) -> float:
     return SHARE * there if there else math.inf
 
 
-def make_pool(job: Job, plan: Plan, store: Storage, watch: Watch) -> Pool:
-    """The pool that the job's cluster asks for, which tells ``watch`` of its workers. Ray is imported only if it is wanted."""
-    setups = [worker_setup(job, plan, stages) for stages in hosted(job, plan)[0]]
+def make_pool(job: Job, plan: Plan, store: Storage, watch: Watch, setups: Sequence[WorkerSetup] | None = None) -> Pool:
+    """The pool that the job's cluster asks for, which tells ``watch`` of its workers. Ray is imported only if it is wanted.
+
+    ``setups``: other workers than the job's.
+    """
+    setups = setups or [worker_setup(job, plan, stages) for stages in hosted(job, plan)[0]]
     admit = WeightsRead(plan, store)
     if job.cluster.kind == "inline":
         from latentmill.workers.inline import InlinePool

@@ -1,0 +1,216 @@
+"""``plan --probe``: a few rows of a job, through all of its stages in its own workers, and what that says of the rest.
+
+They go to a place of their own beside the output, which is removed again. Of each worker type there is one worker. A first round
+warms the workers up; the other rounds are measured, each by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import uuid
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+from latentmill import plan_files, storage
+from latentmill.config import Job
+from latentmill.dataset import Dataset
+from latentmill.driver.apply import apply
+from latentmill.driver.loop import Pool, drive, interruptible
+from latentmill.driver.messages import Dispatch, Event, Finished, PoolOrder, Started, TakenOut
+from latentmill.errors import PlanError
+from latentmill.estimates import Estimate, Left, Round, estimate
+from latentmill.plan import Generation, Plan
+from latentmill.plugin import Sink
+from latentmill.runner import begin
+from latentmill.shards import FOLDER, data_name, side_file_shard
+from latentmill.workers import pools
+from latentmill.workers.watch import Watch
+
+ROUNDS = 4
+"""The first of which warms up."""
+FEW = 4
+"""One in so many of a round's rows is a shard of its own: what a shard costs and what its rows cost can be told apart."""
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a probe found."""
+
+    estimate: Estimate
+    rows: int
+    """That were measured."""
+    all_rows: int
+    """Those included that warmed up."""
+    failed: int
+    filtered: int
+    seconds: float
+
+
+def probe(job: Job, plan: Plan, sink: Sink, rows: int, done: int) -> Probed:
+    """Run ``rows`` of a job. ``done``: shards of the plan that are there already. Raises what a run of it would."""
+    if rows < ROUNDS:
+        raise PlanError(f"--probe {rows}: a probe takes {ROUNDS} rows or more")
+    url = f"{job.output.rstrip('/')}.probe-{uuid.uuid4().hex[:8]}"
+    few, rounds = chosen(job, plan, rows)
+    short = replace(job, output=url, single_writer=True, prompt_cache=None, rows_per_shard=few.rows_per_shard)
+    store = storage.at(url, single_writer=True)
+    setups = [replace(pools.worker_setup(short, few, stages), replicas=1) for stages in pools.hosted(job, plan)[0]]
+    types = [replace(each, replicas=1) for each in pools.worker_types(job, plan)]
+    started, pool = time.monotonic(), None
+    with interruptible(), store.visit():
+        try:
+            state = begin(short, Dataset(store, few, sink), types)
+            store.create(
+                plan_files.FIRST_PLAN, json.dumps({**json.loads(few.to_json()), "hash": few.first_hash}).encode()
+            )
+            pool = Stopwatch(pools.make_pool(short, few, store, Watch(), setups))
+            state.max_bytes_in_flight = pools.max_bytes_in_flight(job)
+            nodes = _nodes(job)
+            measured = []
+            state.done |= {shard for shards in rounds[1:] for shard in shards}
+            for shards in rounds:
+                apply(state, TakenOut(frozenset(shards)))
+                pool.begin_round(len(state.stages))
+                drive(state, pool, lambda: None)
+                measured.append(_round(pool, store, few, sink, shards))
+            loading = max(pool.started) - started
+            memory = state.memory_seen
+        finally:
+            if pool is not None:
+                pool.close()
+            store.clear()
+    by_type = [
+        replace(hosts, asks={**hosts.asks, "memory": max(hosts.asks.get("memory", 0.0), seen)} if seen else hosts.asks)
+        for hosts, seen in zip(pools.worker_types(job, plan), memory)
+    ]
+    shards_left = plan.shards - done
+    left = Left(
+        max(1, round(plan.rows * shards_left / plan.shards)),
+        shards_left,
+        plan.rows_per_shard,
+        state.stages,
+        by_type,
+        nodes,
+        [setup.num_gpus for setup in setups],
+    )
+    try:
+        found = estimate(measured[1:], left, loading)
+    except ValueError as error:
+        raise PlanError(f"--probe: {error}") from error
+    ended = state.committed_failed, state.committed_filtered
+    return Probed(found, sum(r.rows for r in measured[1:]), few.rows, *ended, time.monotonic() - started)
+
+
+def chosen(job: Job, plan: Plan, rows: int) -> tuple[Plan, list[list[int]]]:
+    """The plan of a probe, and of each round its shards. Its rows are runs of the source's, evenly over all of it.
+
+    To a plan its shards are generations, each of as many rows as it likes.
+    """
+    source_rows = plan.rows // plan.samples_per_row
+    a_round = max(1, rows // ROUNDS // plan.samples_per_row)
+    few = 0 if job.deterministic else a_round // FEW
+    sizes = [size for size in (few, a_round - few) if size]
+    run = max(1, min(a_round, source_rows, job.stages[job.flow[0]].first_batch_size // plan.samples_per_row))
+    count = -(-a_round // run)
+    starts = [round(place * (source_rows - run) / max(1, ROUNDS * count - 1)) for place in range(ROUNDS * count)]
+    places = []
+    for first in range(ROUNDS):
+        wanted = a_round
+        for start in starts[first::ROUNDS]:
+            places += _places(plan, start, min(run, wanted))
+            wanted -= min(run, wanted)
+    generations = [Generation(f"{plan.hash}-{number}", size) for number, size in enumerate(sizes * ROUNDS)]
+    made = replace(
+        plan, places=tuple(places), generations=tuple(generations), rows_per_shard=max(sizes) * plan.samples_per_row
+    )
+    return made, [[first * len(sizes) + number for number in range(len(sizes))] for first in range(ROUNDS)]
+
+
+def _places(plan: Plan, start: int, rows: int) -> list[tuple[int, int, int]]:
+    """Where rows of the source lie: runs of fragment, first row, rows."""
+    ends, found = list(accumulate(rows for _, _, rows in plan.runs)), []
+    while rows:
+        at = bisect_right(ends, start)
+        fragment, first, length = plan.runs[at]
+        skipped = start - (ends[at] - length)
+        here = min(rows, length - skipped)
+        found.append((fragment, first + skipped, here))
+        start, rows = start + here, rows - here
+    return found
+
+
+class Stopwatch:
+    """A pool, and how long its workers took for what they did in a round."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.orders: dict[int, Dispatch] = {}
+        self.started: list[float] = []
+        """When workers were ready."""
+
+    def begin_round(self, stages: int) -> None:
+        self.began, self.waited_before = time.monotonic(), self._waited()
+        self.seconds, self.bytes = [0.0] * stages, [0.0] * stages
+        self.commits: list[tuple[int, float]] = []
+
+    def computing(self) -> float:
+        """Seconds of the round in which the pool's own process had work; nan if its workers have processes of their own."""
+        return time.monotonic() - self.began - (self._waited() - self.waited_before)
+
+    def _waited(self) -> float:
+        waited: float = getattr(self.pool, "waited", math.nan)
+        return waited
+
+    def submit(self, order: PoolOrder) -> None:
+        if isinstance(order, Dispatch):
+            self.orders[order.id] = order
+        self.pool.submit(order)
+
+    def collect(self, timeout: float) -> list[Event]:
+        events = self.pool.collect(timeout)
+        for event in events:
+            if isinstance(event, Started):
+                self.started.append(time.monotonic())
+            elif isinstance(event, Finished):
+                self._finished(self.orders.pop(event.id), event)
+        return events
+
+    def _finished(self, order: Dispatch, event: Finished) -> None:
+        if order.task == "commit":
+            self.commits.append((len(order.rows), event.seconds))
+            return
+        self.seconds[order.stage] += event.seconds
+        self.bytes[order.stage] += event.bytes
+
+    def release(self, block: int) -> None:
+        self.pool.release(block)
+
+    def close(self) -> None:
+        self.pool.close()
+
+
+def _round(pool: Stopwatch, store: storage.Storage, plan: Plan, sink: Sink, shards: Sequence[int]) -> Round:
+    computing = pool.computing()
+    sizes: Counter[int] = Counter()
+    for shard in shards:
+        sizes[shard] = store.size(data_name(shard, sink)) or 0
+    for name in store.names(FOLDER):
+        if (of := side_file_shard(name)) is not None and of in shards:
+            sizes[of] += store.size(f"{FOLDER}/{name}") or 0
+    rows = {shard: len(plan.shard_rows(shard)) for shard in shards}
+    files = [(rows[shard], float(sizes[shard])) for shard in shards]
+    return Round(sum(rows.values()), computing, pool.seconds, pool.commits, pool.bytes, files)
+
+
+def _nodes(job: Job) -> list[dict[str, float]]:
+    """What the nodes have for workers, in Ray's words; none of a job in this process alone."""
+    if job.cluster.kind == "inline":
+        return []
+    from latentmill.workers.nodes import alive
+
+    return [dict(resources) for resources in alive().values()]
