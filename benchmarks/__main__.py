@@ -29,6 +29,7 @@ SCRIPTS: dict[str, tuple[list[str], list[str]]] = {
     "flow": ([], ["64"]),
     "denoise": (["--repeats", "9"], ["--repeats", "1", "--rows", "100"]),
     "planning": (["10000000"], ["100000"]),
+    "probe": ([], ["--rows", "16", "--times", "2"]),
     "many_shards": ([], ["200"]),
     "memory": ([], ["--small"]),
     "reading": ([], ["200", "--repeats", "1"]),
