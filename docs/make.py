@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import re
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from latentmill import registry
+from latentmill import registry, submissions
 from latentmill.commands.listings import scheduler_table
 from latentmill.exports.spaces import VAE_FAMILIES
 from latentmill.exports.table import EXPORT_FORMATS, NOT_MADE
@@ -141,6 +142,63 @@ def not_made() -> str:
     return table(["format", "not made, since"], [[f"`{name}`", why] for name, why in NOT_MADE.items()])
 
 
+CLUSTER_JOB = """\
+defaults: [job, model: shapes, scheduler: dpmpp_2m, source: prompts, sink: parquet, cluster: local, override stages: gpu, _self_]
+source: {path: "s3://bucket/prompts.parquet"}
+sampling: {width: 1024, height: 1024}
+stages:
+  encode:  {replicas: 4, num_gpus: 0.25, accelerator_type: H100}
+  denoise: {replicas: 16, num_gpus: 1, accelerator_type: H100}
+  decode:  {replicas: 8, num_gpus: 0.5, accelerator_type: H100}
+"""
+
+
+def submitted(target: str, *words: str) -> str:
+    """The page's job, the command, and what it shows; the id is another one each time, and the job's own file is cut off."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "my-job.yaml"
+        file.write_text(CLUSTER_JOB)
+        offer = submissions.prepare(str(file), [word.replace("'", "") for word in words], target)
+    [text] = offer.files.values()
+    text = text.replace(offer.submission.id, "my-job-1a2b3c4d")
+    text = re.sub(
+        r"( *)(defaults: \[job, _self_\]\n)(?:\1.*\n)*?(?= *LATENTMILL_JOB|(?! *\n)(?!\1))", r"\1\2\1[...]\n", text
+    )
+    command = " \\\n    ".join([f"latentmill submit my-job.yaml --to {target} --dry-run", *words])
+    return f"```bash\n{command}\n```\n\n```yaml\n{text}```"
+
+
+def cluster_job() -> str:
+    """The page's job."""
+    return f"```yaml\n{CLUSTER_JOB}```"
+
+
+def rayjob() -> str:
+    """A RayJob."""
+    return submitted(
+        "kuberay",
+        "target.image=registry.example/latentmill:0.1.0",
+        "target.volumes.models=/models",
+        "'target.env=[AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY]'",
+        "'target.groups.H100={gpus: 8, cpus: 64, memory: 512GiB, node_selector: {nvidia.com/gpu.product: NVIDIA-H100-80GB-HBM3}}'",
+        "output=s3://bucket/my-job",
+    )
+
+
+def sky_task() -> str:
+    """A task of SkyPilot."""
+    return submitted(
+        "skypilot",
+        "target.image=registry.example/latentmill:0.1.0-root",
+        "target.gpus=8",
+        "target.cpus=64",
+        "target.memory=512GiB",
+        "target.spot=true",
+        "'target.env=[AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY]'",
+        "output=s3://bucket/my-job",
+    )
+
+
 PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "fields": ("fields.md", fields),
     "columns": ("fields.md", columns),
@@ -150,6 +208,9 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "families": ("trainers.md", families),
     "texts": ("trainers.md", texts),
     "not_made": ("trainers.md", not_made),
+    "cluster_job": ("cluster.md", cluster_job),
+    "rayjob": ("cluster.md", rayjob),
+    "sky_task": ("cluster.md", sky_task),
 }
 """For each marked part: the page that it is in, and what makes it."""
 

@@ -105,7 +105,7 @@ def examine(job: Job) -> Examination:
     built = parts.parts(job)
     store = storage.at(job.output, job.single_writer)
     plan = generations.settle(planning.plan(job, built), store, built.source, False)
-    setups = [pools.worker_setup(job, plan, stages) for stages in pools.hosted(job, plan)[0]]
+    setups = [pools.worker_setup(job, plan, stages) for stages in pools.hosted(job, job.flow)[0]]
     with nodes(job, max(math.ceil(setup.num_gpus) for setup in setups)) as asked:
         return _Doctor(job, plan, setups, store, asked).examine()
 

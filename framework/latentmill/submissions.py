@@ -19,7 +19,7 @@ from latentmill import dataset, registry, values
 from latentmill.config import Job, load_job
 from latentmill.config.target import PREFIX, load_target, settled
 from latentmill.errors import JobError, LatentmillError, UnreachableError
-from latentmill.plugin import Launcher, LaunchState, StageNeeds, Submission, Submitted
+from latentmill.plugin import Launcher, LaunchState, Submission, Submitted, WorkerNeeds
 from latentmill.text import near, one_line, without_secrets
 
 FIRST_LINE = "defaults: [job, _self_]\n"
@@ -232,18 +232,11 @@ def _is_url(place: str) -> bool:
     return "://" in place
 
 
-def _needs(job: Job) -> Iterator[StageNeeds]:
-    for stage in job.flow:
-        asked = job.stages[stage]
-        yield StageNeeds(
-            stage,
-            asked.replicas if isinstance(asked.replicas, int) else None,
-            asked.num_cpus,
-            asked.num_gpus,
-            asked.bytes,
-            asked.accelerator_type,
-            dict(asked.resources),
-        )
+def _needs(job: Job) -> Iterator[WorkerNeeds]:
+    from latentmill.workers import pools  # and with it torch
+
+    for stages in pools.hosted(job, job.flow)[0]:
+        yield pools.worker_needs(job, [job.flow[stage] for stage in stages])
 
 
 def _relative_paths(job: Job) -> Iterator[tuple[str, str]]:

@@ -23,7 +23,7 @@ class Desk(Launcher):
     def files(self, submission):
         if self.seats < 1:
             raise ValueError(f"target.seats must be 1 or more, not {self.seats}")
-        needs = "".join(f"{n.stage} {n.replicas} {n.num_gpus:g} {n.memory}\\n" for n in submission.needs)
+        needs = "".join(f"{'+'.join(n.stages)} {n.replicas} {n.num_gpus:g} {n.memory}\\n" for n in submission.needs)
         return {submission.file: submission.text, "words": "\\n".join(submission.command(address="auto")), "needs": needs, "room": self.room}
 
     def submit(self, submission, folder):
@@ -77,7 +77,7 @@ def test_a_dry_run_shows_all_and_does_nothing(latentmill, desk, monkeypatch):
         "cluster.kind=ray",
         "cluster.address=auto",
     ]
-    assert "denoise None 0.5 None\n" in files["needs"] and files["room"].strip() == "2026_11"
+    assert "encode+denoise+decode None 1 None\n" in files["needs"] and files["room"].strip() == "2026_11"
     assert "hunter2" not in latentmill.said and not desk.exists()
 
 

@@ -66,7 +66,7 @@ def _plan(options: Any) -> int:
             f"         that is many files: rows_per_shard={-(-plan.rows // MANY_SHARDS // 100) * 100} would make fewer"
         )
     print(f"output   {job.output}")
-    hosted, why = pools.hosted(job, plan)
+    hosted, why = pools.hosted(job, job.flow)
     print(f"workers  {', '.join(' + '.join(plan.stages[stage].name for stage in stages) for stages in hosted)} ({why})")
     plugins = {
         kind: about

@@ -33,7 +33,7 @@ def told(job: Job, plan: Plan, found: Probed, price: float | None, as_json: bool
 
 def _lines(job: Job, plan: Plan, found: Probed, cost: Spread | None) -> Iterator[tuple[str, str]]:
     of = found.estimate
-    hosted = [" + ".join(plan.stages[stage].name for stage in stages) for stages in pools.hosted(job, plan)[0]]
+    hosted = [" + ".join(plan.stages[stage].name for stage in stages) for stages in pools.hosted(job, job.flow)[0]]
     yield "job", f"{job.name}: {plan.rows:,} rows in {plan.shards:,} shards of {plan.rows_per_shard:,}"
     yield "probe", f"{plural(found.rows, 'row')} measured, after others to warm up, in {duration_text(found.seconds)}"
     if found.failed or found.filtered:

@@ -1,1 +1,1 @@
-"""Where jobs can be started: a process of its own here, Ray's job server, Slurm. Each is a plugin, as anyone's would be."""
+"""Where jobs can be started: a process of its own here, Ray's job server, Slurm, KubeRay, SkyPilot. Each is a plugin, as anyone's would be."""

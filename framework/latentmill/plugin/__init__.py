@@ -26,10 +26,10 @@ from latentmill.plugin.launcher import (
     RETRY_CODES,
     Launcher,
     LaunchState,
-    StageNeeds,
     StateWord,
     Submission,
     Submitted,
+    WorkerNeeds,
 )
 from latentmill.plugin.scheduler import Field, Grid, NoiseSchedule, Scheduler, Start, State
 from latentmill.plugin.sink import OpenSideFile, Sink, StoredShard
@@ -77,7 +77,6 @@ __all__ = [
     "Source",
     "Stage",
     "StageContext",
-    "StageNeeds",
     "Start",
     "State",
     "StateWord",
@@ -87,5 +86,6 @@ __all__ = [
     "Submitted",
     "TextEncoder",
     "VAE",
+    "WorkerNeeds",
     "statistics_digest",
 ]

@@ -15,15 +15,16 @@ RETRY_CODES = frozenset({1, 4, 130})
 
 
 @dataclass(frozen=True)
-class StageNeeds:
-    """What the job says of a stage's workers: what each of them asks for."""
+class WorkerNeeds:
+    """What each worker of a kind asks for."""
 
-    stage: str
+    stages: tuple[str, ...]
+    """The stages that it hosts."""
     replicas: int | None
     """Workers; None (``auto``): as many as are of use and there is room for, one at least."""
     num_cpus: float
     num_gpus: float
-    """A share of one, or whole ones. Stages that share a worker add their shares up to one."""
+    """A share of one, or whole ones."""
     memory: int | None
     """Bytes of main memory; None: nothing is said."""
     accelerator_type: str | None
@@ -46,8 +47,8 @@ class Submission:
     """A URL, or a path from the root."""
     folder: str
     """Where it was submitted from: relative paths in the job lead from there. Of use where this machine's paths are seen."""
-    needs: tuple[StageNeeds, ...]
-    """Stage by stage, in the order of the flow."""
+    needs: tuple[WorkerNeeds, ...]
+    """Its workers, kind by kind, in the order of the flow."""
     without_ray: bool
     """The job says ``cluster=inline``: one process does it all."""
 

@@ -14,7 +14,7 @@ from latentmill.driver.loop import Pool
 from latentmill.driver.messages import StageSpec, WorkerType
 from latentmill.errors import PlacementError
 from latentmill.plan import Plan
-from latentmill.plugin import Declaration
+from latentmill.plugin import Declaration, WorkerNeeds
 from latentmill.storage import Storage
 from latentmill.workers.context import make_stage
 from latentmill.workers.watch import Watch
@@ -39,41 +39,41 @@ def stage_spec(job: Job, declared: Declaration) -> StageSpec:
 
 def worker_types(job: Job, plan: Plan) -> tuple[WorkerType, ...]:
     """What the driver must know of the job's workers: which stages they host, how many they are, and what each asks for."""
-    setups = [(stages, worker_setup(job, plan, stages)) for stages in hosted(job, plan)[0]]
+    setups = [(stages, worker_setup(job, plan, stages)) for stages in hosted(job, job.flow)[0]]
     return tuple(WorkerType(stages, setup.replicas, setup.asks) for stages, setup in setups)
 
 
-def hosted(job: Job, plan: Plan) -> tuple[list[tuple[int, ...]], str]:
-    """The numbers of the stages that share a worker, in the order of the flow, and why, for people.
+def hosted(job: Job, names: Sequence[str]) -> tuple[list[tuple[int, ...]], str]:
+    """The numbers of the stages that share a worker, in the order of the flow, and why, for people. ``names``: of the flow's stages.
 
     Split, each stage has workers of its own. Fused, one worker hosts all that are between the first and the last: each
     worker has all that a row needs, and none waits for another. ``placement=auto`` fuses what asks for the same device, if
     one device has room for it.
     """
-    count = len(plan.stages)
+    count = len(names)
     between = list(range(1, count - 1))
     if job.cluster.kind == "inline":
         groups, why = [between], "cluster=inline has one process"
     elif job.placement == "auto":
-        groups, why = _shared(job, plan, between)
+        groups, why = _shared(job, names, between)
     else:
         groups = [between] if job.placement == "fused" else [[stage] for stage in between]
         why = f"placement={job.placement}"
     return [(0,), *(tuple(group) for group in groups if group), (count - 1,)], why
 
 
-def _shared(job: Job, plan: Plan, between: Sequence[int]) -> tuple[list[list[int]], str]:
+def _shared(job: Job, names: Sequence[str], between: Sequence[int]) -> tuple[list[list[int]], str]:
     """Which neighbours share a worker if placement is auto, and why."""
     groups: list[list[int]] = []
     reasons = []
     for stage in between:
         if groups:
-            settings = [job.stages[plan.stages[other].name] for other in (*groups[-1], stage)]
+            settings = [job.stages[names[other]] for other in (*groups[-1], stage)]
             apart = _apart(settings)
             if not apart:
                 groups[-1].append(stage)
                 continue
-            before, name = plan.stages[groups[-1][-1]].name, plan.stages[stage].name
+            before, name = names[groups[-1][-1]], names[stage]
             reasons.append(f"{name} shares none with {before}: {apart}")
         groups.append([stage])
     return groups, "; ".join(reasons) or "they ask for the same device, and it has room for all of them"
@@ -90,29 +90,42 @@ def _apart(stages: Sequence[StageSettings]) -> str:
     return ""
 
 
-def worker_setup(job: Job, plan: Plan, stages: Sequence[int]) -> WorkerSetup:
-    """What a pool must know of the workers that host these stages.
+def worker_needs(job: Job, names: Sequence[str]) -> WorkerNeeds:
+    """What each worker that hosts these stages asks for.
 
     Of CPUs one asks for the most that one of its stages asks for, since one computes at a time; of memory, on the GPU too, for
     what they all ask for.
     """
-    declared = [plan.stages[stage] for stage in stages]
-    settings = [job.stages[stage.name] for stage in declared]
+    settings = [job.stages[name] for name in names]
     memory = [stage.bytes for stage in settings if stage.bytes is not None]
     gpus = [stage.num_gpus for stage in settings]
-    num_gpus = max(gpus) if max(gpus) > 1 else min(1.0, round(sum(gpus), 6))
     given = [stage.replicas for stage in settings if isinstance(stage.replicas, int)]
-    return WorkerSetup(
-        stages=tuple(_stage_work(job, plan, stage, shares=0 < num_gpus < 1) for stage in declared),
+    return WorkerNeeds(
+        stages=tuple(names),
         replicas=1 if job.cluster.kind == "inline" else max(given, default=None),
         num_cpus=max(stage.num_cpus for stage in settings),
-        num_gpus=num_gpus,
+        num_gpus=max(gpus) if max(gpus) > 1 else min(1.0, round(sum(gpus), 6)),
         memory=sum(memory) if memory else None,
+        accelerator_type=next((stage.accelerator_type for stage in settings if stage.accelerator_type), None),
         resources={
             name: max(stage.resources.get(name, 0.0) for stage in settings)
             for name in {name for stage in settings for name in stage.resources}
         },
-        accelerator_type=next((stage.accelerator_type for stage in settings if stage.accelerator_type), None),
+    )
+
+
+def worker_setup(job: Job, plan: Plan, stages: Sequence[int]) -> WorkerSetup:
+    """What a pool must know of the workers that host these stages."""
+    declared = [plan.stages[stage] for stage in stages]
+    needs = worker_needs(job, [stage.name for stage in declared])
+    return WorkerSetup(
+        stages=tuple(_stage_work(job, plan, stage, shares=0 < needs.num_gpus < 1) for stage in declared),
+        replicas=needs.replicas,
+        num_cpus=needs.num_cpus,
+        num_gpus=needs.num_gpus,
+        memory=needs.memory,
+        resources=needs.resources,
+        accelerator_type=needs.accelerator_type,
         computes=any(stage.position == "between" for stage in declared),
     )
 
@@ -153,7 +166,7 @@ def make_pool(job: Job, plan: Plan, store: Storage, watch: Watch, setups: Sequen
 
     ``setups``: other workers than the job's.
     """
-    setups = setups or [worker_setup(job, plan, stages) for stages in hosted(job, plan)[0]]
+    setups = setups or [worker_setup(job, plan, stages) for stages in hosted(job, job.flow)[0]]
     admit = WeightsRead(plan, store)
     if job.cluster.kind == "inline":
         from latentmill.workers.inline import InlinePool
