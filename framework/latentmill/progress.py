@@ -5,16 +5,19 @@ from __future__ import annotations
 import io
 import sys
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TextIO
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live as RichLive
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+
+from latentmill.usage import GroupUsage
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,10 @@ class StageView:
     """Workers that have something to do."""
     ended_before: int = 0
     """Rows that failed or were filtered before they came to it, less those that left it and have begun again since."""
+    failed: int = 0
+    """Rows that failed in it."""
+    queued_bytes: int = 0
+    """The bytes of those that wait for it, by what rows had lately."""
 
     @property
     def passed(self) -> int:
@@ -121,6 +128,84 @@ class Pace:
         return longest
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What a person is shown of a run, whoever runs it and wherever it is shown."""
+
+    job: str
+    view: View
+    rows: int
+    """That are through."""
+    left: float | None
+    """Seconds to go; None if nobody can tell."""
+    rates: Sequence[float]
+    """Rows a second that leave each stage."""
+    busy: Sequence[float]
+    """The share of their time in which each stage's workers had something to do."""
+    usage: Sequence[GroupUsage] = ()
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """For each stage what it counted: evaluations of the network, halvings for want of memory, deaths of workers."""
+    lately: Sequence[str] = ()
+    """What was said last of workers and by them."""
+
+    def line(self) -> str:
+        """It in a line."""
+        view = self.view
+        parts = [f"{self.job}: {self.rows:,} of {view.planned:,} rows"]
+        parts += [f"{view.failed:,} failed"] * bool(view.failed)
+        parts += [f"{view.filtered:,} filtered"] * bool(view.filtered)
+        parts.append(" ".join(f"{stage.name} {stage.done:,}" for stage in view.stages))
+        parts.append(f"{rate_text(self.rates[-1])} rows/s")
+        parts.append("starting" if self.left is None else f"{duration_text(round(self.left))} left")
+        parts += [f"{counted(view.leased_by_others, 'shard')} with other drivers"] * bool(view.leased_by_others)
+        return " | ".join(parts)
+
+    def table(self) -> RenderableType:
+        """It as a table with a bar of the whole."""
+        view = self.view
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            f"[bold]{escape(self.job)}[/]",
+            ProgressBar(total=view.planned, completed=self.rows, width=32),
+            f"{self.rows:,} of {view.planned:,} rows",
+            f"{duration_text(view.seconds)} so far"
+            + ("" if self.left is None else f", about {duration_text(round(self.left))} left"),
+        )
+        stages = _table("stage", "done", "queued", "rows/s", "workers busy")
+        for stage, rate in zip(view.stages, self.rates):
+            workers = f"{stage.busy} of {stage.workers}" if stage.workers else "starting"
+            stages.add_row(stage.name, f"{stage.done:,}", f"{stage.queued:,}", rate_text(rate), workers)
+        parts: list[RenderableType] = [head, stages]
+        if self.usage:
+            parts.append(self._usage())
+        if view.leased_by_others:
+            parts.append(f"{counted(view.leased_by_others, 'shard')} with other drivers")
+        if view.filtered:
+            parts.append(f"{counted(view.filtered, 'row')} filtered; the reasons are in filtered/")
+        if view.failed:
+            parts.append(f"[yellow]{counted(view.failed, 'row')} failed; the reasons are in errors/[/]")
+        return Group(*parts)
+
+    def _usage(self) -> Table:
+        has_gpus = any(group.gpu_memory is not None for group in self.usage)
+        used = _table("workers", "cores busy", "memory", *(["GPUs busy", "GPU memory"] if has_gpus else []))
+        for group in self.usage:
+            cells = [f"{group.workers} {group.stages}", f"{group.cpu:.1f}", bytes_text(group.memory)]
+            if has_gpus:
+                cells.append("" if group.gpu is None else f"{group.gpu:.0%}")
+                cells.append("" if group.gpu_memory is None else bytes_text(group.gpu_memory))
+            used.add_row(*cells)
+        return used
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
+
+
 class Live:
     """Shows a run on a terminal as one table that changes, elsewhere as a line every few seconds."""
 
@@ -130,6 +215,8 @@ class Live:
     def __init__(self, job_name: str, stream: TextIO) -> None:
         self.job_name, self.stream = job_name, stream
         self.pace = Pace()
+        self.add: Callable[[Shown], Shown] = lambda shown: shown
+        """Adds what workers say of themselves."""
         self._next_line = 0.0
 
     def show(self, view: View) -> None:
@@ -138,49 +225,25 @@ class Live:
             self.pace.add(view)
             if not self.stream.isatty() and view.seconds >= self._next_line:
                 self._next_line = view.seconds + self.every
-                print(self.line(), file=self.stream, flush=True)
+                print(self.shown().line(), file=self.stream, flush=True)
 
-    def line(self) -> str:
-        """The newest view in a line."""
-        view = self.pace.last
-        left = self.pace.left()
-        parts = [f"{self.job_name}: {self.pace.progress():,} of {view.planned:,} rows"]
-        parts += [f"{view.failed:,} failed"] * bool(view.failed)
-        parts += [f"{view.filtered:,} filtered"] * bool(view.filtered)
-        parts.append(" ".join(f"{stage.name} {stage.done:,}" for stage in view.stages))
-        parts.append(f"{rate_text(self.pace.rate(-1))} rows/s")
-        parts.append("starting" if left is None else f"{duration_text(round(left))} left")
-        parts += [f"{counted(view.leased_by_others, 'shard')} with other drivers"] * bool(view.leased_by_others)
-        return " | ".join(parts)
+    def shown(self) -> Shown:
+        """How the run stands. There must have been a view."""
+        pace, view = self.pace, self.pace.last
+        return self.add(
+            Shown(
+                self.job_name,
+                view,
+                pace.progress(),
+                pace.left(),
+                [pace.rate(at) for at in range(len(view.stages))],
+                [pace.busy(stage.name) for stage in view.stages],
+            )
+        )
 
     def table(self) -> RenderableType:
         """The newest view as a table with a bar of the whole."""
-        if not self.pace.views:
-            return f"{self.job_name}: starting"
-        view, left, rows = self.pace.last, self.pace.left(), self.pace.progress()
-        head = Table.grid(padding=(0, 2))
-        head.add_row(
-            f"[bold]{self.job_name}[/]",
-            ProgressBar(total=view.planned, completed=rows, width=32),
-            f"{rows:,} of {view.planned:,} rows",
-            f"{duration_text(view.seconds)} so far"
-            + ("" if left is None else f", about {duration_text(round(left))} left"),
-        )
-        stages = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        stages.add_column("stage")
-        for name in ("done", "queued", "rows/s", "workers busy"):
-            stages.add_column(name, justify="right")
-        for at, stage in enumerate(view.stages):
-            workers = f"{stage.busy} of {stage.workers}" if stage.workers else "starting"
-            stages.add_row(stage.name, f"{stage.done:,}", f"{stage.queued:,}", rate_text(self.pace.rate(at)), workers)
-        parts: list[RenderableType] = [head, stages]
-        if view.leased_by_others:
-            parts.append(f"{counted(view.leased_by_others, 'shard')} with other drivers")
-        if view.filtered:
-            parts.append(f"{counted(view.filtered, 'row')} filtered; the reasons are in filtered/")
-        if view.failed:
-            parts.append(f"[yellow]{counted(view.failed, 'row')} failed; the reasons are in errors/[/]")
-        return Group(*parts)
+        return self.shown().table() if self.pace.views else f"{self.job_name}: starting"
 
 
 @contextmanager
@@ -210,6 +273,11 @@ def counted(number: int, what: str) -> str:
 def rate_text(rate: float) -> str:
     """A rate with as many digits as say something."""
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}" if rate >= 1 or rate == 0 else f"{rate:.2g}"
+
+
+def bytes_text(number: float) -> str:
+    """``1.5 GiB``, ``300 MiB``."""
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
 
 
 def duration_text(seconds: float) -> str:

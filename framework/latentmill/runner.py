@@ -26,7 +26,9 @@ from latentmill.errors import RunError
 from latentmill.plan import Plan
 from latentmill.shard_index import WORTH
 from latentmill.shards import data_name
+from latentmill.snapshots import Snapshots
 from latentmill.text import secrets, without_secrets
+from latentmill.usage import History
 from latentmill.workers.pools import make_pool, max_bytes_in_flight, stage_spec, worker_types
 from latentmill.workers.speech import SECRET_VARIABLES
 from latentmill.workers.watch import Watch
@@ -85,7 +87,8 @@ def run(
     watch = Watch(job.name, job.output, secrets(job.config, SECRET_VARIABLES))
     started, interrupted = time.monotonic(), False
     try:
-        with interruptible(), progress.live(job.name) as live:
+        with interruptible(), progress.live(job.name) as live, Snapshots(store, live, watch.run) as seen:
+            live.add = watch.onto
             if again or not finished(state):
                 pool = make_pool(job, plan, store, watch)
             store.check()
@@ -111,7 +114,8 @@ def run(
                 if not (taken := there.newly_taken_out() or there.settle()):
                     break
             there.remember(all_there=True)
-            _end(there, live)
+            seen.keep()
+            _end(there, live.pace, seen.history)
             leases.sweep(store, there.done())
     except KeyboardInterrupt:
         if not store.exists("plan.json"):
@@ -125,7 +129,7 @@ def run(
     return _result(job, there, state, time.monotonic() - started, interrupted)
 
 
-def _end(there: Dataset, live: progress.Live) -> None:
+def _end(there: Dataset, pace: progress.Pace, history: History) -> None:
     """All rows of the plan are there. Those are the whole dataset, unless another driver has grown it meanwhile, and does the rest."""
     if there.outgrown():
         logger.warning(
@@ -133,7 +137,7 @@ def _end(there: Dataset, live: progress.Live) -> None:
         )
         return
     _finish_sink(there)
-    report.finish(there, live.pace)
+    report.finish(there, pace, history)
     failpoints.reach("finishing")
     # If it has grown since we looked, what deletes this file may have come before it; one that is there then is of all generations.
     if not there.outgrown() and there.store.create("_SUCCESS", b"") and there.outgrown():

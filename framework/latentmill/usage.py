@@ -52,6 +52,28 @@ def together(stages: str, found: Sequence[Usage]) -> GroupUsage:
     )
 
 
+def added_up(groups: Iterable[GroupUsage]) -> list[GroupUsage]:
+    """What groups of several drivers use, those of the same stages together."""
+    found: dict[str, GroupUsage] = {}
+    for group in groups:
+        found[group.stages] = _sum(found[group.stages], group) if group.stages in found else group
+    return list(found.values())
+
+
+def _sum(a: GroupUsage, b: GroupUsage) -> GroupUsage:
+    gpus = [each for each in (a, b) if each.gpu is not None]
+    of = sum(each.workers for each in gpus)
+    held = [each.gpu_memory for each in (a, b) if each.gpu_memory is not None]
+    return GroupUsage(
+        a.stages,
+        a.workers + b.workers,
+        a.cpu + b.cpu,
+        a.memory + b.memory,
+        sum(each.workers * (each.gpu or 0.0) for each in gpus) / of if of else None,
+        sum(held) if held else None,
+    )
+
+
 MOMENTS = 480
 """Moments that are kept of a run, however long it is."""
 

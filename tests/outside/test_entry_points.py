@@ -109,6 +109,7 @@ HEAVY = {"torch", "ray", "hydra", "scipy", "diffusers", "latentmill_shapes"}
         (["--version"], HEAVY | {"pyarrow"}),
         (["plugins"], HEAVY | {"pyarrow"}),
         (["status", "."], HEAVY),
+        (["top", "."], HEAVY | {"pyarrow"}),
     ],
 )
 def test_a_command_imports_no_more_than_it_needs(words, spared, tmp_path):
@@ -135,6 +136,7 @@ def test_status_of_a_dataset_needs_neither_torch_nor_hydra(sink, latentmill, tmp
 import sys
 from latentmill.cli import main
 main(["status", "out/txt2img"])
+main(["top", "out/txt2img", "--once"])
 print(sorted({(HEAVY | {"PIL", "pyarrow.compute"})!r} & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)

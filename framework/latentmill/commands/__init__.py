@@ -11,6 +11,7 @@ from latentmill.commands.push import PUSH_COMMAND
 from latentmill.commands.run import RUN_COMMAND
 from latentmill.commands.status import STATUS_COMMAND
 from latentmill.commands.submit import SUBMIT_COMMAND
+from latentmill.commands.top import TOP_COMMAND
 from latentmill.commands.verify import VERIFY_COMMAND
 
 COMMANDS = (
@@ -22,6 +23,7 @@ COMMANDS = (
     CANCEL_COMMAND,
     DOCTOR_COMMAND,
     STATUS_COMMAND,
+    TOP_COMMAND,
     VERIFY_COMMAND,
     EXPORT_COMMAND,
     PUSH_COMMAND,

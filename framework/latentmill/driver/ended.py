@@ -23,6 +23,7 @@ def quarantine(state: DriverState, row: int, stage: int, reason: str) -> None:
     state.shards[row // state.rows_per_shard].errors.append(about)
     _end(state, row, stage)
     state.quarantined += 1
+    state.failed_rows[stage] += 1
     if state.failed:
         return
     if state.stop_on_error:

@@ -109,6 +109,8 @@ def view(state: DriverState, plan: Plan, seconds: float) -> progress.View:
             busy=state.busy[at],
             ended_before=sum(state.ended_rows[before] for before in range(at))
             - sum(state.drawn_again[later] for later in range(at, len(state.stages))),
+            failed=state.failed_rows[at],
+            queued_bytes=state.rows_queued(at) * state.bytes_of_row[at - 1] if at else 0,
         )
         for at, spec in enumerate(state.stages)
     ]

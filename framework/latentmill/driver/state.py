@@ -189,6 +189,8 @@ class DriverState:
     committed_shards: int = 0
     arrived: int = 0
     """Rows that have left the last stage, committed or not."""
+    failed_rows: Counter[int] = field(default_factory=Counter)
+    """Rows that failed in each stage, committed or not."""
     quarantined: int = 0
     """Rows that failed, committed or not."""
     filtered: int = 0

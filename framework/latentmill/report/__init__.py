@@ -16,16 +16,17 @@ from latentmill.report.files import MARK
 from latentmill.report.material import Material
 from latentmill.report.summary import summary
 from latentmill.text import one_line
+from latentmill.usage import History
 
 __all__ = ["MARK", "finish", "summary"]
 
 logger = logging.getLogger("latentmill")
 
 
-def finish(there: Dataset, pace: Pace | None = None) -> None:
+def finish(there: Dataset, pace: Pace | None = None, history: History | None = None) -> None:
     """Make ``contact_sheet.png``, the card ``README.md``, which Hugging Face reads, and ``report.html`` of a dataset.
 
-    ``pace`` brings the rates of the run that just ended. A file of one of these names that we did not make stays as it is.
+    ``pace`` brings the rates of the run that just ended, ``history`` what its workers used. A file of one of these names that we did not make stays as it is.
     What can't be made is a line in the log: the rows are there.
     """
     with _logged("contact sheet, card and report"):
@@ -35,7 +36,7 @@ def finish(there: Dataset, pace: Pace | None = None) -> None:
         with _logged("README.md"):
             card.make(dataset)
         with _logged("report.html"):
-            html.make(dataset, pace)
+            html.make(dataset, pace, history)
 
 
 @contextmanager

@@ -15,20 +15,24 @@ from typing import Any, TypeGuard
 from PIL import Image
 
 from latentmill.progress import Pace, duration_text, rate_text
+from latentmill.report import usage_curves
 from latentmill.report.contact_sheet import SIDE
 from latentmill.report.files import MARK, put
 from latentmill.report.material import Material, identity
+from latentmill.usage import History
 
 FIGURE = Template("<div><b>$value</b>$label</div>")
 SECTION = Template("<h2>$title</h2>$content")
 TILE = Template('<figure><img alt="" src="$uri"><figcaption>$caption</figcaption></figure>')
 
 
-def make(dataset: Material, pace: Pace | None) -> None:
-    """Write the page. ``pace`` brings the rates of the run that just ended."""
+def make(dataset: Material, pace: Pace | None, history: History | None = None) -> None:
+    """Write the page. ``pace`` brings the rates of the run that just ended, ``history`` what its workers used."""
     page = Template(resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
     figures = (FIGURE.substitute(value=value, label=label) for label, value in _figures(dataset, pace))
-    sections = (SECTION.substitute(title=title, content=content) for title, content in _sections(dataset, pace))
+    sections = (
+        SECTION.substitute(title=title, content=content) for title, content in _sections(dataset, pace, history)
+    )
     content = page.substitute(
         mark=MARK,
         name=escape(dataset.name),
@@ -51,7 +55,7 @@ def _figures(dataset: Material, pace: Pace | None) -> Iterator[tuple[str, str]]:
         yield "rows/s", rate_text(made / seconds)
 
 
-def _sections(dataset: Material, pace: Pace | None) -> Iterator[tuple[str, str]]:
+def _sections(dataset: Material, pace: Pace | None, history: History | None) -> Iterator[tuple[str, str]]:
     if dataset.tiles:
         pictures = (TILE.substitute(uri=_data_uri(t.image), caption=escape(t.caption)) for t in dataset.tiles)
         yield "Pictures from all over the dataset", f'<div class="pictures">{"".join(pictures)}</div>'
@@ -63,6 +67,8 @@ def _sections(dataset: Material, pace: Pace | None) -> Iterator[tuple[str, str]]
         ]
         head = ["stage", "rows", "rows/s", "workers", "busy"]
         yield "Stages in the last run", _table(head, stages, numbers=range(1, 5))
+    if history is not None and (curves := list(usage_curves.figures(history))):
+        yield "Processors, memory and GPUs in the last run", f'<div class="curves">{"".join(curves)}</div>'
     for title, rows, counts in (
         ("Failed rows", dataset.errors, dataset.failed_in),
         ("Filtered rows", dataset.left_out, dataset.filtered_in),

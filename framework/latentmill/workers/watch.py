@@ -7,8 +7,9 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from latentmill.progress import Shown
 from latentmill.text import hidden, one_line
 from latentmill.usage import GroupUsage, Usage, together
 from latentmill.workers.speech import MINUTE, WorkerName
@@ -158,6 +159,13 @@ class Watch:
             if seen.usage is not None and self.clock() - seen.used_at < STALE:
                 found.setdefault(seen.stages, []).append(seen.usage)
         return [together(stages, each) for stages, each in found.items()]
+
+    def onto(self, shown: Shown) -> Shown:
+        """How a run stands, with what is known of its workers. Another thread may ask."""
+        counts: dict[str, dict[str, int]] = {}
+        for (what, stage), number in [*self.counts.items(), *((("deaths", of), n) for of, n in self.deaths.items())]:
+            counts.setdefault(stage, {})[what] = number
+        return replace(shown, usage=self.usage(), counts=counts, lately=list(self.lately))
 
     def _say(self, who: str, text: str) -> None:
         self._lines.warn(f"{who}: {hidden(text, self.secrets)}")

@@ -1,0 +1,117 @@
+"""``latentmill top``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from latentmill import storage
+from latentmill.commands.command import Command
+from latentmill.errors import PlanError
+from latentmill.text import escaped
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from latentmill.snapshots import Snapshot
+
+EVERY, EVERY_IN_STORE = 2.0, 10.0
+"""Seconds between two looks at a folder, and at an object store."""
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output", metavar="OUT", type=storage.place)
+    parser.add_argument("--once", action="store_true", help="show how it stands now, and end")
+    parser.add_argument("--json", action="store_true", help="the same as JSON, and end")
+
+
+def _top(options: Any) -> int:
+    from latentmill.snapshots import read_all
+
+    store = storage.at(options.output)
+    found = list(read_all(store).values())
+    if not found and not store.exists("plan.json"):
+        raise PlanError(f"{options.output} holds no dataset: there is no plan.json in it")
+    if options.json:
+        print(json.dumps(_as_json(options.output, found)))
+        return 0
+    with suppress(KeyboardInterrupt):  # who looks on ends nothing
+        (_lines if options.once or not sys.stdout.isatty() else _on_screen)(options, store, found)
+    return 0
+
+
+def _lines(options: Any, store: storage.Storage, found: Sequence[Snapshot]) -> None:
+    from rich.console import Console
+
+    from latentmill.snapshots import read_all
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    while True:
+        console.print(_rendered(options.output, found))
+        if options.once or not found:
+            return
+        time.sleep(_pause(store))
+        found = list(read_all(store).values())
+
+
+def _on_screen(options: Any, store: storage.Storage, found: Sequence[Snapshot]) -> None:
+    from rich.live import Live
+
+    from latentmill.snapshots import read_all
+
+    with Live(_rendered(options.output, found), auto_refresh=False) as screen:
+        while found:
+            time.sleep(_pause(store))
+            found = list(read_all(store).values())
+            screen.update(_rendered(options.output, found), refresh=True)
+
+
+def _pause(store: storage.Storage) -> float:
+    return EVERY_IN_STORE if isinstance(store, storage.Bucket) else EVERY
+
+
+def _rendered(output: str, found: Sequence[Snapshot]) -> RenderableType:
+    """All drivers together, and of several each in a line; who is silent; what was said last."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from latentmill.progress import duration_text
+    from latentmill.snapshots import added
+
+    now = time.time()
+    speaking = [each for each in found if each.silent_for(now) is None]
+    parts: list[RenderableType] = []
+    if speaking:
+        shown = added([each.shown for each in speaking])
+        parts.append(shown.table())
+        if len(speaking) > 1:
+            parts += [Text(f"{each.driver}: {each.shown.line()}") for each in speaking]
+        parts += [Text(escaped(line)) for line in shown.lately]
+    else:
+        parts.append(Text(f"{output}: no driver works on it now; latentmill status says how far it is"))
+    for each in found:
+        if (silent := each.silent_for(now)) is not None:
+            parts.append(Text(f"{each.driver}: silent for {duration_text(silent)}, by this machine's clock"))
+    return Group(*parts)
+
+
+def _as_json(output: str, found: Sequence[Snapshot]) -> dict[str, Any]:
+    """``output``; ``drivers``, each as in its file with ``silent_for`` seconds or null; ``together``, those that speak, or null."""
+    from latentmill.snapshots import added
+
+    now = time.time()
+    speaking = [each.shown for each in found if each.silent_for(now) is None]
+    return {
+        "output": output,
+        "drivers": [{**asdict(each), "silent_for": each.silent_for(now)} for each in found],
+        "together": asdict(added(speaking)) if speaking else None,
+    }
+
+
+TOP_COMMAND = Command("top", "Show a job that runs, from wherever its output is seen.", _options, _top)

@@ -1,0 +1,126 @@
+"""``latentmill top``: a job that runs, seen from elsewhere; and what its report shows of it afterwards."""
+
+import json
+import re
+import threading
+import time
+import xml.etree.ElementTree as xml
+
+import pytest
+
+import latentmill as package
+
+PLUGIN = '''
+import time
+from pathlib import Path
+from latentmill.plugin import Stage
+
+class Waits(Stage):
+    """Has done its first batch when it waits with the second, for a file."""
+    contract = 2
+
+    def __init__(self, file: str):
+        self.file, self.batches = Path(file), 0
+
+    def __call__(self, batch, reject):
+        self.batches += 1
+        until = time.monotonic() + 60
+        while self.batches == 2 and not self.file.exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        return batch
+'''
+
+
+@pytest.fixture
+def running(install, patches, pictures, tmp_path):
+    """The output of a job that has done two of its four rows in each stage but the last, and waits."""
+    install("acme", "[latentmill.stages]\nwaits = acme:Waits\n", acme=PLUGIN)
+    go, out = tmp_path / "go", tmp_path / "out"
+    waits = f"{{name: waits, file: '{go}'}}"
+    words = [*patches, f"source.path={pictures}", f"output={out}", f"flow=[read,encode,{waits},write]"]
+    words += [f"stages.{name}.batch_size=2" for name in ("read", "encode", "waits", "write")]
+    thread = threading.Thread(target=package.run, args=("encode", words), daemon=True)
+    thread.start()
+
+    def end():
+        go.touch()
+        thread.join(60)
+        assert (out / "_SUCCESS").exists()
+
+    until = time.monotonic() + 60
+    while not any('"done": 2, "queued": 0, "workers": 1, "busy": 0' in file.read_text() for file in out.glob("live/*")):
+        assert thread.is_alive() and time.monotonic() < until
+        time.sleep(0.02)
+    yield out, end
+    end()
+
+
+def table_of(said):
+    """Each line that has a stage's name first, as words."""
+    return {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.split()}
+
+
+def test_a_job_is_seen_while_it_runs_and_in_its_report(running, latentmill):
+    out, end = running
+    assert latentmill("top", out, "--json") == 0
+    seen = json.loads(latentmill.out)
+    [driver] = seen["drivers"]
+    assert seen["output"] == str(out) and seen["together"] == driver["shown"] and driver["silent_for"] is None
+    stages = {stage["name"]: stage for stage in seen["together"]["view"]["stages"]}
+    assert [stages[name]["done"] for name in ("read", "encode", "waits", "write")] == [4, 4, 2, 2]
+    assert [stages[name]["busy"] for name in ("read", "encode", "waits", "write")] == [0, 0, 1, 0]
+    assert (seen["together"]["view"]["planned"], seen["together"]["rows"]) == (4, 2)
+    assert [group["stages"] for group in seen["together"]["usage"]] == ["read+encode+waits+write"]
+    assert seen["together"]["usage"][0]["memory"] > 2**20
+
+    assert latentmill("top", out, "--once") == 0
+    shown = table_of(latentmill.out)
+    assert "2 of 4 rows" in latentmill.out
+    assert shown["waits"] == ["2", "0", shown["waits"][2], "1", "of", "1"]
+    assert latentmill("verify", out) == 0, "live/ is nothing foreign"
+
+    end()
+    assert list(out.glob("live/*")) == []
+    assert latentmill("top", out) == 0 and "no driver works on it now" in latentmill.out
+    assert json.loads(latentmill.out if latentmill("top", out, "--json") == 0 else "")["together"] is None
+    page = (out / "report.html").read_text()
+    curves = {svg.get("aria-label"): svg for svg in map(xml.fromstring, re.findall("<svg.*?</svg>", page))}
+    assert list(curves) == [f"read+encode+waits+write: {what}" for what in ("cores busy", "memory")]
+    for svg in curves.values():
+        points = [tuple(map(float, point.split(","))) for point in svg[0].get("points").split()]
+        xs = [x for x, _ in points]
+        assert xs == sorted(xs) and (xs[0], xs[-1]) == (0, 480) and all(0 <= y <= 100 for _, y in points)
+
+
+def test_several_drivers_are_added_up_and_one_that_says_nothing_is_named(running, latentmill):
+    out, _ = running
+    [file] = out.glob("live/*.json")
+    first = json.loads(file.read_text())
+    second = json.loads(file.read_text())
+    second["driver"] = "elsewhere-7-abc"
+    for number, stage in enumerate(second["shown"]["view"]["stages"]):
+        stage["done"] = 10 + number
+    second["shown"]["rates"] = [1.0, 2.0, 3.0, 4.0]
+    third = {**second, "driver": "gone-8-def", "at": first["at"] - 600}
+    for other in (second, third):
+        (out / "live" / f"{other['driver']}.json").write_text(json.dumps(other))
+    (out / "live" / "half.json").write_text('{"driver"')
+
+    assert latentmill("top", out, "--json") == 0
+    seen = json.loads(latentmill.out)
+    assert [(each["driver"], each["silent_for"] is None) for each in seen["drivers"]][:2] == [
+        ("elsewhere-7-abc", True),
+        ("gone-8-def", False),
+    ]
+    assert [stage["done"] for stage in seen["together"]["view"]["stages"]] == [14, 15, 14, 15]
+    own = next(each for each in seen["drivers"] if each["driver"] == first["driver"])["shown"]["rates"]
+    assert seen["together"]["rates"] == [rate + more for rate, more in zip(own, [1.0, 2.0, 3.0, 4.0])]
+
+    assert latentmill("top", out, "--once") == 0
+    assert re.search(r"^gone-8-def: silent for 10 min \d+ s", latentmill.out, re.M)
+    assert re.search(r"^elsewhere-7-abc: encode: ", latentmill.out, re.M)
+
+
+def test_a_place_without_a_dataset(latentmill, tmp_path):
+    assert latentmill("top", tmp_path, "--once") == 2
+    assert latentmill.err == f"latentmill: {tmp_path} holds no dataset: there is no plan.json in it\n"
