@@ -225,7 +225,7 @@ class Live:
             self.pace.add(view)
             if not self.stream.isatty() and view.seconds >= self._next_line:
                 self._next_line = view.seconds + self.every
-                print(self.shown().line(), file=self.stream, flush=True)
+                print(self.line(), file=self.stream, flush=True)
 
     def shown(self) -> Shown:
         """How the run stands. There must have been a view."""
@@ -240,6 +240,10 @@ class Live:
                 [pace.busy(stage.name) for stage in view.stages],
             )
         )
+
+    def line(self) -> str:
+        """The newest view in a line."""
+        return self.shown().line()
 
     def table(self) -> RenderableType:
         """The newest view as a table with a bar of the whole."""

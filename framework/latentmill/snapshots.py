@@ -22,7 +22,7 @@ from latentmill.usage import GroupUsage, History, added_up
 
 LIVE = "live"
 """The folder in the output."""
-LOOK_EVERY = 0.5
+KEEP_EVERY = 0.5
 """Seconds between two moments that are kept of what workers use."""
 PUT_EVERY, PUT_EVERY_IN_STORE = 5.0, 30.0
 """Seconds between two files of a driver, in a folder and in an object store."""
@@ -84,8 +84,8 @@ class Snapshots:
             self.history.add(shown.view.seconds, shown.usage)
 
     def _look(self) -> None:
-        next_put = time.monotonic() + 2 * LOOK_EVERY
-        while not self._ended.wait(LOOK_EVERY):
+        next_put = time.monotonic() + 2 * KEEP_EVERY
+        while not self._ended.wait(KEEP_EVERY):
             self.keep()
             if time.monotonic() >= next_put and self.live.pace.views:
                 self._tell()

@@ -31,6 +31,11 @@ class Waits(Stage):
 '''
 
 
+def stands(file):
+    """Of each stage the rows that it has done, and its workers that are busy."""
+    return [(stage["done"], stage["busy"]) for stage in json.loads(file.read_text())["shown"]["view"]["stages"]]
+
+
 @pytest.fixture
 def running(install, patches, pictures, tmp_path):
     """The output of a job that has done two of its four rows in each stage but the last, and waits."""
@@ -48,7 +53,7 @@ def running(install, patches, pictures, tmp_path):
         assert (out / "_SUCCESS").exists()
 
     until = time.monotonic() + 60
-    while not any('"done": 2, "queued": 0, "workers": 1, "busy": 0' in file.read_text() for file in out.glob("live/*")):
+    while not any(stands(file) == [(4, 0), (4, 0), (2, 1), (2, 0)] for file in out.glob("live/*")):
         assert thread.is_alive() and time.monotonic() < until
         time.sleep(0.02)
     yield out, end
@@ -66,9 +71,6 @@ def test_a_job_is_seen_while_it_runs_and_in_its_report(running, latentmill):
     seen = json.loads(latentmill.out)
     [driver] = seen["drivers"]
     assert seen["output"] == str(out) and seen["together"] == driver["shown"] and driver["silent_for"] is None
-    stages = {stage["name"]: stage for stage in seen["together"]["view"]["stages"]}
-    assert [stages[name]["done"] for name in ("read", "encode", "waits", "write")] == [4, 4, 2, 2]
-    assert [stages[name]["busy"] for name in ("read", "encode", "waits", "write")] == [0, 0, 1, 0]
     assert (seen["together"]["view"]["planned"], seen["together"]["rows"]) == (4, 2)
     assert [group["stages"] for group in seen["together"]["usage"]] == ["read+encode+waits+write"]
     assert seen["together"]["usage"][0]["memory"] > 2**20

@@ -28,13 +28,14 @@ def memory_held() -> int:
 
 
 class Meter:
-    """Measures from one time that it is asked to the next."""
+    """Measures from one time that it is asked to the next; at first since it was made."""
 
     def __init__(self, gpu: bool) -> None:
         """``gpu``: whether the process computes on one."""
         self._wall, self._cpu = time.monotonic(), time.process_time()
         self._gpu = gpu and torch.cuda.is_available()
         self._busy: list[int] = []
+        self._has_told = False
         if self._gpu:
             threading.Thread(target=self._look, name="meter", daemon=True).start()
 
@@ -47,10 +48,11 @@ class Meter:
     def take(self) -> Usage | None:
         """What was used since the last time; None if that was just now."""
         now, cpu = time.monotonic(), time.process_time()
-        if (passed := now - self._wall) < EVERY:
+        passed = now - self._wall
+        if self._has_told and passed < EVERY:
             return None
-        share = (cpu - self._cpu) / passed
-        self._wall, self._cpu = now, cpu
+        share = (cpu - self._cpu) / max(passed, 1e-3)
+        self._wall, self._cpu, self._has_told = now, cpu, True
         if not self._gpu:
             return Usage(share, memory_held())
         busy, self._busy = self._busy, []
