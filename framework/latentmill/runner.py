@@ -29,6 +29,7 @@ from latentmill.shards import data_name
 from latentmill.snapshots import Snapshots
 from latentmill.text import secrets, without_secrets
 from latentmill.usage import History
+from latentmill.workers import pools
 from latentmill.workers.pools import make_pool, max_bytes_in_flight, stage_spec, worker_types
 from latentmill.workers.speech import SECRET_VARIABLES
 from latentmill.workers.watch import Watch
@@ -87,7 +88,8 @@ def run(
     watch = Watch(job.name, job.output, secrets(job.config, SECRET_VARIABLES))
     started, interrupted = time.monotonic(), False
     try:
-        with interruptible(), progress.live(job.name) as live, Snapshots(store, live, watch.run) as seen:
+        looks = pools.metrics(job, watch.run)
+        with interruptible(), progress.live(job.name) as live, Snapshots(store, live, watch.run, looks) as seen:
             live.add = watch.onto
             if again or not finished(state):
                 pool = make_pool(job, plan, store, watch)

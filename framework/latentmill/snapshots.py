@@ -52,7 +52,7 @@ class Snapshots:
     """Looks at a run every now and then, in a thread of its own, and lets others see it."""
 
     def __init__(self, store: Storage, live: Live, run: str, others: Sequence[Callable[[Shown], None]] = ()) -> None:
-        """``run`` tells this one from others of this process; ``others`` are told as often as the file is put."""
+        """``run`` tells this one from others of this process; ``others`` are told every few seconds, too."""
         self.store, self.live, self.others = store, live, others
         self.driver = f"{socket.gethostname()}-{os.getpid()}-{run}"
         self.every = PUT_EVERY_IN_STORE if isinstance(store, Bucket) else PUT_EVERY
@@ -60,6 +60,7 @@ class Snapshots:
         """What workers have used."""
         self._ended = threading.Event()
         self._there = False
+        self._keeping = threading.Lock()
         self._thread = threading.Thread(target=self._look, name="live", daemon=True)
 
     def __enter__(self) -> Snapshots:
@@ -79,26 +80,30 @@ class Snapshots:
 
     def keep(self) -> None:
         """Take in what workers use now."""
-        with suppress(Exception):
+        with suppress(Exception), self._keeping:
             shown = self.live.shown()
             self.history.add(shown.view.seconds, shown.usage)
 
     def _look(self) -> None:
-        next_put = time.monotonic() + 2 * KEEP_EVERY
+        next_tell = next_put = time.monotonic() + 2 * KEEP_EVERY
         while not self._ended.wait(KEEP_EVERY):
             self.keep()
-            if time.monotonic() >= next_put and self.live.pace.views:
-                self._tell()
-                next_put = time.monotonic() + self.every
-
-    def _tell(self) -> None:
-        shown = self.live.shown()
-        for other in self.others:
+            now = time.monotonic()
+            if now < next_tell or not self.live.pace.views:
+                continue
+            next_tell = now + PUT_EVERY
             with suppress(Exception):
-                other(shown)
+                shown = self.live.shown()
+                for other in self.others:
+                    other(shown)
+            if now >= next_put:
+                self._put()
+                next_put = now + self.every
+
+    def _put(self) -> None:
         with suppress(Exception):
             first, self._there = not self._there, True
-            now = Snapshot(self.driver, time.time(), self.every, shown)
+            now = Snapshot(self.driver, time.time(), self.every, self.live.shown())
             self.store.put(self._name, json.dumps(asdict(now)).encode())
             if first:
                 for name, found in read_all(self.store).items():

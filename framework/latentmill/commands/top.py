@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentmill import storage
 from latentmill.commands.command import Command
-from latentmill.errors import PlanError
+from latentmill.errors import JobError, PlanError
 from latentmill.text import escaped
 
 if TYPE_CHECKING:
@@ -26,14 +26,23 @@ EVERY, EVERY_IN_STORE = 2.0, 10.0
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("output", metavar="OUT", type=storage.place)
+    parser.add_argument("output", metavar="OUT", type=storage.place, nargs="?")
     parser.add_argument("--once", action="store_true", help="show how it stands now, and end")
     parser.add_argument("--json", action="store_true", help="the same as JSON, and end")
+    parser.add_argument(
+        "--dashboard", action="store_true", help="print a dashboard for Grafana, to be imported there, and end"
+    )
 
 
 def _top(options: Any) -> int:
+    from latentmill.metrics import dashboard
     from latentmill.snapshots import read_all
 
+    if options.dashboard:
+        print(json.dumps(dashboard(), indent=1))
+        return 0
+    if options.output is None:
+        raise JobError("say which job is to be shown: latentmill top OUT")
     store = storage.at(options.output)
     found = list(read_all(store).values())
     if not found and not store.exists("plan.json"):

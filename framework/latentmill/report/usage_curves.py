@@ -24,9 +24,9 @@ def figures(history: History) -> Iterator[str]:
         ("GPUs busy", lambda group: group.gpu, lambda value: f"{value:.0%}"),
         ("GPU memory", lambda group: group.gpu_memory, bytes_text),
     ]
-    for stages, moments in history.kept.items():
+    for stages, moments in list(history.kept.items()):
         for what, of, text in kinds:
-            found = [(seconds, value) for seconds, group in moments if (value := of(group)) is not None]
+            found = [(seconds, value) for seconds, group in tuple(moments) if (value := of(group)) is not None]
             if len(found) > 1:
                 yield _curve(f"{stages}: {what}", found, text, whole=1.0 if what == "GPUs busy" else 0.0)
 

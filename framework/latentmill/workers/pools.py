@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from latentmill.driver.messages import StageSpec, WorkerType
 from latentmill.errors import PlacementError
 from latentmill.plan import Plan
 from latentmill.plugin import Declaration, WorkerNeeds
+from latentmill.progress import Shown
 from latentmill.storage import Storage
 from latentmill.workers.context import make_stage
 from latentmill.workers.watch import Watch
@@ -181,6 +182,15 @@ def make_pool(job: Job, plan: Plan, store: Storage, watch: Watch, setups: Sequen
         if owned:
             cluster.disconnect()
         raise
+
+
+def metrics(job: Job, run: str) -> list[Callable[[Shown], None]]:
+    """Who is to be told every few seconds how a run stands: Ray, if it is wanted, which shows it to Prometheus."""
+    if job.cluster.kind == "inline":
+        return []
+    from latentmill.workers.ray_metrics import RayMetrics
+
+    return [RayMetrics(job.name, run)]
 
 
 def _sees(store: Storage, name: str) -> bool:

@@ -124,7 +124,8 @@ class Watch:
         """A worker is no more. ``replaced``: another is to come."""
         if seen := self._workers.pop(worker, None):
             self.deaths[seen.stages] += 1
-            self._deaths.warn(f"{seen} is gone: {hidden(one_line(reason), self.secrets)}")
+            reason = reason.partition(" Some common causes include:")[0]  # Ray's list, the same each time
+            self._deaths.warn(f"{seen} is gone: {hidden(one_line(reason, 400), self.secrets)}")
             if replaced:
                 self._gone.setdefault(seen.worker_type, deque()).append(seen.name.short)
 
