@@ -11,7 +11,7 @@ ORDER = """
     config parts plan plan_files generations shards shard_index dataset stored
     sources sinks launchers
     stages verify exports
-    progress metrics snapshots driver workers report push runner submissions doctor estimates probe commands cli
+    progress metrics snapshots driver workers report push runner sweep submissions doctor estimates probe commands cli
     testing
 """.split()
 DOOR = {"config", "dataset", "runner", "stored"}

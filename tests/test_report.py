@@ -274,19 +274,19 @@ def test_a_dataset_of_nothing_but_errors_has_a_report(tmp_path):
 def test_captions_are_wrapped_and_cut():
     font = ImageFont.load_default(14)
     words = "a red star above a blue ring on a yellow background"
-    lines = sheets._wrap(words, font, 160, 4)
+    lines = sheets.wrap(words, font, 160, 4)
     assert " ".join(lines) == words and len(lines) > 1
     assert all(font.getlength(line) <= 160 for line in lines)
-    cut = sheets._wrap(words * 9, font, 160, 4)
+    cut = sheets.wrap(words * 9, font, 160, 4)
     assert len(cut) == 4 and cut[-1].endswith("…") and font.getlength(cut[-1]) <= 160
-    long = sheets._wrap("x" * 60, font, 160, 9)
+    long = sheets.wrap("x" * 60, font, 160, 9)
     assert "".join(long) == "x" * 60 and all(font.getlength(line) <= 160 for line in long)
-    assert sheets._wrap("", font, 160, 4) == []
+    assert sheets.wrap("", font, 160, 4) == []
 
 
 @pytest.mark.parametrize("size, shown", [((64, 64), (192, 192)), ((96, 64), (192, 128)), ((1024, 512), (192, 96))])
 def test_pictures_keep_their_proportions(size, shown):
-    assert sheets._fit(Image.new("RGB", size)).size == shown
+    assert sheets.fit(Image.new("RGB", size)).size == shown
 
 
 def test_datasets_loads_the_folder_by_its_card(tmp_path):

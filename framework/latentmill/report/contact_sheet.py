@@ -20,10 +20,10 @@ def make(dataset: Material) -> None:
     """Write the sheet, if there are pictures."""
     if not dataset.tiles:
         return
-    pictures = [_fit(tile.image) for tile in dataset.tiles]
+    pictures = [fit(tile.image) for tile in dataset.tiles]
     text, title = ImageFont.load_default(14), ImageFont.load_default(24)
     width, height = max(p.width for p in pictures), max(p.height for p in pictures)
-    captions = [_wrap(tile.caption, text, max(width, 160), 4) for tile in dataset.tiles]
+    captions = [wrap(tile.caption, text, max(width, 160), 4) for tile in dataset.tiles]
     rows = -(-len(pictures) // 6)
     columns = -(-len(pictures) // rows)
     line, cell = 18, max(width, 160)
@@ -54,7 +54,7 @@ def make(dataset: Material) -> None:
     put(dataset.store, "contact_sheet.png", content.getvalue())
 
 
-def _fit(image: Image.Image) -> Image.Image:
+def fit(image: Image.Image) -> Image.Image:
     """The picture with its longer side at SIDE pixels; a small one enlarged by a whole factor."""
     scale: float = SIDE / max(image.size)
     scale = int(scale) if scale > 1 else scale
@@ -62,7 +62,7 @@ def _fit(image: Image.Image) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _wrap(text: str, font: Any, width: float, most: int) -> list[str]:
+def wrap(text: str, font: Any, width: float, most: int) -> list[str]:
     """Lines of ``text`` no wider than ``width`` pixels, ``most`` at most."""
     lines: list[str] = []
     line = ""

@@ -79,7 +79,7 @@ class Material:
         if not self.has_pictures:
             return []
         shards = list(self.rows)
-        shards = [shards[at] for at in _evenly(len(shards), self.most)]
+        shards = [shards[at] for at in evenly(len(shards), self.most)]
         places: dict[str, list[tuple[int, int]]] = {}
         for shard, prompts in zip(shards, self.store.each(self._prompts, shards)):
             for number, prompt in enumerate(prompts):
@@ -100,11 +100,11 @@ class Material:
         found: list[Tile] = []
         for piece in self.there.shard(shard).read(["image", "prompt", "row_id", "psnr"], rows):
             if not isinstance(piece, RowError):
-                found += _tiles(piece)
+                found += tiles(piece)
         return found
 
 
-def _evenly(count: int, most: int) -> list[int]:
+def evenly(count: int, most: int) -> list[int]:
     """``most`` indices, or all, evenly drawn from ``range(count)``."""
     most = min(count, most)
     return [at * count // most for at in range(most)]
@@ -117,14 +117,15 @@ def _choose(groups: Sequence[list[Any]], most: int) -> Iterator[list[Any]]:
         open_groups = [at for at, group in enumerate(groups) if counts[at] < len(group)]
         if not open_groups:
             break
-        for at in _evenly(len(open_groups), most):
+        for at in evenly(len(open_groups), most):
             counts[open_groups[at]] += 1
             most -= 1
     for group, count in zip(groups, counts):
-        yield [group[at] for at in _evenly(len(group), count)]
+        yield [group[at] for at in evenly(len(group), count)]
 
 
-def _tiles(table: pa.Table) -> Iterator[Tile]:
+def tiles(table: pa.Table) -> Iterator[Tile]:
+    """The pictures of a table of rows, with what is written below them."""
     images = tensors.from_arrow(table, "image").numpy()
     for pixels, row in zip(images, table.drop_columns(["image"]).to_pylist()):
         caption = row["prompt"] or row["row_id"]

@@ -1,0 +1,180 @@
+"""``run JOB -m key=a,b,c``: a job for each choice of values, with an output of its own, and one contact sheet of all."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override, QuotedString, Transformer
+from hydra.errors import HydraException
+
+from latentmill import storage, values
+from latentmill.config import Job, load_job
+from latentmill.dataset import load
+from latentmill.errors import JobError, LatentmillError
+from latentmill.plan_files import FIRST_PLAN
+from latentmill.report.side_by_side import make_side_by_side
+from latentmill.runner import Result, run
+from latentmill.text import one_line
+
+logger = logging.getLogger("latentmill")
+
+SEVERAL = re.compile(r",|^(choice|range|glob|shuffle|sort|interval)\(")
+"""What a value with several values in it has, in Hydra's grammar."""
+LONGEST_FOLDER = 120
+"""Characters of a folder's name."""
+PROMPT_CACHE = "prompt_cache"
+"""The folder in which prompts of all jobs of a sweep are kept, if the job names none."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Jobs that differ in the values of a few keys, each of them checked."""
+
+    name: str
+    output: str
+    """The folder of their contact sheet."""
+    jobs: Mapping[str, Job]
+    """By what is their own: ``guidance_scale=2,scheduler=euler``."""
+
+
+def load_sweep(job: str, overrides: Sequence[str]) -> Sweep:
+    """The jobs that ``overrides`` ask for: each choice of one value of every key, those of the last key changing first.
+
+    ``key=a,b`` and ``key=choice(a,b)`` are two values, ``key=range(1,4)`` is three, as in Hydra. A job's output is a folder in the
+    ``output`` that is given, called by the job's values; or the output itself, if it refers to the keys (``output='out/${scheduler.name}'``).
+    Raises JobError or PluginError.
+    """
+    words = [override.partition("=") for override in overrides]
+    choices = [_values(override) for override in overrides]
+    swept = [at for at, texts in enumerate(choices) if len(texts) > 1]
+    if not swept:
+        raise JobError("-m: no key has several values, as in sampling.guidance_scale=2,4,8")
+    ends = Counter(words[at][0].rpartition(".")[2] for at in swept)
+    given: dict[str, list[str]] = {}
+    for texts in itertools.product(*choices):
+        own = {words[at][0]: texts[at] for at in swept}
+        label = ",".join(
+            f"{key.rpartition('.')[2] if ends[key.rpartition('.')[2]] == 1 else key}={text}"
+            for key, text in own.items()
+        )
+        if label in given:
+            raise JobError(f"-m: {label} is there twice")
+        given[label] = [key + sign + text for (key, sign, _), text in zip(words, texts)]
+    jobs = {label: load_job(job, each) for label, each in given.items()}
+    outputs = {each.output for each in jobs.values()}
+    if len(outputs) == 1:
+        output = outputs.pop().rstrip("/")
+        folders = dict(zip(jobs, _folders([*jobs])))
+        if len({*folders.values()}) < len(jobs):
+            raise JobError(
+                "-m: the values make no names of folders: refer to the keys in output, as in output='out/${scheduler.name}'"
+            )
+        jobs = {
+            label: load_job(job, [*each, f"output={values.literal(f'{output}/{folders[label]}')}"])
+            for label, each in given.items()
+        }
+    elif len(outputs) == len(jobs):
+        output = _above(outputs)
+    else:
+        raise JobError(
+            f"-m: {len(jobs)} jobs have only {len(outputs)} outputs: output must refer to each key that has several values"
+        )
+    if storage.at(output).exists(FIRST_PLAN):
+        raise JobError(f"-m: {output} is a dataset, and no place for several: give another output")
+    kept = f"{output}/{PROMPT_CACHE}"
+    jobs = {label: each if each.prompt_cache else replace(each, prompt_cache=kept) for label, each in jobs.items()}
+    return Sweep(next(iter(jobs.values())).name, output, jobs)
+
+
+def run_sweep(sweep: Sweep, tell: Callable[[str], None], **options: Any) -> int:
+    """Run the jobs, one after the other; ``options`` as of ``run``. Returns the exit code: of the first that failed, or 130.
+
+    One that fails stops none of the others. Ray is started once.
+    """
+    code, done = 0, []
+    with _one_cluster(next(iter(sweep.jobs.values()))):
+        for number, (label, job) in enumerate(sweep.jobs.items(), 1):
+            tell(f"[{number}/{len(sweep.jobs)}] {label}")
+            try:
+                result: Result = run(job, **options)
+            except LatentmillError as error:
+                tell(f"  failed: {one_line(error, 1000)}")
+                code = code or error.exit_code
+                continue
+            tell("".join(f"  {line}\n" for line in result.text.splitlines()).rstrip("\n"))
+            if result.interrupted:
+                return 130
+            code = code or (1 if result.failed and not result.ok else 0)
+            done.append(label)
+    tell(f"{len(done)} of {len(sweep.jobs)} jobs are done")
+    try:
+        datasets = {label: load(storage.at(sweep.jobs[label].output)) for label in done}
+        if datasets and make_side_by_side(storage.at(sweep.output), sweep.name, datasets):
+            tell(f"{sweep.output}/contact_sheet.png shows them side by side")
+    except Exception as error:  # a font, a picture, a disk: the datasets are there
+        logger.warning(f"contact_sheet.png could not be made: {one_line(f'{type(error).__name__}: {error}')}")
+    return code
+
+
+@contextmanager
+def _one_cluster(job: Job) -> Iterator[None]:
+    """Ray, started or joined once for all jobs."""
+    if job.cluster.kind == "inline":
+        yield
+        return
+    from latentmill.workers import cluster
+
+    owned = cluster.connect(job.cluster.address if job.cluster.kind == "ray" else None)
+    try:
+        yield
+    finally:
+        if owned:
+            cluster.disconnect()
+
+
+def _values(override: str) -> list[str]:
+    """The values that an override has for its key; one, where it has no several. Raises JobError."""
+    _, _, text = override.partition("=")
+    if not SEVERAL.search(text):
+        return [text]
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+        if not parsed.is_sweep_override():
+            return [text]
+        if isinstance(parsed.value(), Glob):
+            raise JobError(f"-m {override}: glob is not known here: write the names, with commas between")
+        return [_written(value) for value in parsed.sweep_iterator(transformer=Transformer.identity)]
+    except HydraException as error:
+        said = one_line(str(error).partition("\n")[0], 200)
+        raise JobError(f"-m {override}: {said}; a value with a comma or a bracket in it stands in quotes") from error
+
+
+def _written(value: Any) -> str:
+    """A value as it would stand behind the = alone."""
+    if isinstance(value, QuotedString):
+        return value.text
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return value if isinstance(value, str) else str(Override._get_value_element_as_str(value))
+
+
+def _folders(labels: Sequence[str]) -> Iterator[str]:
+    """A name of a folder for each."""
+    for at, label in enumerate(labels):
+        name = re.sub(r"[^\w.=,+@-]+", "-", label)
+        yield name if len(name) <= LONGEST_FOLDER else f"{name[: LONGEST_FOLDER - 8]}...{at}"
+
+
+def _above(outputs: Iterator[str] | set[str]) -> str:
+    """The folder that they all are in."""
+    parts = [output.split("/") for output in outputs]
+    common = list(itertools.takewhile(lambda each: len({*each}) == 1, zip(*parts)))
+    return "/".join(each[0] for each in common) or ("/" if common else ".")
