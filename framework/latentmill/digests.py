@@ -29,6 +29,8 @@ NO_FILE = frozenset(
     {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
 )
 """What the operating system says of a path that is wrong, and will be wrong at the next attempt."""
+NOT_FETCHED = "not-fetched"
+"""The folder of no contents: a link into its ``blobs`` stands for a file that nobody needs here, and has its digest for a name."""
 PIECE = 1 << 20
 FULL = 4 << 20
 """Bytes of the file of remembered digests, some 40,000, from which on it is begun anew."""
@@ -132,7 +134,7 @@ def _hash(path: Path, about: os.stat_result, work: _Work) -> str:
 
 
 def _name_in_hub(path: Path) -> str | None:
-    """What the Hub's cache says: ``snapshots/COMMIT/NAME`` links to ``blobs/SHA256``.
+    """What the Hub's cache says: ``snapshots/COMMIT/NAME`` links to ``blobs/SHA256``, as ours of models do.
 
     Not if the blob was written after the link: somebody wrote through it.
     """
@@ -141,6 +143,8 @@ def _name_in_hub(path: Path) -> str | None:
     blob = path.resolve()
     if blob.parent.name != "blobs" or not re.fullmatch(r"[0-9a-f]{64}", blob.name):
         return None
+    if blob.parent.parent.name == NOT_FETCHED:
+        return blob.name
     return blob.name if blob.stat().st_mtime <= path.lstat().st_mtime else None
 
 

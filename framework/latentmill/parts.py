@@ -13,6 +13,7 @@ from latentmill import registry, syntax
 from latentmill.batch import NEGATIVE_PREFIX, PROMPT_PREFIX
 from latentmill.buckets import Size
 from latentmill.errors import PlanError, PluginError
+from latentmill.models import Pins, with_local_paths
 from latentmill.plugin import (
     VAE,
     Declaration,
@@ -64,6 +65,8 @@ class Parts:
     """By their names in the job, in the order of its flow."""
     flow: tuple[Declaration, ...] = ()
     """What each of them says that it is."""
+    models: Pins = field(default_factory=lambda: Pins(""))
+    """What the URLs of their weights mean."""
 
     def plugins(self) -> dict[str, Plugin]:
         """All of them, by their places in the plan."""
@@ -90,15 +93,16 @@ def discreet(function: Callable[Concatenate[Job, P], T]) -> Callable[Concatenate
 @discreet
 def parts(job: Job) -> Parts:
     """Build what the job's stages need, and check that the pieces fit together. Loads no weights onto a device."""
-    built = Parts(source=plugin_of(job, "source"), sink=plugin_of(job, "sink"))
-    built.stages = {name: plugin_of(job, f"stage {name}") for name in job.flow}
+    models = Pins(job.config, job.output)
+    built = Parts(source=plugin_of(job, "source", models), sink=plugin_of(job, "sink", models), models=models)
+    built.stages = {name: plugin_of(job, f"stage {name}", models) for name in job.flow}
 
     def build(kind: str) -> Any:
         if getattr(built, kind) is None:
             if not getattr(job, kind, None):
                 asks = next((name for name, stage in built.stages.items() if kind in stage.needs), "a stage")
                 raise PluginError(f"{job.name}: {asks} is in the flow, so the job needs {kind}.name")
-            setattr(built, kind, plugin_of(job, kind))
+            setattr(built, kind, plugin_of(job, kind, models))
             if kind == "vae":  # stages' declarations go by its spec
                 _check_spec(getattr(built, kind))
         return getattr(built, kind)
@@ -240,7 +244,7 @@ def _check_conditioning(job: Job, built: Parts) -> None:
             raise PlanError(f"{job.name}: the source has no {NEGATIVE_PREFIX}{name}, which {reads[0]} reads")
     if job.text_encoder is None:
         return
-    encoder: TextEncoder = plugin_of(job, "text_encoder")
+    encoder: TextEncoder = plugin_of(job, "text_encoder", built.models)
     with registry.asking(encoder):
         ours = encoder.fingerprint()
     for name, theirs in stored.items():
@@ -365,13 +369,14 @@ def bucket_counts(job: Job, built: Parts, fragments: Sequence[Fragment]) -> tupl
 
 
 @discreet
-def plugin_of(job: Job, kind: str) -> Any:
+def plugin_of(job: Job, kind: str, models: Pins) -> Any:
     """One of a job's plugins, by its place in the plan, built and not yet loaded."""
     if kind.startswith("stage "):
-        name = kind.removeprefix("stage ")
-        return registry.build("stage", {"name": job.stages[name].name or name, **job.stages[name].settings})
-    choice: Mapping[str, Any] = getattr(job, kind)
-    return registry.build(kind, {key: value for key, value in choice.items() if (kind, key) not in NOT_THEIRS})
+        kind, name = kind.split(" ", 1)
+        choice: Mapping[str, Any] = {"name": job.stages[name].name or name, **job.stages[name].settings}
+    else:
+        choice = {key: value for key, value in getattr(job, kind).items() if (kind, key) not in NOT_THEIRS}
+    return registry.build(kind, with_local_paths(kind, choice, models))
 
 
 def identity(job: Job, kind: str, plugin: Plugin | None = None) -> dict[str, str]:

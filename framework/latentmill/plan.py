@@ -25,6 +25,7 @@ from latentmill import identity as identities
 from latentmill.columns import Columns
 from latentmill.errors import PlanError
 from latentmill.libraries import LIBRARIES, versions
+from latentmill.models import Pin
 from latentmill.parts import Parts, discreet, identity
 from latentmill.plugin import Declaration, Fragment, LatentSpec, Plugin
 
@@ -61,6 +62,8 @@ class Plan:
     """Versions of what the numbers come from: our own and the plugins' libraries. Part of the hash if the job is deterministic."""
     columns: Columns = field(default_factory=Columns)
     """What the rows have beside our fields."""
+    models: Mapping[str, Pin] = field(default_factory=dict)
+    """What the URLs of weights were found to be. Not hashed: the fingerprints stand for what is there."""
     fingerprinted: Sequence[str] = ()
     """Keys of the config, as ``vae.path``, that the fingerprints stand for: they are shown, and not hashed."""
 
@@ -178,6 +181,7 @@ class Plan:
             libraries=found["libraries"],
             fingerprinted=found["fingerprinted"],
             columns=Columns.from_json(found),
+            models={url: Pin.from_json(pin) for url, pin in found.get("models", {}).items()},
         )
 
     def _content(self) -> dict[str, Any]:
@@ -194,6 +198,7 @@ class Plan:
             "stages": [_stage_to_json(stage) for stage in self.stages],
             "fragments": [[f.name, f.rows, f.fingerprint] for f in self.fragments],
             **self.columns.to_json(),
+            **({"models": {url: pin.to_json() for url, pin in self.models.items()}} if self.models else {}),
         }
 
 
@@ -233,6 +238,7 @@ def plan(job: Job, built: Parts) -> Plan:
         spec=built.vae.spec if built.vae else built.source.latent_spec(),
         stages=built.flow,
         columns=found,
+        models=built.models.for_plan(),
     )
 
 
@@ -297,7 +303,7 @@ def digest(content: Mapping[str, Any]) -> str:
 
 def hashed(content: Mapping[str, Any]) -> dict[str, Any]:
     """What of a plan's content the hash is over."""
-    shown = {"hash", "rows", "shards", "name", "fingerprinted", "arrow_schema", "stages"}
+    shown = {"hash", "rows", "shards", "name", "fingerprinted", "arrow_schema", "stages", "models"}
     if not content["config"].get("deterministic"):
         shown.add("libraries")
     kept = {key: value for key, value in content.items() if key not in shown}

@@ -59,7 +59,8 @@ def probe(job: Job, plan: Plan, sink: Sink, rows: int, done: int) -> Probed:
     few, rounds = chosen(job, plan, rows)
     short = replace(job, output=url, single_writer=True, prompt_cache=None, rows_per_shard=few.rows_per_shard)
     store = storage.at(url, single_writer=True)
-    setups = [replace(pools.worker_setup(short, few, stages), replicas=1) for stages in pools.hosted(job, job.flow)[0]]
+    run, hosted = uuid.uuid4().hex, pools.hosted(job, job.flow)[0]
+    setups = [replace(pools.worker_setup(short, few, stages, run), replicas=1) for stages in hosted]
     types = [replace(each, replicas=1) for each in pools.worker_types(job, plan)]
     started, pool = time.monotonic(), None
     with interruptible(), store.visit():

@@ -30,6 +30,7 @@ from latentmill.plugin import (
     Source,
     Stage,
     TextEncoder,
+    WeightsPath,
 )
 from latentmill.text import first_line, near, one_line
 
@@ -291,6 +292,16 @@ def hints(kind: str, name: str) -> dict[str, Any]:
         return _hints(load(kind, name))
     except PluginError:
         return {}
+
+
+def weights_paths(kind: str, name: str) -> dict[str, WeightsPath]:
+    """The settings of a plugin that say where weights lie, as its class marks them; none, if it can't be imported."""
+    try:
+        told = typing.get_type_hints(load(kind, name).__init__, include_extras=True)
+    except Exception:  # it can't be imported, which is said when it is built, or its annotations can't be evaluated
+        return {}
+    marks = {key: getattr(hint, "__metadata__", ()) for key, hint in told.items()}
+    return {key: mark for key, of in marks.items() for mark in of if isinstance(mark, WeightsPath)}
 
 
 def row_fields(kind: str, name: str) -> Sequence[RowField] | None:

@@ -40,6 +40,15 @@ def plural(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
+def in_units(size: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.1f} GB"
+
+
 def near(name: str, names: Iterable[str]) -> str:
     """`` (did you mean ...?)``, if one of the names is like ``name``; else nothing."""
     found = difflib.get_close_matches(name, list(names), n=1)

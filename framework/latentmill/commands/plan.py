@@ -8,7 +8,7 @@ from typing import Any
 from latentmill import storage
 from latentmill.commands.command import Command, add_grow, add_job
 from latentmill.errors import JobError
-from latentmill.text import plural
+from latentmill.text import in_units, plural, without_secrets
 
 BUCKETS_A_LINE = 8
 MANY_SHARDS = 20_000
@@ -30,7 +30,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(options: Any) -> int:
-    from latentmill import generations, parts, plan_files
+    from latentmill import generations, models, parts, plan_files
     from latentmill import plan as planning
     from latentmill.config import load_job
     from latentmill.dataset import Dataset
@@ -76,6 +76,13 @@ def _plan(options: Any) -> int:
     for kind, about in plugins.items():
         print(
             f"{kind:<13} {about['name']} ({about['distribution']} {about['version']}) {about['fingerprint']}".rstrip()
+        )
+    for model in models.lacking(built.models.wanted()):
+        url = without_secrets(model.url, job.config)
+        commit = f" at {model.pin.version[:8]}" * bool(model.pin.version)
+        here = f"{in_units(model.bytes)} are not on this machine yet" if model.bytes else "all on this machine"
+        print(
+            f"{'fetched':<13} {url}{commit}: {plural(len(model.pin.files), 'file')}, {in_units(model.pin.bytes)}; {here}"
         )
     print(f"{'libraries':<13} {', '.join(f'{name} {version}' for name, version in plan.libraries.items())}")
     if beside := [f"{column.name} {column.type}" for column in plan.columns.schema()]:

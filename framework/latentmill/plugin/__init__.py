@@ -20,7 +20,7 @@ with ``Filtered`` for one that is not wanted; ``StorageError`` says that a store
 """
 
 from latentmill.errors import RowError, StorageError
-from latentmill.plugin.contract import CONTRACT, Filtered, Plugin, Reason, Reject, RowField
+from latentmill.plugin.contract import CONTRACT, Filtered, Plugin, Reason, Reject, RowField, WeightsPath
 from latentmill.plugin.denoiser import Denoiser, FollowsAuthors, Prediction
 from latentmill.plugin.launcher import (
     RETRY_CODES,
@@ -86,6 +86,7 @@ __all__ = [
     "Submitted",
     "TextEncoder",
     "VAE",
+    "WeightsPath",
     "WorkerNeeds",
     "statistics_digest",
 ]

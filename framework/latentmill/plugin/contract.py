@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 if TYPE_CHECKING:  # to list plugins takes none of them
@@ -56,6 +57,59 @@ class RowField:
     """Whether it is a column of the dataset."""
 
 
+OTHER_FORMATS = frozenset(
+    {
+        ".bin",
+        ".ckpt",
+        ".pt",
+        ".pth",
+        ".h5",
+        ".msgpack",
+        ".ot",
+        ".pb",
+        ".onnx",
+        ".onnx_data",
+        ".tflite",
+        ".mlmodel",
+        ".xml",
+    }
+)
+"""How files of weights end that a folder with .safetensors has once more, for others."""
+NO_MODEL = frozenset({".md", ".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4", ".pdf"})
+"""How files end that tell people of a model."""
+
+
+def one_format(names: Sequence[str]) -> list[str]:
+    """Which files of a model's folder are wanted, as a rule: no weights in other formats where .safetensors lie beside, no pictures."""
+    paths = [PurePosixPath(name) for name in names]
+    converted = {path.parent for path in paths if path.suffix == ".safetensors"}
+    return [
+        str(path)
+        for path in paths
+        if path.suffix.lower() not in NO_MODEL
+        and not path.name.startswith(".")
+        and not (path.suffix in OTHER_FORMATS and path.parent in converted)
+    ]
+
+
+@dataclass(frozen=True)
+class WeightsPath:
+    """Marks a setting that says where weights lie: ``def __init__(self, path: Annotated[str, WeightsPath()] = "")``.
+
+    In a job it may be a URL then: ``hf://OWNER/NAME@REVISION``, or a folder or file in it, or of an object store, ``s3://BUCKET/FOLDER``.
+    The plugin is always given a path of its own machine: it is fetched once a node, before the plugin is built there. Of a setting that is
+    a list or a mapping each ``path`` in it is meant. Put it into ``fingerprinted``: then a model may be moved and the dataset goes on.
+    """
+
+    files: Callable[[Sequence[str]], Iterable[str]] = one_format
+    """Which files of a folder are wanted, of all that it has, by name, with slashes. It may be asked again of its own answer and more."""
+    loads_late: bool = False
+    """Whether nothing but ``load`` opens a folder's .safetensors. Then the driver, which loads nothing, need not fetch them: there they are
+    links that lead nowhere, which can be listed, and whose digests ``latentmill.weights`` knows."""
+    revision: str = "revision"
+    """The setting that says the revision where a URL of the Hub doesn't; in a mapping it stands beside ``path``."""
+
+
 class Plugin:
     """What all plugins have in common."""
 
@@ -93,6 +147,12 @@ class Plugin:
         Asked once, in the driver, by ``plan`` and ``run``; of a source, after its ``fragments``.
         """
         return ()
+
+    def setup_node(self) -> None:
+        """Do what is to be done once a node, as compiling into a cache that its workers share: called in one of them, before ``load`` in any.
+
+        Once in each run, and again if that worker ended before it was through. Workers that come later find it done.
+        """
 
     def load(self, device: torch.device) -> None:
         """Make ready for use on ``device``. Called once in each worker, never in the driver."""

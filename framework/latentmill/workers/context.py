@@ -13,11 +13,13 @@ from latentmill import registry, storage, weights
 from latentmill.config import Job
 from latentmill.errors import PluginError, WrongWorker
 from latentmill.libraries import LIBRARIES, versions
+from latentmill.models import Pins
 from latentmill.parts import PARTS, identity, plugin_of
 from latentmill.plan import Plan
 from latentmill.plan_files import read as read_plan
 from latentmill.plugin import FixedShape, Plugin, RowError, Scheduler, Source, Stage, StageContext
 from latentmill.storage import Storage
+from latentmill.workers.node_setup import set_up_once
 from latentmill.workers.weights_read import of_row
 
 MANY = 1000
@@ -27,17 +29,18 @@ STORE_VARIABLES = ("AWS_", "GOOGLE_", "GCS_", "AZURE_", "HF_TOKEN", "HF_ENDPOINT
 """How the names of environment variables begin that a store's address and keys stand in."""
 
 
-def make_stage(job: Job, plan: Plan, name: str, fixed_size: bool = False) -> Stage:
+def make_stage(job: Job, plan: Plan, name: str, fixed_size: bool = False, run: str = "") -> Stage:
     """Build a stage by its name in the job's flow, with its own plugins and no others. Loads nothing onto a device.
 
-    ``fixed_size``: it looks for no larger batch size than its first.
+    ``fixed_size``: it looks for no larger batch size than its first. ``run``: names the run, in which each node sets a plugin up once; if it is none,
+    nothing is set up.
 
     Raises WrongWorker if what is installed here, or the plugins find, is not what the plan says.
     """
     for other in other_libraries(plan, LIBRARIES):
         raise WrongWorker(f"{this_node()} {other}")
-    stage: Stage = as_planned(job, plan, f"stage {name}")
-    build = cache(partial(as_planned, job, plan))
+    stage: Stage = as_planned(job, plan, f"stage {name}", run)
+    build = cache(partial(as_planned, job, plan, run=run))
     at = job.flow.index(name)
     settings = job.stages[name]
     batch_size = settings.first_batch_size
@@ -65,17 +68,22 @@ def make_stage(job: Job, plan: Plan, name: str, fixed_size: bool = False) -> Sta
     return stage
 
 
-def as_planned(job: Job, plan: Plan, kind: str) -> Any:
-    """One of the job's plugins, built, if it is the plan's; else raises WrongWorker."""
+def as_planned(job: Job, plan: Plan, kind: str, run: str = "") -> Any:
+    """One of the job's plugins, built and this node set up for it, if it is the plan's; else raises WrongWorker."""
     compared = compare(job, plan, kind)
     try:
         raise WrongWorker(f"{this_node()} {next(compared)}")
     except StopIteration as same:
+        if run:
+            set_up_once(run, kind, same.value)
         return same.value
 
 
-def compare(job: Job, plan: Plan, kind: str) -> Generator[str, None, Plugin | None]:
-    """In what one of the job's plugins is not the plan's here, a line each; at the end the plugin, if it can be built."""
+def compare(job: Job, plan: Plan, kind: str, without_weights: bool = False) -> Generator[str, None, Plugin | None]:
+    """In what one of the job's plugins is not the plan's here, a line each; at the end the plugin, if it can be built.
+
+    ``without_weights``: what a URL stands for is fetched only as far as building it needs, as in the driver.
+    """
     planned = plan.plugins[kind]
     what = kind if kind == f"stage {planned['name']}" else f"{kind} {planned['name']}"
     same = "Install the same version on every node"
@@ -92,7 +100,7 @@ def compare(job: Job, plan: Plan, kind: str) -> Generator[str, None, Plugin | No
             )
             break
     try:
-        plugin: Plugin = plugin_of(job, kind)
+        plugin: Plugin = plugin_of(job, kind, Pins(job.config, planned=plan.models, without_weights=without_weights))
     except PluginError as error:
         if isinstance(error.__cause__, OSError):  # the storage's, and may be gone at the next attempt
             raise

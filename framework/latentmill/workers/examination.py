@@ -81,7 +81,7 @@ def packages(job: Job, plan: Plan, kinds: Sequence[str]) -> list[Remark]:
     others = {*other_libraries(plan, list(plan.libraries))}
     for kind in kinds:
         try:
-            for line in compare(job, plan, kind):
+            for line in compare(job, plan, kind, without_weights=True):
                 if line not in libraries:
                     remarks.append(Remark("libraries" if line in others else "plugins", line))
                     libraries += [line] * (line in others)

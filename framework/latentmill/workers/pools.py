@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -13,6 +14,7 @@ from latentmill.config.schema import StageSettings
 from latentmill.driver.loop import Pool
 from latentmill.driver.messages import StageSpec, WorkerType
 from latentmill.errors import PlacementError
+from latentmill.models import seconds_to_fetch
 from latentmill.plan import Plan
 from latentmill.plugin import Declaration, WorkerNeeds
 from latentmill.progress import Shown
@@ -115,12 +117,12 @@ def worker_needs(job: Job, names: Sequence[str]) -> WorkerNeeds:
     )
 
 
-def worker_setup(job: Job, plan: Plan, stages: Sequence[int]) -> WorkerSetup:
-    """What a pool must know of the workers that host these stages."""
+def worker_setup(job: Job, plan: Plan, stages: Sequence[int], run: str = "") -> WorkerSetup:
+    """What a pool must know of the workers that host these stages. ``run`` names the run."""
     declared = [plan.stages[stage] for stage in stages]
     needs = worker_needs(job, [stage.name for stage in declared])
     return WorkerSetup(
-        stages=tuple(_stage_work(job, plan, stage, shares=0 < needs.num_gpus < 1) for stage in declared),
+        stages=tuple(_stage_work(job, plan, stage, shares=0 < needs.num_gpus < 1, run=run) for stage in declared),
         replicas=needs.replicas,
         num_cpus=needs.num_cpus,
         num_gpus=needs.num_gpus,
@@ -128,17 +130,18 @@ def worker_setup(job: Job, plan: Plan, stages: Sequence[int]) -> WorkerSetup:
         resources=needs.resources,
         accelerator_type=needs.accelerator_type,
         computes=any(stage.position == "between" for stage in declared),
+        fetching=seconds_to_fetch(plan.models),
     )
 
 
-def _stage_work(job: Job, plan: Plan, declared: Declaration, shares: bool) -> StageWork:
+def _stage_work(job: Job, plan: Plan, declared: Declaration, shares: bool, run: str) -> StageWork:
     """``shares``: the worker's GPU has others, which need their memory: there no stage looks for a larger batch size."""
     spec, settings = stage_spec(job, declared), job.stages[declared.name]
     # In one process, and nothing to be reproduced bit by bit, torch takes all there are where it computes.
     free = job.cluster.kind == "inline" and not job.deterministic and declared.position == "between"
     return StageWork(
         declared.name,
-        partial(make_stage, job, plan, declared.name, fixed_size=shares),
+        partial(make_stage, job, plan, declared.name, fixed_size=shares, run=run),
         gpu=settings.num_gpus > 0,
         calls=spec.batches_per_worker * spec.running_batches,
         threads=None if free else settings.threads,
@@ -167,7 +170,8 @@ def make_pool(job: Job, plan: Plan, store: Storage, watch: Watch, setups: Sequen
 
     ``setups``: other workers than the job's.
     """
-    setups = setups or [worker_setup(job, plan, stages) for stages in hosted(job, job.flow)[0]]
+    run = uuid.uuid4().hex
+    setups = setups or [worker_setup(job, plan, stages, run) for stages in hosted(job, job.flow)[0]]
     admit = WeightsRead(plan, store)
     if job.cluster.kind == "inline":
         from latentmill.workers.inline import InlinePool

@@ -262,7 +262,7 @@ class RayPool:
                     f"a worker of {setup.name} has not been ready for {PATIENCE:g} s; is there a place for it?"
                 )
             took = self.took.get(worker_type)
-            if setup.replicas is None and took is not None and waited > PATIENCE + 5 * took:
+            if setup.replicas is None and took is not None and waited > PATIENCE + 5 * took + setup.fetching:
                 reason = f"it was not ready after {waited:.0f} s"
                 self._could_not_start(self.starting[worker], reason)
                 self._bury(worker)

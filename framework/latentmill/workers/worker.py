@@ -66,6 +66,8 @@ class WorkerSetup:
     accelerator_type: str | None = None
     computes: bool = True
     """Whether there is more to do than to read rows, and to write files."""
+    fetching: float = 0.0
+    """Seconds that its node may take to fetch models before it is ready."""
 
     @property
     def name(self) -> str:

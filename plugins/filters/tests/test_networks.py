@@ -257,7 +257,7 @@ def refused(make):
 def test_what_is_no_network_s_folder_is_refused_when_the_stage_is_built(tmp_path, clip_folder, predictor):
     assert refused(ClipScore).startswith("path must be a network's folder")
     assert refused(lambda: ClipScore("openai/clip")) == (
-        "there is no folder openai/clip; nothing is downloaded here: hf download NAME --local-dir FOLDER does"
+        "there is no folder openai/clip; one of the Hub's is written hf://OWNER/NAME@COMMIT"
     )
     assert refused(lambda: ClipScore(str(tmp_path))).endswith(
         "holds no config.json: a folder as save_pretrained writes it is expected"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -13,20 +11,13 @@ from urllib.parse import unquote
 from latentmill.errors import StorageError
 from latentmill.sources.files.remote import RemoteFiles
 from latentmill.storage import Stored
-from latentmill.text import one_line
+from latentmill.storage.hub import COMMIT_HASH, ask_hub, hub_endpoint
 
 DATASET_URL = re.compile(
     r"hf://datasets/(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>refs/(convert|pr)/[^/]+|[^/]+))?(/(?P<key>.*))?"
 )
-COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
-AGAIN = (408, 429, 500, 502, 503, 504)
-"""Answers after which a request is made once more."""
-PAUSES = (0.2, 1.0, 3.0, 10.0, 30.0, 60.0)
-"""Seconds between one try and the next, while the Hub fails."""
 HUB_TIMEOUT = 60.0
 """Seconds."""
-LONGEST_WAIT = 330.0
-"""Seconds that the Hub is waited for at a time, where it says when it will answer again: it counts requests in five minutes."""
 
 
 class HubFiles(RemoteFiles):
@@ -47,7 +38,7 @@ class HubFiles(RemoteFiles):
             import huggingface_hub
         except ImportError as error:
             raise ValueError(f"{path}: the Hub needs huggingface_hub: pip install 'latentmill[hf]'") from error
-        self.endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None  # its client looked when it was imported
+        self.endpoint = hub_endpoint()
         self.api: Any = huggingface_hub.HfApi(endpoint=self.endpoint)
 
     @cached_property
@@ -138,44 +129,4 @@ class HubFiles(RemoteFiles):
         return other
 
     def _asked(self, key: str, ask: Callable[[], Any]) -> Any:
-        """What the Hub answers, asked again while it fails. Raises FileNotFoundError, and StorageError, one line."""
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            HFValidationError,
-            OfflineModeIsEnabled,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
-
-        at = f"hf://datasets/{self.repository}"
-        for pause in (*PAUSES, None):
-            try:
-                return ask()
-            except EntryNotFoundError as error:
-                raise FileNotFoundError(f"{at}@{self.revision}/{key} is not there") from error
-            except RevisionNotFoundError as error:
-                raise StorageError(f"{at} has no revision {self.revision}") from error
-            except RepositoryNotFoundError as error:
-                raise StorageError(
-                    f"{at} is not there, or not for everybody: HF_TOKEN or `hf auth login` says who asks"
-                ) from error
-            except Exception as error:  # of the network's libraries, which are the client's own affair
-                answer = getattr(error, "response", None)
-                status = getattr(answer, "status_code", None)
-                for_good = (
-                    status not in AGAIN if status else isinstance(error, (OfflineModeIsEnabled, HFValidationError))
-                )
-                if pause is None or for_good:
-                    raise StorageError(f"{at}@{self.revision}/{key}: {one_line(error, 300)}") from error
-                pause = min(max(pause, _said_wait(answer)), LONGEST_WAIT)
-            time.sleep(pause)
-        raise AssertionError
-
-
-def _said_wait(answer: Any) -> float:
-    """Seconds until the Hub will answer again, where its answer says that."""
-    headers = getattr(answer, "headers", {})
-    found = re.fullmatch(r"\d+", headers.get("Retry-After", "")) or re.search(
-        r"(?<=;t=)\d+", headers.get("RateLimit", "")
-    )
-    return float(found[0]) if found else 0.0
+        return ask_hub(f"hf://datasets/{self.repository}", self.revision, key, ask)

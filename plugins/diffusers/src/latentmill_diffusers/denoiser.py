@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from latentmill.plugin import Denoiser, FollowsAuthors, LatentSpec, NoiseSchedule, Prediction, RowError, tensors
+from latentmill.plugin import (
+    Denoiser,
+    FollowsAuthors,
+    LatentSpec,
+    NoiseSchedule,
+    Prediction,
+    RowError,
+    WeightsPath,
+    tensors,
+)
 from latentmill_diffusers import lora
 from latentmill_diffusers.configs import completed
 from latentmill_diffusers.families import NO_NEGATIVE, Family, family_of
 from latentmill_diffusers.folder import LOCATION, Folder
+from latentmill_diffusers.hub import weights_of
 from latentmill_diffusers.loading import dtype_of, part_class
 from latentmill_diffusers.lora import loras_of
 from latentmill_diffusers.networks import LoadedNetwork
@@ -24,6 +34,7 @@ from latentmill_diffusers.schedule import (
     starts_with_unit_variance,
     times_of,
 )
+from latentmill_diffusers.single_file import NETWORKS
 
 
 class DiffusersDenoiser(FollowsAuthors, Denoiser):
@@ -40,11 +51,11 @@ class DiffusersDenoiser(FollowsAuthors, Denoiser):
 
     def __init__(
         self,
-        path: str = "",
+        path: Annotated[str, weights_of(*NETWORKS)] = "",
         revision: str | None = None,
-        config: str | None = None,
+        config: Annotated[str | None, weights_of()] = None,
         dtype: str = "float32",
-        loras: Sequence[Mapping[str, Any]] = (),
+        loras: Annotated[Sequence[Mapping[str, Any]], WeightsPath()] = (),
         attention: str | None = None,
         compile: bool = False,
         offload: bool = False,

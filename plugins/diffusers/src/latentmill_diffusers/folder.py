@@ -19,11 +19,10 @@ import torch
 from latentmill.weights import digests, record
 from latentmill_diffusers import quantized
 from latentmill_diffusers.configs import MODEL_INDEX, downscale_of, part_config, read_json
-from latentmill_diffusers.hub import locate
+from latentmill_diffusers.hub import SMALL, locate
 from latentmill_diffusers.loading import naming, part_class, require_finite, require_words
 from latentmill_diffusers.single_file import WEIGHTS_SUFFIXES, SingleFile
 
-HASHED = (".json", ".txt", ".model", ".jinja")
 LOCATION = ("path", "revision", "config")
 """Settings of a plugin that say where its model lies: the fingerprint is of what is there."""
 
@@ -160,7 +159,7 @@ class Folder:
     def files(self, part: str) -> list[Path]:
         """What a part is read from: configs and the like, and its weights, without the halves and others that may lie beside them."""
         there = sorted((self.root / part).glob("*"))
-        found = [path for path in there if path.suffix in HASHED]
+        found = [path for path in there if path.suffix in SMALL]
         if self.single_file is not None:
             return [self.single_file.path, *found]
         halves = self._variant(part) is not None

@@ -1,20 +1,45 @@
-"""The local folder of a model, and how one comes from the Hugging Face Hub."""
+"""The local folder of a model, and how one comes from the Hugging Face Hub.
+
+The framework fetches what a URL names (``hf://``, ``s3://`` and the like); here is said which files of it. ``org/name`` is fetched here.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from latentmill.plugin import WeightsPath
 from latentmill_diffusers.configs import MODEL_INDEX, read_json
 
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of pipelines that no job asks for."""
 WEIGHED = ("text_encoder", "unet", "transformer", "vae")
 """How the names of parts begin that have weights: others may have such."""
-WITHOUT_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja")
-"""Configs, tokenizers and templates of prompts."""
+SMALL = (".json", ".txt", ".model", ".jinja")
+"""How the names of configs, tokenizers and templates of prompts end."""
+
+
+def weights_of(*parts: str) -> WeightsPath:
+    """Marks the setting ``path`` of a plugin that reads the weights of parts whose names begin so; "" stands for all."""
+    return WeightsPath(files=_read_by(parts), loads_late=True)
+
+
+def _read_by(parts: tuple[str, ...]) -> Callable[[Sequence[str]], list[str]]:
+    def wanted(names: Sequence[str]) -> list[str]:
+        """Small files, and the weights of the parts; where there is no index, the folder is a part's own."""
+        found = [PurePosixPath(name) for name in names]
+        weights = [path for path in found if path.suffix == ".safetensors" and ".non_ema" not in path.name]
+        if MODEL_INDEX in names:
+            weights = [path for path in weights if len(path.parts) > 1 and path.parts[0].startswith(parts)]
+            weights = [path for path in weights if path.parts[0] not in UNUSED]
+        whole = {path.parent for path in weights if ".fp16" not in path.name}
+        kept = [path for path in weights if ".fp16" not in path.name or path.parent not in whole]
+        return [str(path) for path in found if path.suffix in SMALL] + [str(path) for path in kept]
+
+    return wanted
 
 
 def locate(path: str, revision: str | None = None, weights: bool = True) -> Path:
@@ -54,7 +79,7 @@ def _snapshot(repository: str, revision: str, weights: bool, local_files_only: b
     from huggingface_hub import constants, snapshot_download
 
     wanted: dict[str, Any] = {"repo_id": repository, "revision": revision, "local_files_only": local_files_only}
-    folder = Path(snapshot_download(**wanted, allow_patterns=list(WITHOUT_WEIGHTS)))
+    folder = Path(snapshot_download(**wanted, allow_patterns=[f"*{suffix}" for suffix in SMALL]))
     if not weights:
         return folder
     index = read_json(folder / MODEL_INDEX) if (folder / MODEL_INDEX).is_file() else {}

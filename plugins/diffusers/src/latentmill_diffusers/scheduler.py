@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from latentmill.schedulers.unipc import UniPC
 from latentmill_diffusers import trace, traced
 from latentmill_diffusers.families import FAMILIES
 from latentmill_diffusers.folder import LOCATION, Folder
+from latentmill_diffusers.hub import weights_of
 from latentmill_diffusers.schedule import (
     changed,
     mended,
@@ -193,7 +194,12 @@ class ModelScheduler(Scheduler):
     libraries = ("diffusers",)
     fingerprinted = LOCATION
 
-    def __init__(self, path: str = "", revision: str | None = None, config: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Annotated[str, weights_of()] = "",
+        revision: str | None = None,
+        config: Annotated[str | None, weights_of()] = None,
+    ) -> None:
         folder = Folder(path, revision, config)
         try:
             scheduler = scheduler_of(folder)

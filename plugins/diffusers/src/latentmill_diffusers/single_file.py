@@ -46,7 +46,8 @@ class SingleFile:
                 f"{path} holds weights alone: give model.config too, the folder of a model of the same kind, or org/name and "
                 "model.revision, for its configs and tokenizers"
             )
-        self.path = file.resolve()
+        found = file.resolve()
+        self.path = found if found.suffix == file.suffix else file.absolute()  # in caches a link has the name
 
     @property
     def quantized(self) -> bool:

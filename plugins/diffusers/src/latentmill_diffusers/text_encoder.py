@@ -10,12 +10,12 @@ from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch.nn.functional import pad
 
-from latentmill.plugin import Conditioning, RowError, TextEncoder
+from latentmill.plugin import Conditioning, RowError, TextEncoder, WeightsPath
 from latentmill.text import one_line
 from latentmill_diffusers import lora, tokens
 from latentmill_diffusers.configs import completed
@@ -26,6 +26,7 @@ from latentmill_diffusers.folder import (
     pipeline_class,
     require_layers,
 )
+from latentmill_diffusers.hub import weights_of
 from latentmill_diffusers.loading import dtype_of, part_class
 from latentmill_diffusers.lora import loras_of
 from latentmill_diffusers.messages import quiet
@@ -62,11 +63,11 @@ class DiffusersTextEncoder(TextEncoder):
 
     def __init__(
         self,
-        path: str = "",
+        path: Annotated[str, weights_of("text_encoder")] = "",
         revision: str | None = None,
-        config: str | None = None,
+        config: Annotated[str | None, weights_of()] = None,
         dtype: str = "float32",
-        loras: Sequence[Mapping[str, Any]] = (),
+        loras: Annotated[Sequence[Mapping[str, Any]], WeightsPath()] = (),
         clip_skip: int | None = None,
         max_length: int | None = None,
         compel: bool = False,

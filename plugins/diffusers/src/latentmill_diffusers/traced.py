@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import Annotated, Any, ClassVar, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from latentmill.plugin import Field, NoiseSchedule, Scheduler, Start, State
 from latentmill_diffusers.folder import Folder
+from latentmill_diffusers.hub import weights_of
 from latentmill_diffusers.trace import BETAS, Table, grid_arguments, make, prediction_by, settings_of, trace
 
 TRACED: dict[str, tuple[int, int, bool]] = {
@@ -95,7 +96,7 @@ class Traced(Scheduler):
     fingerprinted = ("path", "revision")
     diffusers_class: ClassVar[str]
 
-    def __init__(self, path: str = "", revision: str | None = None, **settings: Any) -> None:
+    def __init__(self, path: Annotated[str, weights_of()] = "", revision: str | None = None, **settings: Any) -> None:
         self._set(settings_of(Folder(path, revision) if path else None, settings))
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from latentmill.plugin import VAE, LatentSpec, statistics_digest
 from latentmill_diffusers.configs import MODEL_INDEX, completed, downscale_of
 from latentmill_diffusers.folder import LOCATION, Folder
+from latentmill_diffusers.hub import weights_of
 from latentmill_diffusers.loading import dtype_of, part_class
 
 VAE_PARTS = ("vae", "movq")
@@ -52,9 +53,9 @@ class DiffusersVAE(VAE):
 
     def __init__(
         self,
-        path: str = "",
+        path: Annotated[str, weights_of(*VAE_PARTS)] = "",
         revision: str | None = None,
-        config: str | None = None,
+        config: Annotated[str | None, weights_of()] = None,
         dtype: str = "float32",
         slicing: bool = False,
         tiling: bool = False,

@@ -6,16 +6,17 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from torch.nn import Linear, Module, Sequential
 from torch.nn.functional import normalize
 
+from latentmill.plugin import WeightsPath
 from latentmill.weights import digest
 from latentmill.weights import load as load_tensors
-from latentmill_filters.network import NetworkScorer
+from latentmill_filters.network import NETWORK, NetworkScorer
 from latentmill_filters.scorer import written
 
 WIDTH = 768
@@ -49,8 +50,8 @@ class Aesthetic(NetworkScorer):
 
     def __init__(
         self,
-        path: str = "",
-        weights: str = "",
+        path: Annotated[str, NETWORK] = "",
+        weights: Annotated[str, WeightsPath()] = "",
         min_score: float | None = None,
         dtype: str = "float32",
         column: str = "aesthetic",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from latentmill_filters.network import NetworkScorer
+from latentmill_filters.network import NETWORK, NetworkScorer
 from latentmill_filters.scorer import written
 
 
@@ -28,7 +28,11 @@ class ClipScore(NetworkScorer):
     libraries = ("transformers", "tokenizers")
 
     def __init__(
-        self, path: str = "", min_score: float | None = None, dtype: str = "float32", column: str = "clip_score"
+        self,
+        path: Annotated[str, NETWORK] = "",
+        min_score: float | None = None,
+        dtype: str = "float32",
+        column: str = "clip_score",
     ) -> None:
         super().__init__(path, dtype, column)
         self.folder.require_tokenizer()

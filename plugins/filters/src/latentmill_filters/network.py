@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentmill.batch import fixed_slots
-from latentmill.plugin import RowError, StageContext, tensors
+from latentmill.plugin import RowError, StageContext, WeightsPath, tensors
 from latentmill.text import one_line
 from latentmill.weights import digests, record
 from latentmill_filters.scorer import Scorer, no_pictures
@@ -27,10 +27,14 @@ WORDS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 """Files that a tokenizer may have its words in."""
 
 
+NETWORK = WeightsPath(loads_late=True)
+"""Marks the setting with the folder of a network."""
+
+
 class NetworkFolder:
     """A network's folder, as ``save_pretrained`` of transformers writes it: config, preparation, and weights as safetensors.
 
-    Nothing is downloaded, and no code out of the folder is run. Raises ValueError if there is no such folder.
+    No code out of the folder is run. Raises ValueError if there is no such folder.
     """
 
     def __init__(self, path: str) -> None:
@@ -40,9 +44,7 @@ class NetworkFolder:
             raise ValueError("path must be a network's folder, as save_pretrained of transformers writes it")
         self.root = Path(path).expanduser()
         if not self.root.is_dir():
-            raise ValueError(
-                f"there is no folder {path}; nothing is downloaded here: hf download NAME --local-dir FOLDER does"
-            )
+            raise ValueError(f"there is no folder {path}; one of the Hub's is written hf://OWNER/NAME@COMMIT")
         if not (self.root / "config.json").is_file():
             raise ValueError(f"{path} holds no config.json: a folder as save_pretrained writes it is expected")
         if not any(self.root.glob("*.safetensors")):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
-from latentmill_filters.network import NetworkScorer
+from latentmill_filters.network import NETWORK, NetworkScorer
 from latentmill_filters.scorer import written
 
 INDEPENDENT = "multi_label_classification"
@@ -26,7 +26,7 @@ class Safety(NetworkScorer):
 
     def __init__(
         self,
-        path: str = "",
+        path: Annotated[str, NETWORK] = "",
         label: str = "",
         max_score: float | None = 0.5,
         column: str = "unsafe",

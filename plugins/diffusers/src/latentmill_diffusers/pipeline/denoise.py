@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 import torch
@@ -15,10 +15,11 @@ from torch.nn.functional import pixel_unshuffle
 from latentmill.batch import PROMPT_PREFIX, with_latents
 from latentmill.fields import BATCH_SCHEMA
 from latentmill.plugin import LatentSpec, Reject, RowError, tensors
+from latentmill_diffusers.hub import weights_of
 from latentmill_diffusers.pipeline.known import COMPARED, FRAME_FIRST, NETWORK_PARTS
 from latentmill_diffusers.pipeline.noted import NOTED, filled, shared_leaves
 from latentmill_diffusers.pipeline.stage import Pipeline
-from latentmill_diffusers.vae import DiffusersVAE
+from latentmill_diffusers.vae import VAE_PARTS, DiffusersVAE
 
 
 class PipelineDenoise(Pipeline):
@@ -34,11 +35,11 @@ class PipelineDenoise(Pipeline):
 
     def __init__(
         self,
-        path: str = "",
+        path: Annotated[str, weights_of("")] = "",
         revision: str | None = None,
         dtype: str = "float32",
         call: dict[str, Any] | None = None,
-        vae: dict[str, Any] | None = None,
+        vae: Annotated[dict[str, Any] | None, weights_of(*VAE_PARTS)] = None,
         alone: bool = False,
     ) -> None:
         super().__init__(path, revision, dtype, call)

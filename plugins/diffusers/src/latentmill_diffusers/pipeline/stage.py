@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -13,6 +13,7 @@ from latentmill import weights
 from latentmill.plugin import Stage
 from latentmill.text import near
 from latentmill_diffusers.folder import Folder, pipeline_class, require_layers
+from latentmill_diffusers.hub import weights_of
 from latentmill_diffusers.loading import dtype_of, part_class
 from latentmill_diffusers.pipeline.absent import Absent, AbsentNetwork, config_of
 from latentmill_diffusers.pipeline.known import (
@@ -39,7 +40,11 @@ class Pipeline(Stage):
     fingerprinted = ("path", "revision")
 
     def __init__(
-        self, path: str = "", revision: str | None = None, dtype: str = "float32", call: dict[str, Any] | None = None
+        self,
+        path: Annotated[str, weights_of("")] = "",
+        revision: str | None = None,
+        dtype: str = "float32",
+        call: dict[str, Any] | None = None,
     ) -> None:
         self.folder = Folder(path, revision)
         self.logical = dtype_of(dtype)
