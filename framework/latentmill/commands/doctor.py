@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from contextlib import redirect_stdout
 from typing import Any
 
 from latentmill.commands.command import Command, add_job
@@ -19,7 +21,8 @@ def _doctor(options: Any) -> int:
     from latentmill.text import without_secrets
 
     job = load_job(options.job, options.overrides)
-    found = doctor.examine(job)
+    with redirect_stdout(sys.stderr):  # Ray prints there when a node dies
+        found = doctor.examine(job)
     print(without_secrets(found.to_json() if options.json else "\n".join(found.lines()), job.config))
     return 0 if found.ok else 2
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from contextlib import redirect_stdout
 from typing import Any
 
 from latentmill import storage
@@ -48,7 +50,9 @@ def _plan(options: Any) -> int:
         from latentmill.commands.probing import told
         from latentmill.probe import probe
 
-        print(told(job, plan, probe(job, plan, built.sink, options.probe, done), options.price, options.json))
+        with redirect_stdout(sys.stderr):  # Ray prints there when a node dies
+            probed = probe(job, plan, built.sink, options.probe, done)
+        print(told(job, plan, probed, options.price, options.json))
         return 0
     if options.json:
         print(plan.to_json(), end="")

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -177,25 +177,26 @@ def output(job: Job, seen: str, contested: str, mark: bytes) -> Created:
 
 def _visible_gpus() -> int:
     """In a process that sees what Ray was started with: a task that asks for no GPU sees none."""
-    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    ours = "ray" not in sys.modules or "RAY_RAYLET_PID" not in os.environ
-    environment |= {
-        name: value for name, value in (os.environ.items() if ours else _raylets()) if name == "CUDA_VISIBLE_DEVICES"
-    }
+    started = _raylet()
+    environment = dict(os.environ)
+    if started is not None:
+        environment.pop("CUDA_VISIBLE_DEVICES", None)
+        environment |= {name: value for name, value in started.items() if name == "CUDA_VISIBLE_DEVICES"}
     command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, cwd="/")
     return int(answer.stdout.split()[-1]) if answer.returncode == 0 and answer.stdout.split() else 0
 
 
-def _raylets() -> Iterator[tuple[str, str]]:
-    """The variables that the process has which starts Ray's workers here; none where the system doesn't say."""
+def _raylet() -> dict[str, str] | None:
+    """The variables of the process that started this one, if that is Ray's: what a node's workers begin with, before Ray changes some."""
+    process = Path("/proc", os.environ.get("RAY_RAYLET_PID") or str(os.getppid()))
     try:
-        found = Path("/proc", os.environ["RAY_RAYLET_PID"], "environ").read_bytes()
+        if (process / "comm").read_text().strip() != "raylet":
+            return None
+        lines = (process / "environ").read_bytes().decode(errors="replace").split("\0")
     except OSError:
-        return
-    for line in found.decode(errors="replace").split("\0"):
-        name, _, value = line.partition("=")
-        yield name, value
+        return None
+    return dict(line.split("=", 1) for line in lines if "=" in line)
 
 
 def _nearest(place: str) -> Path:
