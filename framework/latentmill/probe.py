@@ -12,9 +12,11 @@ import time
 import uuid
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+
+import pyarrow.parquet as pq
 
 from latentmill import plan_files, storage
 from latentmill.config import Job
@@ -48,6 +50,8 @@ class Probed:
     """Those included that warmed up."""
     failed: int
     filtered: int
+    columns: Mapping[str, float]
+    """Of each stored column the bytes of all measured rows, the largest first; none of a sink whose files aren't Parquet."""
     seconds: float
 
 
@@ -79,6 +83,7 @@ def probe(job: Job, plan: Plan, sink: Sink, rows: int, done: int) -> Probed:
                 pool.begin_round(len(state.stages))
                 drive(state, pool, lambda: None)
                 measured.append(_round(pool, store, few, sink, shards))
+            columns = _columns(store, sink, [data_name(shard, sink) for shards in rounds[1:] for shard in shards])
             loading = max(pool.started) - started
             memory = state.memory_seen
         finally:
@@ -104,7 +109,7 @@ def probe(job: Job, plan: Plan, sink: Sink, rows: int, done: int) -> Probed:
     except ValueError as error:
         raise PlanError(f"--probe: {error}") from error
     ended = state.committed_failed, state.committed_filtered
-    return Probed(found, sum(r.rows for r in measured[1:]), few.rows, *ended, time.monotonic() - started)
+    return Probed(found, sum(r.rows for r in measured[1:]), few.rows, *ended, columns, time.monotonic() - started)
 
 
 def chosen(job: Job, plan: Plan, rows: int) -> tuple[Plan, list[list[int]]]:
@@ -206,6 +211,18 @@ def _round(pool: Stopwatch, store: storage.Storage, plan: Plan, sink: Sink, shar
     rows = {shard: len(plan.shard_rows(shard)) for shard in shards}
     files = [(rows[shard], float(sizes[shard])) for shard in shards]
     return Round(sum(rows.values()), computing, pool.seconds, pool.commits, pool.bytes, files)
+
+
+def _columns(store: storage.Storage, sink: Sink, names: Sequence[str]) -> dict[str, float]:
+    """What each column takes in some shards, compressed."""
+    sizes: Counter[str] = Counter()
+    for name in names if sink.suffix == ".parquet" else ():
+        with store.open(name) as file:
+            about = pq.ParquetFile(file).metadata
+            for group in (about.row_group(number) for number in range(about.num_row_groups)):
+                for column in (group.column(number) for number in range(group.num_columns)):
+                    sizes[column.path_in_schema.partition(".")[0]] += column.total_compressed_size
+    return dict(sizes.most_common())
 
 
 def _nodes(job: Job) -> list[dict[str, float]]:

@@ -8,7 +8,7 @@ import pytest
 @pytest.fixture
 def job(tmp_path):
     lines = [f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("circle", "square")]
-    (tmp_path / "prompts.txt").write_text("\n".join(lines * 40))
+    (tmp_path / "prompts.txt").write_text("\n".join(lines * 20))
     settings = ["samples_per_row=1", "sampling.steps=1", "rows_per_shard=60", "cluster=inline"]
     return ["txt2img", f"source.path={tmp_path / 'prompts.txt'}", f"output={tmp_path / 'out'}", *settings]
 
@@ -27,11 +27,12 @@ def test_a_probe_leaves_nothing_and_knows_how_large_the_dataset_will_be(latentmi
     for name in ("rows_a_second", "seconds", "bytes"):
         assert 0 < of[name]["low"] <= of[name]["value"] <= of[name]["high"], name
     assert of["workers"] == [1, 1, 1] and of["slowest"] == 1
+    assert next(iter(found["columns"])) == "image" and {"prompt", "row_id", "seed"} < found["columns"].keys()
     assert latentmill("run", *job) == 0
     real = sum(path.stat().st_size for path in (tmp_path / "out" / "data").glob("*.parquet"))
     assert of["bytes"]["value"] == pytest.approx(real, rel=0.15)
     assert latentmill("plan", *job, "--probe", "16", "--price", "2.5") == 0  # beside the dataset, which stays as it is
-    assert "240 rows in 4 shards" in latentmill.out and "no worker asks for a GPU" in latentmill.out
+    assert "120 rows in 2 shards" in latentmill.out and "no worker asks for a GPU" in latentmill.out
     assert latentmill("verify", tmp_path / "out") == 0
 
 

@@ -15,6 +15,9 @@ from latentmill.progress import duration_text, rate_text
 from latentmill.text import plural
 from latentmill.workers import pools
 
+COLUMNS_TOLD = 4
+"""Of a dataset, that are named: the largest."""
+
 
 def told(job: Job, plan: Plan, found: Probed, price: float | None, as_json: bool) -> str:
     """For people, or for programs; ``price``: of a GPU for an hour."""
@@ -49,7 +52,7 @@ def _lines(job: Job, plan: Plan, found: Probed, cost: Spread | None) -> Iterator
         yield "GPUs", f"{_within(of.gpu_hours, lambda hours: f'{hours:,.3g}')} GPU hours{money}"
     elif cost is not None:
         yield "GPUs", "no worker asks for a GPU"
-    yield "storage", f"{_within(of.bytes, _size)} in {plural(plan.shards, 'shard')}"
+    yield "storage", f"{_within(of.bytes, _size)} in {plural(plan.shards, 'shard')}{_columns(found)}"
     if job.cluster.kind != "inline":
         yield "memory", f"at most {_size(of.object_store)} between stages, in Ray's object store"
     yield "", "in brackets: 9 in 10 of what may be, by how much the rounds of the probe differ"
@@ -57,6 +60,13 @@ def _lines(job: Job, plan: Plan, found: Probed, cost: Spread | None) -> Iterator
 
 def _within(spread: Spread, text: Callable[[float], str]) -> str:
     return f"{text(spread.value)} ({text(spread.low)} to {text(spread.high)})"
+
+
+def _columns(found: Probed) -> str:
+    """Which columns are large."""
+    total = sum(found.columns.values())
+    large = [f"{name} {size / total:.0%}" for name, size in list(found.columns.items())[:COLUMNS_TOLD]]
+    return f": {', '.join(large)}" if large else ""
 
 
 def _short(seconds: float) -> str:
