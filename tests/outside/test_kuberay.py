@@ -238,6 +238,31 @@ def test_one_that_is_gone_and_one_that_cannot_be_asked(latentmill, tmp_path, mon
     assert latentmill("cancel", "my-job") == 4 and "Unable to connect" in latentmill.err
 
 
+def test_without_its_secret_nothing_is_left(latentmill, tmp_path, monkeypatch, home):
+    answers = [
+        CONTEXT,
+        ["create -f -$", 1, "Error from server (Forbidden): secrets\n"],
+        ["create", 0, MADE],
+        ["delete", 0, ""],
+    ]
+    calls = program(tmp_path, monkeypatch, "kubectl", answers)
+    assert latentmill("submit", job(SECRET), "--to", "kuberay", IMAGE, "target.env=[ACME_TOKEN]") == 2
+    assert calls()[-1]["words"] == [*AT, "delete", "rayjob", "my-job-1", "--wait=false"] and not [*home.iterdir()]
+
+
+def test_its_log_is_followed_from_pod_to_pod(latentmill, tmp_path, monkeypatch):
+    submitted(latentmill, tmp_path, monkeypatch)
+    answers = [
+        status(jobDeploymentStatus="Failed", message="it ended"),
+        ["get pods", 0, "pod/a\npod/b\npod/c\n"],
+        ["logs pod/a --follow", 0, "once\n"],
+        ["logs pod/b --follow", 1, "Error: it is waiting to start\n"],
+        ["logs pod/c --follow", 0, "and again\n"],
+    ]
+    program(tmp_path, monkeypatch, "kubectl", answers)
+    assert latentmill("logs", "my-job", "--follow") == 0 and latentmill.out == "once\nand again\n", latentmill.said
+
+
 def test_its_log_and_its_end(latentmill, tmp_path, monkeypatch):
     calls = submitted(
         latentmill, tmp_path, monkeypatch,

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from latentmill.launchers.manifest import HEAD_STORE, SHARED_MEMORY, NodeGroup, Pods, PodSize, as_yaml, label, rayjob
+from latentmill.launchers.manifest import HEAD_STORE, SHARED_MEMORY, NodeGroup, Pods, PodSize, as_yaml, rayjob
 from latentmill.launchers.nodes import ANY_GPU, NO_GPU, Group
 from latentmill.launchers.nodes import groups as needed
 from latentmill.launchers.rayjob import SAID
@@ -166,15 +166,11 @@ class KubeRay(Launcher):
         words = [*_at(self.namespace, context), "create", "-f", str(folder / MANIFEST), "-o", "json"]
         made = json.loads(_kubectl(words))["metadata"]
         if values:
-            # Pods wait for it. It belongs to the RayJob, so it goes when that goes; no file and no command line has ever had it.
-            owner = {"apiVersion": "ray.io/v1", "kind": "RayJob", "name": made["name"], "uid": made["uid"]}
-            secret = {
-                "apiVersion": "v1",
-                "kind": "Secret",
-                "metadata": {"name": _secret_of(submission.id), "ownerReferences": [owner]},
-                "stringData": values,
-            }
-            _kubectl([*_at(made["namespace"], context), "create", "-f", "-"], json.dumps(secret))
+            try:
+                _kubectl([*_at(made["namespace"], context), "create", "-f", "-"], _secret(submission.id, made, values))
+            except (OSError, ValueError):  # nobody would remember it, and its pods would wait for ever
+                _kubectl([*_at(made["namespace"], context), "delete", "rayjob", made["name"], "--wait=false"])
+                raise
         return f"{made['namespace']}/{made['name']}@{context}"
 
     def state(self, job: Submitted) -> LaunchState:
@@ -204,8 +200,15 @@ class KubeRay(Launcher):
             ended = not follow or self.state(job).word in ("ended", "unknown")
             for pod in self._pods(job, f"job-name={_name(job)}"):
                 if pod not in seen:  # each cluster that is tried has one of its own
-                    seen.add(pod)
-                    yield from _stream([*_where(job), "logs", pod, *(["--follow"] if follow else [])])
+                    running = subprocess.Popen(
+                        ["kubectl", *_where(job), "logs", pod, *(["--follow"] if follow else [])],
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.DEVNULL,
+                        text=True,
+                    )
+                    yield from _said_by(running)
+                    if running.returncode == 0:  # else its container is not there yet
+                        seen.add(pod)
             if ended:
                 return
             time.sleep(LOOK_AGAIN)
@@ -215,14 +218,16 @@ class KubeRay(Launcher):
         word = status.get("jobDeploymentStatus", "")
         if word in ("Complete", "Failed", "ValidationFailed"):
             return
-        (job.folder / CANCELLED).touch()
         if word != "Running":  # nothing of it runs yet
             _kubectl([*_where(job), "patch", "rayjob", _name(job), "--type=merge", "-p", '{"spec":{"suspend":true}}'])
-            return
-        # A RayJob that is deleted or suspended takes its pods away at once; a Ray job that is stopped has its time, and is over.
-        for pod in self._pods(job, f"ray.io/cluster={status['rayClusterName']},ray.io/node-type=head"):
+        else:
+            # A RayJob that is deleted or suspended takes its pods away at once; a Ray job that is stopped has its time, and is over.
+            heads = self._pods(job, f"ray.io/cluster={status['rayClusterName']},ray.io/node-type=head")
+            if not heads:
+                raise OSError("its head is not to be seen")
             stop = ["ray", "job", "stop", "--no-wait", "--address", "http://127.0.0.1:8265", status["jobId"]]
-            _kubectl([*_where(job), "exec", pod, "-c", "ray-head", "--", *stop])
+            _kubectl([*_where(job), "exec", heads[-1], "-c", "ray-head", "--", *stop])
+        (job.folder / CANCELLED).touch()
 
     def _status(self, job: Submitted) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(_kubectl([*_where(job), "get", "rayjob", _name(job), "-o", "json"]))
@@ -233,15 +238,25 @@ class KubeRay(Launcher):
         return [pod for pod in _kubectl(words).split() if pod]
 
     def _said_code(self, job: Submitted) -> int | None:
-        """What the log's end says: KubeRay knows no exit codes."""
-        pods = self._pods(job, f"job-name={_name(job)}")
-        said = _kubectl([*_where(job), "logs", pods[-1], "--tail=50"]) if pods else ""
+        """What the log's end says, if it is still there: KubeRay knows no exit codes."""
+        try:
+            pods = self._pods(job, f"job-name={_name(job)}")
+            said = _kubectl([*_where(job), "logs", pods[-1], "--tail=50"]) if pods else ""
+        except (OSError, ValueError):
+            return None
         codes = re.findall(rf"^latentmill: {SAID} (\d+)$", said, re.MULTILINE)
         return int(codes[-1]) if codes else None
 
 
 def _secret_of(name: str) -> str:
-    return f"{label(name, 47)}-env"
+    return f"{name}-env"
+
+
+def _secret(name: str, owner: Mapping[str, str], values: Mapping[str, str]) -> str:
+    """The Secret that pods wait for. It belongs to the RayJob, so it goes when that goes; no file and no command line has ever had it."""
+    owned = {"apiVersion": "ray.io/v1", "kind": "RayJob", "name": owner["name"], "uid": owner["uid"]}
+    about = {"name": _secret_of(name), "ownerReferences": [owned]}
+    return json.dumps({"apiVersion": "v1", "kind": "Secret", "metadata": about, "stringData": dict(values)})
 
 
 def _context() -> str:
@@ -278,11 +293,12 @@ def _kubectl(words: Sequence[str], sent: str | None = None) -> str:
     return done.stdout
 
 
-def _stream(words: Sequence[str]) -> Iterator[str]:
-    """What kubectl says, while it says it."""
-    with subprocess.Popen(["kubectl", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
+def _said_by(running: subprocess.Popen[str]) -> Iterator[str]:
+    """What a command says, while it says it."""
+    with running:
         try:
             assert running.stdout
             yield from running.stdout
+            running.wait()
         finally:
             running.terminate()

@@ -24,6 +24,8 @@ WITHIN, LAUNCH_WITHIN = 120.0, 1800.0
 PORTS = {"port": 6379, "dashboard-port": 8265, "dashboard-agent-listen-port": 52366}
 """Of the job's Ray. SkyPilot's own runs beside it, on 6380, 8266 and 52365."""
 TOKEN = "RAY_AUTH_TOKEN"
+INTERRUPTED = 130
+"""The exit code."""
 RUNNING_STATES: dict[str, StateWord] = {
     "PENDING": "queued",
     "SUBMITTED": "queued",
@@ -63,7 +65,7 @@ LATENTMILL_JOB
 for attempt in $(seq 0 {retries}); do
     {command}
     code=$?
-    [ "$code" = 1 ] || break
+    case "$code" in 1 | 4) sleep 30 ;; *) break ;; esac
 done
 exit "$code"
 """
@@ -124,9 +126,9 @@ class SkyPilot(Launcher):
                 "disk_size": -(-self.disk // 2**30),
                 **({"use_spot": True} if self.spot else {}),
                 **({"image_id": f"docker:{self.image}"} if self.image else {}),
-                # These are recovered from without end: no place, and an interruption. What may fail for good (1) is tried so often, and no more, by
-                # the commands below; 2 and 3 end the job.
-                "job_recovery": {"max_restarts_on_errors": 0, "recover_on_exit_codes": [4, 130]},
+                # Machines that are lost are recovered without end, and so is what is in that list: an interruption. What may fail for good (1, 4) is
+                # tried so often, and no more, by the commands below; 2 and 3 end the job.
+                "job_recovery": {"max_restarts_on_errors": 0, "recover_on_exit_codes": [INTERRUPTED]},
             },
             "envs": {"RAY_AUTH_MODE": "token"},
             # Their values are given to `sky jobs launch`, and stand in no file.
@@ -212,7 +214,10 @@ class SkyPilot(Launcher):
 
     def _record(self, job: Submitted) -> dict[str, Any] | None:
         said = _sky(["jobs", "queue", "--all", "--output", "json"])
-        found = [of for of in json.loads(said[said.index("[") :]) if of.get("job_name") == job.handle]
+        table = re.search(r"^\[.*\]$", said, re.MULTILINE | re.DOTALL)  # other words may stand before it
+        if not table:
+            raise OSError("sky: it gives no list of jobs")
+        found = [record for record in json.loads(table[0]) if record.get("job_name") == job.handle]
         return found[0] if found else None
 
 
