@@ -122,7 +122,12 @@ def test_a_driver_that_is_killed_leaves_a_dataset_that_goes_on(tmp_path, prompts
 def test_sigterm_stops_cleanly_says_how_to_go_on_and_the_run_goes_on(tmp_path, prompts, forks):
     output, log = tmp_path / "out", tmp_path / "log"
     command = ["run", "txt2img", *SMALL, prompts, "rows_per_shard=2", "sampling.height=32", "sampling.width=32"]
-    command += ["cluster=inline", "sampling.steps=40", f"output={output}"]  # long enough to be stopped in the middle
+    command += [
+        "grace=0",
+        "cluster=inline",
+        "sampling.steps=40",
+        f"output={output}",
+    ]  # long enough to be stopped in the middle
     driver = forks.begin(command, log)
     while not list(output.glob("data/*")) and forks.runs(driver):
         time.sleep(0.01)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 PROMPT_PREFIX, NEGATIVE_PREFIX, STATE_PREFIX = "prompt:", "negative:", "state:"
 """Prefixes of columns of conditioning, and of what a scheduler remembers of half-way latents."""
+CARRIED = "half_done:"
+"""Prefix of the columns of rows that were handed over in the middle of a stage, which it alone reads."""
 CONDITIONING = (PROMPT_PREFIX, NEGATIVE_PREFIX)
 
 ENCODER_KEY = b"latentmill.text_encoder"

@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latentmill.batch import SPEC_KEY, spec_from_json
+from latentmill.batch import CARRIED, SPEC_KEY, spec_from_json
 from latentmill.errors import ContractError, LoadError, NoRowError, StorageError
 from latentmill.fields import BATCH_SCHEMA, HALFWAY
 from latentmill.plugin import (
@@ -198,8 +198,8 @@ def same_columns(stage: Stage, given: pa.Table, returned: Sequence[pa.Table]) ->
 
 
 def _may_go(field: pa.Field) -> bool:
-    """Whether a column is only for the way: tensors, and what stands beside half-way latents."""
-    return tensors.is_tensor(field) or field.name in HALFWAY.names
+    """Whether a column is only for the way: tensors, and what stands beside half-way latents, or beside rows that were handed over."""
+    return tensors.is_tensor(field) or field.name in HALFWAY.names or field.name.startswith(CARRIED)
 
 
 def _sizes(who: str, table: pa.Table) -> Iterator[tuple[str, tuple[int, int]]]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
-from latentmill import plan_files, registry, storage
+from latentmill import half_done, plan_files, registry, storage
 from latentmill.errors import PlanError, StorageError
 from latentmill.plan import Plan
 from latentmill.plugin import Sink, StoredShard
@@ -278,8 +278,7 @@ class Dataset:
             )
         copies = {name for folder in COPIES for name in self.store.names(folder)}
         told = [shard for shard, found in shards.items() if found.not_stored or f"{shard:05d}.jsonl" in copies]
-        for _ in self.store.each(self.make_copies, told):
-            pass
+        list(self.store.each(self.make_copies, told))
         for name in self.stray_side_files():
             self.store.delete(f"{FOLDER}/{name}")
         return frozenset()
@@ -325,6 +324,7 @@ class Dataset:
         self.store.delete("_SUCCESS")
         for folder in COPIES:
             self.store.delete(copy_name(shard, folder))
+        half_done.sweep(self.store, {shard})
         beside = self._side_files(shard)
         try:
             self.store.move(name, to)
@@ -368,8 +368,7 @@ class Dataset:
 
     def _side_files(self, shard: int) -> list[str]:
         """A shard's side files in ``files/``; of one that can't be read, all that have its number."""
-        names = self.store.names(FOLDER)
-        if not names:
+        if not (names := self.store.names(FOLDER)):
             return []
         try:
             return [side.stored_as for side in side_files(self.about(shard))]
@@ -382,7 +381,8 @@ class Dataset:
         return f"{self.store.url.rstrip('/')}/{name}"
 
 
-OURS = {*"README.md contact_sheet.png report.html data leases quarantine weights logs live".split(), *COPIES, FOLDER}
+BESIDE = "README.md contact_sheet.png report.html data half_done leases quarantine weights logs live"
+OURS = {*BESIDE.split(), *COPIES, FOLDER}
 """Names at the top of a dataset, beside the plans', that no sink may give to a file of its own."""
 
 

@@ -11,6 +11,7 @@ data synced    the file is whole and synced, and has not its name yet
 published      it has its name, and nobody has been told
 finishing      all shards are there, _SUCCESS is not
 store          the output's folder is used
+half_done synced  rows that are half done are whole and synced, and their file has not its name yet
 exporting 7    an export is about to write that shard's files
 exported 7     it has written them, and said so
 =============  ==================================================================================================

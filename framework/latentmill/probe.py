@@ -22,8 +22,9 @@ from latentmill import plan_files, storage
 from latentmill.config import Job
 from latentmill.dataset import Dataset
 from latentmill.driver.apply import apply
-from latentmill.driver.loop import Pool, drive, interruptible
+from latentmill.driver.loop import Pool, drive
 from latentmill.driver.messages import Dispatch, Event, Finished, PoolOrder, Started, TakenOut
+from latentmill.driver.signals import Signals
 from latentmill.errors import PlanError
 from latentmill.estimates import Estimate, Left, Round, estimate
 from latentmill.plan import Generation, Plan
@@ -67,7 +68,7 @@ def probe(job: Job, plan: Plan, sink: Sink, rows: int, done: int) -> Probed:
     setups = [replace(pools.worker_setup(short, few, stages, run), replicas=1) for stages in hosted]
     types = [replace(each, replicas=1) for each in pools.worker_types(job, plan)]
     started, pool = time.monotonic(), None
-    with interruptible(), store.visit():
+    with Signals().on(), store.visit():
         try:
             state = begin(short, Dataset(store, few, sink), types)
             store.create(

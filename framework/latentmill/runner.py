@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from latentmill import failpoints, generations, parts, plan_files, progress, registry, report, storage
+from latentmill import failpoints, generations, half_done, parts, plan_files, progress, registry, report, storage
 from latentmill import plan as planning
 from latentmill.config import Job, load_job
 from latentmill.dataset import RETRIED, Dataset
 from latentmill.driver import leases
 from latentmill.driver.apply import apply
 from latentmill.driver.leases import Leases
-from latentmill.driver.loop import Pool, drive, interruptible, view
+from latentmill.driver.loop import Pool, drive, view
 from latentmill.driver.messages import TakenOut, WorkerType
+from latentmill.driver.signals import Signals
 from latentmill.driver.state import DriverState, finished
 from latentmill.errors import RunError
 from latentmill.plan import Plan
@@ -87,9 +88,10 @@ def run(
     pool: Pool | None = None
     watch = Watch(job.name, job.output, secrets(job.config, SECRET_VARIABLES))
     started, interrupted = time.monotonic(), False
+    signals = Signals(job.grace_seconds)
     try:
         looks = pools.metrics(job, watch.run)
-        with interruptible(), progress.live(job.name) as live, Snapshots(store, live, watch.run, looks) as seen:
+        with signals.on(), progress.live(job.name) as live, Snapshots(store, live, watch.run, looks) as seen:
             live.add = watch.onto
             if again or not finished(state):
                 pool = make_pool(job, plan, store, watch)
@@ -98,6 +100,7 @@ def run(
             there.remember()
             failpoints.reach("planning")
             store.sweep()
+            half_done.sweep(store, state.done)
             if again:
                 store.delete("_SUCCESS")
             for shard in again:
@@ -110,15 +113,22 @@ def run(
                     pool = pool or make_pool(job, plan, store, watch)
                     state.max_bytes_in_flight = max_bytes_in_flight(job)
                     store.delete("_SUCCESS")  # somebody has taken shards out
-                    lease = nullcontext() if job.single_writer else Leases(store, data)
+                    file = partial(_half_done_file, store)
+                    lease = nullcontext() if job.single_writer else Leases(store, data, half_done=file)
+                    state.half_done = half_done.newest(store) if job.single_writer else {}
                     with _remembering(there), lease as held:
-                        drive(state, pool, show, held, there.has_worked)
+                        drive(state, pool, show, held, there.has_worked, signals)
+                    if state.stopping.how == "stopped":
+                        interrupted = True
+                        break
                 if not (taken := there.newly_taken_out() or there.settle()):
                     break
-            there.remember(all_there=True)
-            seen.keep()
-            _end(there, live.pace, seen.history)
-            leases.sweep(store, there.done())
+            if not interrupted:
+                there.remember(all_there=True)
+                seen.keep()
+                _end(there, live.pace, seen.history)
+                for sweep in (leases.sweep, half_done.sweep):
+                    sweep(store, there.done())
     except KeyboardInterrupt:
         if not store.exists("plan.json"):
             raise
@@ -156,6 +166,13 @@ def _finish_sink(there: Dataset) -> None:
         raise RunError(f"{registry.called(there.sink)}: finish: {type(error).__name__}: {error}") from error
 
 
+def _half_done_file(store: storage.Storage, shard: int) -> str:
+    """The file of a shard's half-done rows, if there is one. It is a help, and a store that fails does without."""
+    with suppress(OSError):
+        return half_done.newest(store, shard).get(shard, "")
+    return ""
+
+
 def _show(live: progress.Live, state: DriverState, plan: Plan, started: float) -> None:
     live.show(view(state, plan, time.monotonic() - started))
 
@@ -173,6 +190,7 @@ def _result(job: Job, there: Dataset, state: DriverState, seconds: float, interr
             made=made,
             seconds=seconds,
             interrupted=interrupted,
+            stopping=state.stopping,
             warnings=now["warnings"],
         )
     except Exception:  # a store that answers no more: the rows are there all the same

@@ -101,6 +101,12 @@ def in_bytes(text: str | float) -> float:
     return float(number) * float(1024 if binary else 1000) ** (" kmgt".index(unit) if unit else 0)
 
 
+def in_seconds(text: str | float) -> float:
+    """``30s``, ``10m``, ``2h`` or a number, in seconds; NaN if it is neither."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([smh]?)", str(text).lower())
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else nan
+
+
 @lru_cache(maxsize=64)
 def load_yaml(text: str) -> Any:
     """What a YAML file holds, as OmegaConf reads it; not to be changed. Raises yaml.YAMLError."""

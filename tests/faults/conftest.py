@@ -19,7 +19,7 @@ def job(forks, tmp_path_factory):
     (alone / "prompts.txt").write_text("\n".join(PROMPTS))
     settings = [
         f"source.path={alone / 'prompts.txt'}", "samples_per_row=1", "rows_per_shard=2", "sampling.steps=2", "deterministic=true",
-        "sampling.height=32", "sampling.width=32",
+        "sampling.height=32", "sampling.width=32", "grace=0",
         *(f"stages.{name}.batch_size=2" for name in ("read", "encode", "denoise", "decode", "write")),
     ]  # fmt: skip
     assert forks.run(command(settings, alone / "out"), alone / "log") == 0, (alone / "log").read_text()

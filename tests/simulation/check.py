@@ -12,9 +12,10 @@ from latentmill.driver.messages import StartWorker
 from latentmill.driver.state import DriverState
 
 
-def check(state: DriverState, largest: list[int]) -> None:
+def check(state: DriverState, largest: list[int], resumes: bool = False) -> None:
     """That each row of each open shard is in exactly one place, that what the driver has counted is so, and that nothing grows
-    beyond its bound. ``largest``: for each worker type the most workers that were wanted, which is noted. Raises Wrong.
+    beyond its bound. ``largest``: for each worker type the most workers that were wanted, which is noted; ``resumes``: what was half
+    done has been taken up, a shard at a time. Raises Wrong.
     """
     if state.failed:
         return
@@ -23,11 +24,13 @@ def check(state: DriverState, largest: list[int]) -> None:
     state = copy.copy(state)
     state.targets = largest  # where fewer are wanted now, there may be as much as there was
     places = Counter(row for rows in state.to_read for row in rows)
+    places.update(row for shard, _ in state.to_take_up for row in state.shard_rows(shard))
     for stage in range(len(state.stages)):
         for queue in state.queues[stage].slices.values():
             places.update(row for slice_ in queue for row in slice_.rows)
         places.update(row for retry in state.queues[stage].retries for row in retry.rows)
-    places.update(row for order in state.in_flight.values() if order.task != "commit" for row in order.rows)
+    held = [order for order in state.in_flight.values() if order.task not in ("commit", "keep")]
+    places.update(row for order in held for row in order.rows)
     places.update(row for record in state.records.values() for order, _ in record.suspects for row in order.rows)
     places.update(row for order, _ in state.fatal_suspects for row in order.rows)
     for shard in state.shards.values():
@@ -45,6 +48,7 @@ def check(state: DriverState, largest: list[int]) -> None:
         most += (
             spec.batch_size * state.replicas(stage) * spec.batches_per_worker * spec.running_batches
         )  # what its own workers gave back
+        most += state.rows_per_shard * resumes
         # Where batches are fixed, one may wait for rows that others have to pass: open shards bound them.
         if state.rows_queued(stage) > most and not state.fixed:
             raise Wrong(f"{state.rows_queued(stage)} rows wait for {spec.name}, and {most} is the most")
@@ -86,7 +90,9 @@ def check_counts(state: DriverState) -> None:
             found[f"full {spec.name}"] = {key for key, count in rows.items() if count >= spec.batch_size}
             known[f"full {spec.name}"] = {*queue.full}
         orders = [order for order in state.in_flight.values() if order.stage == stage]
-        found[f"in flight {spec.name}"] = sum(len(order.rows) for order in orders if order.task != "commit")
+        found[f"in flight {spec.name}"] = sum(
+            len(order.rows) for order in orders if order.task not in ("commit", "keep")
+        )
         known[f"in flight {spec.name}"] = state.rows_in_flight[stage]
         found[f"busy {spec.name}"] = len({order.worker for order in orders})
         known[f"busy {spec.name}"] = state.busy[stage]

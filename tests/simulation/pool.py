@@ -18,11 +18,14 @@ from latentmill.driver.messages import (
     Event,
     Failed,
     Finished,
+    HandedOver,
+    HandOver,
     NodesSeen,
     PoolOrder,
     Started,
     StartWorker,
     StopWorker,
+    TakenUp,
 )
 from latentmill.plugin import Filtered, Reason
 from latentmill.stages import write
@@ -66,6 +69,8 @@ class Pool:
             self._stop(order.worker)
         elif isinstance(order, StartWorker):
             self._house(order)
+        elif isinstance(order, HandOver):
+            self._hand_over(order.worker)
         else:
             for slice_ in order.slices:
                 if slice_.block not in self.blocks and slice_.block not in self.lost:
@@ -163,6 +168,8 @@ class Pool:
         """A worker has come to the end of an order."""
         world = self.world
         answer: Event
+        if order not in actor.orders:  # it was handed over
+            return
         if any(slice_.block in self.lost for slice_ in order.slices):
             answer = Failed(order.id, "lost", "its node is gone")
         elif order.stage == self.driver.wreck and order.task != "commit":
@@ -170,9 +177,11 @@ class Pool:
             answer = Failed(order.id, how, "nothing works here")
         elif world.trouble("raise") or (order.stage == DRAWS and self._raises(order)):
             answer = Failed(order.id, "raised", "boom")
-        elif order.task == "commit":
+        elif order.task == "take up":
+            answer = self._take_up(actor, order)
+        elif order.task in ("commit", "keep"):
             try:
-                self._commit(order)
+                (self._commit if order.task == "commit" else self._keep)(order)
             except Gone:  # it did, or didn't; nobody was told
                 self._die(actor, "killed while it committed")
                 return
@@ -186,6 +195,69 @@ class Pool:
         actor.busy = False
         self.inbox.append(answer)
         self._work(actor)
+
+    def _hand_over(self, worker: int) -> None:
+        """What nobody has begun with comes back at once, and what is denoised after a step."""
+        actor = self.actors.get(worker)
+        if actor is None:
+            return
+        begun = actor.orders[:1] if actor.busy else []
+        for order in actor.orders[len(begun) :]:
+            actor.orders.remove(order)
+            self.inbox.append(HandedOver(order.id))
+        for order in begun:
+            if order.stage == DRAWS and order.task == "batch" and self.world.dice.random() < 0.7:
+                self._while_there(
+                    actor, self.world.dice.uniform(0, 4), lambda order=order: self._half_way(actor, order)
+                )
+
+    def _half_way(self, actor: Actor, order: Dispatch) -> None:
+        """A batch comes back in the middle: what it was made of still, or as its stage left it."""
+        if order not in actor.orders:
+            return
+        actor.orders.remove(order)
+        actor.busy = False
+        if any(slice_.block in self.lost for slice_ in order.slices) or self.world.dice.random() < 0.3:
+            self.inbox.append(HandedOver(order.id, begun=True))
+            return
+        rows = self._gather(order)
+        parts = [[row for row in rows if row[0] % 2 == odd] for odd in (0, 1)]
+        self.blocks[order.id] = actor.node, parts
+        told = [(f"half-way {odd}", tuple(row for row, _ in part)) for odd, part in enumerate(parts)]
+        self.inbox.append(HandedOver(order.id, told, bytes=sum(1 + row % LARGEST_ROW for row, _ in rows)))
+
+    def _keep(self, order: Dispatch) -> None:
+        """What ``HalfDone.keep`` does. A file may be torn, and is found out by whoever takes it up."""
+        store, rows = self.world.store, self._gather(order)
+        stages = [stage for stage, slice_ in zip(order.stages, order.slices) for _ in slice_.rows]
+        for (row, made), stage in zip(rows, stages, strict=True):
+            if made != value(row, stage - 1, attempt_of(row, made)) or attempt_of(row, made) != order.attempt_of.get(
+                row, 0
+            ):
+                raise Wrong(f"row {row} is kept for stage {stage} as {made}")
+        if self.world.trouble("dies before"):
+            raise Gone
+        newest = store.half_done(order.shard)
+        number = int(newest.split("-")[1]) + 1 if newest else 1
+        kept = [[row, made, stage] for (row, made), stage in zip(rows, stages)]
+        content = json.dumps(
+            {"rows": kept, "filtered": order.filtered, "attempts": [*order.attempt_of.items()]}
+        ).encode()
+        store.create(f"half_done/{order.shard:05d}-{number}", content[:-9] if self.world.trouble("torn") else content)
+
+    def _take_up(self, actor: Actor, order: Dispatch) -> Event:
+        """What ``Worker.take_up`` does."""
+        try:
+            found = json.loads(self.world.store.read(f"half_done/{order.file}"))
+        except (OSError, ValueError):
+            self.blocks[order.id] = actor.node, []
+            return TakenUp(order.id)
+        self.driver.resumes = True
+        stages = sorted({stage for _, _, stage in found["rows"]})
+        parts = [[(row, made) for row, made, at in found["rows"] if at == stage] for stage in stages]
+        self.blocks[order.id] = actor.node, parts
+        told = [(stage, "taken up", tuple(row for row, _ in part)) for stage, part in zip(stages, parts)]
+        return TakenUp(order.id, told, found["filtered"], dict(found["attempts"]))
 
     def _made(self, actor: Actor, order: Dispatch, seconds: float) -> Finished:
         settings = self.world.settings

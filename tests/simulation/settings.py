@@ -171,6 +171,7 @@ class Settings:
             drawn.passes_at[row] = next((k for k in range(drawn.attempts) if dice.random() >= share), drawn.attempts)
         drawn.filters = dice.sample((DRAWS, DRAWS + 1, DRAWS + 2), dice.choice((1, 1, 2, 3)))
         drawn.raising = {row: dice.randrange(drawn.attempts) for row in drawn.raising}
+        drawn.rates["stop"] = random.Random(f"{rows} of {size} stop").choice((0.0, 0.0, 0.02, 0.1))
         drawn.early = {row for row in drawn.numbers if row not in drawn.bad and dice.random() < share / 5}
         return drawn
 

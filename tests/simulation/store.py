@@ -85,6 +85,11 @@ class Store(Storage):
     def open(self, name: str) -> BinaryIO:
         raise NotImplementedError
 
+    def half_done(self, shard: int) -> str:
+        """The newest file of a shard's half-done rows."""
+        names = [name for name in self.names("half_done") if name.startswith(f"{shard:05d}-")]
+        return max(names, default="", key=lambda name: int(name.split("-")[1]))
+
     def names(self, folder: str) -> list[str]:
         return [name.removeprefix(f"{folder}/") for name in self.files if name.startswith(f"{folder}/")]
 

@@ -14,8 +14,10 @@ from tests.simulation.pool import Pool
 from tests.simulation.settings import DRAWS, LONGEST, NAMES, TROUBLED, Settings, Wrong
 from tests.simulation.store import Store
 
+from latentmill.driver.apply import apply
 from latentmill.driver.leases import BEAT_EVERY, Leases
 from latentmill.driver.loop import turn
+from latentmill.driver.messages import Stop
 from latentmill.driver.state import DriverState, finished
 from latentmill.shards import done_shards
 
@@ -130,7 +132,11 @@ class Driver:
             "data/{:05d}".format,
             f"machine-{self.number}/{self.lives}/{self.number}.{self.lives}",
             lambda: world.now,
+            world.store.half_done,
         )
+        self.stops: list[tuple[float, Stop]] = []
+        """What this life is told, and when, once it is to stop."""
+        self.resumes = False
         rows = settings.rows if world.now >= settings.grows_at else settings.begun
         done = {shard for shard in done_shards(world.store, "") if shard * settings.rows_per_shard < rows}
         self.state = DriverState(
@@ -176,11 +182,12 @@ class Driver:
             self.end("killed")
             return
         try:
+            self.told_to_stop(state)
             turn(state, self.pool, self.leases, world.has_worked)
         except OSError as error:
             self.end(str(error))
             return
-        check(state, self.largest)
+        check(state, self.largest, self.resumes)
         self.check_reason()
         if state.failed and world.now > TROUBLED and world.hopeless():
             self.finished = True
@@ -191,6 +198,10 @@ class Driver:
             self.end(state.failed)
         elif finished(state) and state.rows < settings.rows:
             self.end("its plan is done, and the dataset has grown, or will")
+        elif state.stopping.how == "stopped":
+            with suppress(OSError):
+                self.leases.give_back_all()
+            self.end(f"it was told to, and has kept {state.stopping.kept} rows")
         elif finished(state):
             self.finished = True
             self.lives += 1
@@ -198,6 +209,17 @@ class Driver:
             world.say(f"driver {self.number} has finished")
         else:
             self._while_alive(0.5 if self.pool.inbox or not state.leased_by_others else BEAT_EVERY / 4, self.turn)
+
+    def told_to_stop(self, state: DriverState) -> None:
+        """Now and then a driver is to stop: it has some time to go on, and then some for its workers to hand over what they hold."""
+        now, dice = self.world.now, self.world.dice
+        if not self.stops and (state.blocks or state.in_flight) and self.world.trouble("stop"):
+            ends = now + dice.choice((0.0, dice.uniform(0, 20)))
+            self.stops = [(now, Stop("finish")), (ends, Stop("hand over")), (ends + dice.uniform(0, 10), Stop("keep"))]
+            self.world.say(f"driver {self.number} is to stop, after {ends - now:.1f} s")
+        for when, stop in self.stops:
+            if now >= when:
+                apply(state, stop)
 
     def check_reason(self) -> None:
         """Where one stage ends each of its workers, the job ends for that stage's sake: chance ends others, but not so many."""

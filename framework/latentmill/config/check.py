@@ -157,6 +157,8 @@ def _wrong(job: Job) -> Iterator[str]:
         yield f"placement=fused has one worker for stages that ask for accelerators {', '.join(sorted(asked))}"
     if job.max_bytes_in_flight is not None and not 0 < values.in_bytes(job.max_bytes_in_flight) < math.inf:
         yield f"max_bytes_in_flight must be bytes, as 8GiB, 500MB or a number, not {job.max_bytes_in_flight!r}"
+    if not 0 <= values.in_seconds(job.grace) < math.inf:
+        yield f"grace must be a time, as 90, 30s or 2m, not {job.grace!r}"
     if not 0.0 <= job.max_error_rate <= 1.0:
         yield f"max_error_rate must be from 0 to 1, not {job.max_error_rate}"
     if sampling["first_noise"] not in FIRST_NOISE:

@@ -134,6 +134,7 @@ class Schema:
     stages: dict[str, StageKeys] = field(default_factory=dict)
     placement: str = "auto"
     max_bytes_in_flight: Any = None
+    grace: Any = "30s"
     cluster: Cluster = field(default_factory=Cluster)
 
 
@@ -176,7 +177,14 @@ class Job:
     those share a worker that one device has room for."""
     max_bytes_in_flight: Any
     """What may be between stages, in bytes: a number or words; None leaves a share of Ray's object store."""
+    grace: Any
+    """How long the machine stays after it has told the run to stop: seconds, or words, as ``2m``."""
     cluster: Cluster
+
+    @property
+    def grace_seconds(self) -> float:
+        """``grace`` in seconds."""
+        return values.in_seconds(self.grace)
 
     @property
     def attempts(self) -> int | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf
 
-from latentmill.driver import ended, failures
+from latentmill.driver import drain, ended, failures
 from latentmill.driver.messages import (
     Claimed,
     DatasetChecked,
@@ -13,13 +14,17 @@ from latentmill.driver.messages import (
     Event,
     Failed,
     Finished,
+    HandedOver,
     LeasesSeen,
     NodesSeen,
     Started,
+    Stop,
     TableSlice,
     TakenOut,
+    TakenUp,
 )
 from latentmill.driver.state import DriverState
+from latentmill.driver.waiting import Retry
 from latentmill.plugin import Filtered
 
 
@@ -40,6 +45,8 @@ def apply(state: DriverState, event: Event) -> DriverState:
         state.claiming.discard(event.shard)
         if event.outcome == "ours":
             state.claimed.append(event.shard)
+            if event.half_done:
+                state.half_done[event.shard] = event.half_done
         else:
             (state.done if event.outcome == "done" else state.leased_by_others).add(event.shard)
     elif isinstance(event, DatasetChecked):
@@ -51,20 +58,35 @@ def apply(state: DriverState, event: Event) -> DriverState:
     elif isinstance(event, TakenOut):
         state.done -= event.shards
         state.free_shards.extend(shard for shard in sorted(event.shards) if shard < state.cursor)
-    elif event.id not in state.in_flight:
-        if isinstance(event, Finished) and event.tables:  # of a worker that was given up: nobody wants its block
+    elif isinstance(event, Stop):
+        drain.told_to_stop(state, event)
+    elif event.id not in state.in_flight or _comes_too_late(state, state.in_flight[event.id]):
+        if (
+            isinstance(event, (Finished, HandedOver)) and event.tables
+        ):  # of a worker that was given up: nobody wants its block
             state.released.append(event.id)
     else:
         dispatch = state.taken_back(event.id)
         if isinstance(event, Finished):
             _dispatch_finished(state, dispatch, event)
+        elif isinstance(event, HandedOver):
+            _handed_over(state, dispatch, event)
+        elif isinstance(event, TakenUp):
+            _taken_up(state, dispatch, event)
         else:
             _dispatch_failed(state, dispatch, event)
     return state
 
 
+def _comes_too_late(state: DriverState, dispatch: Dispatch) -> bool:
+    """Whether what came to a stage is being kept by now, so that its answer counts no more."""
+    return state.stopping.how in ("keep", "stopped") and dispatch.task not in ("keep", "commit")
+
+
 def _dispatch_failed(state: DriverState, dispatch: Dispatch, event: Failed) -> None:
-    if event.cause == "lost":
+    if dispatch.task in ("keep", "take up"):
+        failures.try_again(state, dispatch, dispatch.failures, event.reason)
+    elif event.cause == "lost":
         failures.data_lost(state, dispatch, event.reason)
     elif event.cause == "unloaded":
         failures.load_failed(state, dispatch, event.reason)
@@ -85,13 +107,16 @@ def _memory_seen(state: DriverState, worker_type: int, memory: int) -> None:
 
 def _measure(state: DriverState, dispatch: Dispatch, event: Finished) -> None:
     """Note what a dispatch cost. The rows of a commit are those of the batches before it, and are not counted again."""
-    rows = 0 if dispatch.task == "commit" else len(dispatch.rows)
+    rows = 0 if dispatch.task in ("commit", "keep") else len(dispatch.rows)
     state.stage_times[dispatch.stage].add(event.seconds, rows, dispatch.worker, state.replicas(dispatch.stage))
     state.measured_batches += 1
     _memory_seen(state, state.type_of[dispatch.stage], event.memory)
 
 
 def _dispatch_finished(state: DriverState, dispatch: Dispatch, event: Finished) -> None:
+    if dispatch.task == "keep":
+        state.stopping.kept += len(dispatch.rows)
+        return
     if state.nodes is not None:  # else nobody asks how many workers there should be
         _measure(state, dispatch, event)
     unwanted = [(row, why) for row, why in event.rejected if isinstance(why, Filtered)]
@@ -118,7 +143,7 @@ def _dispatch_finished(state: DriverState, dispatch: Dispatch, event: Finished) 
         if dispatch.stage == state.last_stage:
             _arrive(state, slice_)
         else:
-            _enqueue(state, dispatch.stage + 1, shape_key, slice_)
+            _put(state, dispatch.stage + 1, shape_key, slice_)
 
 
 def _shard_committed(state: DriverState, dispatch: Dispatch) -> None:
@@ -135,8 +160,8 @@ def _shard_committed(state: DriverState, dispatch: Dispatch) -> None:
     state.committed_ok += len(dispatch.rows) - len(shard.errors) - len(shard.filtered)
 
 
-def _enqueue(state: DriverState, stage: int, shape_key: str, slice_: TableSlice) -> None:
-    """Rows wait for their next stage. Where batches are fixed, those of each chunk wait for one another."""
+def _put(state: DriverState, stage: int, shape_key: str, slice_: TableSlice, again: bool = False) -> None:
+    """Rows wait for a stage; ``again``: they had come to it before. Where batches are fixed, those of each chunk wait for one another."""
     if not state.fixed:
         state.queues[stage].put(shape_key, slice_)
         return
@@ -145,19 +170,83 @@ def _enqueue(state: DriverState, stage: int, shape_key: str, slice_: TableSlice)
         chunk = state.chunk(stage, slice_.rows[start])
         if at == len(slice_.rows) or state.chunk(stage, slice_.rows[at]) != chunk:
             state.queues[stage].put((*chunk, shape_key), slice_.sub(start, at))
-            state.queues[stage].account(chunk, at - start)
+            state.queues[stage].account(chunk, 0 if again else at - start)
             start = at
 
 
 def _arrive(state: DriverState, slice_: TableSlice) -> None:
     """Rows have left the last stage: they wait for the rest of their shard."""
-    start = 0
-    for at in range(1, len(slice_.rows) + 1):
-        number = slice_.rows[start] // state.rows_per_shard
-        if at == len(slice_.rows) or slice_.rows[at] // state.rows_per_shard != number:
-            shard, arrived = state.shards[number], slice_.sub(start, at)
-            shard.missing.difference_update(arrived.rows)
-            shard.packed.append(arrived)
-            state.arrived += len(arrived.rows)
-            ended.settle(state, number)
-            start = at
+    for arrived in drain.by_shard(state, slice_):
+        number = arrived.rows[0] // state.rows_per_shard
+        shard = state.shards[number]
+        shard.missing.difference_update(arrived.rows)
+        shard.packed.append(arrived)
+        state.arrived += len(arrived.rows)
+        ended.settle(state, number)
+
+
+# -------------------------------------------------------------------------------- what is half done, at the end and at the beginning
+
+
+def _handed_over(state: DriverState, dispatch: Dispatch, event: HandedOver) -> None:
+    """A batch is back before its end."""
+    name = state.stages[dispatch.stage].name
+    if event.tables is None:
+        if event.begun:
+            state.stopping.begun_again[name] += len(dispatch.rows)
+        state.queues[dispatch.stage].try_again(Retry(dispatch.rows, dispatch.slices, dispatch.failures))
+        return
+    for slice_ in dispatch.slices:
+        state.drop(slice_)
+    for row, why in event.rejected:
+        if not isinstance(why, Filtered):
+            ended.quarantine(state, row, dispatch.stage, why)
+    ended.filtered(state, dispatch.stage, [(row, why) for row, why in event.rejected if isinstance(why, Filtered)])
+    wanted = sum(len(rows) for _, rows in event.tables)
+    if not wanted:
+        state.released.append(dispatch.id)
+        return
+    state.block_came(dispatch, wanted, event.bytes)
+    for table, (shape_key, rows) in enumerate(event.tables):
+        if rows:  # they were accounted for when they came to the stage
+            _put(
+                state, dispatch.stage, shape_key, TableSlice(dispatch.id, table, 0, len(rows), tuple(rows)), again=True
+            )
+
+
+def _taken_up(state: DriverState, dispatch: Dispatch, event: TakenUp) -> None:
+    """Rows are where they were when a driver stopped. All others of the shard begin from the source."""
+    left = dict.fromkeys(dispatch.rows)
+    state.attempt_of.update(event.attempts)
+    last = len(state.stages)
+    names = [spec.name for spec in state.stages]
+    wanted = sum(len(rows) for _, _, rows in event.tables)
+    if wanted:  # of its bytes nobody is asked: those of packed rows don't count, and the driver that stopped had room for the others
+        state.blocks[dispatch.id] = wanted
+    else:
+        state.released.append(dispatch.id)
+    for about in event.filtered:
+        stage = names.index(about["stage"])
+        _passed(state, [about["row"]], stage + 1)
+        left.pop(about["row"])
+        ended.filtered_before(state, about, stage)
+    for table, (stage, shape_key, rows) in enumerate(event.tables):
+        for row in rows:
+            del left[row]
+        _passed(state, rows, stage)
+        slice_ = TableSlice(dispatch.id, table, 0, len(rows), tuple(rows))
+        if stage == last:
+            _arrive(state, slice_)
+        else:
+            _put(state, stage, shape_key, slice_)
+    if left:
+        state.to_read.appendleft(list(left))
+
+
+def _passed(state: DriverState, rows: Sequence[int], stage: int) -> None:
+    """Rows have been through all stages before this one, in another run."""
+    for before in range(stage):
+        state.rows_done(before, rows)
+        if before and state.fixed:
+            for row in rows:
+                state.queues[before].account(state.chunk(before, row), 1)

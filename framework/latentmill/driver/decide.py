@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from latentmill.driver import failures
-from latentmill.driver.limits import has_room, max_open_shards
-from latentmill.driver.messages import Claim, Dispatch, Order, StartWorker
+from latentmill.driver import drain, failures
+from latentmill.driver.limits import has_room, max_open_shards, queue_limit
+from latentmill.driver.messages import Claim, Dispatch, Order, StartWorker, Stop
 from latentmill.driver.replicas import adjust
 from latentmill.driver.state import DriverState, OpenShard
 
 
 def decide(state: DriverState) -> list[Order]:
     """What to start and to dispatch now. What it returns counts as given out."""
+    if state.stopping.how not in ("", "finish"):
+        return drain.next_step(state)
     orders: list[Order] = _worker_orders(state)
     if state.failed:
         return orders
@@ -23,10 +25,16 @@ def decide(state: DriverState) -> list[Order]:
     # The far end first: what is nearly done makes room for what is before it.
     for stage in range(state.last_stage, 0, -1):
         orders.extend(_batches(state, stage, partial=False))
-    orders.extend(_reads(state))
-    orders.extend(_claims(state))
+    if not state.stopping.how:
+        orders.extend(_reads(state))
+        orders.extend(_claims(state))
     if not state.fixed:
         orders.extend(_partial_batches(state))
+    if state.stopping.how:
+        if not orders and not state.in_flight:  # it has done what it could
+            drain.told_to_stop(state, Stop("hand over"))
+            return drain.next_step(state)
+        return orders
     if not orders and not state.in_flight and all(state.workers[worker_type] for worker_type, _ in state.starting):
         orders.extend(_unstick(state))
         if not orders and (state.records or state.fatal_suspects):
@@ -107,12 +115,18 @@ def _reads(state: DriverState, room: bool = True) -> Iterator[Dispatch]:
         worker = _worker(state, 0, alone=bool(queue.retries) and queue.retries[0].failures > 0)
         if worker is None:
             return
+        if state.to_take_up:
+            shard, file = state.to_take_up.popleft()
+            yield state.given(Dispatch(-1, "take up", 0, worker, state.shard_rows(shard), shard=shard, file=file))
+            continue
         if queue.retries:
             retry = queue.next_retry()
             yield state.given(_read(state, worker, retry.rows, retry.failures))
             continue
         if not state.to_read and not _open_shard(state):
             return
+        if state.to_take_up:
+            continue
         rows = state.to_read.popleft()
         if len(rows) > size:
             state.to_read.appendleft(rows[size:])
@@ -129,6 +143,8 @@ def _open_shard(state: DriverState) -> bool:
     """Begin the next shard that isn't done, unless so many are open that their finished rows would pile up."""
     if len(state.shards) >= max_open_shards(state):
         return False
+    if state.half_done and _is_full(state):
+        return False
     if state.shared:
         if not state.claimed:
             return False
@@ -141,8 +157,16 @@ def _open_shard(state: DriverState) -> bool:
         return False
     rows = state.shard_rows(shard)
     state.shards[shard] = OpenShard(missing=set(rows))
-    state.to_read.append(rows)
+    if file := state.half_done.pop(shard, ""):
+        state.to_take_up.append((shard, file))
+    else:
+        state.to_read.append(rows)
     return True
+
+
+def _is_full(state: DriverState) -> bool:
+    """Whether some stage has all that may wait for it: a shard that is taken up brings what others had room for."""
+    return any(state.rows_queued(stage) >= queue_limit(state, stage) for stage in range(1, len(state.stages)))
 
 
 def _claims(state: DriverState) -> Iterator[Claim]:

@@ -6,7 +6,7 @@ one of its samples passes or the last attempt is made. What becomes of a row han
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from latentmill.driver.limits import error_rate_exceeded
@@ -79,7 +79,13 @@ def _filter_out(state: DriverState, row: int, stage: int, why: Filtered) -> None
     about: dict[str, Any] = {"row": row, "stage": state.stages[stage].name, "reason": why.reason, "scores": why.scores}
     if state.attempts is not None:
         about["attempts"] = state.attempt_of[row] + 1
-    state.shards[row // state.rows_per_shard].filtered.append(about)
+    filtered_before(state, about, stage)
+
+
+def filtered_before(state: DriverState, about: Mapping[str, Any], stage: int) -> None:
+    """A row is filtered for good, as ``about`` tells, now or by a driver that stopped before its shard was committed."""
+    row = about["row"]
+    state.shards[row // state.rows_per_shard].filtered.append({**about})
     _end(state, row, stage)
     state.filtered += 1
 

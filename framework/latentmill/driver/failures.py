@@ -21,7 +21,9 @@ from latentmill.driver.waiting import Retry
 def dispatch_failed(state: DriverState, dispatch: Dispatch, reason: str, least: int = 0) -> None:
     """Try a dispatch again; in halves after its stage's retries, or after ``least`` if that is more; or suspect its one row."""
     failures, retries = dispatch.failures + 1, max(state.stages[dispatch.stage].retries, least)
-    if dispatch.task == "commit":
+    if dispatch.task in ("keep", "take up"):
+        try_again(state, dispatch, failures, reason)
+    elif dispatch.task == "commit":
         shard = state.shards[dispatch.shard]
         shard.failures += 1
         if shard.failures > retries:
@@ -49,10 +51,15 @@ def store_failed(state: DriverState, dispatch: Dispatch, reason: str) -> None:
     try_again(state, dispatch, dispatch.failures + 1)
 
 
-def try_again(state: DriverState, dispatch: Dispatch, failures: int) -> None:
-    """Give a dispatch out anew, as it is."""
+def try_again(state: DriverState, dispatch: Dispatch, failures: int, reason: str = "") -> None:
+    """Give a dispatch out anew, as it is. What is half done helps, and nobody tries twice for its sake."""
     if dispatch.task == "commit":
         state.complete.setdefault(dispatch.shard)
+    elif dispatch.task == "take up":
+        state.to_read.append(dispatch.rows)
+    elif dispatch.task == "keep":
+        state.stopping.thrown_away += len(dispatch.rows)
+        state.stopping.reason = reason or "its worker is gone"
     else:
         state.queues[dispatch.stage].try_again(Retry(dispatch.rows, dispatch.slices, failures))
 
@@ -190,7 +197,7 @@ def worker_died(state: DriverState, event: Died) -> None:
     }
     _replace_worker(state, event.worker_type, event.worker, {} if event.with_node else rows, event.reason)
     for dispatch in held:
-        if event.with_node and max(state.losses[row] for row in dispatch.rows) <= MAX_LOSSES_PER_ROW:
+        if event.with_node and max((state.losses[row] for row in dispatch.rows), default=0) <= MAX_LOSSES_PER_ROW:
             try_again(state, dispatch, dispatch.failures)
             continue
         # Of several it may have been any: each is tried again alone, whatever the stage's retries. And one row alone

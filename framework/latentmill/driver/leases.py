@@ -40,8 +40,10 @@ class Leases:
         data: Callable[[int], str],
         me: str | None = None,
         clock: Callable[[], float] = time.monotonic,
+        half_done: Callable[[int], str] = lambda shard: "",
     ) -> None:
-        """``data`` names a shard's file."""
+        """``data`` names a shard's file, ``half_done`` that of rows of it that were left half done."""
+        self.half_done = half_done
         self.store, self.data, self.clock = store, data, clock
         self.me = me or f"{_here()}/{os.getpid()}/{uuid.uuid4().hex}"
         """Machine, process and a name that nobody else has."""
@@ -86,7 +88,7 @@ class Leases:
         if done:
             self.keep(self.held - {shard})
             return Claimed(shard, "done")
-        return Claimed(shard, "ours" if ours else "taken")
+        return Claimed(shard, "ours", self.half_done(shard)) if ours else Claimed(shard, "taken")
 
     def _take(self, name: str) -> bool:
         for _ in range(2):

@@ -1,13 +1,9 @@
-"""The loop of a driver: decide, dispatch, collect, until every shard is committed. And how it is stopped, and shown."""
+"""The loop of a driver: decide, dispatch, collect, until every shard is committed. And how it is shown."""
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable
 from typing import Protocol
 
 from latentmill import progress
@@ -15,6 +11,7 @@ from latentmill.driver.apply import apply
 from latentmill.driver.decide import decide
 from latentmill.driver.leases import Leases
 from latentmill.driver.messages import CheckDataset, Claim, DatasetChecked, Event, PoolOrder
+from latentmill.driver.signals import Signals
 from latentmill.driver.state import DriverState, finished
 from latentmill.errors import OutputError, RunError
 from latentmill.plan import Plan
@@ -38,15 +35,20 @@ def drive(
     show: Callable[[], None],
     leases: Leases | None = None,
     worked: Callable[[int], bool] = lambda stage: False,
+    signals: Signals | None = None,
 ) -> None:
-    """The loop. Raises RunError if the state says that the job can't go on."""
-    while not finished(state):
-        turn(state, pool, leases, worked)
-        show()
-        if state.failed:
-            raise (OutputError if state.output_failed else RunError)(state.failed)
-        if state.leased_by_others and not state.in_flight and not state.starting:
-            time.sleep(0.2)  # there is nothing to do but to wait for other drivers
+    """The loop. Raises RunError if the state says that the job can't go on. It may end sooner: ``state.stopping`` says ``stopped``."""
+    signals = signals or Signals()
+    with signals.heard_by(lambda: bool(state.blocks or state.in_flight)):
+        while not finished(state) and state.stopping.how != "stopped":
+            if stop := signals.stop():
+                apply(state, stop)
+            turn(state, pool, leases, worked)
+            show()
+            if state.failed:
+                raise (OutputError if state.output_failed else RunError)(state.failed)
+            if state.leased_by_others and not state.in_flight and not state.starting:
+                time.sleep(0.2)  # there is nothing to do but to wait for other drivers
 
 
 def turn(
@@ -79,23 +81,6 @@ def turn(
     for block in state.released:
         pool.release(block)
     state.released.clear()
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGTERM, which schedulers of clusters send before they take a machine away, stops as Ctrl-C does."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def view(state: DriverState, plan: Plan, seconds: float) -> progress.View:

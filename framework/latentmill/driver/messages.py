@@ -62,10 +62,10 @@ class TableSlice:
 
 @dataclass
 class Dispatch:
-    """An order to a worker: read rows, work on a batch of slices, or commit a shard."""
+    """An order to a worker: read rows, work on a batch of slices, or commit a shard; keep what is half done of a shard, or take that up."""
 
     id: int
-    task: Literal["read", "batch", "commit"]
+    task: Literal["read", "batch", "commit", "keep", "take up"]
     stage: int
     worker: int
     rows: Sequence[int]
@@ -80,6 +80,12 @@ class Dispatch:
     """Of a commit: those of the shard's rows that were filtered; ``errors`` are those that failed."""
     attempts: Sequence[int] = ()
     """Of a read: the attempt that each row is at, from 0; nothing if all are at their first."""
+    stages: Sequence[int] = ()
+    """Of a keep: for each slice the stage that its rows come to next; behind the last stage they wait for the rest of their shard."""
+    attempt_of: Mapping[int, int] = field(default_factory=dict)
+    """Of a keep: the attempts of those of the shard's rows that are not at their first."""
+    file: str = ""
+    """Of a take up: the name of the file of half-done rows."""
 
     def blocks(self) -> list[int]:
         """The blocks that its slices are of, each once."""
@@ -123,7 +129,14 @@ class CheckDataset:
     stage: int
 
 
-PoolOrder: TypeAlias = "StartWorker | StopWorker | Dispatch"
+@dataclass(frozen=True)
+class HandOver:
+    """An order to a worker, as the driver stops: give back all that is not at its end, as far as it is."""
+
+    worker: int
+
+
+PoolOrder: TypeAlias = "StartWorker | StopWorker | HandOver | Dispatch"
 Order: TypeAlias = "PoolOrder | Claim | CheckDataset"
 
 # ------------------------------------------------------------------------------------------------------- events
@@ -198,6 +211,8 @@ class Claimed:
 
     shard: int
     outcome: Literal["ours", "taken", "done"]
+    half_done: str = ""
+    """If it is ours: the file of rows of it that a driver left half done, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -225,4 +240,38 @@ class TakenOut:
     shards: frozenset[int]
 
 
-Event: TypeAlias = "Started | Finished | Failed | Died | NodesSeen | Claimed | LeasesSeen | DatasetChecked | TakenOut"
+@dataclass(frozen=True)
+class Stop:
+    """The driver is to stop: it opens no shard and reads no row any more."""
+
+    how: Literal["finish", "hand over", "keep"]
+    """``finish``: go on with what has been read, for a while; ``hand over``: have the workers give back what they hold; ``keep``: wait
+    for none of them any longer. Each goes further than the one before."""
+
+
+@dataclass(frozen=True)
+class HandedOver:
+    """A dispatch came back before its end."""
+
+    id: int
+    tables: Sequence[tuple[str, tuple[int, ...]]] | None = None
+    """Its rows as its stage left them, half-way, for each table of the block; None: they are what they were when it was given out."""
+    rejected: Sequence[tuple[int, Reason]] = ()
+    bytes: int = 0
+    begun: bool = False
+    """Whether the stage had begun with what it gives back as it was."""
+
+
+@dataclass(frozen=True)
+class TakenUp:
+    """What was half done of a shard is here again. Rows that it doesn't name begin from the source."""
+
+    id: int
+    tables: Sequence[tuple[int, str, tuple[int, ...]]] = ()
+    """For each table of the block: the stage that its rows come to next, its shape key and its row numbers."""
+    filtered: Sequence[Mapping[str, Any]] = ()
+    attempts: Mapping[int, int] = field(default_factory=dict)
+    """The attempt that rows are at, of those that are not at their first."""
+
+
+Event: TypeAlias = "Started | Finished | Failed | Died | NodesSeen | Claimed | LeasesSeen | DatasetChecked | TakenOut | Stop | HandedOver | TakenUp"

@@ -9,6 +9,7 @@ from math import inf
 from typing import Any, NamedTuple
 
 from latentmill.driver.messages import Dispatch, StageSpec, StartWorker, StopWorker, TableSlice, WorkerType
+from latentmill.driver.stopping import Stopping
 from latentmill.driver.waiting import Chunk, Rank, Ranking, StageQueue, StageTime
 
 MANY_KEYS = 64
@@ -91,6 +92,11 @@ class DriverState:
     """Shards that nobody works on: other drivers have not finished them, or they were taken out of the dataset."""
     shards: dict[int, OpenShard] = field(default_factory=dict)
     """Those that are open."""
+    half_done: dict[int, str] = field(default_factory=dict)
+    """Shards of which rows were left half done, each with its file."""
+    to_take_up: deque[tuple[int, str]] = field(default_factory=deque)
+    """Open shards whose half-done rows are to be taken up, with their files."""
+    stopping: Stopping = field(default_factory=Stopping)
     complete: dict[int, None] = field(default_factory=dict)
     """Of those the ones of which nothing is missing and which wait for their commit, in that order."""
 
@@ -299,7 +305,7 @@ class DriverState:
         if not any(self.in_flight[id].stage == dispatch.stage for id in ids):
             self.busy[dispatch.stage] += 1
         ids.append(dispatch.id)
-        if dispatch.task != "commit":
+        if dispatch.task not in ("commit", "keep"):
             self.rows_in_flight[dispatch.stage] += len(dispatch.rows)
         return dispatch
 
@@ -310,7 +316,7 @@ class DriverState:
         ids.remove(id)
         if not any(self.in_flight[other].stage == dispatch.stage for other in ids):
             self.busy[dispatch.stage] -= 1
-        if dispatch.task != "commit":
+        if dispatch.task not in ("commit", "keep"):
             self.rows_in_flight[dispatch.stage] -= len(dispatch.rows)
         self._holds_less(self.type_of[dispatch.stage], dispatch.worker)
         return dispatch

@@ -310,6 +310,13 @@ class ContinuousStage(Stage):
     def finish(self, request: Any) -> Iterable[pa.Table]:
         """The rows of a request that is done, as ``__call__`` returns them. Raises what went wrong with it, if something did."""
 
+    def hand_over(self, request: Any) -> Iterable[pa.Table] | None:
+        """The rows of a request that is not done, as far as they are, for ``take`` to go on with in another process: every row that
+        was not rejected, once. The stage gives the request up. They are batches as ``take`` was given them, with columns of its own beside,
+        whose names begin with ``half_done:``. None, as here, if it can't: then the request's batch begins anew.
+        """
+        return None
+
     def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
         request = self.take(batch, reject)
         while not request.done:

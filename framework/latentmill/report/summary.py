@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from latentmill.driver.stopping import Stopping
+from latentmill.half_done import HALF_DONE
 from latentmill.progress import counted, duration_text, rate_text
 from latentmill.storage import Storage
 
@@ -19,12 +21,13 @@ def summary(
     made: int,
     seconds: float,
     interrupted: bool = False,
+    stopping: Stopping | None = None,
     warnings: Mapping[str, int] | None = None,
 ) -> str:
     """The end of a run, in a few lines for people.
 
     ``planned``, ``ok``, ``failed`` and ``filtered`` are rows of the whole dataset; ``made`` of them, in ``seconds``, this run's own;
-    ``warnings`` are rows by what is to be known of them.
+    ``stopping`` says of a run that was told to stop what it has kept; ``warnings`` are rows by what is to be known of them.
     """
     done = ok + failed + filtered
     if done == planned and not made:
@@ -37,6 +40,7 @@ def summary(
     if interrupted:
         lines[0] = lines[0].replace(f"{name}: ", f"{name}: stopped after ", 1)
         lines.append("  to go on      run the same command again; finished shards stay as they are")
+    lines += _half_done(stopping, store.url) if interrupted and stopping is not None else []
     output = store.url
     if store.holds_any("data"):
         lines.append(f"  dataset       {output}/data ({ok:,} rows)")
@@ -50,3 +54,22 @@ def summary(
         if store.exists(name):
             lines.append(f"  {label:<13} {output}/{name}")
     return "\n".join(lines)
+
+
+def _half_done(stopping: Stopping, output: str) -> list[str]:
+    """What was kept of shards that were not complete, and what was thrown away."""
+    if stopping.how != "stopped":
+        return ["  thrown away   all that was done of shards that were not complete"]
+    lines = [
+        f"  half done     {output}/{HALF_DONE} ({counted(stopping.kept, 'row')}, with which the same command goes on)"
+    ]
+    lines = lines if stopping.kept else []
+    for stage, rows in stopping.begun_again.items():
+        lines.append(
+            f"  begun again   {counted(rows, 'row')} in {stage}, which could not be asked for them as they were"
+        )
+    if stopping.thrown_away:
+        lines.append(
+            f"  thrown away   {counted(stopping.thrown_away, 'row')}, which could not be kept: {stopping.reason}"
+        )
+    return lines

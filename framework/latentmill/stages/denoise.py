@@ -7,7 +7,6 @@ row with guidance needs two. Rows don't touch each other, so the order in which 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,7 +38,6 @@ from latentmill.plugin import (
     Declaration,
     Denoiser,
     FollowsAuthors,
-    NoiseSchedule,
     Reject,
     RowError,
     StageContext,
@@ -49,6 +47,7 @@ from latentmill.plugin import (
 from latentmill.plugin.stage import named
 from latentmill.schedulers import grids, noise
 from latentmill.stages.call_size import CallSize
+from latentmill.stages.carried import Carried, carried_rows, schedule_hash, trajectory_name
 from latentmill.stages.guidance import Guidance
 from latentmill.stages.running_batch import DenoiseRequest, InpaintingMask, Kind, RunningBatch, Trajectory
 
@@ -111,6 +110,8 @@ class Denoise(ContinuousStage):
     @torch.inference_mode()
     def take(self, batch: pa.Table, reject: Reject) -> DenoiseRequest:
         """Take in a batch. Its rows are moved by ``advance``, until the request is done."""
+        carried = Carried(batch)
+        batch = carried.batch
         request = DenoiseRequest(batch, reject)
         x = tensors.from_arrow(batch, "latents")
         prompt, negative = (
@@ -184,6 +185,7 @@ class Denoise(ContinuousStage):
                     inpainting=inpaintings.get(i),
                 )
             )
+            carried.go_on(request.rows[-1], identity, on_cpu, self._send)
             if not request.rows[-1].arrived:
                 self.moving.setdefault(kind, []).append(request.rows[-1])
                 self.moved_at.setdefault(kind, self.turn)
@@ -334,6 +336,16 @@ class Denoise(ContinuousStage):
             self.running.pop(kind, None)
 
     @torch.inference_mode()
+    def hand_over(self, request: DenoiseRequest) -> list[pa.Table]:
+        """The rows of a request as far as they are: ``carried``."""
+        for kind in list(self.moving):
+            if any(row.request is request for row in self.moving[kind]):
+                if running := self.running.pop(kind, None):
+                    running.unstack()
+                self._keep(kind, lambda row: row.request is not request)
+        return list(carried_rows(request, self._identity))
+
+    @torch.inference_mode()
     def finish(self, request: DenoiseRequest) -> Iterator[pa.Table]:
         """The rows of a request that is done, a table for each scheduler. Raises what went wrong, if something did."""
         if request.error is not None:
@@ -379,22 +391,9 @@ class Denoise(ContinuousStage):
         return part
 
     def _identity(self, name: str) -> str:
-        """Of a trajectory: its noise schedule, without which its latents mean nothing, and what its state is of."""
-        scheduler = self.scheduler(name)
-        solver = type(scheduler).__qualname__, sorted(vars(scheduler).items()), scheduler.fingerprint()
-        text = repr((type(self.denoiser).__qualname__, self.denoiser.fingerprint(), solver))
-        return (
-            f"{schedule_hash(self.denoiser.noise_schedule)}/{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
-        )
+        return trajectory_name(self.denoiser, self.scheduler(name))
 
 
 def is_passing(name: str) -> bool:
     """Whether a column ends here: conditioning, masks, and the state of half-way latents."""
     return any(named(name, each) for each in PASSING)
-
-
-def schedule_hash(schedule: NoiseSchedule) -> str:
-    """Tells noise schedules apart by their values."""
-    alpha, sigma = schedule.scale(torch.linspace(0.0, 1.0, 65, dtype=torch.float64))
-    values = [f"{value:.9g}" for value in (*alpha.tolist(), *sigma.tolist())]
-    return hashlib.blake2b(",".join(values).encode(), digest_size=8).hexdigest()

@@ -10,13 +10,15 @@ from typing import Any, cast
 import ray
 
 from latentmill.errors import WrongWorker
+from latentmill.half_done import HalfDone
 from latentmill.text import secrets
 from latentmill.weights import Reading
 from latentmill.workers.context import enter, this_node
+from latentmill.workers.hosted import StageWork
 from latentmill.workers.meter import memory_held
 from latentmill.workers.speech import SECRET_VARIABLES, Speech, WorkerName
 from latentmill.workers.watch import Notice
-from latentmill.workers.worker import StageWork, Worker, WorkerSetup
+from latentmill.workers.worker import Worker, WorkerSetup
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class _Actor(Worker):
         environment: Mapping[str, str],
         stages: Sequence[StageWork],
         name: WorkerName,
+        half_done: HalfDone | None,
     ) -> None:
         enter(folder, environment)
         name = replace(name, secrets={**name.secrets, **secrets("", SECRET_VARIABLES)})
@@ -53,7 +56,7 @@ class _Actor(Worker):
         self.speech.begin()
         self.speech.note(f"{name.short} of run {name.run} on {this_node()}, process {os.getpid()}")
         try:
-            super().__init__(stages)
+            super().__init__(stages, half_done)
         except WrongWorker as error:  # Ray would tell of it in words alone
             self.is_ready = Ready(this_node(), wrong=str(error))
         else:

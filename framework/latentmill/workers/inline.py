@@ -19,6 +19,7 @@ from latentmill.driver.messages import (
     Event,
     Failed,
     Finished,
+    HandOver,
     PoolOrder,
     Started,
     StartWorker,
@@ -26,15 +27,17 @@ from latentmill.driver.messages import (
 )
 from latentmill.errors import WrongWorker
 from latentmill.text import one_line
+from latentmill.workers.answers import handed_over, taken_up
 from latentmill.workers.context import this_node
+from latentmill.workers.hosted import Block, Call
 from latentmill.workers.watch import Watch
-from latentmill.workers.worker import Admit, Block, Call, Outcome, Worker, WorkerSetup
+from latentmill.workers.worker import Admit, Outcome, Resumed, Worker, WorkerSetup
 
 ALL = -1
 """The number of all workers together, for whoever watches them."""
 
-_Made: TypeAlias = "tuple[Outcome, Block] | Exception | float"
-"""What was made of an order; of a commit the seconds that it took."""
+_Made: TypeAlias = "tuple[Outcome | Resumed, Block] | Exception | float"
+"""What was made of an order; of a commit, and of what is kept, the seconds that it took."""
 
 
 class InlinePool:
@@ -71,6 +74,8 @@ class InlinePool:
             self._forget(order.worker)
         elif isinstance(order, StartWorker):
             self.starts.append(order)
+        elif isinstance(order, HandOver):
+            self.workers[order.worker].hand_over()
         elif order.worker in self.inboxes:
             self.beside[order.id] = order
             self.inboxes[order.worker].put(order)
@@ -124,12 +129,17 @@ class InlinePool:
             answer = RuntimeError(f"{type(error).__name__}: {error}")
         self.answers.put((order, answer))
 
-    def _do(self, worker: Worker, order: Dispatch) -> tuple[Outcome, Block] | float:
+    def _do(self, worker: Worker, order: Dispatch) -> tuple[Outcome | Resumed, Block] | float:
         stage, blocks = self.stages[order.stage], self._blocks(order)
         if order.task == "read":
             return worker.read(stage, order.rows, order.attempts)
         if order.task == "commit":
             return worker.commit(stage, order.shard, order.errors, order.filtered, order.addresses(), *blocks)
+        if order.task == "keep":
+            about = order.stages, order.filtered, order.attempt_of
+            return worker.keep(order.shard, *about, order.addresses(), *blocks)
+        if order.task == "take up":
+            return worker.take_up(order.shard, order.file)
         return worker.batch(stage, order.addresses(), *blocks)
 
     def _begin(self, order: Dispatch) -> list[Event]:
@@ -148,7 +158,7 @@ class InlinePool:
         try:
             before = torch.get_num_threads()
             try:
-                worker = Worker(setup.stages)
+                worker = Worker(setup.stages, setup.half_done)
             finally:  # a stage that only reads has fewer threads; this thread of Python is for those that compute
                 torch.set_num_threads(before)
             for stage, messages in worker.heard().items():
@@ -184,11 +194,16 @@ class InlinePool:
         if isinstance(answer, Exception):
             return Failed(order.id, cause(answer), one_line(told(answer)))
         outcome, block = answer
+        if isinstance(outcome, Resumed):
+            self.blocks[order.id] = block
+            return taken_up(order, outcome)
         if reason := self.admit(outcome.node, outcome.read):
             return Died(self.types[order.worker], order.worker, reason, wrong=True)
         self.blocks[order.id] = block
         self.watch.heard(self.stages[order.stage], outcome.heard)
         self._note(order, outcome)
+        if outcome.back:
+            return handed_over(order, outcome)
         return Finished(order.id, outcome.parts, outcome.rejected, outcome.bytes, outcome.seconds, outcome.memory)
 
     def _note(self, order: Dispatch, outcome: Outcome) -> None:

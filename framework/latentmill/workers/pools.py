@@ -14,15 +14,17 @@ from latentmill.config.schema import StageSettings
 from latentmill.driver.loop import Pool
 from latentmill.driver.messages import StageSpec, WorkerType
 from latentmill.errors import PlacementError
+from latentmill.half_done import HalfDone
 from latentmill.models import seconds_to_fetch
 from latentmill.plan import Plan
 from latentmill.plugin import Declaration, WorkerNeeds
 from latentmill.progress import Shown
 from latentmill.storage import Storage
 from latentmill.workers.context import make_stage
+from latentmill.workers.hosted import StageWork
 from latentmill.workers.watch import Watch
 from latentmill.workers.weights_read import WeightsRead
-from latentmill.workers.worker import StageWork, WorkerSetup
+from latentmill.workers.worker import WorkerSetup
 
 RUNNING_BATCHES = 4
 """Stack keys (shapes, schedulers) of which a worker of a continuous stage holds rows at a time, so that the calls for each are full."""
@@ -131,6 +133,7 @@ def worker_setup(job: Job, plan: Plan, stages: Sequence[int], run: str = "") -> 
         accelerator_type=needs.accelerator_type,
         computes=any(stage.position == "between" for stage in declared),
         fetching=seconds_to_fetch(plan.models),
+        half_done=HalfDone(job.output, job.single_writer, plan),
     )
 
 

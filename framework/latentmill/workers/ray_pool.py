@@ -30,6 +30,7 @@ from latentmill.driver.messages import (
     Event,
     Failed,
     Finished,
+    HandOver,
     PoolOrder,
     Started,
     StartWorker,
@@ -38,11 +39,12 @@ from latentmill.driver.messages import (
 from latentmill.errors import WrongWorker
 from latentmill.text import one_line
 from latentmill.workers.actor import REMOTE, Ready, resources
+from latentmill.workers.answers import handed_over, taken_up
 from latentmill.workers.cluster import disconnect
 from latentmill.workers.context import store_environment
 from latentmill.workers.nodes import PATIENCE, Nodes, Places, alive, check_placement
 from latentmill.workers.watch import Watch
-from latentmill.workers.worker import Admit, WorkerSetup
+from latentmill.workers.worker import Admit, Outcome, Resumed, WorkerSetup
 
 logger = logging.getLogger("latentmill")
 
@@ -105,6 +107,9 @@ class RayPool:
             self._bury(order.worker)
         elif isinstance(order, StartWorker):
             self._start(order)
+        elif isinstance(order, HandOver):
+            if actor := self.actors.get(order.worker):
+                actor.hand_over.remote()
         else:
             self._dispatch(order)
 
@@ -112,11 +117,14 @@ class RayPool:
         setup = self.setups[order.worker_type]
         self.types[order.worker] = order.worker_type
         called = self.watch.called(order.worker, order.worker_type, [stage.name for stage in setup.stages])
-        options = {**resources(setup), "max_concurrency": sum(stage.calls for stage in setup.stages)}
+        # One more than there are calls: for the order to hand over, which must not wait for them.
+        options = {**resources(setup), "max_concurrency": sum(stage.calls for stage in setup.stages) + 1}
         options["name"] = self.watch.full(called.short)
         if place := self.places.take(order.worker_type, order.worker):
             options["scheduling_strategy"] = place
-        actor = REMOTE.options(**options).remote(os.getcwd(), store_environment(), setup.stages, called)
+        actor = REMOTE.options(**options).remote(
+            os.getcwd(), store_environment(), setup.stages, called, setup.half_done
+        )
         self.actors[order.worker] = actor
         self.starting[order.worker], self.asked[order.worker] = order, time.monotonic()
         self._await(order, actor.ready.remote())
@@ -132,7 +140,13 @@ class RayPool:
             ended = order.errors, order.filtered
             self._await(order, actor.commit.remote(stage, order.shard, *ended, order.addresses(), *blocks))
             return
-        if order.task == "read":
+        if order.task == "keep":
+            about = order.stages, order.filtered, order.attempt_of
+            self._await(order, actor.keep.remote(order.shard, *about, order.addresses(), *blocks))
+            return
+        if order.task == "take up":
+            outcome, block = actor.take_up.options(num_returns=2).remote(order.shard, order.file)
+        elif order.task == "read":
             outcome, block = actor.read.options(num_returns=2).remote(stage, list(order.rows), order.attempts)
         else:
             outcome, block = actor.batch.options(num_returns=2).remote(stage, order.addresses(), *blocks)
@@ -223,14 +237,18 @@ class RayPool:
             return self._failed(order, "lost" if lost else cause(error.cause), error.cause)
         except RayError as error:
             return self._failed(order, "raised", error)
-        if order.task != "commit" and (reason := self.admit(outcome.node, outcome.read)):
+        if isinstance(outcome, Outcome) and (reason := self.admit(outcome.node, outcome.read)):
             self._bury(order.worker)
             return Died(self.types[order.worker], order.worker, reason, wrong=True)
         self._answered(order)
-        if order.task == "commit":
+        if isinstance(outcome, Resumed):
+            return taken_up(order, outcome)
+        if not isinstance(outcome, Outcome):
             return Finished(order.id, seconds=outcome)
         self.watch.heard(self.stages[order.stage].name, outcome.heard, order.worker)
         self.watch.noticed(order.worker, self.stages[order.stage].name, outcome.notice)
+        if outcome.back:
+            return handed_over(order, outcome)
         return Finished(order.id, outcome.parts, outcome.rejected, outcome.bytes, outcome.seconds, outcome.memory)
 
     def _failed(self, order: Dispatch, why: Any, error: BaseException) -> Failed:

@@ -7,18 +7,19 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
 import pyarrow as pa
-import torch
 
-from latentmill import checks, failpoints, tally, weights
+from latentmill import checks, tally, weights
 from latentmill.batch import ATTEMPT, concat, shape_key
-from latentmill.plugin import CommittingStage, ContinuousStage, Filtered, Reason, Request, RowError, Stage, tensors
+from latentmill.half_done import HALF_DONE, HalfDone, HalfDoneRows, described
+from latentmill.plugin import CommittingStage, Reason, RowError, tensors
+from latentmill.text import one_line
 from latentmill.workers.context import this_node
-from latentmill.workers.hearing import Hearing
+from latentmill.workers.hosted import Back, Block, Call, Hosted, StageWork
 from latentmill.workers.meter import Meter, memory_held
 from latentmill.workers.speech import Speech
 from latentmill.workers.watch import Notice
@@ -29,27 +30,8 @@ Admit: TypeAlias = Callable[[str, weights.Reading], str]
 """Of a node's name and what a worker on it has read: why its rows would not be the dataset's, or "" if they would."""
 
 
-OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
-
-Block: TypeAlias = list[pa.Table]
 SliceAddress: TypeAlias = tuple[int, int, int, int]
 """A table slice as a worker sees it: which of the blocks given, which table of it, from which row to which."""
-
-
-@dataclass(frozen=True)
-class StageWork:
-    """What a worker needs to know of a stage that it hosts."""
-
-    name: str
-    make: Callable[[], Stage]
-    gpu: bool = False
-    """Whether it is loaded onto the worker's GPU."""
-    calls: int = 2
-    """Calls that may be under way at a time: one computes, others unpack, pack or wait."""
-    threads: int | None = None
-    """torch's threads while it computes; None leaves torch's own choice."""
-    timeout: float | None = None
-    """Seconds without an answer after which a worker that has work counts as hanging. A process can't tell of itself."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +50,8 @@ class WorkerSetup:
     """Whether there is more to do than to read rows, and to write files."""
     fetching: float = 0.0
     """Seconds that its node may take to fetch models before it is ready."""
+    half_done: HalfDone | None = None
+    """Where half-done rows are kept."""
 
     @property
     def name(self) -> str:
@@ -102,102 +86,18 @@ class Outcome:
     """The bytes that the worker holds."""
     notice: Notice = field(default_factory=Notice)
     """What else is to be known of the worker."""
+    back: Back = ""
 
 
-@dataclass(eq=False)
-class Call:
-    """A batch that a worker was given, until it hands it back."""
+@dataclass(frozen=True)
+class Resumed:
+    """What the driver learns of half-done rows that are taken up: as ``TakenUp``."""
 
-    batch: pa.Table
-    rejected: dict[int, Reason] = field(default_factory=dict)
-    request: Request | None = None
-    block: Block | None = None
-    error: Exception | None = None
-
-    @property
-    def done(self) -> bool:
-        return self.block is not None or self.error is not None
-
-    def reject(self, i: int, reason: Reason) -> None:
-        """Of several reasons for one row the first counts, and one for which it has failed before one for which it is filtered."""
-        row = self.batch.column("row")[i].as_py()
-        if row not in self.rejected or (isinstance(self.rejected[row], Filtered) and not isinstance(reason, Filtered)):
-            self.rejected[row] = reason
-
-
-class Hosted:
-    """A stage in a worker, built and loaded, and the batches that it has been given."""
-
-    def __init__(self, work: StageWork, read: weights.Reading) -> None:
-        """``read`` is told what it reads."""
-        self.name, self.threads = work.name, work.threads
-        self.hearing = Hearing()
-        self.set_threads()
-        with self.hearing.on():
-            self.stage = work.make()
-            with weights.reading(f"stage {work.name}", into=read):
-                self.stage.load(torch.device("cuda" if work.gpu else "cpu"))
-        self.seconds: deque[float] = deque()
-        """How long it has computed, each time since that was last told. One thread adds, another takes."""
-        self.counts: deque[Counter[str]] = deque()
-        """What it has counted, each time since that was last told."""
-        self.inside: list[Call] = []
-        """Of a continuous stage: the batches that it has taken in."""
-        self.most: int | None = None
-        """Rows that the stage is given at once, since more were too many for its memory."""
-
-    def set_threads(self) -> None:
-        """Give torch the stage's threads: stages in one process share one torch, and each thread of Python has its own number."""
-        if self.threads is not None and torch.get_num_threads() != self.threads:
-            torch.set_num_threads(self.threads)
-
-    def begin(self, batch: pa.Table) -> Call:
-        """A call for a batch, that nobody has begun to work on."""
-        return Call(batch if self.stage.shares_tensors else tensors.expanded(batch))
-
-    def work_on(self, call: Call) -> Block | None:
-        """Do a batch; a continuous stage takes it in, and there is no block yet."""
-        failpoints.reach(self.name)
-        if not isinstance(self.stage, ContinuousStage):
-            return self._in_memory(call)
-        call.request = self.stage.take(call.batch, call.reject)
-        self.inside.append(call)
-        return None
-
-    def step(self) -> list[Call]:
-        """Do a step of a continuous stage. Returns the calls that are at their end."""
-        assert isinstance(self.stage, ContinuousStage)
-        self.stage.advance()
-        return [call for call in self.inside if call.request is not None and call.request.done]
-
-    def finish(self, call: Call) -> Block:
-        """What a continuous stage has made of a batch."""
-        assert isinstance(self.stage, ContinuousStage) and call.request is not None
-        return list(self.stage.finish(call.request))
-
-    def _in_memory(self, call: Call) -> Block:
-        """The stage's answer; in smaller and smaller pieces where it runs out of memory. It remembers how small."""
-        block: Block = []
-        start = 0
-        while start < len(call.batch):
-            count = min(self.most or len(call.batch), len(call.batch) - start)
-            piece = Call(call.batch.slice(start, count))
-            try:
-                result = self.stage(piece.batch, piece.reject)
-                block += [result] if isinstance(result, pa.Table) else list(result)
-            except OUT_OF_MEMORY as error:
-                if self.stage.fixed is not None:
-                    raise type(error)(f"{error}; in a deterministic job only a smaller batch_size helps") from error
-                if count == 1:
-                    raise
-                self.most = count // 2
-                tally.count(tally.HALVINGS)
-                logger.warning(f"{self.name}: out of memory with {count} rows; from now on {self.most} at a time")
-                torch.cuda.empty_cache()
-                continue
-            call.rejected |= piece.rejected
-            start += count
-        return block
+    tables: Sequence[tuple[int, str, tuple[int, ...]]] = ()
+    filtered: Sequence[Mapping[str, Any]] = ()
+    attempts: Mapping[int, int] = field(default_factory=dict)
+    wrong: str = ""
+    """Why the file can't be used."""
 
 
 class Worker:
@@ -211,7 +111,10 @@ class Worker:
     speech: Speech | None = None
     """What is printed, if the worker has a process of its own."""
 
-    def __init__(self, stages: Sequence[StageWork]) -> None:
+    def __init__(self, stages: Sequence[StageWork], half_done: HalfDone | None = None) -> None:
+        """``half_done`` writes and reads what is kept of rows when the driver stops."""
+        self.half_done = half_done
+        self.handing_over = False
         self.read_now: weights.Reading = {}
         self.stages = {work.name: Hosted(work, self.read_now) for work in stages}
         self.loaded = weights.taken(self.read_now)
@@ -262,8 +165,48 @@ class Worker:
         cast(CommittingStage, self.stages[stage].stage).commit(shard, _gather(slices, blocks), errors, **more)
         return time.perf_counter() - started
 
+    def hand_over(self) -> None:
+        """From now on give everything back that is not at its end, at the next step of its stage."""
+        with self.turn:
+            self.handing_over = True
+            self._give_back_waiting()
+            self.turn.notify_all()
+
+    def _give_back_waiting(self) -> None:
+        with suppress(IndexError):  # whoever has the turn may have taken the last
+            while self.waiting:
+                self.waiting.popleft()[1].back = "untouched"
+
+    def keep(
+        self,
+        shard: int,
+        stages: Sequence[int],
+        filtered: Sequence[Mapping[str, Any]],
+        attempts: Mapping[int, int],
+        slices: Sequence[SliceAddress],
+        *blocks: Block,
+    ) -> float:
+        """Write what is half done of a shard: of each slice the stage that its rows come to next. Returns the seconds that it took."""
+        assert self.half_done is not None
+        started = time.perf_counter()
+        self.half_done.keep(shard, HalfDoneRows(_gather(slices, blocks), stages, filtered, attempts))
+        return time.perf_counter() - started
+
+    def take_up(self, shard: int, name: str) -> tuple[Resumed, Block]:
+        """What is half done of a shard. Of a file that can't be used nothing is, and it is said why."""
+        assert self.half_done is not None
+        try:
+            found = self.half_done.take_up(shard, name)
+        except Exception as error:  # whatever a damaged file makes a reader say
+            why = one_line(str(error))
+            return Resumed(wrong=f"{HALF_DONE}/{name} is passed over, and its rows are made anew: {why}"), []
+        return Resumed(described(found), found.filtered, found.attempts), list(found.tables)
+
     def advance(self) -> None:
         """Do the next piece of work: a batch, or else a step of the continuous stages."""
+        if self.handing_over:
+            self._hand_over()
+            return
         if self.waiting:
             hosted, call = self.waiting.popleft()
             with self._doing(hosted, call):
@@ -277,6 +220,17 @@ class Worker:
                     with _noting(call):
                         call.block = self._noted(hosted.finish(call))
             hosted.inside = [call for call in hosted.inside if not call.done]
+
+    def _hand_over(self) -> None:
+        self._give_back_waiting()
+        for hosted in self.stages.values():
+            for call in hosted.inside:
+                with _noting(call):
+                    if call.request is not None and call.request.done:
+                        call.block = self._noted(hosted.finish(call))
+                    else:
+                        hosted.hand_over(call)
+            hosted.inside = []
 
     @contextmanager
     def _doing(self, hosted: Hosted, *calls: Call) -> Iterator[None]:
@@ -305,10 +259,12 @@ class Worker:
             call.block, call.error = [], None
         if call.error is not None:
             raise call.error
+        if call.back in ("untouched", "begun"):
+            return Outcome([], [], back=call.back), []
         assert call.block is not None
         checks.same_rows(of, call.batch, call.block, call.rejected)
         rejected = [(row, checks.reason(of, why)) for row, why in call.rejected.items()]
-        if not isinstance(of, CommittingStage):
+        if not isinstance(of, CommittingStage) and not call.back:
             checks.same_columns(of, call.batch, call.block)
         call.block = [tensors.compact(table) for table in call.block]
         outcome = [(shape_key(table), tuple(table.column("row").to_pylist())) for table in call.block]
@@ -318,7 +274,9 @@ class Worker:
         seconds = sum(hosted.seconds.popleft() for _ in range(len(hosted.seconds)))
         counts = sum((hosted.counts.popleft() for _ in range(len(hosted.counts))), Counter())
         notice = Notice(self.speech.take() if self.speech else (), counts, self.meter.take())
-        return Outcome(outcome, rejected, heard, read, node, size, seconds, memory_held(), notice), call.block
+        return Outcome(
+            outcome, rejected, heard, read, node, size, seconds, memory_held(), notice, call.back
+        ), call.block
 
     def _begin(self, stage: str, batch: pa.Table) -> Call:
         hosted = self.stages[stage]

@@ -1,0 +1,146 @@
+"""A stage in a worker, built and loaded, and the batches that it has been given."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import pyarrow as pa
+import torch
+
+from latentmill import failpoints, tally, weights
+from latentmill.plugin import ContinuousStage, Filtered, Reason, Request, Stage, tensors
+from latentmill.workers.hearing import Hearing
+
+logger = logging.getLogger("latentmill")
+
+Block: TypeAlias = list[pa.Table]
+Back: TypeAlias = Literal["", "untouched", "begun", "half-way"]
+"""How a batch comes back that is handed over before its end: nobody has begun with it, or its stage had, and it is what it was; or as its
+stage left it."""
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """What a worker needs to know of a stage that it hosts."""
+
+    name: str
+    make: Callable[[], Stage]
+    gpu: bool = False
+    """Whether it is loaded onto the worker's GPU."""
+    calls: int = 2
+    """Calls that may be under way at a time: one computes, others unpack, pack or wait."""
+    threads: int | None = None
+    """torch's threads while it computes; None leaves torch's own choice."""
+    timeout: float | None = None
+    """Seconds without an answer after which a worker that has work counts as hanging. A process can't tell of itself."""
+
+
+@dataclass(eq=False)
+class Call:
+    """A batch that a worker was given, until it hands it back."""
+
+    batch: pa.Table
+    rejected: dict[int, Reason] = field(default_factory=dict)
+    request: Request | None = None
+    block: Block | None = None
+    error: Exception | None = None
+    back: Back = ""
+
+    @property
+    def done(self) -> bool:
+        return self.block is not None or self.error is not None or self.back != ""
+
+    def reject(self, i: int, reason: Reason) -> None:
+        """Of several reasons for one row the first counts, and one for which it has failed before one for which it is filtered."""
+        row = self.batch.column("row")[i].as_py()
+        if row not in self.rejected or (isinstance(self.rejected[row], Filtered) and not isinstance(reason, Filtered)):
+            self.rejected[row] = reason
+
+
+class Hosted:
+    """A stage in a worker, built and loaded, and the batches that it has been given."""
+
+    def __init__(self, work: StageWork, read: weights.Reading) -> None:
+        """``read`` is told what it reads."""
+        self.name, self.threads = work.name, work.threads
+        self.hearing = Hearing()
+        self.set_threads()
+        with self.hearing.on():
+            self.stage = work.make()
+            with weights.reading(f"stage {work.name}", into=read):
+                self.stage.load(torch.device("cuda" if work.gpu else "cpu"))
+        self.seconds: deque[float] = deque()
+        """How long it has computed, each time since that was last told. One thread adds, another takes."""
+        self.counts: deque[Counter[str]] = deque()
+        """What it has counted, each time since that was last told."""
+        self.inside: list[Call] = []
+        """Of a continuous stage: the batches that it has taken in."""
+        self.most: int | None = None
+        """Rows that the stage is given at once, since more were too many for its memory."""
+
+    def set_threads(self) -> None:
+        """Give torch the stage's threads: stages in one process share one torch, and each thread of Python has its own number."""
+        if self.threads is not None and torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+
+    def begin(self, batch: pa.Table) -> Call:
+        """A call for a batch, that nobody has begun to work on."""
+        return Call(batch if self.stage.shares_tensors else tensors.expanded(batch))
+
+    def work_on(self, call: Call) -> Block | None:
+        """Do a batch; a continuous stage takes it in, and there is no block yet."""
+        failpoints.reach(self.name)
+        if not isinstance(self.stage, ContinuousStage):
+            return self._in_memory(call)
+        call.request = self.stage.take(call.batch, call.reject)
+        self.inside.append(call)
+        return None
+
+    def step(self) -> list[Call]:
+        """Do a step of a continuous stage. Returns the calls that are at their end."""
+        assert isinstance(self.stage, ContinuousStage)
+        self.stage.advance()
+        return [call for call in self.inside if call.request is not None and call.request.done]
+
+    def finish(self, call: Call) -> Block:
+        """What a continuous stage has made of a batch."""
+        assert isinstance(self.stage, ContinuousStage) and call.request is not None
+        return list(self.stage.finish(call.request))
+
+    def hand_over(self, call: Call) -> None:
+        """Take a batch out of a continuous stage, as far as it is."""
+        assert isinstance(self.stage, ContinuousStage)
+        tables = self.stage.hand_over(call.request)
+        if tables is None:
+            call.back, call.rejected = "begun", {}
+        else:
+            call.block, call.back = list(tables), "half-way"
+
+    def _in_memory(self, call: Call) -> Block:
+        """The stage's answer; in smaller and smaller pieces where it runs out of memory. It remembers how small."""
+        block: Block = []
+        start = 0
+        while start < len(call.batch):
+            count = min(self.most or len(call.batch), len(call.batch) - start)
+            piece = Call(call.batch.slice(start, count))
+            try:
+                result = self.stage(piece.batch, piece.reject)
+                block += [result] if isinstance(result, pa.Table) else list(result)
+            except OUT_OF_MEMORY as error:
+                if self.stage.fixed is not None:
+                    raise type(error)(f"{error}; in a deterministic job only a smaller batch_size helps") from error
+                if count == 1:
+                    raise
+                self.most = count // 2
+                tally.count(tally.HALVINGS)
+                logger.warning(f"{self.name}: out of memory with {count} rows; from now on {self.most} at a time")
+                torch.cuda.empty_cache()
+                continue
+            call.rejected |= piece.rejected
+            start += count
+        return block

@@ -1,0 +1,211 @@
+"""A run that is told to stop keeps what is half done, and the next goes on with it: nothing is computed twice, and no byte is another."""
+
+import json
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import ray
+from tests import ray_forks
+from tests.outside.drain_parts import CODE, POINTS, Counted
+
+import latentmill as package
+from latentmill import storage
+
+CTRL_C = signal.SIGINT
+
+
+@pytest.fixture
+def counted(latentmill, install, tmp_path):
+    install("acme", POINTS, acme_counts=CODE)
+    return Counted(latentmill, tmp_path)
+
+
+def test_ctrl_c_throws_nothing_away(counted):
+    whole = counted.run("whole")
+    for when in (1, 40, 97, 150, 230):
+        output = f"out {when}"
+        counted.stop(CTRL_C, when)
+        first = counted.run(output, code=130)
+        assert counted.kept(output) and "Ctrl-C: what is half done is kept" in counted.latentmill.err
+        assert "half_done (" in counted.latentmill.out and "thrown away" not in counted.latentmill.out
+        second = counted.run(output)
+        assert (first[0] + second[0], first[1] + second[1]) == whole
+        assert counted.files(output) == counted.files("whole") and not counted.kept(output)
+
+
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGUSR1))
+def test_a_notice_lets_what_has_begun_go_on_for_a_while(number, latentmill, install, tmp_path):
+    install("acme", POINTS, acme_counts=CODE)
+    counted = Counted(latentmill, tmp_path, rows=60)
+    whole = counted.run("whole")
+    counted.stop(number, 90)
+    first = counted.run("out", "grace=10m", code=130)
+    assert f"{number.name}: what has begun goes on for 590 s" in latentmill.err
+    assert 90 < first[1] < whole[1] and first[1] % 40 == 0, (
+        "batches that were read were finished, and no more were read"
+    )
+    second = counted.run("out")
+    assert first[1] + second[1] == whole[1]
+    assert counted.files("out") == counted.files("whole")
+
+
+def test_a_second_signal_ends_at_once_and_says_what_it_costs(latentmill, install, tmp_path):
+    install("acme", POINTS, acme_counts=CODE)
+    counted = Counted(latentmill, tmp_path, rows=60)
+    counted.run("whole")
+    counted.stop(signal.SIGTERM, 90)
+    counted.stop(signal.SIGTERM, 99, name="stop again")
+    first = counted.run("out", "grace=10m", code=130)
+    assert first[1] < 110 and "thrown away   all that was done" in latentmill.out and not counted.kept("out")
+    counted.run("out")
+    assert counted.files("out") == counted.files("whole")
+
+
+def test_every_scheduler_goes_on_where_it_was_in_a_deterministic_job(counted):
+    """Three stops in one run, over rows of eight schedulers, of different steps, some with guidance."""
+    names = "dpmpp_2m dpmpp_2m_sde unipc euler_ancestral heun er_sde sa_solver euler".split()
+    lines = [
+        {"prompt": f"row {k}", "scheduler": names[k % len(names)], "steps": 3 + k % 5, "guidance_scale": 1.0 + k % 3}
+        for k in range(24)
+    ]
+    path = counted.folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    job = ("deterministic=true", f"source.path={path}", "sampling.guidance_scale=4")
+    whole = counted.run("whole", *job)
+    for when in (31, 77, 60):
+        counted.stop(CTRL_C, when)
+        counted.run("out", *job, code=130)
+    counted.run("out", *job)
+    assert counted.files("out") == counted.files("whole") and whole[1] > 31 + 77 + 60
+    assert "24 rows" in counted.latentmill.out and "failed" not in counted.latentmill.out
+
+
+DAMAGES = {
+    "a bit": lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
+    "its end": lambda content: content[: len(content) // 2],
+    "all": lambda content: b"",
+    "its beginning": lambda content: b"x" + content[1:],
+}
+
+
+def test_a_file_that_is_damaged_is_passed_over_and_its_rows_are_made_anew(counted):
+    whole = counted.run("whole")
+    counted.stop(CTRL_C, 97)
+    first = counted.run("stopped", code=130)
+    count = len(counted.kept("stopped"))
+    for damage, change in DAMAGES.items():
+        shutil.copytree(counted.place("stopped"), counted.place(damage))
+        counted.damage(damage, change)
+        second = counted.run(damage)
+        assert counted.latentmill.err.count("is passed over, and its rows are made anew: it is") == count
+        assert first[1] + second[1] > whole[1] and counted.files(damage) == counted.files("whole")
+        assert not counted.kept(damage)
+
+
+def test_a_file_of_another_shard_or_plan_is_passed_over(counted):
+    counted.run("whole")
+    counted.stop(CTRL_C, 97)
+    counted.run("other", "seed=7", code=130)
+    counted.stop(CTRL_C, 97)
+    counted.run("out", code=130)
+    half_done = counted.place("out") / "half_done"
+    for name in counted.kept("other"):
+        shard = name[:5]
+        for there in half_done.glob(f"{shard}-*"):
+            there.write_bytes((counted.place("other") / "half_done" / name).read_bytes())
+    counted.run("out")
+    assert "made anew: it is of another plan" in counted.latentmill.err
+    assert counted.files("out") == counted.files("whole")
+
+
+def test_a_disk_that_is_full_as_it_stops_is_said_and_costs_what_was_half_done(counted, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "faults" / "actions")
+    counted.run("whole")
+    counted.stop(CTRL_C, 97)
+    monkeypatch.setenv("LATENTMILL_FAILPOINT", f"half_done synced:ENOSPC:{counted.folder}")
+    counted.run("out", code=130)
+    assert "No space left on device" in counted.latentmill.out and "thrown away" in counted.latentmill.out
+    monkeypatch.delenv("LATENTMILL_FAILPOINT")
+    counted.run("out")
+    assert counted.files("out") == counted.files("whole")
+
+
+def test_two_drivers_take_up_each_file_once(counted):
+    whole = counted.run("whole")
+    counted.stop(CTRL_C, 97)
+    first = counted.run("out", code=130)
+    before = counted.computed()
+    job = package.load_job("txt2img", [*counted.settings, f"output={counted.place('out')}"])
+    drivers = [threading.Thread(target=package.run, args=(job,)) for _ in range(2)]
+    for driver in drivers:
+        driver.start()
+    for driver in drivers:
+        driver.join(60)
+    assert first[1] + counted.computed()[1] - before[1] == whole[1]
+    assert counted.files("out") == counted.files("whole") and not counted.kept("out")
+
+
+def test_what_is_half_done_of_a_dataset_that_has_grown_is_taken_up(counted):
+    counted.stop(CTRL_C, 97)
+    first = counted.run("out", code=130)
+    prompts = counted.folder / "prompts.txt"
+    prompts.write_text(prompts.read_text() + "one more\nand one\n")
+    second = counted.run("out", "--grow")
+    assert first[1] + second[1] == 26 * 10 and len(counted.files("out")) == 4
+    assert counted.latentmill("verify", counted.place("out")) == 0 and "26 rows ok" in counted.latentmill.out
+
+
+def test_failed_rows_are_tried_again_and_taken_out_shards_begin_anew(counted):
+    """What was kept of a shard is not taken up once the shard has been in the dataset."""
+    counted.run("whole")
+    counted.stop(CTRL_C, 97)
+    counted.run("out", code=130)
+    kept = {name: (counted.place("out") / "half_done" / name).read_bytes() for name in counted.kept("out")}
+    counted.run("out")
+    for name, content in kept.items():  # as a driver leaves them that is killed before it deletes them
+        (counted.place("out") / "half_done" / name).write_bytes(content)
+    next((counted.place("out") / "data").glob("00000*")).write_bytes(b"damaged")
+    assert counted.latentmill("verify", counted.place("out"), "--repair") == 1
+    assert not [name for name in counted.kept("out") if name.startswith("00000")]
+    counted.run("out")
+    assert counted.files("out") == counted.files("whole") and not counted.kept("out")
+
+
+def test_in_a_store_it_is_the_same(counted, bucket):
+    whole = counted.run("whole")
+    output = f"{bucket}/out"
+    counted.stop(CTRL_C, 97)
+    first = counted.run(output, code=130)
+    store = storage.at(output)
+    assert store.names("half_done") and counted.latentmill("verify", output) == 0, counted.latentmill.said
+    second = counted.run(output)
+    assert (first[0] + second[0], first[1] + second[1]) == whole and not store.names("half_done")
+    assert {name: store.read(f"data/{name}") for name in store.names("data")} == counted.files("whole")
+
+
+@pytest.fixture
+def cluster(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    there = ray_forks.cluster(num_cpus=4)
+    yield ["cluster=ray", f"cluster.address={there.address}", *(f"stages.{name}.num_cpus=0.1" for name in STAGES)]
+    ray.shutdown()
+    there.shutdown()
+
+
+STAGES = ("read", "encode", "denoise", "decode", "write")
+
+
+@pytest.mark.parametrize("number", (CTRL_C, signal.SIGTERM))
+def test_on_a_cluster_it_is_the_same(number, counted, cluster):
+    whole = counted.run("whole")
+    counted.stop(number, 97)
+    first = counted.run("out", *cluster, "grace=0", code=130)
+    assert counted.kept("out") and "thrown away" not in counted.latentmill.out
+    second = counted.run("out", *cluster)
+    assert first[1] + second[1] == whole[1] and first[0] + second[0] <= whole[0] + 1, (
+        "no negative prompt is encoded once a run"
+    )
+    assert counted.files("out") == counted.files("whole") and not counted.kept("out")
