@@ -381,8 +381,8 @@ class Dataset:
         return f"{self.store.url.rstrip('/')}/{name}"
 
 
-BESIDE = "README.md contact_sheet.png report.html data half_done leases quarantine weights logs live"
-OURS = {*BESIDE.split(), *COPIES, FOLDER}
+_AT_THE_TOP = "README.md contact_sheet.png report.html data half_done leases quarantine weights logs live"
+OURS = {*_AT_THE_TOP.split(), *COPIES, FOLDER}
 """Names at the top of a dataset, beside the plans', that no sink may give to a file of its own."""
 
 
