@@ -8,6 +8,7 @@ import queue
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, cast
 
 import ray
@@ -318,8 +319,9 @@ class RayPool:
     def close(self) -> None:
         """End all workers, at once."""
         if "://" in self.watch.output and self.actors:
-            last = [actor.end.remote() for actor in self.actors.values()]
-            ray.wait(last, num_returns=len(last), timeout=LAST_WORDS)
+            with suppress(RayError):
+                last = [actor.end.remote() for actor in self.actors.values()]
+                ray.wait(last, num_returns=len(last), timeout=LAST_WORDS)
         for actor in self.actors.values():
             ray.kill(actor)
         self.actors.clear()

@@ -141,7 +141,7 @@ class _LogFile:
 
     def __init__(self, name: WorkerName) -> None:
         self.path, self.size = os.path.join(name.output, name.log), 0
-        self.plan = os.path.join(name.output, "plan.json")
+        self.plan = name.output and os.path.join(name.output, "plan.json")
         self._file: int | None = None
 
     def write(self, line: str) -> None:
