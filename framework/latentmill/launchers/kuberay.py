@@ -8,6 +8,7 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class KubeRay(Launcher):
         secrets: Sequence[str] = (),
         auth_secret: str | None = None,
         retries: int = 3,
+        grace: int = 120,
         gpus: int = 1,
         cpus: int = 8,
         memory: str = "32GiB",
@@ -80,7 +82,7 @@ class KubeRay(Launcher):
             "tolerations": list(tolerations),
         }
         self.groups, self.head = dict(groups or {}), dict(head or {"cpus": 2, "memory": "8GiB"})
-        self.pods = Pods(image, self.volumes, [], service_account, list(pull_secrets))
+        self.pods = Pods(image, self.volumes, [], service_account, list(pull_secrets), grace)
         for name, said in {**{f"groups.{name}": said for name, said in self.groups.items()}, "head": self.head}.items():
             for key in said:
                 if key not in self.each:
@@ -90,20 +92,20 @@ class KubeRay(Launcher):
         for path in self.volumes.values():
             if not path.startswith("/"):
                 raise ValueError(f"target.volumes: {path!r} is no path from the root")
-        if retries < 0:
-            raise ValueError(f"target.retries={retries}: 0 or more are expected")
+        for name, number, least in (("retries", retries, 0), ("grace", grace, 1)):
+            if number < least:
+                raise ValueError(f"target.{name}={number}: {least} or more are expected")
 
     # ------------------------------------------------------------------------------------------ what is sent
 
     def files(self, submission: Submission) -> Mapping[str, str]:
         self._check_paths(submission)
         secrets = [*self.secrets, *([_secret_of(submission.id)] if self.env else [])]
-        pods = Pods(self.pods.image, self.volumes, secrets, self.pods.service_account, self.pods.pull_secrets)
         found = needed(submission.needs, lambda group: self._node(group).shape)
         head = self._node("head", {**self.head, "gpus": 0})
         document = rayjob(
             submission,
-            pods,
+            replace(self.pods, secrets=secrets),
             head,
             [self._group(group) for group in found],
             self.auth_secret,

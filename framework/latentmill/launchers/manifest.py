@@ -35,8 +35,14 @@ RIGHTS = {
 }
 CONTAINER_RIGHTS = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 """What Kubernetes' "restricted" standard asks for."""
-STOP_WITHIN = 60
-"""Seconds for the driver, from SIGTERM on, before Ray kills it; Ray's own are three."""
+TO_THE_DRIVER = (
+    "pkill -USR1 -f 'bin/[l]atentmill run'; while pgrep -f 'bin/[l]atentmill run' > /dev/null; do sleep 1; done"
+)
+"""What the head does before it goes: its first process is Ray, which would end all others at once."""
+AS_LONG_AS_ACTORS = "while pgrep -f '^ray::[^I]' > /dev/null; do sleep 1; done"
+"""What a node does before it goes: it stays while a worker is there, for as long as it may. Ray calls a process without work ray::IDLE."""
+AFTER_GRACE = 30
+"""Seconds for a pod to end beside those that a driver has."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,8 @@ class Pods:
     """Names of Secrets whose keys are environment variables."""
     service_account: str | None
     pull_secrets: Sequence[str]
+    grace: int
+    """Seconds for a driver to end, once it is asked; Ray's own are three."""
 
 
 def rayjob(
@@ -193,7 +201,8 @@ def _accelerator(group: NodeGroup) -> dict[str, str]:
 def _head_pod(submission: Submission, pods: Pods, head: PodSize) -> dict[str, Any]:
     spec = _pod("ray-head", pods, head)
     container = spec["containers"][0]
-    container["env"] = [{"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": str(STOP_WITHIN)}]
+    container["env"] = [{"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": str(pods.grace)}]
+    container["lifecycle"] = _before_it_goes(TO_THE_DRIVER)
     container["volumeMounts"].append({"name": "job", "mountPath": JOB_FOLDER, "readOnly": True})
     field = {"fieldPath": f"metadata.annotations['{JOB_KEY}']"}
     spec["volumes"].append({"name": "job", "downwardAPI": {"items": [{"path": submission.file, "fieldRef": field}]}})
@@ -219,6 +228,10 @@ def _everywhere(pods: Pods) -> dict[str, Any]:
     }
 
 
+def _before_it_goes(command: str) -> dict[str, Any]:
+    return {"preStop": {"exec": {"command": ["bash", "-c", command]}}}
+
+
 def _pod(name: str, pods: Pods, node: PodSize) -> dict[str, Any]:
     claims = {f"volume-{at}": (claim, path) for at, (claim, path) in enumerate(pods.volumes.items())}
     memory = quantity(node.memory)
@@ -230,6 +243,7 @@ def _pod(name: str, pods: Pods, node: PodSize) -> dict[str, Any]:
             "limits": {"memory": memory, **({"nvidia.com/gpu": str(node.gpus)} if node.gpus else {})},
         },
         "securityContext": CONTAINER_RIGHTS,
+        "lifecycle": _before_it_goes(AS_LONG_AS_ACTORS),
         **({"envFrom": [{"secretRef": {"name": secret}} for secret in pods.secrets]} if pods.secrets else {}),
         "volumeMounts": [
             {"name": "shared-memory", "mountPath": "/dev/shm"},
@@ -242,6 +256,7 @@ def _pod(name: str, pods: Pods, node: PodSize) -> dict[str, Any]:
         **_everywhere(pods),
         **({"nodeSelector": dict(node.node_selector)} if node.node_selector else {}),
         **({"tolerations": [dict(toleration) for toleration in node.tolerations]} if node.tolerations else {}),
+        "terminationGracePeriodSeconds": pods.grace + AFTER_GRACE,
         "containers": [container],
         "volumes": [
             {"name": "shared-memory", "emptyDir": shared},
