@@ -59,6 +59,9 @@ def test_wheels_are_made_of_all_that_their_projects_name():
     assert made == ["plugins/shapes", "plugins/diffusers", "plugins/filters"] and " . " in build
     there = {rest.split()[1].removeprefix("/source/") for rest in of("wheels", "COPY")}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = project["tool"]["setuptools"]["packages"]
+    for package in sorted((ROOT / "framework").glob("latentmill/**/__init__.py")):
+        assert ".".join(package.parent.relative_to(ROOT / "framework").parts) in packages
     folders = {folder or "." for folder in project["tool"]["setuptools"]["package-dir"].values()}
     assert folders <= there
 
