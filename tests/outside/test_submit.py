@@ -85,7 +85,7 @@ def test_what_travels_is_one_file_that_means_the_same(latentmill, desk, tmp_path
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "mine.yaml").write_text("name: dpmpp_2m\ngrid: karras\n")
     (tmp_path / "My job.yaml").write_text(
-        JOB.replace("_self_", "override stages: gpu, scheduler: euler, _self_") + MORE
+        JOB.replace("_self_", "scheduler: euler, _self_, override stages: gpu") + MORE
     )
     flow = "flow=[read,encode,denoise,decode,{name: mean_brightness, as: dim},write]"
     words = ("output=/shared/out", "scheduler=mine", flow)

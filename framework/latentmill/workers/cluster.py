@@ -134,16 +134,20 @@ def _require_ray(address: str) -> None:
         )
     wants_token = answer is grpc.StatusCode.UNAUTHENTICATED
     if wants_token:
-        token = _token()
-        if token is None:
+        known = token()
+        if known is None:
             raise ClusterError(
                 f"the Ray cluster at cluster.address={address} asks for a token: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH "
                 "to the file that has it"
             )
-        if _ask(address, (("authorization", f"Bearer {token}"),)) is grpc.StatusCode.UNAUTHENTICATED:
+        if _ask(address, (("authorization", f"Bearer {known}"),)) is grpc.StatusCode.UNAUTHENTICATED:
             raise ClusterError(f"the Ray cluster at cluster.address={address} refuses this token")
-    # Ray goes by whether this user has a token at all, in ~/.ray/auth_token, and not by whether this cluster wants one.
-    os.environ["RAY_AUTH_MODE"] = "token" if wants_token else "disabled"
+    use_token(wants_token)
+
+
+def use_token(wanted: bool) -> None:
+    """Have Ray send its token, or not: it goes by whether this user has one at all, in ~/.ray/auth_token, and not by whether the cluster wants it."""
+    os.environ["RAY_AUTH_MODE"] = "token" if wanted else "disabled"
     ray_core.Config.initialize("")
 
 
@@ -157,7 +161,7 @@ def _ask(address: str, metadata: tuple[tuple[str, str], ...]) -> grpc.StatusCode
     return grpc.StatusCode.OK
 
 
-def _token() -> str | None:
+def token() -> str | None:
     """The token that Ray would send: of the environment, or of ~/.ray/auth_token."""
     if token := os.environ.get("RAY_AUTH_TOKEN"):
         return token

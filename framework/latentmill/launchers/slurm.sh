@@ -1,0 +1,66 @@
+#@SETUP
+set -uo pipefail
+#@OUTPUT
+#@POLICY
+log=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')
+beside=${log%/*} task=${SLURM_ARRAY_TASK_ID:-0}
+child='' cluster='' drained='' cancelled='' signalled=''
+
+# TERM: the time is nearly up, or others need the nodes. INT: latentmill cancel. The driver ends with what is nearly done.
+trap 'drained=yes signalled=yes; if [ "$child" ]; then kill -TERM "$child"; fi' TERM USR1
+trap 'cancelled=yes signalled=yes; if [ "$child" ]; then kill -TERM "$child"; fi' INT
+
+job=$(mktemp -d "${TMPDIR:-/tmp}/latentmill-XXXXXX") || exit 3
+
+run() { # returns the command's exit code; a trap ends a wait before its time
+    local code again
+    if [ "$drained$cancelled" ]; then return 130; fi
+    "$@" &
+    child=$!
+    signalled=''
+    wait "$child"
+    code=$?
+    while [ "$signalled" ]; do
+        signalled=''
+        wait "$child"
+        again=$?
+        [ "$again" = 127 ] || code=$again
+    done
+    child=''
+    return "$code"
+}
+
+finish() { # with this exit code, or in the queue again
+    local code=$1 state failures=0
+    if [ "$cluster" ]; then
+        kill -TERM "$cluster" 2>/dev/null
+        wait "$cluster" 2>/dev/null
+    fi
+    rm -rf "$job"
+    if [ "$code" = 0 ] && [ "$output" ] && ! [ -e "$output/_SUCCESS" ]; then # nothing else says that all is there
+        echo "latentmill: there is no $output/_SUCCESS" >&2
+        code=1
+    fi
+    state=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')
+    if [ "$requeue" ] && [ -z "$cancelled" ] && [ "$code" != 0 ] && [ "$state" = RUNNING ]; then
+        if [ "$drained" ]; then
+            rm -f "$beside/failures-$task"
+        elif [[ " $again_after " == *" $code "* ]]; then
+            echo "$code" >>"$beside/failures-$task"
+            failures=$(wc -l <"$beside/failures-$task")
+        else
+            failures=$((retries + 1))
+        fi
+        if [ "$failures" -le "$retries" ]; then
+            echo "latentmill: ended with $code; in the queue again" >&2
+            scontrol requeue "$SLURM_JOB_ID" && sleep 60
+        fi
+    fi
+    echo "$code" >"$beside/exit_code-$task"
+    exit "$code"
+}
+
+#@JOB
+#@RAY
+#@COMMAND
+finish $?

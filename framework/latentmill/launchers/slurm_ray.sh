@@ -1,0 +1,63 @@
+# Ray of this driver's own, on its nodes: ports that are free, a token and folders of its own, so that jobs may share a node.
+read -r address client_port token < <(python3 - <<'END_OF_PYTHON'
+import secrets, socket
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+    try:
+        way.connect(("192.0.2.1", 9))  # nothing is sent: it says which of this machine's addresses leads out
+        here = way.getsockname()[0]
+    except OSError:
+        here = "127.0.0.1"
+with socket.socket() as one, socket.socket() as another:
+    one.bind((here, 0))
+    another.bind((here, 0))
+    print(f"{here}:{one.getsockname()[1]} {another.getsockname()[1]} {secrets.token_hex(32)}")
+END_OF_PYTHON
+)
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$token RAY_TMPDIR=$job address client_port
+cat >"$job/node.sh" <<'END_OF_NODE'
+asks=(--num-cpus="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" --num-gpus="${SLURM_GPUS_ON_NODE:-0}"
+    --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 --disable-usage-stats --block)
+if [ "${SLURM_MEM_PER_NODE:-0}" != 0 ]; then
+    asks+=(--memory=$((SLURM_MEM_PER_NODE * 1048576 * 7 / 10)) --object-store-memory=$((SLURM_MEM_PER_NODE * 1048576 * 3 / 10)))
+fi
+if [ "$SLURM_PROCID" = 0 ]; then
+    asks+=(--head --node-ip-address="${address%:*}" --port="${address##*:}" --temp-dir="$RAY_TMPDIR/ray"
+        --include-dashboard=false --ray-client-server-port="$client_port")
+else
+    asks+=(--address="$address")
+    until (exec 3<>"/dev/tcp/${address%:*}/${address##*:}") 2>/dev/null; do sleep 1; done
+fi
+ray start "${asks[@]}" &
+trap 'kill -TERM %1' TERM
+wait
+wait
+rm -rf "$RAY_TMPDIR"
+END_OF_NODE
+cat >"$job/wait.py" <<'END_OF_PYTHON'
+import os, socket, sys, time
+import ray
+address, nodes, end = sys.argv[1], int(sys.argv[2]), time.monotonic() + 300
+host, _, port = address.rpartition(":")
+def wait():
+    if time.monotonic() > end:
+        sys.exit(f"latentmill: Ray has not come up on {nodes} nodes within 5 minutes")
+    time.sleep(0.5)
+while True:
+    try:
+        socket.create_connection((host, int(port)), 5).close()
+        break
+    except OSError:
+        wait()
+ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+while sum(node["Alive"] for node in ray.nodes()) < nodes:
+    wait()
+END_OF_PYTHON
+srun --export=ALL --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+    ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --no-kill --kill-on-bad-exit=0 \
+    bash -c "$(<"$job/node.sh")" >"$job/ray.log" 2>&1 &
+cluster=$!
+if ! run python3 "$job/wait.py" "$address" "$SLURM_JOB_NUM_NODES"; then
+    tail -n 20 "$job/ray.log" >&2
+    if [ "$drained$cancelled" ]; then finish 130; fi
+    finish 4
+fi

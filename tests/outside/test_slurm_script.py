@@ -1,0 +1,121 @@
+"""The script that ``latentmill submit JOB --to slurm`` writes, for many settings: bash can read it, and nothing secret is in it."""
+
+import shutil
+import subprocess
+
+import pytest
+import yaml
+
+BASH = shutil.which("bash")
+
+
+@pytest.fixture
+def script(latentmill, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+
+    def script(*words, job="txt2img"):
+        assert latentmill("submit", job, "--to", "slurm", "--dry-run", *words) == 0, latentmill.said
+        return latentmill.out.removeprefix("# ---- job.sh\n")
+
+    return script
+
+
+SETTINGS = {
+    "as it is": (),
+    "inline": ("cluster=inline",),
+    "an array": ("target.drivers=3", "target.nodes=4", "target.gpus_per_node=8", "target.time=08:00:00", "target.exclusive=true"),
+    "names with blanks and quotes": ("output=a 'b' $c `d` \"e\"", "target.partition=two words", "target.options=['--comment=a b']"),
+    "a prompt that looks like the end": ("sampling.prompt=x\nEND_OF_JOB\ny",),
+    "modules": ("target.setup=module load cuda\nsource /shared/venv/bin/activate", "target.requeue=false", "target.env=[HF_TOKEN]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", SETTINGS.values(), ids=SETTINGS)
+def test_bash_can_read_it(script, words, tmp_path):
+    text = script(*words)
+    file = tmp_path / "job.sh"
+    file.write_text(text)
+    assert subprocess.run([BASH, "-n", file], capture_output=True, text=True).stderr == ""
+    if shellcheck := shutil.which("shellcheck"):
+        assert subprocess.run([shellcheck, "--severity=warning", file], capture_output=True, text=True).stdout == ""
+    assert "#@" not in text, "a place of the script that was not filled"
+
+
+def options(text):
+    return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
+
+
+def test_what_sbatch_is_asked_for(script, tmp_path):
+    found = options(
+        script(
+            "target.drivers=3",
+            "target.nodes=2",
+            "stages=gpu",
+            "stages.denoise.replicas=5",
+            "target.grace=60",
+            "target.memory=64G",
+        )
+    )
+    assert {
+        "--nodes=2", "--array=0-2", "--gpus-per-node=2", "--cpus-per-task=5", "--signal=B:TERM@60", "--mem=64G", "--requeue", "--no-kill",
+        "--export=ALL", f"--chdir={tmp_path}", "--open-mode=append",
+    } <= {*found}  # fmt: skip
+    found = options(script("target.exclusive=true", "target.requeue=false", "target.env=[HF_TOKEN]", "target.qos=low"))
+    assert {"--exclusive", "--no-requeue", "--export=PATH,HOME,USER,LANG,HF_TOKEN", "--qos=low"} <= {*found}
+    assert not [option for option in found if option.startswith(("--cpus", "--gpus", "--array", "--time"))]
+
+
+def test_the_job_is_in_it_with_its_output_from_the_root(script, tmp_path):
+    (tmp_path / "My 'job'.yaml").write_text(
+        "defaults: [job, model: shapes, source: prompts, sink: parquet, cluster: inline, _self_]\n"
+        "output: out/$HOME\nsource: {path: pkg://latentmill.jobs/data/prompts.txt}\n"
+    )
+    text = script(job="My 'job'.yaml")
+    begin, end = "<<'END_OF_JOB'\n", "\nEND_OF_JOB\n"
+    job = yaml.safe_load(text.split(begin)[1].split(end)[0])
+    assert job["output"] == str(tmp_path / "out" / "$HOME")
+    # What bash makes of the two lines that name the file.
+    [heredoc] = [
+        line.split("<<")[0].removeprefix("cat ")
+        for line in text.splitlines()
+        if line.startswith('cat >"$job/"') and "END_OF_JOB" in line
+    ]
+    [command] = [line for line in text.splitlines() if line.startswith("run latentmill ")]
+    said = subprocess.run(
+        [BASH, "-c", f'job={tmp_path}\nrun() {{ printf "%s\\n" "$@"; }}\n{command}\necho here {heredoc}'],
+        capture_output=True,
+        text=True,
+    )
+    assert said.stdout.splitlines() == ["latentmill", "run", str(tmp_path / "My 'job'.yaml")]
+    assert (tmp_path / "My 'job'.yaml").read_text() == "here\n"
+
+
+def test_no_value_of_the_environment_is_in_it(script, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
+    monkeypatch.setenv("NOTE", "hunter2hunter2")
+    text = script("target.env=[HF_TOKEN]", "sampling.prompt=${oc.env:NOTE}")
+    assert "verysecret" not in text and "hunter2" not in text and "${oc.env:NOTE}" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["target.nodes=0"], "target.nodes must be 1 or more, not 0"),
+        (["target.drivers=-1"], "target.drivers must be 1 or more, not -1"),
+        (["target.nodes=2", "cluster=inline"], "cluster=inline is one process: target.nodes must be 1, not 2"),
+        (["target.env=['A=1']"], "target.env holds names of environment variables, and 'A=1' is none"),
+        (["target.options=[exclusive]"], "target.options holds options of sbatch, as --constraint=a100, and 'exclusive' is none"),
+        (["target.partition=a\nb"], "it has a quote or a line break in it"),
+        (["target.time=3"], None),
+    ],
+)  # fmt: skip
+def test_settings_that_are_wrong(latentmill, script, words, says):
+    code = latentmill("submit", "txt2img", "--to", "slurm", "--dry-run", *words)
+    assert (code, says in latentmill.err) == (2, True) if says else code == 0, latentmill.said
+
+
+def test_without_slurm_it_says_where_to_submit(latentmill, script, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert latentmill("submit", "txt2img", "--to", "slurm") == 2
+    assert "there is no command sbatch here: submit on a machine of the Slurm cluster" in latentmill.err
