@@ -15,13 +15,13 @@ from pathlib import Path
 
 from latentmill.plugin import RETRY_CODES, Launcher, LaunchState, StateWord, Submission, Submitted
 
-SCRIPT = "job.sh"
-TIMEOUT = 30
+JOB_SCRIPT = "job.sh"
+ANSWERS_WITHIN = 30
 """Seconds that a command of Slurm's may take."""
 ASK_EVERY = 2.0
 """Seconds between two looks at a log that is followed."""
-WAITS = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
-ENDED = {
+SLURM_QUEUED = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
+SLURM_ENDED = {
     "COMPLETED",
     "FAILED",
     "CANCELLED",
@@ -95,11 +95,11 @@ class Slurm(Launcher):
             "COMMAND": f"run {command}",
         }.items():
             text = text.replace(f"#@{mark}\n", f"{content.rstrip()}\n" if content else "")
-        return {SCRIPT: "\n".join(lines) + text}
+        return {JOB_SCRIPT: "\n".join(lines) + text}
 
     def submit(self, submission: Submission, folder: Path) -> str:
         log = str(folder / "log-%a" if self.drivers > 1 else folder / "log-0")
-        said = _run(["sbatch", "--parsable", f"--output={log}", str(folder / SCRIPT)])
+        said = _run(["sbatch", "--parsable", f"--output={log}", str(folder / JOB_SCRIPT)])
         return said.strip().partition(";")[0]
 
     def state(self, job: Submitted) -> LaunchState:
@@ -116,7 +116,7 @@ class Slurm(Launcher):
                 for task in tasks
                 if _word(task["JobState"]) == "queued" and task.get("Reason", "None") != "None"
             }
-            | {task["JobState"].lower() for task in tasks if task["JobState"] in ENDED - {"COMPLETED", "FAILED"}}
+            | {task["JobState"].lower() for task in tasks if task["JobState"] in SLURM_ENDED - {"COMPLETED", "FAILED"}}
         )
         if restarts := sum(int(task.get("Restarts", 0)) for task in tasks):
             details.append(f"started again {restarts} times")
@@ -188,11 +188,11 @@ class Slurm(Launcher):
 def _run(words: Sequence[str]) -> str:
     """What a command of Slurm's says. Raises ValueError where it refuses, OSError where it isn't there or doesn't answer."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=TIMEOUT)
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=ANSWERS_WITHIN)
     except FileNotFoundError:
         raise ValueError(f"there is no command {words[0]} here: submit on a machine of the Slurm cluster") from None
     except subprocess.TimeoutExpired:
-        raise OSError(f"{words[0]} does not answer within {TIMEOUT} seconds") from None
+        raise OSError(f"{words[0]} does not answer within {ANSWERS_WITHIN} seconds") from None
     if done.returncode:
         said = done.stderr.strip() or f"{words[0]} ended with {done.returncode}"
         if re.search(r"Unable to contact|Connection (refused|timed out)|Socket timed out|unavailable", said):
@@ -214,7 +214,7 @@ def _tasks(handle: str) -> list[dict[str, str]]:
 
 
 def _word(state: str) -> StateWord:
-    return "queued" if state in WAITS else "ended" if state in ENDED else "running"
+    return "queued" if state in SLURM_QUEUED else "ended" if state in SLURM_ENDED else "running"
 
 
 def _exit_code(task: Mapping[str, str]) -> int | None:
