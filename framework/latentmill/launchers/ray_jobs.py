@@ -19,10 +19,10 @@ from latentmill.text import first_line
 T = TypeVar("T")
 TIME_LIMIT = 20
 """Seconds in which the server must answer."""
-REQUEST = "request.json"
-WORDS: Mapping[str, StateWord] = {"PENDING": "queued", "RUNNING": "running"}
+REQUEST_FILE = "request.json"
+STATES_OF_RAY: Mapping[str, StateWord] = {"PENDING": "queued", "RUNNING": "running"}
 """Ray's words for what has not ended."""
-PACKAGE = "sent"
+SENT_FOLDER = "sent"
 """The folder that travels, in the job's own."""
 
 
@@ -48,11 +48,11 @@ class RayJobs(Launcher):
         self.num_cpus, self.resources = num_cpus, resources
 
     def files(self, submission: Submission) -> Mapping[str, str]:
-        return {submission.file: submission.text, REQUEST: json.dumps(self._request(submission), indent=1) + "\n"}
+        return {submission.file: submission.text, REQUEST_FILE: json.dumps(self._request(submission), indent=1) + "\n"}
 
     def submit(self, submission: Submission, folder: Path) -> str:
         request = self._request(submission)
-        sent = folder / PACKAGE
+        sent = folder / SENT_FOLDER
         if self.working_dir:
             shutil.copytree(self.working_dir, sent, symlinks=False)
         else:
@@ -70,8 +70,8 @@ class RayJobs(Launcher):
         if found is None:
             return LaunchState("unknown", detail="the cluster has no such job: it was started anew since")
         status = getattr(found.status, "value", str(found.status))
-        if status in WORDS:
-            return LaunchState(WORDS[status])
+        if status in STATES_OF_RAY:
+            return LaunchState(STATES_OF_RAY[status])
         code = 0 if status == "SUCCEEDED" else found.driver_exit_code
         return LaunchState(
             "ended", code, "cancelled" if status == "STOPPED" else "" if code is not None else str(found.message)
