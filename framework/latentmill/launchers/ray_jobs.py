@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from latentmill.launchers.ray_token import token, use_token
 from latentmill.plugin import Launcher, LaunchState, StateWord, Submission, Submitted
 from latentmill.text import first_line
 
@@ -125,8 +126,6 @@ class RayJobs(Launcher):
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
-        from latentmill.workers import cluster
-
         address = self.address.rstrip("/")
         if not re.match(r"https?://[^/]", address):
             raise ValueError(f"target.address must be that of a job server, as http://HEAD:8265, not {self.address!r}")
@@ -135,11 +134,11 @@ class RayJobs(Launcher):
                 f"{address}/api/version", headers=self.headers, verify=self.verify, timeout=TIME_LIMIT
             )
             wants_token = answer.status_code in (401, 403)
-            if wants_token and cluster.token() is None:
+            if wants_token and token() is None:
                 raise ValueError(
                     f"{address} asks for a token: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that has it"
                 )
-            cluster.use_token(wants_token)
+            use_token(wants_token)
             yield JobSubmissionClient(address, headers=dict(self.headers), verify=self.verify)
         except AuthenticationError:
             raise ValueError(f"{address} refuses this token") from None

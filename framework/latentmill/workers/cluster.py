@@ -17,9 +17,8 @@ import ray
 from ray._private import services
 
 from latentmill.errors import ClusterError, UnreachableError
+from latentmill.launchers.ray_token import token, use_token
 from latentmill.text import one_line
-
-ray_core: Any = ray._raylet  # whose types are not told
 
 SOCKET_PATH = 107
 """Bytes that the path of a Unix socket may have on Linux."""
@@ -145,12 +144,6 @@ def _require_ray(address: str) -> None:
     use_token(wants_token)
 
 
-def use_token(wanted: bool) -> None:
-    """Have Ray send its token, or not: it goes by whether this user has one at all, in ~/.ray/auth_token, and not by whether the cluster wants it."""
-    os.environ["RAY_AUTH_MODE"] = "token" if wanted else "disabled"
-    ray_core.Config.initialize("")
-
-
 def _ask(address: str, metadata: tuple[tuple[str, str], ...]) -> grpc.StatusCode:
     with grpc.insecure_channel(address) as channel:
         try:
@@ -159,17 +152,6 @@ def _ask(address: str, metadata: tuple[tuple[str, str], ...]) -> grpc.StatusCode
             code: grpc.StatusCode = error.code()
             return code
     return grpc.StatusCode.OK
-
-
-def token() -> str | None:
-    """The token that Ray would send: of the environment, or of ~/.ray/auth_token."""
-    if token := os.environ.get("RAY_AUTH_TOKEN"):
-        return token
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return None
 
 
 def _line(error: BaseException) -> str:
