@@ -1,15 +1,18 @@
 """The simulator: our driver passes, and bugs planted on purpose don't."""
 
+from dataclasses import replace
+
 import pytest
 from tests.simulation import seeds
 from tests.simulation.seeds import trial
 from tests.simulation.store import Store
 from tests.simulation.world import World
 
-from latentmill.driver import decide, ended, failures, replicas
+from latentmill.driver import apply, decide, drain, ended, failures, replicas
 from latentmill.driver.leases import Leases
-from latentmill.driver.messages import Dispatch
+from latentmill.driver.messages import Claimed, Dispatch
 from latentmill.driver.state import DriverState
+from latentmill.driver.waiting import Retry
 from latentmill.stages import write
 
 SEEDS = range(200)
@@ -199,6 +202,83 @@ def rows_that_wait_to_be_drawn_again_forgotten(monkeypatch):
     return "not finished after"
 
 
+def a_half_done_row_forgotten(monkeypatch):
+    """The last row of a file is taken for one that has ended."""
+    taken_up = apply._taken_up
+
+    def forgets(state, dispatch, event):
+        if event.tables:
+            stage, key, rows = event.tables[-1]
+            state.shards[dispatch.shard].missing.discard(rows[-1])
+            dispatch.rows = [row for row in dispatch.rows if row != rows[-1]]
+            event = replace(event, tables=(*event.tables[:-1], (stage, key, rows[:-1])))
+        taken_up(state, dispatch, event)
+
+    monkeypatch.setattr(apply, "_taken_up", forgets)
+    return "places"
+
+
+def a_half_done_row_doubled(monkeypatch):
+    """What is taken up begins from the source besides."""
+    taken_up = apply._taken_up
+
+    def doubles(state, dispatch, event):
+        taken_up(state, dispatch, event)
+        if event.tables:
+            state.to_read.append(list(event.tables[0][2]))
+
+    monkeypatch.setattr(apply, "_taken_up", doubles)
+    return "places"
+
+
+def half_done_rows_put_in_a_stage_too_late(monkeypatch):
+    taken_up = apply._taken_up
+
+    def puts(state, dispatch, event):
+        tables = [(min(stage + 1, len(state.stages)), key, rows) for stage, key, rows in event.tables]
+        taken_up(state, dispatch, replace(event, tables=tables))
+
+    monkeypatch.setattr(apply, "_taken_up", puts)
+    return "comes to"
+
+
+def half_done_rows_kept_for_the_stage_before(monkeypatch):
+    order = drain._order
+
+    def keeps(state, number):
+        found = order(state, number)
+        if found is not None:
+            found.stages = [max(1, stage - 1) for stage in found.stages]
+        return found
+
+    monkeypatch.setattr(drain, "_order", keeps)
+    return "is kept for stage"
+
+
+def a_batch_handed_over_and_there_still(monkeypatch):
+    """A worker gives a batch back, and the driver takes what it was made of for what waits, too."""
+    handed_over = apply._handed_over
+
+    def doubles(state, dispatch, event):
+        handed_over(state, dispatch, event)
+        if event.tables:
+            state.queues[dispatch.stage].try_again(Retry(dispatch.rows, dispatch.slices, 0))
+
+    monkeypatch.setattr(apply, "_handed_over", doubles)
+    return "places"
+
+
+def taken_up_by_two(monkeypatch):
+    """Harmless, as far as rows go: whoever has the lease or not takes the file up, and a commit happens once."""
+    claim = Leases.claim
+
+    def claims(self, shard):
+        answer = claim(self, shard)
+        return Claimed(shard, "ours", self.half_done(shard)) if answer.outcome == "taken" else answer
+
+    monkeypatch.setattr(Leases, "claim", claims)
+
+
 def a_lease_given_back_that_is_another_s(monkeypatch):
     """Harmless, as far as rows go: leases save work, and decide nothing."""
 
@@ -229,6 +309,11 @@ def a_lease_given_back_that_is_another_s(monkeypatch):
         the_same_sample_drawn_again,
         an_attempt_too_few,
         rows_that_wait_to_be_drawn_again_forgotten,
+        a_half_done_row_forgotten,
+        a_half_done_row_doubled,
+        half_done_rows_put_in_a_stage_too_late,
+        half_done_rows_kept_for_the_stage_before,
+        a_batch_handed_over_and_there_still,
     ],
     ids=lambda plant: plant.__name__,
 )
@@ -241,6 +326,19 @@ def test_a_planted_bug_is_found(plant, monkeypatch):
 def test_leases_decide_nothing(monkeypatch):
     a_lease_given_back_that_is_another_s(monkeypatch)
     assert not any(map(trial, range(60)))
+
+
+def test_what_is_half_done_may_be_taken_up_by_two(monkeypatch):
+    taken_up_by_two(monkeypatch)
+    assert not any(map(trial, range(30)))
+
+
+def test_drivers_are_stopped_in_many_worlds_and_rows_are_kept_and_taken_up():
+    stories = []
+    for seed in range(40):
+        World(seed, stories.append).run()
+    kept = [int(line.split()[-2]) for line in stories if "it was told to, and has kept" in line]
+    assert len(kept) > 20 and sum(kept) > 100
 
 
 def test_a_seed_that_fails_says_how_to_see_it_again(monkeypatch, capfd):

@@ -92,7 +92,7 @@ class Counted:
         return output if "://" in str(output) else self.folder / output
 
     def files(self, output):
-        return {path.name: path.read_bytes() for path in sorted(Path(self.place(output), "data").iterdir())}
+        return {path.name: path.read_bytes() for path in sorted(Path(self.place(output), "data").glob("*"))}
 
     def kept(self, output):
         return sorted(path.name for path in Path(self.place(output), "half_done").glob("*"))

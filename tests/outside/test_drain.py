@@ -1,9 +1,12 @@
 """A run that is told to stop keeps what is half done, and the next goes on with it: nothing is computed twice, and no byte is another."""
 
 import json
+import os
+import random
 import shutil
 import signal
 import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -209,3 +212,39 @@ def test_on_a_cluster_it_is_the_same(number, counted, cluster):
         "no negative prompt is encoded once a run"
     )
     assert counted.files("out") == counted.files("whole") and not counted.kept("out")
+
+
+@pytest.mark.skipif(
+    "STOPS" not in os.environ, reason="takes minutes: STOPS=10 makes ten runs in each place, and prints"
+)
+@pytest.mark.parametrize("place", ("inline", "Ray"))
+def test_random_stops_lose_under_five_percent_of_what_is_in_flight(
+    place, latentmill, install, tmp_path, request, capsys
+):
+    """Against a second signal at the next step, after which all is lost that is in no shard: as with every stop before there was a drain."""
+    install("acme", POINTS, acme_counts=CODE)
+    counted = Counted(latentmill, tmp_path, rows=96)
+    size = ["rows_per_shard=24", *(request.getfixturevalue("cluster") if place == "Ray" else [])]
+    whole, dice = counted.run("whole", *size)[1], random.Random(0)
+    flying, lost = Counter(), Counter()
+    for number in range(int(os.environ["STOPS"])):
+        when = dice.randrange(20, whole - 60)
+        for how in (
+            ("drained", "ended at once") if place == "inline" else ("drained",)
+        ):  # where two signals come one by one
+            output = f"{how} {number}"
+            counted.stop(signal.SIGTERM, when)
+            if how != "drained":
+                counted.stop(signal.SIGTERM, when + 1, name="stop again")
+            grace = "grace=0" if how == "drained" else "grace=10m"
+            first = counted.run(output, *size, grace, code=130)[1]
+            flying[how] += first - 10 * 24 * len(counted.files(output))
+            lost[how] += first + counted.run(output, *size)[1] - whole
+            assert counted.files(output) == counted.files("whole")
+    with capsys.disabled():
+        for how in flying:
+            print(
+                f"{place}, {how}: {lost[how]} of {flying[how]} evaluations in flight lost, {lost[how] / flying[how]:.1%}"
+            )
+    assert lost["drained"] < 0.05 * flying["drained"]
+    assert place == "Ray" or lost["ended at once"] == flying["ended at once"]
