@@ -222,6 +222,8 @@ class _Doctor:
         self.check("libraries", ", ".join(f"{name} {version}" for name, version in self.plan.libraries.items()))
         about = [f"{kind} {it['name']}" for kind, it in self.plan.plugins.items() if kind.partition(" ")[0] != "stage"]
         self.check("plugins", f"as the driver's, and so are their weights: {', '.join(about)}")
+        if self.plan.models:
+            self.check("models", "each node has them, or has room for them")
         arguments = {node: (self.job, self.plan, kinds) for node, kinds in wanted.items()}
         for node, remarks in self.ask("plugins", examination.packages, arguments, HASH).items():
             for remark in remarks:

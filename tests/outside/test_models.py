@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -193,6 +194,21 @@ def test_plan_says_what_would_be_fetched_and_fetches_small_files_alone(latentmil
     assert model_hub.sent_files() == WANTED
 
 
+def test_doctor_says_what_a_node_would_fetch_and_whether_there_is_room(
+    latentmill, given, model_hub, made, node, monkeypatch
+):
+    assert latentmill("doctor", *given(HUB_URL)) == 0, latentmill.said
+    assert f"will fetch 8 B of {HUB_URL}@main into " in latentmill.out and model_hub.sent_files() == ["config.json"]
+    real = shutil.disk_usage("/")
+    with monkeypatch.context() as full:
+        full.setattr("shutil.disk_usage", lambda path: real._replace(free=4))
+        assert latentmill("doctor", *given(HUB_URL)) == 2
+        assert f"lacks 8 B of {HUB_URL}@main, and has 4 B free in " in latentmill.out
+    made(HUB_URL)
+    assert latentmill("doctor", *given(HUB_URL)) == 0 and "fetch" not in latentmill.out
+    assert "each node has them, or has room for them" in latentmill.out
+
+
 def test_a_url_that_leads_nowhere_is_one_line(made, model_hub, model_store):
     for url, said in {
         "hf://some/models": "hf://some/models is not there, or not for everybody: HF_TOKEN",
@@ -336,8 +352,6 @@ def test_an_object_that_changes_ends_the_job_where_it_is_not_cached_yet(made, mo
 
 
 def test_no_room_is_one_line(made, model_hub, monkeypatch):
-    import shutil
-
     real = shutil.disk_usage("/")
     monkeypatch.setattr("shutil.disk_usage", lambda path: real._replace(free=1))
     said = made(HUB_URL, code=3)
@@ -364,6 +378,12 @@ def test_a_node_is_set_up_once_before_its_workers_load(made, local, notes):
     assert [note for note in notes() if not note.startswith("built")] == ["set up", "loaded"]
     made(local, output="b")  # another run
     assert notes().count("set up") == 2
+
+
+def test_a_node_that_could_not_be_set_up_is_set_up_by_the_next_worker(made, local, notes, monkeypatch):
+    monkeypatch.setenv("FAILS_ONCE", "1")
+    assert len(made(local)) == 4
+    assert [note for note in notes() if not note.startswith("built")] == ["set up", "set up", "loaded"]
 
 
 def test_workers_of_a_node_fetch_once_and_set_it_up_once(made, model_hub, notes, tmp_path, monkeypatch):

@@ -44,8 +44,11 @@ class Lacking:
     url: str
     pin: Pin
     """All that is wanted of it."""
-    files: int
     bytes: int
+    into: str
+    """The folder of the cache."""
+    free: int
+    """Bytes on its disk."""
 
 
 def model_cache() -> Path:
@@ -57,12 +60,18 @@ def model_cache() -> Path:
 
 
 def lacking(models: Mapping[str, Pin]) -> list[Lacking]:
-    """Of models by their URLs (``Pins.wanted``), what this machine lacks. Asks no store, and writes nothing."""
+    """Of models by their URLs (``Pins.wanted``, or ``Plan.models``), what this machine lacks. Asks no store, and writes nothing.
+
+    A URL with a secret in it, which a plan doesn't say, is passed over.
+    """
     found = []
     for text, pin in models.items():
+        if "${" in text:
+            continue
         place = place_of(ModelURL.of(text))
-        absent = [file for file in pin.files if not _is_there(place, pin, file)]
-        found.append(Lacking(text, pin, len(absent), sum(file.size for file in absent)))
+        size = sum(file.size for file in pin.files if not _is_there(place, pin, file))
+        disk = next(folder for folder in [_into(place), *_into(place).parents] if folder.exists())
+        found.append(Lacking(text, pin, size, str(_into(place)), shutil.disk_usage(disk).free))
     return found
 
 

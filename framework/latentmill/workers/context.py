@@ -25,7 +25,7 @@ from latentmill.workers.weights_read import of_row
 MANY = 1000
 """Names of schedulers in rows of which a worker tells: nobody has so many, and rows may hold anything."""
 
-STORE_VARIABLES = ("AWS_", "GOOGLE_", "GCS_", "AZURE_", "HF_TOKEN", "HF_ENDPOINT")
+STORE_VARIABLES = ("AWS_", "GOOGLE_", "GCS_", "AZURE_", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE")
 """How the names of environment variables begin that a store's address and keys stand in."""
 
 

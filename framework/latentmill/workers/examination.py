@@ -20,9 +20,10 @@ from latentmill import storage
 from latentmill.config import Job
 from latentmill.errors import LatentmillError, WrongWorker
 from latentmill.libraries import LIBRARIES
+from latentmill.models import lacking
 from latentmill.plan import Plan
 from latentmill.plugin import Reason
-from latentmill.text import one_line
+from latentmill.text import in_units, one_line
 from latentmill.workers.context import SameFragments, as_planned, compare, make_stage, other_libraries
 
 GiB = 1 << 30
@@ -75,7 +76,9 @@ class Claims:
 
 
 def packages(job: Job, plan: Plan, kinds: Sequence[str]) -> list[Remark]:
-    """In what libraries, plugins and weights are not the plan's; ``kinds``: the plugins that are wanted here."""
+    """In what libraries, plugins and weights are not the plan's; ``kinds``: the plugins that are wanted here. Of models that lie elsewhere
+    small files are fetched, without which a plugin can't be built.
+    """
     libraries = list(other_libraries(plan, LIBRARIES))
     remarks = [Remark("libraries", line) for line in libraries]
     others = {*other_libraries(plan, list(plan.libraries))}
@@ -87,6 +90,20 @@ def packages(job: Job, plan: Plan, kinds: Sequence[str]) -> list[Remark]:
                     libraries += [line] * (line in others)
         except Exception as error:
             remarks.append(Remark("plugins", f"can't look at {kind} {plan.plugins[kind]['name']}: {said(error)}"))
+    return remarks + models(plan)
+
+
+def models(plan: Plan) -> list[Remark]:
+    """Which models this node would fetch, and whether there is room for them. Asks no store."""
+    remarks = []
+    for model in lacking(plan.models):
+        if model.bytes > model.free:
+            what = f"lacks {in_units(model.bytes)} of {model.url}, and has {in_units(model.free)} free in {model.into}. Make room"
+            remarks.append(Remark("models", what))
+        elif model.bytes:
+            remarks.append(
+                Remark("models", f"will fetch {in_units(model.bytes)} of {model.url} into {model.into}", wrong=False)
+            )
     return remarks
 
 
