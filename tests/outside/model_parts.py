@@ -127,8 +127,6 @@ class Tint(Stage):
 
     def setup_node(self):
         self.note("set up")
-        if os.environ.get("FAILS_ONCE") and Path(os.environ["NOTES"]).read_text().count("set up") == 1:
-            raise OSError("no compiler yet")
 
     def load(self, device):
         record(*self.files)

@@ -95,9 +95,13 @@ class HubModel(ModelPlace):
         super().__init__(url)
         try:
             import huggingface_hub
+            from huggingface_hub import constants, utils  # which are no attributes until they are imported
         except ImportError as error:
             raise StorageError(f"{url}: the Hub needs huggingface_hub: pip install 'latentmill[hf]'") from error
         self.hub: Any = huggingface_hub
+        self.default_cache = constants.HF_HUB_CACHE
+        client: Any = utils  # whose types say of nothing that it is for others
+        client.disable_progress_bars()
         self.at = f"hf://{url.place}"
 
     @property
@@ -105,7 +109,7 @@ class HubModel(ModelPlace):
         """The Hub's cache, as the environment has it now: its client looked when it was imported."""
         home = os.environ.get("HF_HOME")
         said = os.environ.get("HF_HUB_CACHE") or (home and os.path.join(home, "hub"))
-        return Path(said or self.hub.constants.HF_HUB_CACHE).expanduser()
+        return Path(said or self.default_cache).expanduser()
 
     @property
     def is_offline(self) -> bool:
@@ -165,7 +169,6 @@ class HubModel(ModelPlace):
         key = self._file_key(pin, file)
         if self.is_offline:
             raise StorageError(f"{self.at}@{pin.version}/{key} is not in {self.cache}, and HF_HUB_OFFLINE is set")
-        self.hub.utils.disable_progress_bars()
         told = {"revision": pin.version, "cache_dir": self.cache, "endpoint": hub_endpoint()}
         try:
             found = Path(self._asked(key, lambda: self.hub.hf_hub_download(self.url.place, key, **told)))
