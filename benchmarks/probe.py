@@ -46,14 +46,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=64, help="that are probed")
     parser.add_argument("--times", type=int, default=8, help="as many are run")
+    parser.add_argument("--only", default="", help="jobs with this in their names")
     options = parser.parse_args()
+    found: list[list[object]] = []
     begin(__doc__)
     with tempfile.TemporaryDirectory() as folder:
-        found = [
-            row
-            for name, words in jobs(Path(folder), options.times * options.rows)
-            for row in compared(name, words, options.rows)
-        ]
+        for name, words in jobs(Path(folder), options.times * options.rows):
+            if options.only in name:
+                found += compared(name, words, options.rows)
     table(["job", "rows", "probe", "9 in 10", "run", "off"], found)
 
 
@@ -66,16 +66,11 @@ def jobs(folder: Path, rows: int) -> list[tuple[str, list[str]]]:
     sys.path.insert(0, str(folder))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     (folder / "prompts.txt").write_text(
-        "a red circle\na blue square and a green circle\na yellow square\n" * (rows // 3)
+        "a red circle\na blue square above a green circle\na yellow square\n" * (rows // 3)
     )
-    (folder / "pictures").mkdir()
-    random = np.random.default_rng(0)
-    for number in range(rows):
-        pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((64, 64)).save(folder / "pictures" / f"{number:05d}.png")
     few = "rows_per_shard=64"
-    first = "{name: sleeps, as: first, settings: {seconds: 0.02}}"
-    second = "{name: sleeps, as: second, settings: {seconds: 0.1}}"
+    first = "{name: sleeps, as: first, seconds: 0.02}"
+    second = "{name: sleeps, as: second, seconds: 0.1}"
     slow = [
         f"flow=[read,encode,{first},{second},write]",
         "placement=split",
@@ -85,12 +80,23 @@ def jobs(folder: Path, rows: int) -> list[tuple[str, list[str]]]:
     ]
     slow += [f"stages.{stage}.num_cpus=0.1" for stage in ("read", "encode", "first", "second", "write")]
     slow += [f"stages.{stage}.replicas=1" for stage in ("read", "encode", "first", "write")]
-    prompts, pictures = f"source.path={folder / 'prompts.txt'}", f"source.path={folder / 'pictures'}"
+    prompts, pictures = f"source.path={folder / 'prompts.txt'}", f"source.path={draw(folder / 'few', rows)}"
+    many = f"source.path={draw(folder / 'many', 16 * rows)}"
     return [
         ("txt2img, inline", ["txt2img", prompts, "samples_per_row=1", few, "cluster=inline", f"output={folder / 'a'}"]),
-        ("encode, inline", ["encode", pictures, few, "cluster=inline", f"output={folder / 'b'}"]),
+        ("encode, inline", ["encode", many, "rows_per_shard=512", "cluster=inline", f"output={folder / 'b'}"]),
         ("sleeps, Ray", ["encode", pictures, few, "cluster=local", f"output={folder / 'c'}", *slow]),
     ]
+
+
+def draw(folder: Path, count: int) -> Path:
+    """So many pictures."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for number in range(count):
+        pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((64, 64)).save(folder / f"{number:05d}.png")
+    return folder
 
 
 def compared(name: str, words: list[str], rows: int) -> list[list[object]]:

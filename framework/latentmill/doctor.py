@@ -163,22 +163,24 @@ class _Doctor:
 
     def greet(self) -> None:
         """Who is there, and with which Python."""
-        self.check("nodes"), self.check("versions")
+        for what in ("nodes", "versions"):
+            self.check(what)
         before = time.time()
         hello: dict[str, Hello] = self._answers("nodes", self.asked.hello(ANSWER))
         after = time.time()
         ours = {"Python": platform.python_version(), "latentmill": metadata.version("latentmill")}
         ours |= {"Ray": metadata.version("ray")} if self.job.cluster.kind != "inline" else {}
-        off = {node: max(before - said["time"], said["time"] - after, 0.0) for node, said in hello.items()}
-        for node, said_there in hello.items():
+        off = {node: max(before - has["time"], has["time"] - after, 0.0) for node, has in hello.items()}
+        for node, has in hello.items():
             for name, version in ours.items():
-                if (there := said_there[name.lower()]) == version:
-                    continue
-                said_so = (
-                    f"has {f'{name} {there}' if there else f'no {name}'}, and the driver {version}. Install the same"
-                )
-                self.remark(node, Remark("versions", said_so))
-            if not said_there["latentmill"]:
+                there = has[name.lower()]
+                if there != version:
+                    other = f"{name} {there}" if there else f"no {name}"
+                    self.remark(
+                        node,
+                        Remark("versions", f"has {other}, and the driver {version}. Install the same on every node"),
+                    )
+            if not has["latentmill"]:
                 self.answering.discard(node)
             if off[node] > CLOCKS:
                 why = f"has a clock that is {off[node]:.0f} s off the driver's. Have it set by NTP"
