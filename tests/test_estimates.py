@@ -12,8 +12,10 @@ STAGES = [StageSpec("read", 10), StageSpec("denoise", 10), StageSpec("write", 10
 
 def a_round(denoise, computing=math.nan):
     """100 rows, of which each takes 1 ms to be read, and 2 ms to be packed. A shard takes 1 s, and 10 ms a row; so of bytes."""
-    files = [(25, 25_000.0), (75, 55_000.0)]
-    return Round(100, computing, [0.1, 100 * denoise, 0.2], [(25, 1.25), (75, 1.75)], [100.0, 200_000.0, 1000.0], files)
+    return Round(100, computing, [0.1, 100 * denoise, 0.2], [(100, 2.0)], [100.0, 2e5, 1e3], [(100, 70_000.0)])
+
+
+WARMED = Round(100, 9.9, [9.9] * 3, [(75, 9.9), (25, 1.25)], [0.0] * 3, [(75, 55_000.0), (25, 25_000.0)])
 
 
 def left(types, nodes, gpus):
@@ -28,7 +30,7 @@ def test_the_slowest_workers_say_how_long_it_takes_and_get_all_room():
         WorkerType((2,), 1, {"CPU": 1.0}),
     ]
     nodes = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 2.0}]
-    found = estimate([a_round(0.4)] * 3, left(types, nodes, [0.0, 1.0, 0.0]), loading=20.0)
+    found = estimate([a_round(0.4)] * 3, left(types, nodes, [0.0, 1.0, 0.0]), 20.0, WARMED)
     assert list(found.workers) == [1, 4, 1] and found.slowest == 1
     assert found.row_seconds == pytest.approx([0.001, 0.4, 0.013])
     assert found.rows_a_second == pytest.approx((10.0, 10.0, 10.0))
@@ -41,14 +43,14 @@ def test_the_slowest_workers_say_how_long_it_takes_and_get_all_room():
 
 def test_one_process_computes_one_thing_at_a_time():
     types = [WorkerType((0,)), WorkerType((1,)), WorkerType((2,))]
-    found = estimate([a_round(0.4, computing=50.0)], left(types, [], [0, 0, 0]), loading=1.0)
+    found = estimate([a_round(0.4, computing=50.0)], left(types, [], [0, 0, 0]), 1.0, WARMED)
     assert found.rows_a_second.value == pytest.approx(2.0) and list(found.workers) == [1, 1, 1]
 
 
 def test_rounds_that_differ_make_the_spread():
     types = [WorkerType((0,)), WorkerType((1,)), WorkerType((2,))]
     rounds = [a_round(seconds, computing=100 * seconds) for seconds in (0.4, 0.5, 0.6)]
-    found = estimate(rounds, left(types, [], [0, 0, 0]), loading=1.0)
+    found = estimate(rounds, left(types, [], [0, 0, 0]), 1.0, WARMED)
     beside = 2.920 * 0.1 / math.sqrt(3)
     assert found.rows_a_second == pytest.approx((1 / 0.5, 1 / (0.5 + beside), 1 / (0.5 - beside)))
     assert found.seconds.low < found.seconds.value < found.seconds.high
@@ -57,7 +59,7 @@ def test_rounds_that_differ_make_the_spread():
 def test_no_room_is_no_estimate():
     types = [WorkerType((0,)), WorkerType((1,), 1, {"GPU": 1.0}), WorkerType((2,))]
     with pytest.raises(ValueError, match="no room"):
-        estimate([a_round(0.4)], left(types, [{"CPU": 8.0}], [0, 1, 0]), loading=1.0)
+        estimate([a_round(0.4)], left(types, [{"CPU": 8.0}], [0, 1, 0]), 1.0, WARMED)
 
 
 @pytest.mark.parametrize(

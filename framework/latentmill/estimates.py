@@ -82,12 +82,13 @@ class Estimate:
     """Of each stage, for one row in one worker."""
 
 
-def estimate(rounds: Sequence[Round], left: Left, loading: float) -> Estimate:
-    """``loading``: seconds until the first workers were ready. Raises ValueError if there is no room for the fewest workers."""
-    of_commit, of_file = (
-        line([each for r in rounds for each in r.commits]),
-        line([each for r in rounds for each in r.files]),
-    )
+def estimate(rounds: Sequence[Round], left: Left, loading: float, warmed: Round | None = None) -> Estimate:
+    """``loading``: seconds until the first workers were ready; ``warmed``: the round before, of which the smallest shard counts, so that what a
+    shard costs and what its rows cost can be told apart. Raises ValueError if there is no room for the fewest workers.
+    """
+    small = [min(points) for points in (warmed.commits, warmed.files)] if warmed else []
+    of_commit = line([*small[:1], *(each for r in rounds for each in r.commits)])
+    of_file = line([*small[1:], *(each for r in rounds for each in r.files)])
     all_rows = sum(r.rows for r in rounds)
     last, commit = len(left.stages) - 1, of_commit[0] / left.rows_per_shard + of_commit[1]
 

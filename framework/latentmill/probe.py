@@ -37,7 +37,7 @@ from latentmill.workers.watch import Watch
 ROUNDS = 4
 """The first of which warms up."""
 FEW = 4
-"""One in so many of a round's rows is a shard of its own: what a shard costs and what its rows cost can be told apart."""
+"""One in so many of the first round's rows is a shard of its own: what a shard costs and what its rows cost can be told apart."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def probe(job: Job, plan: Plan, sink: Sink, rows: int, done: int) -> Probed:
         [setup.num_gpus for setup in setups],
     )
     try:
-        found = estimate(measured[1:], left, loading)
+        found = estimate(measured[1:], left, loading, measured[0])
     except ValueError as error:
         raise PlanError(f"--probe: {error}") from error
     ended = state.committed_failed, state.committed_filtered
@@ -120,8 +120,8 @@ def chosen(job: Job, plan: Plan, rows: int) -> tuple[Plan, list[list[int]]]:
     """
     source_rows = plan.rows // plan.samples_per_row
     a_round = max(1, rows // ROUNDS // plan.samples_per_row)
-    few = 0 if job.deterministic else a_round // FEW
-    sizes = [size for size in (few, a_round - few) if size]
+    few = a_round // FEW
+    sizes = [size for size in (a_round - few, few) if size] + [a_round] * (ROUNDS - 1)
     run = max(1, min(a_round, source_rows, job.stages[job.flow[0]].first_batch_size // plan.samples_per_row))
     count = -(-a_round // run)
     starts = [round(place * (source_rows - run) / max(1, ROUNDS * count - 1)) for place in range(ROUNDS * count)]
@@ -131,11 +131,12 @@ def chosen(job: Job, plan: Plan, rows: int) -> tuple[Plan, list[list[int]]]:
         for start in starts[first::ROUNDS]:
             places += _places(plan, start, min(run, wanted))
             wanted -= min(run, wanted)
-    generations = [Generation(f"{plan.hash}-{number}", size) for number, size in enumerate(sizes * ROUNDS)]
+    generations = [Generation(f"{plan.hash}-{number}", size) for number, size in enumerate(sizes)]
     made = replace(
-        plan, places=tuple(places), generations=tuple(generations), rows_per_shard=max(sizes) * plan.samples_per_row
+        plan, places=tuple(places), generations=tuple(generations), rows_per_shard=a_round * plan.samples_per_row
     )
-    return made, [[first * len(sizes) + number for number in range(len(sizes))] for first in range(ROUNDS)]
+    first_round = len(sizes) - ROUNDS + 1
+    return made, [list(range(first_round)), *([shard] for shard in range(first_round, len(sizes)))]
 
 
 def _places(plan: Plan, start: int, rows: int) -> list[tuple[int, int, int]]:

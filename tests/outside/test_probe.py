@@ -49,3 +49,31 @@ def test_what_makes_no_probe(latentmill, job, tmp_path):
     assert latentmill("plan", *job, "--price", "2.5") == 2
     assert "--price is of what --probe finds" in latentmill.err
     assert not list(tmp_path.glob("out*"))
+
+
+NOTES = """
+from latentmill.plugin import Stage
+
+class Notes(Stage):
+    contract = 2
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __call__(self, batch, reject):
+        with open(self.path, "a") as file:
+            file.writelines(f"{prompt}\\n" for prompt in batch["prompt"].to_pylist())
+        return batch
+"""
+
+
+def test_rows_are_taken_from_all_over_the_source(latentmill, install, job, tmp_path):
+    install("acme", "[latentmill.stages]\nnotes = acme_notes:Notes\n", acme_notes=NOTES)
+    colours, shapes = "red green blue yellow white purple".split(), "circle square triangle ring cross".split()
+    lines = [f"a {a} {b} above a {c} circle" for a in colours for b in shapes for c in colours][:160]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    flow = f"flow=[read,{{name: notes, path: {tmp_path / 'seen.txt'}}},encode,denoise,decode,write]"
+    assert latentmill("plan", *job, flow, "--probe", "32") == 0, latentmill.err
+    seen = [lines.index(line) for line in (tmp_path / "seen.txt").read_text().splitlines()]
+    runs = [range(start, start + 8) for start in (0, 51, 101, 152)]
+    assert sorted(seen) == [number for run in runs for number in run]
