@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import re
 import shlex
@@ -139,6 +140,7 @@ class RayJobs(Launcher):
                     f"{address} asks for a token: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that has it"
                 )
             use_token(wants_token)
+            logging.disable(logging.INFO)  # it tells of each package that it sends
             yield JobSubmissionClient(address, headers=dict(self.headers), verify=self.verify)
         except AuthenticationError:
             raise ValueError(f"{address} refuses this token") from None
@@ -148,6 +150,8 @@ class RayJobs(Launcher):
             ) from error
         except RuntimeError as error:
             raise ValueError(f"{address}: {error}") from error
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def _info(client: Any, handle: str) -> Any:
