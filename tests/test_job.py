@@ -190,7 +190,10 @@ def test_batch_sizes_mean_something_in_a_deterministic_job_in_its_own_stages():
         ("stages.decode.batch_size=-1", r"stages\.decode\.batch_size must be auto, or 1 or more, not -1"),
         ("stages.denoise.batch_size=much", r"stages\.denoise\.batch_size must be auto, or 1 or more, not 'much'"),
         ("stages.decode.retries=-1", r"stages\.decode\.retries must be 0 or more, not -1"),
-        ("stages.decode.timeout=0", r"stages\.decode\.timeout must be more than 0 seconds, or null, not 0\.0"),
+        (
+            "stages.decode.timeout=0",
+            r"stages\.decode\.timeout must be more than 0 seconds, as 10m, 90s or a number, or null, not 0",
+        ),
         ("placement=together", r"placement must be auto, split or fused, not 'together'"),
         ("max_bytes_in_flight=much", r"max_bytes_in_flight must be bytes, as 8GiB, 500MB or a number, not 'much'"),
         ("on_error=carry_on", r"on_error must be quarantine or stop, not 'carry_on'"),

@@ -21,6 +21,7 @@ from latentmill.errors import PlacementError, RunError, UnreachableError
 from latentmill.plugin import Stage, tensors
 from latentmill.workers import ray_pool
 from latentmill.workers.cluster import _require_ray, connect
+from latentmill.workers.nodes import check_placement
 from latentmill.workers.worker import StageWork, WorkerSetup
 
 
@@ -208,12 +209,10 @@ def test_a_job_that_has_no_place_says_which_stage_asks_for_what_and_what_there_i
         PlacementError,
         match=r"denoise asks for 3 x \(CPU 1, GPU 1\), which do not fit beside .* CPU 8, GPU 2; CPU 4, GPU 0",
     ):
-        ray_pool.check_placement(works, nodes)
-    ray_pool.check_placement(works, [*nodes, {"CPU": 1.0, "GPU": 1.0}])
+        check_placement(works, nodes)
+    check_placement(works, [*nodes, {"CPU": 1.0, "GPU": 1.0}])
     with pytest.raises(PlacementError, match="denoise asks for .* fit on no node"):
-        ray_pool.check_placement(
-            [WorkerSetup((StageWork("denoise", Double),), accelerator_type="H100", num_gpus=1)], nodes
-        )
+        check_placement([WorkerSetup((StageWork("denoise", Double),), accelerator_type="H100", num_gpus=1)], nodes)
 
 
 class Sees(Stage):

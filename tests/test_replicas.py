@@ -9,6 +9,7 @@ import pytest
 from latentmill.driver.apply import apply
 from latentmill.driver.decide import decide
 from latentmill.driver.messages import (
+    AskFor,
     Died,
     Failed,
     Finished,
@@ -79,7 +80,7 @@ class Cluster:
             self.waiting = deque(start for start in self.waiting if start.worker != order.worker)
             if order.worker in self.alive:
                 self.free += self.alive.pop(order.worker)
-        else:
+        elif not isinstance(order, AskFor):
             begins, warm = max(self.now, self.busy_until.get(order.worker, 0.0)), order.worker in self.busy_until
             seconds = 0.0 if order.task == "commit" else self.seconds[order.stage] * self.noise()
             seconds += self.warms_up if not warm and self.alive[order.worker] else 0.0

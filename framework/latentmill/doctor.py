@@ -196,7 +196,7 @@ class _Doctor:
             return
         from latentmill.workers.nodes import check_placement
 
-        asks = [f"{setup.replicas or 'some'} x {setup.name}" for setup in self.setups]
+        asks = [f"{setup.fewest if setup.replicas else 'some'} x {setup.name}" for setup in self.setups]
         self.check("places", f"there is room for {', '.join(asks)}")
         try:
             check_placement(self.setups, [node.resources for node in self.asked.nodes])

@@ -65,8 +65,8 @@ def probe(job: Job, plan: Plan, sink: Sink, rows: int, done: int) -> Probed:
     short = replace(job, output=url, single_writer=True, prompt_cache=None, rows_per_shard=few.rows_per_shard)
     store = storage.at(url, single_writer=True)
     run, hosted = uuid.uuid4().hex, pools.hosted(job, job.flow)[0]
-    setups = [replace(pools.worker_setup(short, few, stages, run), replicas=1) for stages in hosted]
-    types = [replace(each, replicas=1) for each in pools.worker_types(job, plan)]
+    setups = [replace(pools.worker_setup(short, few, stages, run), replicas=1, min_replicas=None) for stages in hosted]
+    types = [replace(each, replicas=1, fewest=None) for each in pools.worker_types(job, plan)]
     started, pool = time.monotonic(), None
     with Signals().on(), store.visit():
         try:

@@ -102,9 +102,12 @@ def in_bytes(text: str | float) -> float:
 
 
 def in_seconds(text: str | float) -> float:
-    """``30s``, ``10m``, ``2h`` or a number, in seconds; NaN if it is neither."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([smh]?)", str(text).lower())
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else nan
+    """``10m``, ``90s``, ``1.5h``, ``2d`` or a number, in seconds; NaN if it is neither."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(s|m|min|h|d)?", str(text).lower())
+    if not match:
+        return nan
+    number, unit = match.groups()
+    return float(number) * {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}[unit or "s"]
 
 
 @lru_cache(maxsize=64)

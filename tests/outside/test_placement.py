@@ -89,3 +89,13 @@ def test_plan_says_which_stages_share_a_worker_and_why(words, workers, latentmil
     source = f"source.path={tmp_path / 'prompts.txt'}"
     assert latentmill("plan", "txt2img", source, *words, f"output={tmp_path / 'out'}") == 0
     assert f"workers  {workers}\n" in latentmill.out
+
+
+def test_plan_says_how_few_and_how_many_workers(latentmill, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    source, out = f"source.path={tmp_path / 'prompts.txt'}", f"output={tmp_path / 'out'}"
+    words = ["stages.denoise.replicas=8", "stages.denoise.min_replicas=2", "stages.write.replicas=4"]
+    assert latentmill("plan", "txt2img", source, *words, out) == 0
+    assert "replicas read 1 or more, encode 1 or more, denoise 2 to 8, decode 1 or more, write 4\n" in latentmill.out
+    assert latentmill("plan", "txt2img", source, *words, out, "cluster=inline") == 0
+    assert "replicas" not in latentmill.out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 
 from tests.simulation.settings import LARGEST_ROW, Wrong
@@ -20,6 +21,7 @@ def check(state: DriverState, largest: list[int], resumes: bool = False) -> None
     if state.failed:
         return
     check_counts(state)
+    check_room(state)
     largest[:] = map(max, largest or state.targets, state.targets)
     state = copy.copy(state)
     state.targets = largest  # where fewer are wanted now, there may be as much as there was
@@ -63,6 +65,22 @@ def check(state: DriverState, largest: list[int], resumes: bool = False) -> None
         raise Wrong(f"rows {sorted(left)} are of no open shard, and their attempts are kept")
     if len(state.shards) > max_open_shards(state):
         raise Wrong(f"{len(state.shards)} shards are open")
+
+
+def check_room(state: DriverState) -> None:
+    """Where the nodes have room for all workers that a job gives the number of, they are wanted. Each asks for one CPU. And where more
+    nodes come for who asks, it is asked for no more than that number. Raises Wrong.
+    """
+    types, targets = state.worker_types, state.targets
+    lacking = [h.replicas - (h.fewest or h.replicas) if h.replicas else math.inf for h in types]
+    if any(asked > most for asked, most in zip(state.asked_for, lacking)) or (state.asked_for and not state.more_come):
+        raise Wrong(f"{state.asked_for} more workers are asked for, and {lacking} are the most")
+    if state.nodes is None or state.room_changed or any(most < math.inf for most in state.most_replicas):
+        return
+    if sum(node["CPU"] for node in state.nodes) < sum(h.replicas or n for h, n in zip(types, targets)):
+        return
+    if missing := {h.stages: (h.replicas, n) for h, n in zip(types, targets) if h.fewest and h.replicas != n}:
+        raise Wrong(f"there is room for all workers, and not all are wanted: {missing}")
 
 
 def check_counts(state: DriverState) -> None:

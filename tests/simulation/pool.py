@@ -13,6 +13,7 @@ from tests.simulation.settings import DRAWS, EARLY, LARGEST_ROW, NAMES, Gone, Ro
 
 from latentmill.driver.limits import MAX_QUARANTINED_ON_TRUST
 from latentmill.driver.messages import (
+    AskFor,
     Died,
     Dispatch,
     Event,
@@ -56,6 +57,12 @@ class Pool:
         """Of each node, how many workers it has, those that start included."""
         self._tell_of_nodes()
         self.next_node = len(self.nodes)
+        self.expected = 0
+        """Nodes that are on their way."""
+        for seconds in world.settings.comes:
+            self._expect_node(seconds)
+        for seconds in world.settings.goes:
+            driver._while_alive(seconds, self._node_goes)
         self.actors: dict[int, Actor] = {}
         self.coming: dict[int, Actor] = {}
         """Workers that start."""
@@ -71,6 +78,8 @@ class Pool:
             self._house(order)
         elif isinstance(order, HandOver):
             self._hand_over(order.worker)
+        elif isinstance(order, AskFor):
+            self._scale(sum(order.more))
         else:
             for slice_ in order.slices:
                 if slice_.block not in self.blocks and slice_.block not in self.lost:
@@ -140,7 +149,8 @@ class Pool:
 
     def _tell_of_nodes(self) -> None:
         if self.world.settings.node_size < math.inf:
-            self.inbox.append(NodesSeen(tuple({"CPU": self.world.settings.node_size} for _ in self.nodes)))
+            nodes = tuple({"CPU": self.world.settings.node_size} for _ in self.nodes)
+            self.inbox.append(NodesSeen(nodes, self.world.settings.scales))
 
     def _work(self, actor: Actor) -> None:
         if actor.busy or not actor.orders:
@@ -356,11 +366,25 @@ class Pool:
         self.lost |= gone
         for block in gone:
             del self.blocks[block]
-        if not self.nodes or self.world.dice.random() < 0.7:  # or none comes in its place
-            self.driver._while_alive(self.world.dice.uniform(0, 60), self._node_comes)
+        too_few = (len(self.nodes) + self.expected) * self.world.settings.node_size < self.world.settings.fewest
+        if too_few or not self.nodes or self.world.dice.random() < 0.7:  # or none comes in its place
+            self._expect_node(self.world.dice.uniform(0, 60))
         self._tell_of_nodes()
 
+    def _scale(self, asked: int) -> None:
+        if asked and not self.expected:
+            self._expect_node(self.world.dice.uniform(5, 40))
+
+    def _node_goes(self) -> None:
+        if self.nodes:
+            self._node_dies(self.world.dice.choice(self.nodes))
+
+    def _expect_node(self, seconds: float) -> None:
+        self.expected += 1
+        self.driver._while_alive(seconds, self._node_comes)
+
     def _node_comes(self) -> None:
+        self.expected -= 1
         self.nodes.append(self.next_node)
         self.next_node += 1
         self._tell_of_nodes()

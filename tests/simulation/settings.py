@@ -74,6 +74,19 @@ class Settings:
     """Rows that are filtered before anything is drawn."""
     rates: dict[str, float]
     """Chance of a trouble for each dispatch, commit, or use of the store."""
+    comes: list[float]
+    """Seconds after a driver's begin at which it gets one more node."""
+    goes: list[float]
+    """The same at which it loses one."""
+    scales: bool = False
+    """Nodes come to who asks for them, one at a time."""
+    calm: bool = False
+    """Nothing happens but that nodes come and go: no driver may give up."""
+
+    @property
+    def fewest(self) -> int:
+        """Workers without which nothing moves, all types together."""
+        return sum((hosts.replicas or 1) if hosts.fewest is None else hosts.fewest for hosts in self.worker_types)
 
     @property
     def short(self) -> dict[int, int]:
@@ -160,6 +173,8 @@ class Settings:
                 **{name: dice.choice((0.0, 0.1, 0.3)) for name in often},
                 "wrecked": wrecked,
             },
+            comes=[],
+            goes=[],
             attempts=1,
             passes_at={},
             filters=[],
@@ -173,7 +188,29 @@ class Settings:
         drawn.raising = {row: dice.randrange(drawn.attempts) for row in drawn.raising}
         drawn.rates["stop"] = random.Random(f"{rows} of {size} stop").choice((0.0, 0.0, 0.02, 0.1))
         drawn.early = {row for row in drawn.numbers if row not in drawn.bad and dice.random() < share / 5}
+        drawn._draw_nodes(random.Random(f"{rows} of {size} on nodes that come and go"))
         return drawn
+
+    def _draw_nodes(self, dice: random.Random) -> None:
+        """In a share of the worlds types have a fewest number, and nodes come late, go, and come back. With dice of its own: other
+        worlds stay as they were.
+        """
+        if dice.random() >= 0.3:
+            return
+        types = []
+        for hosts in self.worker_types:
+            number = dice.choice((None, 1, 2, 4, 6))
+            fewest = dice.randint(1, number) if number and dice.random() < 0.8 else None
+            types.append(WorkerType(hosts.stages, number, hosts.asks, fewest))
+        self.worker_types = tuple(types)
+        self.node_size = float(dice.randint(1, self.fewest + 4))
+        least = math.ceil(self.fewest / self.node_size)
+        self.nodes = dice.randint(0, least + 1)
+        self.comes = [dice.uniform(0, 60) for _ in range(max(0, least - self.nodes) + dice.randint(0, 3))]
+        self.goes = [dice.uniform(0, 90) for _ in range(dice.randint(0, 8))]
+        self.scales = dice.random() < 0.4
+        if dice.random() < 0.6 and not self.bad:
+            self.calm, self.rates = True, dict.fromkeys(self.rates, 0.0)
 
 
 def value(row: int, stage: int, attempt: int = 0) -> int:

@@ -188,6 +188,8 @@ class Driver:
             self.end(str(error))
             return
         check(state, self.largest, self.resumes)
+        if state.failed and settings.calm:
+            raise Wrong(f"nothing but nodes came and went, and the job ends: {state.failed}")
         self.check_reason()
         if state.failed and world.now > TROUBLED and world.hopeless():
             self.finished = True

@@ -72,6 +72,8 @@ def _plan(options: Any) -> int:
     print(f"output   {job.output}")
     hosted, why = pools.hosted(job, job.flow)
     print(f"workers  {', '.join(' + '.join(plan.stages[stage].name for stage in stages) for stages in hosted)} ({why})")
+    if job.cluster.kind != "inline":
+        print(f"replicas {', '.join(pools.replicas_text(job, plan, stages) for stages in hosted)}")
     plugins = {
         kind: about
         for kind, about in plan.plugins.items()

@@ -175,8 +175,12 @@ def _wrong(job: Job) -> Iterator[str]:
             yield f"stages.{name}.batch_size must be auto, or 1 or more, not {stage.batch_size!r}"
         if stage.retries < 0:
             yield f"stages.{name}.retries must be 0 or more, not {stage.retries}"
-        if stage.timeout is not None and not stage.timeout > 0:
-            yield f"stages.{name}.timeout must be more than 0 seconds, or null, not {stage.timeout}"
+        if (least := stage.min_replicas) is not None and not (
+            type(stage.replicas) is int and 1 <= least <= stage.replicas
+        ):
+            yield f"stages.{name}.min_replicas must be from 1 to a number that replicas gives, not {least} of {stage.replicas}"
+        if stage.timeout is not None and not 0 < values.in_seconds(stage.timeout) < math.inf:
+            yield f"stages.{name}.timeout must be more than 0 seconds, as 10m, 90s or a number, or null, not {stage.timeout!r}"
         for key in ("num_gpus", "num_cpus"):
             number = getattr(stage, key)
             if not (math.isfinite(number) and number >= 0):
@@ -187,6 +191,8 @@ def _wrong(job: Job) -> Iterator[str]:
             yield f"stages.{name}.num_gpus above 1 must be whole, not {stage.num_gpus}"
     if job.cluster.kind not in CLUSTERS:
         yield f"cluster.kind must be one of {', '.join(CLUSTERS)}, not {job.cluster.kind!r}"
+    if job.cluster.wait is not None and not 0 <= values.in_seconds(job.cluster.wait) < math.inf:
+        yield f"cluster.wait must be seconds, as 10m, 90s or a number, or null, not {job.cluster.wait!r}"
     if job.cluster.kind == "ray" and not job.cluster.address:
         yield "cluster.address must be set for cluster=ray: an address, or auto"
     for kind in registry.KINDS:

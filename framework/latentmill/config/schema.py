@@ -42,6 +42,8 @@ class StageSettings:
     """The plugin that fills the stage; None: the one of the stage's own name."""
     replicas: Any = "auto"
     """Workers; ``auto``: as many as are of use and the cluster has room for."""
+    min_replicas: int | None = None
+    """Where ``replicas`` is a number: so many are enough to begin with, and to go on; None: all to begin with, one to go on."""
     batch_size: Any = "auto"
     """Rows; of denoise, evaluations of a call. ``auto``: FIRST_BATCH_SIZE; denoise grows from there up to four times as many rows, for
     as long as that is faster, unless other workers share its GPU."""
@@ -53,8 +55,9 @@ class StageSettings:
     accelerator_type: str | None = None
     retries: int = 1
     """How often a batch that failed is tried again as it is, before it is split to find the row."""
-    timeout: float | None = None
-    """Seconds in which a worker that has work must finish some of it; else it counts as hanging and is replaced."""
+    timeout: Any = None
+    """Seconds, as a number or in words (``10m``), in which a worker that has work must finish some of it; else it counts as hanging
+    and is replaced."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The plugin's own."""
 
@@ -72,6 +75,11 @@ class StageSettings:
     def bytes(self) -> int | None:
         """``memory`` as a number."""
         return None if self.memory is None else int(values.in_bytes(self.memory))
+
+    @property
+    def timeout_seconds(self) -> float | None:
+        """``timeout`` as a number."""
+        return None if self.timeout is None else values.in_seconds(self.timeout)
 
 
 FIRST_BATCH_SIZE = 16
@@ -104,6 +112,14 @@ class Cluster:
 
     kind: str = MISSING
     address: str | None = None
+    wait: Any = None
+    """Seconds, as a number or in words (``10m``), to wait for workers' places, at the start and whenever nodes have gone; None: none for
+    nodes that are not there at the start, a minute for others to make room, and no end to it later."""
+
+    @property
+    def wait_seconds(self) -> float | None:
+        """``wait`` as a number."""
+        return None if self.wait is None else values.in_seconds(self.wait)
 
 
 @dataclass

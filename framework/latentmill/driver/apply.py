@@ -40,7 +40,7 @@ def apply(state: DriverState, event: Event) -> DriverState:
         failures.worker_died(state, event)
     elif isinstance(event, NodesSeen):
         state.nodes, state.batches_to_measure, state.room_changed = event.nodes, 0, True
-        state.most_replicas = [inf] * len(state.worker_types)
+        state.most_replicas, state.more_come = [inf] * len(state.worker_types), event.more_come
     elif isinstance(event, Claimed):
         state.claiming.discard(event.shard)
         if event.outcome == "ours":

@@ -211,8 +211,9 @@ def _is_one_too_many(state: DriverState, worker_type: int) -> bool:
 
     The nodes seemed to have room for it; say a GPU's memory had none, or no place came free.
     """
-    numbers_are_found = state.worker_types[worker_type].replicas is None
-    return numbers_are_found and worker_type in state.loaded_types and state.targets[worker_type] > 1
+    hosts = state.worker_types[worker_type]
+    enough = 1 if hosts.replicas is None else hosts.fewest
+    return enough is not None and worker_type in state.loaded_types and state.targets[worker_type] > enough
 
 
 def _stop_worker(state: DriverState, stage: int, worker: int, reason: str) -> None:

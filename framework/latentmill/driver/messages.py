@@ -34,9 +34,11 @@ class WorkerType:
 
     stages: tuple[int, ...]
     replicas: int | None = 1
-    """How many there are; None: one at first, and then as many as are of use and the nodes have room for."""
+    """How many are wanted; None: one at first, and then as many as are of use and the nodes have room for."""
     asks: Mapping[str, float] = field(default_factory=dict)
     """What each asks of its node, in Ray's words: CPU, GPU, memory."""
+    fewest: int | None = None
+    """Of a number that is given, how many there are at least: the others come and go with the nodes. None: all of them."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,16 @@ class StopWorker:
 
 
 @dataclass(frozen=True)
+class AskFor:
+    """An order to the pool, where nodes come for who asks: so many workers more of each type would be of use if there was room.
+
+    It holds until the next.
+    """
+
+    more: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Claim:
     """An order to whoever keeps the leases: try to get this shard for us."""
 
@@ -136,7 +148,7 @@ class HandOver:
     worker: int
 
 
-PoolOrder: TypeAlias = "StartWorker | StopWorker | HandOver | Dispatch"
+PoolOrder: TypeAlias = "StartWorker | StopWorker | AskFor | HandOver | Dispatch"
 Order: TypeAlias = "PoolOrder | Claim | CheckDataset"
 
 # ------------------------------------------------------------------------------------------------------- events
@@ -203,6 +215,8 @@ class NodesSeen:
     """What each node has for this job's workers, those included that are there: a cluster grows, and loses nodes."""
 
     nodes: tuple[Mapping[str, float], ...]
+    more_come: bool = False
+    """More nodes come if the pool is told to ask for them: the cluster has an autoscaler."""
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from latentmill.driver.failures import suspects_of_gone
-from latentmill.driver.messages import StopWorker, WorkerType
+from latentmill.driver.messages import AskFor, StopWorker, WorkerType
 from latentmill.driver.state import DriverState
 
+COMES_IN = 180.0
+"""Seconds that a node takes to come where there is an autoscaler, about."""
 GAIN = 0.95
 """What is left must be done in no more than this share of the time, or the workers stay as they are."""
 SOON = 10.0
@@ -75,13 +77,21 @@ def allocate(
     """How many workers of each type do the work soonest; None if there is no room for the fewest.
 
     ``work``: for each type, the seconds that one worker would take for what is left; ``most``: how many are of use. Each type has
-    one worker, or as many as are given. Then whoever takes longest gets one more, as long as there is room. Where workers ask for
-    the same, no other choice is faster: it would have fewer of a type that takes longest.
+    one worker, or as many as are given; those beyond the fewest by turns, where there is room. Then whoever takes longest gets one
+    more, as long as there is room. Where workers ask for the same, no other choice is faster: it would have fewer of a type that takes longest.
     """
-    counts = [1 if hosts.replicas is None else hosts.replicas for hosts in types]
+    counts = [_fewest(hosts) for hosts in types]
     room = Room(nodes)
     if not _take(room, types, counts):
         return None
+    while growing := [
+        number for number, hosts in enumerate(types) if counts[number] < min(_given(hosts), most[number])
+    ]:
+        least = min(growing, key=lambda number: counts[number])
+        if not room.take(types[least].asks):
+            most = [counts[number] if number == least else count for number, count in enumerate(most)]
+        else:
+            counts[least] += 1
     while True:
         slowest = max(range(len(types)), key=lambda number: work[number] / counts[number])
         hosts = types[slowest]
@@ -90,6 +100,16 @@ def allocate(
         if not hosts.asks or not room.take(hosts.asks):  # of those that ask for nothing there would be no end
             return counts
         counts[slowest] += 1
+
+
+def _fewest(hosts: WorkerType) -> int:
+    """How many workers of a type there are at least."""
+    return (hosts.replicas or 1) if hosts.fewest is None else hosts.fewest
+
+
+def _given(hosts: WorkerType) -> int:
+    """How many workers of a type are wanted whatever is measured."""
+    return hosts.replicas or 1
 
 
 def _take(room: Room, types: Sequence[WorkerType], counts: Sequence[int]) -> bool:
@@ -105,6 +125,16 @@ def adjust(state: DriverState) -> None:
             _end(state, worker_type, worker)
     if state.nodes is None:
         return
+    before = list(state.targets), state.room_changed, state.looks
+    _adjust_numbers(state)
+    if state.more_come and before != (state.targets, state.room_changed, state.looks):
+        _ask(state)
+
+
+def _adjust_numbers(state: DriverState) -> None:
+    assert state.nodes is not None
+    if state.room_changed:
+        _follow(state)
     if not state.looks and not state.measured_batches and (all_of_one := _all_of_one(state)):
         state.looks = 1
         _change(state, allocate(_with_memory(state, 2.0), all_of_one, _of_use(state), state.nodes) or state.targets)
@@ -125,6 +155,42 @@ def adjust(state: DriverState) -> None:
     if counts is None or counts == state.targets or not (lacks_room or _is_better(state, work, counts)):
         return
     _change(state, counts)
+
+
+def _follow(state: DriverState) -> None:
+    """Start workers of types whose number is given as nodes come, up to that number, and end some as nodes go, down to the fewest.
+
+    Where even the fewest have no room, all are kept that are there: who has none waits.
+    """
+    assert state.nodes is not None
+    types = _with_memory(state)
+    counts = allocate(types, [0.0] * len(types), _of_use(state), state.nodes)
+    if counts is not None:
+        _change(
+            state,
+            [state.targets[number] if hosts.fewest is None else counts[number] for number, hosts in enumerate(types)],
+        )
+
+
+def _ask(state: DriverState) -> None:
+    """Say how many more workers would be of use if nodes came: what is lacking of numbers that the job gives, and as many of those that
+    are found as have longer to work than they take to come.
+    """
+    types, work, most = state.worker_types, work_left(state), _of_use(state)
+    wanted = [hosts.replicas or count for hosts, count in zip(types, state.targets)]
+    if work is not None:
+        in_time = [seconds / (COMES_IN + loading) for seconds, loading in zip(work, state.loading_seconds)]
+        wanted = [max(now, min(want, int(some))) for want, now, some in zip(wanted, state.targets, in_time)]
+    while work is not None:
+        slowest = max(range(len(types)), key=lambda number: work[number] / wanted[number])
+        hosts, enough = types[slowest], min(in_time[slowest], most[slowest])
+        if hosts.replicas is not None or not hosts.asks or wanted[slowest] + 1 > enough:
+            break
+        wanted[slowest] += 1
+    more = tuple(max(0, want - count) for want, count in zip(wanted, state.targets))
+    if more != (state.asked_for or (0,) * len(types)):
+        state.worker_orders.append(AskFor(more))
+        state.asked_for = more
 
 
 def _make_room(state: DriverState) -> None:
@@ -203,7 +269,7 @@ def _of_use(state: DriverState) -> list[float]:
     rows = _rows_left(state)
     batches = [math.ceil(left / spec.batch_size) for left, spec in zip(rows, state.stages)]
     return [
-        max(1, min(most, max(batches[stage] for stage in hosts.stages)))
+        max(_fewest(hosts), min(most, math.inf if hosts.replicas else max(batches[stage] for stage in hosts.stages)))
         for hosts, most in zip(state.worker_types, state.most_replicas)
     ]
 
@@ -212,7 +278,10 @@ def _with_memory(state: DriverState, more: float = 1.0) -> list[WorkerType]:
     """The worker types, each asking for as much memory as one of them has been seen to take, times ``more``."""
     return [
         WorkerType(
-            hosts.stages, hosts.replicas, {**hosts.asks, "memory": max(hosts.asks.get("memory", 0.0), more * seen)}
+            hosts.stages,
+            hosts.replicas,
+            {**hosts.asks, "memory": max(hosts.asks.get("memory", 0.0), more * seen)},
+            hosts.fewest,
         )
         if seen
         else hosts

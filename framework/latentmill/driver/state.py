@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any, NamedTuple
 
-from latentmill.driver.messages import Dispatch, StageSpec, StartWorker, StopWorker, TableSlice, WorkerType
+from latentmill.driver.messages import AskFor, Dispatch, StageSpec, StartWorker, StopWorker, TableSlice, WorkerType
 from latentmill.driver.stopping import Stopping
 from latentmill.driver.waiting import Chunk, Rank, Ranking, StageQueue, StageTime
 
@@ -120,7 +120,7 @@ class DriverState:
     """Blocks that nothing needs any more: whoever holds them empties this list."""
 
     # Workers
-    worker_orders: list[StartWorker | StopWorker] = field(default_factory=list)
+    worker_orders: list[StartWorker | StopWorker | AskFor] = field(default_factory=list)
     """Not given out yet."""
     starting: set[tuple[int, int]] = field(default_factory=set)
     type_of: list[int] = field(default_factory=list)
@@ -143,6 +143,9 @@ class DriverState:
     # What decides how many workers there are
     nodes: Sequence[Mapping[str, float]] | None = None
     """What each node has for them; None if nobody says."""
+    more_come: bool = False
+    asked_for: tuple[int, ...] = ()
+    """Whether more nodes come for who asks; for each worker type, how many more were last asked for."""
     stage_times: list[StageTime] = field(default_factory=list)
     loading_seconds: list[float] = field(default_factory=list)
     """For each worker type, how long one takes to be ready: the shortest time of any, since others waited for a place."""
@@ -220,7 +223,7 @@ class DriverState:
         self.stage_times = [StageTime() for _ in range(count)]
         self.loading_seconds, self.memory_seen = [inf] * len(self.worker_types), [0.0] * len(self.worker_types)
         self.most_replicas = [inf] * len(self.worker_types)
-        self.targets = [1 if hosts.replicas is None else hosts.replicas for hosts in self.worker_types]
+        self.targets = [hosts.fewest or hosts.replicas or 1 for hosts in self.worker_types]
         self.largest_targets = list(self.targets)
         for number, wanted in enumerate(self.targets):
             for _ in range(wanted):

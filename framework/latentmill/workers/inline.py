@@ -14,6 +14,7 @@ import torch
 
 from latentmill.checks import cause, told
 from latentmill.driver.messages import (
+    AskFor,
     Died,
     Dispatch,
     Event,
@@ -70,6 +71,7 @@ class InlinePool:
         """Seconds in which this thread had nothing to do but to wait for the others."""
 
     def submit(self, order: PoolOrder) -> None:
+        assert not isinstance(order, AskFor)  # it has told of no nodes
         if isinstance(order, StopWorker):  # what it held is given out anew
             self._forget(order.worker)
         elif isinstance(order, StartWorker):

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import ray
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray._private.state import available_resources_per_node
+from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.exceptions import RayError
-from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.experimental.internal_kv import _internal_kv_get
 
 from latentmill.driver.messages import Event, NodesSeen
 from latentmill.driver.replicas import Room
-from latentmill.errors import BusyError, PlacementError
+from latentmill.errors import PlacementError
 from latentmill.workers.worker import WorkerSetup
 
-PATIENCE = 60.0
-"""Seconds to wait for room on a cluster that would have it if others didn't use it."""
 SEE_EVERY = 5.0
 """Seconds between two looks for nodes that have come or gone."""
 
@@ -31,78 +31,28 @@ def alive() -> dict[str, Resources]:
     return {node["NodeID"]: node["Resources"] for node in cast(Any, ray).nodes() if node["Alive"]}
 
 
-class Places:
-    """Places on the nodes that are reserved before anything starts: all of them, or none.
+def has_autoscaler() -> bool:
+    """Whether more nodes come to the cluster if they are wanted.
 
-    Of a type whose number is given there are as many, and a worker's place is its replacement's. Of one whose number is found there
-    is one, for the first: where that ends, others go on elsewhere, and nobody must wait for just this place.
+    Ray has no public word for it. Each cluster has a monitor, which writes down what it sees; one that starts no nodes calls each
+    node's type by the node's own id.
     """
-
-    def __init__(self, setups: Sequence[WorkerSetup], name: Callable[[str], str]) -> None:
-        """``name`` makes the name by which people find a place. Raises BusyError if others hold the cluster for longer than PATIENCE."""
-        self.free: dict[int, list[PlacementGroupSchedulingStrategy]] = {}
-        """By worker type."""
-        self.taken: dict[int, tuple[int, PlacementGroupSchedulingStrategy]] = {}
-        """Of each worker that has one, its type and place."""
-        given = [(number, setup.asks) for number, setup in enumerate(setups) for _ in range(setup.replicas or 0)]
-        found = [(number, setup.asks) for number, setup in enumerate(setups) if setup.replicas is None]
-        self.found = {number for number, _ in found}
-        together = [[(number, asks) for number, asks in given if asks], *[[each] for each in found if each[1]]]
-        self.groups = {}
-        for bundles in filter(None, together):
-            types = sorted({number for number, _ in bundles})
-            called = name(f"places of {'+'.join(stage.name for of in types for stage in setups[of].stages)}")
-            self.groups[placement_group([asks for _, asks in bundles], strategy="PACK", name=called)] = bundles
-        until = time.monotonic() + PATIENCE
-        for group, bundles in self.groups.items():
-            if not group.wait(max(0.01, until - time.monotonic())):
-                self.close()
-                raise _busy(setups)
-            for place, (number, _) in enumerate(bundles):
-                self.free.setdefault(number, []).append(PlacementGroupSchedulingStrategy(group, place))
-
-    def take(self, worker_type: int, worker: int) -> PlacementGroupSchedulingStrategy | None:
-        """A place for a worker, if one is free."""
-        if not self.free.get(worker_type):
-            return None
-        place = self.free[worker_type].pop()
-        self.taken[worker] = worker_type, place
-        return place
-
-    def give_back(self, worker: int) -> None:
-        """A worker is no more."""
-        worker_type, place = self.taken.pop(worker, (None, None))
-        if worker_type is None or place is None:
-            return
-        if worker_type in self.found:
-            remove_placement_group(place.placement_group)
-            del self.groups[place.placement_group]
-        else:
-            self.free[worker_type].append(place)
-
-    def by_node(self) -> dict[str, Counter[str]]:
-        """What is reserved on each node."""
-        found: dict[str, Counter[str]] = {}
-        for group, bundles in self.groups.items():
-            for place, node in placement_group_table(group)["bundles_to_node_id"].items():
-                found.setdefault(node, Counter()).update(bundles[int(place)][1])
-        return found
-
-    def close(self) -> None:
-        """Give all of them back."""
-        for group in self.groups:
-            remove_placement_group(group)
-        self.groups.clear()
+    if is_autoscaler_v2(fetch_from_server=True):
+        return True
+    told = _internal_kv_get(DEBUG_AUTOSCALING_STATUS)
+    seen = (json.loads(told).get("autoscaler_report") or {}) if told else {}
+    return any(not name.startswith("node_") for name in seen.get("active_nodes") or ())
 
 
 class Nodes:
     """The nodes, as they come and go. What others use of one is theirs: what they used when nothing of ours was outside its place."""
 
-    def __init__(self, places: Places, watch: bool) -> None:
-        """``watch``: whether others may be there, come or go."""
-        self.places, self.watch = places, watch
+    def __init__(self, reserved: Callable[[], Mapping[str, Counter[str]]], watch: bool) -> None:
+        """``reserved`` says what this job's places take of each node; ``watch``: whether others may be there, come or go."""
+        self.reserved, self.watch = reserved, watch
         self.ours: dict[str, Resources] = {}
         self.told: dict[str, Resources] = {}
+        self.more_come = False
         self.looked = -SEE_EVERY
 
     def news(self, only_places: bool) -> list[Event]:
@@ -112,19 +62,19 @@ class Nodes:
             return []
         self.looked = now
         try:
-            found = alive()
+            found, more_come = alive(), self.watch and (self.more_come or has_autoscaler())
             if self.watch and only_places:
                 self.ours = self._without_others(found)
         except RayError:  # whoever keeps the list of nodes is away for a moment
             return []
         self.ours = {node: self.ours[node] if node in self.ours else _shared(has) for node, has in found.items()}
-        if self.ours == self.told:
+        if (self.ours, more_come) == (self.told, self.more_come):
             return []
-        self.told = self.ours
-        return [NodesSeen(tuple(self.ours.values()))]
+        self.told, self.more_come = self.ours, more_come
+        return [NodesSeen(tuple(self.ours.values()), more_come)]
 
     def _without_others(self, found: Mapping[str, Resources]) -> dict[str, Resources]:
-        free, reserved = cast(Any, available_resources_per_node)(), self.places.by_node()
+        free, reserved = cast(Any, available_resources_per_node)(), self.reserved()
         return {
             node: {
                 name: min(amount, free[node].get(name, 0.0) + reserved.get(node, Counter()).get(name, 0.0))
@@ -135,18 +85,8 @@ class Nodes:
         }
 
 
-def _busy(setups: Sequence[WorkerSetup]) -> BusyError:
-    there = cast(Any, ray).available_resources()
-    wants = ", ".join(f"{setup.name} {setup.replicas or 1} x ({_amounts(setup.asks)})" for setup in setups)
-    has = ", ".join(
-        f"{name} {there.get(name, 0):g}" for name in sorted({name for setup in setups for name in setup.asks})
-    )
-    return BusyError(
-        f"the cluster is large enough, but others have been using it for {PATIENCE:g} s: wanted {wants}; free {has}"
-    )
-
-
-def _amounts(demand: Mapping[str, float]) -> str:
+def amounts_text(demand: Mapping[str, float]) -> str:
+    """``CPU 1, GPU 0.5``."""
     return ", ".join(f"{name} {amount:g}" for name, amount in demand.items())
 
 
@@ -156,16 +96,16 @@ def _shared(resources: Resources) -> Resources:
 
 
 def check_placement(setups: Sequence[WorkerSetup], nodes: Sequence[Mapping[str, float]]) -> None:
-    """Raise PlacementError unless all workers fit on the nodes together, the largest first."""
+    """Raise PlacementError unless the workers that a job needs to begin fit on the nodes together, the largest first."""
     room = Room(nodes)
-    wanted = [(work, work.asks) for work in setups for _ in range(work.replicas or 1)]
+    wanted = [(work, work.asks) for work in setups for _ in range(work.fewest)]
     for work, demand in sorted(wanted, key=lambda each: max(each[1].values(), default=0.0), reverse=True):
         if not room.take(demand):
-            asks = _amounts(demand)
+            asks = amounts_text(demand)
             names = {name for _, each in wanted for name in each}
             has = "; ".join(", ".join(f"{name} {node.get(name, 0):g}" for name in sorted(names)) for node in nodes)
             alone = any(Room([node]).take(demand) for node in nodes)
             why = "do not fit beside the other stages' workers" if alone else "fit on no node"
             raise PlacementError(
-                f"stage {work.name} asks for {work.replicas or 1} x ({asks}), which {why}; the cluster's nodes have: {has}"
+                f"stage {work.name} asks for {work.fewest} x ({asks}), which {why}; the cluster's nodes have: {has}"
             )

@@ -13,7 +13,6 @@ from latentmill.config import Job
 from latentmill.config.schema import StageSettings
 from latentmill.driver.loop import Pool
 from latentmill.driver.messages import StageSpec, WorkerType
-from latentmill.errors import PlacementError
 from latentmill.half_done import HalfDone
 from latentmill.models import seconds_to_fetch
 from latentmill.plan import Plan
@@ -45,7 +44,7 @@ def stage_spec(job: Job, declared: Declaration) -> StageSpec:
 def worker_types(job: Job, plan: Plan) -> tuple[WorkerType, ...]:
     """What the driver must know of the job's workers: which stages they host, how many they are, and what each asks for."""
     setups = [(stages, worker_setup(job, plan, stages)) for stages in hosted(job, job.flow)[0]]
-    return tuple(WorkerType(stages, setup.replicas, setup.asks) for stages, setup in setups)
+    return tuple(WorkerType(stages, setup.replicas, setup.asks, setup.min_replicas) for stages, setup in setups)
 
 
 def hosted(job: Job, names: Sequence[str]) -> tuple[list[tuple[int, ...]], str]:
@@ -65,6 +64,17 @@ def hosted(job: Job, names: Sequence[str]) -> tuple[list[tuple[int, ...]], str]:
         groups = [between] if job.placement == "fused" else [[stage] for stage in between]
         why = f"placement={job.placement}"
     return [(0,), *(tuple(group) for group in groups if group), (count - 1,)], why
+
+
+def replicas_text(job: Job, plan: Plan, stages: Sequence[int]) -> str:
+    """How few and how many workers host these stages: ``denoise 2 to 8``, ``read 1 or more``."""
+    setup = worker_setup(job, plan, stages)
+    name = " + ".join(stage.name for stage in setup.stages)
+    if setup.replicas is None:
+        return f"{name} 1 or more"
+    return (
+        f"{name} {setup.replicas}" if setup.fewest == setup.replicas else f"{name} {setup.fewest} to {setup.replicas}"
+    )
 
 
 def _shared(job: Job, names: Sequence[str], between: Sequence[int]) -> tuple[list[list[int]], str]:
@@ -90,7 +100,7 @@ def _apart(stages: Sequence[StageSettings]) -> str:
         return "it asks for another device"
     if (gpus := sum(stage.num_gpus for stage in stages)) > 1:
         return f"together they ask for {gpus:g} GPUs"
-    if len({stage.replicas for stage in stages}) > 1:
+    if len({(stage.replicas, stage.min_replicas) for stage in stages}) > 1:
         return "the job gives it other replicas"
     return ""
 
@@ -123,9 +133,11 @@ def worker_setup(job: Job, plan: Plan, stages: Sequence[int], run: str = "") -> 
     """What a pool must know of the workers that host these stages. ``run`` names the run."""
     declared = [plan.stages[stage] for stage in stages]
     needs = worker_needs(job, [stage.name for stage in declared])
+    least = [few for stage in declared if (few := job.stages[stage.name].min_replicas) is not None]
     return WorkerSetup(
         stages=tuple(_stage_work(job, plan, stage, shares=0 < needs.num_gpus < 1, run=run) for stage in declared),
         replicas=needs.replicas,
+        min_replicas=None if job.cluster.kind == "inline" or not least else max(least),
         num_cpus=needs.num_cpus,
         num_gpus=needs.num_gpus,
         memory=needs.memory,
@@ -148,7 +160,7 @@ def _stage_work(job: Job, plan: Plan, declared: Declaration, shares: bool, run: 
         gpu=settings.num_gpus > 0,
         calls=spec.batches_per_worker * spec.running_batches,
         threads=None if free else settings.threads,
-        timeout=settings.timeout,
+        timeout=settings.timeout_seconds,
     )
 
 
@@ -184,8 +196,9 @@ def make_pool(job: Job, plan: Plan, store: Storage, watch: Watch, setups: Sequen
 
     owned = cluster.connect(job.cluster.address if job.cluster.kind == "ray" else None)
     try:
-        return ray_pool.RayPool(setups, owned, partial(_sees, store), admit, watch)
-    except PlacementError:
+        wait = None if owned else job.cluster.wait_seconds  # of a cluster of our own there will be no more
+        return ray_pool.RayPool(setups, owned, partial(_sees, store), admit, watch, wait)
+    except BaseException:
         if owned:
             cluster.disconnect()
         raise

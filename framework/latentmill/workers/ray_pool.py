@@ -26,6 +26,7 @@ from ray.exceptions import (
 
 from latentmill.checks import cause, told
 from latentmill.driver.messages import (
+    AskFor,
     Died,
     Dispatch,
     Event,
@@ -43,7 +44,8 @@ from latentmill.workers.actor import REMOTE, Ready, resources
 from latentmill.workers.answers import handed_over, taken_up
 from latentmill.workers.cluster import disconnect
 from latentmill.workers.context import store_environment
-from latentmill.workers.nodes import PATIENCE, Nodes, Places, alive, check_placement
+from latentmill.workers.nodes import Nodes
+from latentmill.workers.places import PATIENCE, Places
 from latentmill.workers.watch import Watch
 from latentmill.workers.worker import Admit, Outcome, Resumed, WorkerSetup
 
@@ -67,9 +69,10 @@ class RayPool:
         sees: Callable[[str], bool] = bool,
         admit: Admit = lambda node, read: "",
         watch: Watch | None = None,
+        wait: float | None = None,
     ) -> None:
         """``sees`` says whether a file that a worker has written is there for the driver, too; ``admit`` what is wrong with what it has
-        read; ``watch`` is told of the workers.
+        read; ``watch`` is told of the workers; ``wait``: ``cluster.wait`` in seconds.
         """
         self.setups, self.owns_cluster, self.sees, self.admit = setups, owns_cluster, sees, admit
         self.stages = [stage for setup in setups for stage in setup.stages]
@@ -93,10 +96,9 @@ class RayPool:
         """When it was last looked for workers that hang."""
         self.answers: queue.SimpleQueue[tuple[StartWorker | Dispatch, Future[Any]]] = queue.SimpleQueue()
         """Orders of which something has come, each with what has; Ray's own thread puts them in."""
-        check_placement(setups, list(alive().values()))
-        self.places = Places(setups, self.watch.full)
-        finds = any(setup.replicas is None for setup in setups)
-        self.nodes = Nodes(self.places, watch=not owns_cluster) if finds else None
+        self.places = Places(setups, self.watch.full, wait)
+        finds = any(setup.replicas is None or setup.min_replicas is not None for setup in setups)
+        self.nodes = Nodes(self.places.by_node, watch=not owns_cluster) if finds else None
         """The nodes, if it depends on them how many workers there are."""
 
     def submit(self, order: PoolOrder) -> None:
@@ -111,6 +113,8 @@ class RayPool:
         elif isinstance(order, HandOver):
             if actor := self.actors.get(order.worker):
                 actor.hand_over.remote()
+        elif isinstance(order, AskFor):
+            self.places.ask(order.more)
         else:
             self._dispatch(order)
 
@@ -180,6 +184,7 @@ class RayPool:
             self._bury(worker)
             at_start = getattr(death, "actor_init_failed", False)
             events.append(Died(self.types[worker], worker, _cause(death), at_start, with_node=_with_node(death)))
+        self.places.require(self.types, self.actors, self.starting)
         events += self._late() + self._hanging()
         for event in events:
             if isinstance(event, Died):
@@ -188,7 +193,8 @@ class RayPool:
 
     def _tell_of(self, death: Died) -> None:
         """Say of a worker that it is gone, unless the job ends for just that reason, or it was one more than there need be."""
-        first_or_more = death.worker_type not in self.took or self.setups[death.worker_type].replicas is None
+        setup = self.setups[death.worker_type]
+        first_or_more = death.worker_type not in self.took or setup.replicas is None or setup.min_replicas is not None
         if death.wrong or (death.at_start and first_or_more):
             self.watch.left(death.worker)
         else:
@@ -281,7 +287,7 @@ class RayPool:
                     f"a worker of {setup.name} has not been ready for {PATIENCE:g} s; is there a place for it?"
                 )
             took = self.took.get(worker_type)
-            if setup.replicas is None and took is not None and waited > PATIENCE + 5 * took + setup.fetching:
+            if self._is_spare(worker_type) and took is not None and waited > PATIENCE + 5 * took + setup.fetching:
                 reason = f"it was not ready after {waited:.0f} s"
                 self._could_not_start(self.starting[worker], reason)
                 self._bury(worker)
@@ -291,8 +297,14 @@ class RayPool:
     def _could_not_start(self, start: StartWorker, reason: str) -> None:
         """Tell of a worker without which the job may go on."""
         setup = self.setups[start.worker_type]
-        if setup.replicas is None and start.worker_type in self.took:
+        if self._is_spare(start.worker_type) and start.worker_type in self.took:
             logger.warning(f"one more worker of {setup.name} could not start: {one_line(reason)}")
+
+    def _is_spare(self, worker_type: int) -> bool:
+        """Whether the job can do with one worker of a type less: no death of one that waits for a node may end it."""
+        setup = self.setups[worker_type]
+        least = setup.replicas if setup.min_replicas is None else setup.min_replicas
+        return sum(self.types[worker] == worker_type for worker in self.actors) > (least or 1)
 
     def _hanging(self) -> list[Event]:
         """End workers that have work and have finished none for as long as the stages of that work give them."""

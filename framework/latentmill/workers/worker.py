@@ -52,6 +52,13 @@ class WorkerSetup:
     """Seconds that its node may take to fetch models before it is ready."""
     half_done: HalfDone | None = None
     """Where half-done rows are kept."""
+    min_replicas: int | None = None
+    """Of ``replicas``, how many are enough; None: all to begin with, and one to go on."""
+
+    @property
+    def fewest(self) -> int:
+        """How many there must be before the job begins."""
+        return (self.replicas or 1) if self.min_replicas is None else self.min_replicas
 
     @property
     def name(self) -> str:
