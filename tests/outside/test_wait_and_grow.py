@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,13 +69,22 @@ def job(install, tmp_path, monkeypatch):
 
 @contextmanager
 def running(job, settings, folder):
-    """The future of a run in a thread. However the test ends, the gate is opened, and the thread not waited for for long."""
-    thread = ThreadPoolExecutor(1)
+    """The future of a run in a thread. However the test ends, the gate is opened, and the thread is not waited for for long."""
+    ended = Future()
+
+    def run():
+        try:
+            ended.set_result(door.run(job, settings))
+        except BaseException as error:
+            ended.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
     try:
-        yield thread.submit(door.run, job, settings)
+        yield ended
     finally:
         (folder / "open").touch()
-        thread.shutdown(wait=False, cancel_futures=True)
+        thread.join(30)
 
 
 class Nodes:
