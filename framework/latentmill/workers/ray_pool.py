@@ -53,6 +53,8 @@ logger = logging.getLogger("latentmill")
 
 GONE = (RayActorError, OutOfMemoryError, WorkerCrashedError, NodeDiedError, LocalRayletDiedError)
 """What Ray raises for a call whose worker is no more. OutOfMemoryError: Ray's memory monitor killed it."""
+WITH_NODE = ("its node has died", "the actor's node was ", "The actor never ran")
+"""What Ray says of a worker whose node died, was taken out of the cluster, or went before the worker began."""
 LOOK_EVERY = 0.25
 """Seconds between two looks for workers that hang."""
 LAST_WORDS = 3.0
@@ -362,7 +364,7 @@ def _with_node(error: RayError) -> bool:
     Of a node's death Ray tells in words alone, unless the autoscaler drained it.
     """
     gone = isinstance(error, (NodeDiedError, ActorUnavailableError)) or getattr(error, "preempted", False)
-    return gone or "its node has died" in str(error)
+    return gone or any(words in str(error) for words in WITH_NODE)
 
 
 def _cause(error: RayError) -> str:
