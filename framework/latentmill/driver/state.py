@@ -222,9 +222,8 @@ class DriverState:
         self.deaths = [[] for _ in range(count)]
         self.stage_times = [StageTime() for _ in range(count)]
         self.loading_seconds, self.memory_seen = [inf] * len(self.worker_types), [0.0] * len(self.worker_types)
-        self.most_replicas = [inf] * len(self.worker_types)
         self.targets = [hosts.fewest or hosts.replicas or 1 for hosts in self.worker_types]
-        self.largest_targets = list(self.targets)
+        self.largest_targets, self.most_replicas = list(self.targets), [inf] * len(self.targets)
         for number, wanted in enumerate(self.targets):
             for _ in range(wanted):
                 self.start_worker(number)
