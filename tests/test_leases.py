@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -10,6 +11,7 @@ from latentmill import storage
 from latentmill.driver import leases
 from latentmill.driver.leases import Leases
 from latentmill.driver.messages import Claimed, LeasesSeen
+from latentmill.storage import LocalFolder
 
 
 @pytest.fixture(params=["folder", "bucket"])
@@ -57,6 +59,36 @@ def test_the_others_shards_are_looked_at_now_and_then(store, clock):
         a.keep({2})
         assert b.look({1, 2, 3}) == LeasesSeen(frozenset({1}), frozenset({3}))
         assert b.look({2}) is None
+
+
+class Together(LocalFolder):
+    """A folder that answers eight questions for leases at a time, and fewer never."""
+
+    waiting = None
+
+    def read(self, name):
+        if self.waiting is not None and name.startswith("leases/"):
+            self.waiting.wait(20)
+        return super().read(name)
+
+
+def test_many_leases_are_asked_for_together(tmp_path, clock):
+    store = Together(str(tmp_path / "out"))
+    drivers = [Leases(store, "data/{:05d}.parquet".format, clock=lambda: clock[0]) for _ in range(9)]
+    for shard, driver in enumerate(drivers):
+        driver.beat()
+        assert claim(driver, shard) == "ours"
+    first, others = drivers[0], {*range(1, 9)}
+    clock[0] += leases.BEAT_EVERY
+    store.waiting = threading.Barrier(8)
+    assert first.look(others) == LeasesSeen(frozenset(), frozenset())  # eight leases, then eight signs of life
+    store.waiting = None
+    for shard in others:
+        drivers[shard].give_back_all()
+        claim(first, shard)
+    store.waiting = threading.Barrier(8)
+    first.keep({0})
+    assert first.held == {0} and store.names("leases") and not {"00001", "00008"} & {*store.names("leases")}
 
 
 def test_one_that_gives_no_sign_for_a_minute_is_gone(store, clock, monkeypatch):

@@ -106,16 +106,23 @@ class Leases:
 
     def keep(self, shards: Set[int]) -> None:
         """Give back all leases but these. One that another has taken over is not ours to give back."""
-        for shard in self.held - shards:
-            name = f"leases/{shard:05d}"
-            try:
-                if self.store.read(name).decode() == self.me:
-                    self.store.delete(name)
-            except FileNotFoundError:
-                pass
-            except OSError:  # the next time
-                continue
-            self.held.discard(shard)
+        if given := self.held - shards:
+            self.held -= {shard for shard, is_back in zip(given, self.store.each(self._give_back, given)) if is_back}
+
+    def _give_back(self, shard: int) -> bool:
+        try:
+            if self._owner(shard) == self.me:
+                self.store.delete(f"leases/{shard:05d}")
+        except OSError:  # the next time
+            return False
+        return True
+
+    def _owner(self, shard: int) -> str:
+        """Who holds a shard; "" if nobody does."""
+        try:
+            return self.store.read(f"leases/{shard:05d}").decode()
+        except FileNotFoundError:
+            return ""
 
     def give_back_all(self) -> None:
         """This driver ends: whoever wants its shards may have them now."""
@@ -130,13 +137,11 @@ class Leases:
             there = {f"data/{name}" for name in self.store.names("data")}
             done = {shard for shard in leased_by_others if self.data(shard) in there}
             names = {int(name) for name in self.store.names("leases") if name.isdecimal()}
-            owners = {}
-            for shard in sorted(leased_by_others - done):
-                owners[shard] = ""
-                if shard in names:
-                    with suppress(FileNotFoundError):
-                        owners[shard] = self.store.read(f"leases/{shard:05d}").decode()
-            gone = {owner for owner in sorted({*owners.values()}) if owner == self.me or self._is_gone(owner)}
+            owners = dict.fromkeys(leased_by_others - done, "")
+            held = [*owners.keys() & names]
+            owners |= zip(held, self.store.each(self._owner, held))
+            drivers = [*{*owners.values()}]
+            gone = {owner for owner, is_gone in zip(drivers, self.store.each(self._is_gone, drivers)) if is_gone}
         except OSError:
             self._looked = now
             return None
@@ -144,9 +149,7 @@ class Leases:
         return LeasesSeen(frozenset(done), frozenset(shard for shard, owner in owners.items() if owner in gone))
 
     def _is_gone(self, owner: str) -> bool:
-        if not owner:
-            return True
-        if _was_killed_here(owner):
+        if owner in ("", self.me) or _was_killed_here(owner):
             return True
         try:
             sign = self.store.read(_life(owner))
