@@ -2,7 +2,10 @@
 set -uo pipefail
 #@OUTPUT
 #@POLICY
-log=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')
+# The number of an array's last task stands for all of them.
+self=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+self=${self:-$SLURM_JOB_ID}
+log=$(scontrol show job "$self" | sed -n 's/^ *StdOut=//p')
 beside=${log%/*} task=${SLURM_ARRAY_TASK_ID:-0}
 child='' cluster='' drained='' cancelled='' signalled=''
 
@@ -41,7 +44,7 @@ finish() { # with this exit code, or in the queue again
         echo "latentmill: there is no $output/_SUCCESS" >&2
         code=1
     fi
-    state=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')
+    state=$(scontrol --oneliner show job "$self" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')
     if [ "$requeue" ] && [ -z "$cancelled" ] && [ "$code" != 0 ] && [ "$state" = RUNNING ]; then
         if [ "$drained" ]; then
             rm -f "$beside/failures-$task"
@@ -53,7 +56,7 @@ finish() { # with this exit code, or in the queue again
         fi
         if [ "$failures" -le "$retries" ]; then
             echo "latentmill: ended with $code; in the queue again" >&2
-            scontrol requeue "$SLURM_JOB_ID" && sleep 60
+            scontrol requeue "$self" && sleep 60
         fi
     fi
     echo "$code" >"$beside/exit_code-$task"
