@@ -122,6 +122,11 @@ def estimate(rounds: Sequence[Round], left: Left, loading: float, warmed: Round 
         if number not in left.types[slowest].stages
     )
     filling += of_commit[0] + of_commit[1] * min(left.rows_per_shard, left.rows)
+    # At the end some of the slowest workers have one batch more than others, which wait.
+    batch = sum(
+        stages[number] * min(left.stages[number].batch_size, left.rows) for number in left.types[slowest].stages
+    )
+    filling += batch * (1 - 1 / counts[slowest])
     more = max((1 - 1 / n for n, hosts in zip(counts, left.types) if hosts.replicas is None), default=0.0)
     seconds, start = row.times(left.rows, filling), loading * (1 + more)
     held = sum(gpus * count for gpus, count in zip(left.gpus, counts))
