@@ -5,6 +5,7 @@ FAULTS=all .venv/bin/python -m pytest tests/outside/test_autoscaler.py
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -72,12 +73,12 @@ def autoscaled(job, tmp_path, monkeypatch):
         yield address
     finally:
         ray.shutdown()
-        children = psutil.Process(head.pid).children(recursive=True)
         head.terminate()
         head.wait()
-        for child in children:
-            if child.is_running():
-                child.kill()
+        for process in psutil.process_iter(["cmdline"]):  # the nodes are nobody's children
+            if any(folder in word for word in process.info["cmdline"] or ()):
+                process.kill()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_nodes_come_for_what_a_job_waits_for_and_for_what_more_it_could_use(job, autoscaled, tmp_path, caplog):

@@ -1,6 +1,7 @@
 """A job waits for places, begins with few, follows the nodes as they come and go, and gives up when it was told to."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -140,6 +141,34 @@ def test_workers_follow_the_nodes_and_no_row_changes(job, nodes, tmp_path, caplo
     assert not any("one after another" in line for line in said())
     alone = door.run("encode", [*job, "cluster=inline", f"output={tmp_path / 'alone'}"])
     assert alone.ok == 12 and shards(tmp_path / "out") == shards(tmp_path / "alone")
+
+
+def test_waiting_ends_with_what_was_missing_or_at_once_when_it_is_interrupted(latentmill, job, nodes, tmp_path, caplog):
+    ray.shutdown()  # the run joins the cluster itself, and is still heard
+    given = ["run", "encode", *job, *at(nodes, tmp_path / "out")]
+    assert latentmill(*given) == 2 and "stage gate asks for 1 x (CPU 1.5), which fit on no node" in latentmill.err
+    assert latentmill(*given, "cluster.wait=1s") == 4
+    assert " s for places: stage gate asks for 1 x (CPU 1.5), which fit on no node" in latentmill.err
+    assert not (tmp_path / "out" / "plan.json").exists()
+
+    def interrupt():
+        until(
+            lambda: any(
+                "waiting up to 2 h 00 min for places: stage " in record.getMessage() for record in caplog.records
+            )
+        )
+        begun.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    begun = []
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert latentmill(*given, "cluster.wait=2h") == 130
+    assert time.monotonic() - begun[0] < 5
+    thread.join()
+    assert not ray.util.placement_group_table() or all(
+        place["state"] == "REMOVED" for place in ray.util.placement_group_table().values()
+    )
 
 
 def test_below_the_fewest_it_waits_as_long_as_it_was_told_and_goes_on_later(latentmill, job, nodes, tmp_path):

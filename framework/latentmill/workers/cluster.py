@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,14 +93,16 @@ def _temporary() -> str | None:
 def _outside_of_here() -> Iterator[None]:
     """In the root folder: Ray puts the folder that it is started in before all others that its workers import from.
 
-    A ``torch.py`` that lies beside a job would be run by them.
+    A ``torch.py`` that lies beside a job would be run by them. And Ray puts a handler of its own in the place of ours for SIGTERM.
     """
-    before = os.getcwd()
+    before, heard = os.getcwd(), signal.getsignal(signal.SIGTERM)
     os.chdir("/")
     try:
         yield
     finally:
         os.chdir(before)
+        if callable(heard) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, heard)
 
 
 # ------------------------------------------------------------------------------------------------------- to join
