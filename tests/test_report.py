@@ -19,9 +19,9 @@ from latentmill.report import contact_sheet as sheets
 COLOURS = [(200, 30, 30), (30, 160, 60), (40, 70, 210), (240, 200, 40), (120, 40, 160), (20, 20, 20)]
 
 
-def view(seconds, read, write, *, finished=0, failed=0, busy=1, planned=100):
+def view(seconds, read, write, *, finished=0, failed=0, busy=1, planned=100, others=0):
     stages = [StageView("read", read, 0, 1, busy), StageView("write", write, read - write, 2, 1)]
-    return View(stages, planned, finished, failed, seconds, 0, 10)
+    return View(stages, planned, finished, failed, seconds, 0, 10, others=others)
 
 
 def dataset(root, rows, *, shard=4, errors=()):
@@ -111,6 +111,14 @@ def test_the_wait_for_the_first_row_counts_for_no_rate():
     assert pace.rate(1) == 0.0 and pace.left() is None
 
 
+def test_rows_that_other_drivers_finish_meanwhile_are_not_left():
+    """It has done half of them, and another four of ten: a tenth is left, at its own speed."""
+    pace = Pace()
+    for second in range(11):
+        pace.add(view(10.0 * second, 5 * second, 5 * second, finished=9 * second, others=4 * second))
+    assert (pace.progress(), pace.left()) == (90, 20.0)
+
+
 def test_a_change_of_speed_shows_after_the_window():
     pace = Pace()
     for second in range(40):
@@ -122,8 +130,8 @@ def test_a_change_of_speed_shows_after_the_window():
 
 def test_rows_of_earlier_runs_count_for_progress_and_not_for_rates():
     pace = Pace()
-    pace.add(view(0.0, 0, 0, finished=60))
-    pace.add(view(10.0, 20, 10, finished=60))
+    pace.add(view(0.0, 0, 0, finished=60, others=60))
+    pace.add(view(10.0, 20, 10, finished=60, others=60))
     assert pace.progress() == 70
     assert pace.left() == 30.0  # write: 100 - 60 - 10 rows at 1 a second
 

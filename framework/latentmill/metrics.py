@@ -61,12 +61,12 @@ METRICS = (
     RunMetric("latentmill_busy_workers", "gauge", "Of these, those that work for it", _of_stages(lambda s: s.busy)),
     RunMetric("latentmill_cores_busy", "gauge", "Cores that workers keep busy", _of_groups(lambda g: g.cpu)),
     RunMetric("latentmill_memory_bytes", "gauge", "Memory that workers hold", _of_groups(lambda g: g.memory)),
-    RunMetric("latentmill_gpu_busy_share", "gauge", "Share of the time of their GPUs", _of_groups(lambda g: g.gpu)),
+    RunMetric("latentmill_gpu_busy_ratio", "gauge", "Share of the time of their GPUs", _of_groups(lambda g: g.gpu)),
     RunMetric("latentmill_gpu_memory_bytes", "gauge", "What they hold on GPUs", _of_groups(lambda g: g.gpu_memory)),
     RunMetric("latentmill_rows_planned", "gauge", "Rows of the plan", lambda shown: {"": shown.view.planned}),
     RunMetric("latentmill_rows_finished", "gauge", "Rows in committed shards", lambda s: {"": s.view.finished}),
     RunMetric(
-        "latentmill_seconds_left",
+        "latentmill_left_seconds",
         "gauge",
         "Seconds to go",
         lambda shown: {} if shown.left is None else {"": shown.left},
@@ -86,7 +86,7 @@ PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
         (("sum by (stage) (latentmill_busy_workers{}) / (sum by (stage) (latentmill_workers{}) > 0)", "{{stage}}"),),
     ),
     ("Workers", "short", (("sum by (stage) (latentmill_workers{})", "{{stage}}"),)),
-    ("GPUs busy", "percentunit", (("avg by (stage) (latentmill_gpu_busy_share{})", "{{stage}}"),)),
+    ("GPUs busy", "percentunit", (("avg by (stage) (latentmill_gpu_busy_ratio{})", "{{stage}}"),)),
     ("GPU memory", "bytes", (("sum by (stage) (latentmill_gpu_memory_bytes{})", "{{stage}}"),)),
     ("Cores busy", "short", (("sum by (stage) (latentmill_cores_busy{})", "{{stage}}"),)),
     ("Memory", "bytes", (("sum by (stage) (latentmill_memory_bytes{})", "{{stage}}"),)),
@@ -104,7 +104,7 @@ PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
         "percentunit",
         (("max by (latentmill_job) (latentmill_rows_finished{} / latentmill_rows_planned{})", "{{latentmill_job}}"),),
     ),
-    ("Time left", "s", (("max by (latentmill_job) (latentmill_seconds_left{})", "{{latentmill_job}}"),)),
+    ("Time left", "s", (("max by (latentmill_job) (latentmill_left_seconds{})", "{{latentmill_job}}"),)),
 )
 """Title, unit, and queries with their legends: ``{}`` and ``[]`` are filled in."""
 

@@ -64,6 +64,8 @@ class View:
     """Shards that other drivers work on."""
     filtered: int = 0
     """Rows among the finished that this run made and that were not wanted."""
+    others: int = 0
+    """Rows among the finished that this run has not made: those of earlier runs and of other drivers."""
 
 
 class Pace:
@@ -71,8 +73,6 @@ class Pace:
 
     def __init__(self) -> None:
         self.views: deque[View] = deque()
-        self.before = 0
-        """Rows that earlier runs had finished."""
         self._busy: defaultdict[str, float] = defaultdict(float)
         self._there: defaultdict[str, float] = defaultdict(float)
 
@@ -83,9 +83,7 @@ class Pace:
 
     def add(self, view: View) -> None:
         """Take in the next view. Those that no rate needs any more are forgotten."""
-        if not self.views:
-            self.before = view.finished
-        else:
+        if self.views:
             passed = view.seconds - self.last.seconds
             for stage in self.last.stages:
                 self._busy[stage.name] += passed * stage.busy
@@ -113,13 +111,13 @@ class Pace:
 
     def progress(self) -> int:
         """Rows that are through, those included that wait for the rest of their shard."""
-        return min(self.last.planned, max(self.last.finished, self.before + self.last.stages[-1].passed))
+        return min(self.last.planned, max(self.last.finished, self.last.others + self.last.stages[-1].passed))
 
     def left(self) -> float | None:
         """Seconds to go, by the stage that will be the last to finish; None as long as nobody can tell."""
         longest = 0.0
         for at, stage in enumerate(self.last.stages):
-            rows = self.last.planned - self.before - stage.passed
+            rows = self.last.planned - self.last.others - stage.passed
             if rows > 0 and self.last.finished < self.last.planned:
                 rate = self._a_second(at, lambda seen: seen.passed)
                 if not rate:

@@ -32,7 +32,6 @@ from latentmill.text import secrets, without_secrets
 from latentmill.usage import History
 from latentmill.workers import pools
 from latentmill.workers.pools import make_pool, max_bytes_in_flight, stage_spec, worker_types
-from latentmill.workers.speech import SECRET_VARIABLES
 from latentmill.workers.watch import Watch
 
 logger = logging.getLogger("latentmill")
@@ -86,7 +85,7 @@ def run(
     if finished(state) and not again and store.exists("_SUCCESS") and plan_files.is_published(plan, store):
         return _result(job, there, state, seconds=0.0)
     pool: Pool | None = None
-    watch = Watch(job.name, job.output, secrets(job.config, SECRET_VARIABLES))
+    watch = Watch(job.name, job.output, secrets(job.config, keys=True))
     started, interrupted = time.monotonic(), False
     signals = Signals(job.grace_seconds)
     try:
@@ -105,7 +104,7 @@ def run(
                 store.delete("_SUCCESS")
             for shard in again:
                 there.take_out(shard, f"{RETRIED}-{uuid.uuid4().hex[:8]}")
-            show, data = partial(_show, live, state, plan, started), partial(data_name, sink=built.sink)
+            show, data = partial(_show, live, watch, state, plan, started), partial(data_name, sink=built.sink)
             taken = frozenset(again) | there.newly_taken_out()
             while True:
                 apply(state, TakenOut(taken))
@@ -138,6 +137,7 @@ def run(
     finally:
         if pool is not None:
             pool.close()
+        watch.look(ends=True)
     return _result(job, there, state, time.monotonic() - started, interrupted)
 
 
@@ -173,7 +173,8 @@ def _half_done_file(store: storage.Storage, shard: int) -> str:
     return ""
 
 
-def _show(live: progress.Live, state: DriverState, plan: Plan, started: float) -> None:
+def _show(live: progress.Live, watch: Watch, state: DriverState, plan: Plan, started: float) -> None:
+    watch.look()
     live.show(view(state, plan, time.monotonic() - started))
 
 

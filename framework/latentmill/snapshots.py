@@ -10,10 +10,11 @@ import os
 import socket
 import threading
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, TypeVar
 
 from latentmill.progress import Live, Shown, StageView, View
 from latentmill.storage import Bucket, Storage
@@ -22,10 +23,14 @@ from latentmill.usage import GroupUsage, History, added_up
 
 LIVE = "live"
 """The folder in the output."""
+LOGS = "logs"
+"""The folder in the output that has a file for each worker of a cluster."""
 KEEP_EVERY = 0.5
 """Seconds between two moments that are kept of what workers use."""
 PUT_EVERY, PUT_EVERY_IN_STORE = 5.0, 30.0
 """Seconds between two files of a driver, in a folder and in an object store."""
+LOGS_KEPT = 30 * DAY
+"""Seconds for which a worker's file stays after its last line; then the next driver removes it."""
 SILENT = 60.0
 """Seconds after which a driver that should have said more is said to be silent."""
 
@@ -105,18 +110,21 @@ class Snapshots:
             first, self._there = not self._there, True
             now = Snapshot(self.driver, time.time(), self.every, self.live.shown())
             self.store.put(self._name, json.dumps(asdict(now)).encode())
-            if first:
-                for name, found in read_all(self.store).items():
-                    if now.at - found.at > DAY:  # of a driver that was killed
-                        self.store.delete(name)
+            if first:  # of drivers that were killed, and of workers long ago
+                for folder, seconds in ((LIVE, DAY), (LOGS, LOGS_KEPT)):
+                    for name in self.store.older(folder, seconds):
+                        self.store.delete(f"{folder}/{name}")
 
 
 def read_all(store: Storage) -> dict[str, Snapshot]:
-    """What drivers have said of themselves, by the files' names. What can't be read is passed over: it may be gone by now."""
+    """What drivers have said of themselves, by the files' names. One that is gone by now, or of another kind, is passed over.
+
+    Raises OSError if the store does not answer.
+    """
     names = [f"{LIVE}/{name}" for name in sorted(store.names(LIVE)) if name.endswith(".json")]
 
     def read(name: str) -> Snapshot | None:
-        with suppress(OSError, ValueError, TypeError, KeyError):
+        with suppress(FileNotFoundError, PermissionError, ValueError, TypeError, KeyError):
             return _read(json.loads(store.read(name)))
         return None
 
@@ -126,9 +134,17 @@ def read_all(store: Storage) -> dict[str, Snapshot]:
 def _read(found: Mapping[str, Any]) -> Snapshot:
     shown = found["shown"]
     view = shown["view"]
-    view = View(**{**view, "stages": [StageView(**stage) for stage in view["stages"]]})
-    usage = [GroupUsage(**group) for group in shown["usage"]]
-    return Snapshot(**{**found, "shown": Shown(**{**shown, "view": view, "usage": usage})})
+    view = _made(View, {**view, "stages": [_made(StageView, stage) for stage in view["stages"]]})
+    usage = [_made(GroupUsage, group) for group in shown["usage"]]
+    return _made(Snapshot, {**found, "shown": _made(Shown, {**shown, "view": view, "usage": usage})})
+
+
+_Kind = TypeVar("_Kind")
+
+
+def _made(kind: type[_Kind], found: Mapping[str, Any]) -> _Kind:
+    """Of what this version knows: a driver of a later one says more."""
+    return kind(**{name: found[name] for name in (field.name for field in fields(kind)) if name in found})  # type: ignore[arg-type]
 
 
 SUMS = ("done", "queued", "workers", "busy", "ended_before", "failed", "queued_bytes")
@@ -163,7 +179,22 @@ def added(drivers: Sequence[Shown]) -> Shown:
         min(view.planned, finished + under_way),
         1 / sum(speeds) if speeds else None,
         [sum(each.rates[k] for each in drivers) for k in at],
-        [sum(each.busy[k] for each in drivers) / len(drivers) for k in at],
+        [_busy(drivers, k) for k in at],
         added_up(group for each in drivers for group in each.usage),
+        _counts(drivers),
         lately=[line for each in drivers for line in each.lately],
     )
+
+
+def _busy(drivers: Sequence[Shown], stage: int) -> float:
+    """The share of the time of all drivers' workers."""
+    workers = [each.view.stages[stage].workers for each in drivers]
+    return sum(each.busy[stage] * many for each, many in zip(drivers, workers)) / (sum(workers) or 1)
+
+
+def _counts(drivers: Sequence[Shown]) -> dict[str, dict[str, int]]:
+    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for each in drivers:
+        for stage, more in each.counts.items():
+            counts[stage].update(more)
+    return {stage: dict(of) for stage, of in counts.items()}

@@ -26,7 +26,7 @@ def one_line(said: object, most: int = 1000) -> str:
     >>> one_line("can't be read:\n    no such file\n")
     "can't be read: no such file"
     """
-    line = escaped(re.sub(r"\s*[^\S ]\s*", " ", str(said).strip()))
+    line = escaped(re.sub(r"\s+", lambda gap: gap[0] if not gap[0].strip(" ") else " ", str(said).strip()))
     return line if len(line) <= most else f"{line[: most - 10]} [cut off]"
 
 
@@ -60,19 +60,21 @@ def without_secrets(text: str, config: str) -> str:
     return hidden(text, secrets(config))
 
 
-def secrets(config: str, others: Iterable[str] = ()) -> dict[str, str]:
-    """What others must not read: the values of environment variables that ``config`` names, and of those whose names begin as one of
-    ``others`` and say that it is a key, each with what is to stand for it.
+def secrets(config: str, keys: bool = False) -> dict[str, str]:
+    """What others must not read: the values of environment variables that ``config`` names and, with ``keys``, of those whose names
+    say that it is a key, each with what is to stand for it; of one of several lines each line. The longest first: one may hold another.
 
     Those of at least 8 characters, lest a number or a word be taken for a secret.
     """
     named = {name: f"${{oc.env:{name}}}" for name in re.findall(r"""oc\.env:[\s'"\\]*([A-Za-z_]\w*)""", config)}
-    beginnings = tuple(others)
-    for name in os.environ:
-        if name.startswith(beginnings) and re.search("KEY|SECRET|TOKEN|PASSWORD", name):
+    for name in os.environ if keys else ():
+        if re.search("KEY|SECRET|TOKEN|PASSW|CONNECTION_STRING", name):
             named.setdefault(name, f"${name}")
-    found = ((os.environ.get(name, ""), shown) for name, shown in named.items())
-    return {value: shown for value, shown in found if len(value) >= 8}
+    found: dict[str, str] = {}
+    for name, shown in named.items():
+        value = os.environ.get(name, "")
+        found |= {part: shown for part in (value, *map(str.strip, value.splitlines())) if len(part) >= 8}
+    return dict(sorted(found.items(), key=lambda each: -len(each[0])))
 
 
 def hidden(text: str, secret: Mapping[str, str]) -> str:

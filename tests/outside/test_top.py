@@ -1,12 +1,14 @@
 """``latentmill top``: a job that runs, seen from elsewhere; and what its report shows of it afterwards."""
 
 import json
+import os
 import re
 import threading
 import time
 import xml.etree.ElementTree as xml
 
 import pytest
+from tests.outside.store_parts import put
 
 import latentmill as package
 
@@ -26,6 +28,25 @@ class Waits(Stage):
         self.batches += 1
         until = time.monotonic() + 60
         while self.batches == 2 and not self.file.exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        return batch
+'''
+
+SLOW = '''
+import time
+from pathlib import Path
+from latentmill.plugin import Stage
+
+class Slow(Stage):
+    """Waits until the driver's sweep is over."""
+    contract = 2
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+
+    def __call__(self, batch, reject):
+        until = time.monotonic() + 60
+        while (self.folder / "logs" / "a-0@x.log").exists() and time.monotonic() < until:
             time.sleep(0.02)
         return batch
 '''
@@ -100,6 +121,9 @@ def test_several_drivers_are_added_up_and_one_that_says_nothing_is_named(running
     first = json.loads(file.read_text())
     second = json.loads(file.read_text())
     second["driver"] = "elsewhere-7-abc"
+    second["shown"]["counts"] = {"waits": {"deaths": 2}}
+    second["shown"]["view"]["of_a_later_version"] = 7
+    second["shown"]["view"]["stages"][0]["workers"], second["shown"]["busy"] = 3, [0.5] * 4
     for number, stage in enumerate(second["shown"]["view"]["stages"]):
         stage["done"] = 10 + number
     second["shown"]["rates"] = [1.0, 2.0, 3.0, 4.0]
@@ -116,11 +140,56 @@ def test_several_drivers_are_added_up_and_one_that_says_nothing_is_named(running
     ]
     assert [stage["done"] for stage in seen["together"]["view"]["stages"]] == [14, 15, 14, 15]
     own = next(each for each in seen["drivers"] if each["driver"] == first["driver"])["shown"]["rates"]
+    busy = next(each for each in seen["drivers"] if each["driver"] == first["driver"])["shown"]["busy"]
+    assert seen["together"]["busy"][0] == pytest.approx((3 * 0.5 + busy[0]) / 4)
+    assert seen["together"]["counts"]["waits"] == {"deaths": 2}
     assert seen["together"]["rates"] == [rate + more for rate, more in zip(own, [1.0, 2.0, 3.0, 4.0])]
 
     assert latentmill("top", out, "--once") == 0
     assert re.search(r"^gone-8-def: silent for 10 min \d+ s", latentmill.out, re.M)
     assert re.search(r"^elsewhere-7-abc: encode: ", latentmill.out, re.M)
+
+
+def test_in_a_store_and_while_it_does_not_answer(running, latentmill, store, monkeypatch):
+    """What is looked at again says why it was not seen, and ends when the driver's file is gone."""
+    out, _ = running
+    [file] = out.glob("live/*.json")
+    bucket = "s3://bucket/out"
+    put(store.upstream_url, "out/plan.json", b"{}")
+    put(store.upstream_url, "out/live/x.json", file.read_bytes())
+    monkeypatch.setattr("latentmill.commands.top.EVERY_IN_STORE", 0.01)
+    assert latentmill("top", bucket, "--once") == 0 and "2 of 4 rows" in latentmill.out
+    looks = []
+
+    def fails_once(method, path):
+        if method == "GET" and "prefix=out/live" in path:
+            looks.append(path)
+            if len(looks) == 3:
+                return 403
+            if len(looks) == 4:
+                put(store.upstream_url, "out/live/x.json", None)
+        return None
+
+    store.first = fails_once
+    assert latentmill("top", bucket) == 0, latentmill.said
+    assert latentmill.out.count("2 of 4 rows") == 2, (
+        "as it was, once more with why it was not seen, and none that says nothing new"
+    )
+    assert latentmill.out.count("not seen now: ") == 1
+    assert latentmill.out.splitlines()[-1].startswith(f"{bucket}: no driver works on it now")
+
+
+def test_what_was_killed_long_ago_is_swept(install, patches, pictures, tmp_path, latentmill):
+    out = tmp_path / "out"
+    old = {"live/killed.json": 1, "live/new.json": 0, "logs/a-0@x.log": 31, "logs/b-0@x.log": 29}
+    for name, days in old.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).touch()
+        os.utime(out / name, (time.time() - 86_400 * days - 60,) * 2)
+    install("acme", "[latentmill.stages]\nslow = acme:Slow\n", acme=SLOW)
+    slow = f"flow=[read,encode,{{name: slow, folder: '{out}'}},write]"
+    assert latentmill("run", "encode", *patches, f"source.path={pictures}", f"output={out}", slow) == 0, latentmill.said
+    assert {name for name in old if (out / name).exists()} == {"live/new.json", "logs/b-0@x.log"}
 
 
 def test_a_place_without_a_dataset(latentmill, tmp_path):

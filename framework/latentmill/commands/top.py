@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from latentmill import storage
 from latentmill.commands.command import Command
 from latentmill.errors import JobError, PlanError
-from latentmill.text import escaped
+from latentmill.text import escaped, one_line
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -58,34 +58,45 @@ def _top(options: Any) -> int:
 def _lines(options: Any, store: storage.Storage, found: Sequence[Snapshot]) -> None:
     from rich.console import Console
 
-    from latentmill.snapshots import read_all
-
     console = Console(width=None if sys.stdout.isatty() else 120)
-    while True:
-        console.print(_rendered(options.output, found))
-        if options.once or not found:
+    before: tuple[Sequence[Snapshot], str] | None = None
+    for now in _looks(store, found):
+        if now != before:  # drivers say less often how they stand
+            console.print(_rendered(options.output, *now))
+        if options.once:
             return
-        time.sleep(_pause(store))
-        found = list(read_all(store).values())
+        before = now
 
 
 def _on_screen(options: Any, store: storage.Storage, found: Sequence[Snapshot]) -> None:
     from rich.live import Live
 
+    with Live(auto_refresh=False) as screen:
+        for now in _looks(store, found):
+            screen.update(_rendered(options.output, *now), refresh=True)
+
+
+def _looks(store: storage.Storage, found: Sequence[Snapshot]) -> Iterator[tuple[Sequence[Snapshot], str]]:
+    """What there is to be seen, again and again until there is no driver, and why it could not be seen now: it is looked for again."""
     from latentmill.snapshots import read_all
 
-    with Live(_rendered(options.output, found), auto_refresh=False) as screen:
-        while found:
-            time.sleep(_pause(store))
-            found = list(read_all(store).values())
-            screen.update(_rendered(options.output, found), refresh=True)
+    wrong = ""
+    while True:
+        yield found, wrong
+        if not found:
+            return
+        time.sleep(_pause(store))
+        try:
+            found, wrong = list(read_all(store).values()), ""
+        except OSError as error:
+            wrong = one_line(error)
 
 
 def _pause(store: storage.Storage) -> float:
     return EVERY_IN_STORE if isinstance(store, storage.Bucket) else EVERY
 
 
-def _rendered(output: str, found: Sequence[Snapshot]) -> RenderableType:
+def _rendered(output: str, found: Sequence[Snapshot], wrong: str = "") -> RenderableType:
     """All drivers together, and of several each in a line; who is silent; what was said last."""
     from rich.console import Group
     from rich.text import Text
@@ -107,6 +118,7 @@ def _rendered(output: str, found: Sequence[Snapshot]) -> RenderableType:
     for each in found:
         if (silent := each.silent_for(now)) is not None:
             parts.append(Text(f"{each.driver}: silent for {duration_text(silent)}, by this machine's clock"))
+    parts += [Text(f"not seen now: {wrong}")] * bool(wrong)
     return Group(*parts)
 
 

@@ -99,14 +99,16 @@ def view(state: DriverState, plan: Plan, seconds: float) -> progress.View:
         )
         for at, spec in enumerate(state.stages)
     ]
+    others = plan.rows_in(state.done)
     return progress.View(
         stages=stages,
         planned=plan.rows,
-        finished=plan.rows_in(state.done) + state.committed_ok + state.committed_failed + state.committed_filtered,
+        finished=others + state.committed_ok + state.committed_failed + state.committed_filtered,
         failed=state.committed_failed,
         filtered=state.committed_filtered,
         seconds=seconds,
         shards_done=len(state.done) + state.committed_shards,
         shards=plan.shards,
         leased_by_others=len(state.leased_by_others),
+        others=others,
     )

@@ -50,7 +50,7 @@ def _figures(dataset: Material, pace: Pace | None) -> Iterator[tuple[str, str]]:
         yield "filtered", f"{dataset.filtered:,}"
     yield "planned", f"{dataset.plan['rows']:,}"
     if _ran(pace):
-        seconds, made = pace.last.seconds, pace.progress() - pace.before
+        seconds, made = pace.last.seconds, pace.progress() - pace.last.others
         yield f"for {made:,} rows in the last run", duration_text(seconds)
         yield "rows/s", rate_text(made / seconds)
 

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple, cast
 
 from latentmill import failpoints
 from latentmill.errors import StorageError
-from latentmill.storage.store import DAY, Storage
+from latentmill.storage.store import Storage
 from latentmill.text import one_line
 
 CREDENTIALS = {
@@ -123,6 +123,10 @@ class Bucket(Storage):
     def holds_any(self, folder: str) -> bool:
         return next(self._listed(folder), None) is not None
 
+    def older(self, folder: str, seconds: float) -> list[str]:
+        oldest = time.time() - seconds
+        return [name for name, entry in self._listed(folder) if entry["last_modified"].timestamp() < oldest]
+
     def tags(self, folder: str) -> dict[str, str]:
         return {
             name: f"{entry['e_tag']} {entry['size']} {entry['last_modified']}" if entry["e_tag"] else ""
@@ -198,15 +202,6 @@ class Bucket(Storage):
 
         with self._said(name):
             obstore.rename(self.store, name, to)
-
-    def sweep(self) -> None:  # nothing is written aside in the store
-        import obstore
-
-        oldest = time.time() - DAY
-        with self._said("leases"):
-            for entry in obstore.list_with_delimiter(self.store, "leases")["objects"]:
-                if entry["path"].endswith(".alive") and entry["last_modified"].timestamp() < oldest:
-                    self.delete(f"leases/{entry['path'].rpartition('/')[2]}")
 
     @contextmanager
     def _said(self, name: str, writes: bool = False) -> Iterator[None]:

@@ -94,6 +94,14 @@ class LocalFolder(Storage):
         except (FileNotFoundError, NotADirectoryError):
             return []
 
+    def older(self, folder: str, seconds: float) -> list[str]:
+        oldest, found = time.time() - seconds, []
+        for name in self.names(folder):
+            with suppress(FileNotFoundError):  # gone in between
+                if (self.root / folder / name).stat().st_mtime < oldest:
+                    found.append(name)
+        return found
+
     def tags(self, folder: str) -> dict[str, str]:
         found = {}
         with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root / folder) as entries:
@@ -130,11 +138,12 @@ class LocalFolder(Storage):
                     folder.rmdir()
 
     def sweep(self) -> None:
+        super().sweep()
         oldest = time.time() - DAY
         aside = (self.root / ".tmp").glob(
             f"{'[0-9a-f]' * 32}-*"
         )  # an export's folder may hold other people's files, too
-        for file in [*aside, *(self.root / "leases").glob("*.alive")]:
+        for file in aside:
             with suppress(FileNotFoundError):  # another driver sweeps, too
                 if file.stat().st_mtime < oldest:
                     _remove(file)

@@ -88,12 +88,18 @@ class Storage(ABC):
     def move(self, name: str, to: str) -> None:
         """Give a file another name; one of that name is replaced."""
 
-    @abstractmethod
+    def older(self, folder: str, seconds: float) -> list[str]:
+        """Of ``names`` those of files that nobody has written for so long; none in a store that can't say."""
+        return []
+
     def sweep(self) -> None:
         """Remove what processes that were killed left a day ago and before: younger files may be in use.
 
         That is what was written aside, and signs of life in ``leases/``, which whoever lives makes anew every few seconds.
         """
+        for name in self.older("leases", DAY):
+            if name.endswith(".alive"):
+                self.delete(f"leases/{name}")
 
     @abstractmethod
     def size(self, name: str) -> int | None:

@@ -16,7 +16,7 @@ from latentmill.weights import Reading
 from latentmill.workers.context import enter, this_node
 from latentmill.workers.hosted import StageWork
 from latentmill.workers.meter import memory_held
-from latentmill.workers.speech import SECRET_VARIABLES, Speech, WorkerName
+from latentmill.workers.speech import Speech, WorkerName
 from latentmill.workers.watch import Notice
 from latentmill.workers.worker import Worker, WorkerSetup
 
@@ -51,7 +51,7 @@ class _Actor(Worker):
         half_done: HalfDone | None,
     ) -> None:
         enter(folder, environment)
-        name = replace(name, secrets={**name.secrets, **secrets("", SECRET_VARIABLES)})
+        name = replace(name, secrets={**name.secrets, **secrets("", keys=True)})
         self.speech = Speech(name)
         self.speech.begin()
         self.speech.note(f"{name.short} of run {name.run} on {this_node()}, process {os.getpid()}")

@@ -7,11 +7,11 @@ import re
 import threading
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
-from latentmill.text import one_line
+from latentmill.text import hidden, one_line
 
 logger = logging.getLogger("latentmill")
 
@@ -53,7 +53,7 @@ class Hearing:
         return taken
 
     def _hear(self, text: str, line: tuple[str, int]) -> None:
-        text = one_line(without_colours(text), 500)
+        text = one_line(without_colours(hidden(text, _hook.secrets)), 500)
         if text not in self._known and self._of_line[line] < EACH:
             self._of_line[line] += 1
             self._known.add(text)
@@ -67,6 +67,7 @@ class _Hook:
         self.on: list[Hearing] = []
         self.lately: deque[str] = deque(maxlen=64)
         """Lines of messages that were heard: they are printed, too, as a rule."""
+        self.secrets: dict[str, str] = {}
         self.lock = threading.Lock()
         self.factory, self.show = logging.getLogRecordFactory(), warnings.showwarning
 
@@ -91,17 +92,23 @@ class _Hook:
 
     def record(self, *args: Any, **named: Any) -> logging.LogRecord:
         made = self.factory(*args, **named)
+        with suppress(Exception):  # of a message that can't be put together its handler complains
+            self._record(made)
+        return made
+
+    def _record(self, made: logging.LogRecord) -> None:
         top = made.name.partition(".")[0]
         # A library that sorts its messages out by a filter has sorted them out for us, too.
         if made.levelno >= logging.WARNING and top not in NOT_HEARD and logging.getLogger(made.name).filter(made):
             message = made.getMessage()
-            self.lately.extend(line for line in map(one_line, message.splitlines()[:8]) if line)
+            said = hidden(message, self.secrets).splitlines()[:8]
+            self.lately.extend(line for line in map(one_line, said) if line)
             self.hear(f"{made.name}: {message}", (made.pathname, made.lineno))
-        return made
 
     def shown(self, message: Any, category: type[Warning], file: str, line: int, *more: Any, **named: Any) -> None:
-        if not issubclass(category, DEVELOPERS):
-            self.hear(f"{category.__name__}: {message}", (file, line))
+        with suppress(Exception):
+            if not issubclass(category, DEVELOPERS):
+                self.hear(f"{category.__name__}: {message}", (file, line))
         _here.shows = True
         try:
             self.show(message, category, file, line, *more, **named)
@@ -118,9 +125,20 @@ _here = threading.local()
 _hook = _Hook()
 
 
+def keep_secret(secrets: Mapping[str, str]) -> None:
+    """What is heard in this process from now on is without these, each replaced by what stands for it."""
+    _hook.secrets = {**_hook.secrets, **secrets}
+
+
+KNOWN_BY = 8
+"""Characters of a message at least, by which it is known in a line that has more: others have a bracket or a number, too."""
+
+
 def is_heard(line: str) -> bool:
     """Whether a line that this thread prints now is one of a message that was heard."""
-    return getattr(_here, "shows", False) or any(known in line for known in tuple(_hook.lately))
+    return getattr(_here, "shows", False) or any(
+        known == line or (len(known) >= KNOWN_BY and known in line) for known in tuple(_hook.lately)
+    )
 
 
 def without_colours(text: str) -> str:

@@ -34,16 +34,20 @@ class Limited:
 
     def warn(self, text: str) -> None:
         """Put a line into the log, unless there were too many."""
-        if self.clock() - self.since >= MINUTE:
-            if self.more:
-                logger.warning(f"{self.more:,} more {self.what}")
-            self.since, self.count, self.more = self.clock(), 0, 0
+        self.look()
         if self.count < self.most:
             self.count += 1
             self.lately.append(text)
             logger.warning(text)
         else:
             self.more += 1
+
+    def look(self, ends: bool = False) -> None:
+        """Say how many more there were, once their minute is over, or the run ``ends``."""
+        if self.clock() - self.since >= MINUTE or ends:
+            if self.more:
+                logger.warning(f"{self.more:,} more {self.what}")
+            self.since, self.count, self.more = self.clock(), 0, 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class _Seen:
     worker_type: int
     stages: str
     node: str = ""
+    was_ready: bool = False
     usage: Usage | None = None
     used_at: float = 0.0
 
@@ -117,7 +122,10 @@ class Watch:
     def ready(self, worker: int) -> None:
         """A worker can be given work."""
         seen = self._workers.get(worker)
-        if seen and (gone := self._gone.get(seen.worker_type)):
+        if seen is None:
+            return
+        seen.was_ready = True
+        if gone := self._gone.get(seen.worker_type):
             self._deaths.warn(f"{seen} has come in the place of {gone.popleft()}")
 
     def gone(self, worker: int, reason: str, replaced: bool = True) -> None:
@@ -125,8 +133,8 @@ class Watch:
         if seen := self._workers.pop(worker, None):
             self.deaths[seen.stages] += 1
             reason = reason.partition(" Some common causes include:")[0]  # Ray's list, the same each time
-            self._deaths.warn(f"{seen} is gone: {hidden(one_line(reason, 400), self.secrets)}")
-            if replaced:
+            self._deaths.warn(f"{seen} is gone: {one_line(hidden(reason, self.secrets), 400)}")
+            if replaced and seen.was_ready:  # else its place is that of one before it, or was nobody's yet
                 self._gone.setdefault(seen.worker_type, deque()).append(seen.name.short)
 
     def left(self, worker: int) -> None:
@@ -164,9 +172,16 @@ class Watch:
     def onto(self, shown: Shown) -> Shown:
         """How a run stands, with what is known of its workers. Another thread may ask."""
         counts: dict[str, dict[str, int]] = {}
-        for (what, stage), number in [*self.counts.items(), *((("deaths", of), n) for of, n in self.deaths.items())]:
+        for (what, stage), number in list(self.counts.items()):
             counts.setdefault(stage, {})[what] = number
+        for stage, number in list(self.deaths.items()):
+            counts.setdefault(stage, {})["deaths"] = number
         return replace(shown, usage=self.usage(), counts=counts, lately=list(self.lately))
+
+    def look(self, ends: bool = False) -> None:
+        """Say how many lines there were beyond those that were told, once that is due, or the run ``ends``."""
+        self._lines.look(ends)
+        self._deaths.look(ends)
 
     def _say(self, who: str, text: str) -> None:
         self._lines.warn(f"{who}: {hidden(text, self.secrets)}")
