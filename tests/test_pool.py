@@ -15,7 +15,7 @@ from tests import ray_forks
 import latentmill
 from latentmill.driver.decide import decide
 from latentmill.driver.loop import drive
-from latentmill.driver.messages import StageSpec, StartWorker, WorkerType
+from latentmill.driver.messages import Dispatch, HandOver, StageSpec, StartWorker, WorkerType
 from latentmill.driver.state import DriverState
 from latentmill.errors import PlacementError, RunError, UnreachableError
 from latentmill.plugin import Stage, tensors
@@ -169,6 +169,47 @@ def test_workers_fill_the_room_that_there_is_and_one_is_there_at_first(tmp_path)
         workers.close()
     assert [1, 1, 1] in found and found[-1][1] == 2 and max(counts[1] for counts in found) == 2
     assert len([path for path in tmp_path.iterdir()]) == 5
+
+
+class Waits(Read):
+    """Says that it has begun, and reads as soon as ``folder/go`` is there."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __call__(self, batch, reject):
+        (self.folder / "begun").touch()
+        while not (self.folder / "go").exists():
+            time.sleep(0.01)
+        return super().__call__(batch, reject)
+
+
+def test_the_order_to_hand_over_waits_for_no_batch_and_all_that_wait_come_back(tmp_path):
+    """Small batches may be more than there are threads: whoever stops has seconds, and a batch may take minutes."""
+    workers = ray_pool.RayPool([WorkerSetup((StageWork("read", partial(Waits, tmp_path), calls=2),), num_cpus=0.1)])
+    came, end = [], time.monotonic() + 30
+
+    def until(count):
+        came.extend(workers.collect(timeout=0.1))
+        while len(came) < count and time.monotonic() < end:
+            came.extend(workers.collect(timeout=0.5))
+        assert len(came) == count, came
+
+    try:
+        workers.submit(StartWorker(0, 0))
+        until(1)
+        for id in range(6):
+            workers.submit(Dispatch(id, "read", 0, 0, [id]))
+        while not (tmp_path / "begun").exists():
+            until(1)
+        workers.submit(HandOver(0))
+        until(6)
+        assert all((event.tables, event.begun) == (None, False) for event in came[1:])
+        (tmp_path / "go").touch()
+        until(7)
+        assert came[6].tables and {event.id for event in came[1:]} == {*range(6)}
+    finally:
+        workers.close()
 
 
 def test_a_worker_that_is_not_ready_for_long_is_told_of_once(caplog):

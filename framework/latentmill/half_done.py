@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from latentmill import storage
 from latentmill.batch import shape_key
+from latentmill.libraries import changed
 from latentmill.plan import Plan
 from latentmill.plugin import tensors
 from latentmill.storage import Storage
@@ -66,6 +67,7 @@ class HalfDone:
             "plan": self.plan.hash_of(shard),
             "shard": shard,
             "flow": self._flow(),
+            "libraries": dict(self.plan.libraries),
             "stages": [stage for stage, _ in tables],
             "filtered": [*rows.filtered],
             "attempts": [*rows.attempts.items()],
@@ -100,6 +102,9 @@ class HalfDone:
             raise ValueError("it is of another plan")
         if about["flow"] != self._flow():
             raise ValueError("it is of another flow")
+        if others := changed(about["libraries"], self.plan.libraries):
+            # No row is half of one and half of the other, and what a stage left is for the version that left it.
+            raise ValueError(f"it was written with {', '.join(f'{name} {was}' for name, was, _ in others)}")
         tables = []
         for stage in about["stages"]:
             table = pa.ipc.open_stream(buffer).read_all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from importlib import metadata
 
@@ -17,6 +17,11 @@ def versions(distributions: Iterable[str]) -> dict[str, str]:
     """The versions of installed distributions, by name. What was built of one for which hardware (``+cu128``) is left out."""
     path = tuple((folder, _changed(folder)) for folder in sys.path)
     return {name: _version(name, path) for name in sorted(distributions)}
+
+
+def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """Of each library whose version is another now, its name and both. One that was of no concern before is of none."""
+    return [(name, before[name], version) for name, version in now.items() if before.get(name, version) != version]
 
 
 def _changed(folder: str) -> int:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from latentmill.errors import PlanError, RunError
+from latentmill.libraries import changed
 from latentmill.plan import Generation, Plan, digest, hashed
 from latentmill.plugin import Fragment
 from latentmill.storage import Storage
@@ -26,9 +27,8 @@ def changed_libraries(plan: Plan, store: Storage) -> list[str]:
         return []
     begun = read(store).get("libraries", {})
     return [
-        f"begun with {name} {begun[name]}, going on with {version}: its rows may differ a little from those that are there"
-        for name, version in plan.libraries.items()
-        if begun.get(name, version) != version
+        f"begun with {name} {was}, going on with {version}: its rows may differ a little from those that are there"
+        for name, was, version in changed(begun, plan.libraries)
     ]
 
 

@@ -94,6 +94,7 @@ def run(
             live.add = watch.onto
             if again or not finished(state):
                 pool = make_pool(job, plan, store, watch)
+                signals.listen()
             store.check()
             generations.publish(plan, store, built.source)
             there.remember()

@@ -34,6 +34,9 @@ def test_ctrl_c_throws_nothing_away(counted):
         first = counted.run(output, code=130)
         assert counted.kept(output) and "Ctrl-C: what is half done is kept" in counted.latentmill.err
         assert "half_done (" in counted.latentmill.out and "thrown away" not in counted.latentmill.out
+        there = len(counted.files(output)), len(counted.kept(output))
+        counted.latentmill("status", counted.place(output))
+        assert f"{there[0]} of 3 shards, and {there[1]} half done: " in counted.latentmill.out
         second = counted.run(output)
         assert (first[0] + second[0], first[1] + second[1]) == whole
         assert counted.files(output) == counted.files("whole") and not counted.kept(output)
@@ -65,6 +68,62 @@ def test_a_second_signal_ends_at_once_and_says_what_it_costs(latentmill, install
     assert first[1] < 110 and "thrown away   all that was done" in latentmill.out and not counted.kept("out")
     counted.run("out")
     assert counted.files("out") == counted.files("whole")
+
+
+def test_sigterm_after_sigusr1_hands_over_at_once(counted):
+    """As Slurm sends them: the one some minutes before the end, the other at it."""
+    whole = counted.run("whole")
+    counted.stop(signal.SIGUSR1, 90)
+    counted.stop(signal.SIGTERM, 99, name="stop again")
+    first = counted.run("out", "grace=10m", code=130)
+    assert first[1] < 110 and counted.kept("out") and "thrown away" not in counted.latentmill.out
+    second = counted.run("out")
+    assert first[1] + second[1] == whole[1] and counted.files("out") == counted.files("whole")
+
+
+def test_samples_that_are_drawn_anew_go_on_with_the_attempt_they_are_at(latentmill, install, tmp_path, monkeypatch):
+    """Some rows are filtered and drawn again, some can't be done, and a stop comes amid all of that."""
+    monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
+    install("acme", f"{POINTS}[latentmill.stages]\nthird = acme_third:Third\n", acme_counts=CODE, acme_third=THIRD)
+    counted = Counted(latentmill, tmp_path, rows=12)
+    lines = "".join(f"row {row}{' unfit' * (row == 5)}{' raises' * (row == 9)}\n" for row in range(12))
+    (tmp_path / "prompts.txt").write_text(lines)
+    flow = ("flow=[read,encode,denoise,third,decode,write]", "accept={attempts: 3}", "stages.third.batch_size=3")
+    for more in (("sampling.steps=3",), ("sampling.steps=3", "deterministic=true")):
+        job = (*flow, *more)
+        whole, name = counted.run(f"whole {len(more)}", *job), f"out {len(more)}"
+        failed, filtered = (counted.latentmill.out.count(what) for what in ("2 rows, each", "filtered"))
+        assert failed and filtered
+        for share in (7, 4, 3):
+            counted.stop(CTRL_C, whole[1] // share)
+            counted.run(name, *job, code=130)
+        counted.run(name, *job)
+        assert counted.files(name) == counted.files(f"whole {len(more)}") and not counted.kept(name)
+
+
+THIRD = """
+import os
+
+import pyarrow as pa
+from acme_counts import count
+from latentmill.plugin import Filtered, Stage
+
+
+class Third(Stage):
+    contract = 2
+
+    def __call__(self, batch, reject):
+        count(os.environ["NOTES"], "evaluated", len(batch))
+        seeds, prompts = batch.column("seed").to_pylist(), batch.column("prompt").to_pylist()
+        if any("raises" in prompt for prompt in prompts):
+            raise ValueError("not this one")
+        for i, (seed, prompt) in enumerate(zip(seeds, prompts)):
+            if "unfit" in prompt:
+                reject(i, "unfit")
+            elif seed % 3:
+                reject(i, Filtered("no multiple of three", {"rest": seed % 3, "none": float("nan")}))
+        return batch.filter(pa.array(["unfit" not in p and s % 3 == 0 for s, p in zip(seeds, prompts)]))
+"""
 
 
 def test_every_scheduler_goes_on_where_it_was_in_a_deterministic_job(counted):
@@ -122,6 +181,22 @@ def test_a_file_of_another_shard_or_plan_is_passed_over(counted):
     counted.run("out")
     assert "made anew: it is of another plan" in counted.latentmill.err
     assert counted.files("out") == counted.files("whole")
+
+
+def test_what_other_versions_of_libraries_left_is_made_anew(latentmill, install, tmp_path):
+    """No row is made by one version to its middle, and by another from there."""
+    install("acme", POINTS, acme_counts=f"{CODE}\n\nCounts.libraries = ('acme-numbers',)\n")
+    install("acme-numbers", "")
+    counted = Counted(latentmill, tmp_path)
+    whole = counted.run("whole")
+    counted.stop(CTRL_C, 97)
+    first = counted.run("out", code=130)
+    site = tmp_path / "site"
+    (site / "acme_numbers-1.0.dist-info").rename(site / "old")
+    install("acme-numbers", "", version="1.1")
+    second = counted.run("out")
+    assert "rows are made anew: it was written with acme-numbers 1.0\n" in latentmill.err
+    assert first[1] + second[1] > whole[1] and counted.files("out") == counted.files("whole")
 
 
 def test_a_disk_that_is_full_as_it_stops_is_said_and_costs_what_was_half_done(counted, monkeypatch):
@@ -202,7 +277,7 @@ STAGES = ("read", "encode", "denoise", "decode", "write")
 
 
 @pytest.mark.parametrize("number", (CTRL_C, signal.SIGTERM))
-def test_on_a_cluster_it_is_the_same(number, counted, cluster):
+def test_on_a_cluster_it_is_the_same(number, counted, cluster, monkeypatch):
     whole = counted.run("whole")
     counted.stop(number, 97)
     first = counted.run("out", *cluster, "grace=0", code=130)
@@ -212,6 +287,10 @@ def test_on_a_cluster_it_is_the_same(number, counted, cluster):
         "no negative prompt is encoded once a run"
     )
     assert counted.files("out") == counted.files("whole") and not counted.kept("out")
+    # Before it drives, too: Ray, as it began, has put a handler of its own for SIGTERM.
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "faults" / "actions")
+    monkeypatch.setenv("LATENTMILL_FAILPOINT", f"planning:{number.name}:{counted.folder}")
+    counted.run("early", *cluster, code=130)
 
 
 @pytest.mark.skipif(

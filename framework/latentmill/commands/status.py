@@ -16,9 +16,12 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _status(options: Any) -> int:
+    from latentmill import half_done
     from latentmill.dataset import status
 
     now = status(options.output)
+    kept = {} if now["success"] else half_done.newest(storage.at(options.output))
+    now |= {"half_done": len(kept)} if kept else {}
     if options.json:
         print(json.dumps(now))
         return 0
@@ -30,7 +33,8 @@ def _status(options: Any) -> int:
     print(f"{now['output']}: job {now['name']}, {state}")
     counts = f"{now['ok']:,} ok, {now['failed']:,} failed" + f", {filtered:,} filtered" * bool(filtered)
     print(f"{made:,} of {now['planned']:,} rows: {counts}")
-    print(f"{now['shards_done']:,} of {now['shards']:,} shards")
+    half = f", and {len(kept):,} half done: the next run goes on with them" if kept else ""
+    print(f"{now['shards_done']:,} of {now['shards']:,} shards{half}")
     for name in now["foreign"]:
         print(f"data/{name} is no shard of this dataset")
     for text, rows in now["warnings"].items():

@@ -20,7 +20,9 @@ RESERVE = 10.0
 HAND_OVER = 5.0
 """Seconds that workers have to hand over what they hold."""
 NOTICES = ("SIGTERM", "SIGUSR1")
-"""What schedulers of clusters send before they take a machine away. Slurm is told which: ``--signal=USR1@90``."""
+"""What schedulers of clusters send before they take a machine away. Slurm is told which: ``--signal=USR1@90``. It sends SIGTERM after it,
+as the time is up, and leaves some seconds still: that is no second thought, but the end of what may be finished.
+"""
 
 
 class Signals:
@@ -48,7 +50,7 @@ class Signals:
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background jobs ignore it
             self._numbers.append(signal.SIGINT)
         before = {number: signal.getsignal(number) for number in self._numbers}
-        self._listen()
+        self.listen()
         try:
             yield
         finally:
@@ -56,14 +58,15 @@ class Signals:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _listen(self) -> None:
+    def listen(self) -> None:
+        """Hear them again: Ray, as it begins, puts handlers of its own in their place."""
         for number in self._numbers:
             signal.signal(number, self._came)
 
     @contextmanager
     def heard_by(self, holds: Callable[[], bool]) -> Iterator[None]:
         """While a loop asks ``stop``. ``holds`` says whether something would be lost if the driver ended now."""
-        self._listen()  # Ray has put handlers of its own in their place
+        self.listen()
         self._holds = holds
         try:
             yield
@@ -90,6 +93,10 @@ class Signals:
         return Stop(how)
 
     def _came(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self.asked is not None and (self.asked[0], name) == NOTICES[::-1]:
+            self.asked = name, self.clock() - self.finishing
+            return
         if self.asked is not None or self._holds is None or not self._holds():
             raise KeyboardInterrupt
-        self.asked = signal.Signals(number).name, self.clock()
+        self.asked = name, self.clock()

@@ -152,9 +152,10 @@ class RunningBatch:
         with checks.inside(scheduler):
             x, state = scheduler.step(self.field, self.x, t, s, self.state)
         checks.tensor(scheduler, "step", x, self.x.shape, "the shape of x")
-        self.x, self.state = x.to(torch.float32), checks.state(scheduler, "step", state, len(x))
+        x, state = x.to(torch.float32), checks.state(scheduler, "step", state, len(x))
         if self.inpainting is not None:
-            self.x = self.inpainting.blend(self.x, *self.field.blend())
+            x = self.inpainting.blend(x, *self.field.blend())
+        self.x, self.state = x, state  # all of it, or nothing: a step that fails is made again
         for row in self.rows:
             row.at += 1
 

@@ -67,13 +67,18 @@ class _Actor(Worker):
     def ready(self) -> Ready:
         return self.is_ready
 
+    @ray.method(concurrency_group="told")
+    def told_to_hand_over(self) -> None:
+        """``hand_over``, in a thread of its own: it doesn't wait for batches, of which more may be here than there are threads."""
+        self.hand_over()
+
     def end(self) -> None:
         """The run has ended, and the process with it."""
         if self.speech:
             self.speech.end()
 
 
-REMOTE: Any = cast(Any, ray.remote)(max_restarts=0)(_Actor)
+REMOTE: Any = cast(Any, ray.remote)(max_restarts=0, concurrency_groups={"told": 1})(_Actor)
 """Ray's own types don't know ``options``."""
 
 

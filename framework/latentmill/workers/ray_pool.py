@@ -114,7 +114,7 @@ class RayPool:
             self._start(order)
         elif isinstance(order, HandOver):
             if actor := self.actors.get(order.worker):
-                actor.hand_over.remote()
+                actor.told_to_hand_over.remote()
         elif isinstance(order, AskFor):
             self.places.ask(order.more)
         else:
@@ -124,8 +124,7 @@ class RayPool:
         setup = self.setups[order.worker_type]
         self.types[order.worker] = order.worker_type
         called = self.watch.called(order.worker, order.worker_type, [stage.name for stage in setup.stages])
-        # One more than there are calls: for the order to hand over, which must not wait for them.
-        options = {**resources(setup), "max_concurrency": sum(stage.calls for stage in setup.stages) + 1}
+        options = {**resources(setup), "max_concurrency": sum(stage.calls for stage in setup.stages)}
         options["name"] = self.watch.full(called.short)
         if place := self.places.take(order.worker_type, order.worker):
             options["scheduling_strategy"] = place

@@ -180,9 +180,14 @@ class Worker:
             self.turn.notify_all()
 
     def _give_back_waiting(self) -> None:
-        with suppress(IndexError):  # whoever has the turn may have taken the last
-            while self.waiting:
-                self.waiting.popleft()[1].back = "untouched"
+        while next_call := self._next_call():
+            next_call[1].back = "untouched"
+
+    def _next_call(self) -> tuple[Hosted, Call] | None:
+        """Take what waits longest, if anything does: whoever has the turn and who gives back take it from one another."""
+        with suppress(IndexError):
+            return self.waiting.popleft()
+        return None
 
     def keep(
         self,
@@ -214,8 +219,8 @@ class Worker:
         if self.handing_over:
             self._hand_over()
             return
-        if self.waiting:
-            hosted, call = self.waiting.popleft()
+        if next_call := self._next_call():
+            hosted, call = next_call
             with self._doing(hosted, call):
                 call.block = self._noted(hosted.work_on(call))
             return
@@ -229,15 +234,18 @@ class Worker:
             hosted.inside = [call for call in hosted.inside if not call.done]
 
     def _hand_over(self) -> None:
-        self._give_back_waiting()
-        for hosted in self.stages.values():
-            for call in hosted.inside:
-                with _noting(call):
-                    if call.request is not None and call.request.done:
-                        call.block = self._noted(hosted.finish(call))
-                    else:
-                        hosted.hand_over(call)
-            hosted.inside = []
+        with (
+            self.turn
+        ):  # whoever waits for a call sees all of what it has become, or nothing: half-way rows are not done
+            self._give_back_waiting()
+            for hosted in self.stages.values():
+                for call in hosted.inside:
+                    with _noting(call):
+                        if call.request is not None and call.request.done:
+                            call.block = self._noted(hosted.finish(call))
+                        else:
+                            hosted.hand_over(call)
+                hosted.inside = []
 
     @contextmanager
     def _doing(self, hosted: Hosted, *calls: Call) -> Iterator[None]:
@@ -288,7 +296,11 @@ class Worker:
     def _begin(self, stage: str, batch: pa.Table) -> Call:
         hosted = self.stages[stage]
         call = hosted.begin(batch)
-        self.waiting.append((hosted, call))
+        with self.turn:
+            if self.handing_over:
+                call.back = "untouched"
+            else:
+                self.waiting.append((hosted, call))
         return call
 
     def _finish(self, stage: str, call: Call) -> tuple[Outcome, Block]:
