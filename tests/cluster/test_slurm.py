@@ -110,7 +110,7 @@ def test_what_is_put_back_into_the_queue_goes_on(site, slurm, undisturbed):
 
 def test_at_the_end_of_its_time_it_drains_and_goes_on_by_itself(site, undisturbed):
     name, number = site.submit(
-        "out", *JOB, "cluster=inline", "target.time=00:01:00", "target.grace=50", "sampling.steps=20"
+        "out", *JOB, "cluster=inline", "target.time=00:02:00", "target.grace=60", "sampling.steps=20"
     )
     until(lambda: "in the queue again" in site("logs", name), "drained", 150)
     site.at_once(number)
@@ -129,7 +129,10 @@ def test_cancelled_it_ends_and_is_not_started_again(site):
     site("cancel", name)
     job = site.ended(name, 90)
     assert job["exit_code"] == 130 and not job["dataset"]["success"]
-    waits, _ = site.submit("other", *INLINE, "target.options=[--begin=now+1hour]")
+
+
+def test_cancelled_while_it_waits_it_does_not_begin(site):
+    waits, _ = site.submit("other", *INLINE, "target.options=['--begin=now+1hour']")
     assert site.jobs()[waits]["state"] == "queued"
     site("cancel", waits)
     assert site.ended(waits)["detail"] == "cancelled"
@@ -138,7 +141,7 @@ def test_cancelled_it_ends_and_is_not_started_again(site):
 def test_two_jobs_with_ray_share_a_node(site, undisturbed):
     """And one of them has two nodes: three Rays' worth of ports on this host."""
     small = ("samples_per_row=1", "sampling.steps=2", "cluster=local", "target.cpus_per_node=2")
-    names = [site.submit("a", *small, "target.options=[--nodelist=n1]")[0]]
+    names = [site.submit("a", *small, "target.options=['--nodelist=n1']")[0]]
     names.append(site.submit("b", *small, "target.nodes=2", "target.options=['--nodelist=n[1-2]']")[0])
     assert [site.ended(name)["exit_code"] for name in names] == [0, 0]
     assert site.shards("a").keys() == site.shards("b").keys() != set()
