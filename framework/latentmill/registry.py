@@ -14,7 +14,8 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.resources import files
 from math import isnan
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union
 
 from latentmill.errors import JobError, PluginError, StorageError
 from latentmill.plugin import (
@@ -270,20 +271,39 @@ def _check(who: str, plugin: type[Plugin], settings: Mapping[str, Any]) -> None:
             raise PluginError(f"{who} needs a value for {key!r}")
     annotated = _hints(plugin)
     for key, value in settings.items():
-        hint = annotated.get(key)
-        if value is not None and (number := _NUMBER_OR_NONE.get(hint)):
-            hint = number
-        wrong = isinstance(hint, type) and not isinstance(value, hint)
-        if hint in (int, float):
-            wrong = isinstance(value, bool) or not isinstance(value, (int, float) if hint is float else int)
-        if wrong and hint in (bool, int, float, str):
-            raise PluginError(f"{who}: {key} must be {hint.__name__}, not {value!r}")
-        if isinstance(value, float) and isnan(value):  # as a bound it would let all pass
-            raise PluginError(f"{who}: {key} must be a number, not nan")
+        if wrong := next(_misfits(key, value, annotated.get(key)), None):
+            raise PluginError(f"{who}: {wrong}")
 
 
-_NUMBER_OR_NONE: Mapping[Any, type] = {int | None: int, float | None: float}
-"""Types of settings that may be left out."""
+def _misfits(key: str, value: Any, hint: Any) -> Iterator[str]:
+    """What of a setting is not what its type says: scalars, and lists and dicts of them, or a TypedDict."""
+    kinds = [kind for kind in typing.get_args(hint) if kind is not NoneType]
+    if typing.get_origin(hint) in (Union, UnionType) and len(kinds) == 1:
+        if value is not None:
+            yield from _misfits(key, value, kinds[0])
+    elif typing.is_typeddict(hint) or typing.get_origin(hint) is dict:
+        if not isinstance(value, Mapping):
+            yield f"{key} must be a dict, not {value!r}"
+            return
+        inside = typing.get_type_hints(hint) if typing.is_typeddict(hint) else dict.fromkeys(value, kinds[-1])
+        for name, each in value.items():
+            if name in inside:
+                yield from _misfits(f"{key}.{name}", each, inside[name])
+            else:
+                yield f"{key}.{name} is no setting{near(str(name), inside)}; there are: {', '.join(inside)}"
+    elif typing.get_origin(hint) is list:
+        if not isinstance(value, (list, tuple)):
+            yield f"{key} must be a list, not {value!r}"
+            return
+        for number, each in enumerate(value):
+            yield from _misfits(f"{key}.{number}", each, kinds[0])
+    elif hint in (int, float):
+        if isinstance(value, bool) or not isinstance(value, (int, float) if hint is float else int):
+            yield f"{key} must be {hint.__name__}, not {value!r}"
+    elif hint in (bool, str) and not isinstance(value, hint):
+        yield f"{key} must be {hint.__name__}, not {value!r}"
+    if isinstance(value, float) and isnan(value):  # as a bound it would let all pass
+        yield f"{key} must be a number, not nan"
 
 
 def hints(kind: str, name: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
-from latentmill import dataset, registry, values
+from latentmill import dataset, registry, storage, values
 from latentmill.config import Job, load_job
 from latentmill.config.target import PREFIX, load_target, settled
 from latentmill.errors import JobError, LatentmillError, UnreachableError
@@ -84,7 +84,7 @@ def prepare(job: str, overrides: Sequence[str], to: str) -> Offer:
     target = load_target(to, about_target, job)
     launcher = _launcher(target)
     checked = load_job(job, overrides)
-    if not (_is_url(checked.output) or os.path.isabs(checked.output)):
+    if not (storage.in_bucket(checked.output) or os.path.isabs(checked.output)):
         if launcher.shares_files:
             checked = load_job(job, [*overrides, f"output={values.literal(os.path.abspath(checked.output))}"])
         else:
@@ -106,6 +106,8 @@ def prepare(job: str, overrides: Sequence[str], to: str) -> Offer:
         folder=os.getcwd(),
         needs=tuple(_needs(checked)),
         without_ray=checked.cluster.kind == "inline",
+        waits=checked.cluster.wait is not None,
+        grace=checked.grace_seconds,
     )
     with asking_target(launcher, checked.config):
         files = launcher.files(submission)

@@ -26,13 +26,17 @@ FUSED = JOB.replace("STAGES", "gpu") + (
     "placement: fused\n"
     "stages: {encode: {num_gpus: 0.1}, denoise: {replicas: 10, num_gpus: 0.3}, decode: {num_gpus: 0.2}}\n"
 )
+ANY = JOB.replace("STAGES", "gpu") + (
+    "placement: split\n"
+    "stages: {encode: {replicas: 1, num_gpus: 0.5, accelerator_type: H100}, denoise: {num_gpus: 0.25}, decode: {replicas: 1, num_gpus: 0.1}}\n"
+)
 SECRET = JOB.replace("STAGES", "cpu").replace("height: 64", "height: 64, negative_prompt: '${oc.env:ACME_TOKEN}'")
 JOBS = {"several": SEVERAL, "fused": FUSED, "cpu": JOB.replace("STAGES", "cpu"), "secret": SECRET}
 
 PROGRAM = """\
 #!{python}
 # Stands in for {name}: it remembers what it is given, and answers as the test has said.
-import json, os, re, sys
+import json, os, re, signal, sys, time
 words = sys.argv[1:]
 call = {{"words": words, "files": [open(word).read() for word in words if word.endswith(".yaml")]}}
 call["stdin"] = sys.stdin.read() if words[-1] == "-" else ""
@@ -41,7 +45,13 @@ with open({calls!r}, "a") as file:
     file.write(json.dumps(call) + "\\n")
 for pattern, code, said in json.load(open({answers!r})):
     if re.search(pattern, " ".join(words)):
-        print(said, end="", file=sys.stderr if code else sys.stdout)
+        if code == "interrupt":
+            os.kill(os.getppid(), signal.SIGINT)
+            time.sleep(60)
+        (sys.stderr if code else sys.stdout).buffer.write(said.encode(errors="surrogateescape"))
+        then = {then!r}
+        if os.path.exists(then) and re.search((last := json.load(open(then)))[0], " ".join(words)):
+            json.dump(last[1], open({answers!r}, "w"))
         sys.exit(code)
 sys.exit("no answer to " + " ".join(words))
 """
@@ -50,13 +60,19 @@ sys.exit("no answer to " + " ".join(words))
 def program(folder, monkeypatch, name, answers, variables=()):
     """An executable ``name`` first on the path; a function that gives what it was called with until now.
 
-    ``answers``: (pattern of its words, exit code, what it says), of which the first that fits counts.
+    ``answers``: (pattern of its words, exit code, what it says), of which the first that fits counts. The code ``interrupt`` is
+    Ctrl-C for who asks. A file ``NAME.then`` holds a pattern, and the answers from then on.
     """
     (folder / "bin").mkdir(exist_ok=True)
     calls, said = folder / f"{name}.calls", folder / f"{name}.answers"
     said.write_text(json.dumps(answers))
     text = PROGRAM.format(
-        python=sys.executable, name=name, calls=str(calls), answers=str(said), variables=tuple(variables) or ("",)
+        python=sys.executable,
+        name=name,
+        calls=str(calls),
+        answers=str(said),
+        then=str(folder / f"{name}.then"),
+        variables=tuple(variables) or ("",),
     )
     (folder / "bin" / name).write_text(text)
     (folder / "bin" / name).chmod(0o755)

@@ -1,4 +1,4 @@
-"""``latentmill submit JOB --to kuberay``: RayJobs against KubeRay's own schema, and what kubectl is given."""
+"""``latentmill submit JOB --to kuberay``: RayJobs against KubeRay's own schema."""
 
 import copy
 import json
@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from tests.outside.launch_parts import FUSED, JOBS, SECRET, SEVERAL, program, shown, wrong_in
+from tests.outside.launch_parts import ANY, FUSED, JOBS, SECRET, SEVERAL, shown, wrong_in
 
 IMAGE = "target.image=acme/latentmill:0.1.0"
 TYPES = ("target.groups.H100={gpus: 8, cpus: 32, memory: 128GiB, node_selector: {gpu: h100}}", "target.groups.L4.node_selector={gpu: l4}")  # fmt: skip
@@ -61,6 +61,9 @@ def test_the_schema_sees_what_is_wrong(latentmill):
 @pytest.mark.parametrize(
     ("text", "words", "expected"),
     [
+        # A type is asked for without a GPU, too; and more nodes of it are of use to workers that ask for any
+        (JOBS["cpu"] + "stages: {write: {accelerator_type: L4}}\n", TYPES, [("l4", 1, 1, 1)]),
+        (ANY, (*TYPES, "target.max_nodes=4"), [("h100", 1, 4, 8)]),
         # 16 workers on nodes of 8 GPUs; 2 x 0.25 + 4 x 0.5 GPUs on nodes of one
         (SEVERAL, TYPES, [("h100", 2, 2, 8), ("l4", 3, 3, 1)]),
         # A worker has its share, 0.6, of one GPU: ten GPUs, not six
@@ -160,7 +163,7 @@ def test_the_job_travels_with_its_pod_and_its_command_through_a_shell(latentmill
     words = subprocess.check_output(["bash", "-c", f"printf '%s\\n' {document['spec']['entrypoint']}"], text=True)  # fmt: skip
     assert words.splitlines() == [
         "python", "-m", "latentmill.launchers.rayjob", "latentmill", "run", "/etc/latentmill/it's $HOME; Ä.yaml",
-        "cluster.kind=ray", "cluster.address=auto",
+        "cluster.kind=ray", "cluster.address=auto", "cluster.wait=30m",
     ]  # fmt: skip
 
 
@@ -180,12 +183,14 @@ def test_a_name_is_a_label_of_dns_whatever_the_job_is_called(latentmill, name):
     [
         (SEVERAL, (), "which nodes have the accelerator_type H100? Labels say so: target.groups.H100.node_selector={"),
         (SECRET, (), "the job needs ACME_TOKEN of its environment: target.env=[ACME_TOKEN] sends it along"),
+        (JOBS["cpu"], ("output=/shared/../out", "target.volumes.a=/shared"), "output=/shared/../out would be lost with its pod"),
         (JOBS["cpu"], ("output=/shared/out",), "output=/shared/out would be lost with its pod: give a URL, or a path on a volume"),
+        (JOBS["cpu"], ("grace=3m",), "target.grace=120 is less than the job's own grace of 180 s"),
         (JOBS["cpu"], ("cluster=inline",), "the job says cluster=inline, and a RayJob is a cluster"),
         (FUSED, ("stages.denoise.num_gpus=2",), "encode + denoise + decode asks for more than a node of group gpu has"),
         (FUSED, ("stages.denoise.resources={fast: 1}",), "asks for fast: nodes that are made have CPUs, GPUs and memory alone"),
-        (JOBS["cpu"], ("target.groups.cpu.gpu=1",), "target.groups.cpu.gpu is no setting (did you mean 'gpus'?)"),
-        (JOBS["cpu"], ("target.object_store=1",), "leaves nothing of memory=32GiB"),
+        (JOBS["cpu"], ("target.groups.cpu.gpu=1",), "groups.cpu.gpu is no setting (did you mean 'gpus'?)"),
+        (JOBS["cpu"], ("target.object_store=1",), "target.object_store=1 leaves nothing"),
         (JOBS["cpu"], ("target.volumes.claim=shared",), "target.volumes: 'shared' is no path from the root"),
         (JOBS["cpu"], ("target.max_nodes=0",), "target.max_nodes=0"),
     ],
@@ -195,126 +200,68 @@ def test_what_cannot_be_is_a_line(latentmill, text, words, says):
     assert says in latentmill.err and len(latentmill.err.splitlines()) == 1
 
 
-# ---------------------------------------------------------------------------------------------------------- kubectl
-
-MADE = json.dumps({"metadata": {"namespace": "team", "name": "my-job-1", "uid": "1234"}})
-CONTEXT = ["config current-context", 0, "arn:aws:eks:eu:1:cluster/a\n"]
-
-
-def status(**values):
-    return ["get rayjob", 0, json.dumps({"status": values})]
-
-
-def submitted(latentmill, tmp_path, monkeypatch, *answers):
-    """A job that was submitted; what kubectl was given until now."""
-    answers = [CONTEXT, ["create", 0, MADE], *answers]
-    calls = program(tmp_path, monkeypatch, "kubectl", answers, ["ACME_TOKEN"])
-    assert latentmill("submit", job(SECRET), "--to", "kuberay", IMAGE, "target.env=[ACME_TOKEN]") == 0, latentmill.said
-    return calls
-
-
-AT = ["--context", "arn:aws:eks:eu:1:cluster/a", "--namespace", "team"]
-
-
-def test_what_is_submitted_and_the_secret_that_goes_along(latentmill, tmp_path, monkeypatch, home):
-    calls = submitted(latentmill, tmp_path, monkeypatch)
-    [_, created, secret] = calls()
-    assert created["words"][:2] == AT[:2] and created["words"][2:4] == ["create", "-f"]
-    assert created["files"] == [next(home.glob("*/rayjob.yaml")).read_text()]
-    sent = json.loads(secret["stdin"])
-    assert secret["words"] == [*AT, "create", "-f", "-"] and sent["stringData"] == {"ACME_TOKEN": TOKEN}
-    assert sent["metadata"]["ownerReferences"] == [
-        {"apiVersion": "ray.io/v1", "kind": "RayJob", "name": "my-job-1", "uid": "1234"}
-    ]
-    assert f"secretRef: {{name: {sent['metadata']['name']}}}" in created["files"][0], "the pods take it"
-    kept = [file.read_text() for file in home.rglob("*") if file.is_file()]
-    assert kept and not any(
-        TOKEN in text for text in [*kept, latentmill.said, *(str(call["words"]) for call in calls())]
-    )
-
-
-def test_how_it_is(latentmill, tmp_path, monkeypatch):
-    submitted(latentmill, tmp_path, monkeypatch)
-    for word, more, log, expected in [
-        ("", {}, "", ("queued", None, "")),
-        ("Initializing", {}, "", ("queued", None, "its cluster starts")),
-        ("Running", {"jobStatus": "RUNNING"}, "", ("running", None, "")),
-        ("Running", {"failed": 1}, "", ("running", None, "retry 1 of 3")),
-        ("Retrying", {"failed": 1}, "", ("queued", None, "it failed, and gets a new cluster")),
-        ("Complete", {"jobStatus": "SUCCEEDED"}, "", ("ended", 0, "")),
-        ("Complete", {"jobStatus": "STOPPED"}, "no\nlatentmill: ended with exit code 2\n", ("ended", 2, "stopped")),
-        ("Complete", {"jobStatus": "STOPPED"}, "it was killed\n", ("ended", None, "stopped")),
-        ("Failed", {"message": "it\nfailed"}, "latentmill: ended with exit code 1\n", ("ended", 1, "it")),
-        ("ValidationFailed", {"message": "bad"}, "", ("ended", None, "bad")),
+def test_what_is_no_type_of_a_setting_is_a_line(latentmill):
+    file = job(JOBS["cpu"])
+    for word, says in [
+        ("target.secrets=abc", "secrets must be a list, not 'abc'"),
+        ("target.pull_secrets=[1]", "pull_secrets.0 must be str, not 1"),
+        ("target.node_selector={a.b/c: true}", "node_selector.a.b/c must be str, not True"),
+        ("target.groups={cpu: {node_selector: {a: true}}}", "groups.cpu.node_selector.a must be str, not True"),
+        ("target.groups.cpu=abc", "groups.cpu must be a dict, not 'abc'"),
+        ("target.groups.cpu.nodes=two", "groups.cpu.nodes must be int, not 'two'"),
+        ("target.head.gpus=1", "head.gpus is no setting"),
+        ("target.memory=lots", "target.memory=lots: a size is expected, as 32GiB"),
+        ("target.object_store=-0.5", "target.object_store=-0.5 leaves nothing"),
+        ("target.volumes={a: 3}", "volumes.a must be str, not 3"),
     ]:
-        pods = ["get pods -l job-name=my-job-1 ", 0, "pod/a\npod/b\n"]
-        answers = [status(jobDeploymentStatus=word, **more), pods, ["logs pod/b --tail", 0, log]]
-        program(tmp_path, monkeypatch, "kubectl", answers)
-        assert latentmill("jobs", "--json") == 0, latentmill.said
-        [found] = json.loads(latentmill.out)
-        assert (found["state"], found["exit_code"], found["detail"]) == expected
+        assert latentmill("submit", file, "--to", "kuberay", "--dry-run", IMAGE, word) == 2, word
+        assert says in latentmill.err and len(latentmill.err.splitlines()) == 1, latentmill.err
+    words = ("target.groups.cpu.memory=64000000000", "target.labels.commit=12e4567", "target.node_selector={gpu: 'y', at: '1e3'}")  # fmt: skip
+    document = shown(latentmill, file, "kuberay", IMAGE, *words)
+    assert document["metadata"]["labels"] == {"commit": "12e4567"}
+    # As YAML's readers in Go have it, these are a number and a boolean, if they are not in quotes
+    assert all(text in latentmill.out for text in ("'12e4567'", "'y'", "'1e3'"))
 
 
-def test_one_that_is_gone_and_one_that_cannot_be_asked(latentmill, tmp_path, monkeypatch):
-    gone = 'Error from server (NotFound): rayjobs.ray.io "my-job-1" not found\n'
-    submitted(latentmill, tmp_path, monkeypatch, ["get rayjob", 1, gone])
-    assert latentmill("jobs", "--json") == 0 and json.loads(latentmill.out)[0]["detail"] == f"kubectl: {gone.strip()}"
-    assert latentmill("cancel", "my-job") == 2
-    program(tmp_path, monkeypatch, "kubectl", [["get rayjob", 1, "Unable to connect to the server\n"]])
-    assert latentmill("cancel", "my-job") == 4 and "Unable to connect" in latentmill.err
+def test_a_variable_with_a_default_need_not_go_along_unless_it_is_set_here(latentmill, monkeypatch):
+    file = job(SECRET.replace("${oc.env:ACME_TOKEN}", "${oc.env:NIX,a} \\${oc.env:NOR_THIS}"))
+    shown(latentmill, file, "kuberay", IMAGE)
+    monkeypatch.setenv("NIX", "b")
+    assert latentmill("submit", file, "--to", "kuberay", "--dry-run", IMAGE) == 2
+    assert "the job needs NIX of its environment" in latentmill.err
 
 
-def test_without_its_secret_nothing_is_left(latentmill, tmp_path, monkeypatch, home):
-    answers = [
-        CONTEXT,
-        ["create -f -$", 1, "Error from server (Forbidden): secrets\n"],
-        ["create", 0, MADE],
-        ["delete", 0, ""],
-    ]
-    calls = program(tmp_path, monkeypatch, "kubectl", answers)
-    assert latentmill("submit", job(SECRET), "--to", "kuberay", IMAGE, "target.env=[ACME_TOKEN]") == 2
-    assert calls()[-1]["words"] == [*AT, "delete", "rayjob", "my-job-1", "--wait=false"] and not [*home.iterdir()]
+@pytest.mark.skipif(not shutil.which("pgrep"), reason="needs procps")
+def test_a_node_waits_for_workers_and_not_for_rays_agents(latentmill):
+    document = shown(latentmill, job(JOBS["cpu"]), "kuberay", IMAGE)
+    spec = document["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]
+    hook = spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    mine = f"ray{os.getpid()}::"  # others may run Ray on this machine
+    hook = [word.replace("ray::", mine) for word in hook]
+    started = []
+
+    def start(title):
+        started.append(subprocess.Popen(["bash", "-c", f"exec -a {mine}{title} sleep 60"]))
+
+    try:
+        for title in ("IDLE", "IDLE_SpillWorker", "DashboardAgent", "RuntimeEnvAgent"):
+            start(title)
+        assert subprocess.run(hook, timeout=20).returncode == 0
+        start("Worker.work")
+        with subprocess.Popen(hook) as waiting:
+            with pytest.raises(subprocess.TimeoutExpired):
+                waiting.wait(1.5)
+            started[-1].kill()
+            started[-1].wait()
+            assert waiting.wait(20) == 0
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
 
 
-def test_its_log_and_its_end(latentmill, tmp_path, monkeypatch):
-    submitted(latentmill, tmp_path, monkeypatch)
-    answers = [
-        status(jobDeploymentStatus="Failed", message="it ended"),
-        ["get pods", 0, "pod/a\npod/b\npod/c\n"],
-        ["logs pod/a --follow", 0, "once\n"],
-        ["logs pod/b --follow", 1, "Error: it is waiting to start\n"],
-        ["logs pod/c --follow", 0, "and again\n"],
-    ]
-    program(tmp_path, monkeypatch, "kubectl", answers)
-    assert latentmill("logs", "my-job", "--follow") == 0 and latentmill.out == "once\nand again\n", latentmill.said
-
-    answers = [
-        status(jobDeploymentStatus="Running", rayClusterName="c-1", jobId="j-1"),
-        ["get pods -l ray.io/cluster=c-1,ray.io/node-type=head ", 0, "pod/head\n"],
-        ["exec pod/head", 0, ""],
-    ]
-    calls = program(tmp_path, monkeypatch, "kubectl", answers)
-    assert latentmill("cancel", "my-job") == 0, latentmill.said
-    stop = ["ray", "job", "stop", "--no-wait", "--address", "http://127.0.0.1:8265", "j-1"]
-    assert calls()[-1]["words"] == [*AT, "exec", "pod/head", "-c", "ray-head", "--", *stop]
-
-
-def test_one_that_does_not_run_yet_is_suspended(latentmill, tmp_path, monkeypatch):
-    calls = submitted(latentmill, tmp_path, monkeypatch, status(jobDeploymentStatus="Initializing"), ["patch", 0, ""])
-    assert latentmill("cancel", "my-job") == 0, latentmill.said
-    patch = ["patch", "rayjob", "my-job-1", "--type=merge", "-p", '{"spec":{"suspend":true}}']
-    assert calls()[-1]["words"] == [*AT, *patch]
-    program(tmp_path, monkeypatch, "kubectl", [status(jobDeploymentStatus="Suspended")])
-    assert latentmill("jobs", "--json") == 0
-    [found] = json.loads(latentmill.out)
-    assert (found["state"], found["detail"]) == ("ended", "cancelled")
-
-
-@pytest.mark.parametrize(
-    ("said", "code"),
-    [("error: unknown field \"spec.more\"\n", 2), ("Unable to connect to the server: timeout\n", 4)],
-)  # fmt: skip
-def test_a_refusal_is_final_and_silence_is_not(latentmill, tmp_path, monkeypatch, home, said, code):
-    program(tmp_path, monkeypatch, "kubectl", [CONTEXT, ["create", 1, said]])
-    assert latentmill("submit", job(JOBS["cpu"]), "--to", "kuberay", IMAGE) == code
-    assert said.strip() in latentmill.err and not [*home.iterdir()]
+def test_what_of_an_autoscaled_cluster_is_said_to_ray(latentmill):
+    cluster = shown(latentmill, job(JOBS["cpu"]), "kuberay", IMAGE, "target.max_nodes=2")["spec"]["rayClusterSpec"]
+    assert cluster["workerGroupSpecs"][0]["rayStartParams"]["num-cpus"] == "8"
+    container = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]
+    assert cluster["autoscalerOptions"]["securityContext"] == container["securityContext"]

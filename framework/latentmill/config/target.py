@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints, is_typeddict
 
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf
@@ -87,6 +87,6 @@ def _settle(config: Any, hints: Mapping[str, Any], path: tuple[str, ...] = ()) -
 
 def _hint(path: Sequence[str], hints: Mapping[str, Any]) -> Any:
     hint = str if path[0] == "name" else hints.get(path[0], Any)
-    for _ in path[1:]:
-        hint = values.inside(hint)
+    for key in path[1:]:
+        hint = get_type_hints(hint).get(key, Any) if is_typeddict(hint) else values.inside(hint)
     return hint

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from os.path import normpath
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from latentmill.launchers.manifest import HEAD_STORE, SHARED_MEMORY, NodeGroup, Pods, PodSize, as_yaml, rayjob
-from latentmill.launchers.nodes import ANY_GPU, NO_GPU, Group
+from latentmill.launchers.nodes import ANY_GPU, NO_GPU, Group, at_least, size
 from latentmill.launchers.nodes import groups as needed
+from latentmill.launchers.programs import ask, check_variables, said_by, variables
 from latentmill.launchers.rayjob import SAID
 from latentmill.plugin import Launcher, LaunchState, Submission, Submitted
-from latentmill.text import first_line, near
-from latentmill.values import in_bytes
+from latentmill.text import first_line
 
 MANIFEST, CANCELLED = "rayjob.yaml", "cancelled"
 """Names in the job's folder."""
@@ -37,6 +38,25 @@ QUEUED = {
 }
 
 
+class HeadSettings(TypedDict, total=False):
+    """What may be said of the head alone."""
+
+    cpus: int
+    memory: str
+    spill: str
+    node_selector: dict[str, str]
+    tolerations: list[dict[str, Any]]
+
+
+class GroupSettings(HeadSettings, total=False):
+    """What may be said of a group alone."""
+
+    gpus: int
+    object_store: float
+    nodes: int | None
+    max_nodes: int | None
+
+
 class KubeRay(Launcher):
     """A RayJob. Its handle is ``NAMESPACE/NAME@CONTEXT``: people change kubectl's context from day to day."""
 
@@ -47,8 +67,8 @@ class KubeRay(Launcher):
         image: str,
         namespace: str | None = None,
         volumes: dict[str, str] | None = None,
-        env: Sequence[str] = (),
-        secrets: Sequence[str] = (),
+        env: list[str] | None = None,
+        secrets: list[str] | None = None,
         auth_secret: str | None = None,
         retries: int = 3,
         grace: int = 120,
@@ -59,17 +79,17 @@ class KubeRay(Launcher):
         spill: str = "100GiB",
         nodes: int | None = None,
         max_nodes: int | None = None,
-        groups: dict[str, dict[str, Any]] | None = None,
-        head: dict[str, Any] | None = None,
+        groups: dict[str, GroupSettings] | None = None,
+        head: HeadSettings | None = None,
         node_selector: dict[str, str] | None = None,
-        tolerations: Sequence[dict[str, Any]] = (),
+        tolerations: list[dict[str, Any]] | None = None,
         service_account: str | None = None,
-        pull_secrets: Sequence[str] = (),
+        pull_secrets: list[str] | None = None,
         labels: dict[str, str] | None = None,
     ) -> None:
         """What conf/target/kuberay.yaml says. Raises ValueError for values that can't be."""
-        self.namespace, self.volumes, self.labels = namespace, dict(volumes or {}), dict(labels or {})
-        self.env, self.secrets, self.auth_secret, self.retries = list(env), list(secrets), auth_secret, retries
+        self.namespace, self.volumes, self.labels = namespace, volumes or {}, labels or {}
+        self.env, self.secrets, self.auth_secret, self.retries = env or [], secrets or [], auth_secret, retries
         self.each: dict[str, Any] = {
             "gpus": gpus,
             "cpus": cpus,
@@ -78,28 +98,22 @@ class KubeRay(Launcher):
             "spill": spill,
             "nodes": nodes,
             "max_nodes": max_nodes,
-            "node_selector": dict(node_selector or {}),
-            "tolerations": list(tolerations),
+            "node_selector": node_selector or {},
+            "tolerations": tolerations or [],
         }
-        self.groups, self.head = dict(groups or {}), dict(head or {"cpus": 2, "memory": "8GiB"})
-        self.pods = Pods(image, self.volumes, [], service_account, list(pull_secrets), grace)
-        for name, said in {**{f"groups.{name}": said for name, said in self.groups.items()}, "head": self.head}.items():
-            for key in said:
-                if key not in self.each:
-                    raise ValueError(
-                        f"target.{name}.{key} is no setting{near(key, self.each)}; there are: {', '.join(self.each)}"
-                    )
+        self.groups, self.head = groups or {}, head or HeadSettings(cpus=2, memory="8GiB")
+        self.pods = Pods(image, self.volumes, [], service_account, pull_secrets or [], grace)
+        at_least(0, retries=retries)
+        at_least(1, grace=grace, nodes=nodes)
         for path in self.volumes.values():
             if not path.startswith("/"):
                 raise ValueError(f"target.volumes: {path!r} is no path from the root")
-        for name, number, least in (("retries", retries, 0), ("grace", grace, 1)):
-            if number < least:
-                raise ValueError(f"target.{name}={number}: {least} or more are expected")
 
     # ------------------------------------------------------------------------------------------ what is sent
 
     def files(self, submission: Submission) -> Mapping[str, str]:
         self._check_paths(submission)
+        submission.check_grace(self.pods.grace)
         secrets = [*self.secrets, *([_secret_of(submission.id)] if self.env else [])]
         found = needed(submission.needs, lambda group: self._node(group).shape)
         head = self._node("head", {**self.head, "gpus": 0})
@@ -117,17 +131,16 @@ class KubeRay(Launcher):
     def _check_paths(self, submission: Submission) -> None:
         if submission.without_ray:
             raise ValueError("the job says cluster=inline, and a RayJob is a cluster: leave that out")
+        if submission.file.startswith(".."):
+            raise ValueError(f"the job's name, {submission.name}, begins with two dots: Kubernetes takes no such path")
         if "://" not in submission.output and not any(
-            Path(submission.output).is_relative_to(path) for path in self.volumes.values()
+            Path(normpath(submission.output)).is_relative_to(path) for path in self.volumes.values()
         ):
             raise ValueError(
                 f"output={submission.output} would be lost with its pod: give a URL, or a path on a volume, as in target.volumes.CLAIM=/shared"
             )
-        named = set(re.findall(r"""oc\.env:[\s'"\\]*([A-Za-z_]\w*)""", submission.text))
-        if missing := sorted(named - set(self.env)) if not self.secrets else []:
-            raise ValueError(
-                f"the job needs {', '.join(missing)} of its environment: target.env=[{', '.join(missing)}] sends it along, or name a Secret in target.secrets"
-            )
+        if not self.secrets:  # whose keys are not known here
+            check_variables(submission, self.env, ", or name a Secret in target.secrets")
 
     def _group(self, group: Group) -> NodeGroup:
         said = self._said(group.name)
@@ -149,36 +162,42 @@ class KubeRay(Launcher):
                 f"which nodes have the accelerator_type {group}? Labels say so: target.groups.{group}.node_selector={{nvidia.com/gpu.product: ...}}"
             )
         gpus = 0 if group == NO_GPU else found["gpus"]
-        memory = int(in_bytes(found["memory"]))
-        store = HEAD_STORE if found["object_store"] is None else int(memory * found["object_store"]) >> 20 << 20
+        memory, share = size("memory", found["memory"]), found["object_store"]
+        if share is not None and not 0 < share < 1:
+            raise ValueError(f"target.object_store={share} leaves nothing: a share of the memory is expected, as 0.3")
+        store = HEAD_STORE if share is None else int(memory * share) >> 20 << 20
         if store + SHARED_MEMORY >= memory:
-            raise ValueError(f"target: object_store={found['object_store']} leaves nothing of memory={found['memory']}")
+            raise ValueError(f"target.memory={found['memory']} of {group} is too little for Ray's object store")
         tolerations = [*([ON_GPUS] if gpus else []), *found["tolerations"]]
         return PodSize(
-            gpus, found["cpus"], memory, store, int(in_bytes(found["spill"])), found["node_selector"], tolerations
+            gpus, found["cpus"], memory, store, size("spill", found["spill"]), found["node_selector"], tolerations
         )
 
     # ---------------------------------------------------------------------------------------------- kubectl
 
     def submit(self, submission: Submission, folder: Path) -> str:
-        values = {name: os.environ[name] for name in self.env if name in os.environ}
-        if missing := [name for name in self.env if name not in values]:
-            raise ValueError(f"target.env names {', '.join(missing)}, which your shell does not have")
-        context = _context()
-        words = [*_at(self.namespace, context), "create", "-f", str(folder / MANIFEST), "-o", "json"]
-        made = json.loads(_kubectl(words))["metadata"]
-        if values:
-            try:
-                _kubectl([*_at(made["namespace"], context), "create", "-f", "-"], _secret(submission.id, made, values))
-            except (OSError, ValueError):  # nobody would remember it, and its pods would wait for ever
-                _kubectl([*_at(made["namespace"], context), "delete", "rayjob", made["name"], "--wait=false"])
-                raise
+        values, context = variables(self.env), _context()
+        at, made = _at(self.namespace, context), None
+        try:
+            made = json.loads(_kubectl([*at, "create", "-f", str(folder / MANIFEST), "-o", "json"]))["metadata"]
+            at = _at(made["namespace"], context)
+            if values:
+                _kubectl([*at, "create", "-f", "-"], _secret(submission.id, made, values))
+        except (
+            BaseException
+        ) as error:  # Ctrl-C, too: nobody would remember it, and its pods would wait for the Secret for ever
+            if made or not isinstance(error, ValueError):  # else it was refused
+                with suppress(OSError, ValueError):
+                    _kubectl([*at, *_deleting(made["name"] if made else submission.id)])
+            raise
         return f"{made['namespace']}/{made['name']}@{context}"
 
     def state(self, job: Submitted) -> LaunchState:
         try:
             status = self._status(job)
         except ValueError as error:
+            if "(NotFound)" in str(error) and (job.folder / CANCELLED).exists():
+                return LaunchState("ended", detail="cancelled")
             return LaunchState("unknown", detail=str(error))
         word, ray_job = status.get("jobDeploymentStatus", ""), status.get("jobStatus", "")
         failed = int(status.get("failed", 0))
@@ -192,36 +211,33 @@ class KubeRay(Launcher):
         if word in ("Failed", "ValidationFailed"):
             said = status.get("message") or status.get("reason") or word
             return LaunchState("ended", self._said_code(job), first_line(said, 200))
-        if word == "Suspended" and (job.folder / CANCELLED).exists():
-            return LaunchState("ended", detail="cancelled")
         return LaunchState("queued", detail=QUEUED.get(word, ""))
 
     def log(self, job: Submitted, follow: bool) -> Iterator[str]:
-        seen: set[str] = set()
+        last: dict[str, str] = {}
+        """By pod, of which each cluster that is tried has one of its own: when it said what was read last. Streams are cut after some hours."""
+        how = ["--follow"] * follow + ["--timestamps"]
         while True:
             ended = not follow or self.state(job).word in ("ended", "unknown")
             for pod in self._pods(job, f"job-name={_name(job)}"):
-                if pod not in seen:  # each cluster that is tried has one of its own
-                    running = subprocess.Popen(
-                        ["kubectl", *_where(job), "logs", pod, *(["--follow"] if follow else [])],
-                        stdout=subprocess.PIPE,
-                        stderr=subprocess.DEVNULL,
-                        text=True,
-                    )
-                    yield from _said_by(running)
-                    if running.returncode == 0:  # else its container is not there yet
-                        seen.add(pod)
+                since = last.get(pod, "")
+                words = ["kubectl", *_where(job), "logs", pod, *how, *([f"--since-time={since}"] if since else [])]
+                for line in said_by(words, subprocess.DEVNULL):
+                    time_said, _, text = line.partition(" ")
+                    if time_said > since:  # what is asked for begins with the second
+                        last[pod] = time_said
+                        yield text
             if ended:
                 return
             time.sleep(LOOK_AGAIN)
 
     def cancel(self, job: Submitted) -> None:
-        status = self._status(job)
-        word = status.get("jobDeploymentStatus", "")
-        if word in ("Complete", "Failed", "ValidationFailed"):
+        if self.state(job).word == "ended":
             return
-        if word != "Running":  # nothing of it runs yet
-            _kubectl([*_where(job), "patch", "rayjob", _name(job), "--type=merge", "-p", '{"spec":{"suspend":true}}'])
+        status = self._status(job)
+        if status.get("jobDeploymentStatus") != "Running":
+            # Nothing of it runs. To suspend it would not do: a queue (Kueue) has its jobs wait so, and would begin with it later.
+            _kubectl([*_where(job), *_deleting(_name(job))])
         else:
             # A RayJob that is deleted or suspended takes its pods away at once; a Ray job that is stopped has its time, and is over.
             heads = self._pods(job, f"ray.io/cluster={status['rayClusterName']},ray.io/node-type=head")
@@ -248,6 +264,10 @@ class KubeRay(Launcher):
             return None
         codes = re.findall(rf"^latentmill: {SAID} (\d+)$", said, re.MULTILINE)
         return int(codes[-1]) if codes else None
+
+
+def _deleting(name: str) -> list[str]:
+    return ["delete", "rayjob", name, "--wait=false", "--ignore-not-found"]
 
 
 def _secret_of(name: str) -> str:
@@ -283,24 +303,8 @@ def _name(job: Submitted) -> str:
 
 def _kubectl(words: Sequence[str], sent: str | None = None) -> str:
     """What kubectl says. Raises ValueError for what it would refuse again, and OSError for what it might not."""
-    try:
-        done = subprocess.run(["kubectl", *words], input=sent, capture_output=True, text=True, timeout=WITHIN)
-    except FileNotFoundError:
-        raise ValueError("kubectl is not installed here: --dry-run prints what it would be given") from None
-    except subprocess.TimeoutExpired:
-        raise OSError(f"kubectl has had no answer for {WITHIN:g} s") from None
+    done = ask(["kubectl", *words], WITHIN, sent)
     if done.returncode:
         said = f"kubectl: {first_line(done.stderr) or f'exit code {done.returncode}'}"
         raise ValueError(said) if REFUSED.search(done.stderr) else OSError(said)
     return done.stdout
-
-
-def _said_by(running: subprocess.Popen[str]) -> Iterator[str]:
-    """What a command says, while it says it."""
-    with running:
-        try:
-            assert running.stdout
-            yield from running.stdout
-            running.wait()
-        finally:
-            running.terminate()

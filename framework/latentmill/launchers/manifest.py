@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from latentmill.launchers.nodes import NO_GPU, Shape
+from latentmill.launchers.nodes import ANY_GPU, NO_GPU, Shape
 from latentmill.plugin import Submission
 
 JOB_KEY = "latentmill/job"
@@ -23,6 +23,8 @@ HEAD_STORE = 2**30
 """Bytes of the head's object store: the driver holds references alone."""
 SHARED_MEMORY = 2**28
 """Bytes of /dev/shm beside those of the object store: torch's own. Ray takes a disk, or refuses, if it has less than the store asks for."""
+NODES_WITHIN = "30m"
+"""For how long a job waits for nodes, at the start and for those that are lost; then a new cluster is of more use."""
 USER = 1000
 """Of the image, and of Ray's own."""
 RIGHTS = {
@@ -39,8 +41,11 @@ TO_THE_DRIVER = (
     "pkill -USR1 -f 'bin/[l]atentmill run'; while pgrep -f 'bin/[l]atentmill run' > /dev/null; do sleep 1; done"
 )
 """What the head does before it goes: its first process is Ray, which would end all others at once."""
-AS_LONG_AS_ACTORS = "while pgrep -f '^ray::[^I]' > /dev/null; do sleep 1; done"
-"""What a node does before it goes: it stays while a worker is there, for as long as it may. Ray calls a process without work ray::IDLE."""
+AS_LONG_AS_ACTORS = (
+    "while pgrep -af '^ray::' | grep -qvE ' ray::(IDLE|DashboardAgent|RuntimeEnvAgent)'; do sleep 1; done"
+)
+"""What a node does before it goes: it stays while a worker is there, for as long as it may. Ray calls a process without work ray::IDLE, and has
+two agents on each node, which end with it."""
 AFTER_GRACE = 30
 """Seconds for a pod to end beside those that a driver has."""
 
@@ -105,11 +110,15 @@ def rayjob(
         raise ValueError(f"the job's file has more than {ANNOTATIONS >> 10} KiB: Kubernetes takes no more")
     autoscaling = any(group.least < group.most for group in groups)
     file = f"{JOB_FOLDER}/{submission.file}"
-    command = ["python", "-m", "latentmill.launchers.rayjob", *submission.command(file, "auto")]
+    command = ["python", "-m", "latentmill.launchers.rayjob", *submission.command(file, "auto", NODES_WITHIN)]
     cluster = {
         "rayVersion": metadata.version("ray"),
         "authOptions": {"mode": "token", **({"secretName": auth_secret} if auth_secret else {})},
-        **({"enableInTreeAutoscaling": True} if autoscaling else {}),
+        **(
+            {"enableInTreeAutoscaling": True, "autoscalerOptions": {"securityContext": CONTAINER_RIGHTS}}
+            if autoscaling
+            else {}
+        ),
         "headGroupSpec": {
             "rayStartParams": {**_start(head), "num-cpus": "0"},  # no worker takes the driver's memory
             "template": _head_pod(submission, pods, head),
@@ -171,6 +180,10 @@ def as_yaml(document: Mapping[str, Any]) -> str:
     )
 
 
+LIKE_A_NUMBER = re.compile(r"([-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|0o[0-7]+|[yYnN])\Z")
+"""Text that other readers of YAML than this one take for a number, or for yes and no."""
+
+
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # whose types are not told
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -180,11 +193,16 @@ class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # whose types are not tol
 
 
 _Dumper.add_representer(str, _Dumper.text)
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:other", LIKE_A_NUMBER, None)  # so text like it is put in quotes
 
 
 def _start(node: PodSize) -> dict[str, str]:
-    """Ray's options. The object store lies in the pod's memory: workers are not promised it, too, as KubeRay would do."""
+    """Ray's options. The object store lies in the pod's memory: workers are not promised it, too, as KubeRay would do.
+
+    CPUs have no limit, where not every KubeRay looks at what is requested: Ray would count the machine's.
+    """
     return {
+        "num-cpus": str(node.cpus),
         "object-store-memory": str(node.object_store),
         "memory": str(node.shape.memory),
         "object-spilling-directory": SPILL_FOLDER,
@@ -193,7 +211,7 @@ def _start(node: PodSize) -> dict[str, str]:
 
 def _accelerator(group: NodeGroup) -> dict[str, str]:
     """Ray finds a GPU's type where there is one; the autoscaler must know it of nodes that are not there yet."""
-    if not group.node.gpus or group.name in ("gpu", NO_GPU):
+    if group.name in (ANY_GPU, NO_GPU):
         return {}
     return {"resources": f'"{{\\"accelerator_type:{group.name}\\": 1}}"'}  # as KubeRay's samples have it: twice quoted
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import isnan
 
 from latentmill.plugin import WorkerNeeds
+from latentmill.values import in_bytes
 
 ANY_GPU, NO_GPU = "gpu", "cpu"
 """Names of the groups of nodes whose GPUs have no type that a stage asks for, and of those without a GPU."""
@@ -60,9 +62,24 @@ class _Node:
         return True
 
 
+def size(name: str, text: str) -> int:
+    """Bytes of a setting, as ``32GiB``. Raises ValueError."""
+    found = in_bytes(text)
+    if isnan(found):
+        raise ValueError(f"target.{name}={text}: a size is expected, as 32GiB")
+    return int(found)
+
+
+def at_least(least: int, **numbers: int | None) -> None:
+    """Raises ValueError for a setting that is below."""
+    for name, number in numbers.items():
+        if number is not None and number < least:
+            raise ValueError(f"target.{name}={number}: {least} or more are expected")
+
+
 def group_of(worker: WorkerNeeds) -> str:
-    """The group of nodes that a worker asks for. One without a GPU may also be beside those that have one."""
-    return (worker.accelerator_type or ANY_GPU) if worker.num_gpus else NO_GPU
+    """The group of nodes that a worker asks for. One that asks for neither GPU nor type may also be beside those that do."""
+    return worker.accelerator_type or (ANY_GPU if worker.num_gpus else NO_GPU)
 
 
 def groups(needs: Sequence[WorkerNeeds], shape: Callable[[str], Shape]) -> list[Group]:
@@ -71,6 +88,7 @@ def groups(needs: Sequence[WorkerNeeds], shape: Callable[[str], Shape]) -> list[
     Raises ValueError if a worker fits on no node.
     """
     nodes: list[_Node] = []
+    unbound: set[str] = set()
     for worker in sorted(needs, key=_size):
         if worker.resources:
             raise ValueError(
@@ -78,17 +96,19 @@ def groups(needs: Sequence[WorkerNeeds], shape: Callable[[str], Shape]) -> list[
             )
         group = group_of(worker)
         for _ in range(worker.replicas or 1):
-            if any(node.takes(worker) for node in nodes if group == NO_GPU or _may(worker, node)):
-                continue
-            node = _Node(group, shape(group))
-            if not node.takes(worker):
-                has = f"{node.shape.gpus} GPUs, {node.shape.cpus} CPUs and {node.shape.memory / 2**30:.3g} GiB"
-                raise ValueError(
-                    f"{_named(worker)} asks for more than a node of group {group} has for workers ({has}): target.groups.{group}"
-                )
-            nodes.append(node)
-    unbound = {group_of(worker) for worker in needs if worker.replicas is None}
-    # What needs no GPU goes beside what does, where there is any: more nodes with GPUs are of use to it, but not asked for by it.
+            may = (node for node in nodes if worker.accelerator_type in (None, node.group))
+            node = next((node for node in may if node.takes(worker)), None)
+            if node is None:
+                node = _Node(group, shape(group))
+                if not node.takes(worker):
+                    has = f"{node.shape.gpus} GPUs, {node.shape.cpus} CPUs and {node.shape.memory / 2**30:.3g} GiB"
+                    raise ValueError(
+                        f"{_named(worker)} asks for more than a node of group {group} has for workers ({has}): target.gpus, .cpus and .memory say so"
+                    )
+                nodes.append(node)
+            if worker.replicas is None:
+                # What needs no GPU goes beside what does, where there is any: more nodes with GPUs are of use to it, but not asked for by it.
+                unbound.add(NO_GPU if group == NO_GPU else node.group)
     names = list(dict.fromkeys(node.group for node in nodes))
     return [Group(name, sum(node.group == name for node in nodes), name in unbound) for name in names]
 
@@ -101,10 +121,6 @@ def _size(worker: WorkerNeeds) -> tuple[bool, bool, float, float, int]:
         -worker.num_cpus,
         -(worker.memory or 0),
     )
-
-
-def _may(worker: WorkerNeeds, node: _Node) -> bool:
-    return node.shape.gpus > 0 and worker.accelerator_type in (None, node.group)
 
 
 def _named(worker: WorkerNeeds) -> str:

@@ -95,6 +95,7 @@ class RayJobs(Launcher):
         """What is sent, but for the folder, and for the values of environment variables."""
         if self.grace < 1:
             raise ValueError(f"target.grace must be 1 or more, not {self.grace}")
+        submission.check_grace(self.grace)
         if self.working_dir is not None and not Path(self.working_dir).is_dir():
             raise ValueError(f"target.working_dir={self.working_dir} is no folder")
         for name in self.env:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 import shlex
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from latentmill.launchers.manifest import as_yaml
-from latentmill.launchers.nodes import ANY_GPU, NO_GPU, Shape, groups
+from latentmill.launchers.nodes import ANY_GPU, NO_GPU, Shape, at_least, groups, size
+from latentmill.launchers.programs import ask, check_variables, said_by, variables
 from latentmill.plugin import Launcher, LaunchState, StateWord, Submission, Submitted
 from latentmill.text import first_line
-from latentmill.values import in_bytes
 
 TASK = "task.yaml"
 WITHIN, LAUNCH_WITHIN = 120.0, 1800.0
@@ -26,6 +26,8 @@ PORTS = {"port": 6379, "dashboard-port": 8265, "dashboard-agent-listen-port": 52
 TOKEN = "RAY_AUTH_TOKEN"
 INTERRUPTED = 130
 """The exit code."""
+FOR_WORKERS = 0.65
+"""The share of a machine's memory that Ray has for workers: it keeps 0.3 of what is free when it starts for its object store."""
 RUNNING_STATES: dict[str, StateWord] = {
     "PENDING": "queued",
     "SUBMITTED": "queued",
@@ -42,21 +44,12 @@ SCRIPT = """\
 head=$(echo "$SKYPILOT_NODE_IPS" | head -n 1)
 if [ "$SKYPILOT_NODE_RANK" != 0 ]; then
     for attempt in $(seq 60); do
-        ray start --address="$head:{port}" {options} && exit 0    # it stays when this ends
+        ray start --address="$head:{port}" {options} && sleep 5 && exit 0    # it stays when this ends, once it is apart
         sleep 5
     done
     exit 4
 fi
 ray start --head --port={port} --dashboard-port={dashboard} {options} || exit 1
-python - "$head:{port}" "$SKYPILOT_NUM_NODES" <<'WAIT' || exit 4
-import sys, time, ray
-ray.init(sys.argv[1], log_to_driver=False)
-for attempt in range(120):
-    if sum(node["Alive"] for node in ray.nodes()) >= int(sys.argv[2]):
-        sys.exit()
-    time.sleep(5)
-sys.exit("not all machines have come within 10 minutes")
-WAIT
 mkdir -p ~/latentmill && cd ~/latentmill || exit 1
 cat > {file} <<'LATENTMILL_JOB'
 {text}
@@ -89,7 +82,7 @@ class SkyPilot(Launcher):
         nodes: int | None = None,
         spot: bool = False,
         retries: int = 3,
-        env: Sequence[str] = (),
+        env: list[str] | None = None,
         mounts: dict[str, str] | None = None,
     ) -> None:
         """What conf/target/skypilot.yaml says. Raises ValueError for values that can't be."""
@@ -97,10 +90,19 @@ class SkyPilot(Launcher):
             raise ValueError(
                 "target.image or target.setup must be given: machines have no latentmill, and one of the two brings it"
             )
+        at_least(0, retries=retries, gpus=gpus)
+        at_least(1, cpus=cpus, nodes=nodes)
+        if accelerators and ":" not in accelerators:
+            accelerators = f"{accelerators}:{gpus}"
+        elif accelerators:
+            try:
+                gpus = int(accelerators.rpartition(":")[2])
+            except ValueError:
+                raise ValueError(f"target.accelerators={accelerators}: TYPE:NUMBER is expected, as H100:8") from None
         self.image, self.setup, self.infra, self.accelerators = image, setup, infra, accelerators
-        self.shape = Shape(gpus, cpus, int(in_bytes(memory)))
-        self.disk, self.nodes, self.spot, self.retries = int(in_bytes(disk)), nodes, spot, retries
-        self.env, self.mounts = list(env), dict(mounts or {})
+        self.gpus, self.cpus, self.memory = gpus, cpus, size("memory", memory)
+        self.disk, self.nodes, self.spot, self.retries = size("disk", disk), nodes, spot, retries
+        self.env, self.mounts = env or [], mounts or {}
 
     def files(self, submission: Submission) -> Mapping[str, str]:
         if submission.without_ray:
@@ -109,11 +111,7 @@ class SkyPilot(Launcher):
             raise ValueError(
                 f"output={submission.output} would be lost with its machine: give a URL, as output=s3://bucket/my-job"
             )
-        named = set(re.findall(r"""oc\.env:[\s'"\\]*([A-Za-z_]\w*)""", submission.text))
-        if missing := sorted(named - set(self.env)):
-            raise ValueError(
-                f"the job needs {', '.join(missing)} of its environment: target.env=[{', '.join(missing)}] sends it along"
-            )
+        check_variables(submission, self.env)
         accelerators, number = self._machines(submission)
         task = {
             "name": submission.id,
@@ -121,8 +119,8 @@ class SkyPilot(Launcher):
             "resources": {
                 **({"infra": self.infra} if self.infra else {}),
                 **({"accelerators": accelerators} if accelerators else {}),
-                "cpus": f"{self.shape.cpus}+",
-                "memory": f"{-(-self.shape.memory // 2**30)}+",
+                "cpus": f"{self.cpus}+",
+                "memory": f"{-(-self.memory // 2**30)}+",
                 "disk_size": -(-self.disk // 2**30),
                 **({"use_spot": True} if self.spot else {}),
                 **({"image_id": f"docker:{self.image}"} if self.image else {}),
@@ -157,13 +155,10 @@ class SkyPilot(Launcher):
                 "the job asks for GPUs, and not of what type: target.accelerators=H100:8, or accelerator_type in its stages"
             )
         number = max(sum(group.nodes for group in found), self.nodes or 1)
-        return (self.accelerators or f"{types[0]}:{self.shape.gpus}") if gpus else "", number
+        return (self.accelerators or f"{types[0]}:{self.gpus}") if gpus else "", number
 
     def _shape(self, group: str) -> Shape:
-        if group == NO_GPU:
-            return Shape(0, self.shape.cpus, self.shape.memory)
-        said = (self.accelerators or "").rpartition(":")[2]
-        return Shape(int(said) if said.isdigit() else self.shape.gpus, self.shape.cpus, self.shape.memory)
+        return Shape(0 if group == NO_GPU else self.gpus, self.cpus, int(FOR_WORKERS * self.memory))
 
     def _run(self, submission: Submission, gpus: bool) -> str:
         options = f"--dashboard-agent-listen-port={PORTS['dashboard-agent-listen-port']} --disable-usage-stats"
@@ -174,14 +169,13 @@ class SkyPilot(Launcher):
             file=shlex.quote(submission.file),
             text=submission.text.rstrip("\n"),
             retries=self.retries,
-            command=f'{shlex.join(submission.command())} cluster.kind=ray cluster.address="$head:{PORTS["port"]}"',
+            command=f'{shlex.join(submission.command(wait="10m"))} cluster.kind=ray cluster.address="$head:{PORTS["port"]}"',
         )
 
     # -------------------------------------------------------------------------------------------------- sky
 
     def submit(self, submission: Submission, folder: Path) -> str:
-        if missing := [name for name in self.env if name not in os.environ]:
-            raise ValueError(f"target.env names {', '.join(missing)}, which your shell does not have")
+        variables(self.env)
         words = [word for name in (*self.env, TOKEN) for word in ("--secret", name)]
         token = {TOKEN: secrets.token_hex(32)}
         _sky(["jobs", "launch", "--yes", "--detach-run", *words, str(folder / TASK)], LAUNCH_WITHIN, token)
@@ -201,12 +195,7 @@ class SkyPilot(Launcher):
 
     def log(self, job: Submitted, follow: bool) -> Iterator[str]:
         words = ["jobs", "logs", "--name", job.handle, "--follow" if follow else "--no-follow"]
-        with subprocess.Popen(["sky", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
-            try:
-                assert running.stdout
-                yield from running.stdout
-            finally:
-                running.terminate()
+        yield from said_by(["sky", *words], subprocess.STDOUT)
 
     def cancel(self, job: Submitted) -> None:
         if self.state(job).word in ("queued", "running"):
@@ -214,23 +203,17 @@ class SkyPilot(Launcher):
 
     def _record(self, job: Submitted) -> dict[str, Any] | None:
         said = _sky(["jobs", "queue", "--all", "--output", "json"])
-        table = re.search(r"^\[.*\]$", said, re.MULTILINE | re.DOTALL)  # other words may stand before it
-        if not table:
-            raise OSError("sky: it gives no list of jobs")
-        found = [record for record in json.loads(table[0]) if record.get("job_name") == job.handle]
-        return found[0] if found else None
+        for begin in re.finditer(r"^\[", said, re.MULTILINE):  # other words may stand before it, and after
+            with suppress(ValueError):
+                table, _ = json.JSONDecoder().raw_decode(said, begin.start())
+                if all(isinstance(record, dict) for record in table):
+                    return next((record for record in table if record.get("job_name") == job.handle), None)
+        raise OSError("sky: it gives no list of jobs")
 
 
 def _sky(words: Sequence[str], within: float = WITHIN, also: Mapping[str, str] | None = None) -> str:
     """What sky says. ``also``: variables that it is given beside those of this process. Raises ValueError, or OSError if it may answer later."""
-    try:
-        done = subprocess.run(
-            ["sky", *words], capture_output=True, text=True, timeout=within, env={**os.environ, **(also or {})}
-        )
-    except FileNotFoundError:
-        raise ValueError("sky is not installed here: --dry-run prints the task that it would be given") from None
-    except subprocess.TimeoutExpired:
-        raise OSError(f"sky has had no answer for {within:g} s") from None
+    done = ask(["sky", *words], within, also=also)
     if done.returncode:
         raise OSError(
             f"sky: {first_line(done.stderr.strip() or done.stdout.strip() or f'exit code {done.returncode}')}"

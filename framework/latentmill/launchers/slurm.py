@@ -74,6 +74,7 @@ class Slurm(Launcher):
         for name, least in (("nodes", 1), ("drivers", 1), ("grace", 1), ("retries", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"target.{name} must be {least} or more, not {getattr(self, name)}")
+        submission.check_grace(self.grace)
         if submission.without_ray and self.nodes > 1:
             raise ValueError(f"cluster=inline is one process: target.nodes must be 1, not {self.nodes}")
         if wrong := [name for name in self.env or [] if not re.fullmatch(r"[A-Za-z_]\w*", name)]:

@@ -51,20 +51,32 @@ class Submission:
     """Its workers, kind by kind, in the order of the flow."""
     without_ray: bool
     """The job says ``cluster=inline``: one process does it all."""
+    waits: bool
+    """The job says itself how long it waits for nodes: ``cluster.wait``."""
+    grace: float
+    """Seconds that its driver takes to end, once it is told to."""
 
     @property
     def file(self) -> str:
         """What the file must be called where it runs, since a job's name is its file's: ``NAME.yaml``. It may have blanks in it."""
         return f"{self.name}.yaml"
 
-    def command(self, file: str | None = None, address: str | None = None) -> list[str]:
+    def command(self, file: str | None = None, address: str | None = None, wait: str | None = None) -> list[str]:
         """The words that run it, or go on with it: to be quoted for a shell, one by one.
 
         ``file``: the path of the job's file there; None: ``NAME.yaml`` in the folder where the command runs. ``address`` of the Ray cluster
-        that its workers shall run on: ``auto`` is the one that the machine is a node of; None leaves what the job says.
+        that its workers shall run on: ``auto`` is the one that the machine is a node of; None leaves what the job says. ``wait``: for how long it waits for nodes there,
+        as ``10m``, where the job does not say so.
         """
         joined = [] if address is None else ["cluster.kind=ray", f"cluster.address={address}"]
-        return ["latentmill", "run", file or self.file, *joined]
+        waiting = [] if wait is None or self.waits else [f"cluster.wait={wait}"]
+        here = f"./{self.file}" if self.file.startswith("-") else self.file  # else it would be an option
+        return ["latentmill", "run", file or here, *joined, *waiting]
+
+    def check_grace(self, grace: int) -> None:
+        """Raises ValueError if a target that gives a driver so many seconds would kill it before it has ended."""
+        if grace < self.grace:
+            raise ValueError(f"target.grace={grace} is less than the job's own grace of {self.grace:g} s")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from latentmill.storage.bucket import CREDENTIALS, Bucket, Stored
 from latentmill.storage.folder import LocalFolder
 from latentmill.storage.store import Storage
 
-__all__ = ["CREDENTIALS", "Bucket", "LocalFolder", "Storage", "Stored", "at", "place"]
+__all__ = ["CREDENTIALS", "Bucket", "LocalFolder", "Storage", "Stored", "at", "in_bucket", "place"]
 
 
 def place(output: str) -> str:
@@ -31,9 +31,13 @@ def at(output: str, single_writer: bool = False) -> Storage:
     Raises AddressError if it is neither. Credentials and endpoint of an object store are taken from the environment, as its own tools do (``AWS_ACCESS_KEY_ID``,
     ``AWS_ENDPOINT_URL``, ...), and never from a job.
     """
-    if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", output):
-        if not re.fullmatch(r"[a-z0-9]+://[^/:]+(/[^/].*|/?)", output) or scheme[1] not in CREDENTIALS:
-            places = ", ".join(f"{kind}://BUCKET/PREFIX" for kind in CREDENTIALS)
-            raise AddressError(f"{output} is no place for a dataset: a folder is, or {places}")
-        return Bucket(output, single_writer)
-    return LocalFolder(output, single_writer)
+    return Bucket(output, single_writer) if in_bucket(output) else LocalFolder(output, single_writer)
+
+
+def in_bucket(output: str) -> bool:
+    """Whether ``output`` is a URL; if not, it is a folder. Raises AddressError if it can be neither."""
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", output)
+    if scheme and (not re.fullmatch(r"[a-z0-9]+://[^/:]+(/[^/].*|/?)", output) or scheme[1] not in CREDENTIALS):
+        places = ", ".join(f"{kind}://BUCKET/PREFIX" for kind in CREDENTIALS)
+        raise AddressError(f"{output} is no place for a dataset: a folder is, or {places}")
+    return scheme is not None
