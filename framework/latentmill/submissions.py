@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import shutil
+import threading
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, cast
 
 from latentmill import dataset, registry, storage, values
@@ -20,10 +22,12 @@ from latentmill.config import Job, load_job
 from latentmill.config.target import PREFIX, load_target, settled
 from latentmill.errors import JobError, LatentmillError, UnreachableError
 from latentmill.plugin import Launcher, LaunchState, Submission, Submitted, WorkerNeeds
-from latentmill.text import near, one_line, without_secrets
+from latentmill.text import near, one_line, secrets, without_secrets
 
 FIRST_LINE = "defaults: [job, _self_]\n"
 """What a composed config begins with, to be a job's file: all keys are in it, and take the defaults' places."""
+OUTPUT_ANSWERS_WITHIN = 20.0
+"""Seconds that are waited for what an output says of itself."""
 JOBS_AT_A_TIME = 16
 """Jobs that are asked for how they are at a time."""
 
@@ -68,7 +72,7 @@ class Offer:
             _write(record)
             with asking_target(self.launcher, self.job.config):
                 handle = self.launcher.submit(sent, folder)
-        except BaseException:
+        except Exception:  # interrupted, it may have been sent: the record stays, without a handle
             _record_file(sent.id).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -111,6 +115,11 @@ def prepare(job: str, overrides: Sequence[str], to: str) -> Offer:
     )
     with asking_target(launcher, checked.config):
         files = launcher.files(submission)
+    for value, shown in secrets(str(target)).items():
+        if re.search("KEY|SECRET|TOKEN|PASSWORD", shown) and any(value in text for text in files.values()):
+            raise JobError(
+                f"--to {to}: the value of {shown} would stand in what is written; name the variable in target.env instead"
+            )
     return Offer(checked, target, launcher, submission, files)
 
 
@@ -119,7 +128,13 @@ def records() -> list[Record]:
     found = []
     for file in home().glob("*.json"):
         with suppress(OSError, ValueError, TypeError):  # one that is no record, or of another version
-            found.append(Record(**json.loads(file.read_text(encoding="utf-8"))))
+            record = Record(**json.loads(file.read_text(encoding="utf-8")))
+            texts = (record.id, record.job, record.output, record.submitted, record.handle or "")
+            if (
+                all(isinstance(text, str) for text in (*texts, dict(record.target).get("name")))
+                and record.id == file.stem
+            ):
+                found.append(record)
     return sorted(found, key=lambda record: (record.submitted, record.id))
 
 
@@ -144,7 +159,7 @@ def met_again(record: Record) -> Iterator[tuple[Launcher, Submitted]]:
     """The launcher of a job that was submitted, and the job, to ask it about: what it raises is one line. Raises JobError or PluginError."""
     if record.handle is None:
         raise JobError(
-            f"{record.id}: submitting it did not end, and whether {record.target['name']} has it is not known"
+            f"{record.id}: submitting it did not end; whether {record.target['name']} has it, by that name, is not known"
         )
     launcher = _launcher(record.target)
     with asking_target(launcher, str(record.target)):
@@ -167,7 +182,7 @@ def _look(record: Record) -> dict[str, Any]:
         state = LaunchState("unknown", detail=str(error))
     unread, found = "", None
     try:
-        found = dataset.status(record.output)
+        found = _status(record.output)
     except Exception as error:  # a job that is old, a store that is gone: the others are told of all the same
         unread = (
             "not begun"
@@ -183,6 +198,26 @@ def _look(record: Record) -> dict[str, Any]:
         "dataset": found,
         "unread": unread,
     }
+
+
+def _status(output: str) -> dict[str, Any]:
+    """What ``status`` says of an output. Raises what it raises, and TimeoutError where a store does not answer in time."""
+    answers: SimpleQueue[dict[str, Any] | Exception] = SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(dataset.status(output))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()  # of no pool: nobody waits for it as the process ends
+    try:
+        answer = answers.get(timeout=OUTPUT_ANSWERS_WITHIN)
+    except Empty:
+        raise TimeoutError(f"it does not answer within {OUTPUT_ANSWERS_WITHIN:g} seconds") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 @contextmanager
@@ -227,7 +262,7 @@ def _new_id(name: str) -> str:
     """The job's name as far as it can stand in a label of DNS, and six signs by which it is told from others."""
     label = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:38].rstrip("-")
     label = label if label[:1].isalpha() else f"job-{label}".rstrip("-")
-    return f"{label[:38].rstrip('-')}-{secrets.token_hex(4)}"
+    return f"{label[:38].rstrip('-')}-{uuid.uuid4().hex[:8]}"
 
 
 def _is_url(place: str) -> bool:

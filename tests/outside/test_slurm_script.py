@@ -101,6 +101,9 @@ def test_no_value_of_the_environment_is_in_it(script, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (["target.grace=20"], "target.grace=20 is less than the job's own grace of 30 s"),
+        (["target.time=00:02:00"], "target.time=00:02:00 must be longer than target.grace, 120 seconds"),
+        (["target.time=1-0"], None),
         (["target.nodes=0"], "target.nodes must be 1 or more, not 0"),
         (["target.drivers=-1"], "target.drivers must be 1 or more, not -1"),
         (["target.nodes=2", "cluster=inline"], "cluster=inline is one process: target.nodes must be 1, not 2"),
@@ -119,3 +122,42 @@ def test_without_slurm_it_says_where_to_submit(latentmill, script, monkeypatch, 
     monkeypatch.setenv("PATH", str(tmp_path))
     assert latentmill("submit", "txt2img", "--to", "slurm") == 2
     assert "there is no command sbatch here: submit on a machine of the Slurm cluster" in latentmill.err
+
+
+def test_what_looks_like_a_place_of_the_script_is_not_filled(script):
+    text = script("target.setup=: a\n#@COMMAND\n: b")
+    assert ": a\n#@COMMAND\n: b\n" in text and text.count("\nrun latentmill ") == 1
+
+
+def test_a_backslash_is_kept_from_sbatch(script, tmp_path, monkeypatch):
+    (tmp_path / "a\\b").mkdir()
+    monkeypatch.chdir(tmp_path / "a\\b")
+    assert f'--chdir="{tmp_path}/a\\\\b"' in options(script())
+
+
+@pytest.mark.parametrize(("code", "lives"), [(0, 1), (1, 4), (2, 1), (3, 1), (4, 4), (130, 4)])
+def test_it_goes_back_to_the_queue_where_a_retry_may_help(script, tmp_path, code, lives):
+    """The script is run as Slurm would, for as long as it asks to be put back; and it does so no more than 4 times in a row."""
+    commands, folder, out = tmp_path / "bin", tmp_path / "a folder", tmp_path / "out"
+    for path in (commands, folder, out):
+        path.mkdir()
+    (out / "_SUCCESS").touch()
+    asked = folder / "asked"
+    for name, does in {
+        "latentmill": f"exit {code}",
+        "scontrol": f'[ "$1" = requeue ] && echo >>{str(asked)!r}; echo JobId=1 JobState=RUNNING; exit 1',
+    }.items():
+        (commands / name).write_text(f"#!/bin/sh\n{does}\n")
+        (commands / name).chmod(0o755)
+    file = folder / "job.sh"
+    file.write_text(script("cluster=inline", f"output={out}", f"target.setup=export PATH={commands}:$PATH"))
+    for _ in range(6):
+        before = asked.read_text() if asked.exists() else ""
+        with (folder / "log-0").open("ab") as log:
+            done = subprocess.run(
+                [BASH, file], stdout=log, stderr=log, env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "1"}
+            )
+        assert done.returncode == code, (folder / "log-0").read_text()
+        if (asked.read_text() if asked.exists() else "") == before:
+            break
+    assert len(before) + 1 == lives and (folder / "exit_code-0").read_text() == f"{code}\n"

@@ -1,6 +1,7 @@
 """``latentmill submit``, ``jobs``, ``logs`` and ``cancel``: what travels of a job, what is remembered, and a launcher of one's own."""
 
 import json
+import os
 import re
 
 import pytest
@@ -27,6 +28,8 @@ class Desk(Launcher):
         return {submission.file: submission.text, "words": "\\n".join(submission.command(address="auto")), "needs": needs, "room": self.room}
 
     def submit(self, submission, folder):
+        if self.room == "slow":
+            raise KeyboardInterrupt
         if self.room == "closed":
             raise ConnectionError("the door is closed")
         (folder / "asked").write_text(submission.id)
@@ -120,6 +123,10 @@ def test_what_was_submitted_is_listed_told_and_ended(latentmill, desk):
 def test_one_that_does_not_answer_is_unknown_and_hides_no_other(latentmill, desk):
     for room in ("lost", "a"):
         assert latentmill("submit", "txt2img", "--to", "desk", "output=/nowhere/out", f"target.room={room}") == 0
+    [one, _] = sorted(desk.glob("*.json"))
+    strange = {"target": {}}, {"id": 3}, {"target": ["a"]}, {"output": None}, {}  # the last: a copy by another name
+    for number, other in enumerate(strange):
+        (desk / f"strange{number}.json").write_text(json.dumps({**json.loads(one.read_text()), **other}))
     (desk / "strange.json").write_text("{}")
     assert latentmill("jobs", "--json") == 0
     assert {(job["state"], job["detail"]) for job in json.loads(latentmill.out)} == {
@@ -138,6 +145,7 @@ def test_one_that_does_not_answer_is_unknown_and_hides_no_other(latentmill, desk
         (["--to", "desk", "output=/o", "target.seats=0"], 2, "target.seats must be 1 or more, not 0"),
         (["--to", "desk", "output=/o", "target.room=${oc.env:NIX_IS_HERE}"], 2, "Environment variable 'NIX_IS_HERE' not found"),
         (["--to", "desk", "output=/o", "target.room=closed"], 4, "launcher desk of acme 1.0: the door is closed"),
+        (["--to", "desk", "output=/o", "target.room=${oc.env:ROOM_KEY}"], 2, "the value of ${oc.env:ROOM_KEY} would stand in what is written"),
         (["--to", "desk", "output=out/here"], 2, "output=out/here is relative, and --to desk runs the job where that is another folder: write a path"),
         (["--to", "desk", "output=/o", "source.path=rows.txt"], 2, "source.path=rows.txt is relative, and --to desk runs"),
         (["--to", "desk", "output=/o", "prompt_cache=kept"], 2, "prompt_cache=kept is relative"),
@@ -145,7 +153,8 @@ def test_one_that_does_not_answer_is_unknown_and_hides_no_other(latentmill, desk
         (["--to", "../desk", "output=/o"], 2, "the name of a target is expected"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_a_line_and_nothing_is_left(latentmill, desk, tmp_path, words, code, says):
+def test_what_is_wrong_is_a_line_and_nothing_is_left(latentmill, desk, tmp_path, monkeypatch, words, code, says):
+    monkeypatch.setenv("ROOM_KEY", "hunter2hunter2")
     (tmp_path / "rows.txt").write_text("a red circle\n")
     assert latentmill("submit", "txt2img", *words) == code, latentmill.said
     assert says in latentmill.err and len(latentmill.err.splitlines()) == 1
@@ -160,10 +169,42 @@ def test_a_target_of_ones_own_lies_beside_the_job(latentmill, desk, tmp_path):
     assert printed(latentmill.out)["room"].strip() == "12e3"
 
 
-@pytest.mark.parametrize("name", ["x" * 90, "2 Über_Jobs", "---", "a"])
+@pytest.mark.parametrize("name", ["x" * 90, "2 Über_Jobs", "---", "a", "-x"])
 def test_an_id_is_a_label_of_dns(latentmill, desk, tmp_path, name):
     (tmp_path / f"{name}.yaml").write_text(JOB)
     assert latentmill("submit", f"./{name}.yaml", "--to", "desk") == 0, latentmill.said
     [file] = desk.glob("*/asked")
     assert re.fullmatch(r"[a-z][a-z0-9-]{0,45}[a-z0-9]", file.read_text())
     assert (file.parent / f"{name}.yaml").exists(), "a job's name is its file's"
+    assert not (file.parent / "words").read_text().split("\n")[2].startswith("-"), "that would be an option"
+
+
+def test_a_submit_that_is_interrupted_is_remembered_as_one(latentmill, desk):
+    assert latentmill("submit", "txt2img", "--to", "desk", "output=/nowhere/out", "target.room=slow") == 130
+    assert latentmill("jobs", "--json") == 0
+    [job] = json.loads(latentmill.out)
+    assert job["state"] == "unknown" and "submitting it did not end; whether desk has it" in job["detail"]
+
+
+def test_an_output_that_does_not_answer_holds_up_no_other(latentmill, desk, tmp_path, monkeypatch):
+    monkeypatch.setattr("latentmill.submissions.OUTPUT_ANSWERS_WITHIN", 0.5)
+    for output in ("hangs", "there"):
+        (tmp_path / output).mkdir()
+        assert latentmill("submit", "txt2img", "--to", "desk", f"output={tmp_path / output}") == 0
+    for name in ("plan.json", "_SUCCESS"):
+        os.mkfifo(tmp_path / "hangs" / name)  # whoever reads it waits
+    assert latentmill("jobs", "--json") == 0
+    unread = {job["output"].rpartition("/")[2]: job["unread"] for job in json.loads(latentmill.out)}
+    assert unread == {"hangs": "it does not answer within 0.5 seconds", "there": "not begun"}
+
+
+def test_only_the_newest_are_asked_for(latentmill, desk):
+    assert latentmill("submit", "txt2img", "--to", "desk", "output=/nowhere/out") == 0
+    [file] = desk.glob("*.json")
+    record = json.loads(file.read_text())
+    for number in range(60):
+        old = {**record, "id": f"old-{number}", "submitted": f"2020-01-01T00:00:{number:02}+00:00", "handle": None}
+        (desk / f"old-{number}.json").write_text(json.dumps(old))
+    assert latentmill("jobs") == 0 and "11 older: latentmill jobs --all" in latentmill.out
+    assert record["id"] in latentmill.out and "old-10 " not in latentmill.out and "old-11 " in latentmill.out
+    assert latentmill("jobs", "--all", "--json") == 0 and len(json.loads(latentmill.out)) == 61

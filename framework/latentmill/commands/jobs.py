@@ -9,20 +9,28 @@ from typing import Any
 
 from latentmill.commands.command import Command, print_table
 
+NEWEST = 50
+"""Jobs that are asked for, unless all are: each is a question to its target, and one to its output."""
+
 
 def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--all", action="store_true", help=f"not the newest {NEWEST} alone")
     parser.add_argument("--json", action="store_true")
 
 
 def _jobs(options: Any) -> int:
     from latentmill import submissions
 
-    found = submissions.look(submissions.records())
+    there = submissions.records()
+    older = 0 if options.all else max(0, len(there) - NEWEST)
+    found = submissions.look(there[older:])
     if options.json:
         print(json.dumps(found, indent=1))
         return 0
     rows = [[job["id"], job["target"], _state(job), _progress(job), job["submitted"], job["output"]] for job in found]
     print_table(["id", "target", "state", "rows", "submitted", "output"], rows)
+    if older:
+        print(f"{older:,} older: latentmill jobs --all")
     return 0
 
 

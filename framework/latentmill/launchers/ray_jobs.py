@@ -56,7 +56,11 @@ class RayJobs(Launcher):
         request = self._request(submission)
         sent = folder / SENT_FOLDER
         if self.working_dir:
-            shutil.copytree(self.working_dir, sent, symlinks=False)
+            if folder.resolve().is_relative_to(Path(self.working_dir).resolve()):
+                raise ValueError(
+                    f"target.working_dir={self.working_dir} holds {folder}, where what is sent is put together"
+                )
+            shutil.copytree(self.working_dir, sent, symlinks=False, ignore_dangling_symlinks=True)
         else:
             sent.mkdir()
         (sent / submission.file).write_text(submission.text, encoding="utf-8")
@@ -65,7 +69,7 @@ class RayJobs(Launcher):
         try:
             return str(self._asked(lambda client: client.submit_job(**request, runtime_env=runtime_env)))
         finally:
-            shutil.rmtree(sent)
+            shutil.rmtree(sent, ignore_errors=True)
 
     def state(self, job: Submitted) -> LaunchState:
         found = self._asked(lambda client: _info(client, job.handle))

@@ -75,6 +75,9 @@ class Slurm(Launcher):
             if getattr(self, name) < least:
                 raise ValueError(f"target.{name} must be {least} or more, not {getattr(self, name)}")
         submission.check_grace(self.grace)
+        limit = _seconds(self.time or "")
+        if limit is not None and limit <= self.grace:  # it would be told to end as it begins, and begin again for ever
+            raise ValueError(f"target.time={self.time} must be longer than target.grace, {self.grace} seconds")
         if submission.without_ray and self.nodes > 1:
             raise ValueError(f"cluster=inline is one process: target.nodes must be 1, not {self.nodes}")
         if wrong := [name for name in self.env or [] if not re.fullmatch(r"[A-Za-z_]\w*", name)]:
@@ -87,15 +90,16 @@ class Slurm(Launcher):
         end = _end_mark(submission.text)
         text = files("latentmill.launchers").joinpath("slurm.sh").read_text(encoding="utf-8")
         ray = files("latentmill.launchers").joinpath("slurm_ray.sh").read_text(encoding="utf-8")
-        for mark, content in {
+        marks = {
             "SETUP": setup,
             "OUTPUT": f"output={shlex.quote(output)}",
             "POLICY": f"requeue={'yes' if self.requeue else ''} retries={self.retries} again_after='{' '.join(map(str, sorted(RETRY_CODES)))}'",
             "JOB": f"cat >\"$job/\"{shlex.quote(submission.file)} <<'{end}'\n{submission.text.rstrip()}\n{end}",
             "RAY": "" if submission.without_ray else ray,
             "COMMAND": f"run {command}",
-        }.items():
-            text = text.replace(f"#@{mark}\n", f"{content.rstrip()}\n" if content else "")
+        }
+        # All at once: what is filled in may hold a line that looks like a mark.
+        text = re.sub(r"#@([A-Z]+)\n", lambda mark: f"{marks[mark[1]].rstrip()}\n".lstrip("\n"), text)
         return {JOB_SCRIPT: "\n".join(lines) + text}
 
     def submit(self, submission: Submission, folder: Path) -> str:
@@ -104,7 +108,7 @@ class Slurm(Launcher):
         return said.strip().partition(";")[0]
 
     def state(self, job: Submitted) -> LaunchState:
-        tasks = _tasks(job.handle)
+        tasks = _tasks(job)
         if not tasks:  # Slurm forgets a job minutes after its end
             return self._left_behind(job)
         words: list[StateWord] = [_word(task["JobState"]) for task in tasks]
@@ -126,7 +130,7 @@ class Slurm(Launcher):
 
     def _left_behind(self, job: Submitted) -> LaunchState:
         """What the scripts have left beside their logs."""
-        codes = [int(file.read_text()) for file in sorted(job.folder.glob("exit_code-*"))]
+        codes = [int(file.read_text() or 1) for file in sorted(job.folder.glob("exit_code-*"))]
         if len(codes) < self.drivers:
             return LaunchState("unknown", detail="Slurm knows it no more, and it did not come to its end")
         return LaunchState("ended", _first_bad(codes))
@@ -146,8 +150,10 @@ class Slurm(Launcher):
             time.sleep(ASK_EVERY)
 
     def cancel(self, job: Submitted) -> None:
+        if {_word(task["JobState"]) for task in _tasks(job)} <= {"ended"}:
+            return
         _run(["scancel", "--quiet", "--state=PENDING", job.handle])
-        if any(_word(task["JobState"]) == "running" for task in _tasks(job.handle)):
+        if any(_word(task["JobState"]) == "running" for task in _tasks(job)):
             _run(["scancel", "--quiet", "--batch", "--signal=INT", job.handle])
 
     def _options(self, submission: Submission) -> Iterator[str]:
@@ -202,16 +208,32 @@ def _run(words: Sequence[str]) -> str:
     return done.stdout
 
 
-def _tasks(handle: str) -> list[dict[str, str]]:
-    """What Slurm knows of a job, or of each task of an array: its own names and values; none, if it knows it no more."""
+def _seconds(limit: str) -> int | None:
+    """A time limit in Slurm's words; None if it is none that is known here."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    if not found:
+        return None
+    days, *parts = found.groups()
+    numbers = [int(part) for part in parts if part is not None]
+    if days is None and len(numbers) < 3:  # minutes come first
+        numbers.insert(0, 0)
+    hours, minutes, seconds = [*numbers, 0, 0][:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _tasks(job: Submitted) -> list[dict[str, str]]:
+    """What Slurm knows of a job, or of each task of an array: its own names and values; none, if it knows it no more.
+
+    It gives a number anew, some day: a job of another name is another one.
+    """
     try:
-        said = _run(["scontrol", "--oneliner", "show", "job", handle])
+        said = _run(["scontrol", "--oneliner", "show", "job", job.handle])
     except ValueError as error:
         if "Invalid job id" in str(error):
             return []
         raise
     found = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in said.splitlines()]
-    return [task for task in found if "JobState" in task]
+    return [task for task in found if "JobState" in task and task.get("JobName") == job.id]
 
 
 def _word(state: str) -> StateWord:
@@ -242,6 +264,7 @@ def _quoted(word: str) -> str:
 def _sbatch_word(value: str) -> str:
     if '"' in value or "\n" in value:
         raise ValueError(f"{value!r} can't stand in a script for sbatch: it has a quote or a line break in it")
+    value = value.replace("\\", r"\\")  # sbatch takes one away, within quotes, too
     return f'"{value}"' if re.search(r"[\s#'\\]", value) else value
 
 

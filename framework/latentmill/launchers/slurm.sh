@@ -5,15 +5,23 @@ set -uo pipefail
 # The number of an array's last task stands for all of them.
 self=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 self=${self:-$SLURM_JOB_ID}
-log=$(scontrol show job "$self" | sed -n 's/^ *StdOut=//p')
+log=$(readlink "/proc/$$/fd/1") # of a file that the submitting machine made a folder for
+case $log in
+    */log-*) ;;
+    *) log=$(scontrol show job "$self" | sed -n 's/^ *StdOut=//p') ;;
+esac
+if [ -z "$log" ]; then echo "latentmill: the folder of this job is not known" >&2; exit 4; fi
 beside=${log%/*} task=${SLURM_ARRAY_TASK_ID:-0}
-child='' cluster='' drained='' cancelled='' signalled=''
+child='' cluster='' begun='' drained='' cancelled='' signalled=''
 
 # TERM: the time is nearly up, or others need the nodes. INT: latentmill cancel. The driver ends with what is nearly done.
 trap 'drained=yes signalled=yes; if [ "$child" ]; then kill -TERM "$child"; fi' TERM USR1
 trap 'cancelled=yes signalled=yes; if [ "$child" ]; then kill -TERM "$child"; fi' INT
 
-job=$(mktemp -d "${TMPDIR:-/tmp}/latentmill-XXXXXX") || exit 3
+# Ray's sockets lie in it, and a socket's path has room for 107 signs.
+place=${TMPDIR:-/tmp}
+if [ "${#place}" -gt 24 ]; then place=/tmp; fi
+job=$(mktemp -d "$place/lm-XXXXXX") || exit 3
 
 run() { # returns the command's exit code; a trap ends a wait before its time
     local code again
@@ -46,9 +54,9 @@ finish() { # with this exit code, or in the queue again
     fi
     state=$(scontrol --oneliner show job "$self" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')
     if [ "$requeue" ] && [ -z "$cancelled" ] && [ "$code" != 0 ] && [ "$state" = RUNNING ]; then
-        if [ "$drained" ]; then
+        if [ "$drained" ] && [ "$begun" ]; then
             rm -f "$beside/failures-$task"
-        elif [[ " $again_after " == *" $code "* ]]; then
+        elif [ "$drained" ] || [[ " $again_after " == *" $code "* ]]; then
             echo "$code" >>"$beside/failures-$task"
             failures=$(wc -l <"$beside/failures-$task")
         else
@@ -65,5 +73,6 @@ finish() { # with this exit code, or in the queue again
 
 #@JOB
 #@RAY
+begun=yes
 #@COMMAND
 finish $?

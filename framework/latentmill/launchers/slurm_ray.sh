@@ -1,12 +1,17 @@
 # Ray of this driver's own, on its nodes: ports that are free, a token and folders of its own, so that jobs may share a node.
 read -r address client_port token < <(python3 - <<'END_OF_PYTHON'
-import secrets, socket
+import os, secrets, socket
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
     try:
         way.connect(("192.0.2.1", 9))  # nothing is sent: it says which of this machine's addresses leads out
         here = way.getsockname()[0]
-    except OSError:
-        here = "127.0.0.1"
+    except OSError:  # no way leads out, as of many clusters' nodes
+        name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        try:
+            found = [at[4][0] for at in socket.getaddrinfo(name, None, socket.AF_INET)]
+        except OSError:
+            found = []
+        here = next((at for at in found if not at.startswith("127.")), "127.0.0.1")
 with socket.socket() as one, socket.socket() as another:
     one.bind((here, 0))
     another.bind((here, 0))
@@ -39,6 +44,8 @@ import ray
 address, nodes, end = sys.argv[1], int(sys.argv[2]), time.monotonic() + 300
 host, _, port = address.rpartition(":")
 def wait():
+    if not os.path.exists(f"/proc/{sys.argv[3]}"):
+        sys.exit("latentmill: Ray has come up on no node")
     if time.monotonic() > end:
         sys.exit(f"latentmill: Ray has not come up on {nodes} nodes within 5 minutes")
     time.sleep(0.5)
@@ -56,7 +63,7 @@ srun --export=ALL --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES"
     ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --no-kill --kill-on-bad-exit=0 \
     bash -c "$(<"$job/node.sh")" >"$job/ray.log" 2>&1 &
 cluster=$!
-if ! run python3 "$job/wait.py" "$address" "$SLURM_JOB_NUM_NODES"; then
+if ! run python3 "$job/wait.py" "$address" "$SLURM_JOB_NUM_NODES" "$cluster"; then
     tail -n 20 "$job/ray.log" >&2
     if [ "$drained$cancelled" ]; then finish 130; fi
     finish 4
