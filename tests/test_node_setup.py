@@ -41,3 +41,6 @@ def test_workers_wait_for_the_one_that_sets_their_node_up_and_one_that_failed_co
     assert sorted(map(str, found)) == ["1", "1", "1", "no compiler yet"] and len(plugin.begun) == 2
     set_up_once("another run", "stage a/b", plugin)
     assert len(plugin.begun) == 3
+    monkeypatch.setattr("socket.gethostname", lambda: "another node")  # with the same folder for temporary files
+    set_up_once("run", "stage a/b", plugin)
+    assert len(plugin.begun) == 4

@@ -167,7 +167,7 @@ class Plan:
 
     @staticmethod
     def from_json(found: Mapping[str, Any]) -> Plan:
-        """Out of what ``plan.json`` says. Raises KeyError or TypeError if it can't be."""
+        """Out of what ``plan.json`` says. Raises KeyError, TypeError or ValueError if it can't be."""
         return Plan(
             name=found["name"],
             config=found["config"],

@@ -124,7 +124,7 @@ def first(store: Storage) -> Plan:
     found = read(store)
     try:
         plan = Plan.from_json(found)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise PlanError(f"{store.url}/plan.json can't be read as a plan: {error}") from error
     if plan.hash != found["hash"]:
         raise PlanError(

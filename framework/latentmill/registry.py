@@ -8,13 +8,13 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.resources import files
 from math import isnan
-from types import NoneType, UnionType
+from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Union
 
 from latentmill.errors import JobError, PluginError, StorageError
@@ -317,11 +317,25 @@ def hints(kind: str, name: str) -> dict[str, Any]:
 def weights_paths(kind: str, name: str) -> dict[str, WeightsPath]:
     """The settings of a plugin that say where weights lie, as its class marks them; none, if it can't be imported."""
     try:
-        told = typing.get_type_hints(load(kind, name).__init__, include_extras=True)
-    except Exception:  # it can't be imported, which is said when it is built, or its annotations can't be evaluated
+        made = inspect.unwrap(load(kind, name).__init__)
+    except PluginError:  # it can't be imported, which is said when it is built
         return {}
-    marks = {key: getattr(hint, "__metadata__", ()) for key, hint in told.items()}
-    return {key: mark for key, of in marks.items() for mark in of if isinstance(mark, WeightsPath)}
+    marks = {}
+    for key, hint in getattr(made, "__annotations__", {}).items():
+        alone = SimpleNamespace(__annotations__={key: hint})
+        with suppress(Exception):  # each by itself: one may name what is imported for those who check types alone
+            told = typing.get_type_hints(alone, made.__globals__, include_extras=True)
+            marks[key] = next(_marks(told[key]), None)
+    return {key: mark for key, mark in marks.items() if mark is not None}
+
+
+def _marks(hint: Any) -> Iterator[WeightsPath]:
+    """Also within ``... | None`` and ``list[...]``."""
+    for mark in getattr(hint, "__metadata__", ()):
+        if isinstance(mark, WeightsPath) or mark is WeightsPath:
+            yield mark if isinstance(mark, WeightsPath) else WeightsPath()
+    for part in typing.get_args(hint):
+        yield from _marks(part)
 
 
 def row_fields(kind: str, name: str) -> Sequence[RowField] | None:

@@ -9,6 +9,15 @@ from pathlib import Path
 from tests.outside.store_parts import Server
 
 REPOSITORY = "some/model"
+HUB_URL = f"hf://{REPOSITORY}"
+FILES = {
+    "config.json": "{}",
+    "part/model.safetensors": "red",
+    "part/model.bin": "not wanted",
+    "picture.png": "not wanted",
+    "other.safetensors": "green",
+}
+WANTED = ["config.json", "other.safetensors", "part/model.safetensors"]
 LARGE = (".safetensors", ".bin", ".gguf")
 
 
@@ -90,6 +99,18 @@ def _file(name, content):
 
 def _json(content):
     return 200, {"Content-Type": "application/json"}, json.dumps(content).encode()
+
+
+def fetch(*urls, ready=None):
+    """What a worker does before it loads; ``ready``: a barrier, at which others wait, too."""
+    from latentmill.models import Pins
+    from latentmill.models.pins import ModelURL
+    from latentmill.plugin import WeightsPath
+
+    for url in urls:
+        if ready is not None:
+            ready.wait(60)
+        Pins("").local(ModelURL.of(url), WeightsPath())
 
 
 POINTS = "[latentmill.stages]\ntint = acme_tint:Tint\n"

@@ -19,10 +19,10 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from latentmill.digests import NOT_FETCHED, cache_folder, digest
-from latentmill.errors import PluginError, StorageError
+from latentmill.errors import StorageError
 from latentmill.models.pins import ModelFile, ModelURL, Pin
 from latentmill.models.places import Fetched, HubModel, ModelPlace, place_of
 from latentmill.text import in_units, one_line
@@ -54,7 +54,7 @@ class Lacking:
 def model_cache() -> Path:
     """Raises StorageError if there is no home folder, and XDG_CACHE_HOME doesn't say another."""
     try:
-        return cache_folder() / "models"
+        return cache_folder().absolute() / "models"
     except RuntimeError as error:
         raise StorageError("there is no home folder to fetch models into: set XDG_CACHE_HOME") from error
 
@@ -80,54 +80,65 @@ def seconds_to_fetch(models: Mapping[str, Pin]) -> float:
     return sum(pin.bytes for pin in models.values()) / SLOW
 
 
-def bring(url: ModelURL, pin: Pin, without_weights: bool = False) -> tuple[Path, Pin]:
+def bring(url: ModelURL, pin: Pin, shown: str, without_weights: bool = False) -> tuple[Path, Pin]:
     """The local folder with exactly the files of ``pin``, or its file, and the pin with digests that are known now.
 
-    ``without_weights``: .safetensors of known digest are not fetched, and links that lead nowhere. Raises PluginError for a
+    ``shown``: the URL without secrets. ``without_weights``: .safetensors of known digest are not fetched, and links that lead nowhere. Raises PluginError for a
     model that is not what was pinned, StorageError if it can't be had, or there is no room for it.
     """
-    place, folder = place_of(url), model_cache() / _folder_name(url, pin)
+    place, folder = place_of(url), model_cache() / _folder_name(url, pin, shown)
     later = [
         f for f in pin.files if without_weights and not pin.is_file and f.sha256 and f.name.endswith(".safetensors")
     ]
     now = [file for file in pin.files if file not in later]
     try:
         for file in later:
-            if not _is_good(folder / _below(file.name), file):
-                _link(folder / file.name, model_cache() / NOT_FETCHED / "blobs" / file.sha256)
-        _tell(place, pin.of(file.name for file in now), folder)
+            _leave_out(folder / file.name, file, _key_of(place, pin, file))
+        _tell(place, pin.of(file.name for file in now), folder, shown)
         known = [_bring(place, pin, file, folder) for file in now]  # in this thread, which Ctrl-C reaches
     except OSError as error:
         if isinstance(error, StorageError):
             raise
-        raise StorageError(f"{url} can't be fetched into {model_cache()}: {one_line(error, 300)}") from error
+        raise StorageError(
+            f"{url} can't be fetched into {model_cache()}: {one_line(error, 300)}; XDG_CACHE_HOME says another folder"
+        ) from error
     files = tuple(sorted([*later, *known], key=lambda file: file.name))
     return (folder / pin.files[0].name if pin.is_file else folder), replace(pin, files=files)
 
 
-def _folder_name(url: ModelURL, pin: Pin) -> str:
-    """For people, and of these very files alone."""
+def _folder_name(url: ModelURL, pin: Pin, shown: str) -> str:
+    """For people, and of these very files alone; without a dot, by which a plugin may take it for a file's."""
     said = json.dumps([str(url), pin.version, [[file.name, file.size, file.tag] for file in pin.files]])
-    words = "-".join([*url.place.split("/"), *url.key.split("/")[-1:]])
-    return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', words).strip('-.')[:80]}-{_key(said)}"
+    words = re.sub("[^A-Za-z0-9_]+", "-", shown.partition("://")[2])
+    return f"{words[-80:].strip('-')}-{_key(said)}"
 
 
 def _key(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
 
-def _below(name: str) -> str:
-    """A file's name, if it leads to a file below its folder: it is a stranger's."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or {".", ".."} & {*name.split("/")} or "\0" in name:
-        raise PluginError(f"a model's file can't be called {name!r:.200}")
-    return name
+def _key_of(place: ModelPlace, pin: Pin, file: ModelFile) -> str:
+    """By which this machine knows a file, and locks it."""
+    return _key(json.dumps([str(place.url), pin.version, file.name, file.size, file.tag]))
+
+
+def _leave_out(link: Path, file: ModelFile, lock: str) -> None:
+    """A link that leads nowhere, unless the file has come. Whoever fetches it meanwhile puts another in its place, which stays."""
+    nowhere = model_cache() / NOT_FETCHED / "blobs" / file.sha256
+    link.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        link.symlink_to(nowhere)
+    except FileExistsError:
+        if _is_good(link, file) or (link.is_symlink() and link.readlink() == nowhere):
+            return
+        with _alone(lock):
+            if not _is_good(link, file):
+                _link(link, nowhere)
 
 
 def _bring(place: ModelPlace, pin: Pin, file: ModelFile, folder: Path) -> ModelFile:
     """See to it that a file is there, and right; returns it with its digest."""
-    link = folder / _below(file.name)
-    lock = _key(json.dumps([str(place.url), pin.version, file.name, file.size, file.tag]))
+    link, lock = folder / file.name, _key_of(place, pin, file)
     if _is_good(link, file):
         return _with_digest(file, lock, link)
     with _alone(lock):
@@ -154,7 +165,8 @@ def _bring(place: ModelPlace, pin: Pin, file: ModelFile, folder: Path) -> ModelF
 
 def _fetched(place: ModelPlace, pin: Pin, file: ModelFile, blobs: Path, aside: Path) -> Fetched:
     """A file that has come, as it was pinned. Contents that come twice the same are right, where an ETag says otherwise: it is no MD5."""
-    _require_room(place, file)
+    place.sweep(file)
+    _require_room(place, file, aside)
     seen: set[str] = set()
     for _ in range(TRIES):
         came = place.fetch(pin, file, blobs, aside)
@@ -192,25 +204,25 @@ def _is_there(place: ModelPlace, pin: Pin, file: ModelFile) -> bool:
     return path is not None and path.stat().st_size == file.size
 
 
-def _tell(place: ModelPlace, pin: Pin, folder: Path) -> None:
+def _tell(place: ModelPlace, pin: Pin, folder: Path, shown: str) -> None:
     """Say what is to be fetched, if that takes a while."""
     absent = [f for f in pin.files if not _is_good(folder / f.name, f) and not _is_there(place, pin, f)]
     if (size := sum(file.size for file in absent)) > WORTH_TELLING:
-        logger.warning(f"{place.url}: {in_units(size)} are fetched into {_into(place)}, or waited for if another does")
+        logger.warning(f"{shown}: {in_units(size)} are fetched into {_into(place)}, or waited for if another does")
 
 
 def _into(place: ModelPlace) -> Path:
     return place.cache if isinstance(place, HubModel) else model_cache()
 
 
-def _require_room(place: ModelPlace, file: ModelFile) -> None:
-    """Raise StorageError if there is none for a file, of which nobody else fetches any."""
+def _require_room(place: ModelPlace, file: ModelFile, aside: Path) -> None:
+    """Raise StorageError if there is none for what ``aside`` lacks of a file, of which nobody else fetches any."""
     into = _into(place)
     into.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(into).free
-    if file.size > free:
+    free, lacks = shutil.disk_usage(into).free, file.size - (aside.stat().st_size if aside.exists() else 0)
+    if lacks > free:
         raise StorageError(
-            f"{place.url}: {file.name} has {in_units(file.size)}, and {in_units(free)} are free in {into}: "
+            f"{place.url}: {file.name} has {in_units(lacks)}, and {in_units(free)} are free in {into}: "
             f"{'HF_HOME' if isinstance(place, HubModel) else 'XDG_CACHE_HOME'} says another folder"
         )
 

@@ -6,19 +6,21 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from latentmill.storage import CREDENTIALS
+from latentmill.storage.hub import COMMIT_HASH
 
 HUB_MODEL = re.compile(
     r"hf://(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>refs/(convert|pr)/[^/]+|[^/]+))?(/(?P<key>.*))?", re.ASCII
 )
 FORMS = ", ".join(["hf://OWNER/NAME@REVISION", *(f"{kind}://BUCKET/FOLDER" for kind in CREDENTIALS)])
+SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def is_url(value: object) -> bool:
-    """Whether a setting says that the weights lie elsewhere."""
-    return isinstance(value, str) and re.match(rf"({'|'.join(['hf', *CREDENTIALS])})://", value) is not None
+    """Whether a setting says that the weights lie elsewhere; whether they can be had from there, ``ModelURL.of`` says."""
+    return isinstance(value, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value) is not None
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class ModelURL:
     def of(text: str, revision: str | None = None) -> ModelURL:
         """``revision``: of the Hub, where the URL says none. Raises ValueError for what is none, and for two revisions that differ."""
         scheme, _, rest = text.partition("://")
+        if scheme not in ("hf", *CREDENTIALS):
+            raise ValueError(f"{text} can't be fetched: give a path of this machine, or {FORMS}")
         if scheme != "hf":
             place, _, key = rest.partition("/")
             if not place:
@@ -49,10 +53,15 @@ class ModelURL:
             raise ValueError(
                 f"{text} says revision {said}, and the setting beside it {revision}: leave one of them out"
             )
-        return ModelURL("hf", found["repository"], _key(found["key"] or ""), said or revision or "main")
+        said = said or revision or "main"
+        if {"", ".", ".."} & {*said.split("/")}:
+            raise ValueError(f"{said} is no revision of the Hub")
+        return ModelURL("hf", found["repository"], _key(found["key"] or ""), said)
 
     def __str__(self) -> str:
-        at = f"@{self.revision}" if self.revision else ""
+        """As ``of`` reads it: a branch's name may have slashes, too."""
+        whole = re.fullmatch(r"refs/(convert|pr)/[^/]+", self.revision)
+        at = f"@{quote(self.revision, safe='/' if whole else '')}" if self.revision else ""
         return f"{self.scheme}://{self.place}{at}" + (f"/{self.key}" if self.key else "")
 
 
@@ -65,7 +74,7 @@ def _key(text: str) -> str:
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A file of a model."""
+    """A file of a model. Raises ValueError for what leads out of a folder: a listing and a plan may be a stranger's."""
 
     name: str
     """Below the URL's folder, with slashes."""
@@ -74,6 +83,12 @@ class ModelFile:
     """The store's own: a blob of git, an ETag."""
     sha256: str = ""
     """Of its contents, 64 hex digits, where that is known."""
+
+    def __post_init__(self) -> None:
+        if {"", ".", ".."} & {*self.name.split("/")} or "\0" in self.name:
+            raise ValueError(f"a model's file can't be called {self.name!r:.200}")
+        if self.sha256 and not SHA256.fullmatch(self.sha256):
+            raise ValueError(f"{self.name}: {self.sha256!r:.200} is no SHA-256")
 
 
 @dataclass(frozen=True)
@@ -85,6 +100,10 @@ class Pin:
     files: tuple[ModelFile, ...]
     is_file: bool = False
     """Whether the URL is one file's, and no folder's."""
+
+    def __post_init__(self) -> None:
+        if self.version and not COMMIT_HASH.fullmatch(self.version):
+            raise ValueError(f"{self.version!r:.200} is no commit")
 
     @property
     def bytes(self) -> int:

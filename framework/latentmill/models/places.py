@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from latentmill.digests import digest
 from latentmill.errors import PluginError, StorageError
@@ -24,7 +26,10 @@ RANGE_OF_MODEL = 8 << 20
 RANGES_AT_A_TIME = 8
 MOST_FILES = 20_000
 """More than any model has: then the URL is not what was meant, a whole bucket say."""
+LEFT = 3600.0
+"""Seconds that nobody has written to a file of the Hub's client, from which on nobody will."""
 
+Entry = TypeVar("Entry")
 
 CHANGED = "was changed since the job was planned: a model must stay as it is until the job is done"
 
@@ -62,6 +67,10 @@ class ModelPlace(ABC):
         """
 
     @abstractmethod
+    def sweep(self, file: ModelFile) -> None:
+        """Remove what fetches of a file that were killed have left, if it is of no more use."""
+
+    @abstractmethod
     def forget(self, pin: Pin, file: ModelFile, blobs: Path) -> None:
         """Remove contents that are damaged."""
 
@@ -78,9 +87,15 @@ class ModelPlace(ABC):
     def _pin(self, version: str, found: list[ModelFile], is_file: bool) -> Pin:
         if not found:
             raise self._nothing()
-        if len(found) > MOST_FILES:
-            raise PluginError(f"{self.url} has more than {MOST_FILES:,} files: give the folder of one model")
         return Pin(version, tuple(sorted(found, key=lambda file: file.name)), is_file)
+
+    def _first(self, listing: Iterator[Entry]) -> list[Entry]:
+        """What is listed, and no more of it than shows that it is too much: a bucket may be listed for hours."""
+        return list(islice(listing, MOST_FILES + 1))
+
+    def _require_few(self, listed: Sequence[Any]) -> None:
+        if len(listed) > MOST_FILES:
+            raise PluginError(f"{self.url} has more than {MOST_FILES:,} files: give the folder of one model")
 
 
 def place_of(url: ModelURL) -> ModelPlace:
@@ -109,7 +124,7 @@ class HubModel(ModelPlace):
         """The Hub's cache, as the environment has it now: its client looked when it was imported."""
         home = os.environ.get("HF_HOME")
         said = os.environ.get("HF_HUB_CACHE") or (home and os.path.join(home, "hub"))
-        return Path(said or self.default_cache).expanduser()
+        return Path(said or self.default_cache).expanduser().absolute()
 
     @property
     def is_offline(self) -> bool:
@@ -130,10 +145,12 @@ class HubModel(ModelPlace):
                 return self._pin(commit, [_hub_file(file, url.key.rpartition("/")[2])], True)
         try:
             tree = self._asked(
-                url.key, lambda: list(api.list_repo_tree(url.place, url.key or None, recursive=True, **where))
+                url.key,
+                lambda: self._first(api.list_repo_tree(url.place, url.key or None, recursive=True, **where)),
             )
         except FileNotFoundError:
             raise self._nothing() from None
+        self._require_few(tree)
         below = f"{url.key}/" if url.key else ""
         files = [_hub_file(each, each.path.removeprefix(below)) for each in tree if hasattr(each, "blob_id")]
         return self._pin(commit, files, False)
@@ -176,10 +193,17 @@ class HubModel(ModelPlace):
             raise PluginError(f"{error}, and was when the job was planned") from error
         return Fetched(found, digest(found.resolve()))  # by its own path: what the Hub's cache calls it is to be shown
 
+    def sweep(self, file: ModelFile) -> None:
+        """The Hub's client begins anew, in a file of another name; it writes to one all the time that it fetches."""
+        for left in (self._repository / "blobs").glob(f"{file.sha256 or file.tag}.*incomplete"):
+            with suppress(OSError):
+                if left.stat().st_mtime < time.time() - LEFT:
+                    left.unlink()
+
     def forget(self, pin: Pin, file: ModelFile, blobs: Path) -> None:
         if link := self.there(pin, file, blobs):
-            link.resolve().unlink()
-            link.unlink()
+            link.resolve().unlink()  # it is the link's own path, where caches have no links
+            link.unlink(missing_ok=True)
 
     def is_right(self, file: ModelFile, path: Path, sha256: str, md5: str = "") -> bool:
         if file.sha256 or not COMMIT_HASH.fullmatch(file.tag):
@@ -212,10 +236,14 @@ class BucketModel(ModelPlace):
     def look(self) -> Pin:
         key = self.url.key
         below = f"{key}/" if key else ""
-        files: list[ModelFile] = []
-        for name, stored in self.bucket.walk(key, deep=True):
-            if stored is not None and stored.size and len(files) <= MOST_FILES:  # an empty object marks a folder
-                files.append(ModelFile(name.removeprefix(below), *stored))
+        listed = self._first(self.bucket.walk(key, deep=True))
+        self._require_few(listed)
+        folders = {key, *(str(folder) for name, _ in listed for folder in PurePosixPath(name).parents)}
+        files = [
+            ModelFile(name.removeprefix(below), *stored)
+            for name, stored in listed  # an empty object may mark a folder, which may be empty, too
+            if stored is not None and (stored.size or (name not in folders and PurePosixPath(name).suffix))
+        ]
         if not files and key and (stored := self.bucket.about(key)) is not None:
             return self._pin("", [ModelFile(key.rpartition("/")[2], *stored)], True)
         return self._pin("", files, False)
@@ -274,8 +302,11 @@ class BucketModel(ModelPlace):
             raise StorageError(f"{at}: {len(content)} bytes came where {stop - start} were asked for")
         return content
 
+    def sweep(self, file: ModelFile) -> None:
+        pass  # there is but what the next fetch takes up
+
     def forget(self, pin: Pin, file: ModelFile, blobs: Path) -> None:
-        (blobs / file.sha256).unlink()
+        (blobs / file.sha256).unlink(missing_ok=True)
 
     def is_right(self, file: ModelFile, path: Path, sha256: str, md5: str = "") -> bool:
         """An ETag of 32 hex digits is an MD5, unless the bucket's objects are encrypted with keys of one's own."""

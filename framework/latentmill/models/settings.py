@@ -39,10 +39,10 @@ class Pins:
         if url not in self._pins:
             self._pins[url] = self._pin(url)
         pin = self._pins[url]
-        wanted = pin if pin.is_file else pin.of(mark.files([file.name for file in pin.files]))
+        wanted = pin if pin.is_file else pin.of(_asked([file.name for file in pin.files], mark))
         if not wanted.files:
             raise PluginError(f"{url} has no file that is wanted")
-        path, found = bring(url, wanted, without_weights=self.without_weights and mark.loads_late)
+        path, found = bring(url, wanted, self._name(url), without_weights=self.without_weights and mark.loads_late)
         files = {file.name: file for each in (self._wanted.get(url, found), found) for file in each.files}
         self._wanted[url] = replace(found, files=tuple(files[name] for name in sorted(files)))
         return path
@@ -97,6 +97,13 @@ def with_local_paths(kind: str, choice: Mapping[str, Any], pins: Pins) -> Mappin
     return found
 
 
+def _asked(names: list[str], mark: WeightsPath) -> list[str]:
+    try:
+        return list(mark.files(names))
+    except Exception as error:  # the plugin's own
+        raise registry.refusal("which files are wanted", error) from error
+
+
 def _has_url(value: Any) -> bool:
     """Whether a URL of a model may be in there."""
     if isinstance(value, Mapping):
@@ -109,6 +116,11 @@ def _local(value: Any, revision: Any, mark: WeightsPath, pins: Pins) -> Any:
         return str(pins.local(ModelURL.of(value, str(revision) if revision else None), mark))
     if isinstance(value, (list, tuple)):
         return [_local(each, None, mark, pins) for each in value]
-    if isinstance(value, Mapping) and "path" in value:
-        return {**value, "path": _local(value["path"], value.get(mark.revision), mark, pins)}
+    if isinstance(value, Mapping):
+        path, revision = value.get("path"), value.get(mark.revision)
+        rest = {key: each for key, each in value.items() if key != mark.revision or not is_url(path)}  # a URL takes it
+        return {
+            key: _local(each, revision, mark, pins) if key == "path" or not isinstance(each, str) else each
+            for key, each in rest.items()
+        }
     return value

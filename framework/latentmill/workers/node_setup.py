@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import socket
 import tempfile
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from latentmill.storage.store import DAY
 def set_up_once(run: str, unit: str, plugin: Plugin) -> None:
     """Let a plugin do its ``setup_node``, unless it was done on this node in this run.
 
-    ``run`` names the run, ``unit`` the plugin in its job. Nodes are told apart by their folder for temporary files.
+    ``run`` names the run, ``unit`` the plugin in its job. Nodes may share their folder for temporary files: they have names.
     """
     if type(plugin).setup_node is Plugin.setup_node:
         return
@@ -26,7 +27,8 @@ def set_up_once(run: str, unit: str, plugin: Plugin) -> None:
         raise PermissionError(f"{folder.parent} is another user's, and has the name that is ours")
     folder.mkdir(exist_ok=True)
     _sweep(folder)
-    with (folder / re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{run}-{unit}")).open("a+b") as done:
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{run}-{unit}-{socket.gethostname()}")
+    with (folder / name).open("a+b") as done:
         fcntl.flock(done, fcntl.LOCK_EX)  # the system ends it with the process
         if os.fstat(done.fileno()).st_size:
             return

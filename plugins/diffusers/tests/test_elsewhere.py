@@ -67,10 +67,10 @@ def test_a_model_of_the_hub_makes_the_rows_of_its_folder(model, hub, here, tmp_p
     rows, hash, _ = made(
         tmp_path / "a", f"model.path={folder}", f"model.loras=[{{path:{tmp_path}/lora.safetensors,weight:0.5}}]"
     )
-    lora = f"{URL}@{commit}/loras/strong.safetensors"
-    remote = made(tmp_path / "b", f"model.path={URL}", f"model.loras=[{{path:'{lora}',weight:0.5}}]")
+    lora = f"{{path:'{URL}/loras/strong.safetensors',revision:{commit},weight:0.5}}"
+    remote = made(tmp_path / "b", f"model.path={URL}", f"model.loras=[{lora}]")
     assert remote[:2] == (rows, hash)
-    assert set(remote[2]) == {f"{URL}@main", lora}
+    assert set(remote[2]) == {f"{URL}@main", f"{URL}@{commit}/loras/strong.safetensors"}
     weights = [name for name in hub.sent_files("[.]safetensors|[.]bin")]
     assert weights == ["loras/strong.safetensors", *sorted(_weights(folder))]
 

@@ -14,99 +14,8 @@ import threading
 import time
 
 import pytest
-from tests.outside import model_parts
-from tests.outside.model_parts import REPOSITORY, ModelHub
-from tests.outside.store_parts import Before, put, upload
-
-HUB_URL = f"hf://{REPOSITORY}"
-FILES = {
-    "config.json": "{}",
-    "part/model.safetensors": "red",
-    "part/model.bin": "not wanted",
-    "picture.png": "not wanted",
-    "other.safetensors": "green",
-}
-WANTED = ["config.json", "other.safetensors", "part/model.safetensors"]
-
-
-@pytest.fixture
-def model(tmp_path):
-    folder = tmp_path / "model"
-    for name, text in FILES.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    return folder
-
-
-@pytest.fixture
-def local(model, tmp_path):
-    """The same model as people have it on a disk, without what nobody wants."""
-    folder = tmp_path / "local"
-    for name in WANTED:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(FILES[name])
-    return folder
-
-
-@pytest.fixture
-def model_hub(monkeypatch, model, node):
-    server = ModelHub()
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    server.commit(model)
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def model_store(store, model):
-    """S3 behind a proxy that counts; s3://bucket/models/red is the model."""
-    upload(store.url, model, "models/red")
-    return store
-
-
-@pytest.fixture
-def node(tmp_path, monkeypatch):
-    """``node(NAME)``: from now on this is another machine, as far as its caches go."""
-
-    def node(name):
-        folder = tmp_path / name
-        for variable, below in {"XDG_CACHE_HOME": "cache", "HF_HOME": "hf", "TMPDIR": "tmp"}.items():
-            (folder / below).mkdir(parents=True, exist_ok=True)
-            monkeypatch.setenv(variable, str(folder / below))
-        monkeypatch.setattr("tempfile.tempdir", None)
-        return folder / "cache" / "latentmill" / "models"
-
-    node("node-1")
-    return node
-
-
-@pytest.fixture
-def given(install, pictures, patches, tmp_path, monkeypatch):
-    """``given(PATH, *more)``: the words of a job whose stage ``tint`` reads the weights at PATH."""
-    install("acme-tint", model_parts.POINTS, acme_tint=model_parts.CODE)
-    monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
-
-    def given(path, *more, output="out"):
-        told = (f"source.path={pictures}", f"output={tmp_path / output}", "flow=[read,encode,tint,write]")
-        return ["encode", *patches, *told, f"stages.tint.settings.path={path}", *more]
-
-    return given
-
-
-@pytest.fixture
-def made(latentmill, given, rows, tmp_path):
-    """``made(PATH)``: the rows of such a job."""
-
-    def made(path, *more, output="out", code=0):
-        assert latentmill("run", *given(path, *more, output=output)) == code, latentmill.said
-        return rows(tmp_path / output) if code == 0 else latentmill.said
-
-    return made
-
-
-@pytest.fixture
-def notes(tmp_path):
-    return lambda: (tmp_path / "notes").read_text().splitlines()
+from tests.outside.model_parts import FILES, HUB_URL, REPOSITORY, WANTED, fetch
+from tests.outside.store_parts import Before, put
 
 
 def hash_of(tmp_path, output="out"):
@@ -227,11 +136,16 @@ def test_a_url_that_leads_nowhere_is_one_line(made, model_hub, model_store):
         assert sum(said in line for line in found) == 1 and not any("Traceback" in line for line in found), found
 
 
-def test_a_secret_in_a_url_is_in_no_plan(made, model_store, tmp_path, monkeypatch):
+def test_a_secret_in_a_url_is_in_no_plan_and_in_nothing_that_is_said(
+    made, model_store, tmp_path, monkeypatch, latentmill
+):
     monkeypatch.setenv("SECRET_PLACE", "models/red")
+    monkeypatch.setattr("latentmill.models.nodes.WORTH_TELLING", 1)
     [row, *_] = made("s3://bucket/${oc.env:SECRET_PLACE}")
     assert row["tint"] == "green red"
     assert "models/red" not in (tmp_path / "out" / "plan.json").read_text()
+    [told] = [line for line in latentmill.said.splitlines() if "are fetched into" in line]
+    assert told.startswith("s3://bucket/${oc.env:SECRET_PLACE}: 10 B are fetched into ") and "red" not in told
 
 
 def test_offline_the_hub_s_cache_is_all_there_is(made, model_hub, node, monkeypatch):
@@ -246,33 +160,22 @@ def test_offline_the_hub_s_cache_is_all_there_is(made, model_hub, node, monkeypa
 # ------------------------------------------------------------------------------------------------------ once, and whole
 
 
-def _fetch(url, ready=None):
-    from latentmill.models import Pins
-    from latentmill.models.pins import ModelURL
-    from latentmill.plugin import WeightsPath
-
-    if ready is not None:
-        ready.wait(60)
-    Pins("").local(ModelURL.of(url), WeightsPath())
-
-
-@pytest.mark.parametrize("where", ["hub", "bucket"])
-def test_processes_of_a_node_fetch_once(where, model_hub, model_store, node):
-    url = HUB_URL if where == "hub" else "s3://bucket/models/red"
+def test_processes_of_a_node_fetch_once(model_hub, model_store, node):
+    """Another process, and two threads of this one: a lock knows of no difference."""
     model_store.seconds = 0.05
     model_hub.damage = lambda name, content: time.sleep(0.1) or content  # late, and nothing else
+    urls = [HUB_URL, "s3://bucket/models/red"]
     spawn = multiprocessing.get_context("spawn")
     ready = spawn.Barrier(3)
-    running = [spawn.Process(target=_fetch, args=(url, ready)) for _ in range(3)]
-    for process in running:
-        process.start()
-    for process in running:
-        process.join(60)
-    assert [process.exitcode for process in running] == [0, 0, 0]
-    if where == "hub":
-        assert model_hub.sent_files() == WANTED
-    else:
-        assert sum(model_store.count("GET", f"/bucket/models/red/{name}$") for name in WANTED) == len(WANTED)
+    running = [spawn.Process(target=fetch, args=(*urls,), kwargs={"ready": ready})]
+    running += [threading.Thread(target=fetch, args=(*urls,), kwargs={"ready": ready}) for _ in range(2)]
+    for each in running:
+        each.start()
+    for each in running:
+        each.join(60)
+    assert running[0].exitcode == 0 and not any(each.is_alive() for each in running)
+    assert model_hub.sent_files() == WANTED
+    assert sum(model_store.count("GET", f"/bucket/models/red/{name}$") for name in WANTED) == len(WANTED)
 
 
 class Held(Before):
@@ -292,7 +195,7 @@ def test_a_fetch_that_is_killed_is_taken_up(node, store, monkeypatch):
     put(store.url, "big/model.safetensors", content)
     cache, held = node("node-1"), Held(store.upstream_url)
     monkeypatch.setenv("AWS_ENDPOINT_URL", held.url)
-    process = multiprocessing.get_context("spawn").Process(target=_fetch, args=("s3://bucket/big",))
+    process = multiprocessing.get_context("spawn").Process(target=fetch, args=("s3://bucket/big",))
     process.start()
     while sum(path.stat().st_size for path in (cache / "partial").glob("*")) < held.until:
         assert process.is_alive()
@@ -304,7 +207,7 @@ def test_a_fetch_that_is_killed_is_taken_up(node, store, monkeypatch):
     assert not (cache / "blobs").exists()
     monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
     before = store.count("GET", "big/model")
-    _fetch("s3://bucket/big")
+    fetch("s3://bucket/big")
     assert store.count("GET", "big/model") - before == 1
     [blob] = (cache / "blobs").iterdir()
     assert blob.read_bytes() == content and blob.name == hashlib.sha256(content).hexdigest()
@@ -369,7 +272,7 @@ def test_an_etag_that_is_no_md5_is_believed_when_the_same_comes_twice(node, mode
     monkeypatch.setattr(
         bucket, "_stored", lambda entry: real(entry)._replace(tag=hashlib.md5(real(entry).tag.encode()).hexdigest())
     )
-    _fetch("s3://bucket/models/red")
+    fetch("s3://bucket/models/red")
     assert sorted(contents(node("node-1"))) == sorted(FILES[name] for name in WANTED)
 
 
