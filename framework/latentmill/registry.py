@@ -8,13 +8,13 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.resources import files
 from math import isnan
-from types import NoneType, SimpleNamespace, UnionType
+from types import NoneType, UnionType
 from typing import Any, Union
 
 from latentmill.errors import JobError, PluginError, StorageError
@@ -31,7 +31,6 @@ from latentmill.plugin import (
     Source,
     Stage,
     TextEncoder,
-    WeightsPath,
 )
 from latentmill.text import first_line, near, one_line
 
@@ -312,30 +311,6 @@ def hints(kind: str, name: str) -> dict[str, Any]:
         return _hints(load(kind, name))
     except PluginError:
         return {}
-
-
-def weights_paths(kind: str, name: str) -> dict[str, WeightsPath]:
-    """The settings of a plugin that say where weights lie, as its class marks them; none, if it can't be imported."""
-    try:
-        made = inspect.unwrap(load(kind, name).__init__)
-    except PluginError:  # it can't be imported, which is said when it is built
-        return {}
-    marks = {}
-    for key, hint in getattr(made, "__annotations__", {}).items():
-        alone = SimpleNamespace(__annotations__={key: hint})
-        with suppress(Exception):  # each by itself: one may name what is imported for those who check types alone
-            told = typing.get_type_hints(alone, made.__globals__, include_extras=True)
-            marks[key] = next(_marks(told[key]), None)
-    return {key: mark for key, mark in marks.items() if mark is not None}
-
-
-def _marks(hint: Any) -> Iterator[WeightsPath]:
-    """Also within ``... | None`` and ``list[...]``."""
-    for mark in getattr(hint, "__metadata__", ()):
-        if isinstance(mark, WeightsPath) or mark is WeightsPath:
-            yield mark if isinstance(mark, WeightsPath) else WeightsPath()
-    for part in typing.get_args(hint):
-        yield from _marks(part)
 
 
 def row_fields(kind: str, name: str) -> Sequence[RowField] | None:

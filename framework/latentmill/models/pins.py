@@ -15,7 +15,7 @@ HUB_MODEL = re.compile(
     r"hf://(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>refs/(convert|pr)/[^/]+|[^/]+))?(/(?P<key>.*))?", re.ASCII
 )
 FORMS = ", ".join(["hf://OWNER/NAME@REVISION", *(f"{kind}://BUCKET/FOLDER" for kind in CREDENTIALS)])
-SHA256 = re.compile("[0-9a-f]{64}")
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def is_url(value: object) -> bool:
@@ -87,7 +87,7 @@ class ModelFile:
     def __post_init__(self) -> None:
         if {"", ".", ".."} & {*self.name.split("/")} or "\0" in self.name:
             raise ValueError(f"a model's file can't be called {self.name!r:.200}")
-        if self.sha256 and not SHA256.fullmatch(self.sha256):
+        if self.sha256 and not _SHA256.fullmatch(self.sha256):
             raise ValueError(f"{self.name}: {self.sha256!r:.200} is no SHA-256")
 
 

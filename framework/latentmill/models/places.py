@@ -29,7 +29,7 @@ MOST_FILES = 20_000
 LEFT = 3600.0
 """Seconds that nobody has written to a file of the Hub's client, from which on nobody will."""
 
-Entry = TypeVar("Entry")
+Listed = TypeVar("Listed")
 
 CHANGED = "was changed since the job was planned: a model must stay as it is until the job is done"
 
@@ -89,7 +89,7 @@ class ModelPlace(ABC):
             raise self._nothing()
         return Pin(version, tuple(sorted(found, key=lambda file: file.name)), is_file)
 
-    def _first(self, listing: Iterator[Entry]) -> list[Entry]:
+    def _first(self, listing: Iterator[Listed]) -> list[Listed]:
         """What is listed, and no more of it than shows that it is too much: a bucket may be listed for hours."""
         return list(islice(listing, MOST_FILES + 1))
 

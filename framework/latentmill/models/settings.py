@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Mapping
+import typing
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from latentmill import registry, storage
@@ -88,7 +92,7 @@ def with_local_paths(kind: str, choice: Mapping[str, Any], pins: Pins) -> Mappin
     if not _has_url([value for key, value in choice.items() if key != "name"]):
         return choice
     found = dict(choice)
-    for key, mark in registry.weights_paths(kind, str(choice["name"])).items():
+    for key, mark in _weights_paths(kind, str(choice["name"])).items():
         if _has_url(found.get(key)):
             try:
                 found[key] = _local(found[key], choice.get(mark.revision), mark, pins)
@@ -124,3 +128,27 @@ def _local(value: Any, revision: Any, mark: WeightsPath, pins: Pins) -> Any:
             for key, each in rest.items()
         }
     return value
+
+
+def _weights_paths(kind: str, name: str) -> dict[str, WeightsPath]:
+    """The settings of a plugin that say where weights lie, as its class marks them; none, if it can't be imported."""
+    try:
+        made = inspect.unwrap(registry.load(kind, name).__init__)
+    except PluginError:  # it can't be imported, which is said when it is built
+        return {}
+    marks = {}
+    for key, hint in getattr(made, "__annotations__", {}).items():
+        alone = SimpleNamespace(__annotations__={key: hint})
+        with suppress(Exception):  # each by itself: one may name what is imported for those who check types alone
+            told = typing.get_type_hints(alone, made.__globals__, include_extras=True)
+            marks[key] = next(_marks(told[key]), None)
+    return {key: mark for key, mark in marks.items() if mark is not None}
+
+
+def _marks(hint: Any) -> Iterator[WeightsPath]:
+    """Also within ``... | None`` and ``list[...]``."""
+    for mark in getattr(hint, "__metadata__", ()):
+        if isinstance(mark, WeightsPath) or mark is WeightsPath:
+            yield mark if isinstance(mark, WeightsPath) else WeightsPath()
+    for part in typing.get_args(hint):
+        yield from _marks(part)
