@@ -16,10 +16,12 @@ from latentmill.driver.waiting import Retry
 from latentmill.stages import write
 
 SEEDS = range(200)
+FOUND = (1409, 1726)
+"""Seeds of longer searches: an order to keep rows named a block that was released as a late answer came."""
 
 
 def test_every_seed_ends_with_every_row_once():
-    assert [(seed, wrong) for seed in SEEDS if (wrong := trial(seed))] == []
+    assert [(seed, wrong) for seed in (*SEEDS, *FOUND) if (wrong := trial(seed))] == []
 
 
 def test_a_seed_is_the_same_story_each_time():

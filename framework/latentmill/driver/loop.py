@@ -78,9 +78,12 @@ def turn(
         leases.keep({*state.shards, *state.claimed})
         if seen := leases.look(state.leased_by_others):
             apply(state, seen)
-    for block in state.released:
-        pool.release(block)
-    state.released.clear()
+    if (
+        state.stopping.how != "keep"
+    ):  # a late answer makes blocks superfluous that an order to keep rows names: the end is near
+        for block in state.released:
+            pool.release(block)
+        state.released.clear()
 
 
 def view(state: DriverState, plan: Plan, seconds: float) -> progress.View:
