@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 import ray
 import torch
+from ray.util.placement_group import placement_group, remove_placement_group
 from tests import ray_forks
 
 import latentmill
@@ -22,6 +23,7 @@ from latentmill.plugin import Stage, tensors
 from latentmill.workers import ray_pool
 from latentmill.workers.cluster import _require_ray, connect
 from latentmill.workers.nodes import check_placement
+from latentmill.workers.places import Places
 from latentmill.workers.worker import StageWork, WorkerSetup
 
 
@@ -308,3 +310,23 @@ def test_an_address_at_which_nobody_answers_is_told_at_once(tmp_path):
         port = server.getsockname()[1]
     with pytest.raises(UnreachableError, match=f"nobody answers at cluster.address=127.0.0.1:{port}"):
         _require_ray(f"127.0.0.1:{port}")
+
+
+def test_a_place_that_is_there_is_not_given_away_for_one_that_is_waited_for():
+    """Of two places one has no room, since another job has it. The worker at the other dies: its place is for who comes next."""
+    setup = WorkerSetup((StageWork("double", Double),), replicas=2, min_replicas=1, num_cpus=1)
+    other = placement_group([{"CPU": 1}])
+    assert other.wait(10)
+    there = Places([setup], str)
+    try:
+        there.take(0, 0)
+        there.take(0, 1)
+        [place] = [there.taken[0]]
+        there.give_back(0, starting={1})
+        there.take(0, 2)
+        assert there.taken[2] == place and there.taken[1] != place
+        there.give_back(1, starting={1})
+        assert list(there.groups) == [place]
+    finally:
+        there.close()
+        remove_placement_group(other)

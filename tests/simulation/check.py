@@ -73,7 +73,9 @@ def check_room(state: DriverState) -> None:
     """
     types, targets = state.worker_types, state.targets
     lacking = [h.replicas - (h.fewest or h.replicas) if h.replicas else math.inf for h in types]
-    if any(asked > most for asked, most in zip(state.asked_for, lacking)) or (state.asked_for and not state.more_come):
+    if any(asked > most for asked, most in zip(state.asked_for, lacking)) or (
+        any(state.asked_for) and not state.more_come
+    ):
         raise Wrong(f"{state.asked_for} more workers are asked for, and {lacking} are the most")
     if state.nodes is None or state.room_changed or any(most < math.inf for most in state.most_replicas):
         return

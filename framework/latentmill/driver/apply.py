@@ -41,6 +41,10 @@ def apply(state: DriverState, event: Event) -> DriverState:
     elif isinstance(event, NodesSeen):
         state.nodes, state.batches_to_measure, state.room_changed = event.nodes, 0, True
         state.most_replicas, state.more_come = [inf] * len(state.worker_types), event.more_come
+        state.to_follow, state.asked_for = (
+            True,
+            (),
+        )  # of what was asked for some may have come, and others have taken it
     elif isinstance(event, Claimed):
         state.claiming.discard(event.shard)
         if event.outcome == "ours":
@@ -102,7 +106,7 @@ def _dispatch_failed(state: DriverState, dispatch: Dispatch, event: Failed) -> N
 
 def _memory_seen(state: DriverState, worker_type: int, memory: int) -> None:
     if memory > 1.1 * state.memory_seen[worker_type]:
-        state.memory_seen[worker_type], state.room_changed = memory, True
+        state.memory_seen[worker_type], state.room_changed, state.to_follow = memory, True, True
 
 
 def _measure(state: DriverState, dispatch: Dispatch, event: Finished) -> None:

@@ -13,7 +13,7 @@ from latentmill.driver.leases import Leases
 from latentmill.driver.messages import CheckDataset, Claim, DatasetChecked, Event, PoolOrder
 from latentmill.driver.signals import Signals
 from latentmill.driver.state import DriverState, finished
-from latentmill.errors import OutputError, RunError
+from latentmill.errors import BusyError, OutputError, RunError
 from latentmill.plan import Plan
 
 
@@ -37,18 +37,25 @@ def drive(
     worked: Callable[[int], bool] = lambda stage: False,
     signals: Signals | None = None,
 ) -> None:
-    """The loop. Raises RunError if the state says that the job can't go on. It may end sooner: ``state.stopping`` says ``stopped``."""
-    signals = signals or Signals()
+    """The loop. Raises RunError if the state says that the job can't go on, and BusyError if places are lacking for too long. It may end
+    sooner: ``state.stopping`` says ``stopped``.
+    """
+    signals, lacks = signals or Signals(), None
     with signals.heard_by(lambda: bool(state.blocks or state.in_flight)):
         while not finished(state) and state.stopping.how != "stopped":
             if stop := signals.stop():
                 apply(state, stop)
-            turn(state, pool, leases, worked)
+            try:
+                turn(state, pool, leases, worked)
+            except BusyError as error:  # what is half done is kept, by workers that are there
+                lacks = error if signals.stop_for("no places") else lacks
             show()
             if state.failed:
                 raise (OutputError if state.output_failed else RunError)(state.failed)
             if state.leased_by_others and not state.in_flight and not state.starting:
                 time.sleep(0.2)  # there is nothing to do but to wait for other drivers
+    if lacks is not None and not finished(state):
+        raise lacks
 
 
 def turn(

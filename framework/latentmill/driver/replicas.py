@@ -17,6 +17,8 @@ GAIN = 0.95
 """What is left must be done in no more than this share of the time, or the workers stay as they are."""
 SOON = 10.0
 """Seconds of loading that are worth while before anybody knows how long a batch takes."""
+MOST_ASKED = 256
+"""Workers of a type for which nodes are asked at a time, if fewer than that are there: who asks for thousands gets no more, and sooner."""
 FORGIVEN = 20
 """Looks after which a worker is tried once more where one could not start."""
 
@@ -125,6 +127,9 @@ def adjust(state: DriverState) -> None:
             _end(state, worker_type, worker)
     if state.nodes is None:
         return
+    if state.stopping.how:  # for what comes now there is nothing to do
+        _order_nodes(state, (0,) * len(state.targets))
+        return
     before = list(state.targets), state.room_changed, state.looks
     _adjust_numbers(state)
     if state.more_come and before != (state.targets, state.room_changed, state.looks):
@@ -133,11 +138,13 @@ def adjust(state: DriverState) -> None:
 
 def _adjust_numbers(state: DriverState) -> None:
     assert state.nodes is not None
-    if state.room_changed:
+    if state.to_follow:
+        state.to_follow = False
         _follow(state)
     if not state.looks and not state.measured_batches and (all_of_one := _all_of_one(state)):
         state.looks = 1
-        _change(state, allocate(_with_memory(state, 2.0), all_of_one, _of_use(state), state.nodes) or state.targets)
+        guess = allocate(_with_memory(state, 2.0), all_of_one, _of_use(state), state.nodes) or state.targets
+        _change(state, list(map(max, guess, state.targets)))  # it ends nobody
     if state.measured_batches < state.batches_to_measure:
         return
     work = work_left(state)
@@ -187,8 +194,18 @@ def _ask(state: DriverState) -> None:
         if hosts.replicas is not None or not hosts.asks or wanted[slowest] + 1 > enough:
             break
         wanted[slowest] += 1
-    more = tuple(max(0, want - count) for want, count in zip(wanted, state.targets))
-    if more != (state.asked_for or (0,) * len(types)):
+    _order_nodes(
+        state,
+        tuple(
+            max(0, min(want - count, max(MOST_ASKED, count))) if hosts.asks else 0
+            for hosts, want, count in zip(types, wanted, state.targets)
+        ),
+    )
+
+
+def _order_nodes(state: DriverState, more: tuple[int, ...]) -> None:
+    """Ask for nodes for so many more workers of each type, if that is new, or what was asked for may have come and gone."""
+    if more != state.asked_for:
         state.worker_orders.append(AskFor(more))
         state.asked_for = more
 

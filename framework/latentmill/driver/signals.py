@@ -78,7 +78,7 @@ class Signals:
         if self.asked is None:
             return None
         name, when = self.asked
-        finishing = 0.0 if name == "SIGINT" else self.finishing
+        finishing = self.finishing if name in NOTICES else 0.0
         now = self.clock()
         how: Literal["finish", "hand over", "keep"] = "finish" if now < when + finishing else "hand over"
         if now >= self._told.get("hand over", now) + HAND_OVER:
@@ -91,6 +91,13 @@ class Signals:
             logger.warning(f"{again}: {first}what is half done is kept; once more ends at once, and loses it")
         self._told[how] = now
         return Stop(how)
+
+    def stop_for(self, why: str) -> bool:
+        """Ask the driver to stop at once, for a reason of its own; whether nobody had asked it before."""
+        if self.asked is not None:
+            return False
+        self.asked = why, self.clock()
+        return True
 
     def _came(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name

@@ -145,7 +145,7 @@ class DriverState:
     """What each node has for them; None if nobody says."""
     more_come: bool = False
     asked_for: tuple[int, ...] = ()
-    """Whether more nodes come for who asks; for each worker type, how many more were last asked for."""
+    """Whether more nodes come for who asks; for each worker type, how many more were last asked for; empty: as if nobody knew."""
     stage_times: list[StageTime] = field(default_factory=list)
     loading_seconds: list[float] = field(default_factory=list)
     """For each worker type, how long one takes to be ready: the shortest time of any, since others waited for a place."""
@@ -156,7 +156,8 @@ class DriverState:
     largest_targets: list[int] = field(default_factory=list)
     """For each worker type, the most that were wanted at a time: failures are counted over a while."""
     room_changed: bool = False
-    """Nodes have come or gone, or workers hold more than was seen: those that are wanted may have no room."""
+    to_follow: bool = False
+    """Nodes have come or gone, or workers hold more than was seen: those that are wanted may have no room. To follow: fewest and most."""
     measured_batches: int = 0
     batches_to_measure: int = 1
     """After so many the numbers are looked at again."""
@@ -210,8 +211,7 @@ class DriverState:
     """How often a row was filtered in each stage and begun again."""
 
     def __post_init__(self) -> None:
-        count = len(self.stages)
-        self.last_stage = count - 1
+        self.last_stage = (count := len(self.stages)) - 1
         if not self.worker_types:
             self.worker_types = tuple(WorkerType((stage,)) for stage in range(count))
         types = {stage: number for number, hosts in enumerate(self.worker_types) for stage in hosts.stages}

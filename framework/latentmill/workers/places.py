@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, cast
 
@@ -90,7 +90,7 @@ class Places:
         """By worker type, places of which only the autoscaler is to know."""
         self.groups: dict[PlacementGroup, int] = {}
         """For each place, its worker type."""
-        self.patience = Patience(wait)
+        self.patience = Patience(None if wait is None else max(wait, SETTLING))
         """Of what is lost while the job runs."""
         self.looked = 0.0
         """When it was last looked for that."""
@@ -142,13 +142,18 @@ class Places:
         self.taken[worker] = free.pop()
         return PlacementGroupSchedulingStrategy(self.taken[worker], 0)
 
-    def give_back(self, worker: int) -> None:
-        """A worker is no more."""
+    def give_back(self, worker: int, starting: Container[int]) -> None:
+        """A worker is no more; ``starting``: it, and others, if they were not there yet."""
         if (place := self.taken.pop(worker, None)) is None:
             return
         worker_type = self.groups[place]
         kept = 0 if self.setups[worker_type].replicas is None else self.setups[worker_type].fewest
-        if sum(of == worker_type for of in self.groups.values()) > kept:
+        if worker in starting:
+            others = sum(of == worker_type for of in self.groups.values()) - 1
+        else:  # what others only wait for is no reason to give this one away: another job may be quicker
+            ready = [place for other, place in self.taken.items() if other not in starting]
+            others = sum(self.groups[other] == worker_type for other in (*ready, *self.free[worker_type]))
+        if others >= kept:
             remove_placement_group(place)
             del self.groups[place]
         else:
@@ -171,7 +176,7 @@ class Places:
     def _set_free(self) -> None:
         """Give up places that were asked for and have come: who gets the room is decided once the nodes are looked at."""
         for wanted in self.asked.values():
-            for place in [place for place in wanted if _node_of(place)]:
+            for place in _nodes_of(wanted):
                 remove_placement_group(place)
                 wanted.remove(place)
 
@@ -192,8 +197,8 @@ class Places:
         of_type: dict[int, list[int]] = {}
         for worker in workers:
             of_type.setdefault(types[worker], []).append(worker)
-        for number, wanted in of_type.items():
-            setup = self.setups[number]
+        for number, setup in enumerate(self.setups):
+            wanted = of_type.get(number, [])
             least = setup.min_replicas or 1
             there = sum(worker not in starting for worker in wanted)
             there += sum(self._is_there(worker) for worker in wanted if there < least and worker in starting)
@@ -211,9 +216,9 @@ class Places:
     def by_node(self) -> dict[str, Counter[str]]:
         """What is reserved on each node."""
         found: dict[str, Counter[str]] = {}
-        asked = [(place, worker_type) for worker_type, places in self.asked.items() for place in places]
-        for place, worker_type in (*self.groups.items(), *asked):
-            found.setdefault(_node_of(place), Counter()).update(cast(Any, self.setups[worker_type].asks))
+        places = self.groups | {place: worker_type for worker_type, asked in self.asked.items() for place in asked}
+        for place, node in _nodes_of(places).items():
+            found.setdefault(node, Counter()).update(cast(Any, self.setups[places[place]].asks))
         return found
 
     def close(self) -> None:
@@ -230,6 +235,13 @@ def _node_of(place: PlacementGroup) -> str:
     """The id of the node that a place is on; "" as long as it is on none."""
     nodes: dict[int, str] = placement_group_table(place).get("bundles_to_node_id", {})
     return nodes.get(0, "")
+
+
+def _nodes_of(places: Collection[PlacementGroup]) -> dict[PlacementGroup, str]:
+    """The ids of the nodes of those places that are on one. Ray is asked once, however many there are."""
+    table = placement_group_table() if places else {}
+    found = ((place, table.get(place.id.hex(), {}).get("bundles_to_node_id", {}).get(0, "")) for place in places)
+    return {place: node for place, node in found if node}
 
 
 def lacking(setups: Sequence[WorkerSetup]) -> str:

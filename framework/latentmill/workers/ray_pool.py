@@ -163,7 +163,10 @@ class RayPool:
         reference.future().add_done_callback(lambda future: self.answers.put((order, future)))
 
     def collect(self, timeout: float) -> list[Event]:
-        """Wait up to ``timeout`` seconds for something to happen, and say all that has."""
+        """Wait up to ``timeout`` seconds for something to happen, and say all that has. Raises BusyError, before any is taken in, as long
+        as places have been lacking for longer than ``wait``.
+        """
+        self.places.require(self.types, self.actors, self.starting)
         events: list[Event] = self.nodes.news(not self.actors.keys() - self.places.taken.keys()) if self.nodes else []
         dead: dict[int, RayError] = {}
         waits = bool(self.starting or self.heard)
@@ -185,7 +188,6 @@ class RayPool:
             self._bury(worker)
             at_start = getattr(death, "actor_init_failed", False)
             events.append(Died(self.types[worker], worker, _cause(death), at_start, with_node=_with_node(death)))
-        self.places.require(self.types, self.actors, self.starting)
         events += self._late() + self._hanging()
         for event in events:
             if isinstance(event, Died):
@@ -348,11 +350,11 @@ class RayPool:
         """Forget a worker, and end it if it lives: one that was only out of reach would keep its place."""
         if actor := self.actors.pop(worker, None):
             ray.kill(actor)
+        self.places.give_back(worker, self.starting)
         self.heard.pop(worker, None)
         self.starting.pop(worker, None)
         self.asked.pop(worker, None)
         self.late.discard(worker)
-        self.places.give_back(worker)
         for id in self.in_flight.pop(worker, ()):
             self.blocks.pop(id, None)
 
