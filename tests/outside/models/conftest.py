@@ -35,7 +35,7 @@ def model_hub(monkeypatch, model, node):
 
 
 @pytest.fixture
-def model_store(store, model):
+def model_store(store, model, node):
     """S3 behind a proxy that counts; s3://bucket/models/red is the model."""
     upload(store.url, model, "models/red")
     return store
@@ -58,7 +58,7 @@ def node(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def given(install, pictures, patches, tmp_path, monkeypatch):
+def given(install, pictures, patches, tmp_path, monkeypatch, node):
     """``given(PATH, *more)``: the words of a job whose stage ``tint`` reads the weights at PATH."""
     install("acme-tint", model_parts.POINTS, acme_tint=model_parts.CODE)
     monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
