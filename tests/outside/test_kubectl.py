@@ -155,11 +155,18 @@ def test_one_that_does_not_run_yet_is_deleted_since_a_queue_would_let_it_go_on(l
     assert latentmill("cancel", "my-job") == 0, "it has ended"
 
 
-def test_who_breaks_off_leaves_no_rayjob_that_waits_for_its_secret(latentmill, tmp_path, monkeypatch, home):
+def test_who_breaks_off_leaves_no_rayjob_that_waits_for_its_secret(latentmill, tmp_path, monkeypatch):
     answers = [CONTEXT, ["create -f -$", "interrupt", ""], ["create", 0, MADE], ["delete", 1, "it is gone\n"]]
     calls = program(tmp_path, monkeypatch, "kubectl", answers)
-    assert latentmill("submit", job(SECRET), "--to", "kuberay", IMAGE, "target.env=[ACME_TOKEN]") == 130
-    assert calls()[-1]["words"][4:7] == ["delete", "rayjob", "my-job-1"] and not [*home.iterdir()]
+    assert latentmill("submit", job(SECRET), "--to", "kuberay", IMAGE, "target.env=[ACME_TOKEN]") == 130, (
+        latentmill.said
+    )
+    assert calls()[-1]["words"][4:7] == ["delete", "rayjob", "my-job-1"]
+    program(tmp_path, monkeypatch, "kubectl", [["get rayjob", 1, 'Error from server (NotFound): rayjobs "my-job-1"\n']])
+    assert latentmill("jobs", "--json") == 0
+    assert [found["state"] for found in json.loads(latentmill.out)] == ["unknown"], (
+        "it is remembered: it may have been sent"
+    )
 
 
 @pytest.mark.parametrize(
