@@ -57,14 +57,13 @@ def load_sweep(job: str, overrides: Sequence[str]) -> Sweep:
     swept = [at for at, texts in enumerate(choices) if len(texts) > 1]
     if not swept:
         raise JobError("-m: no key has several values, as in sampling.guidance_scale=2,4,8")
-    ends = Counter(words[at][0].rpartition(".")[2] for at in swept)
+    last = {words[at][0]: words[at][0].rpartition(".")[2] for at in swept}
+    ends = Counter(last.values())
+    short = {key: end if ends[end] == 1 else key for key, end in last.items()}
     given: dict[str, list[str]] = {}
     for texts in itertools.product(*choices):
         own = {words[at][0]: texts[at] for at in swept}
-        label = ",".join(
-            f"{key.rpartition('.')[2] if ends[key.rpartition('.')[2]] == 1 else key}={text}"
-            for key, text in own.items()
-        )
+        label = ",".join(f"{short[key]}={text}" for key, text in own.items())
         if label in given:
             raise JobError(f"-m: {label} is there twice")
         given[label] = [key + sign + text for (key, sign, _), text in zip(words, texts)]

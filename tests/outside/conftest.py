@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from tests.outside import prompt_parts, trainer_parts
+from tests.outside.launch_parts import TOKEN
 from tests.outside.store_parts import Before, Hub
 
 from latentmill.cli import main
@@ -194,6 +195,16 @@ def another_store(store, monkeypatch):
     yield another
     for server in servers:
         server.close()
+
+
+@pytest.fixture
+def records(tmp_path, monkeypatch):
+    """The folder of what was submitted, of a test that is in a folder of its own and has secrets in its environment."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    for name in ("ACME_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, TOKEN)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "state" / "latentmill" / "jobs"
 
 
 @pytest.fixture

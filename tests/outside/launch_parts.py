@@ -9,6 +9,8 @@ from pathlib import Path
 import jsonschema
 import yaml
 
+TOKEN = "hunter2hunter2"
+"""A value that is never to be seen."""
 SCHEMAS = Path(__file__).parents[1] / "schemas"
 JOB = """\
 defaults: [job, model: shapes, scheduler: euler, source: prompts, sink: parquet, cluster: local, override stages: STAGES, _self_]
@@ -92,3 +94,9 @@ def wrong_in(document, schema):
     """Where a document is not what the schema ``schema``.json says: paths, and what is wrong there."""
     validator = jsonschema.Draft202012Validator(json.loads((SCHEMAS / f"{schema}.json").read_text()))
     return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(document)]
+
+
+def job(text, name="my-job"):
+    """A job's file, in the folder that the test is in."""
+    Path(f"{name}.yaml").write_text(text)
+    return f"{name}.yaml"

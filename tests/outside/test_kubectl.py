@@ -3,25 +3,10 @@
 import json
 
 import pytest
-from tests.outside.launch_parts import JOBS, SECRET, program
+from tests.outside.launch_parts import JOBS, SECRET, TOKEN, job, program
 
 IMAGE = "target.image=acme/latentmill:0.1.0"
-TOKEN = "hunter2hunter2"
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setenv("ACME_TOKEN", TOKEN)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", TOKEN)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "state" / "latentmill" / "jobs"
-
-
-def job(text, name="my-job"):
-    with open(f"{name}.yaml", "w") as file:
-        file.write(text)
-    return f"{name}.yaml"
+pytestmark = pytest.mark.usefixtures("records")
 
 
 MADE = json.dumps({"metadata": {"namespace": "team", "name": "my-job-1", "uid": "1234"}})
@@ -43,18 +28,18 @@ def submitted(latentmill, tmp_path, monkeypatch, *answers):
 AT = ["--context", "arn:aws:eks:eu:1:cluster/a", "--namespace", "team"]
 
 
-def test_what_is_submitted_and_the_secret_that_goes_along(latentmill, tmp_path, monkeypatch, home):
+def test_what_is_submitted_and_the_secret_that_goes_along(latentmill, tmp_path, monkeypatch, records):
     calls = submitted(latentmill, tmp_path, monkeypatch)
     [_, created, secret] = calls()
     assert created["words"][:2] == AT[:2] and created["words"][2:4] == ["create", "-f"]
-    assert created["files"] == [next(home.glob("*/rayjob.yaml")).read_text()]
+    assert created["files"] == [next(records.glob("*/rayjob.yaml")).read_text()]
     sent = json.loads(secret["stdin"])
     assert secret["words"] == [*AT, "create", "-f", "-"] and sent["stringData"] == {"ACME_TOKEN": TOKEN}
     assert sent["metadata"]["ownerReferences"] == [
         {"apiVersion": "ray.io/v1", "kind": "RayJob", "name": "my-job-1", "uid": "1234"}
     ]
     assert f"secretRef: {{name: {sent['metadata']['name']}}}" in created["files"][0], "the pods take it"
-    kept = [file.read_text() for file in home.rglob("*") if file.is_file()]
+    kept = [file.read_text() for file in records.rglob("*") if file.is_file()]
     assert kept and not any(
         TOKEN in text for text in [*kept, latentmill.said, *(str(call["words"]) for call in calls())]
     )
@@ -91,7 +76,7 @@ def test_one_that_is_gone_and_one_that_cannot_be_asked(latentmill, tmp_path, mon
     assert latentmill("cancel", "my-job") == 4 and "Unable to connect" in latentmill.err
 
 
-def test_without_its_secret_nothing_is_left(latentmill, tmp_path, monkeypatch, home):
+def test_without_its_secret_nothing_is_left(latentmill, tmp_path, monkeypatch, records):
     answers = [
         CONTEXT,
         ["create -f -$", 1, "Error from server (Forbidden): secrets\n"],
@@ -101,7 +86,7 @@ def test_without_its_secret_nothing_is_left(latentmill, tmp_path, monkeypatch, h
     calls = program(tmp_path, monkeypatch, "kubectl", answers)
     assert latentmill("submit", job(SECRET), "--to", "kuberay", IMAGE, "target.env=[ACME_TOKEN]") == 2
     assert calls()[-1]["words"] == [*AT, "delete", "rayjob", "my-job-1", "--wait=false", "--ignore-not-found"] and not [
-        *home.iterdir()
+        *records.iterdir()
     ]
 
 
@@ -173,7 +158,7 @@ def test_who_breaks_off_leaves_no_rayjob_that_waits_for_its_secret(latentmill, t
     ("said", "code"),
     [("error: unknown field \"spec.more\"\n", 2), ("Unable to connect to the server: timeout\n", 4)],
 )  # fmt: skip
-def test_a_refusal_is_final_and_silence_is_not(latentmill, tmp_path, monkeypatch, home, said, code):
+def test_a_refusal_is_final_and_silence_is_not(latentmill, tmp_path, monkeypatch, records, said, code):
     program(tmp_path, monkeypatch, "kubectl", [CONTEXT, ["create", 1, said]])
     assert latentmill("submit", job(JOBS["cpu"]), "--to", "kuberay", IMAGE) == code
-    assert said.strip() in latentmill.err and not [*home.iterdir()]
+    assert said.strip() in latentmill.err and not [*records.iterdir()]

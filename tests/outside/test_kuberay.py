@@ -9,26 +9,11 @@ import subprocess
 import sys
 
 import pytest
-from tests.outside.launch_parts import ANY, FUSED, JOBS, SECRET, SEVERAL, shown, wrong_in
+from tests.outside.launch_parts import ANY, FUSED, JOBS, SECRET, SEVERAL, TOKEN, job, shown, wrong_in
 
 IMAGE = "target.image=acme/latentmill:0.1.0"
 TYPES = ("target.groups.H100={gpus: 8, cpus: 32, memory: 128GiB, node_selector: {gpu: h100}}", "target.groups.L4.node_selector={gpu: l4}")  # fmt: skip
-TOKEN = "hunter2hunter2"
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setenv("ACME_TOKEN", TOKEN)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", TOKEN)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "state" / "latentmill" / "jobs"
-
-
-def job(text, name="my-job"):
-    with open(f"{name}.yaml", "w") as file:
-        file.write(text)
-    return f"{name}.yaml"
+pytestmark = pytest.mark.usefixtures("records")
 
 
 def groups(document):

@@ -5,25 +5,11 @@ import os
 import subprocess
 
 import pytest
-from tests.outside.launch_parts import FUSED, JOBS, SECRET, SEVERAL, program, shown, wrong_in
+from tests.outside.launch_parts import FUSED, JOBS, SECRET, SEVERAL, TOKEN, job, program, shown, wrong_in
 
 IMAGE = "target.image=acme/latentmill:0.1.0"
 ALIKE = SEVERAL.replace("L4", "H100")
-TOKEN = "hunter2hunter2"
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setenv("ACME_TOKEN", TOKEN)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "state" / "latentmill" / "jobs"
-
-
-def job(text, name="my-job"):
-    with open(f"{name}.yaml", "w") as file:
-        file.write(text)
-    return f"{name}.yaml"
+pytestmark = pytest.mark.usefixtures("records")
 
 
 @pytest.mark.parametrize(
@@ -121,17 +107,17 @@ def test_what_cannot_be_is_a_line(latentmill, text, words, says):
     assert says in latentmill.err and len(latentmill.err.splitlines()) == 1
 
 
-def test_what_is_submitted_and_what_becomes_of_it(latentmill, tmp_path, monkeypatch, home):
+def test_what_is_submitted_and_what_becomes_of_it(latentmill, tmp_path, monkeypatch, records):
     calls = program(tmp_path, monkeypatch, "sky", [["jobs", 0, ""]], ["ACME_TOKEN", "RAY_AUTH_TOKEN"])
     words = ("--to", "skypilot", IMAGE, "target.env=[ACME_TOKEN]")
     assert latentmill("submit", job(SECRET), *words) == 0, latentmill.said
     [call] = calls()
-    [file] = home.glob("*/task.yaml")
+    [file] = records.glob("*/task.yaml")
     name = file.parent.name
     given = ["--secret", "ACME_TOKEN", "--secret", "RAY_AUTH_TOKEN"]
     assert call["words"] == ["jobs", "launch", "--yes", "--detach-run", *given, str(file)]
     assert call["variables"]["ACME_TOKEN"] == TOKEN and len(call["variables"]["RAY_AUTH_TOKEN"]) == 64
-    kept = [path.read_text() for path in home.rglob("*") if path.is_file()]
+    kept = [path.read_text() for path in records.rglob("*") if path.is_file()]
     assert not any(secret in text for secret in call["variables"].values() for text in [*kept, latentmill.said])
 
     for record, expected in [

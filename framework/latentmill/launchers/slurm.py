@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import shlex
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -13,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from latentmill.launchers import programs
 from latentmill.plugin import RETRY_CODES, Launcher, LaunchState, StateWord, Submission, Submitted
 
 JOB_SCRIPT = "job.sh"
@@ -193,13 +193,8 @@ class Slurm(Launcher):
 
 
 def _run(words: Sequence[str]) -> str:
-    """What a command of Slurm's says. Raises ValueError where it refuses, OSError where it isn't there or doesn't answer."""
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=ANSWERS_WITHIN)
-    except FileNotFoundError:
-        raise ValueError(f"there is no command {words[0]} here: submit on a machine of the Slurm cluster") from None
-    except subprocess.TimeoutExpired:
-        raise OSError(f"{words[0]} does not answer within {ANSWERS_WITHIN} seconds") from None
+    """What a command of Slurm's says. Raises ValueError where it refuses or isn't there, OSError where it doesn't answer."""
+    done = programs.ask(words, ANSWERS_WITHIN)
     if done.returncode:
         said = done.stderr.strip() or f"{words[0]} ended with {done.returncode}"
         if re.search(r"Unable to contact|Connection (refused|timed out)|Socket timed out|unavailable", said):
