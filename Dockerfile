@@ -29,7 +29,7 @@ COPY framework /source/framework
 COPY conf /source/conf
 COPY jobs /source/jobs
 COPY plugins /source/plugins
-RUN cd /source && pip wheel --no-deps --wheel-dir /wheels . plugins/shapes plugins/diffusers plugins/filters
+RUN cd /source && pip wheel --no-deps --wheel-dir /wheels . plugins/shapes plugins/diffusers plugins/filters plugins/comfy
 
 FROM base AS cpu
 COPY constraints.txt /

@@ -6,7 +6,7 @@ SEEDS ?= 1000
 BIN := .venv/bin
 INSTALLED := .venv/installed
 PROJECTS := pyproject.toml plugins/shapes/pyproject.toml plugins/diffusers/pyproject.toml plugins/example/pyproject.toml \
-	plugins/filters/pyproject.toml
+	plugins/filters/pyproject.toml plugins/comfy/pyproject.toml
 
 .PHONY: demo test lint bench simulate docs
 
@@ -42,5 +42,5 @@ $(INSTALLED): constraints.txt $(PROJECTS)
 	@echo "Installing into .venv; torch and Ray are large, so the first time takes minutes."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
-		-e '.[test,dev]' -e plugins/shapes -e plugins/diffusers -e plugins/example -e plugins/filters
+		-e '.[test,dev]' -e plugins/shapes -e plugins/diffusers -e plugins/example -e plugins/filters -e plugins/comfy
 	@touch $@

@@ -56,7 +56,7 @@ def test_what_is_copied_is_there_and_let_through():
 def test_wheels_are_made_of_all_that_their_projects_name():
     [build] = of("wheels", "RUN")
     made = [word for word in build.split() if word.startswith("plugins/")]
-    assert made == ["plugins/shapes", "plugins/diffusers", "plugins/filters"] and " . " in build
+    assert made == ["plugins/shapes", "plugins/diffusers", "plugins/filters", "plugins/comfy"] and " . " in build
     there = {rest.split()[1].removeprefix("/source/") for rest in of("wheels", "COPY")}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages = project["tool"]["setuptools"]["packages"]

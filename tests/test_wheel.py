@@ -20,6 +20,7 @@ SOURCES = {
     "latentmill_diffusers": ["plugins/diffusers", ["pyproject.toml", "README.md", "src"]],
     "latentmill_example": ["plugins/example", ["pyproject.toml", "README.md", "src"]],
     "latentmill_filters": ["plugins/filters", ["pyproject.toml", "README.md", "src"]],
+    "latentmill_comfy": ["plugins/comfy", ["pyproject.toml", "README.md", "src"]],
 }
 NO_SOURCE = shutil.ignore_patterns("__pycache__", "*.egg-info")
 
@@ -57,7 +58,8 @@ def installed(wheels, tmp_path_factory):
             lent.symlink_to(path)
     site = next((work / "venv").glob("lib/python*/site-packages"))
     (site / "lent.pth").write_text(f"{work / 'lent'}\n")
-    chosen = [str(wheel) for package, wheel in wheels.items() if package != "latentmill_diffusers"]
+    heavy = ("latentmill_diffusers", "latentmill_comfy")
+    chosen = [str(wheel) for package, wheel in wheels.items() if package not in heavy]
     pip = [sys.executable, "-m", "pip", "--python", str(work / "venv" / "bin" / "python")]
     subprocess.run([*pip, "install", "-q", "--no-index", "--no-deps", *chosen], check=True)
     return work / "venv" / "bin"
@@ -95,7 +97,8 @@ def test_the_framework_is_one_package_with_its_config_and_jobs_inside(wheels):
 
 
 @pytest.mark.parametrize(
-    "package", ["latentmill_shapes", "latentmill_diffusers", "latentmill_example", "latentmill_filters"]
+    "package",
+    ["latentmill_shapes", "latentmill_diffusers", "latentmill_example", "latentmill_filters", "latentmill_comfy"],
 )
 def test_a_plugin_is_one_package(wheels, package):
     expected = {name for name in files(ROOT / SOURCES[package][0] / "src") if ".egg-info/" not in name}

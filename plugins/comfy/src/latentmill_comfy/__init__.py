@@ -1,0 +1,1 @@
+"""ComfyUI's model files and arithmetic as latentmill plugins."""
