@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 
-from latentmill.fields import BESIDE, BY_NAME, IN_JOB, NOT_RESERVED, arrow, meaning, parse
+from latentmill.fields import BESIDE, BY_NAME, IN_JOB, NOT_RESERVED, arrow, meaning, of_first_noise, parse
 from latentmill.plugin import Denoiser, Plugin, RowError, RowField, Source
 from latentmill.plugin.stage import named
 from latentmill.registry import called
@@ -89,7 +89,8 @@ def of_plugins(
 
     So does a key of ``sampling`` that nobody reads, and one whose value is not of its field.
     """
-    found: dict[str, tuple[str, RowField]] = {}
+    first = of_first_noise(sampling) if "denoiser" in plugins else {}
+    found: dict[str, tuple[str, RowField]] = {name: ("first_noise comfy", field) for name, field in first.items()}
     for kind, plugin in plugins.items():
         for field in plugin.row_fields:
             who = called(plugin)

@@ -207,10 +207,29 @@ JOB = (
     RowField("max_pixels", pa.int64(), "the most that a row's width times height may be", default=1 << 24, least=1),
     RowField("until", pa.float64(), "above 0: stop half-way, at the first time below it", default=0.0),
     RowField(
-        "first_noise", pa.string(), "where the first noise comes from: latentmill or diffusers", default="latentmill"
+        "first_noise",
+        pa.string(),
+        "where the first noise comes from: latentmill, diffusers or comfy, or none",
+        default="latentmill",
     ),
 )
 """Keys of ``sampling`` that hold for all rows of a job, and are no fields."""
+
+NOISE_INDEX = RowField(
+    "noise_index",
+    pa.int32(),
+    "which picture of the batch that first_noise comfy draws for; a further sample of a row with a seed is the next one",
+    default=0,
+    least=0,
+    most=4095,
+)
+"""A field of rows that begin with ComfyUI's noise, and of no others."""
+
+
+def of_first_noise(sampling: Mapping[str, Any]) -> Mapping[str, RowField]:
+    """The fields, by name, that rows have for the sake of where their first noise comes from."""
+    return {NOISE_INDEX.name: NOISE_INDEX} if sampling.get("first_noise") == "comfy" else {}
+
 
 BY_NAME: Mapping[str, OwnField] = {field.name: field for field in (*OWN_FIELDS, *SOMETIMES)}
 FROM_SOURCE = tuple(field for field in OWN_FIELDS if field.in_source)

@@ -1,12 +1,13 @@
 """Grids, each with one mistake."""
 
+import math
 import random
 
 import torch
 from tests.suites.mistakes import Mistake, suite_of
 from tests.suites.wrong_denoisers import GPU, MEMORY, PLUGIN, PROCESS, RANDOM
 
-from latentmill.plugin import CONTRACT, Grid
+from latentmill.plugin import CONTRACT, Grid, Start
 from latentmill.testing import GridSuite
 
 
@@ -133,6 +134,18 @@ class Hashes(Right):
         return super().times(noise_schedule, steps) * (1 - hash("jitter") % 1000 / 1001)
 
 
+class RowClimbs(Right):
+    """As whole rows, too."""
+
+    def start(self, noise_schedule, steps, strength, shape):
+        return Start(self.times(noise_schedule, steps).flip(0), {}, 0.0, 1.0, 1.0)
+
+
+class RowBeginsAtInfinity(Right):
+    def start(self, noise_schedule, steps, strength, shape):
+        return Start(self.times(noise_schedule, steps), {}, 0.0, math.inf, 1.0)
+
+
 class Cuda(Right):
     def __init__(self):
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -147,6 +160,8 @@ def grid(what, plugin, caught_by, says, **settings):
 
 
 FALLS, SCHEDULE = "times_fall_from_noise_to_what_is_nearly_clean", "the_noise_schedule_is_left_as_it_was"
+
+WHOLE = "a_row_that_it_says_whole_is_a_way_from_noise"
 
 MISTAKES = [
     grid("climbs from clean to noise", Climbs, FALLS, "times do not fall for 2 steps on the VP noise schedule"),
@@ -166,6 +181,8 @@ MISTAKES = [
     grid("caches by the number of steps", CachesBySteps, MEMORY, "times gives other times after an earlier call"),
     grid("a number of the module random", Jitters, RANDOM, "times draws from the global random generator of random"),
     grid("numbers that hang on `hash()`", Hashes, PROCESS, "times gives other results in another process"),
+    grid("a whole row that climbs", RowClimbs, WHOLE, "start, for 2 steps of strength 1 on the VP noise schedule, gives times that do not fall"),
+    grid("a whole row's infinite noise", RowBeginsAtInfinity, WHOLE, "start, for 1 steps of strength 1 on the VP noise schedule, gives alpha"),
     grid("asks for a GPU in `__init__`", Cuda, GPU, "Cuda.__init__ calls torch.cuda.is_available before load(device)"),
     grid("no contract line", NoContract, PLUGIN, "does not say for which contract it was written"),
 ]  # fmt: skip

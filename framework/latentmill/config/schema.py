@@ -10,10 +10,10 @@ from omegaconf import MISSING, OmegaConf
 
 from latentmill import registry, values
 from latentmill.buckets import Size
-from latentmill.fields import IN_JOB, python_type
+from latentmill.fields import IN_JOB, of_first_noise, python_type
 from latentmill.plugin import RowField
 
-FIRST_NOISE = ("latentmill", "diffusers")
+FIRST_NOISE = ("latentmill", "diffusers", "comfy", "none")
 
 ON_ERROR = ("quarantine", "stop")
 PLACEMENTS = ("auto", "split", "fused")
@@ -253,4 +253,5 @@ def plugin_fields(config: Any) -> dict[str, RowField] | None:
         said = stage if isinstance(stage, Mapping) else stages.get(stage)
         chosen.append(("stage", {"name": (said.get("name") if isinstance(said, Mapping) else None) or stage}))
     found = [registry.row_fields(kind, str(choice.get("name"))) for kind, choice in chosen]
-    return None if None in found else {of.name: of for each in found for of in each or ()}
+    first = of_first_noise(config.get("sampling") or {})
+    return None if None in found else {**first, **{of.name: of for each in found for of in each or ()}}

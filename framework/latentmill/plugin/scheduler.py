@@ -52,6 +52,25 @@ class NoiseSchedule(ABC):
         return 1000.0 * t if self.timesteps is None else self.timesteps * t - 1.0
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a row begins, as a grid or a scheduler says that doesn't leave it to others."""
+
+    times: Tensor
+    """Float64, descending, ``[n + 1]`` for n steps."""
+    state: State
+    """Of this row alone: without the batch axis. A grid's has none."""
+    alpha: float
+    sigma: float
+    """The row's latent at its first time is ``alpha * x0 + sigma * noise``."""
+    scale: float
+    """Standard deviation of the noise that a row without picture or latents starts from."""
+    grid: str = "trailing"
+    """What a job's ``scheduler.grid`` may be: its default, or the name of the grid that these times are."""
+    leaves: float = 1.0
+    """What the row's latents are divided by at its last time."""
+
+
 class Grid(Plugin, ABC):
     """At which times a row is computed: a job's ``scheduler.grid``, by name or as ``{name: ..., setting: ...}``.
 
@@ -65,6 +84,14 @@ class Grid(Plugin, ABC):
 
         Raises ValueError, saying why, if it can't be made on this noise schedule or of so many steps.
         """
+
+    def start(self, noise_schedule: NoiseSchedule, steps: int, strength: float, shape: Sequence[int]) -> Start | None:
+        """The whole row of latents of ``shape``, where a grid counts ``steps`` and ``strength`` in its own way: any number of steps.
+
+        It may end before 0; one time alone is no step. None: it begins as ``times`` says, of which the framework keeps those that
+        strength leaves, and the noise schedule says how much noise there is. Raises ValueError as ``times`` does.
+        """
+        return None
 
 
 class Field(ABC):
@@ -103,23 +130,6 @@ class Field(ABC):
     @abstractmethod
     def noise(self, t: Tensor, s: Tensor) -> Tensor:
         """Unit normal noise shaped as x, fixed for each row by (the row's seed, t, s): asked twice, the same twice."""
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a row begins, as a scheduler that has a grid of its own says."""
-
-    times: Tensor
-    """Float64, descending, ``[n + 1]`` for n steps."""
-    state: State
-    """Of this row alone: without the batch axis."""
-    alpha: float
-    sigma: float
-    """The row's latent at its first time is ``alpha * x0 + sigma * noise``."""
-    scale: float
-    """Standard deviation of the noise that a row without picture or latents starts from."""
-    grid: str = "trailing"
-    """What a job's ``scheduler.grid`` may be: its default, or the name of the grid that these times are."""
 
 
 class Scheduler(Plugin, ABC):

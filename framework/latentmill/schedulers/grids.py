@@ -15,6 +15,7 @@ beta                quantiles of the Beta distribution (Lee et al. 2024, arXiv:2
 linear_quadratic    small equal steps, then growing ones (Polyak et al. 2024, arXiv:2410.13720, sec. 3.4.2);
                     ``threshold`` 0.025
 align_your_steps    the optimised times of Sabour et al. 2024 (arXiv:2404.14507); ``model`` sd, sdxl or svd
+comfy               ComfyUI's, by its names, with its ways to count (``comfy_grid``)
 times               the list ``times`` itself, descending, for rows of just so many steps
 model               what the denoiser says (``Denoiser.times``), which follows its authors' config
 ==================  =================================================================================================
@@ -41,7 +42,7 @@ import torch
 from torch import Tensor
 
 from latentmill import registry
-from latentmill.plugin import Grid, NoiseSchedule
+from latentmill.plugin import Grid, NoiseSchedule, Start
 from latentmill.schedulers.noise_schedules import shifted
 from latentmill.text import near
 
@@ -80,6 +81,23 @@ class Chosen:
         if self.shift != 1.0:
             spaced = shifted(spaced, _shift(noise_schedule, self.shift, shape))
         return torch.cat([spaced, torch.zeros(1, dtype=torch.float64)]) if self.end == "zero" else spaced
+
+    def start(self, noise_schedule: NoiseSchedule, steps: int, strength: float, shape: Sequence[int]) -> Start | None:
+        """How a row begins whose grid says all of it; None: with the last of ``times``."""
+        if self.grid is None or type(self.grid).start is Grid.start:
+            return None
+        with registry.asking(self.grid):
+            own = self.grid.start(noise_schedule, steps, strength, shape)
+        if own is None:
+            return None
+        if self.end != "zero" or self.shift != 1.0:
+            raise ValueError(
+                f"grid {self.name} says itself where a row ends, and what is shifted: end and shift are not for it"
+            )
+        if not isinstance(own.times, Tensor) or own.times.dtype != torch.float64 or own.times.ndim != 1:
+            raise ValueError(f"{registry.called(self.grid)}: start gives no float64 times [n + 1]: {own.times!r:.80}")
+        _require_descent(self.name, own.times)
+        return own
 
 
 def choose(choice: Choice) -> Chosen:
@@ -125,6 +143,8 @@ def times(
     model asks. Raises ValueError for settings that make no sense together, and for more steps than there are timesteps.
     """
     chosen = choice if isinstance(choice, Chosen) else choose(choice)
+    if (own := chosen.start(noise_schedule, steps, strength, shape)) is not None:
+        return own.times
     if noise_schedule.timesteps is not None and steps > noise_schedule.timesteps:
         raise ValueError(f"{steps} steps are more than the {noise_schedule.timesteps} timesteps of the noise schedule")
     if chosen.grid is not None:
@@ -135,11 +155,13 @@ def times(
         raise ValueError("grid model is what a denoiser says, and there is none")
     if len(spaced) != steps + 1:
         raise ValueError(f"grid {chosen.name} has {len(spaced) - 1} steps, and {steps} were asked for")
-    if not bool((spaced.diff() < 0).all() and spaced[0] <= 1 and spaced[-1] >= 0):
-        raise ValueError(
-            f"grid {chosen.name}: times must descend from 1 at most to 0 at least: {spaced.tolist()}"[:200]
-        )
+    _require_descent(chosen.name, spaced)
     return spaced[steps - kept(noise_schedule, steps, strength) :]
+
+
+def _require_descent(name: str, times: Tensor) -> None:
+    if not bool(len(times) and (times.diff() < 0).all() and times[0] <= 1 and times[-1] >= 0):
+        raise ValueError(f"grid {name}: times must descend from 1 at most to 0 at least: {times.tolist()}"[:200])
 
 
 def kept(noise_schedule: NoiseSchedule, steps: int, strength: float) -> int:

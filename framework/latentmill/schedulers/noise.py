@@ -25,6 +25,15 @@ def start_of_diffusers(seed: int, shape: tuple[int, ...]) -> Tensor:
     return torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed))[0]
 
 
+def start_of_comfy(seed: int, shape: tuple[int, ...], index: int = 0) -> Tensor:
+    """The noise that ComfyUI starts picture ``index`` of a batch from: a part of one draw for all of them, float32.
+
+    What is drawn behind it changes none of it, as long as a picture's numbers are a multiple of 16. Else the last 16 of a whole draw
+    are drawn otherwise: then it is that of the batch's last picture.
+    """
+    return torch.randn((index + 1, *shape), generator=torch.Generator("cpu").manual_seed(seed))[index]
+
+
 def between(seed: int, t: float, s: float, shape: tuple[int, ...]) -> Tensor:
     """The noise of a row's step from time ``t`` to time ``s``: unit normal, float32, of ``shape``."""
     return _draw(b"between", seed, struct.pack("<dd", t, s), shape)

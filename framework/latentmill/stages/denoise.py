@@ -31,7 +31,7 @@ from latentmill.batch import (
     with_latents,
 )
 from latentmill.errors import ContractError, NoRowError
-from latentmill.fields import BATCH_SCHEMA, HALFWAY
+from latentmill.fields import BATCH_SCHEMA, HALFWAY, NOISE_INDEX
 from latentmill.plugin import (
     Conditioning,
     ContinuousStage,
@@ -41,13 +41,12 @@ from latentmill.plugin import (
     Reject,
     RowError,
     StageContext,
-    State,
     tensors,
 )
 from latentmill.plugin.stage import named
-from latentmill.schedulers import grids, noise
+from latentmill.stages.beginning import Beginning
 from latentmill.stages.call_size import CallSize
-from latentmill.stages.carried import Carried, carried_rows, schedule_hash, trajectory_name
+from latentmill.stages.carried import Carried, carried_rows, trajectory_name
 from latentmill.stages.guidance import Guidance
 from latentmill.stages.running_batch import DenoiseRequest, InpaintingMask, Kind, RunningBatch, Trajectory
 
@@ -88,12 +87,12 @@ class Denoise(ContinuousStage):
         context.plugin("scheduler")  # is held against the plan before any row asks for it
         assert context.scheduler_of is not None
         self.scheduler = context.scheduler_of
-        self.grid = grids.choose(context.choices["scheduler"].get("grid", "trailing"))
+        grid = context.choices["scheduler"].get("grid", "trailing")
+        self.beginning = Beginning(self.denoiser, self.scheduler, grid, sampling)
         self.authors = FollowsAuthors.of(self.denoiser)
         self.fixed, self.until = context.fixed, float(sampling["until"])
         self.call_sizes = defaultdict[str, CallSize](lambda: CallSize(context.batch_size, context.finds_batch_size))
         """By the shape of the latents."""
-        self.first_noise = noise.start_of_diffusers if sampling["first_noise"] == "diffusers" else noise.start
         self.device = torch.device("cpu")
         self.moving: dict[Kind, list[Trajectory]] = {}
         """Rows that have steps to make, by kind, in the order in which they came."""
@@ -130,7 +129,7 @@ class Denoise(ContinuousStage):
         masks = tensors.from_arrow(batch, "mask") if "mask" in batch.column_names else None
         slots, _ = fixed_slots(batch, self.fixed)
         fields = {field.name: field.type.to_pandas_dtype() for field in self.denoiser.row_fields}
-        known = {*BATCH_SCHEMA.names, *HALFWAY.names, "from_noise", *fields}
+        known = {*BATCH_SCHEMA.names, *HALFWAY.names, "from_noise", NOISE_INDEX.name, *fields}
         columns = [name for name in batch.column_names if name in known]
         key, identity = shape_key(batch), cache(self._identity)
         begun = []
@@ -142,25 +141,25 @@ class Denoise(ContinuousStage):
                 # An inpainted row of full strength has nothing of the picture where its mask is 1.
                 from_noise = row.get("from_noise", False) or (masks is not None and row["strength"] >= 1)
                 begins = torch.zeros_like(x[i]) if from_noise else x[i]
-                times, start, state = self._start(row, begins, goes_on, from_noise)
+                times, start, state, leaves = self.beginning.of(row, begins, goes_on, from_noise)
                 if masks is not None and self.until:
                     raise RowError("a row with a mask can't stop half-way: its picture would be lost")
             except ValueError as error:
                 reject(i, str(error))
                 continue
             state = {name: value[i] for name, value in states.items()} if goes_on else state
-            begun.append((i, row, times, start, state))
+            begun.append((i, row, times, start, state, leaves))
         if not begun:
             return request
-        rows, starts = [row for _, row, *_ in begun], self._send(torch.stack([start for *_, start, _ in begun]))
+        rows, starts = [row for _, row, *_ in begun], self._send(torch.stack([start for *_, start, _, _ in begun]))
         own = {
             n: self._send(torch.as_tensor(np.asarray([row[n] for row in rows], dtype))) for n, dtype in fields.items()
         }
-        inpainted, inpaintings = self._masked(batch, masks, x, {i: row["seed"] for i, row, *_ in begun})
+        inpainted, inpaintings = self._masked(batch, masks, x, {i: row for i, row, *_ in begun})
         embedded = {}
         if self.denoiser.guidance_embedded:
             embedded = {"guidance_scale": self._send(torch.tensor([row["guidance_scale"] for row in rows]))}
-        for k, (i, row, times, _, state) in enumerate(begun):
+        for k, (i, row, times, _, state, leaves) in enumerate(begun):
             kind = (key, row["scheduler"], id(request) if self.fixed else 0)
             scale, on_cpu = row["guidance_scale"], self.scheduler(row["scheduler"]).on_cpu
             on = self.authors.guides(scale, row["negative_prompt"]) and not self.denoiser.guidance_embedded
@@ -172,7 +171,8 @@ class Denoise(ContinuousStage):
                     kind=kind,
                     slot=int(slots[i]),
                     times=times,
-                    seed=row["seed"],
+                    seed=self.beginning.seed(row),
+                    leaves=leaves,
                     guidance=Guidance(scale, row["guidance_rescale"], row["guidance_from"], row["guidance_until"], on),
                     prompt={
                         **{name: value[i] for name, value in prompt.items()},
@@ -200,51 +200,17 @@ class Denoise(ContinuousStage):
         return tensors.by_row(batch, column, torch.device("cpu") if name in self.denoiser.parted_by else self.device)
 
     def _masked(
-        self, batch: pa.Table, masks: Tensor | None, x: Tensor, seeds: Mapping[int, int]
+        self, batch: pa.Table, masks: Tensor | None, x: Tensor, rows: Mapping[int, Mapping[str, Any]]
     ) -> tuple[Conditioning, dict[int, InpaintingMask]]:
         """Of rows with a mask: what the network is told or, if it takes none, what blends each, by its index."""
         if masks is None:
             return {}, {}
         if not self.denoiser.inpaints or "masked" not in batch.column_names:
             clean, painted = self._send(x.to(torch.float32)), self._send(masks.bool())
-            first = self._send(torch.stack([self.first_noise(seed, tuple(x.shape[1:])) for seed in seeds.values()]))
-            return {}, {i: InpaintingMask(painted[i], clean[i], first[k]) for k, i in enumerate(seeds)}
+            first = self._send(torch.stack([self.beginning.noise(row, tuple(x.shape[1:])) for row in rows.values()]))
+            return {}, {i: InpaintingMask(painted[i], clean[i], first[k]) for k, i in enumerate(rows)}
         masked = tensors.from_arrow(batch, "masked")
         return {"mask": self._send(masks.to(torch.float32)), "masked": self._send(masked.to(torch.float32))}, {}
-
-    def _start(
-        self, row: Mapping[str, Any], latents: Tensor, goes_on: bool, from_noise: bool
-    ) -> tuple[list[float], Tensor, State | None]:
-        """A row's times, its latents, float32, at the first of them, and its state if the scheduler says how it begins. On the CPU.
-
-        Raises ValueError, RowError among them.
-        """
-        schedule, shape = self.denoiser.noise_schedule, tuple(latents.shape)
-        halfway = row.get("time")
-        strength = row["strength"] if halfway is None else 1.0
-        kept, scheduler = grids.kept(schedule, row["steps"], strength), self.scheduler(row["scheduler"])
-        own = scheduler.start(schedule, row["steps"], kept, shape) if kept else None
-        grid = (
-            own.times if own else grids.times(self.grid, schedule, row["steps"], strength, shape, self.authors.times)
-        ).tolist()
-        if halfway is not None:
-            if row["trajectory"].partition("/")[0] != schedule_hash(schedule):
-                raise RowError("the latents are half-way on a noise schedule that is not this denoiser's")
-            if own and not goes_on:
-                raise RowError(
-                    f"the latents are half-way by another scheduler, and {row['scheduler']} can begin only on its own grid"
-                )
-            grid = [halfway, *(t for t in grid if t < halfway)]
-        times = grid[: next((k + 1 for k, t in enumerate(grid) if t < self.until), len(grid))]
-        if halfway is not None or len(grid) == 1:
-            return times, latents.to(torch.float32), None
-        first = torch.tensor(times[0], dtype=torch.float64)
-        alpha, sigma = (own.alpha, own.sigma) if own else schedule.scale(first)
-        if from_noise:
-            sigma = own.scale if own else self.authors.start_scale(first)
-        start = self.first_noise(row["seed"], shape)
-        x = (alpha * latents.double() + sigma * start.double()).to(torch.float32)
-        return times, x, own.state if own else None
 
     @torch.inference_mode()
     def advance(self) -> None:
@@ -355,6 +321,7 @@ class Denoise(ContinuousStage):
         xs = torch.stack([row.x for row in request.rows]).cpu() if request.rows else torch.empty(0, 1)
         for row, x, finite in zip(request.rows, xs, xs.flatten(1).isfinite().all(1).tolist()):
             if finite:  # its own latents stay where they are: what its state begins with is made of them
+                x = x if self.until or row.leaves == 1.0 else (x.double() / row.leaves).float()
                 by_scheduler.setdefault(row.kind[1], []).append((row, x))
             else:
                 wrong[row.index] = f"the denoised latents are not finite ({self._cause(row)})"

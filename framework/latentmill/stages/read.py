@@ -17,7 +17,7 @@ from latentmill.batch import ATTEMPT, CONDITIONING, PROMPT_PREFIX, STATE_PREFIX,
 from latentmill.buckets import Size
 from latentmill.columns import Columns
 from latentmill.errors import ContractError
-from latentmill.fields import BY_NAME, FROM_SOURCE, HALFWAY, ID, parse
+from latentmill.fields import BY_NAME, FROM_SOURCE, HALFWAY, ID, NOISE_INDEX, parse
 from latentmill.identity import attempt_seed, row_seed
 from latentmill.pixels import cover, crop, fitted
 from latentmill.plugin import Declaration, LatentSpec, Reject, RowError, RowField, Source, Stage, StageContext, tensors
@@ -74,6 +74,8 @@ class Read(Stage):
         self.source: Source = context.plugin("source")
         self.plan: Rows = context.plan
         self.columns = self.plan.columns
+        named = [field.name for field in self.columns.fields]
+        self.noise_index = named.index(NOISE_INDEX.name) if NOISE_INDEX.name in named else None
         self.source.job_fields, self.source.kept = self.columns.fields, self.columns.kept
         self.source.wants_conditioning = PROMPT_PREFIX in context.declaration.adds
         self.sampling, self.require = context.sampling, context.require_fragment
@@ -107,8 +109,10 @@ class Read(Stage):
                 continue
             for i, number, sample in wanted:
                 row_id = self.plan.row_id(number)
-                seed = row_seed(self.plan.seed, row_id, sample, values["seed"], values.get("id"))
                 about = {"row": number, "row_id": row_id, "attempt": attempts[i]}
+                if self.noise_index is not None and values["seed"] is not None:
+                    about["beside"], sample = self._next(values["beside"], sample), 0
+                seed = row_seed(self.plan.seed, row_id, sample, values["seed"], values.get("id"))
                 row, tensors_of_row = {**values, **about, "seed": attempt_seed(seed, attempts[i])}, stored
                 if self.size is not None:
                     try:
@@ -260,6 +264,12 @@ class Read(Stage):
         if self.source.wants_conditioning:
             stored |= stored_conditioning.of_row(found.get("conditioning"))
         return values, stored
+
+    def _next(self, beside: list[pa.Array], sample: int) -> list[pa.Array]:
+        """The values beside a row's of its sample: each is the next picture of one batch."""
+        at = self.noise_index or 0
+        index = parse(NOISE_INDEX, beside[at][0].as_py() + sample)
+        return [*beside[:at], pa.array([index], NOISE_INDEX.type), *beside[at + 1 :]]
 
     def _value(self, field: RowField, found: Mapping[str, Any]) -> Any:
         """A row's own value, or else the job's, or else the field's. None where it may be. Raises RowError."""

@@ -79,6 +79,8 @@ class Trajectory:
     at: int = 0
     """Steps done."""
     inpainting: InpaintingMask | None = None
+    leaves: float = 1.0
+    """What its latents are divided by when it has arrived."""
     unsound: Tensor | None = None
     """Whether the network predicted something for it that is not finite, of latents that were."""
 

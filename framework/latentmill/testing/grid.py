@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from latentmill.plugin import Grid, NoiseSchedule
+from latentmill.plugin import Grid, NoiseSchedule, Start
 from latentmill.schedulers.noise_schedules import VariancePreserving
 from latentmill.testing.behaviour import GENERATORS, alike, copied, seed_all
 from latentmill.testing.gaussian import NOISE_SCHEDULES
@@ -61,6 +63,30 @@ class GridSuite(PluginSuite):
                 f"times end at {float(found[-1]):.3g} {about}: the last step begins above 0, and the framework lets it lead there"
             )
 
+    def test_a_row_that_it_says_whole_is_a_way_from_noise(self) -> None:
+        """``start`` says nothing, or falling times between 1 and 0, and with how much noise the first of them begins."""
+        for name, make in SCHEDULES.items():
+            for steps, strength in ((steps, strength) for steps in self.steps for strength in (1.0, 0.5, 0.0)):
+                try:
+                    found = self.grid().start(make(), steps, strength, (4, 8, 8))
+                except ValueError:
+                    continue
+                about = f"start, for {steps} steps of strength {strength:g} on the {name} noise schedule, gives"
+                if found is None:
+                    continue
+                assert isinstance(found, Start) and isinstance(found.times, Tensor), f"{about} no Start: {found!r:.80}"
+                times = found.times
+                assert times.dtype == torch.float64 and times.ndim == 1 and len(times) > 0, (
+                    f"{about} {_about(times)} as times"
+                )
+                falls = bool((times.diff() < 0).all()) and float(times[-1]) >= 0 and float(times[0]) <= 1
+                assert falls, f"{about} times that do not fall, from 1 at most to 0 at least\n{times}"
+                numbers = found.alpha, found.sigma, found.scale
+                assert all(0 <= number < math.inf for number in numbers) and 0 < found.leaves < math.inf, (
+                    f"{about} alpha, sigma and scale {numbers}, and leaves {found.leaves}"
+                )
+                assert not found.state, f"{about} a state, {[*found.state]}: a grid knows no solver"
+
     def test_the_noise_schedule_is_left_as_it_was(self) -> None:
         """It is the denoiser's, which goes on with it."""
         grid = self.grid()
@@ -69,6 +95,7 @@ class GridSuite(PluginSuite):
             before = copied(vars(schedule))
             for steps in self.steps:
                 ask(grid, schedule, steps)
+                asked_whole(grid, schedule, steps)
             changed = [
                 key for key in {**before, **vars(schedule)} if not alike(before.get(key), vars(schedule).get(key))
             ]
@@ -133,6 +160,12 @@ def ask(grid: Grid, schedule: NoiseSchedule, steps: int, seeds: Sequence[int] = 
         return copied(grid.times(schedule, steps))
     except Exception as error:
         return error
+
+
+def asked_whole(grid: Grid, schedule: NoiseSchedule, steps: int) -> None:
+    """Ask for a whole row, which not every noise schedule can have."""
+    with suppress(ValueError):
+        grid.start(schedule, steps, 0.5, (4, 8, 8))
 
 
 def same(a: Any, b: Any) -> bool:

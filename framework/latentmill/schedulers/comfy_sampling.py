@@ -1,0 +1,157 @@
+"""What ComfyUI knows of a model's noise: a table of sigmas, and how sigma and a timestep of its own go together.
+
+Sigma is its own, too: sigma / alpha on a noise schedule of betas, the time on that of a flow model. All is float32, as there.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from latentmill.plugin import NoiseSchedule
+from latentmill.schedulers.noise_schedules import RectifiedFlow, VarianceExploding
+
+ZERO_TERMINAL_SNR = 4.8973451890853435e-08
+"""The last alpha² of a schedule that ends in pure noise: there has to be a last sigma, 4518.8."""
+HIGHEST = 999999999.9
+"""The sigma of 0 percent: above all that there are."""
+
+
+class ModelSampling(ABC):
+    """A model's ``sigmas``, ascending, and the two functions between sigma and timestep."""
+
+    sigmas: Tensor
+
+    @abstractmethod
+    def sigma(self, timestep: Tensor) -> Tensor:
+        """The sigma of a timestep, float32."""
+
+    @abstractmethod
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """The timestep of a sigma, float32."""
+
+    @abstractmethod
+    def percent(self, share: float) -> float:
+        """The sigma at which a ``share`` of the sampling is done: 0 is above all sigmas, or that of pure noise, and 1 is clean."""
+
+    @property
+    def sigma_min(self) -> Tensor:
+        return self.sigmas[0]
+
+    @property
+    def sigma_max(self) -> Tensor:
+        return self.sigmas[-1]
+
+
+class DiscreteSampling(ModelSampling):
+    """Betas: a sigma for each timestep, between which the logarithm is linear."""
+
+    def __init__(self, ratios: Tensor) -> None:
+        """``ratios``: sigma / alpha at each timestep, ascending; of pure noise it is infinite."""
+        last = math.sqrt((1 - ZERO_TERMINAL_SNR) / ZERO_TERMINAL_SNR)
+        ratios = torch.where(ratios.isfinite(), ratios.double(), last)
+        self.sigmas, self.log_sigmas = ratios.float(), ratios.log().float()
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        t = timestep.float().clamp(0, len(self.sigmas) - 1)
+        share = t.frac()
+        return ((1 - share) * self.log_sigmas[t.floor().long()] + share * self.log_sigmas[t.ceil().long()]).exp()
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """The nearest in the logarithm: a whole number."""
+        return (sigma.log().flatten() - self.log_sigmas[:, None]).abs().argmin(0).reshape(sigma.shape)
+
+    def percent(self, share: float) -> float:
+        if not 0.0 < share < 1.0:
+            return HIGHEST if share <= 0.0 else 0.0
+        return float(self.sigma(torch.tensor((1.0 - share) * 999.0)))
+
+
+class FlowSampling(ModelSampling):
+    """Flow models: times moved by ``shift``, told to the network times ``multiplier`` (SD3 3.0 and 1000, AuraFlow 1.73 and 1)."""
+
+    def __init__(self, shift: float = 1.0, multiplier: float = 1000.0) -> None:
+        self.shift, self.multiplier = float(shift), float(multiplier)
+        self.sigmas = self.sigma((torch.arange(1, 1001) / 1000) * self.multiplier)
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        t = timestep / self.multiplier
+        return t if self.shift == 1.0 else self.shift * t / (1 + (self.shift - 1) * t)
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return sigma * self.multiplier
+
+    def percent(self, share: float) -> float:
+        if not 0.0 < share < 1.0:
+            return 1.0 if share <= 0.0 else 0.0
+        t = 1.0 - share
+        return t if self.shift == 1.0 else self.shift * t / (1 + (self.shift - 1) * t)
+
+
+class FluxSampling(ModelSampling):
+    """Flux: a table of 10,000 times, moved by the exponential of ``mu``; the network is told sigma itself."""
+
+    def __init__(self, mu: float = 1.15) -> None:
+        self.mu = float(mu)
+        self.sigmas = self.sigma(torch.arange(1, 10001) / 10000)
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        return math.exp(self.mu) / (math.exp(self.mu) + (1 / timestep - 1) ** 1.0)
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return sigma
+
+    def percent(self, share: float) -> float:
+        if not 0.0 < share < 1.0:
+            return 1.0 if share <= 0.0 else 0.0
+        return math.exp(self.mu) / (math.exp(self.mu) + (1 / (1.0 - share) - 1))
+
+
+class EDMSampling(ModelSampling):
+    """Continuous EDM: any sigma between two, whose network is told ``log(sigma) / 4``."""
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 120.0) -> None:
+        self.sigmas = torch.linspace(math.log(sigma_min), math.log(sigma_max), 1000).exp()
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        return (timestep / 0.25).exp()
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return 0.25 * sigma.log()
+
+    def percent(self, share: float) -> float:
+        if not 0.0 < share < 1.0:
+            return HIGHEST if share <= 0.0 else 0.0
+        low, high = math.log(self.sigma_min), math.log(self.sigma_max)
+        return math.exp((high - low) * (1.0 - share) + low)
+
+
+class SampledFlow(RectifiedFlow):
+    """Rectified flow that knows how ComfyUI samples the model."""
+
+    def __init__(self, sampling: FlowSampling | FluxSampling) -> None:
+        self.sampling: ModelSampling = sampling
+
+
+class SampledEDM(VarianceExploding):
+    """EDM's noise between two sigmas, as ComfyUI samples it."""
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 120.0) -> None:
+        super().__init__(sigma_max)
+        self.sampling: ModelSampling = EDMSampling(sigma_min, sigma_max)
+
+
+def sampling_of(noise_schedule: NoiseSchedule) -> ModelSampling:
+    """How ComfyUI would sample a model with this noise schedule: as it says itself, or else by the kind that it is."""
+    if isinstance(noise_schedule, SampledFlow | SampledEDM):
+        return noise_schedule.sampling
+    if noise_schedule.sigma_is_time:
+        return FlowSampling()
+    count = noise_schedule.timesteps or 1000
+    alpha, sigma = noise_schedule.scale(torch.arange(1, count + 1, dtype=torch.float64) / count)
+    if noise_schedule.timesteps is not None:
+        return DiscreteSampling(sigma / alpha)
+    return EDMSampling(sigma_max=float(sigma[-1] / alpha[-1]))

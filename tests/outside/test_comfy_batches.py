@@ -1,0 +1,50 @@
+"""Samples of a row that are pictures of one batch, as ComfyUI draws them: one seed, and places in one draw."""
+
+import pytest
+import torch
+
+
+def job(tmp_path, path, *more):
+    (tmp_path / "job.yaml").write_text(
+        "defaults: [job, model: shapes, scheduler: euler, source: prompts, sink: parquet, cluster: inline, _self_]\n"
+        "flow: [read, encode, denoise, write]\nsampling: {steps: 2, width: 32, height: 32, first_noise: comfy}\n"
+        f"scheduler: {{grid: {{name: comfy, scheduler: karras}}}}\nsource: {{path: {path}}}\n"
+    )
+    return (tmp_path / "job.yaml", *more)
+
+
+def test_samples_are_pictures_of_one_batch(tmp_path, latentmill, rows):
+    (tmp_path / "p.csv").write_text("prompt,seed,noise_index\na red circle,7,\na blue ring,7,2\n")
+    (tmp_path / "each.csv").write_text("prompt,seed,noise_index\n" + "".join(f"a red circle,7,{k}\n" for k in range(3)))
+    assert latentmill("run", *job(tmp_path, tmp_path / "p.csv", "samples_per_row=3", f"output={tmp_path / 'out'}")) == 0
+    made = rows(tmp_path / "out")
+    assert [(row["seed"], row["noise_index"]) for row in made] == [(7, k) for k in (0, 1, 2, 2, 3, 4)]
+    assert latentmill("run", *job(tmp_path, tmp_path / "each.csv", f"output={tmp_path / 'each'}")) == 0
+    # The k-th sample is the picture of the row that says k.
+    each, samples = (torch.tensor([row["latents"] for row in some]) for some in (rows(tmp_path / "each"), made[:3]))
+    torch.testing.assert_close(each, samples, rtol=1e-4, atol=1e-4)  # another call of the network
+    assert len({str(row["latents"]) for row in made}) == 6
+
+
+def test_without_a_seed_each_sample_has_its_own(tmp_path, latentmill, rows):
+    (tmp_path / "p.csv").write_text("prompt\na red circle\n")
+    assert latentmill("run", *job(tmp_path, tmp_path / "p.csv", "samples_per_row=2", f"output={tmp_path / 'out'}")) == 0
+    made = rows(tmp_path / "out")
+    assert len({row["seed"] for row in made}) == 2 and {row["noise_index"] for row in made} == {0}
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ("scheduler.grid={name: comfy, end: sigma_min}", "end and shift are not for it"),
+        ("scheduler.grid={name: comfy, scheduler: vp}", "sigma 152.167 is above"),
+        ("scheduler.grid={name: comfy, scheduler: karas}", "there is no scheduler 'karas' (did you mean 'karras'?)"),
+        ("sampling.first_noise=diffusers sampling.noise_index=2", "noise_index"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(tmp_path, latentmill, more, says):
+    (tmp_path / "p.csv").write_text("prompt\na red circle\n")
+    out = f"output={tmp_path / 'out'}"
+    more = [more] if more.startswith("scheduler") else more.split()
+    assert latentmill("run", *job(tmp_path, tmp_path / "p.csv", *more, out)) == 2
+    assert says in latentmill.said

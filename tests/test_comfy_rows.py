@@ -1,0 +1,84 @@
+"""Rows of the denoise stage on grid ``comfy``: what they begin with, which steps they make, and what they are when they leave."""
+
+import pyarrow as pa
+import pytest
+import torch
+from tests.denoising import SCHEDULERS, Gaussian, batch, denoise_with, latents_of
+
+from latentmill.fields import NOISE_INDEX
+from latentmill.plugin import tensors
+from latentmill.schedulers.comfy_grid import ComfyGrid
+from latentmill.testing import GaussianField
+
+ROW = {"scheduler": "euler", "guidance_scale": 1.0, "strength": 1.0, "steps": 6}
+
+
+def run(table, first_noise="comfy", **grid):
+    grid = {"name": "comfy", "scheduler": "karras", **grid}
+    stage = denoise_with(Gaussian(), SCHEDULERS.__getitem__, grid, 16, first_noise=first_noise)
+    return latents_of(list(stage(table, lambda i, reason: pytest.fail(reason))))
+
+
+def with_latents_of(table, latents):
+    column = table.schema.get_field_index("latents")
+    kept = tensors.with_tensor(table, "latents", torch.stack([*latents.values()]))
+    metadata = table.schema.field(column).metadata
+    return kept.set_column(column, kept.schema.field(column).with_metadata(metadata), kept.column(column))
+
+
+def test_pictures_of_a_batch_begin_with_parts_of_one_draw():
+    table = batch([2, 3], **ROW | {"seed": 77, "steps": 1})
+    table = table.append_column(NOISE_INDEX.name, pa.array([0, 1], NOISE_INDEX.type))
+    found = run(table)
+    drawn = torch.randn((2, 2, 4, 3), generator=torch.Generator().manual_seed(77)).double()
+    schedule = Gaussian.noise_schedule
+    alpha, _ = (float(a) for a in schedule.scale(torch.tensor(1.0, dtype=torch.float64)))
+    for k, n in enumerate((2, 3)):
+        # Latents n, noise as strong as pure noise would be; one step of the exact denoiser of mean 0.5 + n.
+        x = alpha * n + drawn[k]
+        gain = alpha * 0.25 / (alpha**2 * 0.25 + 1 - alpha**2)
+        wanted = 0.5 + n + gain * (x - alpha * (0.5 + n))
+        # 24 numbers are no multiple of 16: the last 16 are those of the picture that ends its batch, the second here.
+        first = None if k else 8
+        torch.testing.assert_close(found[n].flatten()[:first].double(), wanted.flatten()[:first], rtol=1e-5, atol=1e-5)
+
+
+def test_no_noise_is_the_latents_alone():
+    [found] = run(batch([2], **ROW | {"steps": 1}), first_noise="none").values()
+    schedule = Gaussian.noise_schedule
+    alpha, sigma = (float(a) for a in schedule.scale(torch.tensor(1.0, dtype=torch.float64)))
+    gain = alpha * 0.25 / (alpha**2 * 0.25 + sigma**2)
+    torch.testing.assert_close(found, torch.full((2, 4, 3), 2.5 + gain * alpha * (2.0 - 2.5)))
+
+
+@pytest.mark.parametrize("middle", [2, 5])
+def test_a_row_that_leaves_with_noise_goes_on_where_it_was(middle):
+    """As in two samplers one after the other: the first returns with leftover noise, the second adds none."""
+    table = batch([2, 3, 4], **ROW)
+    whole = run(table)
+    first = run(table, end_at_step=middle, leftover_noise=True)
+    assert min(float(x.std()) for x in first.values()) > 0.1
+    second = run(with_latents_of(table, first), first_noise="none", start_at_step=middle)
+    for n in whole:
+        torch.testing.assert_close(second[n], whole[n], rtol=2e-5, atol=2e-5)
+
+
+def test_what_leaves_with_noise_is_in_comfyui_s_units():
+    """At sigma it is x0 + sigma * noise, whatever alpha is: the exact flow of a Gaussian."""
+    [found] = run(batch([2], **ROW | {"steps": 200}), end_at_step=150, leftover_noise=True).values()
+    drawn = torch.randn((1, 2, 4, 3), generator=torch.Generator().manual_seed(1002))[0].double()
+    start = ComfyGrid("karras", end_at_step=150, leftover_noise=True).start(Gaussian.noise_schedule, 200, 1.0, ())
+    field = GaussianField(Gaussian.noise_schedule, torch.tensor([2.5]), 0.5, [0], (2, 4, 3))
+    x = (start.alpha * 2.0 + start.sigma * drawn)[None]
+    exact = field.exact(x, start.times[:1], start.times[-1:])[0] / start.leaves
+    torch.testing.assert_close(found.double(), exact, rtol=0.01, atol=0.01)
+
+
+def test_strength_is_counted_as_comfyui_counts_it():
+    """All ``steps`` are made, from where so many of ``int(steps / strength)`` are left."""
+    table = batch([2], **ROW | {"strength": 0.4})
+    stage = denoise_with(Gaussian(), SCHEDULERS.__getitem__, {"name": "comfy"}, 16, first_noise="comfy")
+    request = stage.take(table, lambda i, reason: pytest.fail(reason))
+    assert [len(row.times) - 1 for row in request.rows] == [6]
+    none = batch([2], **ROW | {"strength": 0.0})
+    assert torch.equal(run(none)[2], torch.full((2, 4, 3), 2.0))
