@@ -1,6 +1,7 @@
 """Our commands, each in a file of its name, in the order of ``--help``. None imports torch, Hydra or Ray before it is called."""
 
 from latentmill.commands.cancel import CANCEL_COMMAND
+from latentmill.commands.comfy import COMFY_COMMAND
 from latentmill.commands.doctor import DOCTOR_COMMAND
 from latentmill.commands.export import EXPORT_COMMAND
 from latentmill.commands.jobs import JOBS_COMMAND
@@ -22,6 +23,7 @@ COMMANDS = (
     LOGS_COMMAND,
     CANCEL_COMMAND,
     DOCTOR_COMMAND,
+    COMFY_COMMAND,
     STATUS_COMMAND,
     TOP_COMMAND,
     VERIFY_COMMAND,

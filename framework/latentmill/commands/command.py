@@ -29,7 +29,9 @@ class Command:
 def add_job(parser: argparse.ArgumentParser) -> None:
     """``JOB [key=value ...]``, as ``options.job`` and ``options.overrides``."""
     parser.add_argument(
-        "job", metavar="JOB", help=f"a job that is installed ({', '.join(registry.jobs())}) or the path of a YAML file"
+        "job",
+        metavar="JOB",
+        help=f"a job that is installed ({', '.join(registry.jobs())}), the path of a YAML file, or of a workflow of ComfyUI (.json, its API format)",
     )
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="a value of the job, as sampling.steps=10")
 

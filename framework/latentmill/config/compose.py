@@ -58,9 +58,12 @@ def composed(config_name: str, choices: Sequence[str]) -> tuple[DictConfig, Mapp
     return config, chosen
 
 
-def at(place: Path | str) -> AbstractContextManager[Any]:
-    """Hydra, looking at a job's file or in a package of jobs. Another program's use of Hydra in this process stays as it is."""
-    _SearchPath.is_ours = True
+def at(place: Path | str, held: Mapping[str, Any] | None = None) -> AbstractContextManager[Any]:
+    """Hydra, looking at a job's file or in a package of jobs. Another program's use of Hydra in this process stays as it is.
+
+    ``held``: what stands for the file's contents, if it is written in another way than ours.
+    """
+    _SearchPath.is_ours, _Folder.held = True, held
     try:
         if isinstance(place, Path):
             return initialize_config_dir(str(place), version_base="1.3")
@@ -96,6 +99,8 @@ class _Folder(ConfigSource):
     def scheme() -> str:
         return "latentmill"
 
+    held: ClassVar[Mapping[str, Any] | None] = None
+
     def __init__(self, provider: str, path: str) -> None:
         super().__init__(provider, path)
         self.file = Path(self.path) if os.path.isabs(self.path) else None
@@ -118,6 +123,8 @@ class _Folder(ConfigSource):
         file = self._found(config_path)
         if file is None:
             raise ConfigLoadError(f"Config not found : {config_path}")
+        if file is self.file and self.held is not None:
+            return ConfigResult(self.provider, self.full_path(), OmegaConf.create(dict(self.held)), {"package": None})
         text = file.read_text(encoding="utf-8")
         held = values.load_yaml(text)
         if not isinstance(held, (dict, list)):

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from latentmill import registry
+from latentmill import comfy, registry
 from latentmill.config.check import checked
 from latentmill.config.compose import THE_FILE, at, composed, prepare
 from latentmill.config.flow import spread
@@ -23,24 +23,28 @@ from latentmill.text import without_secrets
 
 
 def load_job(job: str, overrides: Sequence[str] = ()) -> Job:
-    """The job of that name, or of that YAML file, with ``key=value`` overrides. Raises JobError or PluginError."""
+    """The job of that name, of that YAML file, or of a workflow of ComfyUI, with ``key=value`` overrides. Raises JobError or PluginError."""
     prepare()
     name = Path(job).stem if is_file(job) else job
-    choices, assignments = parse(overrides)
+    place: Path | str
+    held: dict[str, Any] | None = None
     if is_file(job):
         path = Path(os.path.abspath(os.path.expanduser(job)))  # a link is a job of its own name
         if not path.is_file():
             raise JobError(f"there is no job file {job}; shipped jobs are chosen by name: {', '.join(registry.jobs())}")
-        if path.suffix != ".yaml":
-            raise JobError(f"{job}: a job file's name ends in .yaml")
-        if "hydra" in _raw(path):  # its searchpath imports what it names
+        if comfy.is_workflow(job):
+            held, overrides = _workflow(path, job, overrides)
+        elif path.suffix != ".yaml":
+            raise JobError(f"{job}: a job file's name ends in .yaml, or in .json if it is a workflow of ComfyUI")
+        elif "hydra" in _raw(path):  # its searchpath imports what it names
             raise JobError(f"{job}: hydra is refused; where config is looked for is not the job's to say")
-        where, config_name = at(path), THE_FILE
+        place, config_name = path, THE_FILE
     else:
-        package, config_name = registry.package_of(job), job.rpartition(":")[2]
-        name, where = config_name, at(package)
+        place, config_name = registry.package_of(job), job.rpartition(":")[2]
+        name = config_name
+    choices, assignments = parse(overrides)
     try:
-        with where, warnings.catch_warnings():
+        with at(place, held), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(?s).*missing `_self_`")  # it is put last, where ours stands
             config, chosen = composed(config_name, choices)
             if more := list(named(assignments, config, chosen)):
@@ -67,6 +71,14 @@ def load_job(job: str, overrides: Sequence[str] = ()) -> Job:
         raise type(error)(without_secrets(str(error), text)) from None
 
 
+def _workflow(path: Path, job: str, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The config that a workflow becomes, and the overrides that are left. Raises JobError."""
+    try:
+        return comfy.config_of(path, overrides)
+    except JobError as error:
+        raise JobError(f"{job}: {error}") from error
+
+
 def _raw(path: Path) -> Any:
     """What is at the top of a YAML file; nothing, if it can't be read, since Hydra then says why."""
     try:
@@ -77,4 +89,4 @@ def _raw(path: Path) -> Any:
 
 def is_file(job: str) -> bool:
     """Whether a job is meant by its file, and not by its name."""
-    return job.endswith((".yaml", ".yml")) or "/" in job
+    return job.endswith((".yaml", ".yml")) or comfy.is_workflow(job) or "/" in job

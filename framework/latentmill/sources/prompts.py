@@ -47,8 +47,9 @@ class Prompts(Source):
 
     ``max_pixels`` and ``follow_links`` are for pictures, as in the source ``images``. ``id_column`` names the column, of
     text or whole numbers, that tells the rows apart; the job's ``source.keep`` names columns that travel. ``columns``
-    says what the file calls a column of ours: ``{prompt: caption}``. ``encoding`` is that of all text files; without it
-    they are UTF-8, UTF-16, or else cp1252.
+    says what the file calls a column of ours: ``{prompt: caption}``. ``defaults`` are what a row says where the file doesn't, and pictures
+    among them lie where their path says; with a ``prompt`` there, the file needs none. ``encoding`` is that of all text files; without
+    it they are UTF-8, UTF-16, or else cp1252.
     """
 
     contract = 2
@@ -62,11 +63,16 @@ class Prompts(Source):
         id_column: str | None = None,
         columns: Mapping[str, str] | None = None,
         encoding: str | None = None,
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
         if max_pixels < 1:
             raise ValueError(f"max_pixels must be 1 or more, not {max_pixels}")
         self.path, self.max_pixels, self.follow_links, self.id_column = path, max_pixels, follow_links, id_column
         self._given, self._encoding = _checked({} if columns is None else columns), _known(encoding)
+        if not isinstance(defaults, Mapping | None):
+            raise ValueError(f"defaults must be as {{seed: 7}}, not {defaults!r}")
+        self.defaults = dict(defaults or {})
+        self.needs_prompt = "prompt" not in self.defaults
         self._readers: dict[str, FileReader] = {}
         self._notices: dict[str, list[str]] = {}  # each line, and the files that it is of
 
@@ -172,7 +178,9 @@ class Prompts(Source):
         known = {**COLUMNS, **{field.name: field for field in self.job_fields}}
         if wrong := [name for name in self._given if name not in known]:
             raise ValueError(f"columns: {wrong[0]} is no column of ours; there are: {', '.join(known)}")
-        return ReaderSettings(self._given, self.id_column, self._encoding, known, self)
+        if wrong := [name for name in self.defaults if name not in known]:
+            raise ValueError(f"defaults: {wrong[0]} is no column of ours; there are: {', '.join(known)}")
+        return ReaderSettings(self._given, self.id_column, self._encoding, known, self, self.needs_prompt)
 
     def _file(self, name: str) -> FileReader:
         if name not in self._readers:
@@ -221,14 +229,26 @@ class Prompts(Source):
 
     def _row(self, row: dict[str, Any], folder: str) -> Mapping[str, Any]:
         """A reader's row with its pictures read. Raises RowError."""
-        if "prompt" in row and row["prompt"] is None:
+        if self.needs_prompt and "prompt" in row and row["prompt"] is None:
             raise RowError("prompt is null")
-        if "prompt" not in row and row.get("image") is None:
+        if self.needs_prompt and "prompt" not in row and row.get("image") is None:
             raise RowError("the row has neither prompt nor image")
         for name in PICTURES:
             if row.get(name) is not None:
                 row[name] = self._picture(name, row[name], folder, decode)
+        for name, value in self.defaults.items():
+            if row.get(name) is None:
+                row[name] = self._default_picture(name, value) if name in PICTURES else value
         return row
+
+    def _default_picture(self, name: str, path: str) -> Pixels:
+        """The picture of rows that have none. Raises RowError."""
+        folder, _, file = str(path).rpartition("/")
+        try:
+            with files.at(folder or ".").open(file, self.follow_links) as opened:
+                return decode(opened, self.max_pixels, self.pixels)
+        except RowError as error:
+            raise RowError(f"{name} {path!r} of source.defaults: {error}") from error
 
     def _picture(self, name: str, value: Any, folder: str, opened: Callable[..., Opened]) -> Opened:
         """What ``opened`` makes of a file or of bytes, whichever the row has. Raises RowError."""

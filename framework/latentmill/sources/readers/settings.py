@@ -29,6 +29,8 @@ class ReaderSettings:
     known: Mapping[str, RowField | None]
     """Our columns, and those of the job's plugins. Pictures have no field."""
     source: Source
+    needs_prompt: bool = True
+    """Whether a table must have prompts, or pictures."""
 
     @property
     def kept(self) -> list[str]:
@@ -52,7 +54,7 @@ class ReaderSettings:
         there = f"{rows}, only {listed(names)}" if any(names) else f"{rows}, none"
         if lost := [name for name in self.given.values() if name not in names]:
             raise ValueError(f"{where} {lost[0]} (source.columns){there}")
-        if not {self.column_of.get("prompt"), self.column_of.get("image")} & {*names}:
+        if self.needs_prompt and not {self.column_of.get("prompt"), self.column_of.get("image")} & {*names}:
             like = self._renaming(names)
             hint = f"; write {like}" if like else ""
             if not like and path.name.lower().endswith((".csv", ".tsv")):

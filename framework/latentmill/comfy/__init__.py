@@ -1,0 +1,169 @@
+"""ComfyUI's workflows, as jobs: a file in its API format becomes the config of a job, or is refused node by node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from latentmill.comfy.explanation import Explanation, summary, table
+from latentmill.comfy.graph import Graph, look
+from latentmill.comfy.job import Recipe, recipe
+from latentmill.comfy.options import Options, split
+from latentmill.comfy.workflow import read
+from latentmill.errors import JobError
+from latentmill.text import escaped, plural
+from latentmill.values import literal
+
+__all__ = ["config_of", "explained", "is_workflow"]
+
+IN_ROWS = ("seed", "image", "scheduler")
+"""What a job's ``sampling`` doesn't say: it stands in rows alone."""
+
+
+def is_workflow(job: str) -> bool:
+    """Whether a job is meant by the file of a workflow."""
+    return job.endswith(".json")
+
+
+def config_of(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The config of the job that a workflow becomes, as a job's file would have it; and the overrides that are the job's own.
+
+    Raises JobError, which names the node.
+    """
+    workflow = read(path)
+    options, rest = split(overrides, workflow)
+    graph = look(workflow, options.columns, options.output)
+    recipes = _recipes(graph, options)
+    if (
+        options.models is None
+        and not any(word.startswith("model.models=") for word in rest)
+        and "model" in recipes[0].config
+    ):
+        raise JobError("where the model files are is not said: comfy.models=FOLDER, as in comfy.models=/ComfyUI/models")
+    return _config(path.stem, recipes, options, rest), rest
+
+
+def explained(job: str, overrides: Sequence[str]) -> Explanation:
+    """What ``latentmill comfy`` says of a workflow's file. Raises JobError for what is no workflow at all."""
+    path = Path(job).expanduser()
+    if not path.is_file():
+        raise JobError(f"there is no file {job}")
+    try:
+        workflow = read(path)
+        options, _ = split(overrides, workflow)
+        graph = look(workflow, options.columns, options.output)
+    except JobError as error:
+        raise JobError(f"{job}: {error}") from error
+    if graph.refused:
+        return Explanation(table(graph), [summary(graph)], False)
+    try:
+        recipes = _recipes(graph, options)
+    except JobError as error:
+        return Explanation(table(graph), [str(error)], False)
+    pictures = sum(each.batch for each in recipes)
+    rows = f"a row makes {plural(recipes[0].batch, 'picture')}" if not recipes[1:] else f"{plural(pictures, 'picture')}"
+    flow = [stage if isinstance(stage, str) else stage.get("as", stage["name"]) for stage in recipes[0].config["flow"]]
+    return Explanation(table(graph), [f"flow: {' > '.join(flow)}", rows], True)
+
+
+def _recipes(graph: Graph, options: Options) -> list[Recipe]:
+    """Of each output. Raises JobError unless one job makes them all."""
+    for (node, name), column in options.columns.items():
+        if node not in graph.found:
+            raise JobError(f"map.{node}.{name}={column}: {graph.workflow.nodes[node]} has no part in what is saved")
+    outputs = graph.outputs()
+    recipes = [recipe(output) for output in outputs]
+    if any(each.fixed() != recipes[0].fixed() for each in recipes):
+        ways = ",".join(each.node.id for each in outputs)
+        raise JobError(
+            f"its outputs are made in ways that no one job has: comfy.output={outputs[0].node.id} makes one of them, "
+            f"and run -m comfy.output={ways} each as a job of its own"
+        )
+    return recipes
+
+
+def _config(name: str, recipes: Sequence[Recipe], options: Options, rest: Sequence[str]) -> dict[str, Any]:
+    first = recipes[0]
+    given = any(word.partition("=")[0].split(".")[0] == "source" for word in rest)
+    if given and recipes[1:]:
+        raise JobError("it has several outputs, and each row of a source makes one of them: comfy.output=ID says which")
+    source = _source(first, options, rest) if given else _rows(recipes, options)
+    config: dict[str, Any] = {
+        "defaults": [
+            "job",
+            {"source": source["name"]},
+            {"sink": "parquet"},
+            {"cluster": "local"},
+            "_self_",
+            {"override stages": "gpu"},
+        ],
+        "output": f"out/{name}",
+        "source": {key: value for key, value in source.items() if key != "name"},
+        **{key: value for key, value in first.config.items() if key not in ("sampling", "stages")},
+    }
+    if given and first.batch > 1:
+        config["samples_per_row"] = first.batch
+    if "model" in config:
+        config["model"] = {"models": options.models or "???"}
+    sampling, stages = dict(first.config.get("sampling", {})), dict(first.config.get("stages", {}))
+    for key, setting in first.rows.items():
+        stage, _, field = key.rpartition(".")
+        if field not in IN_ROWS:
+            (stages[stage]["sampling"] if stage else sampling)[field] = setting.value
+    if sampling:
+        config["sampling"] = sampling
+    if stages:
+        config["stages"] = stages
+    written: dict[str, Any] = _literal(config)
+    return written
+
+
+def _rows(recipes: Sequence[Recipe], options: Options) -> dict[str, Any]:
+    """The source of what ComfyUI would make, once: a row for each picture, with what is not the same of all."""
+    if wanted := [setting.column for each in recipes for setting in each.rows.values() if setting.column is not None]:
+        raise JobError(f"which file has the column {escaped(wanted[0])} is not said: source.path=prompts.csv")
+    values = [{name: setting.value for name, setting in each.rows.items()} for each in recipes]
+    same = {name for name in values[0] if all(of.get(name) == values[0][name] for of in values)}
+    rows = []
+    for each, of in zip(recipes, values):
+        told = {key: value for key, value in of.items() if key.rpartition(".")[2] in IN_ROWS or key not in same}
+        noises = [key.removesuffix("seed") for key in of if key.rpartition(".")[2] == "seed"]
+        for k in range(each.batch):
+            rows.append({**told, **({f"{stage}noise_index": k for stage in noises} if each.batch > 1 else {})})
+    pictures = {"path": options.input_folder()} if any("image" in row for row in rows) else {}
+    return {"name": "rows", **pictures, "rows": rows}
+
+
+def _source(made: Recipe, options: Options, rest: Sequence[str]) -> dict[str, Any]:
+    """The source of a file of rows: which of its columns give what, and what a row has where it says nothing."""
+    columns = {name: setting.column for name, setting in made.rows.items() if setting.column is not None}
+    given = [word.partition("=")[2] for word in rest if word.startswith(("source=", "source.name="))]
+    if given and given[-1] != "prompts":
+        if columns or options.seed == "workflow":
+            raise JobError(f"source={given[-1]}: map and comfy.seed are for the columns of source prompts")
+        return {"name": given[-1]}
+    columns = {name: column for name, column in columns.items() if column != name}
+    defaults: dict[str, Any] = {}
+    image = made.rows.get("image")
+    if image is not None and image.column is None:
+        defaults["image"] = f"{options.input_folder()}/{image.value}"
+    if options.seed == "workflow":
+        seeds = {name: setting for name, setting in made.rows.items() if name.rpartition(".")[2] == "seed"}
+        defaults |= {name: setting.value for name, setting in seeds.items() if setting.column is None}
+    prompt = made.rows.get("prompt")
+    if (
+        options.columns and prompt is not None and prompt.column is None
+    ):  # who says which columns count has not forgotten one
+        defaults["prompt"] = prompt.value
+    told = {"columns": columns, "defaults": defaults}
+    return {"name": "prompts", **{key: value for key, value in told.items() if value}}
+
+
+def _literal(value: Any) -> Any:
+    """The config, with texts that stand for themselves."""
+    if isinstance(value, Mapping):
+        return {key: _literal(inside) for key, inside in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_literal(inside) for inside in value]
+    return literal(value) if isinstance(value, str) and value != "${model.models}" else value

@@ -1,0 +1,185 @@
+"""The job that a workflow becomes: its flow, its parts, and what each row is made with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from latentmill.comfy.flowing import (
+    Decoded,
+    Empty,
+    Encoded,
+    Latent,
+    Loaded,
+    Output,
+    Picture,
+    Sampled,
+    Scaled,
+    ScaledLatent,
+    Setting,
+    Vae,
+)
+from latentmill.comfy.reading import RefusedError
+from latentmill.comfy.texts import Texts
+
+MODELS = "${model.models}"
+
+
+@dataclass
+class Recipe:
+    """A job for one output, without its source."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    """Keys of the job: flow, parts, stages."""
+    rows: dict[str, Setting] = field(default_factory=dict)
+    """What may differ from row to row, by the names that a source's rows have for it: ``seed``, ``steps``, ``refine.steps``."""
+    batch: int = 1
+    """Pictures of a row."""
+    stages: dict[str, str] = field(default_factory=dict)
+    """What nodes have become a stage: its name, by their ids."""
+
+    def fixed(self) -> dict[str, Any]:
+        """What must be alike of rows of one job."""
+        columns = {name: each.column for name, each in self.rows.items()}
+        return {**self.config, "columns": columns, "batch": self.batch}
+
+
+def recipe(output: Output) -> Recipe:
+    """The recipe of an output. Raises RefusedError for what no flow of ours does."""
+    return _Writer().write(output)
+
+
+class _Writer:
+    def __init__(self) -> None:
+        self.made = Recipe()
+        self.flow: list[Any] = ["read"]
+        self.texts = Texts()
+        self.parts: dict[str, Any] = {}
+        """The job's own parts."""
+        self.told: dict[str, Any] | None = None
+        """What the text encoder was told for the sampler before."""
+        self.sampling: dict[str, Any] = {}
+        self.overrides: dict[str, dict[str, Any]] = {}
+        """Parts of stages that are not the job's."""
+        self.samplers = 0
+
+    def write(self, output: Output) -> Recipe:
+        line = _line(output.image)
+        for at, each in enumerate(line):
+            if isinstance(each, Loaded):
+                self.made.rows["image"] = each.image
+            elif isinstance(each, Empty):
+                self.made.rows |= {"width": each.width, "height": each.height}
+                self.made.batch = each.batch
+            elif isinstance(each, (Scaled, ScaledLatent)):
+                models = {"models": MODELS} if "model" in each.settings else {}
+                name = "image_upscale" if isinstance(each, Scaled) else "latent_upscale"
+                self._stage(each, name, **each.settings, **models)
+            elif isinstance(each, Encoded):
+                self._encoded(each, [of for of in line[at:] if isinstance(of, Sampled)] if not self.samplers else [])
+            elif isinstance(each, Sampled):
+                self._sampled(each, line[at - 1])
+            else:
+                self._vae(each.vae, self._stage(each, "decode"), each.tiling)
+        self.flow.append("write")
+        model = {"model": {"models": ""}} if self.parts else {}
+        self.made.config = {**model, **self.parts, "flow": self.flow}
+        if self.sampling:
+            self.made.config["sampling"] = self.sampling
+        if self.overrides:
+            self.made.config["stages"] = self.overrides
+        return self.made
+
+    def _stage(self, each: Any, plugin: str, name: str | None = None, **settings: Any) -> str:
+        """Put a stage into the flow, under a name of its own, and return that."""
+        name = name or plugin
+        taken = {item if isinstance(item, str) else item.get("as", item["name"]) for item in self.flow}
+        called = next(each for each in (name, *(f"{name}{n}" for n in range(2, 99))) if each not in taken)
+        plain = called == plugin and not settings
+        self.flow.append(
+            plugin if plain else {"name": plugin, **({} if called == plugin else {"as": called}), **settings}
+        )
+        self.made.stages[each.node.id] = called
+        return called
+
+    def _vae(self, vae: Vae, stage: str, settings: Mapping[str, Any]) -> None:
+        config = {"name": "comfy", "models": MODELS, **vae.settings, **({"tiling": dict(settings)} if settings else {})}
+        if self.parts.setdefault("vae", config) != config:
+            self.overrides.setdefault(stage, {})["vae"] = config
+
+    def _encoded(self, each: Encoded, samplers: list[Sampled]) -> None:
+        if each.mask is not None:
+            raise RefusedError(each.node, "masks are not supported: ComfyUI's are soft, and the job's are not")
+        if samplers:  # pictures and texts in one stage
+            self._text_encoder(samplers[0])
+        self._vae(each.vae, self._stage(each, "encode" if samplers else "encode_images"), {})
+
+    def _text_encoder(self, each: Sampled) -> None:
+        clip = each.guider.positive.clip
+        if (negative := each.guider.negative) is not None and negative.clip.settings != clip.settings:
+            raise RefusedError(each.node, "positive and negative come from two text encoders, and one is supported")
+        config = {"name": "comfy", "models": MODELS, **clip.settings, **self.texts.settings(each.guider)}
+        if self.told is None:
+            self.parts["text_encoder"] = config
+        elif self.told != config:
+            name = self._stage(each, "encode_text", f"{_called(self.samplers)}_text")
+            self.overrides.setdefault(name, {})["text_encoder"] = config
+        self.told = config
+
+    def _sampled(self, each: Sampled, before: Any) -> None:
+        first, rows = self.samplers == 0, self.made.rows
+        if first and self.told is None:
+            self._text_encoder(each)
+            self._stage(each, "encode")
+        elif not first:
+            self._text_encoder(each)
+        stage = self._stage(each, "denoise", None if first else _called(self.samplers))
+        self.samplers += 1
+        guider, sigmas = each.guider, each.sigmas
+        denoiser = {"name": "comfy", "models": MODELS, **guider.model.settings}
+        scheduler = {"name": str(each.sampler.name.value), **each.sampler.settings}
+        scheduler["grid"] = {"name": "comfy", **sigmas.settings}
+        noise = "comfy" if each.noise.added else "none"
+        own = {"steps": sigmas.steps, "guidance_scale": guider.cfg, "strength": sigmas.denoise}
+        if (told := guider.positive.guidance) is not None:
+            own["guidance"] = told
+        other = guider.negative.guidance if guider.negative is not None else None
+        if other not in (None, told) and guider.cfg != Setting(1.0):
+            raise RefusedError(each.node, "positive and negative have different guidance, and one is supported")
+        if isinstance(before, Empty) and sigmas.denoise.value < 1 and sigmas.denoise.column is None:
+            raise RefusedError(each.node, f"denoise {sigmas.denoise.value:g} of an empty latent is not supported")
+        own |= {"seed": each.noise.seed, **({"scheduler": each.sampler.name} if each.sampler.name.column else {})}
+        if first:
+            self.parts |= {"denoiser": denoiser, "scheduler": scheduler}
+            self.sampling = {"first_noise": noise}
+            negative = {} if guider.negative is None else {"negative_prompt": Setting("")}
+            rows |= own | negative | self.texts.fields
+            return
+        rows |= {f"{stage}.{name}": of for name, of in own.items()}
+        changed: dict[str, Any] = {"sampling": {"first_noise": noise}}
+        changed |= {
+            name: of for name, of in (("denoiser", denoiser), ("scheduler", scheduler)) if of != self.parts[name]
+        }
+        self.overrides[stage] = changed
+
+
+def _called(samplers: int) -> str:
+    """The stage of a sampler that is not the first."""
+    return "refine" if samplers == 1 else f"refine{samplers}"
+
+
+def _line(picture: Picture) -> list[Any]:
+    """What leads to a picture, from the beginning: each has one before it."""
+    line: list[Any] = []
+    at: Picture | Latent | None = picture
+    while at is not None:
+        line.append(at)
+        at = (
+            at.image
+            if isinstance(at, (Scaled, Encoded))
+            else at.latent
+            if isinstance(at, (Decoded, ScaledLatent, Sampled))
+            else None
+        )
+    return line[::-1]

@@ -1,0 +1,103 @@
+"""Nodes that load models, and those that change them: each becomes settings of the parts called ``comfy``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from latentmill.comfy.flowing import Clip, Model, UpscaleModel, Vae
+from latentmill.comfy.reading import LOADED, LOADED_ONCE, Inputs
+
+CLIP_TYPES = ("stable_diffusion", "sdxl", "sd3", "flux")
+"""What CLIPLoader and its like call the families whose text encoders we have."""
+WEIGHT_DTYPES = ("default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2")
+DISCRETE_KINDS = ("eps", "v_prediction", "lcm", "x0")
+
+
+def checkpoint(given: Inputs) -> Sequence[Any]:
+    """CheckpointLoaderSimple."""
+    settings = {"checkpoint": given.fixed("ckpt_name", str, LOADED_ONCE)}
+    return Model(given.node, settings), Clip(given.node, settings), Vae(given.node, settings)
+
+
+def unet(given: Inputs) -> Sequence[Any]:
+    """UNETLoader."""
+    settings = {"unet": given.fixed("unet_name", str, LOADED_ONCE)}
+    dtype = given.one_of("weight_dtype", WEIGHT_DTYPES, "default")
+    return (Model(given.node, settings if dtype == "default" else {**settings, "weight_dtype": dtype}),)
+
+
+def clip(given: Inputs) -> Sequence[Any]:
+    """CLIPLoader, DualCLIPLoader, TripleCLIPLoader."""
+    numbers = {"CLIPLoader": [""], "DualCLIPLoader": ["1", "2"], "TripleCLIPLoader": ["1", "2", "3"]}[given.node.type]
+    settings = {"files": [given.fixed(f"clip_name{number}", str, LOADED_ONCE) for number in numbers]}
+    given.one_of("device", ("default", "cpu"), "default")
+    if given.node.type == "TripleCLIPLoader":
+        return (Clip(given.node, {**settings, "type": "sd3"}),)
+    return (Clip(given.node, {**settings, "type": given.one_of("type", CLIP_TYPES)}),)
+
+
+def vae(given: Inputs) -> Sequence[Any]:
+    """VAELoader."""
+    name = given.fixed("vae_name", str, LOADED_ONCE)
+    if name in ("pixel_space", "taesd", "taesdxl", "taesd3", "taef1"):
+        raise given.refuse(f"vae_name {name} is not supported: a file of a VAE is")
+    return (Vae(given.node, {"vae": name}),)
+
+
+def lora(given: Inputs) -> Sequence[Any]:
+    """LoraLoader, LoraLoaderModelOnly."""
+    model, strength = given.take("model", Model), given.fixed("strength_model", float, LOADED)
+    file = given.fixed("lora_name", str, LOADED_ONCE)
+    if strength != 0:
+        model = model.with_lora(file, strength)
+    if given.node.type == "LoraLoaderModelOnly":
+        return (model,)
+    found, strength = given.take("clip", Clip), given.fixed("strength_clip", float, LOADED)
+    return model, found.with_lora(file, strength) if strength != 0 else found
+
+
+def clip_skip(given: Inputs) -> Sequence[Any]:
+    """CLIPSetLastLayer."""
+    found, layer = given.take("clip", Clip), given.fixed("stop_at_clip_layer", int)
+    if not -24 <= layer <= -1:
+        raise given.refuse(f"stop_at_clip_layer must be from -24 to -1, not {layer}")
+    return (replace(found, settings={**found.settings, "clip_skip": -layer - 1}),)
+
+
+def shift(given: Inputs) -> Sequence[Any]:
+    """ModelSamplingSD3, ModelSamplingAuraFlow."""
+    settings = {"shift": given.fixed("shift", float)}
+    if given.node.type == "ModelSamplingAuraFlow":
+        settings["multiplier"] = 1.0
+    return (_sampled(given, settings),)
+
+
+def flux_shift(given: Inputs) -> Sequence[Any]:
+    """ModelSamplingFlux."""
+    settings = {name: given.fixed(name, float) for name in ("max_shift", "base_shift")}
+    size = [given.fixed(name, int) for name in ("width", "height")]
+    return (_sampled(given, {**settings, "shift_size": size}),)
+
+
+def discrete(given: Inputs) -> Sequence[Any]:
+    """ModelSamplingDiscrete."""
+    prediction = given.one_of("sampling", DISCRETE_KINDS)
+    zsnr = given.fixed("zsnr", bool, default=False)
+    return (_sampled(given, {"prediction": prediction, **({"zsnr": True} if zsnr else {})}),)
+
+
+def upscale_model(given: Inputs) -> Sequence[Any]:
+    """UpscaleModelLoader."""
+    return (UpscaleModel(given.node, given.fixed("model_name", str, LOADED_ONCE)),)
+
+
+OF_SCHEDULE = ("shift", "multiplier", "max_shift", "base_shift", "shift_size", "prediction", "zsnr")
+
+
+def _sampled(given: Inputs, settings: dict[str, Any]) -> Model:
+    """The model with these settings of its noise schedule, which take the place of earlier ones."""
+    model = given.take("model", Model)
+    kept = {name: value for name, value in model.settings.items() if name not in OF_SCHEDULE}
+    return Model(model.node, {**kept, **settings})

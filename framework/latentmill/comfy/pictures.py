@@ -1,0 +1,129 @@
+"""Nodes with pictures and latents: each becomes what a row brings, or a stage."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from latentmill.comfy.flowing import (
+    Decoded,
+    Empty,
+    Encoded,
+    Latent,
+    Loaded,
+    LoadedMask,
+    Output,
+    Picture,
+    Scaled,
+    ScaledLatent,
+    Setting,
+    UpscaleModel,
+    Vae,
+)
+from latentmill.comfy.reading import Inputs
+
+LATENT_METHODS = ("nearest-exact", "bilinear", "area", "bicubic", "bislerp")
+IMAGE_METHODS = ("nearest-exact", "bilinear", "area", "bicubic", "lanczos")
+ANNOTATED = re.compile(r"(.*?)(?: \[(input|output|temp)\])?", re.DOTALL)
+"""A picture's name, and the folder that may stand behind it."""
+CROPPINGS = ("disabled", "center")
+
+
+def empty(given: Inputs) -> Sequence[Any]:
+    """EmptyLatentImage, EmptySD3LatentImage, EmptyHunyuanLatentVideo."""
+    if given.node.type == "EmptyHunyuanLatentVideo" and given.fixed("length", int) != 1:
+        raise given.refuse("length above 1 is a video, and pictures are supported")
+    return (Empty(given.node, given.whole("width"), given.whole("height"), given.fixed("batch_size", int)),)
+
+
+def load(given: Inputs) -> Sequence[Any]:
+    """LoadImage."""
+    image = given.text("image")
+    name, annotation = ANNOTATED.fullmatch(image.value).groups()  # type: ignore[union-attr]
+    if annotation not in (None, "input"):
+        raise given.refuse(
+            f"image is from ComfyUI's folder {annotation}, and those from its folder input are supported"
+        )
+    image = replace(image, value=name)
+    return Loaded(given.node, image), LoadedMask(given.node, image)
+
+
+def encode(given: Inputs) -> Sequence[Any]:
+    """VAEEncode."""
+    return (Encoded(given.node, given.take("pixels", Picture), given.take("vae", Vae)),)
+
+
+def encode_for_inpaint(given: Inputs) -> Sequence[Any]:
+    """VAEEncodeForInpaint."""
+    settings = {"grow_mask_by": given.fixed("grow_mask_by", int)}
+    found = Encoded(given.node, given.take("pixels", Picture), given.take("vae", Vae), settings=settings)
+    return (_masked(given, found),)
+
+
+def set_mask(given: Inputs) -> Sequence[Any]:
+    """SetLatentNoiseMask."""
+    found = given.take("samples", Latent)
+    if not isinstance(found, Encoded):
+        raise given.refuse("a mask is supported where samples is a picture just encoded")
+    return (_masked(given, found),)
+
+
+def decode(given: Inputs) -> Sequence[Any]:
+    """VAEDecode."""
+    return (Decoded(given.node, given.take("samples", Latent), given.take("vae", Vae), {}),)
+
+
+def decode_tiled(given: Inputs) -> Sequence[Any]:
+    """VAEDecodeTiled."""
+    tiling = {"tile_size": given.fixed("tile_size", int), "overlap": given.fixed("overlap", int, default=64)}
+    for name, default in (("temporal_size", 64), ("temporal_overlap", 8)):  # of videos
+        given.fixed(name, int, default=default)
+    return (Decoded(given.node, given.take("samples", Latent), given.take("vae", Vae), tiling),)
+
+
+def scale_latent(given: Inputs) -> Sequence[Any]:
+    """LatentUpscale, LatentUpscaleBy."""
+    return (ScaledLatent(given.node, given.take("samples", Latent), _sized(given, LATENT_METHODS)),)
+
+
+def scale_image(given: Inputs) -> Sequence[Any]:
+    """ImageScale, ImageScaleBy."""
+    return (Scaled(given.node, given.take("image", Picture), _sized(given, IMAGE_METHODS)),)
+
+
+def scale_by_model(given: Inputs) -> Sequence[Any]:
+    """ImageUpscaleWithModel."""
+    model = given.take("upscale_model", UpscaleModel)
+    return (Scaled(given.node, given.take("image", Picture), {"model": model.file}),)
+
+
+def save(given: Inputs) -> Sequence[Any]:
+    """SaveImage, PreviewImage."""
+    return (Output(given.node, given.take("images", Picture)),)
+
+
+def constant(given: Inputs) -> Sequence[Any]:
+    """A value on its way into inputs: the one that the node is given, under whatever name."""
+    [name] = [name for name in ("value", "string", "text", "seed") if name in given.node.inputs][:1] or ["value"]
+    kind: type[Any] = type(given.node.inputs.get(name))
+    read = given.text if kind is str else given.real if kind is float else given.whole if kind is int else None
+    return (read(name) if read else Setting(given.fixed(name, bool)),)
+
+
+def _sized(given: Inputs, methods: Sequence[str]) -> dict[str, Any]:
+    settings: dict[str, Any] = {"method": given.one_of("upscale_method", methods)}
+    if "scale_by" in given.node.inputs:
+        return {**settings, "scale": given.fixed("scale_by", float)}
+    settings |= {name: given.fixed(name, int) for name in ("width", "height")}
+    return {**settings, "crop": given.one_of("crop", CROPPINGS)}
+
+
+def _masked(given: Inputs, latent: Encoded) -> Encoded:
+    mask, image = given.take("mask", LoadedMask), latent.image
+    if not isinstance(image, Loaded) or image.image != mask.image:
+        raise given.refuse(
+            "a mask is supported that comes from the same LoadImage as the picture, its transparent part"
+        )
+    return replace(latent, node=given.node, mask=mask)
