@@ -47,7 +47,7 @@ class DiffusersDenoiser(FollowsAuthors, Denoiser):
     """
 
     contract = 2
-    fingerprinted = (*LOCATION, "loras")
+    fingerprinted: Sequence[str] = (*LOCATION, "loras")
 
     def __init__(
         self,
@@ -62,8 +62,22 @@ class DiffusersDenoiser(FollowsAuthors, Denoiser):
         storage: str | None = None,
         quantization: Mapping[str, Any] | None = None,
     ) -> None:
-        self.folder = Folder(path, revision, config)
+        folder = Folder(path, revision, config)
         self.loras = loras_of(loras)
+        self._made_of(folder, dtype, attention, compile, offload, storage, quantization)
+
+    def _made_of(
+        self,
+        folder: Folder,
+        dtype: str,
+        attention: str | None,
+        compile: bool,
+        offload: bool,
+        storage: str | None,
+        quantization: Mapping[str, Any] | None,
+    ) -> None:
+        """Take what is in ``folder``, which says ``path`` and its like, with settings as they are. Raises ValueError."""
+        self.folder = folder
         self.attention, self.compile, self.offload = attention, compile, offload
         self.options = self.folder.quantization(quantization, "diffusers")
         self.libraries = ("diffusers", *(("peft",) if self.loras else ()), *self.folder.quantizer(quantization))
@@ -80,7 +94,8 @@ class DiffusersDenoiser(FollowsAuthors, Denoiser):
         if offload and not getattr(self.cls, "_supports_group_offloading", True):
             raise ValueError(f"denoiser.offload: {self.config['_class_name']} can't be moved group by group")
         self.folder.require_weights(self.family.network)
-        if self.folder.quantized and (storage or loras):
+        if self.folder.quantized and self.folder.single_file is not None and (storage or self.loras):
+            path = self.folder.single_file.path
             raise ValueError(f"{path} is quantised as it is: storage and loras are for plain weights")
         self.guidance_embedded = bool(
             self.config.get("guidance_embeds")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from torch import Tensor
 
 from latentmill_diffusers import quantized
 from latentmill_diffusers.configs import part_config
@@ -65,6 +66,10 @@ class SingleFile:
             with safe_open(self.path, "pt") as file:
                 return list(file.keys())
 
+    def checkpoint(self) -> str | dict[str, Tensor]:
+        """What diffusers makes a part of: the file, or its tensors."""
+        return str(self.path)
+
     def load(self, cls: Any, part: str, root: Path, told: dict[str, Any]) -> tuple[Any, list[str]]:
         """A part, with the config in ``root``, and the names of its tensors that aren't there."""
         from diffusers.loaders import single_file_utils
@@ -72,7 +77,7 @@ class SingleFile:
 
         if hasattr(cls, "from_single_file"):
             try:
-                model = cls.from_single_file(str(self.path), config=str(root), subfolder=part, **told)
+                model = cls.from_single_file(self.checkpoint(), config=str(root), subfolder=part, **told)
             except NotImplementedError:  # torch's, of tensors without values
                 return None, self._missing(cls, part_config(root, part))
             except IndexError as error:  # a converter's, that counts blocks and finds none
@@ -115,7 +120,8 @@ class SingleFile:
             wanted = cls.from_config(config).state_dict().keys()
         known: Mapping[str, Any] = SINGLE_FILE_LOADABLE_CLASSES
         convert = known[cls.__name__]["checkpoint_mapping_fn"]
-        state = load_single_file_checkpoint(str(self.path))
+        found = self.checkpoint()
+        state = load_single_file_checkpoint(found) if isinstance(found, str) else found
         as_they_are = wanted - state.keys()
         fewest: set[str] = min(as_they_are, wanted - convert(checkpoint=state, config=config).keys(), key=len)
         return list(fewest)

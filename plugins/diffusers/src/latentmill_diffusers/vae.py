@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -49,7 +50,7 @@ class DiffusersVAE(VAE):
 
     contract = 2
     libraries = ("diffusers",)
-    fingerprinted = LOCATION
+    fingerprinted: Sequence[str] = LOCATION
 
     def __init__(
         self,
@@ -61,7 +62,11 @@ class DiffusersVAE(VAE):
         tiling: bool = False,
         compile: bool = False,
     ) -> None:
-        self.folder = Folder(path, revision, config)
+        self._made_of(Folder(path, revision, config), dtype, slicing, tiling, compile)
+
+    def _made_of(self, folder: Folder, dtype: str, slicing: bool, tiling: bool, compile: bool) -> None:
+        """Take what is in ``folder``, which says ``path`` and its like, with settings as they are. Raises ValueError."""
+        self.folder = folder
         alone = (self.folder / "config.json").is_file()
         self.part = "" if alone else next((name for name in VAE_PARTS if (self.folder / name).is_dir()), VAE_PARTS[0])
         pipeline = self.folder.pipeline if (self.folder / MODEL_INDEX).is_file() else ""
