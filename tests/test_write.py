@@ -60,7 +60,8 @@ def writing(sink, store, plan):
     """A stage that commits for ``plan``, with what the stages of its flow declare."""
     stages = {name: registry.build("stage", {"name": name}) for name in plan.flow}
     source = Prompts("no.txt")
-    declared = declarations(stages, {"source": source, "vae": Patches()}.__getitem__, plan.config["sampling"])
+    build = {"source": source, "vae": Patches()}.__getitem__
+    declared = declarations(stages, lambda name: {"sampling": plan.config["sampling"], "build": build})
     write = stages["write"]
     write.prepare(
         StageContext(

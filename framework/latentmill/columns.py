@@ -7,15 +7,25 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 
-from latentmill.fields import BESIDE, BY_NAME, IN_JOB, NOT_RESERVED, arrow, meaning, of_first_noise, parse
-from latentmill.plugin import Denoiser, Plugin, RowError, RowField, Source
+from latentmill.fields import (
+    BESIDE,
+    BY_NAME,
+    FROM_SOURCE,
+    IN_JOB,
+    NOT_RESERVED,
+    arrow,
+    meaning,
+    of_first_noise,
+    parse,
+)
+from latentmill.plugin import Declaration, Denoiser, Plugin, RowError, RowField, Source
 from latentmill.plugin.stage import named
 from latentmill.registry import called
 from latentmill.text import near
@@ -47,6 +57,23 @@ class Columns:
         own = {of.name: of.meaning for of in self.fields}
         return own.get(name) or ("as in the source" if name in self.kept.names else meaning(name))
 
+    def of_stage(self, stage: str) -> dict[str, RowField]:
+        """The fields that a stage has for itself, by the names that it knows them by: ``refine.steps`` by ``steps``."""
+        return {of.name.removeprefix(f"{stage}."): of for of in self.fields if of.name.startswith(f"{stage}.")}
+
+    def names_in(self, stage: str, flow: Sequence[Declaration]) -> dict[str, str]:
+        """Columns that a stage knows by another name, both ways.
+
+        One that denoises reads the negative prompt that was encoded for it last.
+        """
+        names = {name: of.name for name, of in self.of_stage(stage).items()}
+        at = [each.name for each in flow].index(stage)
+        if "denoiser" in flow[at].needs:
+            encoded = next((each.name for each in reversed(flow[:at]) if "text_encoder" in each.needs), "")
+            if own := self.of_stage(encoded).get("negative_prompt"):
+                names["negative_prompt"] = own.name
+        return names | {name: known for known, name in names.items()}
+
     def unstored(self) -> list[str]:
         """Those that are no columns of the dataset."""
         return [each.name for each in self.fields if not each.stored]
@@ -71,10 +98,10 @@ class Columns:
         if "columns" not in content:
             return Columns()
         schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(content["arrow_schema"])))
-        fields = [
+        found = [
             RowField(**{**field, "type": schema.field(field["name"]).type}) for field in content["columns"]["fields"]
         ]
-        return Columns(tuple(fields), pa.schema(list(schema)[len(fields) :]))
+        return Columns(tuple(found), pa.schema(list(schema)[len(found) :]))
 
 
 # ------------------------------------------------------------------------------------------------ plugins' fields
@@ -98,7 +125,6 @@ def of_plugins(
             other, known = found.setdefault(field.name, (who, field))
             if (known.type, known.default, limits_of(known)) != (field.type, field.default, limits_of(field)):
                 raise ValueError(f"{who} and {other} both have a row field {field.name}, and they are not the same")
-    fields = tuple(field for _, field in found.values())
     for key, value in sampling.items():
         if key not in IN_JOB and key not in found:
             raise ValueError(
@@ -106,7 +132,54 @@ def of_plugins(
             )
         if key in found and value is not None:
             parse(found[key][1], value, f"sampling.{key}")
-    return fields
+    return tuple(field for _, field in found.values())
+
+
+OF_KIND: Mapping[str, tuple[RowField, ...]] = MappingProxyType(
+    {
+        "text_encoder": tuple(BY_NAME[name] for name in ("prompt", "negative_prompt")),
+        "denoiser": tuple(of for of in FROM_SOURCE if "denoise" in of.read_by and "encode" not in of.read_by),
+    }
+)
+"""The fields of ours that plugins of a kind go by."""
+NO_FIELDS = "until", "first_noise"
+"""Keys of ``sampling`` that are no fields, and that a stage may say for itself."""
+
+
+def of_stage(
+    stage: Declaration,
+    own: Mapping[str, Any],
+    sampling: Mapping[str, Any],
+    plugins: Mapping[str, Plugin],
+    scheduler: str | None,
+    beside: Sequence[RowField],
+) -> Iterator[RowField]:
+    """The fields that a stage has for itself, which its part of a job says: where neither that nor a source does, a row's own hold.
+
+    ``own``: its ``sampling``, and ``sampling`` with the job's; ``plugins``: those that it works with, by kind; ``scheduler``: the name of its own, if it has one;
+    ``beside``: the plugins' fields that rows have. Raises ValueError for one that can't be, and for a key that the stage doesn't read.
+    """
+    read: dict[str, RowField] = {}
+    for kind in (kind for kind in OF_KIND if kind in stage.needs):
+        read |= {of.name: of for of in OF_KIND[kind]}
+        read |= of_first_noise(sampling) if kind == "denoiser" else {}
+        for field in plugins[kind].row_fields:
+            _require(field, called(plugins[kind]), kind, plugins[kind], NOT_TAKEN)
+            read[field.name] = field
+    for key, value in own.items():
+        at = f"stages.{stage.name}.sampling.{key}"
+        if key not in read and not (key in NO_FIELDS and "denoiser" in stage.needs):
+            raise ValueError(f"there is no key {at}{near(key, read)}: stage {stage.name} doesn't read it")
+        if key in read and value is not None:
+            parse(read[key], value, at)
+    of_rows = {*BY_NAME, *(field.name for field in beside)}
+    for name, of in read.items():
+        default = scheduler if name == "scheduler" else own.get(name)
+        if default is None and name not in of_rows:
+            default = of.default
+        about = {each.name: getattr(of, each.name) for each in fields(RowField)}
+        about |= {"name": f"{stage.name}.{name}", "default": default, "meaning": f"{of.meaning}; for {stage.name}"}
+        yield RowField(**about)
 
 
 def limits_of(field: RowField) -> tuple[Any, ...]:

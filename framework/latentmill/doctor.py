@@ -216,7 +216,13 @@ class _Doctor:
                     kind
                     for setup in setups
                     for stage in setup.stages
-                    for kind in (f"stage {stage.name}", *self.plan.stages[self.job.flow.index(stage.name)].needs)
+                    for kind in (
+                        f"stage {stage.name}",
+                        *(
+                            self.job.place(kind, stage.name)
+                            for kind in self.plan.stages[self.job.flow.index(stage.name)].needs
+                        ),
+                    )
                 )
             ]
             for node, setups in self.hosts.items()

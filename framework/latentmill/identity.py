@@ -29,5 +29,10 @@ def attempt_seed(row_seed: int, attempt: int) -> int:
     return _hash(f"{row_seed}/attempt/{attempt}") >> 1 if attempt else row_seed
 
 
+def stage_seed(row_seed: int, stage: str) -> int:
+    """The seed of a row in a later stage that begins anew, by the stage's name, 63 bits: its noise is not that of the first again."""
+    return _hash(f"{row_seed}/stage/{stage}") >> 1
+
+
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

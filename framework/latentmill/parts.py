@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import wraps
-from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, get_args
 
-from latentmill import registry, syntax
+from latentmill import registry
 from latentmill.batch import NEGATIVE_PREFIX, PROMPT_PREFIX
 from latentmill.buckets import Size
 from latentmill.errors import PlanError, PluginError
@@ -19,11 +17,9 @@ from latentmill.plugin import (
     Declaration,
     Denoiser,
     FollowsAuthors,
-    Fragment,
     LatentSpec,
     Plugin,
     Prediction,
-    RowError,
     Scheduler,
     Sink,
     Source,
@@ -44,7 +40,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 """What stored latents may be of."""
 
 PARTS = ("source", "sink", "vae", "text_encoder", "denoiser", "scheduler")
-"""The plugins of a job, by what they are called in it and in a plan; a stage is called ``stage NAME``."""
+"""The plugins of a job, by what they are called in it and in a plan; a stage is called ``stage NAME``, its own denoiser ``NAME.denoiser``."""
 
 
 NOT_THEIRS = ("scheduler", "grid"), ("source", "keep")
@@ -61,17 +57,29 @@ class Parts:
     text_encoder: TextEncoder | None = None
     denoiser: Denoiser | None = None
     scheduler: Scheduler | None = None
+    own: dict[str, Plugin] = field(default_factory=dict)
+    """Those that a stage has for itself, by their places in the plan: ``refine.denoiser``."""
     stages: dict[str, Stage] = field(default_factory=dict)
     """By their names in the job, in the order of its flow."""
     flow: tuple[Declaration, ...] = ()
     """What each of them says that it is."""
     models: Pins = field(default_factory=lambda: Pins(""))
     """What the URLs of their weights mean."""
+    spaces: list[LatentSpec | None] = field(default_factory=list)
+    """Of what space latents are that come to each stage."""
 
     def plugins(self) -> dict[str, Plugin]:
         """All of them, by their places in the plan."""
         found: dict[str, Plugin] = {kind: getattr(self, kind) for kind in PARTS if getattr(self, kind) is not None}
-        return found | {f"stage {name}": stage for name, stage in self.stages.items()}
+        return found | self.own | {f"stage {name}": stage for name, stage in self.stages.items()}
+
+    def at(self, place: str) -> Any:
+        """The plugin at a place; None if none is built."""
+        return self.own.get(place) if "." in place else getattr(self, place)
+
+    def spec(self) -> LatentSpec | None:
+        """The space of the job's latents, or of those that it ends with; None if it has none."""
+        return next((space for space in reversed(self.spaces) if space is not None), None)
 
     def taken(self) -> dict[str, str]:
         """Names that no column of the source may have in the dataset: those of plugins, each with what it is."""
@@ -97,64 +105,68 @@ def parts(job: Job) -> Parts:
     built = Parts(source=plugin_of(job, "source", models), sink=plugin_of(job, "sink", models), models=models)
     built.stages = {name: plugin_of(job, f"stage {name}", models) for name in job.flow}
 
-    def build(kind: str) -> Any:
-        if getattr(built, kind) is None:
-            if not getattr(job, kind, None):
-                asks = next((name for name, stage in built.stages.items() if kind in stage.needs), "a stage")
-                raise PluginError(f"{job.name}: {asks} is in the flow, so the job needs {kind}.name")
-            setattr(built, kind, plugin_of(job, kind, models))
-            if kind == "vae":  # stages' declarations go by its spec
-                _check_spec(getattr(built, kind))
-        return getattr(built, kind)
+    def build(place: str) -> Any:
+        if built.at(place) is None:
+            if not job.choice(place):
+                asks = next((name for name, stage in built.stages.items() if place in stage.needs), "a stage")
+                raise PluginError(f"{job.name}: {asks} is in the flow, so the job needs {place}.name")
+            plugin = plugin_of(job, place, models)
+            if isinstance(plugin, VAE):  # stages' declarations go by its spec
+                _check_spec(plugin)
+            if "." in place:
+                built.own[place] = plugin
+            else:
+                setattr(built, place, plugin)
+        return built.at(place)
 
-    choices = {kind: getattr(job, kind) for kind in PARTS if getattr(job, kind) is not None}
-    built.flow = declarations(built.stages, build, job.sampling, job.latents_std, choices, job.size, job.attempts)
+    built.flow = declarations(
+        built.stages, lambda name: of_stage(job, name, build), job.latents_std, job.size, job.attempts
+    )
     for wrong in _wrong_flow(job, built):
         raise PlanError(f"{job.name}: {wrong}")
     for stage in built.flow:
         for kind in stage.needs:
-            if not getattr(job, kind, None):
+            if not job.choice(job.place(kind, stage.name)):
                 raise PlanError(f"{job.name}: {stage.name} is in the flow, so the job needs {kind}.name")
     for kind in PARTS:
-        if any(kind in stage.needs for stage in built.flow):
-            build(kind)
+        for stage in built.flow:
+            if kind in stage.needs:
+                build(job.place(kind, stage.name))
     with registry.asking(built.source):
         stored = built.source.latent_spec()
-    spec = stored if built.vae is None else built.vae.spec
+    built.spaces, other_space = _spaces(job, built, stored)
     if job.size is not None:
-        _check_size(job, Size.of(job.size), built.source, stored, spec)
-    if built.denoiser is not None and spec is not None:
-        with registry.asking(built.denoiser):
-            try:
-                built.denoiser.check(spec)
-            except ValueError as error:
-                of = f"VAE {job.vae['name']}" if job.vae else f"source {job.source['name']}"
-                raise PluginError(f"denoiser {job.denoiser['name']} and {of} don't fit: {error}") from error  # type: ignore[index]
-    if built.denoiser is not None and built.scheduler is not None and spec is not None:
-        _check_grid(job, built.denoiser, built.scheduler, spec)
+        _check_size(job, Size.of(job.size), built.source, stored, built.spaces[0])
+    for stage, spec in zip(built.flow, built.spaces):
+        if "denoiser" in stage.needs:
+            _check_denoiser(job, built, stage.name, spec)
     _check_conditioning(job, built)
-    if stored is not None and built.vae is not None and stored != built.vae.spec:
-        ours = built.vae.spec
-        said = {
-            each.name: (getattr(stored, each.name), getattr(ours, each.name)) for each in fields(ours) if each.compare
-        }
-        wrong = ", ".join(f"{name} {there!r} and not {here!r}" for name, (there, here) in said.items() if there != here)
-        raise PlanError(f"the source's latents are of another space than VAE {job.vae['name']}'s: {wrong}")  # type: ignore[index]
+    if other_space:
+        raise PlanError(other_space)
     return built
+
+
+def of_stage(job: Job, stage: str, build: Callable[[str], Any]) -> dict[str, Any]:
+    """What a stage's context says of the job: ``sampling``, and of each kind of plugin its choice, its place, and the plugin, by ``build``."""
+    places = {kind: job.place(kind, stage) for kind in PARTS}
+    return {
+        "sampling": job.sampling_of(stage),
+        "choices": {kind: choice for kind, place in places.items() if (choice := job.choice(place)) is not None},
+        "places": places,
+        "build": lambda kind: build(places[kind]),
+    }
 
 
 def declarations(
     stages: Mapping[str, Stage],
-    build: Callable[[str], Any],
-    sampling: Mapping[str, Any],
+    about: Callable[[str], Mapping[str, Any]],
     latents_std: bool = False,
-    choices: Mapping[str, Mapping[str, Any]] | None = None,
     size: Mapping[str, Any] | None = None,
     attempts: int | None = None,
 ) -> tuple[Declaration, ...]:
     """What each stage, by its name in the job, says that it is in this flow: asked from the last to the first, and once more from the first to the last.
 
-    So a stage that depends on a later one sees it the first time, and one that depends on an earlier one the second.
+    So a stage that depends on a later one sees it the first time, and one that depends on an earlier one the second. ``about``: ``of_stage``.
     """
     names = list(stages)
     found = [Declaration(name) for name in names]
@@ -164,12 +176,10 @@ def declarations(
             Declaration(names[at], needs=PARTS),
             before=found[:at],
             after=found[at + 1 :],
-            sampling=dict(sampling),
             latents_std=latents_std,
             size=size,
             attempts=attempts,
-            choices=choices or {},
-            build=build,
+            **about(names[at]),
         )
         with registry.asking(stage):
             found[at] = stage.declare(context)
@@ -182,7 +192,8 @@ def _wrong_flow(job: Job, built: Parts) -> Iterator[str]:
     positions = [stage.position for stage in flow]
     if positions != ["first", *["between"] * (len(flow) - 2), "last"]:
         yield f"flow must begin with read and end with write, or stages that do the same, and have no other of them, not {names}"
-    there: list[str] = []
+    there, lost = list[str](), False
+    halfway = [stage.name for stage in flow if "time" in stage.added()]
     for stage in flow:
         for column in stage.takes:
             if not any(named(name, column) for name in there):
@@ -192,10 +203,12 @@ def _wrong_flow(job: Job, built: Parts) -> Iterator[str]:
                     f"{stage.name} needs a source of {column}; source {job.source['name']} has none, "
                     "and no stage before it adds them"
                 )
+        lost = lost or ("time" in there and "latents" in stage.takes and "time" not in stage.drops)
         there = [name for name in there if not any(named(name, column) for column in stage.drops)] + stage.added()
     last = flow[-2].added()
-    if job.sampling["until"] and "time" not in last:
-        yield f"sampling.until leaves latents half-way, so flow must end with denoise, write, not {names}"
+    if lost or ("time" not in last and ("time" in there or (job.sampling["until"] and not halfway))):
+        said = "sampling.until" if job.sampling["until"] else f"stage {halfway[0]}"
+        yield f"{said} leaves latents half-way, so flow must end with denoise, write, or go on with another denoise, not {names}"
     if job.accept and not any("denoiser" in stage.needs for stage in flow):
         yield f"accept draws noise anew for rows that are filtered, and no stage of flow makes any, as denoise does: {names}"
     if job.accept and "attempt" not in flow[0].added():
@@ -255,29 +268,80 @@ def _check_conditioning(job: Job, built: Parts) -> None:
             )
 
 
-def _check_grid(job: Job, denoiser: Denoiser, scheduler: Scheduler, spec: LatentSpec) -> None:
+def _spaces(job: Job, built: Parts, stored: LatentSpec | None) -> tuple[list[LatentSpec | None], str]:
+    """Of what space latents are that come to each stage: as they are stored, or as a VAE makes them, or the next one expects them.
+
+    And in what they are not of the space of a VAE that they come to, in a line; "" if they are.
+    """
+    vaes: list[VAE | None] = [
+        built.at(job.place("vae", stage.name)) if "vae" in stage.needs else None for stage in built.flow
+    ]
+    came, found, wrong = stored, list[LatentSpec | None](), ""
+    for at, (stage, vae) in enumerate(zip(built.flow, vaes)):
+        coming = next((each.spec for each in vaes[at:] if each is not None), None)
+        found.append(vae.spec if vae is not None else came or coming)
+        if vae is not None and came is not None and came != vae.spec:
+            said = [
+                (each.name, getattr(came, each.name), getattr(vae.spec, each.name))
+                for each in fields(came)
+                if each.compare
+            ]
+            whose = "the source's latents" if came is stored else f"the latents that come to {stage.name}"
+            name = (job.choice(job.place("vae", stage.name)) or {})["name"]
+            other = ", ".join(f"{key} {there!r} and not {here!r}" for key, there, here in said if there != here)
+            wrong = wrong or f"{whose} are of another space than VAE {name}'s: {other}"
+        if vae is not None:
+            came = vae.spec if "latents" in stage.added() or "latents" not in stage.drops else None
+        elif "latents" in stage.drops and "latents" not in stage.added():
+            came = None
+    return found, wrong
+
+
+def _check_denoiser(job: Job, built: Parts, stage: str, spec: LatentSpec | None) -> None:
+    place = job.place("denoiser", stage)
+    denoiser: Denoiser = built.at(place)
+    choice = job.choice(place)
+    assert choice is not None
+    if spec is None:
+        return
+    with registry.asking(denoiser):
+        try:
+            denoiser.check(spec)
+        except ValueError as error:
+            vae = job.vae or next((own for each in job.flow if (own := job.stages[each].vae)), None)
+            of = f"VAE {vae['name']}" if vae else f"source {job.source['name']}"
+            raise PluginError(f"denoiser {choice['name']} and {of} don't fit: {error}") from error
+    scheduler = built.at(job.place("scheduler", stage))
+    if scheduler is not None:
+        _check_grid(job, stage, denoiser, scheduler, spec)
+
+
+def _check_grid(job: Job, stage: str, denoiser: Denoiser, scheduler: Scheduler, spec: LatentSpec) -> None:
     from latentmill.schedulers import grids
 
-    assert job.scheduler is not None
-    name, grid = job.scheduler["name"], job.scheduler.get("grid", "trailing")
+    place = job.place("scheduler", stage)
+    choice = job.choice(place)
+    assert choice is not None
+    name, grid = choice["name"], choice.get("grid", "trailing")
     with registry.asking(denoiser):
-        schedule, steps = denoiser.noise_schedule, job.sampling["steps"]
+        schedule, steps = denoiser.noise_schedule, job.sampling_of(stage)["steps"]
         if denoiser.prediction not in get_args(Prediction):
             raise ValueError(f"prediction {denoiser.prediction!r}: expected {', '.join(get_args(Prediction))}")
     shape = example_shape(spec)
+    at = f"stages.{place}" if "." in place else place
     with registry.asking(scheduler):
         try:
             own = scheduler.start(schedule, steps, steps, shape)
         except ValueError as error:
             raise PluginError(f"{job.name}: scheduler {name}: {error}") from error
     if own is not None and grid not in ("trailing", own.grid):
-        raise PlanError(f"{job.name}: scheduler {name} has a grid of its own: leave scheduler.grid out")
+        raise PlanError(f"{job.name}: scheduler {name} has a grid of its own: leave {at}.grid out")
     with registry.asking(denoiser):
         try:
             if own is None:
                 grids.times(grid, schedule, steps, 1.0, shape, FollowsAuthors.of(denoiser).times)
         except ValueError as error:
-            raise PluginError(f"{job.name}: scheduler.grid: {error}") from error
+            raise PluginError(f"{job.name}: {at}.grid: {error}") from error
 
 
 def example_shape(spec: LatentSpec) -> tuple[int, ...]:
@@ -305,85 +369,27 @@ def notices(built: Parts) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-READ_BY_PLAN = 1_000_000
-"""Prompts that ``plan`` looks into, at most."""
-
-
-def foreign_prompts(job: Job, built: Parts, fragments: Sequence[Fragment]) -> list[str]:
-    """How many rows of the source hold prompts in another tool's language, a line for each kind. Reads their texts alone."""
-    readers = [built.text_encoder] if built.text_encoder is not None else built.stages.values()
-    reads = next((reader.reads for reader in readers if reader.reads is not None), None)
-    if reads is None:
-        return []
-    default = job.sampling["prompt"], job.sampling["negative_prompt"]
-    texts = chain.from_iterable(built.source.texts(fragment) for fragment in fragments)
-    found: Counter[str] = Counter()
-    looked_at = 0
-    with registry.asking(built.source):
-        for both in islice(texts, READ_BY_PLAN):
-            looked_at += 1
-            prompt, negative = (default[k] if text is None else text for k, text in enumerate(both))
-            found.update(syntax.told(prompt or "", reads))
-            found.update(f"negative_prompt: {line}" for line in syntax.told(negative or "", reads))
-    first = "first " * (looked_at == READ_BY_PLAN)
-    return [f"{rows:,} of the {first}{looked_at:,} rows: {line}" for line, rows in found.most_common()]
-
-
-SIZES_READ = 10_000
-"""Pictures whose size ``plan`` looks at, at most."""
-
-
-def bucket_counts(job: Job, built: Parts, fragments: Sequence[Fragment]) -> tuple[Counter[str], str]:
-    """How many pictures of the source get which bucket, as ``832x1216``, and of how many in words. Reads their headers alone.
-
-    Of a source of more than SIZES_READ rows an even share of each fragment's first. Of several areas each picture has a bucket.
-    """
-    assert job.size is not None
-    size, total = Size.of(job.size), sum(fragment.rows for fragment in fragments)
-    found: Counter[str] = Counter()
-    looked_at = pictures = reached = told = 0
-    with registry.asking(built.source):
-        for fragment in fragments:
-            reached += fragment.rows
-            share = min(fragment.rows, reached * min(total, SIZES_READ) // total - looked_at)
-            looked_at += share
-            for row in built.source.sizes(fragment.name, 0, share):
-                told += 1
-                if isinstance(row, RowError) or row.get("image") is None:
-                    continue
-                sides, own = row["image"], (row.get("width"), row.get("height"))
-                if None in own and own != (None, None):
-                    continue  # an error row
-                pictures += 1
-                for sample in range(len(size.area)):
-                    try:
-                        width, height = size.fit(sides[0], sides[1], sample).bucket if own == (None, None) else own
-                        found[f"{width}x{height}"] += 1
-                    except RowError:
-                        found["too small"] += 1
-    if not told:
-        return found, f"source {job.source['name']} doesn't say how large its pictures are"
-    areas = f", each at {len(size.area)} areas" if len(size.area) > 1 else ""
-    among = f" of the {looked_at:,} rows looked at" if looked_at < total else f" of {total:,} rows"
-    return found, f"{pictures:,} pictures{among}{areas}"
-
-
 @discreet
 def plugin_of(job: Job, kind: str, models: Pins) -> Any:
     """One of a job's plugins, by its place in the plan, built and not yet loaded."""
+    choice: Mapping[str, Any]
     if kind.startswith("stage "):
         kind, name = kind.split(" ", 1)
-        choice: Mapping[str, Any] = {"name": job.stages[name].name or name, **job.stages[name].settings}
+        choice = {"name": job.stages[name].name or name, **job.stages[name].settings}
     else:
-        choice = {key: value for key, value in getattr(job, kind).items() if (kind, key) not in NOT_THEIRS}
+        said, kind = job.choice(kind) or {}, kind.rpartition(".")[2]
+        choice = {key: value for key, value in said.items() if (kind, key) not in NOT_THEIRS}
     return registry.build(kind, with_local_paths(kind, choice, models))
 
 
 def identity(job: Job, kind: str, plugin: Plugin | None = None) -> dict[str, str]:
     """What a plan says of a plugin: name, distribution, version, and, once it is built, fingerprint."""
-    at = kind.removeprefix("stage ")
-    name = job.stages[at].name or at if kind.startswith("stage ") else getattr(job, kind)["name"]
-    about = {"name": name, **registry.provenance(kind.partition(" ")[0], name)}
+    if kind.startswith("stage "):
+        at = kind.removeprefix("stage ")
+        kind, name = "stage", job.stages[at].name or at
+    else:
+        kind, name = kind.rpartition(".")[2], (job.choice(kind) or {})["name"]
+    about = {"name": name, **registry.provenance(kind, name)}
     if plugin is None:
         return about
     with registry.asking(plugin):

@@ -27,7 +27,7 @@ from latentmill.errors import PlanError
 from latentmill.libraries import LIBRARIES, versions
 from latentmill.models import Pin
 from latentmill.parts import Parts, discreet, identity
-from latentmill.plugin import Declaration, Fragment, LatentSpec, Plugin
+from latentmill.plugin import Declaration, Fragment, LatentSpec, Plugin, Scheduler
 
 if TYPE_CHECKING:  # a plan is read without torch and without Hydra
     from latentmill.config import Job
@@ -224,7 +224,8 @@ def plan(job: Job, built: Parts) -> Plan:
     if twice is not None:
         raise PlanError(f"source {job.source['name']}: {twice}")
     config = job.meaning()
-    of_grid = grids.libraries(job.scheduler.get("grid", "trailing")) if job.scheduler and built.scheduler else set()
+    schedulers = [job.choice(place) or {} for place, plugin in plugins.items() if isinstance(plugin, Scheduler)]
+    of_grid = {name for choice in schedulers for name in grids.libraries(choice.get("grid", "trailing"))}
     return Plan(
         name=job.name,
         config=config,
@@ -235,7 +236,7 @@ def plan(job: Job, built: Parts) -> Plan:
         samples_per_row=job.samples_per_row,
         rows_per_shard=job.rows_per_shard,
         seed=job.seed,
-        spec=built.vae.spec if built.vae else built.source.latent_spec(),
+        spec=built.spec(),
         stages=built.flow,
         columns=found,
         models=built.models.for_plan(),
@@ -248,7 +249,20 @@ def _columns(job: Job, built: Parts, plugins: Mapping[str, Plugin]) -> Columns:
         source = built.source
         first = built.flow[0]
         beside = dict.fromkeys(first.added(), f"a column that stage {first.name} adds")
-        source.job_fields = columns.of_plugins(plugins, job.sampling, beside)
+        theirs = {place: plugin for place, plugin in plugins.items() if place not in built.own}
+        source.job_fields = columns.of_plugins(theirs, job.sampling, beside)
+        for stage in (stage for stage in built.flow if job.stages[stage.name].own_fields):
+            own = job.stages[stage.name]
+            works_with = {kind: built.at(job.place(kind, stage.name)) for kind in stage.needs}
+            of_stage = columns.of_stage(
+                stage,
+                own.sampling,
+                job.sampling_of(stage.name),
+                works_with,
+                own.scheduler.get("name"),
+                source.job_fields,
+            )
+            source.job_fields = (*source.job_fields, *of_stage)
         keep = columns.wanted(job.source["keep"]) if job.source.get("keep") else {}
     except ValueError as error:
         raise PlanError(f"{job.name}: {error}") from error
@@ -276,6 +290,7 @@ def _fingerprinted(config: Mapping[str, Any], plugins: Mapping[str, Plugin]) -> 
     keys = []
     for kind, plugin in plugins.items():
         at = f"stages.{kind.removeprefix('stage ')}.settings" if kind.startswith("stage ") else kind
+        at = f"stages.{kind}" if "." in kind and at == kind else at
         keys += [f"{at}.{name}" for name in plugin.fingerprinted]
     rest = _without(config, keys)
     for name in config.get("model", {}):

@@ -32,7 +32,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(options: Any) -> int:
-    from latentmill import generations, models, parts, plan_files
+    from latentmill import generations, models, parts, plan_files, survey
     from latentmill import plan as planning
     from latentmill.config import load_job
     from latentmill.dataset import Dataset
@@ -79,22 +79,23 @@ def _plan(options: Any) -> int:
         for kind, about in plan.plugins.items()
         if (kind[:5], about["distribution"]) != ("stage", "latentmill")
     }
+    wide = max(13, *map(len, plugins))
     for kind, about in plugins.items():
         print(
-            f"{kind:<13} {about['name']} ({about['distribution']} {about['version']}) {about['fingerprint']}".rstrip()
+            f"{kind:<{wide}} {about['name']} ({about['distribution']} {about['version']}) {about['fingerprint']}".rstrip()
         )
     for model in models.lacking(built.models.wanted()):
         url = without_secrets(model.url, job.config)
         commit = f" at {model.pin.version[:8]}" * bool(model.pin.version)
         here = f"{in_units(model.bytes)} are not on this machine yet" if model.bytes else "all on this machine"
         print(
-            f"{'fetched':<13} {url}{commit}: {plural(len(model.pin.files), 'file')}, {in_units(model.pin.bytes)}; {here}"
+            f"{'fetched':<{wide}} {url}{commit}: {plural(len(model.pin.files), 'file')}, {in_units(model.pin.bytes)}; {here}"
         )
-    print(f"{'libraries':<13} {', '.join(f'{name} {version}' for name, version in plan.libraries.items())}")
+    print(f"{'libraries':<{wide}} {', '.join(f'{name} {version}' for name, version in plan.libraries.items())}")
     if beside := [f"{column.name} {column.type}" for column in plan.columns.schema()]:
-        print(f"{'columns':<13} {', '.join(beside)}")
+        print(f"{'columns':<{wide}} {', '.join(beside)}")
     if job.size is not None:
-        found, of = parts.bucket_counts(job, built, plan.fragments)
+        found, of = survey.bucket_counts(job, built, plan.fragments)
         counts = [f"{bucket} {count:,}" for bucket, count in found.most_common()]
         lines = [", ".join(counts[start : start + BUCKETS_A_LINE]) for start in range(0, len(counts), BUCKETS_A_LINE)]
         for at, line in enumerate([*lines, of]):
@@ -102,7 +103,7 @@ def _plan(options: Any) -> int:
     print(f"hash     {plan.hash}")
     for line in [
         *parts.notices(built),
-        *parts.foreign_prompts(job, built, plan.fragments),
+        *survey.foreign_prompts(job, built, plan.fragments),
         *plan_files.changed_libraries(plan, store),
         *(f"{job.output}/data/{name} is no shard of this dataset" for name in there.foreign()),
     ]:

@@ -21,6 +21,7 @@ from latentmill.config.schema import (
     DEFAULTS,
     FIRST_NOISE,
     ON_ERROR,
+    OWN_PARTS,
     PLACEMENTS,
     Cluster,
     Job,
@@ -29,6 +30,7 @@ from latentmill.config.schema import (
     StageKeys,
     StageSettings,
     plugin_fields,
+    whole_choice,
 )
 from latentmill.errors import AddressError, JobError, PluginError, RowError
 from latentmill.fields import IN_JOB, parse
@@ -60,7 +62,11 @@ def checked(name: str, config: DictConfig, text: str) -> Job:
     for stage in flow:
         settled["stages"].setdefault(stage, vars(StageKeys()))
     for stage, settings in settled["stages"].items():
-        settled["stages"][stage] = _with_resources(settings, settings["name"] or stage if stage in flow else None)
+        whole = {kind: whole_choice(settings[kind], settled.get(kind)) for kind in OWN_PARTS if settings[kind]}
+        settled["stages"][stage] = {
+            **_with_resources(settings, settings["name"] or stage if stage in flow else None),
+            **whole,
+        }
     job = Job(
         name=name,
         config=text,
@@ -123,12 +129,7 @@ def _wrong(job: Job) -> Iterator[str]:
     for key in ("samples_per_row", "rows_per_shard"):
         if getattr(job, key) < 1:
             yield f"{key} must be 1 or more, not {getattr(job, key)}"
-    for key, of in IN_JOB.items():
-        if sampling[key] is not None and not (isinstance(sampling[key], str) and _not_utf8(sampling[key])):
-            try:
-                parse(of, sampling[key], f"sampling.{key}")
-            except RowError as error:
-                yield str(error)
+    yield from _wrong_sampling(sampling, "sampling")
     width, height = sampling["width"], sampling["height"]
     if (pixels := (width or 0) * (height or 0)) > sampling["max_pixels"]:
         size = f"sampling.width={width} and sampling.height={height}"
@@ -161,10 +162,6 @@ def _wrong(job: Job) -> Iterator[str]:
         yield f"grace must be a time, as 90, 30s or 2m, not {job.grace!r}"
     if not 0.0 <= job.max_error_rate <= 1.0:
         yield f"max_error_rate must be from 0 to 1, not {job.max_error_rate}"
-    if sampling["first_noise"] not in FIRST_NOISE:
-        yield f"sampling.first_noise must be {' or '.join(FIRST_NOISE)}, not {sampling['first_noise']!r}"
-    if not 0.0 <= sampling["until"] < 1.0:
-        yield f"sampling.until must be a time from 0 to less than 1, not {sampling['until']}"
     yield from _wrong_flow(job)
     for name, stage in job.stages.items():
         if name not in job.flow and name not in (known := {entry.name for entry in registry.entries("stage")}):
@@ -187,6 +184,7 @@ def _wrong(job: Job) -> Iterator[str]:
                 yield f"stages.{name}.{key} must be a number from 0 on, not {number}"
         if stage.memory is not None and not 0 <= values.in_bytes(stage.memory) < math.inf:
             yield f"stages.{name}.memory must be bytes, as 8GiB, 500MB or a number, not {stage.memory!r}"
+        yield from _wrong_sampling(stage.sampling, f"stages.{name}.sampling")
         if stage.num_gpus > 1 and stage.num_gpus != int(stage.num_gpus):
             yield f"stages.{name}.num_gpus above 1 must be whole, not {stage.num_gpus}"
     if job.cluster.kind not in CLUSTERS:
@@ -195,26 +193,44 @@ def _wrong(job: Job) -> Iterator[str]:
         yield f"cluster.wait must be seconds, as 10m, 90s or a number, or null, not {job.cluster.wait!r}"
     if job.cluster.kind == "ray" and not job.cluster.address:
         yield "cluster.address must be set for cluster=ray: an address, or auto"
-    for kind in registry.KINDS:
-        choice = getattr(job, kind, None)
-        if choice is None:
-            continue
+    of_job = [(kind, kind, choice) for kind in registry.KINDS if (choice := getattr(job, kind, None)) is not None]
+    of_stages = [
+        (f"stages.{name}.{kind}", kind, choice)
+        for name in job.flow
+        for kind, choice in job.stages[name].own_parts.items()
+    ]
+    for at, kind, choice in (*of_job, *of_stages):
         if not isinstance(choice.get("name"), str):
-            yield f"{kind}.name must be the name of a plugin, not {choice.get('name')!r}"
+            yield f"{at}.name must be the name of a plugin, not {choice.get('name')!r}"
         else:
             registry.find(kind, choice["name"])
     for key in job.model:
         if not re.search(rf"\bmodel\.{re.escape(key)}\b", job.config):
             used = re.findall(r"\bmodel\.(\w+)", job.config)
             yield f"there is no key model.{key}{near(key, used)}: no part of the model reads it"
-    if job.scheduler is not None:
-        grid = job.scheduler.get("grid", "trailing")
-        if not isinstance(grid, (str, Mapping)):
-            yield f"scheduler.grid must be a name, or a name with settings, not {grid!r}"
-        try:
-            grids.choose(grid)
-        except ValueError as error:
-            yield f"scheduler.grid: {error}"
+    for at, kind, choice in (*of_job, *of_stages):
+        if kind == "scheduler":
+            grid = choice.get("grid", "trailing")
+            if not isinstance(grid, (str, Mapping)):
+                yield f"{at}.grid must be a name, or a name with settings, not {grid!r}"
+            try:
+                grids.choose(grid)
+            except ValueError as error:
+                yield f"{at}.grid: {error}"
+
+
+def _wrong_sampling(sampling: Mapping[str, Any], at: str) -> Iterator[str]:
+    for key, value in sampling.items():
+        if key in IN_JOB and value is not None and not (isinstance(value, str) and _not_utf8(value)):
+            try:
+                parse(IN_JOB[key], value, f"{at}.{key}")
+            except RowError as error:
+                yield str(error)
+    if (first := sampling.get("first_noise", FIRST_NOISE[0])) not in FIRST_NOISE:
+        yield f"{at}.first_noise must be {' or '.join(FIRST_NOISE)}, not {first!r}"
+    until = sampling.get("until", 0.0)
+    if type(until) in (int, float) and not 0.0 <= until < 1.0:
+        yield f"{at}.until must be a time from 0 to less than 1, not {until}"
 
 
 def _wrong_size(job: Job) -> Iterator[str]:

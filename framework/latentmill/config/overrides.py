@@ -15,12 +15,14 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from latentmill import registry, values
 from latentmill.config.flow import name_of, names
 from latentmill.config.messages import near_key
-from latentmill.config.schema import Schema, StageKeys, plugin_fields
+from latentmill.config.schema import OWN_PARTS, Schema, StageKeys, plugin_fields, whole_choice
 from latentmill.errors import JobError
 from latentmill.fields import IN_JOB, python_type
 
 GROUPS = (*registry.KINDS, "cluster", "model", "stages")
 """Keys whose value may be the name of a config."""
+OF_STAGE = ("sampling", *OWN_PARTS)
+"""Keys of ``stages.NAME`` that hold keys of their own, beside the plugin's settings."""
 SET_WHOLE = ("size", "accept")
 """Keys of which a value takes another's place as a whole: what one table has settings for another has not."""
 
@@ -54,7 +56,10 @@ def parse(overrides: Sequence[str]) -> tuple[list[str], list[Assignment]]:
         if sign == "~":
             choices.append(f"~{key}" + ("" if text is None else f"={_quoted(text)}"))
         elif value and not re.search(r"[@/:]", key):
-            plugin = re.match(rf"(model|size|{'|'.join(registry.KINDS)})\.\w|stages\.\w+\.settings(\.\w|$)", key)
+            plugin = re.match(
+                rf"(model|size|{'|'.join(registry.KINDS)})\.\w|stages\.\w+\.({'|'.join(('settings', *OF_STAGE))})(\.\w|$)",
+                key,
+            )
             assignments.pop(key, None)  # the last one counts, in its place
             assignments[key] = Assignment(key, text, bool(sign or plugin) or text[:1] == "{")
         elif key in GROUPS and re.fullmatch(r"null|true|false|[-+.\d]*|\[.*\]", text):
@@ -124,6 +129,14 @@ def settle(config: DictConfig) -> None:
 def _hint(path: Sequence[Any], raw: Any) -> Any:
     """The type that the schema, or a plugin's constructor, gives a key. Any: neither does, and no text is made of it."""
     hint: Any = Schema
+    if path[0] == "stages" and len(path) > 3 and path[2] == "sampling":
+        of_field = IN_JOB.get(path[3]) or (plugin_fields(raw) or {}).get(path[3])
+        return Any if of_field is None else python_type(of_field) | None
+    if path[0] == "stages" and len(path) > 3 and path[2] in OWN_PARTS:
+        said = raw["stages"].get(path[1])
+        own = (said.get(path[2]) if isinstance(said, Mapping) else None) or {}
+        choice = whole_choice(own, raw.get(path[2])) if isinstance(own, Mapping) else own
+        return _inside(_setting(path[2], choice, path[3]), path[4:])
     if path[0] == "sampling" and len(path) > 1 and path[1] not in IN_JOB:
         of = (plugin_fields(raw) or {}).get(path[1])
         return Any if of is None else python_type(of) | (None if of.default is None else python_type(of))
@@ -140,6 +153,11 @@ def _hint(path: Sequence[Any], raw: Any) -> Any:
             str if any(_makes_text(".".join(map(str, path)), leaf, value, raw) for leaf, value in _leaves(raw)) else Any
         )
         path = ()
+    return _inside(hint, path)
+
+
+def _inside(hint: Any, path: Sequence[Any]) -> Any:
+    """The type of what lies at a path in what is of a type."""
     for key in path:
         hint = _types(hint).get(key, Any) if isinstance(hint, type) and is_dataclass(hint) else values.inside(hint)
     return hint

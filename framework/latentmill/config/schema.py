@@ -20,6 +20,8 @@ PLACEMENTS = ("auto", "split", "fused")
 
 CLUSTERS = ("local", "inline", "ray")
 
+OWN_PARTS = ("vae", "text_encoder", "denoiser", "scheduler")
+"""Kinds of plugins of which a stage may have one of its own."""
 
 if TYPE_CHECKING:
     Sampling: TypeAlias = Any
@@ -60,6 +62,23 @@ class StageSettings:
     and is replaced."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The plugin's own."""
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """What rows are made with in this stage alone; what it doesn't say is the row's."""
+    vae: dict[str, Any] = field(default_factory=dict)
+    """This and those below: a plugin of the stage's own; without a name it is the job's, with these settings changed."""
+    text_encoder: dict[str, Any] = field(default_factory=dict)
+    denoiser: dict[str, Any] = field(default_factory=dict)
+    scheduler: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def own_parts(self) -> dict[str, dict[str, Any]]:
+        """The plugins that it has for itself, by kind."""
+        return {kind: own for kind in OWN_PARTS if (own := getattr(self, kind))}
+
+    @property
+    def own_fields(self) -> bool:
+        """Whether rows have fields for it alone: ``refine.steps``."""
+        return bool(self.sampling or self.own_parts)
 
     @property
     def first_batch_size(self) -> int:
@@ -207,6 +226,20 @@ class Job:
         """What ``accept`` says; None of a job without."""
         return None if self.accept is None else int(self.accept["attempts"])
 
+    def place(self, kind: str, stage: str) -> str:
+        """Where in a plan the plugin of a kind stands that a stage works with: ``denoiser``, or ``refine.denoiser``, its own."""
+        return f"{stage}.{kind}" if kind in self.stages[stage].own_parts else kind
+
+    def choice(self, place: str) -> dict[str, Any] | None:
+        """What is said of a plugin, by its place."""
+        stage, _, kind = place.rpartition(".")
+        found: dict[str, Any] | None = getattr(self.stages[stage], kind) if stage else getattr(self, kind, None)
+        return found
+
+    def sampling_of(self, stage: str) -> dict[str, Any]:
+        """What rows are made with in a stage, that don't say otherwise."""
+        return {**self.sampling, **self.stages[stage].sampling}
+
     def meaning(self) -> dict[str, Any]:
         """What of the config changes the dataset: no cluster, output, workers or what they ask for.
 
@@ -240,9 +273,21 @@ class Job:
                 kept["settings"] = stage["settings"]
             if (self.stages[name].name or name) != name:
                 kept["name"] = self.stages[name].name
+            if self.stages[name].sampling:
+                kept["sampling"] = self.stages[name].sampling
+            for kind in self.stages[name].own_parts:
+                own: Any = stage[kind]
+                if isinstance(own, str):
+                    own = OmegaConf.to_container(OmegaConf.create(self.config).stages[name][kind])
+                kept[kind] = whole_choice(own, config.get(kind))
             if kept:
                 stages[name] = kept
         return {**meant, "stages": stages} if stages else meant
+
+
+def whole_choice(own: Mapping[str, Any], of_job: Any) -> dict[str, Any]:
+    """A stage's own plugin as it is chosen: by its name, or the job's with some settings changed."""
+    return {**own} if "name" in own or not isinstance(of_job, Mapping) else {**of_job, **own}
 
 
 def plugin_fields(config: Any) -> dict[str, RowField] | None:

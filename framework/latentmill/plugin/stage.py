@@ -171,7 +171,7 @@ class StageContext:
     fixed: FixedShape | None = None
     """Of a deterministic job."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
-    """The job's ``sampling``: what a row is made with that doesn't say otherwise."""
+    """The job's ``sampling``, or what it has for this stage: what a row is made with that doesn't say otherwise."""
     latents_std: bool = False
     """Whether the job asks for the standard deviation of encoded latents."""
     size: Mapping[str, Any] | None = None
@@ -179,7 +179,9 @@ class StageContext:
     attempts: int | None = None
     """Of a job with ``accept``: how many samples of a row are drawn at most, until one is not filtered."""
     choices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """What the job says of each kind of plugin: ``choices["scheduler"]["name"]``. Nothing is built for it."""
+    """What the job says of each kind of plugin, for this stage or for all: ``choices["scheduler"]["name"]``. Nothing is built for it."""
+    places: Mapping[str, str] = field(default_factory=dict)
+    """Where in the plan these plugins stand: ``denoiser``, or, of a stage with one of its own, ``refine.denoiser``."""
     plan: Any = None
     """The plan's arithmetic: ``locate``, ``row_id``, ``row_seed``, ``id_seed``, ``shard_rows`` and ``hash_of`` a shard; its ``spec`` and ``config``."""
     build: Callable[[str], Any] | None = None
@@ -202,6 +204,10 @@ class StageContext:
             self._built[kind] = self.build(kind)
         return self._built[kind]
 
+    def place(self, kind: str) -> str:
+        """Where in the plan the stage's plugin of a kind stands."""
+        return self.places.get(kind, kind)
+
     def __post_init__(self) -> None:
         self._built: dict[str, Any] = {}
 
@@ -210,9 +216,17 @@ class StageContext:
         return any(kind in stage.needs for stage in self.after)
 
     def is_read(self, column: str) -> bool:
-        """Whether a column of ``BATCH_COLUMNS`` that is made for denoisers is made for any: a later stage takes it, or none ignores it."""
-        taken = any(named(each, column) or named(column, each) for stage in self.after for each in stage.takes)
-        return taken or not any(named(column, each) for stage in self.after for each in stage.ignores)
+        """Whether a column of ``BATCH_COLUMNS`` that is made for denoisers is made for any: a later stage takes it, or none ignores it.
+
+        Of several denoisers one that doesn't ignore it will do; a stage that makes the like anew is the last that may take it.
+        """
+        of = [column, "prompt:"] if column == "negative:" else [column]
+        anew = next((k for k, stage in enumerate(self.after, 1) if {*of} & {*stage.added()}), None)
+        after = self.after[:anew]
+        taken = any(named(each, column) or named(column, each) for stage in after for each in stage.takes)
+        ignore = [any(named(column, each) for each in stage.ignores) for stage in after]
+        denoise = [ignores for stage, ignores in zip(after, ignore) if "denoiser" in stage.needs]
+        return taken or not any(ignore) or (len(denoise) > 1 and not all(denoise))
 
     @classmethod
     def of(cls, plugins: Mapping[str, Any], adds: Sequence[str] = (), **more: Any) -> StageContext:

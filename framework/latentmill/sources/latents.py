@@ -129,7 +129,7 @@ class Latents(Source):
                     yield error
                     continue
             if not (self.keep_sampling and row.get("scheduler")):
-                row = {name: value for name, value in row.items() if name not in SAMPLING}
+                row = {name: value for name, value in row.items() if name.rpartition(".")[2] not in SAMPLING}
             if latents is None and not self.keep_sampling:  # nothing was made with it
                 row.pop("seed", None)
             if halfway:

@@ -21,6 +21,7 @@ class Decode(Stage):
     needs = ("vae",)
     takes = ("latents",)
     drops = ("latents", "source_image")
+    shares_tensors = True
 
     def declare(self, context: StageContext) -> Declaration:
         vae: VAE = context.plugin("vae")
@@ -31,12 +32,12 @@ class Decode(Stage):
 
     def prepare(self, context: StageContext) -> None:
         self.vae: VAE = context.plugin("vae")
-        self.fixed = context.fixed
+        self.fixed, self.place = context.fixed, context.place("vae")
         self.device = torch.device("cpu")
 
     def load(self, device: torch.device) -> None:
         self.device = device
-        with weights.reading("vae"):
+        with weights.reading(self.place):
             checks.load(self.vae, device)
 
     @torch.inference_mode()

@@ -44,6 +44,7 @@ from latentmill.plugin import (
     tensors,
 )
 from latentmill.plugin.stage import named
+from latentmill.stages import passing
 from latentmill.stages.beginning import Beginning
 from latentmill.stages.call_size import CallSize
 from latentmill.stages.carried import Carried, carried_rows, trajectory_name
@@ -55,12 +56,9 @@ logger = logging.getLogger("latentmill")
 MAX_WAIT = 64
 """Steps of other kinds after which rows of a kind are moved first."""
 
-PASSING = ("mask", "masked", "from_noise", PROMPT_PREFIX, NEGATIVE_PREFIX, STATE_PREFIX, *HALFWAY.names)
-"""Columns that end here, by name or by how they begin."""
-
 
 class Denoise(ContinuousStage):
-    """Replaces ``latents`` by clean ones and drops the conditioning.
+    """Replaces ``latents`` by clean ones and drops the conditioning, unless a later stage takes it.
 
     ``batch_size`` is the evaluations of a call, or those of the first ones if the job leaves it to us. With ``fixed``, batches are computed one after another, each row in its
     slot. With ``until`` above 0 rows stop at the first of their times below it: see ``HALFWAY``.
@@ -70,11 +68,11 @@ class Denoise(ContinuousStage):
     needs = ("denoiser", "scheduler")
     takes = ("latents", PROMPT_PREFIX)
     adds = ("latents",)
-    drops = ("latents", *PASSING)
+    drops = ("latents", *passing.COLUMNS)
     shares_tensors = True
 
     def declare(self, context: StageContext) -> Declaration:
-        found = super().declare(context)
+        found = replace(super().declare(context), drops=("latents", *passing.ending(context.after)))
         if "denoiser" in context.choices:
             denoiser: Denoiser = context.plugin("denoiser")
             unread = [NEGATIVE_PREFIX] * denoiser.guidance_embedded + ["masked"] * (not denoiser.inpaints)
@@ -82,7 +80,8 @@ class Denoise(ContinuousStage):
         return replace(found, adds=("latents", *HALFWAY.names)) if context.sampling["until"] else found
 
     def prepare(self, context: StageContext) -> None:
-        sampling = context.sampling
+        sampling, self.place = context.sampling, context.place("denoiser")
+        self.drops = context.declaration.drops or self.drops
         self.denoiser: Denoiser = context.plugin("denoiser")
         context.plugin("scheduler")  # is held against the plan before any row asks for it
         assert context.scheduler_of is not None
@@ -103,7 +102,7 @@ class Denoise(ContinuousStage):
 
     def load(self, device: torch.device) -> None:
         self.device = device
-        with weights.reading("denoiser"):
+        with weights.reading(self.place):
             checks.load(self.denoiser, device)
 
     @torch.inference_mode()
@@ -330,7 +329,7 @@ class Denoise(ContinuousStage):
         for i, reason in wrong.items():
             request.reject(i, reason)
         for name, members in by_scheduler.items():
-            stays = [name for name in request.batch.column_names if not is_passing(name)]
+            stays = [n for n in request.batch.column_names if not any(named(n, each) for each in self.drops[1:])]
             part = request.batch.select(stays).take([row.index for row, _ in members]).replace_schema_metadata(None)
             about = part.schema.field("latents").metadata
             latents, spec = torch.stack([x for _, x in members]), spec_from_json(about[SPEC_KEY])
@@ -359,8 +358,3 @@ class Denoise(ContinuousStage):
 
     def _identity(self, name: str) -> str:
         return trajectory_name(self.denoiser, self.scheduler(name))
-
-
-def is_passing(name: str) -> bool:
-    """Whether a column ends here: conditioning, masks, and the state of half-way latents."""
-    return any(named(name, each) for each in PASSING)

@@ -148,7 +148,7 @@ class PictureEncoding:
 
     def __init__(self, context: StageContext) -> None:
         self.vae: VAE = context.plugin("vae")
-        self.fixed, self.adds = context.fixed, context.declaration.added()
+        self.fixed, self.adds, self.place = context.fixed, context.declaration.added(), context.place("vae")
         self.marks = context.needed_later("denoiser")
         self.masked = not context.after or (self.marks and context.is_read("masked"))
         self.device = torch.device("cpu")
@@ -202,7 +202,7 @@ class PictureEncoding:
             zeros = torch.zeros(len(part), *shape, dtype=dtype)
             return (zeros, zeros) if wanted else (zeros,)
         if not self.loaded:
-            with weights.reading("vae"):
+            with weights.reading(self.place):
                 checks.load(self.vae, self.device)
             self.loaded = True
         images = self._images(part, slots, size)

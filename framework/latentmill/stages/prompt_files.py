@@ -71,14 +71,16 @@ class PromptFiles:
         if context.open_prompt_cache is None:
             return None
         plan, choice = context.plan, context.choices["text_encoder"]
-        if not plan.plugins["text_encoder"].get("fingerprint"):
+        about = plan.plugins[context.place("text_encoder")]
+        if not about.get("fingerprint"):
             _warn(
                 f"not used: {called(encoder)} has no fingerprint, so other weights would be given the prompts of these"
             )
             return None
         kept = {key for key in choice if key != "name" and key not in encoder.fingerprinted}
-        shown = {key: value for key, value in dict(plan.config["text_encoder"]).items() if key in kept}
-        about = {**plan.plugins["text_encoder"], "settings": shown}
+        stage, _, kind = context.place("text_encoder").rpartition(".")
+        said = dict((plan.config["stages"][stage] if stage else plan.config)[kind])
+        about = {**about, "settings": {key: value for key, value in said.items() if key in kept}}
         if context.fixed is not None:
             threads = plan.config["stages"][context.declaration.name]["threads"]
             about["deterministic"] = {

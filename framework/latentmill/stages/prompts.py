@@ -98,7 +98,7 @@ class PromptEncoding:
 
     def load(self, device: torch.device) -> None:
         """Load the text encoder onto a device."""
-        with weights.reading("text_encoder"):
+        with weights.reading(self.context.place("text_encoder")):
             checks.load(self.encoder, device)
         self.files = PromptFiles.of(self.context, self.encoder, device)
 

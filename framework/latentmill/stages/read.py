@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,12 +18,13 @@ from latentmill.batch import ATTEMPT, CONDITIONING, PROMPT_PREFIX, STATE_PREFIX,
 from latentmill.buckets import Size
 from latentmill.columns import Columns
 from latentmill.errors import ContractError
-from latentmill.fields import BY_NAME, FROM_SOURCE, HALFWAY, ID, NOISE_INDEX, parse
+from latentmill.fields import BY_NAME, FROM_SOURCE, HALFWAY, ID, parse
 from latentmill.identity import attempt_seed, row_seed
 from latentmill.pixels import cover, crop, fitted
-from latentmill.plugin import Declaration, LatentSpec, Reject, RowError, RowField, Source, Stage, StageContext, tensors
+from latentmill.plugin import Declaration, LatentSpec, Reject, RowError, Source, Stage, StageContext, tensors
 from latentmill.registry import called
 from latentmill.stages import stored_conditioning
+from latentmill.stages.field_values import FieldValues
 
 READ_AGAIN = 8
 """Rows that a worker reads a second time, to see whether a source gives what it is asked for."""
@@ -74,8 +76,6 @@ class Read(Stage):
         self.source: Source = context.plugin("source")
         self.plan: Rows = context.plan
         self.columns = self.plan.columns
-        named = [field.name for field in self.columns.fields]
-        self.noise_index = named.index(NOISE_INDEX.name) if NOISE_INDEX.name in named else None
         self.source.job_fields, self.source.kept = self.columns.fields, self.columns.kept
         self.source.wants_conditioning = PROMPT_PREFIX in context.declaration.adds
         self.sampling, self.require = context.sampling, context.require_fragment
@@ -86,7 +86,7 @@ class Read(Stage):
         self.denoises = context.needed_later("denoiser")
         """Whether a scheduler will move the rows: else they have none, no mask, and no use for a strength."""
         self.draws_again = (context.attempts or 1) > 1
-        self.scheduler = str(context.choices["scheduler"]["name"]) if self.denoises else ""
+        self.fields = FieldValues(self.columns, context)
         latents: LatentSpec | None = context.plan.spec
         self.multiple_of = latents.downscale if latents is not None else 1
         self.spec = self.source.latent_spec()
@@ -109,11 +109,14 @@ class Read(Stage):
                 continue
             for i, number, sample in wanted:
                 row_id = self.plan.row_id(number)
-                about = {"row": number, "row_id": row_id, "attempt": attempts[i]}
-                if self.noise_index is not None and values["seed"] is not None:
-                    about["beside"], sample = self._next(values["beside"], sample), 0
-                seed = row_seed(self.plan.seed, row_id, sample, values["seed"], values.get("id"))
-                row, tensors_of_row = {**values, **about, "seed": attempt_seed(seed, attempts[i])}, stored
+                of_batch = self.fields.of_batch(values)
+                drawn_as = 0 if of_batch else sample
+                seed = row_seed(self.plan.seed, row_id, drawn_as, values["seed"], values.get("id"))
+                about: dict[str, Any] = {"row": number, "row_id": row_id, "attempt": attempts[i]}
+                about["seed"] = attempt_seed(seed, attempts[i])
+                drawn = partial(self._drawn, row_id, drawn_as, attempts[i])
+                about["beside"] = self.fields.of_sample(values, sample if of_batch else 0, about["seed"], drawn)
+                row, tensors_of_row = {**values, **about}, stored
                 if self.size is not None:
                     try:
                         whole = {name: value for name, value in stored.items() if not name.startswith(CONDITIONING)}
@@ -224,8 +227,11 @@ class Read(Stage):
 
     def _row(self, found: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The scalars of a source row (``seed`` may be None), and its tensors. Raises RowError."""
-        values = {field.name: self._value(field, found) for field in FROM_SOURCE}
-        values["beside"] = [*self._of_plugins(found), *columns.values(self.columns.kept, found.get("kept") or {})]
+        values = {field.name: self.fields.of(field, found) for field in FROM_SOURCE}
+        values["beside"] = [
+            *self.fields.beside(found, values),
+            *columns.values(self.columns.kept, found.get("kept") or {}),
+        ]
         if self.source.id_column is not None:
             values["id"] = parse(BY_NAME["id"], found.get("id"))
         stored: dict[str, Tensor] = {}
@@ -257,33 +263,18 @@ class Read(Stage):
             values["width"] = values["height"] = 0  # the column has no nulls
         elif values["width"] is None:
             raise RowError("a row without a picture needs width and height")
-        elif self.denoises and values["strength"] < 1.0:
-            raise RowError(f"strength {values['strength']:g} is for rows with a picture or latents, and there are none")
+        elif self.denoises and (strength := values[self.fields.strength]) < 1.0:
+            raise RowError(
+                f"{self.fields.strength} {strength:g} is for rows with a picture or latents, and there are none"
+            )
         else:
             self._bound(values["width"], values["height"])
         if self.source.wants_conditioning:
             stored |= stored_conditioning.of_row(found.get("conditioning"))
         return values, stored
 
-    def _next(self, beside: list[pa.Array], sample: int) -> list[pa.Array]:
-        """The values beside a row's of its sample: each is the next picture of one batch."""
-        at = self.noise_index or 0
-        index = parse(NOISE_INDEX, beside[at][0].as_py() + sample)
-        return [*beside[:at], pa.array([index], NOISE_INDEX.type), *beside[at + 1 :]]
-
-    def _value(self, field: RowField, found: Mapping[str, Any]) -> Any:
-        """A row's own value, or else the job's, or else the field's. None where it may be. Raises RowError."""
-        value = found.get(field.name)
-        if value is None:
-            value = self.scheduler if field.name == "scheduler" else self.sampling.get(field.name, field.default)
-        return None if value is None else parse(field, value)
-
-    def _of_plugins(self, found: Mapping[str, Any]) -> Iterator[pa.Array]:
-        for field in self.columns.fields:
-            value = self._value(field, found)
-            if value is None and not field.nullable:
-                raise RowError(f"the row has no {field.name}: a column of the source or sampling.{field.name} gives it")
-            yield pa.array([value], field.type)
+    def _drawn(self, row_id: str, sample: int, attempt: int, given: int) -> int:
+        return attempt_seed(row_seed(self.plan.seed, row_id, sample, given), attempt)
 
     def _halfway(self, found: Mapping[str, Any], stored: dict[str, Tensor]) -> dict[str, Any]:
         time = parse(BY_NAME["time"], found["time"])

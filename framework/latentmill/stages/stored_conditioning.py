@@ -20,8 +20,8 @@ def texts_alone(context: StageContext) -> bool:
 
 def wanted(context: StageContext, source: Source) -> bool:
     """Whether the conditioning that a source has is taken from it: a later stage wants some, and none makes any."""
-    takes = any(PROMPT_PREFIX in stage.takes for stage in context.after)
-    if not takes or any(PROMPT_PREFIX in stage.adds for stage in context.after):
+    first = next((stage for stage in context.after if PROMPT_PREFIX in (*stage.takes, *stage.adds)), None)
+    if first is None or PROMPT_PREFIX in first.adds:
         return False
     with registry.asking(source):
         return any(name.startswith(PROMPT_PREFIX) for name in source.conditioning())

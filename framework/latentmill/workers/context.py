@@ -14,7 +14,7 @@ from latentmill.config import Job
 from latentmill.errors import PluginError, WrongWorker
 from latentmill.libraries import LIBRARIES, versions
 from latentmill.models import Pins
-from latentmill.parts import PARTS, identity, plugin_of
+from latentmill.parts import identity, of_stage, plugin_of
 from latentmill.plan import Plan
 from latentmill.plan_files import read as read_plan
 from latentmill.plugin import FixedShape, Plugin, RowError, Scheduler, Source, Stage, StageContext
@@ -41,6 +41,8 @@ def make_stage(job: Job, plan: Plan, name: str, fixed_size: bool = False, run: s
         raise WrongWorker(f"{this_node()} {other}")
     stage: Stage = as_planned(job, plan, f"stage {name}", run)
     build = cache(partial(as_planned, job, plan, run=run))
+    about = of_stage(job, name, build)
+    own = about["choices"].get("scheduler", {"name": ""})["name"]
     at = job.flow.index(name)
     settings = job.stages[name]
     batch_size = settings.first_batch_size
@@ -52,17 +54,15 @@ def make_stage(job: Job, plan: Plan, name: str, fixed_size: bool = False, run: s
             batch_size=batch_size,
             finds_batch_size=settings.batch_size == "auto" and not job.deterministic and not fixed_size,
             fixed=FixedShape(batch_size, job.rows_per_shard) if job.deterministic else None,
-            sampling=dict(job.sampling),
             latents_std=job.latents_std,
             size=job.size,
             attempts=job.attempts,
-            choices={kind: getattr(job, kind) for kind in PARTS if getattr(job, kind) is not None},
             plan=plan,
-            build=build,
-            scheduler_of=_Schedulers(job.scheduler["name"] if job.scheduler else "", build),
+            scheduler_of=_Schedulers(own, about["build"]),
             require_fragment=SameFragments(job, plan, build),
             open_output=partial(_output, job, plan),
             open_prompt_cache=partial(storage.at, job.prompt_cache) if job.prompt_cache else None,
+            **about,
         )
     )
     return stage
@@ -148,7 +148,7 @@ def this_node() -> str:
 
 
 class _Schedulers:
-    """Schedulers by the names that rows give: the job's own with the job's settings, any other with its defaults."""
+    """Schedulers by the names that rows give: the stage's with the job's settings, any other with its defaults."""
 
     def __init__(self, own: str, build: Callable[[str], Any]) -> None:
         self.own, self.build = own, build

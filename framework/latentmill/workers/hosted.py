@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -36,6 +36,8 @@ class StageWork:
     """Calls that may be under way at a time: one computes, others unpack, pack or wait."""
     threads: int | None = None
     """torch's threads while it computes; None leaves torch's own choice."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """What it knows by another name: a column ``refine.steps`` by ``steps``, and the other way round."""
     timeout: float | None = None
     """Seconds without an answer after which a worker that has work counts as hanging. A process can't tell of itself."""
 
@@ -67,7 +69,7 @@ class Hosted:
 
     def __init__(self, work: StageWork, read: weights.Reading) -> None:
         """``read`` is told what it reads."""
-        self.name, self.threads = work.name, work.threads
+        self.name, self.threads, self.names = work.name, work.threads, work.names
         self.hearing = Hearing()
         self.set_threads()
         with self.hearing.on():
@@ -90,7 +92,13 @@ class Hosted:
 
     def begin(self, batch: pa.Table) -> Call:
         """A call for a batch, that nobody has begun to work on."""
-        return Call(batch if self.stage.shares_tensors else tensors.expanded(batch))
+        return Call(self.renamed(batch if self.stage.shares_tensors else tensors.expanded(batch)))
+
+    def renamed(self, batch: pa.Table) -> pa.Table:
+        """A batch as the stage knows it or, if it is one of the stage's, as all others do."""
+        if not self.names:
+            return batch
+        return batch.rename_columns([self.names.get(name, name) for name in batch.column_names])
 
     def work_on(self, call: Call) -> Block | None:
         """Do a batch; a continuous stage takes it in, and there is no block yet."""

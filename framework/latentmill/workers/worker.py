@@ -281,7 +281,7 @@ class Worker:
         rejected = [(row, checks.reason(of, why)) for row, why in call.rejected.items()]
         if not isinstance(of, CommittingStage) and not call.back:
             checks.same_columns(of, call.batch, call.block)
-        call.block = [tensors.compact(table) for table in call.block]
+        call.block = [tensors.compact(hosted.renamed(table)) for table in call.block]
         outcome = [(shape_key(table), tuple(table.column("row").to_pylist())) for table in call.block]
         node = this_node() if self.read_later else ""
         heard, read = hosted.hearing.take(), dict(self.read_later)

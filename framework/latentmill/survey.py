@@ -1,0 +1,76 @@
+"""What is to be known of a job's source before it runs: prompts in another tool's language, and the sizes of its pictures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import chain, islice
+
+from latentmill import registry, syntax
+from latentmill.buckets import Size
+from latentmill.config import Job
+from latentmill.parts import Parts
+from latentmill.plugin import Fragment, RowError, TextEncoder
+
+READ_BY_PLAN = 1_000_000
+"""Prompts that ``plan`` looks into, at most."""
+
+
+def foreign_prompts(job: Job, built: Parts, fragments: Sequence[Fragment]) -> list[str]:
+    """How many rows of the source hold prompts in another tool's language, a line for each kind. Reads their texts alone."""
+    encoders = [plugin for plugin in built.plugins().values() if isinstance(plugin, TextEncoder)]
+    readers = encoders or built.stages.values()
+    reads = next((reader.reads for reader in readers if reader.reads is not None), None)
+    if reads is None:
+        return []
+    default = job.sampling["prompt"], job.sampling["negative_prompt"]
+    texts = chain.from_iterable(built.source.texts(fragment) for fragment in fragments)
+    found: Counter[str] = Counter()
+    looked_at = 0
+    with registry.asking(built.source):
+        for both in islice(texts, READ_BY_PLAN):
+            looked_at += 1
+            prompt, negative = (default[k] if text is None else text for k, text in enumerate(both))
+            found.update(syntax.told(prompt or "", reads))
+            found.update(f"negative_prompt: {line}" for line in syntax.told(negative or "", reads))
+    first = "first " * (looked_at == READ_BY_PLAN)
+    return [f"{rows:,} of the {first}{looked_at:,} rows: {line}" for line, rows in found.most_common()]
+
+
+SIZES_READ = 10_000
+"""Pictures whose size ``plan`` looks at, at most."""
+
+
+def bucket_counts(job: Job, built: Parts, fragments: Sequence[Fragment]) -> tuple[Counter[str], str]:
+    """How many pictures of the source get which bucket, as ``832x1216``, and of how many in words. Reads their headers alone.
+
+    Of a source of more than SIZES_READ rows an even share of each fragment's first. Of several areas each picture has a bucket.
+    """
+    assert job.size is not None
+    size, total = Size.of(job.size), sum(fragment.rows for fragment in fragments)
+    found: Counter[str] = Counter()
+    looked_at = pictures = reached = told = 0
+    with registry.asking(built.source):
+        for fragment in fragments:
+            reached += fragment.rows
+            share = min(fragment.rows, reached * min(total, SIZES_READ) // total - looked_at)
+            looked_at += share
+            for row in built.source.sizes(fragment.name, 0, share):
+                told += 1
+                if isinstance(row, RowError) or row.get("image") is None:
+                    continue
+                sides, own = row["image"], (row.get("width"), row.get("height"))
+                if None in own and own != (None, None):
+                    continue  # an error row
+                pictures += 1
+                for sample in range(len(size.area)):
+                    try:
+                        width, height = size.fit(sides[0], sides[1], sample).bucket if own == (None, None) else own
+                        found[f"{width}x{height}"] += 1
+                    except RowError:
+                        found["too small"] += 1
+    if not told:
+        return found, f"source {job.source['name']} doesn't say how large its pictures are"
+    areas = f", each at {len(size.area)} areas" if len(size.area) > 1 else ""
+    among = f" of the {looked_at:,} rows looked at" if looked_at < total else f" of {total:,} rows"
+    return found, f"{pictures:,} pictures{among}{areas}"

@@ -1,0 +1,146 @@
+"""Several denoise stages in one job, each with sampling and parts of its own."""
+
+import json
+import signal
+
+import pytest
+from tests.outside.drain_parts import CODE, POINTS, Counted
+
+BASE_AND_REFINER = (
+    "flow=[read,encode,denoise,{name: denoise, as: refine},decode,write]",
+    "stages.denoise.sampling={until: 0.5}",
+    "stages.refine.batch_size=4",
+    "stages.refine.scheduler={name: euler_ancestral}",
+)
+"""The first stops half-way, and another solver goes on."""
+
+
+@pytest.fixture
+def counted(latentmill, install, tmp_path):
+    install("acme", POINTS, acme_counts=CODE)
+    return Counted(latentmill, tmp_path, rows=12)
+
+
+@pytest.fixture
+def twice(latentmill, rows, tmp_path):
+    """``twice(*SETTINGS)``: rows of a job without weights that denoises twice; the second begins anew."""
+    (tmp_path / "prompts.csv").write_text("prompt\na red ring on a blue background\na blue star on a red background\n")
+
+    def run(*settings, source="prompts.csv", out="out", code=0):
+        arguments = [
+            "run", "txt2img", "cluster=inline", f"source.path={tmp_path / source}",
+            "flow=[read,encode,denoise,{name: denoise, as: refine},decode,write]", "samples_per_row=1", "rows_per_shard=4",
+            "sampling={steps: 2, width: 16, height: 16}", f"output={tmp_path / out}",
+        ]  # fmt: skip
+        assert latentmill(*arguments, *settings) == code, latentmill.said
+        return None if code else rows(tmp_path / out)
+
+    return run
+
+
+def test_base_and_refiner_in_one_job_are_two_jobs_in_a_row(counted, rows):
+    counted.run("one", *BASE_AND_REFINER)
+    counted.run("base", "flow=[read,encode,denoise,write]", "sampling.until=0.5")
+    counted.latentmill(
+        "run", "txt2img", *(s for s in counted.settings if not s.startswith("source.")), "flow=[read,encode,denoise,decode,write]",
+        "source=latents", f"source.path={counted.place('base')}", "source.keep_sampling=false", "scheduler=euler_ancestral",
+        f"output={counted.place('two')}",
+    )  # fmt: skip
+    one, two = rows(counted.place("one")), rows(counted.place("two"))
+    assert len(one) == len(two) == 12 and [row["image"] for row in one] == [row["image"] for row in two]
+    assert len({row["image"]["bytes"] for row in one}) == 12
+    assert {(row["refine.seed"] == row["seed"], row["scheduler"], row["refine.scheduler"]) for row in one} == {
+        (True, "dpmpp_2m", "euler_ancestral")
+    }
+
+
+def test_a_stop_in_either_stage_throws_nothing_away(counted):
+    whole, made, stages = counted.run("whole", *BASE_AND_REFINER, "rows_per_shard=4"), [], set()
+    for when in (10, 34, 110):  # of the 120 evaluations: in the first stage and in the second
+        counted.stop(signal.SIGTERM, when - sum(made))
+        made.append(counted.run("out", *BASE_AND_REFINER, "rows_per_shard=4", "grace=0s", code=130)[1])
+        stages |= {stage for name in counted.kept("out") for stage in half_done_stages(counted, name)}
+    made.append(counted.run("out", *BASE_AND_REFINER, "rows_per_shard=4")[1])
+    assert stages >= {2, 3}, "rows waited in both"
+    assert sum(made) == whole[1]
+    assert counted.files("out") == counted.files("whole") and not counted.kept("out")
+
+
+def half_done_stages(counted, name):
+    text = (counted.place("out") / "half_done" / name).read_bytes()
+    about, _ = json.JSONDecoder().raw_decode(text[text.index(b'{"plan"') :].decode("latin-1"))
+    return about["stages"]
+
+
+def test_a_stage_s_fields_are_the_row_s_unless_its_column_or_the_job_says_otherwise(twice, tmp_path):
+    (tmp_path / "said.csv").write_text(
+        "prompt,seed,guidance_scale,refine.steps,refine.seed,refine.strength\n"
+        "a red ring on a blue background,5,3,,,\na red ring on a blue background,5,3,7,9,1\n"
+    )
+    own = "stages.refine.sampling={steps: 6, strength: 0.5, guidance_rescale: 0.1}"
+    first, second = twice(own, source="said.csv")
+    assert (first["refine.steps"], first["refine.strength"], second["refine.steps"], second["refine.strength"]) == (
+        6,
+        0.5,
+        7,
+        1.0,
+    )
+    for row in (first, second):
+        assert (row["steps"], row["strength"], row["guidance_scale"], row["refine.guidance_scale"]) == (2, 1.0, 3, 3)
+        assert (row["guidance_rescale"], row["refine.guidance_rescale"], row["refine.scheduler"]) == (
+            0.0,
+            0.1,
+            "dpmpp_2m",
+        )
+    assert second["refine.seed"] == 9 and first["refine.seed"] not in (5, 9), "its noise is not the first's again"
+    assert first["image"] != second["image"]
+
+
+def test_a_stage_s_noise_follows_its_seed_alone(twice):
+    same = [row["image"] for row in twice("stages.refine.sampling={strength: 0.5, seed: 3}")]
+    again = [row["image"] for row in twice("stages.refine.sampling={strength: 0.5, seed: 3}", out="again")]
+    other = [row["image"] for row in twice("stages.refine.sampling={strength: 0.5, seed: 4}", out="other")]
+    anew = twice("stages.refine.sampling={strength: 0.5}", out="anew")
+    assert same == again and all(a != b for a, b in zip(same, other))
+    assert len({row["refine.seed"] for row in anew}) == 2 and all(row["refine.seed"] != row["seed"] for row in anew)
+
+
+def test_a_stage_with_a_part_of_its_own_is_another_dataset_and_without_it_is_the_job_s(twice, latentmill, tmp_path):
+    plans = []
+    for own in ((), ("scheduler={grid: karras}",), ("denoiser={name: shapes}",), ("sampling={steps: 2}",)):
+        twice("sampling.steps=1", *(f"stages.refine.{setting}" for setting in own), out=f"out{len(plans)}")
+        plans.append(json.loads((tmp_path / f"out{len(plans)}" / "plan.json").read_text()))
+    assert len({plan["hash"] for plan in plans}) == len(plans)
+    assert {*plans[1]["plugins"]} - {*plans[0]["plugins"]} == {"refine.scheduler"}
+    assert plans[1]["config"]["stages"]["refine"]["scheduler"] == {**plans[0]["config"]["scheduler"], "grid": "karras"}
+    assert plans[2]["plugins"]["refine.denoiser"] == plans[0]["plugins"]["denoiser"]
+
+
+def test_text_of_the_second_pass_s_own(twice, rows, tmp_path):
+    """The second denoise takes the conditioning of the first, unless a text stage stands between them."""
+    between = "flow=[read,encode,denoise,{name: encode_text, as: refine_text},{name: denoise, as: refine},decode,write]"
+    half = "stages.refine.sampling={strength: 0.5, seed: 1}"
+    plain = [row["image"] for row in twice(half)]
+    assert [row["image"] for row in twice(half, between, out="between")] == plain
+    own = twice(half, between, "stages.refine_text.sampling={prompt: a green cross on a white background}", out="own")
+    assert {row["refine_text.prompt"] for row in own} == {"a green cross on a white background"}
+    assert all(row["image"] != image for row, image in zip(own, plain))
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("stages.refine.sampling={step: 5}", "there is no key stages.refine.sampling.step (did you mean 'steps'?)"),
+        ("stages.refine.sampling={width: 32}", "there is no key stages.refine.sampling.width"),
+        ("stages.refine.sampling={steps: 0}", "stages.refine.sampling.steps must be from 1 to"),
+        ("stages.refine.sampling={until: 2}", "stages.refine.sampling.until must be a time from 0 to less than 1, not 2"),
+        ("stages.refine.scheduler={name: dpmp_2m}", "no scheduler plugin 'dpmp_2m' is installed"),
+        ("stages.refine.scheduler={grid: karas}", "stages.refine.scheduler.grid: there is no grid 'karas'"),
+        ("stages.refine.denoiser={weights: x}", "denoiser shapes has no setting 'weights'"),
+        ("stages.refine.sampling={until: 0.5}", "stage refine leaves latents half-way, so flow must end with denoise, write"),
+        ("stages.refine.vae=patches", "keys and their values are expected"),
+    ],
+)  # fmt: skip
+def test_what_a_stage_can_t_have_is_one_line(twice, latentmill, setting, said):
+    twice(setting, code=2)
+    assert said in latentmill.err and "Traceback" not in latentmill.err
