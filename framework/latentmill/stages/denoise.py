@@ -68,7 +68,7 @@ class Denoise(ContinuousStage):
     needs = ("denoiser", "scheduler")
     takes = ("latents", PROMPT_PREFIX)
     adds = ("latents",)
-    drops = ("latents", *passing.COLUMNS)
+    drops = ("latents", *passing.FOR_DENOISERS)
     shares_tensors = True
 
     def declare(self, context: StageContext) -> Declaration:

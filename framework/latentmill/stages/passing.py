@@ -9,19 +9,19 @@ from latentmill.fields import HALFWAY
 from latentmill.plugin import Declaration
 from latentmill.plugin.stage import named
 
-MASKS = "mask", "masked"
-COLUMNS = (*MASKS, "from_noise", PROMPT_PREFIX, NEGATIVE_PREFIX, STATE_PREFIX, *HALFWAY.names)
+INPAINTING = "mask", "masked"
+FOR_DENOISERS = (*INPAINTING, "from_noise", PROMPT_PREFIX, NEGATIVE_PREFIX, STATE_PREFIX, *HALFWAY.names)
 """What is made for a stage that denoises, by name or by how it begins."""
 
 
 def ending(after: Sequence[Declaration]) -> tuple[str, ...]:
-    """Those of COLUMNS that no later stage takes as they are: masks last as long as the latents, conditioning until there is other."""
-    return tuple(name for name in COLUMNS if not _goes_on(name, after))
+    """Those of FOR_DENOISERS that no later stage takes as they are: masks last as long as the latents, conditioning until there is other."""
+    return tuple(name for name in FOR_DENOISERS if not _goes_on(name, after))
 
 
 def _goes_on(column: str, after: Sequence[Declaration]) -> bool:
     for stage in after:
-        if column in MASKS:
+        if column in INPAINTING:
             takes, anew = "denoiser" in stage.needs, "latents" in stage.drops and "latents" not in stage.added()
         elif column in (PROMPT_PREFIX, NEGATIVE_PREFIX):
             takes, anew = PROMPT_PREFIX in stage.takes, PROMPT_PREFIX in stage.added()

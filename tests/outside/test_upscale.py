@@ -1,0 +1,129 @@
+"""Latents and pictures brought to another size between two stages, as ComfyUI does it."""
+
+import json
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import torch
+
+from latentmill.batch import with_latents
+from latentmill.plugin import Declaration, LatentSpec, StageContext, tensors
+from latentmill.testing import batches
+
+VALUES = json.loads((Path(__file__).parent / "comfyui_values" / "upscale.json").read_text())
+"""From a run of ComfyUI; what and when is said in the file."""
+
+
+def pattern(*shape):
+    i = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
+    return torch.sin(i * i * 0.37 + i * 0.11).reshape(shape).float()
+
+
+def stage(name, batch, reject=pytest.fail, sampling=(), **settings):
+    [found] = entry_points(group="latentmill.stages", name=name)
+    made = found.load()(**settings)
+    made.prepare(StageContext(Declaration(name), sampling=dict(sampling)))
+    return made(batch, reject)
+
+
+@pytest.mark.parametrize("case", VALUES["latents"], ids=lambda case: "-".join(map(str, list(case.values())[:4])))
+def test_latents_are_comfyui_s(case):
+    spec, x = LatentSpec(4, 8, 1.0, 0.0, "float32", "f"), pattern(1, 4, 8, 12)
+    settings = {key: case[key] for key in ("method", "scale", "width", "height", "crop") if case.get(key) is not None}
+    batch = with_latents(batches.rows(3, 64, 96), torch.cat([torch.randn_like(x), x, x * 2]), spec)
+    found = stage("latent_upscale", batch, **settings)
+    latents = tensors.from_arrow(found, "latents")
+    assert list(latents.shape[1:]) == case["shape"]
+    assert torch.allclose(latents[1].flatten()[::67].double(), torch.tensor(case["values"]).double(), rtol=0, atol=1e-6)
+    assert abs(latents[1].double().sum().item() - case["sum"]) < 1e-4
+    sides = {(row["height"], row["width"]) for row in found.select(["height", "width"]).to_pylist()}
+    assert sides == {(8 * case["shape"][1], 8 * case["shape"][2])}
+
+
+def test_latents_of_a_space_with_a_shift_turn_where_comfyui_s_do():
+    """Its latents are not scaled, and an arc between two of them hangs on where nothing is."""
+    raw, scaled = (LatentSpec(4, 8, scale, shift, "float32", "f") for scale, shift in ((1.0, 0.0), (0.5, 0.1)))
+    x = pattern(1, 4, 8, 12)
+    found = [
+        tensors.from_arrow(
+            stage("latent_upscale", with_latents(batches.rows(1, 64, 96), z, spec), method="bislerp", scale=1.5),
+            "latents",
+        )
+        for z, spec in ((x, raw), ((x - 0.1) * 0.5, scaled))
+    ]
+    assert torch.allclose((found[0] - 0.1) * 0.5, found[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("case", VALUES["pictures"], ids=lambda case: "-".join(map(str, list(case.values())[:4])))
+def test_pictures_are_comfyui_s_within_a_level(case):
+    u = ((pattern(1, 3, 20, 14) * 0.5 + 0.5) * 255).floor().to(torch.uint8).movedim(1, -1)
+    settings = {key: case[key] for key in ("method", "scale", "width", "height", "crop") if case.get(key) is not None}
+    found = stage("image_upscale", tensors.with_tensor(batches.rows(1, 20, 14), "image", u), **settings)
+    image = tensors.from_arrow(found, "image")[0]
+    assert list(image.shape) == case["shape"] and image.shape[:2] == (
+        found["height"][0].as_py(),
+        found["width"][0].as_py(),
+    )
+    assert (image.flatten()[::37].int() - torch.tensor(case["values"]).int()).abs().max() <= 1
+
+
+def test_a_clip_s_frames_are_each_resized():
+    clips = batches.with_clips(2, 3, 8, 6)
+    found = tensors.from_arrow(stage("image_upscale", clips, method="bilinear", scale=2), "video")
+    one = tensors.with_tensor(batches.rows(2, 8, 6), "image", tensors.from_arrow(clips, "video")[:, 1])
+    assert found.shape == (2, 3, 16, 12, 3)
+    assert torch.equal(
+        found[:, 1], tensors.from_arrow(stage("image_upscale", one, method="bilinear", scale=2), "image")
+    )
+
+
+def test_a_row_of_too_many_pixels_is_an_error_row():
+    wrong = []
+    found = stage(
+        "image_upscale",
+        batches.with_pictures(2, 8, 8),
+        lambda *why: wrong.append(why),
+        {"max_pixels": 100},
+        method="area",
+        scale=2,
+    )
+    assert len(found) == 0 and wrong == [
+        (i, "16x16 are 256 pixels, more than sampling.max_pixels=100 allows") for i in range(2)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"method": "bicubc", "scale": 2}, "method must be nearest-exact, bilinear, area, bicubic or bislerp, not 'bicubc' .*did you mean 'bicubic'"),
+        ({"method": "area"}, "either scale or width and height must be given"),
+        ({"method": "area", "scale": 2, "width": 8}, "either scale or width and height must be given"),
+        ({"method": "area", "scale": 0.0}, "scale must be more than 0, not 0.0"),
+        ({"method": "area", "scale": 2.0, "crop": "center"}, "crop is for width and height"),
+        ({"method": "area", "width": 8, "height": 8, "crop": "middle"}, "crop must be disabled or center"),
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_sense(settings, said):
+    with pytest.raises(ValueError, match=said):
+        stage("latent_upscale", batches.with_stored_latents(), **settings)
+
+
+def test_a_job_with_each_of_them_between_two_passes(latentmill, rows, tmp_path):
+    """Latents, or the decoded pictures, of twice the size; the prompts go on to the second pass."""
+    (tmp_path / "prompts.csv").write_text("prompt\na red ring on a blue background\na blue star on a red background\n")
+    flows = {
+        "latents": "flow=[read,encode,denoise,{name: latent_upscale, method: bislerp, scale: 1.5},{name: denoise, as: refine},decode,write]",
+        "pictures": "flow=[read,encode,denoise,decode,{name: image_upscale, method: lanczos, width: 98, height: 98},"
+        "{name: encode_images, as: encode_again},{name: denoise, as: refine},{name: decode, as: decode_again},write]",
+    }
+    for name, flow in flows.items():
+        code = latentmill(
+            "run", "txt2img", "cluster=inline", flow, f"source.path={tmp_path}/prompts.csv", "samples_per_row=1",
+            "sampling={steps: 3, width: 64, height: 64}", "stages.refine.sampling={strength: 0.5}", f"output={tmp_path / name}",
+        )  # fmt: skip
+        assert code == 0, latentmill.said
+        assert {(row["width"], row["height"], row["warning"]) for row in rows(tmp_path / name)} == {(96, 96, "")}
+        [plan] = [json.loads((tmp_path / name / "plan.json").read_text())]
+        [first] = [stage for stage in plan["stages"] if stage["name"] == "denoise"]
+        assert "prompt:" not in first["drops"]
