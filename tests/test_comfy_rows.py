@@ -6,9 +6,10 @@ import torch
 from tests.denoising import SCHEDULERS, Gaussian, batch, denoise_with, latents_of
 
 from latentmill.fields import NOISE_INDEX
-from latentmill.plugin import tensors
+from latentmill.plugin import FixedShape, tensors
 from latentmill.schedulers.comfy_grid import ComfyGrid
-from latentmill.testing import GaussianField
+from latentmill.schedulers.comfy_sampler import ComfySampler
+from latentmill.testing import GaussianField, follow
 
 ROW = {"scheduler": "euler", "guidance_scale": 1.0, "strength": 1.0, "steps": 6}
 
@@ -82,3 +83,46 @@ def test_strength_is_counted_as_comfyui_counts_it():
     assert [len(row.times) - 1 for row in request.rows] == [6]
     none = batch([2], **ROW | {"strength": 0.0})
     assert torch.equal(run(none)[2], torch.full((2, 4, 3), 2.0))
+
+
+def rows_of(table, sampler, **grid):
+    choice = {"name": "comfy", "scheduler": "karras", **grid}
+    stage = denoise_with(Gaussian(), lambda name: sampler, choice, 16, first_noise="comfy")
+    return latents_of(list(stage(table, lambda i, reason: pytest.fail(reason))))
+
+
+@pytest.mark.parametrize("name", ["uni_pc", "sa_solver_pece", "heunpp2"])
+def test_a_solver_that_looks_ahead_sees_its_own_row_s_end(name):
+    """Rows of other numbers of steps in one batch, each against itself alone, and against the solver outside of the stage."""
+    sampler, table = ComfySampler(name), batch([3, 4, 6], scheduler="euler", guidance_scale=1.0, strength=1.0)
+    together = rows_of(table, sampler)
+    for n in (3, 4, 6):
+        alone = rows_of(batch([n], scheduler="euler", guidance_scale=1.0, strength=1.0), sampler)[n]
+        torch.testing.assert_close(together[n], alone, rtol=1e-5, atol=1e-5)
+        if name == "heunpp2":  # the others' last step shows whether they know that it is the last
+            start = ComfyGrid("karras").start(Gaussian.noise_schedule, 3 + n % 5, 1.0, ())
+            field = GaussianField(Gaussian.noise_schedule, torch.tensor([0.5 + n]), 0.5, [0], (2, 4, 3))
+            drawn = torch.randn((1, 2, 4, 3), generator=torch.Generator().manual_seed(1000 + n))
+            x = start.alpha * n + start.sigma * drawn.double()
+            torch.testing.assert_close(
+                alone.double(), follow(sampler, field, x, start.times[None])[0], rtol=1e-4, atol=1e-4
+            )
+
+
+@pytest.mark.parametrize("fixed", [None, FixedShape(batch_size=4, rows_per_shard=4)])
+def test_cfg_pp_takes_the_noise_of_the_negative_prompt(fixed):
+    table = batch([2], **ROW | {"guidance_scale": 3.0, "steps": 6})
+    choice = {"name": "comfy", "scheduler": "karras", "end_at_step": 1, "leftover_noise": True}
+    stage = denoise_with(
+        Gaussian(), lambda name: ComfySampler("euler_cfg_pp"), choice, 16, fixed=fixed, first_noise="comfy"
+    )
+    [found] = latents_of(list(stage(table, lambda i, reason: pytest.fail(reason)))).values()
+    start = ComfyGrid("karras", end_at_step=1, leftover_noise=True).start(Gaussian.noise_schedule, 6, 1.0, ())
+    drawn = torch.randn((1, 2, 4, 3), generator=torch.Generator().manual_seed(1002))[0].double()
+    (alpha, alpha_s), (sigma, sigma_s) = (each.tolist() for each in Gaussian.noise_schedule.scale(start.times))
+    x = start.alpha * 2.0 + start.sigma * drawn
+    gain = alpha * 0.25 / (alpha**2 * 0.25 + sigma**2)
+    clean, other = (mean + gain * (x - alpha * mean) for mean in (2.5, -3.0))
+    clean = other + 3.0 * (clean - other)
+    wanted = (alpha_s * clean + sigma_s * (x - alpha * other) / sigma) / alpha_s
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)

@@ -9,14 +9,16 @@ import torch
 
 from latentmill import registry
 from latentmill.schedulers import grids, noise
+from latentmill.schedulers.comfy_sampler import ComfySampler
 from latentmill.schedulers.consistency import LCM, TCD
-from latentmill.schedulers.dpmpp import DPMpp2M, DPMpp2MSDE, DPMpp2SAncestral, DPMpp3MSDE, DPMppSDE
+from latentmill.schedulers.dpmpp import DPMpp2M, DPMpp2MSDE, DPMpp2MSDEHeun, DPMpp2SAncestral, DPMpp3MSDE, DPMppSDE
 from latentmill.schedulers.er_sde import ERSDE
 from latentmill.schedulers.euler import EDMEuler, Euler, EulerAncestral
-from latentmill.schedulers.heun import DPM2, DPM2Ancestral, Heun
+from latentmill.schedulers.heun import DPM2, DPM2Ancestral, Heun, HeunPP2
 from latentmill.schedulers.multistep import DEIS, IPNDM, LMS, PNDM, GradientEstimation, RESMultistep
 from latentmill.schedulers.noise_schedules import RectifiedFlow, VarianceExploding, VariancePreserving
 from latentmill.schedulers.sa_solver import SASolver
+from latentmill.schedulers.seeds import SEEDS2, SEEDS3
 from latentmill.schedulers.unipc import UniPC
 from latentmill.testing import GaussianField, SchedulerSuite, follow, measure_order
 
@@ -62,6 +64,12 @@ TestDPMpp3MSDE = suite(DPMpp3MSDE, steps=150)
 TestUniPC = suite(UniPC)
 TestSASolver = suite(SASolver, steps=200)
 TestERSDE = suite(ERSDE, steps=300)
+TestSEEDS2 = suite(SEEDS2, steps=100)
+TestSEEDS3 = suite(SEEDS3, steps=60)
+TestHeunPP2 = suite(HeunPP2)
+TestDPMpp2MSDEHeun = suite(DPMpp2MSDEHeun, steps=100)
+TestComfySampler = suite(ComfySampler)
+TestComfyUniPC = suite(partial(ComfySampler, "uni_pc"))
 
 
 class TestEDMEuler(SchedulerSuite):
@@ -118,7 +126,16 @@ def test_other_orders_and_variants_converge_as_they_should(scheduler):
 
 @pytest.mark.parametrize(
     "scheduler",
-    [DPM2Ancestral(0), DPMpp2SAncestral(0), DPMppSDE(0), DPMpp2MSDE(0), DPMpp3MSDE(0), SASolver(tau=0)],
+    [
+        DPM2Ancestral(0),
+        DPMpp2SAncestral(0),
+        DPMppSDE(0),
+        DPMpp2MSDE(0),
+        DPMpp3MSDE(0),
+        SASolver(tau=0),
+        SEEDS2(0),
+        SEEDS3(0),
+    ],
     ids=lambda scheduler: type(scheduler).__name__,
 )
 def test_stochastic_solvers_without_noise_have_the_order_of_their_drift(scheduler):

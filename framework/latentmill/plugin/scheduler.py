@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -103,6 +104,9 @@ class Field(ABC):
     is made of times, and reckoned on the CPU by ``numbers``. And it should send little: what it ``expect``s goes at once.
     """
 
+    noise_schedule: NoiseSchedule
+    """The denoiser's."""
+
     @abstractmethod
     def scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """``(alpha, sigma)`` of the noise schedule at times ``t[B]``, float64, shaped ``[B, 1, ...]`` to multiply with x."""
@@ -126,6 +130,17 @@ class Field(ABC):
     @abstractmethod
     def clean(self, x: Tensor, t: Tensor) -> Tensor:
         """The estimate of the clean latents x0, shaped as ``x[B, ...]``, for latents x at times ``t[B]``: one evaluation."""
+
+    def guided(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """``clean``, and beside it what it would be of the negative prompt alone: of a row that isn't guided, the same. One evaluation."""
+        clean = self.clean(x, t)
+        return clean, clean
+
+    def following(self, s: Tensor) -> Tensor:
+        """Where each row's next steps lead to after this one, which leads to ``s[B]``: four times, ``[B, 4]``, on the CPU, NaN for those
+        that there won't be. As if this step were the last, where the field doesn't know.
+        """
+        return s.new_full((len(s), 4), math.nan)
 
     @abstractmethod
     def noise(self, t: Tensor, s: Tensor) -> Tensor:

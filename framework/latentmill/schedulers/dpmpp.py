@@ -6,6 +6,8 @@ Lu et al. 2022 (arXiv:2211.01095); those on the SDE in the forms of k-diffusion'
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -96,7 +98,10 @@ class DPMppSDE(_Stochastic):
 
 
 class DPMpp2MSDE(_Stochastic):
-    """DPM-Solver++(2M) SDE, midpoint form: the drift is second order from the estimate of the step before (arXiv:2211.01095)."""
+    """DPM-Solver++(2M) SDE: the drift is second order from the estimate of the step before (arXiv:2211.01095).
+
+    The estimate half-way counts for the whole step; in ``DPMpp2MSDEHeun`` it is integrated.
+    """
 
     order = 2
 
@@ -107,11 +112,22 @@ class DPMpp2MSDE(_Stochastic):
     def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:
         at = Step(field, t, s)
         clean = field.clean(x, t)
-        weight = finite(at.h / (2 * state["h"]))
+        weight = finite(self._share(at.h) * at.h / state["h"])
         return _moved(self.eta, field, at, x, t, s, clean + weight * (clean - state["clean"])), {
             "clean": clean.to(x.dtype),
             "h": torch.where(at.h.isfinite(), at.h, torch.inf),
         }
+
+    def _share(self, h: Tensor) -> Tensor | float:
+        return 0.5
+
+
+class DPMpp2MSDEHeun(DPMpp2MSDE):
+    """DPM-Solver++(2M) SDE, Heun's form: the line through the estimates of this step and the one before is integrated (arXiv:2211.01095)."""
+
+    def _share(self, h: Tensor) -> Tensor | float:
+        length = h * (1 + self.eta)
+        return 1 / -torch.expm1(-length) - 1 / length
 
 
 class DPMpp3MSDE(_Stochastic):
@@ -122,6 +138,7 @@ class DPMpp3MSDE(_Stochastic):
     """
 
     order = 3
+    curvature: ClassVar[int] = 2
 
     def init(self, field: Field, x: Tensor, t: Tensor) -> State:
         alpha, _ = field.scale(t)
@@ -140,7 +157,7 @@ class DPMpp3MSDE(_Stochastic):
         phi_2 = torch.expm1(-length) / length + 1
         phi_3 = phi_2 / length - 0.5
         whole = -torch.expm1(-length)
-        bend = torch.where(two, phi_2 * slope - 2 * phi_3 * curve, torch.where(one, phi_2 * slope_0, 0.0))
+        bend = torch.where(two, phi_2 * slope - self.curvature * phi_3 * curve, torch.where(one, phi_2 * slope_0, 0.0))
         return _moved(self.eta, field, at, x, t, s, clean + finite(bend / whole)), {
             "clean_1": clean.to(x.dtype),
             "clean_2": state["clean_1"],

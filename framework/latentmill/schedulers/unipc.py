@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class UniPC(Scheduler):
     contract = 2
     order = 3
     on_cpu = OF_TIMES
+    lower_order_final: ClassVar[bool] = False
+    """Whether a row's last steps are of lower order, as its first ones are."""
 
     def __init__(self, max_order: int = 2, variant: Literal["bh1", "bh2"] = "bh2") -> None:
         if max_order not in (1, 2, 3) or variant not in ("bh1", "bh2"):
@@ -40,6 +42,9 @@ class UniPC(Scheduler):
         near, back = Step.on_cpu(field, t, s), Step.on_cpu(field, before, t)
         places = [near.lambda_t, *(state[f"at_{k}"] for k in range(1, self.max_order))]
         ago = [(state[f"at_{k}"] - back.lambda_t) / back.h for k in range(2, self.max_order + 1)]
+        if self.lower_order_final:
+            left = field.following(s).isfinite().sum(-1)
+            places[1:], ago = fewer(places[1:], left), fewer(ago, left + 1)
         predictor = self._weights(near, [(p - places[0]) / near.h for p in places[1:]])
         corrector = self._weights(back, [torch.ones_like(back.h), *ago])
         there = state["at_1"].isfinite() & back.h.isfinite()
@@ -78,6 +83,11 @@ class UniPC(Scheduler):
         for k, weight in enumerate(weights):
             total = total + weight * (cleans[k + 1] - cleans[0])
         return total
+
+
+def fewer(places: Sequence[Tensor], limit: Tensor) -> list[Tensor]:
+    """The first ``limit[B]`` of places, NaN for the others."""
+    return [torch.where(limit.reshape(p.shape) > k, p, torch.nan) for k, p in enumerate(places)]
 
 
 def nothing_yet(field: Field, x: Tensor, t: Tensor, count: int) -> State:

@@ -70,6 +70,9 @@ class ModelField(Field):
         fixed: bool,
     ) -> None:
         self.denoiser, self.prompt, self.negative, self.guidance = denoiser, prompt, negative, guidance
+        self.noise_schedule = denoiser.noise_schedule
+        self.ahead: Sequence[Sequence[float]] = ()
+        """Of each row the times of its grid behind this step."""
         self.seeds, self.shape, self.device, self.fixed = seeds, shape, device, fixed
         scale, rescale, start, stop, on = (
             torch.tensor([getattr(g, name) for g in guidance], dtype=torch.float64)
@@ -132,14 +135,34 @@ class ModelField(Field):
     def time(self, ratio: Tensor) -> Tensor:
         return self.denoiser.noise_schedule.time(ratio.flatten().cpu())
 
+    def following(self, s: Tensor) -> Tensor:
+        found = super().following(s)
+        for row, ahead in zip(found, self.ahead):
+            row[: len(ahead)] = torch.tensor(ahead[:4], dtype=row.dtype)
+        return found
+
     def clean(self, x: Tensor, t: Tensor) -> Tensor:
         x = x.to(torch.float32)
+        return self._to_clean(self._evaluated(x, t)[0], x, t)
+
+    def guided(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.to(torch.float32)
+        predicted, negative = self._evaluated(x, t)
+        return self._to_clean(predicted, x, t), self._to_clean(negative, x, t)
+
+    def _to_clean(self, predicted: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        self.expect(t)
+        _, alpha, sigma = self._sent(id(t))
+        return to_clean(self.denoiser.prediction, predicted, x, alpha, sigma)
+
+    def _evaluated(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network predicts, guided, and what it does of the negative prompt; of rows that aren't guided twice the same."""
         guided = tuple(((self.stop < t) & (t <= self.start)).tolist())
         if not any(guided):
-            predicted = self._predict(x, t, self.prompt)
+            predicted = negative = self._predict(x, t, self.prompt)
         elif self.fixed:
-            predicted = self._predict(x, t, self.prompt)
-            predicted = self._guide(predicted, self._predict(x, t, self.negative), t, guided)
+            predicted, negative = self._predict(x, t, self.prompt), self._predict(x, t, self.negative)
+            predicted = self._guide(predicted, negative, t, guided)
         else:
             if self._both is None or self._both.guided != guided:
                 self._both = Both(self.prompt, self.negative, guided, self.device)
@@ -151,9 +174,7 @@ class ModelField(Field):
                 negative = predicted.index_copy(0, both.there, negative)
             predicted = self._guide(predicted, negative, t, guided)
         self.unsound |= _finite(x) & ~_finite(predicted)
-        self.expect(t)
-        _, alpha, sigma = self._sent(id(t))
-        return to_clean(self.denoiser.prediction, predicted, x, alpha, sigma)
+        return predicted, negative
 
     def noise(self, t: Tensor, s: Tensor) -> Tensor:
         pinned = self.device.type == "cuda"

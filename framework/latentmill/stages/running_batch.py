@@ -151,6 +151,7 @@ class RunningBatch:
         """Move all by one step."""
         t, s = _times(self.slots), _times(self.slots, 1)
         self.field.begin(t, s, self._blend(s))
+        self.field.ahead = [row.times[row.at + 2 : row.at + 6] for row in self.slots]
         with checks.inside(scheduler):
             x, state = scheduler.step(self.field, self.x, t, s, self.state)
         checks.tensor(scheduler, "step", x, self.x.shape, "the shape of x")

@@ -12,7 +12,7 @@ from torch import Tensor
 from latentmill.plugin import NoiseSchedule, Scheduler, State, tensors
 from latentmill.schedulers.noise_schedules import VariancePreserving
 from latentmill.testing.behaviour import Arguments, MethodCall, draws, writes
-from latentmill.testing.gaussian import NOISE_SCHEDULES, GaussianField, check_moments, follow, measure_order
+from latentmill.testing.gaussian import NOISE_SCHEDULES, GaussianField, advance, check_moments, follow, measure_order
 from latentmill.testing.suite import PluginSuite, identity
 
 
@@ -49,7 +49,7 @@ class SchedulerSuite(PluginSuite):
         scheduler = self.scheduler()
         state = scheduler.init(field, x, times[:, 0])
         for i in range(2):
-            x, state = scheduler.step(field, x, times[:, i], times[:, i + 1], state)
+            x, state = advance(scheduler, field, x, times, i, state)
         for name, value in state.items():
             assert value.shape[:1] == (len(times),), (
                 f"state {name!r} of shape {tuple(value.shape)}: the batch axis comes first"
@@ -69,7 +69,7 @@ class SchedulerSuite(PluginSuite):
             self.scheduler(),
         )
         for i in range(2, times.shape[1] - 1):
-            x, restored = scheduler.step(field, x, times[:, i], times[:, i + 1], restored)
+            x, restored = advance(scheduler, field, x, times, i, restored)
         assert torch.equal(x, wanted[order]) or self._draws(), (
             "rows that were saved after two steps and resumed elsewhere came out otherwise: "
             "everything that a step remembers must be in the state that it returns"
@@ -117,9 +117,9 @@ class SchedulerSuite(PluginSuite):
         x = field.start(times[:, 0])
         state = scheduler.init(field, x, times[:, 0])
         for i in range(4):
-            x, state = scheduler.step(field, x, times[:, i], times[:, i + 1], state)
+            x, state = advance(scheduler, field, x, times, i, state)
         field.evaluations = field.draws = 0
-        scheduler.step(field, x, times[:, 4], times[:, 5], state)
+        advance(scheduler, field, x, times, 4, state)
         assert field.evaluations == scheduler.evaluations, (
             f"a step called field.clean {field.evaluations} times, and `evaluations` says {scheduler.evaluations}"
         )
@@ -148,7 +148,7 @@ class SchedulerSuite(PluginSuite):
         scheduler = self.scheduler()
         x = field.start(times[:, 0])
         state = scheduler.init(field, x, times[:, 0])
-        x, state = scheduler.step(field, x, times[:, 0], times[:, 1], state)
+        x, state = advance(scheduler, field, x, times, 0, state)
         rows = {"x": x, "t": times[:, 1], "s": times[:, 2], **{f"state {name}": value for name, value in state.items()}}
         return [MethodCall("step", step, rows)]
 

@@ -1,0 +1,135 @@
+"""Scheduler ``comfy``, by ComfyUI's names, against latents of a run of ComfyUI itself (values/comfy_latents.json says which)."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from latentmill.plugin import Field
+from latentmill.schedulers.comfy_grid import ComfyGrid
+from latentmill.schedulers.comfy_names import SAMPLERS, named_sampler
+from latentmill.schedulers.comfy_sampler import ComfySampler
+from latentmill.schedulers.comfy_sampling import FlowSampling, SampledFlow
+from latentmill.schedulers.noise_schedules import RectifiedFlow, VariancePreserving
+from latentmill.testing import GaussianField, follow
+
+VALUES = json.loads((Path(__file__).parent / "values" / "comfy_latents.json").read_text())["rows"]
+SCHEDULES = {"eps": VariancePreserving, "flow": lambda: SampledFlow(FlowSampling(3.0))}
+HERE = [name for name, known in SAMPLERS.items() if not known.refused]
+
+
+class Smooth(Field):
+    """A denoiser that is no one's data, in ComfyUI's units, and noise that hangs on the sigmas of a step: as in the run."""
+
+    def __init__(self, schedule):
+        self.noise_schedule, self.ahead, self.evaluations = schedule, [], 0
+
+    def scale(self, t):
+        alpha, sigma = self.noise_schedule.scale(t)
+        return alpha.reshape(-1, 1, 1, 1), sigma.reshape(-1, 1, 1, 1)
+
+    def time(self, ratio):
+        return self.noise_schedule.time(ratio.flatten())
+
+    def sigma(self, t):
+        alpha, sigma = self.scale(t)
+        return t.reshape(-1, 1, 1, 1) if self.noise_schedule.sigma_is_time else sigma / alpha
+
+    def guided(self, x, t):
+        self.evaluations += 1
+        sigma, (alpha, _) = self.sigma(t), self.scale(t)
+        x = (x if self.noise_schedule.sigma_is_time else x / alpha) / (1 + sigma)
+        share = sigma / (1 + sigma)
+        return torch.tanh(1.5 * x) + 0.2 * torch.cos(3 * share), 0.9 * torch.tanh(1.2 * x) - 0.1 * share
+
+    def clean(self, x, t):
+        return self.guided(x, t)[0]
+
+    def following(self, s):
+        found = super().following(s)
+        found[:, : len(self.ahead)] = torch.tensor(self.ahead, dtype=found.dtype)
+        return found
+
+    def noise(self, t, s):
+        first, last = (round(float(self.sigma(each)) * 1e4) for each in (t, s))
+        generator = torch.Generator().manual_seed(first * 1000003 + last)
+        return torch.randn(1, 2, 1, 3, generator=generator, dtype=torch.float64)
+
+
+def sampled(row, sampler=None, asked=True):
+    schedule, known = SCHEDULES[row["model"]](), named_sampler(row["sampler"])
+    settings = {**known.grid, **known.of_steps} if asked else {}
+    start = ComfyGrid(row["scheduler"], **settings).start(schedule, row["steps"], 1.0, ())
+    sampler, field = sampler or ComfySampler(row["sampler"], **row["settings"]), Smooth(schedule)
+    drawn = torch.randn(1, 2, 1, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x, times = start.sigma * drawn, start.times[None]
+    state = sampler.init(field, x, times[:, 0])
+    for i in range(len(start.times) - 1):
+        field.ahead = start.times[i + 2 : i + 6].tolist()
+        x, state = sampler.step(field, x, times[:, i], times[:, i + 1], state)
+    return x.flatten() / start.leaves, field
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_latents_are_those_of_comfyui(name):
+    rows = [row for row in VALUES if row["sampler"] == name]
+    assert {(row["model"], row["scheduler"], row["steps"]) for row in rows} == {
+        ("eps", "karras", 5), ("eps", "normal", 9), ("flow", "simple", 5), ("flow", "normal", 9)
+    }  # fmt: skip
+    near = 1e-4 if name.startswith("uni_pc") else 1e-5  # that one keeps float32
+    for row in rows:
+        found, field = sampled(row)
+        torch.testing.assert_close(
+            found, torch.tensor(row["latents"], dtype=torch.float64), rtol=near, atol=near, msg=str(row)
+        )
+        steps = row["steps"] * ComfySampler(name).evaluations
+        assert field.evaluations == steps, "what it says that a step costs is what it costs"
+
+
+@pytest.mark.parametrize("name", ["seeds_2", "uni_pc", "dpm_2"])
+def test_what_the_table_asks_of_the_grid_is_needed(name):
+    row = next(row for row in VALUES if row["sampler"] == name and row["model"] == "flow")
+    without, _ = sampled(row, asked=False)
+    assert len(without) == 6 and not torch.allclose(
+        without, torch.tensor(row["latents"]).double(), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_name_that_ends_in_gpu_is_the_same():
+    row = next(row for row in VALUES if row["sampler"] == "dpmpp_2m_sde" and row["settings"] == {})
+    assert torch.equal(sampled(row)[0], sampled(row, ComfySampler("dpmpp_2m_sde_gpu"))[0])
+
+
+def test_what_there_is_not_is_refused():
+    for settings, says in (
+        ({"sampler": "dpm_adaptive"}, "finds its steps while it goes"),
+        ({"sampler": "dpm_fast"}, "on a grid of its own"),
+        ({"sampler": "dpmpp2m"}, "did you mean 'dpmpp_2m'"),
+        ({"sampler": "euler", "eta": 0.5}, "has no eta; it has no settings"),
+        ({"sampler": "dpmpp_2m_sde", "solver_type": "euler"}, "midpoint or heun"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            ComfySampler(**settings)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_rows_do_not_touch_each_other(name):
+    """Three rows at times of their own, one of which ends, against each alone; on a flow model from pure noise."""
+    for schedule in (VariancePreserving(), RectifiedFlow()):
+        ends = [(1.0, 0.0), (0.6, 0.0), (0.9, 0.2)]
+        times = torch.stack([torch.linspace(first, last, 6, dtype=torch.float64) for first, last in ends])
+        field = GaussianField(schedule, torch.tensor([0.5, -2.0, 3.0]), 0.3, [11, 12, 13])
+        together = follow(ComfySampler(name), field, field.start(times[:, 0]), times)
+        assert bool(together.isfinite().all())
+        for row in range(3):
+            alone, own = field.take([row]), times[row : row + 1]
+            torch.testing.assert_close(
+                follow(ComfySampler(name), alone, alone.start(own[:, 0]), own)[0], together[row], rtol=1e-9, atol=1e-9
+            )
+
+
+def test_the_table_is_comfyui_s_list():
+    """But for those that make their noise on the GPU."""
+    assert {row["sampler"] for row in VALUES} == {*HERE}
+    assert len(SAMPLERS) == 38
