@@ -15,13 +15,15 @@ from latentmill.driver.state import DriverState
 from latentmill.driver.waiting import Retry
 from latentmill.stages import write
 
-SEEDS = range(200)
+SEEDS = range(100)
+"""``make simulate`` runs ten times as many."""
 FOUND = (1409, 1726)
 """Seeds of longer searches: an order to keep rows named a block that was released as a late answer came."""
 
 
 def test_every_seed_ends_with_every_row_once():
-    assert [(seed, wrong) for seed in (*SEEDS, *FOUND) if (wrong := trial(seed))] == []
+    seeds = {*SEEDS, *FOUND, *PLANTED.values()}
+    assert [(seed, wrong) for seed in sorted(seeds) if (wrong := trial(seed))] == []
 
 
 def test_a_seed_is_the_same_story_each_time():
@@ -293,35 +295,36 @@ def a_lease_given_back_that_is_another_s(monkeypatch):
     return None
 
 
-@pytest.mark.parametrize(
-    "plant",
-    [
-        commit_before_verify,
-        an_acknowledgement_lost,
-        a_lease_trusted,
-        half_of_a_batch_forgotten,
-        a_block_released_too_early,
-        rows_of_a_lost_commit_forgotten,
-        a_worker_that_is_done_is_not_noted,
-        a_budget_never_given_back,
-        a_stage_starved_by_the_policy,
-        a_fused_worker_s_death_counted_for_another_stage,
-        filtered_counted_as_failed,
-        a_filtered_row_forgotten,
-        the_same_sample_drawn_again,
-        an_attempt_too_few,
-        rows_that_wait_to_be_drawn_again_forgotten,
-        a_half_done_row_forgotten,
-        a_half_done_row_doubled,
-        half_done_rows_put_in_a_stage_too_late,
-        half_done_rows_kept_for_the_stage_before,
-        a_batch_handed_over_and_there_still,
-    ],
-    ids=lambda plant: plant.__name__,
-)
+PLANTED = {
+    commit_before_verify: 54,
+    an_acknowledgement_lost: 23,
+    a_lease_trusted: 22,
+    half_of_a_batch_forgotten: 4,
+    a_block_released_too_early: 2,
+    rows_of_a_lost_commit_forgotten: 60,
+    a_worker_that_is_done_is_not_noted: 0,
+    a_budget_never_given_back: 0,
+    a_stage_starved_by_the_policy: 31,
+    a_fused_worker_s_death_counted_for_another_stage: 121,
+    filtered_counted_as_failed: 10,
+    a_filtered_row_forgotten: 4,
+    the_same_sample_drawn_again: 58,
+    an_attempt_too_few: 34,
+    rows_that_wait_to_be_drawn_again_forgotten: 28,
+    a_half_done_row_forgotten: 11,
+    a_half_done_row_doubled: 11,
+    half_done_rows_put_in_a_stage_too_late: 11,
+    half_done_rows_kept_for_the_stage_before: 0,
+    a_batch_handed_over_and_there_still: 55,
+}
+"""With the seed that finds each soonest."""
+
+
+@pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
 def test_a_planted_bug_is_found(plant, monkeypatch):
+    """Where a change to the driver made its seed's world another, one of all the others finds it."""
     says = plant(monkeypatch)
-    found = (wrong for seed in SEEDS if (wrong := trial(seed)))
+    found = (wrong for seed in (PLANTED[plant], *range(200)) if (wrong := trial(seed)))
     assert any(says in wrong for wrong in found), "not found"
 
 

@@ -52,6 +52,8 @@ class Pool:
     def __init__(self, world: World, driver: Driver) -> None:
         self.world, self.driver = world, driver
         self.inbox: list[Event] = []
+        self.happened = 0
+        """Orders and events, in all."""
         self.nodes = list(range(world.settings.nodes))
         self.places: Counter[int] = Counter()
         """Of each node, how many workers it has, those that start included."""
@@ -72,6 +74,7 @@ class Pool:
         self.lost: set[int] = set()
 
     def submit(self, order: PoolOrder) -> None:
+        self.happened += 1
         if isinstance(order, StopWorker):
             self._stop(order.worker)
         elif isinstance(order, StartWorker):
@@ -91,6 +94,7 @@ class Pool:
 
     def collect(self, timeout: float) -> list[Event]:
         events, self.inbox = self.inbox, []
+        self.happened += len(events)
         return events
 
     def release(self, block: int) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO
 
 from tests.simulation.settings import NAMES, Wrong, value
 
-from latentmill.storage import Storage
+from latentmill.storage.store import Found, Item, Storage
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -23,8 +23,14 @@ class Store(Storage):
         self.world = world
         self.files: dict[str, bytes] = {}
         self.temporary: dict[str, bytes] = {}
+        self.uses = 0
+
+    def each(self, ask: Callable[[Item], Found], items: Iterable[Item], in_flight: int = 0) -> Iterator[Found]:
+        """In one thread: what fails is of the seed."""
+        return map(ask, items)
 
     def _used(self) -> None:
+        self.uses += 1
         if self.world.trouble("store"):
             raise OSError("the store does not answer")
 

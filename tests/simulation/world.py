@@ -137,6 +137,8 @@ class Driver:
         self.stops: list[tuple[float, Stop]] = []
         """What this life is told, and when, once it is to stop."""
         self.resumes = False
+        self.seen = -1, -1
+        """What had happened at the turn before the last look at the state, and at that look."""
         rows = settings.rows if world.now >= settings.grows_at else settings.begun
         done = {shard for shard in done_shards(world.store, "") if shard * settings.rows_per_shard < rows}
         self.state = DriverState(
@@ -187,7 +189,13 @@ class Driver:
         except OSError as error:
             self.end(str(error))
             return
-        check(state, self.largest, self.resumes)
+        happened = self.pool.happened + world.store.uses + len(self.stops)
+        if self.seen != (
+            happened,
+            happened,
+        ):  # else the state has been looked at after a turn in which nothing happened
+            self.seen = self.seen[1], happened
+            check(state, self.largest, self.resumes)
         if state.failed and settings.calm:
             raise Wrong(f"nothing but nodes came and went, and the job ends: {state.failed}")
         self.check_reason()

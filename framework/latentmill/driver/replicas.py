@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from operator import itemgetter
 from typing import TypeAlias
 
 from latentmill.driver.failures import suspects_of_gone
@@ -40,11 +42,11 @@ class Room:
 
     def take(self, asks: Mapping[str, float]) -> bool:
         """Take a worker's place: on the fullest node that has one, of those with the least that it doesn't ask for. False if none has."""
-        asks = {name: amount for name, amount in asks.items() if name != "memory" or self.names_memory}
-        found = [(node, left) for node in self.free if (left := _left(node, asks)) is not None]
+        asked = tuple((name, amount) for name, amount in asks.items() if name != "memory" or self.names_memory)
+        found = [(node, left) for node in self.free if (left := _left(node, asked))]
         if not found:
             return False
-        node, left = min(found, key=lambda each: (len(dict(each[0][1]).keys() - asks.keys()), sum(each[1][0]), each[1]))
+        node, (*_, left) = min(found, key=itemgetter(1))
         self.free[node] -= 1
         if not self.free[node]:
             del self.free[node]
@@ -52,9 +54,12 @@ class Room:
         return True
 
 
-def _left(node: Free, asks: Mapping[str, float]) -> Free | None:
-    """What a worker would leave of a node; None if it has no room. A share of a GPU is of one GPU; more than one are whole ones."""
-    gpus, others = list(node[0]), dict(node[1])
+@lru_cache(4096)
+def _left(node: Free, asked: tuple[tuple[str, float], ...]) -> tuple[int, float, Free] | None:
+    """How many things a node has that a worker doesn't ask for, how much of GPUs it would leave, and all that it would; None if it has
+    no room. A share of a GPU is of one GPU; more than one are whole ones.
+    """
+    gpus, others, asks = list(node[0]), dict(node[1]), dict(asked)
     wanted = asks.get("GPU", 0.0)
     for share in [wanted] if wanted <= 1 else [1.0] * math.ceil(wanted):
         fits = [gpu for gpu in gpus if gpu + 1e-6 >= share]
@@ -66,7 +71,8 @@ def _left(node: Free, asks: Mapping[str, float]) -> Free | None:
     for name, amount in asks.items():
         if name != "GPU" and others.get(name, 0.0) + 1e-6 < amount:
             return None
-    return _free(gpus, {name: amount - asks.get(name, 0.0) for name, amount in others.items()})
+    left = _free(gpus, {name: amount - asks.get(name, 0.0) for name, amount in others.items()})
+    return len(others.keys() - asks.keys()), sum(left[0]), left
 
 
 def _free(gpus: Sequence[float], others: Mapping[str, float]) -> Free:

@@ -6,7 +6,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, BinaryIO, ClassVar, TypeVar
 
 from latentmill.errors import StorageError
@@ -63,7 +63,11 @@ class Storage(ABC):
         """
         from concurrent.futures import ThreadPoolExecutor
 
-        left, many = iter(items), in_flight or self.in_flight
+        asked, many = iter(items), in_flight or self.in_flight
+        if len(first := list(islice(asked, 2))) < 2:  # not worth a thread
+            yield from map(ask, first)
+            return
+        left = chain(first, asked)
         with ThreadPoolExecutor(many) as threads:
             while some := list(islice(left, 16 * many)):
                 yield from threads.map(ask, some)
