@@ -20,7 +20,7 @@ def encode_with(vae, text):
 
 @pytest.fixture(scope="module")
 def mixed(request):
-    """64 rows of the shapes model that differ in everything: 4 schedulers, 8 to 50 steps, guidance or none, strengths.
+    """64 rows of the shapes model that differ in everything: 4 schedulers, 4 to 25 steps, guidance or none, strengths.
 
     Of 64 pixels a side, or of as many as a test says: fewer where bits are compared, and rounding is not in play.
     """
@@ -30,7 +30,7 @@ def mixed(request):
     per_row = [
         {
             "row": n, "row_id": str(n), "prompt": "a red star above a blue ring on a yellow background",
-            "negative_prompt": "", "seed": 1000 + n, "steps": int(choose.integers(8, 51)),
+            "negative_prompt": "", "seed": 1000 + n, "steps": int(choose.integers(4, 26)),
             "guidance_scale": [1.0, 4.0, 7.5][n % 3], "strength": float(choose.uniform(0.3, 1.0)), "width": side,
             "height": side, "scheduler": names[n % 4],
         }

@@ -330,12 +330,12 @@ def test_a_planted_bug_is_found(plant, monkeypatch):
 
 def test_leases_decide_nothing(monkeypatch):
     a_lease_given_back_that_is_another_s(monkeypatch)
-    assert not any(map(trial, range(60)))
+    assert not any(map(trial, range(30)))
 
 
 def test_what_is_half_done_may_be_taken_up_by_two(monkeypatch):
     taken_up_by_two(monkeypatch)
-    assert not any(map(trial, range(30)))
+    assert not any(map(trial, range(20)))
 
 
 def test_drivers_are_stopped_in_many_worlds_and_rows_are_kept_and_taken_up():

@@ -50,17 +50,19 @@ def nodes_come_and_go(seed):
     return any(hosts.fewest for hosts in Settings.draw(random.Random(seed)).worker_types)
 
 
-@pytest.mark.parametrize(
-    "plant",
-    [
-        a_place_never_given_back,
-        a_stage_that_never_starts_again,
-        a_node_s_end_counted_as_its_workers_failure,
-        room_that_came_is_not_used,
-    ],
-    ids=lambda plant: plant.__name__,
-)
+PLANTED = {
+    a_place_never_given_back: 10,
+    a_stage_that_never_starts_again: 10,
+    a_node_s_end_counted_as_its_workers_failure: 180,
+    room_that_came_is_not_used: 3,
+}
+"""With the seed that finds each soonest."""
+
+
+@pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
 def test_a_planted_bug_is_found(plant, monkeypatch):
+    """Where a change to the driver made its seed's world another, one of all the others finds it."""
     says = plant(monkeypatch)
-    found = (wrong for seed in filter(nodes_come_and_go, range(200)) if (wrong := trial(seed)))
+    seeds = (PLANTED[plant], *range(200))
+    found = (wrong for seed in filter(nodes_come_and_go, seeds) if (wrong := trial(seed)))
     assert any(says in wrong for wrong in found), "not found"

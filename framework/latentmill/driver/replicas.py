@@ -43,7 +43,7 @@ class Room:
     def take(self, asks: Mapping[str, float]) -> bool:
         """Take a worker's place: on the fullest node that has one, of those with the least that it doesn't ask for. False if none has."""
         asked = tuple((name, amount) for name, amount in asks.items() if name != "memory" or self.names_memory)
-        found = [(node, left) for node in self.free if (left := _left(node, asked))]
+        found = [(node, kept) for node in self.free if (kept := _left(node, asked))]
         if not found:
             return False
         node, (*_, left) = min(found, key=itemgetter(1))

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentmill_shapes.text import drawn
+
 CANVAS = 8
 """Cells a side of the canvas: one for each 2x2 latents of a 64x64 picture. Other sizes stretch it."""
 
@@ -23,7 +25,7 @@ class Canvas(nn.Module):
 
     def __init__(self, pooled: int, width: int, channels: int) -> None:
         super().__init__()
-        self.where = nn.Parameter(torch.randn(CANVAS * CANVAS, width))
+        self.where = nn.Parameter(drawn(CANVAS * CANVAS, width))
         self.what = nn.Linear(pooled, width)
         self.hidden = nn.Linear(width, width)
         self.out = nn.Linear(width, channels)

@@ -54,6 +54,12 @@ def tokenise(prompt: str) -> list[int]:
     return [START, *(_TOKEN[w] for w in words)] + [PAD] * (LENGTH - 1 - len(words))
 
 
+def drawn(*shape: int, deviation: float = 1.0) -> Tensor:
+    """Normally distributed numbers. Nothing is drawn on the meta device: torch would import its compiler for it, for a second."""
+    numbers = torch.empty(shape)
+    return numbers if numbers.is_meta else numbers.normal_(0, deviation)
+
+
 class TextTransformer(nn.Module):
     """Tokens [B, LENGTH] to (embeds [B, LENGTH, width], pooled [B, pooled]).
 
@@ -62,8 +68,8 @@ class TextTransformer(nn.Module):
 
     def __init__(self, width: int = 64, pooled: int = 192) -> None:
         super().__init__()
-        self.token = nn.Embedding(len(VOCABULARY), width)
-        self.position = nn.Parameter(torch.randn(LENGTH, width) * 0.5)
+        self.token = nn.Embedding.from_pretrained(drawn(len(VOCABULARY), width), freeze=False)
+        self.position = nn.Parameter(drawn(LENGTH, width, deviation=0.5))
         self.norm1 = nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
         self.norm2 = nn.LayerNorm(width)
