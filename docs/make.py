@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from latentmill import registry, submissions
+from latentmill.comfy.nodes import NODES
 from latentmill.commands.listings import scheduler_table
 from latentmill.exports.spaces import VAE_FAMILIES
 from latentmill.exports.table import EXPORT_FORMATS, NOT_MADE
@@ -55,6 +56,14 @@ def fields() -> str:
         for field in (*OWN_FIELDS, *SOMETIMES)
     ]
     return table(["field", "type", "given by", "default", "range", "meaning", "read by", "stored"], rows)
+
+
+def comfy_nodes() -> str:
+    """What becomes of ComfyUI's nodes."""
+    found: dict[str, list[str]] = {}
+    for name, convert in NODES.items():
+        found.setdefault((inspect.getdoc(convert) or "").rstrip("."), []).append(f"`{name}`")
+    return table(["class", "what it becomes"], [[", ".join(names), said] for said, names in found.items()])
 
 
 def columns() -> str:
@@ -211,6 +220,7 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "cluster_job": ("cluster.md", cluster_job),
     "rayjob": ("cluster.md", rayjob),
     "sky_task": ("cluster.md", sky_task),
+    "comfy_nodes": ("comfyui.md", comfy_nodes),
 }
 """For each marked part: the page that it is in, and what makes it."""
 

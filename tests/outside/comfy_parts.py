@@ -4,7 +4,7 @@ import copy
 import json
 
 
-def node(type, title=None, **inputs):
+def node(type, title=None, /, **inputs):
     """A node; a link is ``[id, output]``."""
     return {"class_type": type, "inputs": inputs, **({"_meta": {"title": title}} if title else {})}
 

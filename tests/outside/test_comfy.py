@@ -1,6 +1,11 @@
 """ComfyUI's workflows: what ``latentmill comfy`` says of them, and what is refused before anything starts."""
 
+import io
+import json
+import tarfile
+
 import pytest
+from PIL import ExifTags, Image
 from tests.outside.comfy_parts import TEXT_TO_IMAGE, node, with_changes, without, written
 
 
@@ -32,7 +37,8 @@ def test_each_node_is_told_with_what_it_becomes(said):
     assert [*nodes] == ["1", "2", "3", "4", "5", "6", "7"]
     assert "sd15.safetensors" in nodes["1"]
     assert nodes["2"].startswith("CLIPTextEncode") and "Positive prompt" in nodes["2"]
-    assert "dpmpp_2m, karras, 12 steps, guidance 6.5" in nodes["5"]
+    assert "text is negative_prompt" in nodes["3"] and "width" not in nodes["4"]
+    assert "stage denoise; dpmpp_2m, karras, 12 steps, guidance 6.5; cfg is guidance_scale" in nodes["5"]
     assert "flow: read > encode > denoise > decode > write" in rest
 
 
@@ -60,7 +66,7 @@ def test_only_what_an_output_hangs_on_counts(said):
     assert said(loose)[0] == 0, "even a link to nowhere, as in ComfyUI"
     preview = with_changes(TEXT_TO_IMAGE, _8=node("Custom"), _9=node("PreviewImage", images=["8", 0]))
     code, nodes, _ = said(preview)
-    assert code == 0 and "a preview, which is not kept" in nodes["9"]
+    assert code == 0 and "it is not kept" in nodes["9"]
     assert said(preview, "comfy.output=9")[0] == 2, "unless it is asked for"
     assert said(with_changes(TEXT_TO_IMAGE, _7=node("PreviewImage", images=["6", 0])))[0] == 0, (
         "or is all that there is"
@@ -76,7 +82,10 @@ def test_only_what_an_output_hangs_on_counts(said):
             {"nodes": [{"id": 1}], "links": []},
             "as ComfyUI's editor saves it, without what runs: in ComfyUI, Workflow > Export (API)",
         ),
-        ({"1": {"inputs": {}}}, "1 is no node of a workflow, since it has no class_type"),
+        (
+            {"1": {"inputs": {}}},
+            "none of it is a node of a workflow, with a class_type; in ComfyUI, Workflow > Export (API)",
+        ),
         (with_changes(TEXT_TO_IMAGE, _7=None), "there is no SaveImage or PreviewImage in it"),
         (
             with_changes(TEXT_TO_IMAGE, _5={"positive": ["99", 0]}),
@@ -103,8 +112,8 @@ def test_only_what_an_output_hangs_on_counts(said):
             "node 5 KSampler: scheduler 'vp' is not supported; simple, ",
         ),
         (
-            with_changes(TEXT_TO_IMAGE, _5={"denoise": 0.5}),
-            "node 5 KSampler: denoise 0.5 of an empty latent is not supported",
+            with_changes(TEXT_TO_IMAGE, _5={"sampler_name": "dpm_adaptive"}),
+            "node 5 KSampler: sampler_name dpm_adaptive is not supported: it finds its steps while it goes",
         ),
         (
             with_changes(TEXT_TO_IMAGE, _5={"sampler_name": "slow"}),
@@ -188,3 +197,46 @@ def test_a_row_says_what_its_source_says_where_the_file_says_nothing(latentmill,
     other = ["run", "encode", *patches, f"source.path={pictures}", f"output={tmp_path / 'all'}"]
     assert latentmill(*other) == 0, latentmill.said
     assert [row["latents"] for row in rows(tmp_path / "out")] == [rows(tmp_path / "all")[2]["latents"]] * 2
+
+
+def test_pictures_are_opened_as_comfyui_opens_them(latentmill, tmp_path, rows, patches):
+    """Upright, and where they are transparent with the colours behind it; ours are laid on white."""
+    pixels = Image.new("RGBA", (2, 1))
+    pixels.putdata([(200, 10, 10, 0), (10, 200, 10, 255)])
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    pixels.save(tmp_path / "a.png", exif=exif)
+    job = ["run", "encode", *patches, "source=rows", f"source.path={tmp_path}", "source.rows=[{image: a.png}]"]
+    assert latentmill(*job, "flow=[read,write]", f"output={tmp_path / 'ours'}") == 0, latentmill.said
+    assert latentmill(*job, "flow=[read,write]", "source.opened=comfy", f"output={tmp_path / 'theirs'}") == 0
+    ours, theirs = (Image.open(io.BytesIO(rows(tmp_path / name)[0]["image"]["bytes"])) for name in ("ours", "theirs"))
+    assert theirs.size == (1, 2)
+    assert [theirs.getpixel((0, y)) for y in (0, 1)] == [(200, 10, 10), (10, 200, 10)]
+    assert [ours.getpixel((0, y)) for y in (0, 1)] == [(255, 255, 255), (10, 200, 10)]
+    assert latentmill(*job, "source.opened=theirs") == 2 and "opened must be ours or comfy" in latentmill.err
+
+
+@pytest.mark.parametrize("sink", ["parquet", "webdataset"])
+def test_pictures_carry_what_the_sink_is_told_with_the_row_s_values(latentmill, tmp_path, rows, patches, sink):
+    (tmp_path / "job.yaml").write_text(
+        f"defaults: [job, vae: shapes, source: rows, sink: {sink}, cluster: local, _self_]\n"
+        "flow: [read, write]\nsampling: {width: 4, height: 4}\n"
+        "source: {rows: [{image: a.png, prompt: 'ä', seed: 18446744073709551615}, {image: a.png, seed: 3}]}\n"
+        "sink: {picture_text: {prompt: {'1': {inputs: {seed: {column: seed}, text: [{column: prompt}, '2', 0]}}}, other: [7]}}\n"
+    )
+    Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "a.png")
+    job = ["run", tmp_path / "job.yaml", *patches, f"source.path={tmp_path}", f"output={tmp_path / 'out'}"]
+    assert latentmill(*job) == 0, latentmill.said
+    if sink == "parquet":
+        files = [row["image"]["bytes"] for row in rows(tmp_path / "out")]
+    else:
+        with tarfile.open(tmp_path / "out/data/00000.tar") as tar:
+            files = [tar.extractfile(name).read() for name in sorted(tar.getnames()) if name.endswith(".png")]
+    pictures = [Image.open(io.BytesIO(file)) for file in files]
+    assert [json.loads(picture.text["prompt"])["1"]["inputs"] for picture in pictures] == [
+        {"seed": 18446744073709551615, "text": ["ä", "2", 0]},
+        {"seed": 3, "text": ["", "2", 0]},
+    ]
+    assert pictures[0].text["other"] == "[7]" and pictures[0].getpixel((0, 0)) == (1, 2, 3)
+    job[-1] = f"output={tmp_path / 'other'}"
+    assert latentmill(*job, "sink.image_format=webp") == 2 and "picture_text is what png carries" in latentmill.err

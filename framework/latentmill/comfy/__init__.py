@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,16 @@ from latentmill.comfy.explanation import Explanation, summary, table
 from latentmill.comfy.graph import Graph, look
 from latentmill.comfy.job import Recipe, recipe
 from latentmill.comfy.options import Options, split
-from latentmill.comfy.workflow import read
+from latentmill.comfy.workflow import Workflow, read
 from latentmill.errors import JobError
 from latentmill.text import escaped, plural
 from latentmill.values import literal
 
+logger = logging.getLogger("latentmill")
+
 __all__ = ["config_of", "explained", "is_workflow"]
 
-IN_ROWS = ("seed", "image", "scheduler")
+IN_ROWS = ("seed", "image")
 """What a job's ``sampling`` doesn't say: it stands in rows alone."""
 
 
@@ -41,7 +45,14 @@ def config_of(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], lis
         and "model" in recipes[0].config
     ):
         raise JobError("where the model files are is not said: comfy.models=FOLDER, as in comfy.models=/ComfyUI/models")
-    return _config(path.stem, recipes, options, rest), rest
+    for notice in dict.fromkeys(notice for each in recipes for notice in each.notices):
+        logger.warning(f"{path.name}: {notice}")
+    config = _config(path.stem, recipes, options, rest)
+    if options.metadata == "true":
+        if recipes[1:]:
+            raise JobError("comfy.metadata is for workflows with one output: comfy.output=ID says which")
+        config["sink"] = {"picture_text": {"prompt": _literal(_with_columns(workflow, recipes[0]))}}
+    return config, rest
 
 
 def explained(job: str, overrides: Sequence[str]) -> Explanation:
@@ -64,7 +75,7 @@ def explained(job: str, overrides: Sequence[str]) -> Explanation:
     pictures = sum(each.batch for each in recipes)
     rows = f"a row makes {plural(recipes[0].batch, 'picture')}" if not recipes[1:] else f"{plural(pictures, 'picture')}"
     flow = [stage if isinstance(stage, str) else stage.get("as", stage["name"]) for stage in recipes[0].config["flow"]]
-    return Explanation(table(graph), [f"flow: {' > '.join(flow)}", rows], True)
+    return Explanation(table(graph, recipes), [f"flow: {' > '.join(flow)}", rows], True)
 
 
 def _recipes(graph: Graph, options: Options) -> list[Recipe]:
@@ -105,7 +116,7 @@ def _config(name: str, recipes: Sequence[Recipe], options: Options, rest: Sequen
     if given and first.batch > 1:
         config["samples_per_row"] = first.batch
     if "model" in config:
-        config["model"] = {"models": options.models or "???"}
+        config["model"] = {**config["model"], "models": options.models or "???"}
     sampling, stages = dict(first.config.get("sampling", {})), dict(first.config.get("stages", {}))
     for key, setting in first.rows.items():
         stage, _, field = key.rpartition(".")
@@ -131,7 +142,7 @@ def _rows(recipes: Sequence[Recipe], options: Options) -> dict[str, Any]:
         noises = [key.removesuffix("seed") for key in of if key.rpartition(".")[2] == "seed"]
         for k in range(each.batch):
             rows.append({**told, **({f"{stage}noise_index": k for stage in noises} if each.batch > 1 else {})})
-    pictures = {"path": options.input_folder()} if any("image" in row for row in rows) else {}
+    pictures = {"path": options.input_folder(), "opened": "comfy"} if any("image" in row for row in rows) else {}
     return {"name": "rows", **pictures, "rows": rows}
 
 
@@ -156,8 +167,18 @@ def _source(made: Recipe, options: Options, rest: Sequence[str]) -> dict[str, An
         options.columns and prompt is not None and prompt.column is None
     ):  # who says which columns count has not forgotten one
         defaults["prompt"] = prompt.value
-    told = {"columns": columns, "defaults": defaults}
+    told = {"columns": columns, "defaults": defaults, "opened": "comfy" if image is not None else ""}
     return {"name": "prompts", **{key: value for key, value in told.items() if value}}
+
+
+def _with_columns(workflow: Workflow, made: Recipe) -> dict[str, Any]:
+    """The workflow as the file has it, with the row's columns where rows may differ."""
+    found: dict[str, Any] = copy.deepcopy(dict(workflow.content))
+    for name, places in made.places.items():
+        for node, of in places:
+            if name != "image":  # which is no column of a dataset
+                found[node]["inputs"][of] = {"column": name}
+    return found
 
 
 def _literal(value: Any) -> Any:
@@ -166,4 +187,5 @@ def _literal(value: Any) -> Any:
         return {key: _literal(inside) for key, inside in value.items()}
     if isinstance(value, (list, tuple)):
         return [_literal(inside) for inside in value]
-    return literal(value) if isinstance(value, str) and value != "${model.models}" else value
+    ours = ("${model.models}", "${model.dtype}")
+    return literal(value) if isinstance(value, str) and value not in ours else value

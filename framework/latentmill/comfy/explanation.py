@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from latentmill.comfy.flowing import (
     Clip,
     Cond,
-    Decoded,
     Empty,
-    Encoded,
-    Guider,
     Loaded,
-    LoadedMask,
     Model,
-    Noise,
     Output,
     Sampled,
     Sampler,
-    Scaled,
-    ScaledLatent,
     Setting,
     Sigmas,
     UpscaleModel,
     Vae,
+    Words,
 )
 from latentmill.comfy.graph import Graph
+from latentmill.comfy.job import Recipe
 from latentmill.comfy.nodes import OUTPUTS
 from latentmill.comfy.reading import BlockedError, RefusedError
 from latentmill.comfy.workflow import WorkflowNode
@@ -46,14 +41,16 @@ class Explanation:
     """Whether there is a job in it."""
 
 
-def table(graph: Graph) -> list[list[str]]:
-    """Of each node its id, class, title, and what it becomes."""
+def table(graph: Graph, recipes: Sequence[Recipe] = ()) -> list[list[str]]:
+    """Of each node its id, class, title, and what it becomes in the jobs of these recipes."""
+    stages = {id: stage for each in recipes for id, stage in each.stages.items()}
+    places = {place: name for each in recipes for name, at in each.places.items() for place in at}
     return [
         [
             escaped(node.id),
             escaped(node.type),
             escaped(node.title) if node.title != node.type else "",
-            _said(node, graph),
+            _said(node, graph, stages, places),
         ]
         for node in graph.workflow.nodes.values()
     ]
@@ -66,51 +63,60 @@ def summary(graph: Graph) -> str:
     return f"{plural(len(refused), 'node')} of {len(graph.found)} can't become part of a job: {kinds}"
 
 
-def _said(node: WorkflowNode, graph: Graph) -> str:
+def _said(node: WorkflowNode, graph: Graph, stages: Mapping[str, str], places: Mapping[tuple[str, str], str]) -> str:
     found = graph.found.get(node.id)
     if found is None:
-        return (
-            "nothing: a preview, which is not kept"
-            if node.type in OUTPUTS
-            else "nothing: what is saved does not hang on it"
-        )
+        return "nothing: it is not kept" if node.type in OUTPUTS else "nothing: what is saved does not hang on it"
     if isinstance(found, BlockedError):
         return f"({found.why})"
     if isinstance(found, RefusedError):
         return f"REFUSED: {found.why}"
-    return ", ".join(dict.fromkeys(said for each in found if (said := _of(each))))
+    said: dict[str, list[str]] = {}
+    for each in found:
+        if isinstance(each, (Model, Clip, Vae)):
+            said.setdefault(_settings(each.settings), []).append(PART_NAMES[type(each)])
+    parts = [f"{', '.join(names)}: {settings}" for settings, names in said.items()]
+    own = [
+        f"{name} is {places[at]}" for name in node.inputs if (at := (node.id, name)) in places and name != places[at]
+    ]
+    texts = [
+        f"{name} stays as it is" for name in node.inputs if _is_words(found, name) and (node.id, name) not in places
+    ]
+    stage = [f"stage {stages[node.id]}"] if node.id in stages else []
+    rest = [of for each in found if (of := _of(each))]
+    return "; ".join(dict.fromkeys([*parts, *stage, *rest, *own, *texts]))
+
+
+PART_NAMES = {Model: "denoiser", Clip: "text_encoder", Vae: "vae"}
+
+
+def _is_words(found: Sequence[Any], name: str) -> bool:
+    """Whether an input of this name is a text of what the node gives."""
+    trees = [each.tree for each in found if isinstance(each, Cond)]
+    return any(
+        isinstance(part, Words) and part.text.place is not None and part.text.place[1] == name
+        for tree in trees
+        for _, part in tree.parts
+    )
 
 
 def _of(each: Any) -> str:
-    """What a node's output is in a job, in a few words."""
-    if isinstance(each, (Model, Clip, Vae)):
-        kind = {Model: "denoiser", Clip: "text_encoder", Vae: "vae"}[type(each)]
-        return f"{kind} {_settings(each.settings)}"
-    if isinstance(each, Cond):
-        return "conditioning"
+    """What a node's output is in a job, in a few words, beside the stage and the fields that it has become."""
     if isinstance(each, Sampled):
-        how = f"{_value(each.sampler.name)}, {each.sigmas.settings['scheduler']}, {_value(each.sigmas.steps)} steps"
-        return f"stage denoise: {how}, guidance {_value(each.guider.cfg)}"
+        return f"{each.sampler.name}, {each.sigmas.settings['scheduler']}, {_value(each.sigmas.steps)} steps, guidance {_value(each.guider.cfg)}"
     if isinstance(each, Setting):
         return f"the value {_value(each)}"
     if isinstance(each, Loaded):
-        return f"the row's image: {_value(each.image)}"
+        return f"the picture {_value(each.image)}"
     if isinstance(each, Empty):
         return f"{_value(each.width)}x{_value(each.height)} pixels, {plural(each.batch, 'picture')}"
     return SAID_OF.get(type(each), "")
 
 
 SAID_OF = {
-    LoadedMask: "",
-    Decoded: "stage decode",
-    Encoded: "stage encode",
-    Scaled: "stage image_upscale",
-    ScaledLatent: "stage latent_upscale",
     UpscaleModel: "the model of image_upscale",
-    Sampler: "scheduler",
-    Sigmas: "grid of the scheduler",
-    Guider: "guidance",
-    Noise: "seed",
+    Sampler: "the scheduler",
+    Sigmas: "the scheduler's grid",
     Output: "the dataset's image",
 }
 

@@ -15,6 +15,8 @@ class Setting:
 
     value: Any
     column: str | None = None
+    place: tuple[str, str] | None = field(default=None, compare=False)
+    """Where it stands: node id and input."""
 
 
 class Latent:
@@ -154,7 +156,8 @@ class Sampler:
     """A solver and its settings."""
 
     node: WorkflowNode
-    name: Setting
+    name: str
+    """Of ComfyUI's."""
     settings: Mapping[str, Any]
 
 
@@ -166,6 +169,8 @@ class Sigmas:
     settings: Mapping[str, Any]
     steps: Setting
     denoise: Setting
+    by_sampler: bool = False
+    """Whether the sampler's own node has laid it, which asks more of it for some samplers."""
 
 
 @dataclass(frozen=True)

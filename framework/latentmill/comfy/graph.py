@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from latentmill.comfy.flowing import Output
-from latentmill.comfy.nodes import NODES, OUTPUTS
+from latentmill.comfy.nodes import NODES, OUTPUTS, PREVIEWS, SAVED
 from latentmill.comfy.reading import BlockedError, Inputs, RefusedError
 from latentmill.comfy.workflow import Link, Workflow, WorkflowNode
 from latentmill.errors import JobError
@@ -50,10 +50,10 @@ def look(workflow: Workflow, columns: Mapping[tuple[str, str], str], chosen: str
     lead nowhere or back to themselves.
     """
     ends = [workflow.find(chosen)] if chosen is not None else []
-    for kind in OUTPUTS:
-        ends = ends or [node for node in workflow.nodes.values() if node.type == kind]
+    for kinds in (SAVED, PREVIEWS):
+        ends = ends or [node for node in workflow.nodes.values() if node.type in kinds]
     if not ends or ends[0].type not in OUTPUTS:
-        where = f"{ends[0]} is no output" if ends else f"there is no {' or '.join(OUTPUTS)} in it"
+        where = f"{ends[0]} is no output" if ends else f"there is no {SAVED[0]} or {PREVIEWS[0]} in it"
         raise JobError(f"{where}, and only what they hang on is run{_other_ends(workflow)}")
     found: dict[str, Sequence[Any] | RefusedError] = {}
     for end in ends:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from latentmill.comfy.flowing import (
 )
 from latentmill.comfy.reading import RefusedError
 from latentmill.comfy.texts import Texts
+from latentmill.schedulers.comfy_names import SAMPLERS
 
 MODELS = "${model.models}"
 
@@ -36,6 +37,10 @@ class Recipe:
     """What may differ from row to row, by the names that a source's rows have for it: ``seed``, ``steps``, ``refine.steps``."""
     batch: int = 1
     """Pictures of a row."""
+    places: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    """Of each of them: the workflow's inputs that have that value, by node id and name."""
+    notices: list[str] = field(default_factory=list)
+    """What is likely not meant."""
     stages: dict[str, str] = field(default_factory=dict)
     """What nodes have become a stage: its name, by their ids."""
 
@@ -43,6 +48,11 @@ class Recipe:
         """What must be alike of rows of one job."""
         columns = {name: each.column for name, each in self.rows.items()}
         return {**self.config, "columns": columns, "batch": self.batch}
+
+
+def part(**settings: Any) -> dict[str, Any]:
+    """A part that is read out of ComfyUI's files."""
+    return {"name": "comfy", "models": MODELS, **settings}
 
 
 def recipe(output: Output) -> Recipe:
@@ -77,14 +87,23 @@ class _Writer:
                 name = "image_upscale" if isinstance(each, Scaled) else "latent_upscale"
                 self._stage(each, name, **each.settings, **models)
             elif isinstance(each, Encoded):
-                self._encoded(each, [of for of in line[at:] if isinstance(of, Sampled)] if not self.samplers else [])
+                self._encoded(each, [of for of in line[at:] if isinstance(of, Sampled)])
             elif isinstance(each, Sampled):
-                self._sampled(each, line[at - 1])
+                self._sampled(each)
             else:
-                self._vae(each.vae, self._stage(each, "decode"), each.tiling)
+                made_by = [of for of in line[:at] if isinstance(of, Sampled)]
+                self._vae(each, each.vae, self._stage(each, "decode"), made_by[-1:], each.tiling)
         self.flow.append("write")
-        model = {"model": {"models": ""}} if self.parts else {}
+        of_flux = (
+            self.parts.get("text_encoder", {}).get("type") == "flux"
+            or "guidance" in self.made.rows
+            or "max_shift" in self.parts.get("denoiser", {})
+        )
+        dtype = {"dtype": "bfloat16" if of_flux else "float16"} if "denoiser" in self.parts else {}
+        model = {"model": {"models": "", **dtype}} if self.parts else {}
         self.made.config = {**model, **self.parts, "flow": self.flow}
+        once = {name: [of.place] for name, of in self.made.rows.items() if of.place is not None}
+        self.made.places, self.made.notices = {**once, **self.texts.places}, self.texts.notices
         if self.sampling:
             self.made.config["sampling"] = self.sampling
         if self.overrides:
@@ -103,23 +122,35 @@ class _Writer:
         self.made.stages[each.node.id] = called
         return called
 
-    def _vae(self, vae: Vae, stage: str, settings: Mapping[str, Any]) -> None:
-        config = {"name": "comfy", "models": MODELS, **vae.settings, **({"tiling": dict(settings)} if settings else {})}
+    def _vae(
+        self, each: Decoded | Encoded, vae: Vae, stage: str, samplers: Sequence[Sampled], tiling: Mapping[str, Any]
+    ) -> None:
+        """``samplers``: the one, first of all, that makes the latents or that they go to: how they are scaled is its network's."""
+        config = part(**vae.settings, **({"tiling": dict(tiling)} if tiling else {}))
+        if "vae" in vae.settings:
+            if not samplers:
+                raise RefusedError(
+                    each.node,
+                    "a VAE of a file of its own is supported where a sampler's model tells how its latents are scaled",
+                )
+            model = samplers[0].guider.model.settings
+            config |= {name: model[name] for name in ("checkpoint", "unet") if name in model}
         if self.parts.setdefault("vae", config) != config:
             self.overrides.setdefault(stage, {})["vae"] = config
 
     def _encoded(self, each: Encoded, samplers: list[Sampled]) -> None:
         if each.mask is not None:
             raise RefusedError(each.node, "masks are not supported: ComfyUI's are soft, and the job's are not")
-        if samplers:  # pictures and texts in one stage
+        both = bool(samplers) and not self.samplers  # pictures and texts in one stage
+        if both:
             self._text_encoder(samplers[0])
-        self._vae(each.vae, self._stage(each, "encode" if samplers else "encode_images"), {})
+        self._vae(each, each.vae, self._stage(each, "encode" if both else "encode_images"), samplers, {})
 
     def _text_encoder(self, each: Sampled) -> None:
         clip = each.guider.positive.clip
         if (negative := each.guider.negative) is not None and negative.clip.settings != clip.settings:
             raise RefusedError(each.node, "positive and negative come from two text encoders, and one is supported")
-        config = {"name": "comfy", "models": MODELS, **clip.settings, **self.texts.settings(each.guider)}
+        config = part(**clip.settings, **self.texts.settings(each.guider))
         if self.told is None:
             self.parts["text_encoder"] = config
         elif self.told != config:
@@ -127,7 +158,7 @@ class _Writer:
             self.overrides.setdefault(name, {})["text_encoder"] = config
         self.told = config
 
-    def _sampled(self, each: Sampled, before: Any) -> None:
+    def _sampled(self, each: Sampled) -> None:
         first, rows = self.samplers == 0, self.made.rows
         if first and self.told is None:
             self._text_encoder(each)
@@ -137,9 +168,10 @@ class _Writer:
         stage = self._stage(each, "denoise", None if first else _called(self.samplers))
         self.samplers += 1
         guider, sigmas = each.guider, each.sigmas
-        denoiser = {"name": "comfy", "models": MODELS, **guider.model.settings}
-        scheduler = {"name": str(each.sampler.name.value), **each.sampler.settings}
-        scheduler["grid"] = {"name": "comfy", **sigmas.settings}
+        denoiser = part(dtype="${model.dtype}", **guider.model.settings)
+        named = SAMPLERS[each.sampler.name]
+        grid = {"name": "comfy", **sigmas.settings, **named.grid, **(named.of_steps if sigmas.by_sampler else {})}
+        scheduler = {"name": "comfy", "sampler": each.sampler.name, **each.sampler.settings, "grid": grid}
         noise = "comfy" if each.noise.added else "none"
         own = {"steps": sigmas.steps, "guidance_scale": guider.cfg, "strength": sigmas.denoise}
         if (told := guider.positive.guidance) is not None:
@@ -147,9 +179,7 @@ class _Writer:
         other = guider.negative.guidance if guider.negative is not None else None
         if other not in (None, told) and guider.cfg != Setting(1.0):
             raise RefusedError(each.node, "positive and negative have different guidance, and one is supported")
-        if isinstance(before, Empty) and sigmas.denoise.value < 1 and sigmas.denoise.column is None:
-            raise RefusedError(each.node, f"denoise {sigmas.denoise.value:g} of an empty latent is not supported")
-        own |= {"seed": each.noise.seed, **({"scheduler": each.sampler.name} if each.sampler.name.column else {})}
+        own["seed"] = each.noise.seed
         if first:
             self.parts |= {"denoiser": denoiser, "scheduler": scheduler}
             self.sampling = {"first_noise": noise}

@@ -11,25 +11,25 @@ from latentmill.comfy.reading import LOADED, LOADED_ONCE, Inputs
 
 CLIP_TYPES = ("stable_diffusion", "sdxl", "sd3", "flux")
 """What CLIPLoader and its like call the families whose text encoders we have."""
-WEIGHT_DTYPES = ("default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2")
-DISCRETE_KINDS = ("eps", "v_prediction", "lcm", "x0")
+WEIGHT_DTYPES = ("default", "fp8_e4m3fn", "fp8_e5m2")
+DISCRETE_KINDS = ("eps", "v_prediction", "x0")
 
 
 def checkpoint(given: Inputs) -> Sequence[Any]:
-    """CheckpointLoaderSimple."""
+    """Denoiser, text_encoder and vae `comfy`, of one file."""
     settings = {"checkpoint": given.fixed("ckpt_name", str, LOADED_ONCE)}
     return Model(given.node, settings), Clip(given.node, settings), Vae(given.node, settings)
 
 
 def unet(given: Inputs) -> Sequence[Any]:
-    """UNETLoader."""
+    """Denoiser `comfy`, of a file of its own."""
     settings = {"unet": given.fixed("unet_name", str, LOADED_ONCE)}
     dtype = given.one_of("weight_dtype", WEIGHT_DTYPES, "default")
     return (Model(given.node, settings if dtype == "default" else {**settings, "weight_dtype": dtype}),)
 
 
 def clip(given: Inputs) -> Sequence[Any]:
-    """CLIPLoader, DualCLIPLoader, TripleCLIPLoader."""
+    """Text_encoder `comfy`, of one to three files; `type` stable_diffusion, sdxl, sd3 or flux."""
     numbers = {"CLIPLoader": [""], "DualCLIPLoader": ["1", "2"], "TripleCLIPLoader": ["1", "2", "3"]}[given.node.type]
     settings = {"files": [given.fixed(f"clip_name{number}", str, LOADED_ONCE) for number in numbers]}
     given.one_of("device", ("default", "cpu"), "default")
@@ -39,7 +39,7 @@ def clip(given: Inputs) -> Sequence[Any]:
 
 
 def vae(given: Inputs) -> Sequence[Any]:
-    """VAELoader."""
+    """Vae `comfy`, of a file of its own."""
     name = given.fixed("vae_name", str, LOADED_ONCE)
     if name in ("pixel_space", "taesd", "taesdxl", "taesd3", "taef1"):
         raise given.refuse(f"vae_name {name} is not supported: a file of a VAE is")
@@ -47,7 +47,7 @@ def vae(given: Inputs) -> Sequence[Any]:
 
 
 def lora(given: Inputs) -> Sequence[Any]:
-    """LoraLoader, LoraLoaderModelOnly."""
+    """One more of `loras` of the denoiser and the text encoder."""
     model, strength = given.take("model", Model), given.fixed("strength_model", float, LOADED)
     file = given.fixed("lora_name", str, LOADED_ONCE)
     if strength != 0:
@@ -59,7 +59,7 @@ def lora(given: Inputs) -> Sequence[Any]:
 
 
 def clip_skip(given: Inputs) -> Sequence[Any]:
-    """CLIPSetLastLayer."""
+    """`text_encoder.clip_skip`, one less than the layers counted from the end."""
     found, layer = given.take("clip", Clip), given.fixed("stop_at_clip_layer", int)
     if not -24 <= layer <= -1:
         raise given.refuse(f"stop_at_clip_layer must be from -24 to -1, not {layer}")
@@ -67,7 +67,7 @@ def clip_skip(given: Inputs) -> Sequence[Any]:
 
 
 def shift(given: Inputs) -> Sequence[Any]:
-    """ModelSamplingSD3, ModelSamplingAuraFlow."""
+    """`denoiser.shift`."""
     settings = {"shift": given.fixed("shift", float)}
     if given.node.type == "ModelSamplingAuraFlow":
         settings["multiplier"] = 1.0
@@ -75,21 +75,21 @@ def shift(given: Inputs) -> Sequence[Any]:
 
 
 def flux_shift(given: Inputs) -> Sequence[Any]:
-    """ModelSamplingFlux."""
+    """`denoiser.max_shift`, `base_shift` and the size between them."""
     settings = {name: given.fixed(name, float) for name in ("max_shift", "base_shift")}
     size = [given.fixed(name, int) for name in ("width", "height")]
     return (_sampled(given, {**settings, "shift_size": size}),)
 
 
 def discrete(given: Inputs) -> Sequence[Any]:
-    """ModelSamplingDiscrete."""
+    """`denoiser.prediction` and `zsnr`."""
     prediction = given.one_of("sampling", DISCRETE_KINDS)
     zsnr = given.fixed("zsnr", bool, default=False)
     return (_sampled(given, {"prediction": prediction, **({"zsnr": True} if zsnr else {})}),)
 
 
 def upscale_model(given: Inputs) -> Sequence[Any]:
-    """UpscaleModelLoader."""
+    """The model of a stage image_upscale."""
     return (UpscaleModel(given.node, given.fixed("model_name", str, LOADED_ONCE)),)
 
 

@@ -8,7 +8,9 @@ from typing import Any
 from latentmill.comfy import conditioning, loaders, pictures, sampling
 from latentmill.comfy.reading import Inputs
 
-OUTPUTS = ("SaveImage", "PreviewImage")
+SAVED = ("SaveImage", "SaveImageWebsocket")
+PREVIEWS = ("PreviewImage",)
+OUTPUTS = (*SAVED, *PREVIEWS)
 """What is run: these, and what they hang on."""
 CONSTANTS = (
     "PrimitiveInt PrimitiveFloat PrimitiveString PrimitiveStringMultiline PrimitiveBoolean INTConstant FloatConstant "
@@ -53,6 +55,7 @@ NODES: Mapping[str, Callable[[Inputs], Sequence[Any]]] = {
     **dict.fromkeys(sampling.SAMPLER_NODES, sampling.sampler_node),
     "BasicScheduler": sampling.basic_scheduler,
     **dict.fromkeys(sampling.SIGMA_NODES, sampling.sigma_node),
+    "SplitSigmas": sampling.split_sigmas,
     "EmptyLatentImage": pictures.empty,
     "EmptySD3LatentImage": pictures.empty,
     "EmptyHunyuanLatentVideo": pictures.empty,
@@ -68,5 +71,6 @@ NODES: Mapping[str, Callable[[Inputs], Sequence[Any]]] = {
     "ImageScaleBy": pictures.scale_image,
     "ImageUpscaleWithModel": pictures.scale_by_model,
     **dict.fromkeys(CONSTANTS, pictures.constant),
+    "Seed (rgthree)": pictures.constant,
     **dict.fromkeys(OUTPUTS, pictures.save),
 }

@@ -32,14 +32,14 @@ CROPPINGS = ("disabled", "center")
 
 
 def empty(given: Inputs) -> Sequence[Any]:
-    """EmptyLatentImage, EmptySD3LatentImage, EmptyHunyuanLatentVideo."""
+    """`width`, `height`, and as many pictures as the batch has."""
     if given.node.type == "EmptyHunyuanLatentVideo" and given.fixed("length", int) != 1:
         raise given.refuse("length above 1 is a video, and pictures are supported")
     return (Empty(given.node, given.whole("width"), given.whole("height"), given.fixed("batch_size", int)),)
 
 
 def load(given: Inputs) -> Sequence[Any]:
-    """LoadImage."""
+    """The row's `image`."""
     image = given.text("image")
     name, annotation = ANNOTATED.fullmatch(image.value).groups()  # type: ignore[union-attr]
     if annotation not in (None, "input"):
@@ -51,19 +51,19 @@ def load(given: Inputs) -> Sequence[Any]:
 
 
 def encode(given: Inputs) -> Sequence[Any]:
-    """VAEEncode."""
+    """A stage encode, or encode_images behind the first sampler."""
     return (Encoded(given.node, given.take("pixels", Picture), given.take("vae", Vae)),)
 
 
 def encode_for_inpaint(given: Inputs) -> Sequence[Any]:
-    """VAEEncodeForInpaint."""
+    """The same with a mask."""
     settings = {"grow_mask_by": given.fixed("grow_mask_by", int)}
     found = Encoded(given.node, given.take("pixels", Picture), given.take("vae", Vae), settings=settings)
     return (_masked(given, found),)
 
 
 def set_mask(given: Inputs) -> Sequence[Any]:
-    """SetLatentNoiseMask."""
+    """A mask beside encoded latents."""
     found = given.take("samples", Latent)
     if not isinstance(found, Encoded):
         raise given.refuse("a mask is supported where samples is a picture just encoded")
@@ -71,12 +71,12 @@ def set_mask(given: Inputs) -> Sequence[Any]:
 
 
 def decode(given: Inputs) -> Sequence[Any]:
-    """VAEDecode."""
+    """A stage decode."""
     return (Decoded(given.node, given.take("samples", Latent), given.take("vae", Vae), {}),)
 
 
 def decode_tiled(given: Inputs) -> Sequence[Any]:
-    """VAEDecodeTiled."""
+    """The same, tile by tile."""
     tiling = {"tile_size": given.fixed("tile_size", int), "overlap": given.fixed("overlap", int, default=64)}
     for name, default in (("temporal_size", 64), ("temporal_overlap", 8)):  # of videos
         given.fixed(name, int, default=default)
@@ -84,40 +84,45 @@ def decode_tiled(given: Inputs) -> Sequence[Any]:
 
 
 def scale_latent(given: Inputs) -> Sequence[Any]:
-    """LatentUpscale, LatentUpscaleBy."""
-    return (ScaledLatent(given.node, given.take("samples", Latent), _sized(given, LATENT_METHODS)),)
+    """A stage latent_upscale."""
+    latent, settings = given.take("samples", Latent), _sized(given, LATENT_METHODS, least=64)
+    return (ScaledLatent(given.node, latent, settings) if settings else latent,)
 
 
 def scale_image(given: Inputs) -> Sequence[Any]:
-    """ImageScale, ImageScaleBy."""
-    return (Scaled(given.node, given.take("image", Picture), _sized(given, IMAGE_METHODS)),)
+    """A stage image_upscale."""
+    image, settings = given.take("image", Picture), _sized(given, IMAGE_METHODS)
+    return (Scaled(given.node, image, settings) if settings else image,)
 
 
 def scale_by_model(given: Inputs) -> Sequence[Any]:
-    """ImageUpscaleWithModel."""
+    """The same with a network."""
     model = given.take("upscale_model", UpscaleModel)
     return (Scaled(given.node, given.take("image", Picture), {"model": model.file}),)
 
 
 def save(given: Inputs) -> Sequence[Any]:
-    """SaveImage, PreviewImage."""
+    """The dataset's `image`."""
     return (Output(given.node, given.take("images", Picture)),)
 
 
 def constant(given: Inputs) -> Sequence[Any]:
-    """A value on its way into inputs: the one that the node is given, under whatever name."""
+    """A value, where it is linked to."""
     [name] = [name for name in ("value", "string", "text", "seed") if name in given.node.inputs][:1] or ["value"]
     kind: type[Any] = type(given.node.inputs.get(name))
     read = given.text if kind is str else given.real if kind is float else given.whole if kind is int else None
     return (read(name) if read else Setting(given.fixed(name, bool)),)
 
 
-def _sized(given: Inputs, methods: Sequence[str]) -> dict[str, Any]:
+def _sized(given: Inputs, methods: Sequence[str], least: int = 1) -> dict[str, Any]:
+    """How, and to which size; a side of 0 follows from the other, and is left out. Nothing if both are 0, which stands for as it is."""
     settings: dict[str, Any] = {"method": given.one_of("upscale_method", methods)}
     if "scale_by" in given.node.inputs:
         return {**settings, "scale": given.fixed("scale_by", float)}
-    settings |= {name: given.fixed(name, int) for name in ("width", "height")}
-    return {**settings, "crop": given.one_of("crop", CROPPINGS)}
+    sides = {name: given.fixed(name, int) for name in ("width", "height")}
+    crop = given.one_of("crop", CROPPINGS)
+    sides = {name: max(least, side) for name, side in sides.items() if side}
+    return {**settings, **sides, "crop": crop} if sides else {}
 
 
 def _masked(given: Inputs, latent: Encoded) -> Encoded:

@@ -105,13 +105,13 @@ class Inputs:
         if name not in self.node.inputs:
             raise self.refuse(f"it has no input {name}")
         value: Value = self.node.inputs[name]
-        column = self._columns.get(name)
+        column, place = self._columns.get(name), (self.node.id, name)
         if isinstance(value, Link):
             found = self._linked.get(name)
             if not isinstance(found, Setting):
                 raise self.refuse(f"{name} is linked to what is no value")
-            value, column = found.value, column or found.column
-        return Setting(self._read(name, value, kind), column)
+            value, column, place = found.value, column or found.column, found.place or place
+        return Setting(self._read(name, value, kind), column, place)
 
     def _read(self, name: str, value: Any, kind: type[Any]) -> Any:
         """The value as ComfyUI would take it: ``int(value)``, ``float(value)`` or ``str(value)``."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from latentmill import registry
 from latentmill.comfy.flowing import (
     Cond,
     Guider,
@@ -18,7 +18,7 @@ from latentmill.comfy.flowing import (
     Sigmas,
 )
 from latentmill.comfy.reading import Inputs
-from latentmill.text import near
+from latentmill.schedulers.comfy_names import SAMPLERS
 
 SCHEDULERS = ("simple sgm_uniform karras exponential ddim_uniform beta normal linear_quadratic kl_optimal").split()
 TO_THE_END = 10_000
@@ -27,15 +27,15 @@ NO_SEED = Setting(0)
 
 
 def ksampler(given: Inputs) -> Sequence[Any]:
-    """KSampler."""
-    sigmas = Sigmas(given.node, _scheduler(given), given.whole("steps"), given.real("denoise"))
+    """A stage denoise, with scheduler and grid `comfy`."""
+    sigmas = Sigmas(given.node, _scheduler(given), given.whole("steps"), given.real("denoise"), by_sampler=True)
     sampler = _sampler(given)
     noise = Noise(given.node, given.whole("seed"), True)
     return (Sampled(given.node, given.take("latent_image", Latent), _guider(given), sampler, sigmas, noise),)
 
 
 def ksampler_advanced(given: Inputs) -> Sequence[Any]:
-    """KSamplerAdvanced."""
+    """The same for some of the steps; with leftover noise the next one goes on from there."""
     grid, start, end = _scheduler(given), given.fixed("start_at_step", int), given.fixed("end_at_step", int)
     if start:
         grid["start_at_step"] = start
@@ -43,7 +43,7 @@ def ksampler_advanced(given: Inputs) -> Sequence[Any]:
         grid["end_at_step"] = end
     if given.one_of("return_with_leftover_noise", ("disable", "enable")) == "enable":
         grid["leftover_noise"] = True
-    sigmas = Sigmas(given.node, grid, given.whole("steps"), Setting(1.0))
+    sigmas = Sigmas(given.node, grid, given.whole("steps"), Setting(1.0), by_sampler=True)
     sampler = _sampler(given)
     added = given.one_of("add_noise", ("enable", "disable")) == "enable"
     noise = Noise(given.node, given.whole("noise_seed"), added)
@@ -51,88 +51,107 @@ def ksampler_advanced(given: Inputs) -> Sequence[Any]:
 
 
 def sampler_custom(given: Inputs) -> Sequence[Any]:
-    """SamplerCustom."""
+    """The same of a sampler and sigmas that come over links."""
     noise = Noise(given.node, given.whole("noise_seed"), given.fixed("add_noise", bool))
     parts = given.take("sampler", Sampler), given.take("sigmas", Sigmas)
     return (Sampled(given.node, given.take("latent_image", Latent), _guider(given), *parts, noise),)
 
 
 def sampler_custom_advanced(given: Inputs) -> Sequence[Any]:
-    """SamplerCustomAdvanced."""
+    """The same with noise and guider apart."""
     parts = given.take("guider", Guider), given.take("sampler", Sampler), given.take("sigmas", Sigmas)
     return (Sampled(given.node, given.take("latent_image", Latent), *parts, given.take("noise", Noise)),)
 
 
 def basic_guider(given: Inputs) -> Sequence[Any]:
-    """BasicGuider."""
+    """`guidance_scale` 1: no negative prompt."""
     return (Guider(given.node, given.take("model", Model), given.take("conditioning", Cond), None, Setting(1.0)),)
 
 
 def cfg_guider(given: Inputs) -> Sequence[Any]:
-    """CFGGuider."""
+    """`guidance_scale`, and both prompts."""
     return (_guider(given),)
 
 
 def random_noise(given: Inputs) -> Sequence[Any]:
-    """RandomNoise."""
+    """`seed`."""
     return (Noise(given.node, given.whole("noise_seed"), True),)
 
 
 def no_noise(given: Inputs) -> Sequence[Any]:
-    """DisableNoise."""
+    """`first_noise: none`."""
     return (Noise(given.node, NO_SEED, False),)
 
 
 def sampler_select(given: Inputs) -> Sequence[Any]:
-    """KSamplerSelect."""
+    """The sampler of scheduler `comfy`."""
     return (_sampler(given),)
 
 
-SAMPLER_NODES: Mapping[str, tuple[str, Mapping[str, float]]] = {
-    "SamplerEulerAncestral": ("euler_ancestral", {"eta": 1.0, "s_noise": 1.0}),
-    "SamplerEulerAncestralCFGPP": ("euler_ancestral_cfg_pp", {"eta": 1.0, "s_noise": 1.0}),
-    "SamplerLMS": ("lms", {"order": 4}),
-    "SamplerDPMPP_2S_Ancestral": ("dpmpp_2s_ancestral", {"eta": 1.0, "s_noise": 1.0}),
-    "SamplerDPMPP_SDE": ("dpmpp_sde", {"eta": 1.0, "s_noise": 1.0, "r": 0.5}),
-    "SamplerDPMPP_2M_SDE": ("dpmpp_2m_sde", {"eta": 1.0, "s_noise": 1.0}),
-    "SamplerDPMPP_3M_SDE": ("dpmpp_3m_sde", {"eta": 1.0, "s_noise": 1.0}),
+SAMPLER_NODES = {
+    "SamplerEulerAncestral": "euler_ancestral",
+    "SamplerEulerAncestralCFGPP": "euler_ancestral_cfg_pp",
+    "SamplerLMS": "lms",
+    "SamplerDPMPP_2S_Ancestral": "dpmpp_2s_ancestral",
+    "SamplerDPMPP_SDE": "dpmpp_sde",
+    "SamplerDPMPP_2M_SDE": "dpmpp_2m_sde",
+    "SamplerDPMPP_3M_SDE": "dpmpp_3m_sde",
 }
-"""Nodes that are one sampler: its name, and its options with their defaults."""
+"""Nodes that are one sampler, by its name."""
+OPTIONS: Mapping[str, float | int | str] = {"eta": 1.0, "s_noise": 1.0, "r": 0.5, "order": 4, "solver_type": "midpoint"}
+"""What such nodes have, and what it is where none says more."""
 
 
 def sampler_node(given: Inputs) -> Sequence[Any]:
-    """SamplerEulerAncestral, SamplerEulerAncestralCFGPP and their like."""
-    name, defaults = SAMPLER_NODES[given.node.type]
-    options = {key: given.fixed(key, type(default)) for key, default in defaults.items()}
-    options = {key: value for key, value in options.items() if value != defaults[key]}
-    if "solver_type" in given.node.inputs and given.one_of("solver_type", ("midpoint", "heun")) == "heun":
-        name = f"{name}_heun"
-    if "noise_device" in given.node.inputs and given.one_of("noise_device", ("gpu", "cpu")) == "gpu":
-        name = f"{name}_gpu"
-    return (Sampler(given.node, Setting(name), options),)
+    """The same with its options."""
+    name = SAMPLER_NODES[given.node.type]
+    given.one_of("noise_device", ("gpu", "cpu"), "cpu")
+    settings = {key: given.fixed(key, type(usual)) for key, usual in OPTIONS.items() if key in given.node.inputs}
+    settings = {key: value for key, value in settings.items() if value != OPTIONS[key]}
+    if unknown := [key for key in settings if key not in SAMPLERS[name].settings]:
+        raise given.refuse(f"{unknown[0]} {settings[unknown[0]]} is not supported, only {OPTIONS[unknown[0]]}")
+    return (Sampler(given.node, name, settings),)
 
 
 def basic_scheduler(given: Inputs) -> Sequence[Any]:
-    """BasicScheduler."""
+    """The scheduler of grid `comfy`."""
     given.take("model", Model)
-    return (Sigmas(given.node, _scheduler(given), given.whole("steps"), given.real("denoise")),)
+    settings = {**_scheduler(given), "exact_steps": True}
+    return (Sigmas(given.node, settings, given.whole("steps"), given.real("denoise")),)
 
 
 SIGMA_NODES = {
     "KarrasScheduler": ("karras", ("sigma_max", "sigma_min", "rho")),
     "ExponentialScheduler": ("exponential", ("sigma_max", "sigma_min")),
+    "PolyexponentialScheduler": ("polyexponential", ("sigma_max", "sigma_min", "rho")),
+    "LaplaceScheduler": ("laplace", ("sigma_max", "sigma_min", "mu", "beta")),
+    "VPScheduler": ("vp", ("beta_d", "beta_min", "eps_s")),
     "BetaSamplingScheduler": ("beta", ("alpha", "beta")),
+    "SDTurboScheduler": ("sd_turbo", ()),
+    "AlignYourStepsScheduler": ("align_your_steps", ()),
 }
-"""Nodes that are one scheduler with numbers of its own."""
+"""Nodes that are one scheduler, with numbers of their own."""
 
 
 def sigma_node(given: Inputs) -> Sequence[Any]:
-    """KarrasScheduler, ExponentialScheduler, BetaSamplingScheduler."""
+    """The same with its numbers."""
     name, numbers = SIGMA_NODES[given.node.type]
     if "model" in given.node.inputs:
         given.take("model", Model)
     settings = {"scheduler": name, **{key: given.fixed(key, float) for key in numbers}}
-    return (Sigmas(given.node, settings, given.whole("steps"), Setting(1.0)),)
+    if name == "align_your_steps":
+        settings["model"] = given.one_of("model_type", ("SD1", "SDXL", "SVD"))
+    denoise = given.real("denoise") if "denoise" in given.node.inputs else Setting(1.0)
+    return (Sigmas(given.node, settings, given.whole("steps"), denoise),)
+
+
+def split_sigmas(given: Inputs) -> Sequence[Any]:
+    """The steps of two stages denoise."""
+    sigmas, step = given.take("sigmas", Sigmas), given.fixed("step", int)
+    if sigmas.settings.keys() & {"start_at_step", "end_at_step"}:
+        raise given.refuse("what was split once is not split again")
+    high = {**sigmas.settings, "end_at_step": step, "leftover_noise": True}
+    return replace(sigmas, settings=high), replace(sigmas, settings={**sigmas.settings, "start_at_step": step})
 
 
 def _scheduler(given: Inputs) -> dict[str, Any]:
@@ -140,12 +159,10 @@ def _scheduler(given: Inputs) -> dict[str, Any]:
 
 
 def _sampler(given: Inputs) -> Sampler:
-    found = Sampler(given.node, given.text("sampler_name"), {})
-    if found.name.value not in (known := {entry.name for entry in registry.entries("scheduler")}):
-        raise given.refuse(
-            f"sampler_name {found.name.value!r:.60} is not supported{near(str(found.name.value), known)}"
-        )
-    return found
+    name = given.one_of("sampler_name", [*SAMPLERS, *(f"{name}_gpu" for name in SAMPLERS)]).removesuffix("_gpu")
+    if SAMPLERS[name].refused:
+        raise given.refuse(f"sampler_name {name} is not supported: {SAMPLERS[name].refused}")
+    return Sampler(given.node, name, {})
 
 
 def _guider(given: Inputs) -> Guider:

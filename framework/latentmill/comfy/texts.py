@@ -21,6 +21,10 @@ class Texts:
     """``prompt`` and ``negative_prompt``, as far as there are."""
     more: list[str] = field(default_factory=list)
     """Further columns."""
+    places: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    """Of each of them: the inputs that it gives, by node id and name."""
+    notices: list[str] = field(default_factory=list)
+    """What is likely not meant."""
 
     def settings(self, guider: Guider) -> dict[str, Any]:
         """The settings ``positive`` and ``negative`` of the text encoder for a sampler; none where they are plain. Raises RefusedError."""
@@ -62,8 +66,12 @@ class Texts:
     def _leaf(self, words: Words, name: str, hidden: bool) -> dict[str, str]:
         text = words.text
         if text == self.fields.get(name):
-            return {"text": name}
+            return self._own(name, text)
         if text.column is None or hidden:  # of what is zeroed out nothing is left but its length
+            own = self.fields.get(name)
+            if not hidden and own is not None and own.value == text.value and text.place is not None:
+                as_is = f"{words.node} keeps its text, which is the one that the column {own.column} replaces elsewhere"
+                self.notices.append(f"{as_is}: map.{'.'.join(text.place)}={own.column} replaces it, too")
             return {"words": str(text.value)}
         if text.column in ("prompt", "negative_prompt"):
             raise RefusedError(
@@ -72,7 +80,12 @@ class Texts:
             )
         if text.column not in self.more:
             self.more.append(text.column)
-        return {"text": text.column}
+        return self._own(text.column, text)
+
+    def _own(self, name: str, text: Setting) -> dict[str, str]:
+        if text.place is not None and text.place not in (places := self.places.setdefault(name, [])):
+            places.append(text.place)
+        return {"text": name}
 
 
 def _own(cond: Cond, taken: str | None) -> Setting | None:

@@ -107,9 +107,11 @@ def parse(content: Any) -> Workflow:
     if isinstance(content.get("nodes"), list):
         raise JobError(f"it is a workflow as ComfyUI's editor saves it, without what runs: {EXPORT}")
     nodes = {}
+    if not any(_is_node(about) for about in content.values()):
+        raise JobError(f"none of it is a node of a workflow, with a class_type; {EXPORT}")
     for key, about in content.items():
-        if not isinstance(about, Mapping) or not isinstance(about.get("class_type"), str):
-            raise JobError(f"{escaped(str(key))} is no node of a workflow, since it has no class_type; {EXPORT}")
+        if not _is_node(about):  # notes of whoever made the file; a link to one leads nowhere
+            continue
         inputs, meta = about.get("inputs", {}), about.get("_meta") or {}
         title = meta.get("title") if isinstance(meta, Mapping) else None
         if not isinstance(inputs, Mapping):
@@ -117,6 +119,10 @@ def parse(content: Any) -> Workflow:
         held = {str(of): _value(value) for of, value in inputs.items()}
         nodes[str(key)] = WorkflowNode(str(key), about["class_type"], str(title or about["class_type"]), held)
     return Workflow(nodes, content)
+
+
+def _is_node(about: Any) -> bool:
+    return isinstance(about, Mapping) and isinstance(about.get("class_type"), str)
 
 
 def _unwrapped(content: Any) -> Any:

@@ -57,9 +57,11 @@ class Parquet(Sink):
 
     suffix = ".parquet"
 
-    def __init__(self, image_format: str = "png", quality: int = 90) -> None:
-        """``quality``, 1 to 100, is that of webp and jpeg; png is without loss."""
-        self.pictures = PictureFiles(image_format, quality)
+    def __init__(
+        self, image_format: str = "png", quality: int = 90, picture_text: Mapping[str, Any] | None = None
+    ) -> None:
+        """``quality``, 1 to 100, is that of webp and jpeg; png is without loss, and can carry ``picture_text``: see ``PictureFiles``."""
+        self.pictures = PictureFiles(image_format, quality, picture_text)
 
     def pack(self, batch: pa.Table) -> pa.Table:
         fields: list[pa.Field] = []
@@ -71,7 +73,9 @@ class Parquet(Sink):
                 columns.append(column)
             elif field.name == "image":
                 fields.append(pa.field("image", PICTURE))
-                columns.append(self._pictures(batch.column("row_id").to_pylist(), tensors.from_arrow(batch, "image")))
+                columns.append(
+                    self._pictures(batch.column("row_id").to_pylist(), tensors.from_arrow(batch, "image"), batch)
+                )
                 metadata[b"huggingface"] = json.dumps(FEATURES).encode()
             elif field.name == "video":
                 clips = tensors.from_arrow(batch, "video")
@@ -102,8 +106,8 @@ class Parquet(Sink):
             columns.append(_states(batch))
         return pa.Table.from_arrays(columns, schema=pa.schema(fields, metadata=metadata))
 
-    def _pictures(self, row_ids: list[str], images: Tensor) -> pa.StructArray:
-        files = list(self.pictures.encode(images))
+    def _pictures(self, row_ids: list[str], images: Tensor, batch: pa.Table | None = None) -> pa.StructArray:
+        files = list(self.pictures.encode(images, batch))
         paths = [row_id + self.pictures.extension for row_id in row_ids]
         return pa.StructArray.from_arrays(
             [pa.array(files, pa.binary()), pa.array(paths, pa.string())], fields=list(PICTURE)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from latentmill.plugin import RowError
 
 if TYPE_CHECKING:  # who reads no tensors takes no torch, and no Pillow
+    import pyarrow as pa
     from torch import Tensor
 
 
@@ -18,12 +20,18 @@ EXTENSIONS = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
 
 @dataclass(frozen=True)
 class PictureFiles:
-    """How pictures become files. ``quality``, 1 to 100, is that of webp and jpeg; png is without loss."""
+    """How pictures become files. ``quality``, 1 to 100, is that of webp and jpeg; png is without loss.
+
+    ``text`` is what a png carries, JSON by keyword; ``{column: NAME}`` in it is the row's value.
+    """
 
     image_format: str = "png"
     quality: int = 90
+    text: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        if self.text and self.image_format != "png":
+            raise ValueError(f"picture_text is what png carries, and image_format is {self.image_format}")
         if self.image_format not in EXTENSIONS:
             raise ValueError(f"image_format must be one of {', '.join(EXTENSIONS)}, not {self.image_format!r}")
         if not 1 <= self.quality <= 100:
@@ -34,15 +42,52 @@ class PictureFiles:
         """Of their names, with the dot."""
         return EXTENSIONS[self.image_format]
 
-    def encode(self, images: Tensor) -> Iterator[bytes]:
-        """The files of pictures ``images[B, H, W, 3]``, uint8 RGB."""
-        from PIL import Image
+    def encode(self, images: Tensor, batch: pa.Table | None = None) -> Iterator[bytes]:
+        """The files of pictures ``images[B, H, W, 3]``, uint8 RGB; ``batch``: their rows, whose values ``text`` may name.
 
-        for pixels in images.numpy():
-            file = io.BytesIO()
+        Raises ValueError if it names a column that isn't there.
+        """
+        from PIL import Image
+        from PIL.PngImagePlugin import PngInfo
+
+        told = [{}] * len(images) if batch is None else [*self._texts(batch)]
+        for pixels, texts in zip(images.numpy(), told):
+            file, about = io.BytesIO(), PngInfo()
+            for key, value in texts.items():
+                about.add_text(key, value)
             # Pillow has no quality of PNG; it ignores it.
-            Image.fromarray(pixels).save(file, self.image_format.upper(), quality=self.quality)
+            carried = {"pnginfo": about} if texts else {}
+            Image.fromarray(pixels).save(file, self.image_format.upper(), quality=self.quality, **carried)
             yield file.getvalue()
+
+    def _texts(self, batch: pa.Table) -> Iterator[dict[str, str]]:
+        """What each row's picture carries."""
+        if not self.text:
+            yield from ({} for _ in range(len(batch)))
+            return
+        names = {*_columns(self.text)}
+        if missing := names - {*batch.column_names}:
+            raise ValueError(f"picture_text: there is no column {min(missing)}")
+        for row in batch.select(sorted(names)).to_pylist() if names else [{}] * len(batch):
+            yield {key: json.dumps(_filled(value, row)) for key, value in self.text.items()}
+
+
+def _columns(value: Any) -> Iterator[str]:
+    """The columns that a picture's text names."""
+    if isinstance(value, Mapping) and [*value] == ["column"]:
+        yield str(value["column"])
+    else:
+        for inside in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+            yield from _columns(inside)
+
+
+def _filled(value: Any, row: Mapping[str, Any]) -> Any:
+    """A picture's text with a row's values."""
+    if isinstance(value, Mapping):
+        if [*value] == ["column"]:
+            return row[str(value["column"])]
+        return {key: _filled(inside, row) for key, inside in value.items()}
+    return [_filled(inside, row) for inside in value] if isinstance(value, list) else value
 
 
 def decode(content: bytes) -> Tensor:

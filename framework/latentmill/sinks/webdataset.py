@@ -67,9 +67,11 @@ class WebDataset(Sink):
     contract = 2
     suffix = ".tar"
 
-    def __init__(self, image_format: str = "png", quality: int = 90) -> None:
-        """``quality``, 1 to 100, is that of webp and jpeg; png is without loss."""
-        self.pictures = PictureFiles(image_format, quality)
+    def __init__(
+        self, image_format: str = "png", quality: int = 90, picture_text: Mapping[str, Any] | None = None
+    ) -> None:
+        """``quality``, 1 to 100, is that of webp and jpeg; png is without loss, and can carry ``picture_text``: see ``PictureFiles``."""
+        self.pictures = PictureFiles(image_format, quality, picture_text)
 
     def pack(self, batch: pa.Table) -> pa.Table:
         plain = [field.name for field in batch.schema if not tensors.is_tensor(field)]
@@ -86,7 +88,7 @@ class WebDataset(Sink):
                 table = table.replace_schema_metadata(about)
             if field.name == "image":
                 suffix = self.pictures.extension.removeprefix(".")
-                contents = self.pictures.encode(tensors.from_arrow(batch, "image"))
+                contents = self.pictures.encode(tensors.from_arrow(batch, "image"), batch)
                 found = [{"column": "image", "suffix": suffix, "dtype": "uint8", "content": c} for c in contents]
             elif field.name in (*LATENTS, "video") or field.name.startswith((STATE_PREFIX, *CONDITIONING)):
                 found = _arrays(field.name, tensors.from_arrow(batch, field.name))

@@ -34,6 +34,8 @@ ROWS_AHEAD = 64
 """Rows, at most, of which the pictures are fetched together."""
 HELD_AHEAD = 16 << 20
 """Bytes of pictures that rows bring themselves, at most, while others are waited for."""
+OPENED = ("ours", "comfy")
+"""Ways to open a picture that a source is told by its settings; ``size`` has more."""
 TWINS = 100_000
 """Rows that are looked at, before a job starts, for two that will be the same picture."""
 
@@ -49,7 +51,8 @@ class Prompts(Source):
     text or whole numbers, that tells the rows apart; the job's ``source.keep`` names columns that travel. ``columns``
     says what the file calls a column of ours: ``{prompt: caption}``. ``defaults`` are what a row says where the file doesn't, and pictures
     among them lie where their path says; with a ``prompt`` there, the file needs none. ``encoding`` is that of all text files; without
-    it they are UTF-8, UTF-16, or else cp1252.
+    it they are UTF-8, UTF-16, or else cp1252. ``opened: comfy`` opens pictures as ComfyUI does: transparent parts show the colours behind
+    them, and not white.
     """
 
     contract = 2
@@ -64,6 +67,7 @@ class Prompts(Source):
         columns: Mapping[str, str] | None = None,
         encoding: str | None = None,
         defaults: Mapping[str, Any] | None = None,
+        opened: str = "ours",
     ) -> None:
         if max_pixels < 1:
             raise ValueError(f"max_pixels must be 1 or more, not {max_pixels}")
@@ -71,7 +75,9 @@ class Prompts(Source):
         self._given, self._encoding = _checked({} if columns is None else columns), _known(encoding)
         if not isinstance(defaults, Mapping | None):
             raise ValueError(f"defaults must be as {{seed: 7}}, not {defaults!r}")
-        self.defaults = dict(defaults or {})
+        if opened not in OPENED:
+            raise ValueError(f"opened must be {' or '.join(OPENED)}, not {opened!r}")
+        self.defaults, self.pixels = dict(defaults or {}), opened
         self.needs_prompt = "prompt" not in self.defaults
         self._readers: dict[str, FileReader] = {}
         self._notices: dict[str, list[str]] = {}  # each line, and the files that it is of

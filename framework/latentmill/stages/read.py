@@ -79,6 +79,8 @@ class Read(Stage):
         self.source.job_fields, self.source.kept = self.columns.fields, self.columns.kept
         self.source.wants_conditioning = PROMPT_PREFIX in context.declaration.adds
         self.sampling, self.require = context.sampling, context.require_fragment
+        self.begins_empty = context.sampling["first_noise"] in ("comfy", "none")
+        """Whether latents of nothing may begin with a share of the noise."""
         self.size = Size.of(context.size) if context.size is not None else None
         if self.size is not None:
             self.source.pixels = self.size.pixels
@@ -263,7 +265,7 @@ class Read(Stage):
             values["width"] = values["height"] = 0  # the column has no nulls
         elif values["width"] is None:
             raise RowError("a row without a picture needs width and height")
-        elif self.denoises and (strength := values[self.fields.strength]) < 1.0:
+        elif self.denoises and not self.begins_empty and (strength := values[self.fields.strength]) < 1.0:
             raise RowError(
                 f"{self.fields.strength} {strength:g} is for rows with a picture or latents, and there are none"
             )
