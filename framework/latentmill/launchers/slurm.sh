@@ -12,7 +12,7 @@ case $log in
 esac
 if [ -z "$log" ]; then echo "latentmill: the folder of this job is not known" >&2; exit 4; fi
 beside=${log%/*} task=${SLURM_ARRAY_TASK_ID:-0}
-child='' cluster='' begun='' drained='' cancelled='' signalled=''
+child='' cluster='' begun='' fewer='' drained='' cancelled='' signalled=''
 
 # TERM: the time is nearly up, or others need the nodes. INT: latentmill cancel. The driver ends with what is nearly done.
 trap 'drained=yes signalled=yes; if [ "$child" ]; then kill -TERM "$child"; fi' TERM USR1
@@ -42,10 +42,14 @@ run() { # returns the command's exit code; a trap ends a wait before its time
 }
 
 finish() { # with this exit code, or in the queue again
-    local code=$1 state failures=0
+    local code=$1 late state failures=0
+    if [ "$code" = 2 ] && [ "$fewer" ]; then code=4; fi # it may fit on all of them
     if [ "$cluster" ]; then
-        kill -TERM "$cluster" 2>/dev/null
+        kill -USR1 "$cluster" 2>/dev/null # srun hands it on to Ray's nodes, which clean up; of SIGTERM it makes SIGKILL
+        { sleep 20 && kill -TERM "$cluster"; } 2>/dev/null &
+        late=$!
         wait "$cluster" 2>/dev/null
+        kill "$late" 2>/dev/null
     fi
     rm -rf "$job"
     if [ "$code" = 0 ] && [ "$output" ] && ! [ -e "$output/_SUCCESS" ]; then # nothing else says that all is there
