@@ -6,9 +6,9 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tests.simulation.actor import Actor
 from tests.simulation.settings import DRAWS, EARLY, LARGEST_ROW, NAMES, Gone, Row, Wrong, attempt_of, value
 
 from latentmill.driver.limits import MAX_QUARANTINED_ON_TRUST
@@ -16,6 +16,7 @@ from latentmill.driver.messages import (
     AskFor,
     Died,
     Dispatch,
+    Draining,
     Event,
     Failed,
     Finished,
@@ -33,17 +34,6 @@ from latentmill.stages import write
 
 if TYPE_CHECKING:
     from tests.simulation.world import Driver, World
-
-
-@dataclass(eq=False)
-class Actor:
-    """A worker on a node, and what it has been given."""
-
-    worker_type: int
-    id: int
-    node: int
-    orders: list[Dispatch] = field(default_factory=list)
-    busy: bool = False
 
 
 class Pool:
@@ -380,8 +370,15 @@ class Pool:
             self._expect_node(self.world.dice.uniform(5, 40))
 
     def _node_goes(self) -> None:
-        if self.nodes:
-            self._node_dies(self.world.dice.choice(self.nodes))
+        """One is lost, or drained some seconds before it goes."""
+        if not self.nodes:
+            return
+        node, drained = self.world.dice.choice(self.nodes), self.world.dice.random() < 0.5
+        if drained:
+            there = [actor for actor in self.actors.values() if actor.node == node]
+            self.inbox += [Draining(actor.worker_type, actor.id) for actor in there]
+        seconds = self.world.dice.uniform(0, 20) if drained else 0.0
+        self.driver._while_alive(seconds, lambda: self._node_dies(node) if node in self.nodes else None)
 
     def _expect_node(self, seconds: float) -> None:
         self.expected += 1

@@ -11,6 +11,7 @@ from latentmill.driver.messages import (
     DatasetChecked,
     Died,
     Dispatch,
+    Draining,
     Event,
     Failed,
     Finished,
@@ -38,6 +39,8 @@ def apply(state: DriverState, event: Event) -> DriverState:
             _memory_seen(state, event.worker_type, event.memory)
     elif isinstance(event, Died):
         failures.worker_died(state, event)
+    elif isinstance(event, Draining):
+        drain.worker_drains(state, event)
     elif isinstance(event, NodesSeen):
         state.nodes, state.batches_to_measure, state.room_changed = event.nodes, 0, True
         state.most_replicas, state.more_come = [inf] * len(state.worker_types), event.more_come

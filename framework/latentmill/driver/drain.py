@@ -1,4 +1,5 @@
-"""A driver that stops: it finishes what it can, has its workers hand over what they hold, and has that kept half done.
+"""A driver that stops: it finishes what it can, has its workers hand over what they hold, and has that kept half done. And a worker whose
+node is drained: it hands over, too, and others go on with that.
 
 Of each open shard that is not committed one file is kept, with the rows that have been read: each as it came to the stage that it is
 to do next, or as a stage that works step by step left it. Rows that failed are not in it: the next driver tries them again, as
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from latentmill.driver.messages import Dispatch, HandOver, Order, Stop, TableSlice
+from latentmill.driver.messages import Dispatch, Draining, HandOver, Order, Stop, TableSlice
 from latentmill.driver.state import DriverState
 
 WAYS_TO_STOP = ("", "finish", "hand over", "keep", "stopped")
@@ -21,6 +22,16 @@ def told_to_stop(state: DriverState, event: Stop) -> None:
         if event.how == "keep":
             _begin_to_keep(state)
         state.stopping.how = event.how
+
+
+def worker_drains(state: DriverState, event: Draining) -> None:
+    """Give a worker nothing more, have it hand over what it holds, and start another in its place. It ends when it holds nothing."""
+    if event.worker not in state.workers[event.worker_type]:
+        return
+    if event.worker not in state.leaving:
+        state.leaving[event.worker] = event.worker_type
+        state.start_worker(event.worker_type)
+    state.worker_orders.append(HandOver(event.worker))
 
 
 def next_step(state: DriverState) -> list[Order]:

@@ -143,12 +143,13 @@ class CheckDataset:
 
 @dataclass(frozen=True)
 class HandOver:
-    """An order to a worker, as the driver stops: give back all that is not at its end, as far as it is."""
+    """An order to a worker, as the driver stops or its node is drained: give back all that is not at its end, as far as it is."""
 
     worker: int
 
 
-PoolOrder: TypeAlias = "StartWorker | StopWorker | AskFor | HandOver | Dispatch"
+WorkerOrder: TypeAlias = "StartWorker | StopWorker | AskFor | HandOver"
+PoolOrder: TypeAlias = "WorkerOrder | Dispatch"
 Order: TypeAlias = "PoolOrder | Claim | CheckDataset"
 
 # ------------------------------------------------------------------------------------------------------- events
@@ -208,6 +209,14 @@ class Died:
     """Its node went, and all that was on it: no row is to blame."""
     wrong: bool = False
     """It is not what the plan says, and no other on its node would be. Ends the job, unless it was one too many: no row is to blame."""
+
+
+@dataclass(frozen=True)
+class Draining:
+    """A worker's node is about to be taken away."""
+
+    worker_type: int
+    worker: int
 
 
 @dataclass(frozen=True)
@@ -288,4 +297,4 @@ class TakenUp:
     """The attempt that rows are at, of those that are not at their first."""
 
 
-Event: TypeAlias = "Started | Finished | Failed | Died | NodesSeen | Claimed | LeasesSeen | DatasetChecked | TakenOut | Stop | HandedOver | TakenUp"
+Event: TypeAlias = "Started | Finished | Failed | Died | Draining | NodesSeen | Claimed | LeasesSeen | DatasetChecked | TakenOut | Stop | HandedOver | TakenUp"

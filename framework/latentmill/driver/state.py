@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any, NamedTuple
 
-from latentmill.driver.messages import AskFor, Dispatch, StageSpec, StartWorker, StopWorker, TableSlice, WorkerType
+from latentmill.driver.messages import Dispatch, StageSpec, StartWorker, TableSlice, WorkerOrder, WorkerType
 from latentmill.driver.stopping import Stopping
 from latentmill.driver.waiting import Chunk, Rank, Ranking, StageQueue, StageTime
 
@@ -120,7 +120,7 @@ class DriverState:
     """Blocks that nothing needs any more: whoever holds them empties this list."""
 
     # Workers
-    worker_orders: list[StartWorker | StopWorker | AskFor] = field(default_factory=list)
+    worker_orders: list[WorkerOrder] = field(default_factory=list)
     """Not given out yet."""
     starting: set[tuple[int, int]] = field(default_factory=set)
     type_of: list[int] = field(default_factory=list)

@@ -15,7 +15,13 @@ beside=${log%/*} task=${SLURM_ARRAY_TASK_ID:-0}
 child='' cluster='' begun='' fewer='' drained='' cancelled='' signalled=''
 
 # TERM: the time is nearly up, or others need the nodes. INT: latentmill cancel. The driver ends with what is nearly done.
-trap 'drained=yes signalled=yes; if [ "$child" ]; then kill -TERM "$child"; fi' TERM USR1
+# Once more: the time is up, and SIGKILL comes in KillWait seconds. Slurm tells the driver itself, for which SIGTERM after SIGUSR1 is
+# the end of what may be finished; a third signal would have it keep nothing.
+notice() {
+    if [ -z "$drained" ] && [ "$child" ]; then kill -USR1 "$child"; fi
+    drained=yes signalled=yes
+}
+trap notice TERM USR1
 trap 'cancelled=yes signalled=yes; if [ "$child" ]; then kill -TERM "$child"; fi' INT
 
 # Ray's sockets lie in it, and a socket's path has room for 107 signs.

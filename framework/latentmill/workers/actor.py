@@ -37,6 +37,8 @@ class Ready:
     """The bytes that it holds."""
     wrong: str = ""
     """Why it can't work for this plan."""
+    node_id: str = ""
+    """Ray's id of its node."""
 
 
 class _Actor(Worker):
@@ -65,7 +67,7 @@ class _Actor(Worker):
             self.is_ready = Ready(this_node(), self.probe(), self.loaded, self.heard(), notice, memory_held())
 
     def ready(self) -> Ready:
-        return self.is_ready
+        return replace(self.is_ready, node_id=ray.get_runtime_context().get_node_id())
 
     @ray.method(concurrency_group="told")
     def told_to_hand_over(self) -> None:

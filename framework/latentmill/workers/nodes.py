@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, cast
 import ray
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray._private.state import available_resources_per_node
+from ray._private.state import state as ray_state
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_get
@@ -27,8 +28,18 @@ Resources: TypeAlias = Mapping[str, float]
 
 
 def alive() -> dict[str, Resources]:
-    """What each node has in all, by its id."""
-    return {node["NodeID"]: node["Resources"] for node in cast(Any, ray).nodes() if node["Alive"]}
+    """What each node has in all, by its id: of those that stay."""
+    drained = draining()
+    found = (node for node in cast(Any, ray).nodes() if node["Alive"] and node["NodeID"] not in drained)
+    return {node["NodeID"]: node["Resources"] for node in found}
+
+
+def draining() -> set[str]:
+    """The ids of nodes that are about to be taken away: preempted ones, and those on which ``ray start`` was told to end.
+
+    Ray has no public word for it; Ray Serve asks the same.
+    """
+    return set(cast(Any, ray_state).get_draining_nodes())
 
 
 def has_autoscaler() -> bool:

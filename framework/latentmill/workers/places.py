@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from typing import Any, cast
 
@@ -94,6 +94,8 @@ class Places:
         """Of what is lost while the job runs."""
         self.looked = 0.0
         """When it was last looked for that."""
+        self.drained: Set[str] = frozenset()
+        """The ids of nodes that are about to be taken away: nobody comes in the place of who leaves them."""
         if wait is None:
             check_placement(setups, list(alive().values()))
         needed = [number for number, setup in enumerate(setups) for _ in range(setup.fewest) if setup.asks]
@@ -153,7 +155,7 @@ class Places:
         else:  # what others only wait for is no reason to give this one away: another job may be quicker
             ready = [place for other, place in self.taken.items() if other not in starting]
             others = sum(self.groups[other] == worker_type for other in (*ready, *self.free[worker_type]))
-        if others >= kept:
+        if others >= kept or (self.drained and _node_of(place) in self.drained):
             remove_placement_group(place)
             del self.groups[place]
         else:

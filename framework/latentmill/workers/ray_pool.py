@@ -29,6 +29,7 @@ from latentmill.driver.messages import (
     AskFor,
     Died,
     Dispatch,
+    Draining,
     Event,
     Failed,
     Finished,
@@ -44,6 +45,7 @@ from latentmill.workers.actor import REMOTE, Ready, resources
 from latentmill.workers.answers import handed_over, taken_up
 from latentmill.workers.cluster import disconnect
 from latentmill.workers.context import store_environment
+from latentmill.workers.draining import DrainedNodes
 from latentmill.workers.nodes import Nodes
 from latentmill.workers.places import PATIENCE, Places
 from latentmill.workers.watch import Watch
@@ -102,6 +104,7 @@ class RayPool:
         finds = any(setup.replicas is None or setup.min_replicas is not None for setup in setups)
         self.nodes = Nodes(self.places.by_node, watch=not owns_cluster) if finds else None
         """The nodes, if it depends on them how many workers there are."""
+        self.drained = DrainedNodes(self._there)
 
     def submit(self, order: PoolOrder) -> None:
         if isinstance(order, StopWorker):
@@ -167,7 +170,10 @@ class RayPool:
         as places have been lacking for longer than ``wait``.
         """
         self.places.require(self.types, self.actors, self.starting)
-        events: list[Event] = self.nodes.news(not self.actors.keys() - self.places.taken.keys()) if self.nodes else []
+        leave = [] if self.owns_cluster else self.drained.news()
+        events: list[Event] = [Draining(self.types[worker], worker) for worker in leave]
+        self.places.drained = self.drained.nodes
+        events += self.nodes.news(not self.actors.keys() - self.places.taken.keys()) if self.nodes else []
         dead: dict[int, RayError] = {}
         waits = bool(self.starting or self.heard)
         while True:
@@ -210,6 +216,7 @@ class RayPool:
         seconds = time.monotonic() - self.asked.pop(start.worker)
         found: Ready = future.result()
         self.watch.runs(start.worker, found.node)
+        self.drained.node_of[start.worker] = found.node_id
         for stage, messages in found.heard.items():
             self.watch.heard(stage, messages, start.worker)
         self.watch.noticed(start.worker, "", found.notice)
@@ -328,6 +335,10 @@ class RayPool:
                 events.append(Died(self.types[worker], worker, reason))
         return events
 
+    def _there(self) -> list[Any]:
+        under_way = {id for held in self.in_flight.values() for id in held}
+        return [block for id, block in self.blocks.items() if id not in under_way]
+
     def release(self, block: int) -> None:
         self.blocks.pop(block, None)
 
@@ -351,6 +362,7 @@ class RayPool:
         if actor := self.actors.pop(worker, None):
             ray.kill(actor)
         self.places.give_back(worker, self.starting)
+        self.drained.gone(worker)
         self.heard.pop(worker, None)
         self.starting.pop(worker, None)
         self.asked.pop(worker, None)

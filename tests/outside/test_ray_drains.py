@@ -1,0 +1,63 @@
+"""A node that Ray drains: its workers hand over what they hold, half done or whole, and nothing is computed twice."""
+
+import os
+import time
+
+import pytest
+import ray
+from ray._raylet import GcsClient
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+from tests.outside.drain_parts import CODE, POINTS, Counted
+from tests.outside.test_wait_and_grow import Nodes, running, until
+
+from latentmill.workers.cluster import connect
+
+PREDICT = "    def predict(self, x, t, conditioning):\n"
+
+
+@pytest.fixture
+def counted(latentmill, install, tmp_path, monkeypatch):
+    """It takes its time, so that a node can be drained amid a batch."""
+    slow = f"{PREDICT}        __import__('time').sleep(0.2)\n"
+    install("acme", POINTS, acme_counts=CODE.replace(PREDICT, slow))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), os.environ["PYTHONPATH"]]))
+    return Counted(latentmill, tmp_path)
+
+
+def drain(nodes, node, seconds=120):
+    told = GcsClient(address=nodes.cluster.address).drain_node(
+        node,
+        DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
+        "a spot instance",
+        int(time.time() + seconds) * 1000,
+    )
+    assert told[0], told
+
+
+def test_what_is_half_done_on_a_node_that_is_drained_goes_on_elsewhere(counted, tmp_path, caplog):
+    """Also what waits there for the rest of its shard: the node goes as soon as nobody works on it."""
+    nodes = Nodes()
+    connect(nodes.cluster.address)
+    try:
+        first = nodes.add()
+        few = [f"stages.{stage}.num_cpus=0.1" for stage in ("read", "write")]
+        place = ["cluster=ray", f"cluster.address={nodes.cluster.address}", "cluster.wait=1m", "placement=split", *few]
+        place += [f"stages.{stage}.num_cpus=0.3" for stage in ("encode", "denoise", "decode")]
+        place += ["deterministic=true", "rows_per_shard=12", f"output={tmp_path / 'out'}"]
+        place += [f"stages.{stage}.replicas=1" for stage in ("read", "encode", "denoise", "decode", "write")]
+        with running("txt2img", [*counted.settings, *place], tmp_path) as ended:
+            until(lambda: counted.computed()[1] > 24 * 3)
+            nodes.add()
+            drain(nodes, first)
+            until(lambda: not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == first))
+            assert not ended.done()
+            assert ended.result(120).ok == 24
+        assert counted.computed()[1] == 24 * 10, "rows were evaluated again"
+    finally:
+        ray.shutdown()
+        nodes.cluster.shutdown()
+    said = [record.getMessage() for record in caplog.records]
+    assert "1 node will be taken away: 5 workers there will hand over to others" in said
+    assert not [line for line in said if " is gone: " in line], "what left was not lost"
+    counted.run("alone", "deterministic=true", "rows_per_shard=12")
+    assert counted.files("out") == counted.files("alone")
