@@ -1,7 +1,13 @@
 """The script that ``latentmill submit JOB --to slurm`` writes, for many settings: bash can read it, and nothing secret is in it."""
 
+import os
 import shutil
+import signal
 import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -161,3 +167,65 @@ def test_it_goes_back_to_the_queue_where_a_retry_may_help(script, tmp_path, code
         if (asked.read_text() if asked.exists() else "") == before:
             break
     assert len(before) + 1 == lives and (folder / "exit_code-0").read_text() == f"{code}\n"
+
+
+def test_a_ray_that_does_not_start_is_known_at_once(script, tmp_path):
+    """On the first node; what srun would start there is run here. Ray's last words are in the log, and no folder stays."""
+    commands, folder, places = tmp_path / "bin", tmp_path / "a folder", Path(tempfile.mkdtemp(dir="/tmp"))
+    commands.mkdir()
+    folder.mkdir()
+    for name, does in {
+        "scontrol": "echo JobId=1 JobState=RUNNING",
+        "srun": 'while [ "$1" != bash ]; do shift; done\nexec "$@"',
+        "python3": f'[ "$3" = ray.scripts.scripts ] && {{ echo no such library; exit 1; }}\nexec {sys.executable} "$@"',
+    }.items():
+        (commands / name).write_text(f"#!{BASH}\n{does}\n")
+        (commands / name).chmod(0o755)
+    (folder / "job.sh").write_text(script("target.requeue=false", f"target.setup=export PATH={commands}:$PATH"))
+    around = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_PROCID": "0", "SLURMD_NODENAME": "n7"}
+    begun = time.monotonic()
+    with (folder / "log-0").open("ab") as log:
+        done = subprocess.run(
+            [BASH, folder / "job.sh"],
+            stdout=log,
+            stderr=log,
+            env={"PATH": "/usr/bin:/bin", "TMPDIR": str(places), "SLURM_CPUS_ON_NODE": "1", **around},
+        )
+    said = (folder / "log-0").read_text()
+    assert done.returncode == 4 and time.monotonic() - begun < 60
+    assert "Ray has not come up on the first node\n" in said and "no such library\n" in said
+    assert "latentmill: Ray has ended on node 0, n7\n" in said and not list(places.iterdir())
+    places.rmdir()
+
+
+def test_a_first_notice_leaves_the_driver_time_and_a_second_is_not_handed_on(script, tmp_path):
+    """The second is Slurm's end of the time, which the driver hears of from Slurm itself. A third would have it keep nothing."""
+    commands, folder = tmp_path / "bin", tmp_path / "a folder"
+    commands.mkdir()
+    folder.mkdir()
+    driver = "\n".join(f"trap 'echo {name} >>heard' {name}" for name in ("USR1", "TERM")) + "\n"
+    driver += "echo >>begun\nuntil [ -e end ]; do read -t 0.05 <>pipe; done\nexit 130"
+    for name, does in {"scontrol": "echo JobId=1 JobState=COMPLETING", "latentmill": driver}.items():
+        (commands / name).write_text(f"#!{BASH}\ncd {str(tmp_path)!r}\n{does}\n")
+        (commands / name).chmod(0o755)
+    os.mkfifo(tmp_path / "pipe")
+    (folder / "job.sh").write_text(script("cluster=inline", f"target.setup=export PATH={commands}:$PATH"))
+    with (folder / "log-0").open("ab") as log:
+        running = subprocess.Popen(
+            [BASH, folder / "job.sh"], stdout=log, stderr=log, env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "1"}
+        )
+    heard = tmp_path / "heard"
+    until((tmp_path / "begun").exists)
+    running.send_signal(signal.SIGTERM)
+    until(heard.exists)
+    running.send_signal(signal.SIGTERM)
+    time.sleep(0.3)  # what is not to come has no sign that it has not
+    (tmp_path / "end").touch()
+    assert running.wait(30) == 130 and heard.read_text() == "USR1\n"
+
+
+def until(true):
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
