@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from latentmill.batch import with_latents
 from latentmill.plugin import Declaration, LatentSpec, StageContext, tensors
@@ -127,3 +128,14 @@ def test_a_job_with_each_of_them_between_two_passes(latentmill, rows, tmp_path):
         [plan] = [json.loads((tmp_path / name / "plan.json").read_text())]
         [first] = [stage for stage in plan["stages"] if stage["name"] == "denoise"]
         assert "prompt:" not in first["drops"]
+
+
+def test_a_picture_is_resized_whole_before_it_is_cut_for_the_vae(latentmill, rows, tmp_path):
+    Image.new("RGB", (67, 70), (9, 99, 199)).save(tmp_path / "a.png")
+    flow = "flow=[read,{name: image_upscale, method: area, scale: 2},encode,decode,write]"
+    code = latentmill(
+        "run", "reconstruct", "cluster=inline", flow, f"source.path={tmp_path}", f"output={tmp_path / 'out'}"
+    )
+    assert code == 0, latentmill.said
+    [row] = rows(tmp_path / "out")
+    assert (row["width"], row["height"]) == (132, 140)

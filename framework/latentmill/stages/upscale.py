@@ -129,7 +129,8 @@ class ImageUpscale(Upscale):
     def declare(self, context: StageContext) -> Declaration:
         there = {name for stage in context.before for name in stage.added()}
         shown = "video" if "video" in there else "image"
-        return replace(super().declare(context), takes=(shown,) if "latents" in there else ())
+        takes = (shown,) if "latents" in there else ()
+        return replace(super().declare(context), takes=takes, adds=(shown,), drops=(shown,))
 
     def prepare(self, context: StageContext) -> None:
         super().prepare(context)
