@@ -226,6 +226,10 @@ NOISE_INDEX = RowField(
 """A field of rows that begin with ComfyUI's noise, and of no others."""
 
 
+SOFT_MASKS = "comfy", "none"
+"""Ways to draw the first noise, ComfyUI's, in which a mask is as soft as its picture."""
+
+
 def of_first_noise(sampling: Mapping[str, Any]) -> Mapping[str, RowField]:
     """The fields, by name, that rows have for the sake of where their first noise comes from."""
     return {NOISE_INDEX.name: NOISE_INDEX} if sampling.get("first_noise") == "comfy" else {}

@@ -37,7 +37,7 @@ BATCH_COLUMNS = (
     BatchColumn("video", "tensor uint8 [T, H, W, 3], RGB", "as image, of a row that is a clip", "the clip"),
     BatchColumn(
         "mask",
-        "tensor uint8 [H, W], [1, h, w]",
+        "tensor uint8 [H, W], [1, h, w]; with ComfyUI's first noise float32 [H, W], [1, H, W]",
         "read to encode, encode to denoise: 1 where to paint",
         "inpainting mask: light where the picture was made anew",
     ),

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from latentmill import checks, registry, tally, weights
 from latentmill.batch import (
@@ -49,7 +50,8 @@ from latentmill.stages.beginning import Beginning
 from latentmill.stages.call_size import CallSize
 from latentmill.stages.carried import Carried, carried_rows, trajectory_name
 from latentmill.stages.guidance import Guidance
-from latentmill.stages.running_batch import DenoiseRequest, InpaintingMask, Kind, RunningBatch, Trajectory
+from latentmill.stages.inpainting import InpaintingMask
+from latentmill.stages.running_batch import DenoiseRequest, Kind, RunningBatch, Trajectory
 
 logger = logging.getLogger("latentmill")
 
@@ -138,7 +140,10 @@ class Denoise(ContinuousStage):
                 if self.denoiser.inpaints and masks is None:
                     raise RowError("the network paints a part of a picture anew: image and mask are expected")
                 # An inpainted row of full strength has nothing of the picture where its mask is 1.
-                from_noise = row.get("from_noise", False) or (masks is not None and row["strength"] >= 1)
+                from_noise = row.get("from_noise", False)
+                from_noise = from_noise or (
+                    masks is not None and not masks.is_floating_point() and row["strength"] >= 1
+                )
                 begins = torch.zeros_like(x[i]) if from_noise else x[i]
                 times, start, state, leaves = self.beginning.of(row, begins, goes_on, from_noise)
                 if masks is not None and self.until:
@@ -205,7 +210,9 @@ class Denoise(ContinuousStage):
         if masks is None:
             return {}, {}
         if not self.denoiser.inpaints or "masked" not in batch.column_names:
-            clean, painted = self._send(x.to(torch.float32)), self._send(masks.bool())
+            soft = masks.is_floating_point()
+            painted = self._send(interpolate(masks, x.shape[-2:], mode="bilinear") if soft else masks.bool())
+            clean = self._send(x.to(torch.float32))
             first = self._send(torch.stack([self.beginning.noise(row, tuple(x.shape[1:])) for row in rows.values()]))
             return {}, {i: InpaintingMask(painted[i], clean[i], first[k]) for k, i in enumerate(rows)}
         masked = tensors.from_arrow(batch, "masked")

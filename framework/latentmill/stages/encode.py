@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, max_pool2d, pad
 
 from latentmill import checks, weights
 from latentmill.batch import (
@@ -60,6 +60,12 @@ class Encode(Stage):
     drops: Sequence[str] = ("image", "video")
     resources = RESOURCES
 
+    def __init__(self, grow_mask_by: int | None = None) -> None:
+        """``grow_mask_by``: the picture is grey under its mask, which is then so many pixels larger, as ComfyUI's VAE Encode (for Inpainting) has it."""
+        if grow_mask_by is not None and not 0 <= grow_mask_by <= 64:
+            raise ValueError(f"grow_mask_by must be from 0 to 64 pixels, not {grow_mask_by}")
+        self.grow_mask_by = grow_mask_by
+
     def declare(self, context: StageContext) -> Declaration:
         denoises = context.needed_later("denoiser")
         needs, adds = list[str](), list[str]()
@@ -78,7 +84,7 @@ class Encode(Stage):
 
     def prepare(self, context: StageContext) -> None:
         needs, self.fixed = context.declaration.needs, context.fixed
-        self.pictures = PictureEncoding(context) if "vae" in needs else None
+        self.pictures = PictureEncoding(context, self.grow_mask_by) if "vae" in needs else None
         self.prompts = PromptEncoding(context) if "text_encoder" in needs else None
         self.denoises = context.needed_later("denoiser")
 
@@ -136,6 +142,9 @@ class EncodeText(Encode):
     text, images = True, False
     drops = ()
 
+    def __init__(self) -> None:
+        super().__init__()
+
 
 class EncodeImages(Encode):
     """Adds ``latents`` and, where a row has a mask, ``mask``; ``masked`` only where a later stage reads it. Its workers have the VAE, and no text encoder."""
@@ -146,7 +155,8 @@ class EncodeImages(Encode):
 class PictureEncoding:
     """Pictures to latents, by a VAE that is loaded when the first picture comes: text-to-image jobs never need its weights."""
 
-    def __init__(self, context: StageContext) -> None:
+    def __init__(self, context: StageContext, grow_mask_by: int | None = None) -> None:
+        self.grow_mask_by = grow_mask_by
         self.vae: VAE = context.plugin("vae")
         self.fixed, self.adds, self.place = context.fixed, context.declaration.added(), context.place("vae")
         self.marks = context.needed_later("denoiser")
@@ -229,17 +239,33 @@ class PictureEncoding:
     def _images(self, part: pa.Table, slots: Tensor, size: int) -> Tensor:
         """Pictures ``[size, 3, H, W]``, or clips ``[size, 3, T, H, W]``, in [-1, 1], each in its slot."""
         images = tensors.spread(tensors.from_arrow(part, self.vae.spec.decoded), slots, size)
-        return tensors.send(images, self.device).movedim(-1, 1).to(torch.float32) / 127.5 - 1.0
+        images = tensors.send(images, self.device).movedim(-1, 1).to(torch.float32) / 127.5 - 1.0
+        if self.grow_mask_by is None or "mask" not in part.column_names:
+            return images
+        mask = tensors.spread(tensors.from_arrow(part, "mask")[:, None].to(torch.float32).round(), slots, size)
+        return images * (1 - tensors.send(mask, self.device))
 
     def _with_mask(self, part: pa.Table, shape: tuple[int, ...], slots: Tensor, size: int) -> pa.Table:
         """The mask in the size of the latents, and, for a network that was trained for inpainting, ``masked``."""
         mask = tensors.from_arrow(part, "mask")[:, None]
+        if self.grow_mask_by is not None:
+            mask = grown(mask.to(torch.float32), self.grow_mask_by).to(mask.dtype)
+        if mask.is_floating_point():  # a soft one is brought to the latents' size where they are denoised
+            return tensors.with_tensor(part, "mask", mask)
         smaller = tensors.with_tensor(part, "mask", interpolate(mask, shape, mode="nearest"))
         if not self.masked:
             return smaller
         kept = tensors.send(tensors.spread(1 - mask, slots, size), self.device)
         masked = self._encoded(self._images(part, slots, size) * kept)
         return tensors.with_tensor(smaller, "masked", self._back(masked, slots))
+
+
+def grown(mask: Tensor, by: int) -> Tensor:
+    """``mask[B, 1, H, W]``, 0 or 1, with each part of it ``by - 1`` pixels longer and higher."""
+    if by > 1:
+        before = -(-(by - 1) // 2)
+        mask = max_pool2d(pad(mask.round(), (before,) * 4), by, stride=1)[..., : mask.shape[-2], : mask.shape[-1]]
+    return mask.round()
 
 
 def stored_dtype(spec: LatentSpec) -> torch.dtype:

@@ -12,6 +12,7 @@ from torch import Tensor
 from latentmill import checks
 from latentmill.plugin import Conditioning, Denoiser, Field, Prediction, tensors
 from latentmill.schedulers import noise
+from latentmill.stages.inpainting import InpaintingMask
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ class ModelField(Field):
         shape: torch.Size,
         device: torch.device,
         fixed: bool,
+        inpainting: InpaintingMask | None = None,
     ) -> None:
+        self.inpainting = inpainting
         self.denoiser, self.prompt, self.negative, self.guidance = denoiser, prompt, negative, guidance
         self.noise_schedule = denoiser.noise_schedule
         self.ahead: Sequence[Sequence[float]] = ()
@@ -142,18 +145,30 @@ class ModelField(Field):
         return found
 
     def clean(self, x: Tensor, t: Tensor) -> Tensor:
-        x = x.to(torch.float32)
-        return self._to_clean(self._evaluated(x, t)[0], x, t)
+        x = self._masked(x, t)
+        return self._kept(self._to_clean(self._evaluated(x, t)[0], x, t))
 
     def guided(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.to(torch.float32)
+        x = self._masked(x, t)
         predicted, negative = self._evaluated(x, t)
-        return self._to_clean(predicted, x, t), self._to_clean(negative, x, t)
+        return self._kept(self._to_clean(predicted, x, t)), self._to_clean(negative, x, t)
 
     def _to_clean(self, predicted: Tensor, x: Tensor, t: Tensor) -> Tensor:
         self.expect(t)
         _, alpha, sigma = self._sent(id(t))
         return to_clean(self.denoiser.prediction, predicted, x, alpha, sigma)
+
+    def _masked(self, x: Tensor, t: Tensor) -> Tensor:
+        """What the network is given."""
+        x = x.to(torch.float32)
+        if self.inpainting is None:
+            return x
+        self.expect(t)
+        _, alpha, sigma = self._sent(id(t))
+        return self.inpainting.noisy(x, alpha, sigma)
+
+    def _kept(self, clean: Tensor) -> Tensor:
+        return clean if self.inpainting is None else self.inpainting.kept(clean.to(torch.float32))
 
     def _evaluated(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """What the network predicts, guided, and what it does of the negative prompt; of rows that aren't guided twice the same."""

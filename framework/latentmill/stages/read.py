@@ -19,7 +19,7 @@ from latentmill.batch import ATTEMPT, CONDITIONING, PROMPT_PREFIX, STATE_PREFIX,
 from latentmill.buckets import Size
 from latentmill.columns import Columns
 from latentmill.errors import ContractError
-from latentmill.fields import BY_NAME, FROM_SOURCE, HALFWAY, ID, parse
+from latentmill.fields import BY_NAME, FROM_SOURCE, HALFWAY, ID, SOFT_MASKS, parse
 from latentmill.identity import attempt_seed, row_seed
 from latentmill.pixels import cover, crop, fitted
 from latentmill.plugin import Declaration, LatentSpec, Reject, RowError, Source, Stage, StageContext, tensors
@@ -260,7 +260,7 @@ class Read(Stage):
             if found.get("mask") is not None and self.denoises:
                 self._require_mask(found)
                 painted = self._picture(found["mask"], values["width"], values["height"])
-                stored["mask"] = painted_over(painted)
+                stored["mask"] = self._mask(painted)
             values["height"], values["width"] = picture.shape[:2]
         elif found.get("video") is not None:
             stored["video"] = self._clip(found["video"], values["width"], values["height"])
@@ -313,6 +313,9 @@ class Read(Stage):
         if np.shape(found["mask"])[:2] != np.shape(found["image"])[:2]:
             raise RowError("the mask is of another size than the picture")
 
+    def _mask(self, picture: Tensor) -> Tensor:
+        return picture.float().mean(-1) / 255 if self.sampling["first_noise"] in SOFT_MASKS else painted_over(picture)
+
     def _whole(self, found: Mapping[str, Any]) -> dict[str, Tensor]:
         """A row's picture as it was opened, and its mask, or its clip: what is brought to a bucket. Raises RowError."""
         whole = {}
@@ -343,7 +346,7 @@ class Read(Stage):
             row["crop_ltrb"] = each[0][1]
         row |= {"original_size": (width, height), "bucket": fit.bucket, "width": fit.bucket[0], "height": fit.bucket[1]}
         return {
-            name: frames if name == "video" else painted_over(frames[0]) if name == "mask" else frames[0]
+            name: frames if name == "video" else self._mask(frames[0]) if name == "mask" else frames[0]
             for name, frames in found.items()
         }
 

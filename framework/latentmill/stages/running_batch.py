@@ -13,6 +13,7 @@ from torch import Tensor
 from latentmill import checks
 from latentmill.plugin import Conditioning, Denoiser, FixedShape, Reject, Scheduler, State
 from latentmill.stages.guidance import Guidance, ModelField
+from latentmill.stages.inpainting import InpaintingMask
 
 Kind: TypeAlias = tuple[Any, ...]
 """What rows must have in common to be stacked: schema, scheduler and, in a deterministic job, their request."""
@@ -33,29 +34,6 @@ class DenoiseRequest:
     def done(self) -> bool:
         """Whether it can leave, with its rows or with the error."""
         return self.moving == 0 or self.error is not None
-
-
-@dataclass(frozen=True, eq=False)
-class InpaintingMask:
-    """A row's mask, and the picture that stays where the mask is 0: at every time the clean latents with the row's first noise.
-
-    As in diffusers' inpainting with a model that was not trained for it.
-    """
-
-    mask: Tensor
-    clean: Tensor
-    noise: Tensor
-
-    def blend(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """``x`` where the mask is 1, and the picture elsewhere. Of one row or, in ``stacked``, of all."""
-        return torch.where(self.mask, x, alpha.to(x.dtype) * self.clean + sigma.to(x.dtype) * self.noise)
-
-    @classmethod
-    def stacked(cls, masks: Sequence[InpaintingMask]) -> InpaintingMask:
-        mask, clean, noise = (torch.stack([getattr(m, name) for m in masks]) for name in ("mask", "clean", "noise"))
-        if mask.ndim < clean.ndim:  # of clips: a row's mask is for all its frames
-            mask = mask.reshape(len(mask), *(1 for _ in range(clean.ndim - mask.ndim)), *mask.shape[1:])
-        return cls(mask, clean, noise)
 
 
 @dataclass(eq=False)
@@ -132,10 +110,11 @@ class RunningBatch:
         if any(row.unsound is not None for row in self.slots):
             sound = torch.zeros_like(self.field.unsound[0])
             self.field.unsound = torch.stack([sound if row.unsound is None else row.unsound for row in self.slots])
-        masks = [row.inpainting for row in self.slots if row.inpainting is not None]
-        self.inpainting = InpaintingMask.stacked(masks) if masks else None
+        masks = _inpainting(self.slots)
+        self.inpainting = None if masks is not None and masks.soft else masks
 
     def _field(self, slots: Sequence[Trajectory]) -> ModelField:
+        masks = _inpainting(slots)
         return ModelField(
             self.denoiser,
             prompt={name: torch.stack([row.prompt[name] for row in slots]) for name in slots[0].prompt},
@@ -145,6 +124,7 @@ class RunningBatch:
             shape=slots[0].x.shape,
             device=self.device,
             fixed=self.fixed is not None,
+            inpainting=masks if masks is not None and masks.soft else None,
         )
 
     def step(self, scheduler: Scheduler) -> None:
@@ -177,6 +157,11 @@ class RunningBatch:
         for row, k in zip(self.rows, self.row_slots):
             row.x, row.unsound = xs[k], unsound[k]
             row.state = {name: values[k] for name, values in states.items()}
+
+
+def _inpainting(slots: Sequence[Trajectory]) -> InpaintingMask | None:
+    masks = [row.inpainting for row in slots if row.inpainting is not None]
+    return InpaintingMask.stacked(masks) if masks else None
 
 
 def _times(slots: Sequence[Trajectory], ahead: int = 0) -> Tensor:

@@ -106,9 +106,8 @@ class LatentUpscale(Upscale):
                 batch = (
                     with_latents(batch, found, spec) if name == "latents" else tensors.with_tensor(batch, name, found)
                 )
-        if "mask" in batch.column_names:
-            mask = interpolate(tensors.from_arrow(batch, "mask"), (height, width), mode="nearest")
-            batch = tensors.with_tensor(batch, "mask", mask)
+        if "mask" in batch.column_names and not (mask := tensors.from_arrow(batch, "mask")).is_floating_point():
+            batch = tensors.with_tensor(batch, "mask", interpolate(mask, (height, width), mode="nearest"))
         return batch
 
     def _unscaled(self, x: Tensor, spec: LatentSpec, width: int, height: int) -> Tensor:
