@@ -226,8 +226,8 @@ NOISE_INDEX = RowField(
 """A field of rows that begin with ComfyUI's noise, and of no others."""
 
 
-SOFT_MASKS = "comfy", "none"
-"""Ways to draw the first noise, ComfyUI's, in which a mask is as soft as its picture."""
+FROM_COMFY = "comfy", "none"
+"""Of ``first_noise``, with which rows begin as ComfyUI's."""
 
 
 def of_first_noise(sampling: Mapping[str, Any]) -> Mapping[str, RowField]:

@@ -131,10 +131,16 @@ def test_a_job_with_each_of_them_between_two_passes(latentmill, rows, tmp_path):
 
 
 def test_a_picture_is_resized_whole_before_it_is_cut_for_the_vae(latentmill, rows, tmp_path):
-    Image.new("RGB", (67, 70), (9, 99, 199)).save(tmp_path / "a.png")
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (67, 70), (9, 99, 199)).save(tmp_path / "pictures" / "a.png")
     flow = "flow=[read,{name: image_upscale, method: area, scale: 2},encode,decode,write]"
     code = latentmill(
-        "run", "reconstruct", "cluster=inline", flow, f"source.path={tmp_path}", f"output={tmp_path / 'out'}"
+        "run",
+        "reconstruct",
+        "cluster=inline",
+        flow,
+        f"source.path={tmp_path / 'pictures'}",
+        f"output={tmp_path / 'out'}",
     )
     assert code == 0, latentmill.said
     [row] = rows(tmp_path / "out")

@@ -1,5 +1,7 @@
 """Our own stages that work on a batch, by the suite that plugins inherit."""
 
+from functools import partial
+
 import torch
 from tests.suites import wrong_clips, wrong_denoisers, wrong_text_encoders, wrong_vaes
 
@@ -9,8 +11,9 @@ from latentmill.schedulers.euler import Euler
 from latentmill.stages.decode import Decode
 from latentmill.stages.denoise import Denoise
 from latentmill.stages.encode import Encode, EncodeImages, EncodeText
+from latentmill.stages.upscale import ImageUpscale, LatentUpscale
 from latentmill.testing import StageSuite
-from latentmill.testing.batches import with_clips, with_pictures
+from latentmill.testing.batches import with_clips, with_pictures, with_stored_latents
 
 DENOISES = (Declaration("denoise", needs=("denoiser",), takes=("latents", "prompt:"), adds=("latents",)),)
 DECODES = (Declaration("decode", needs=("vae",), takes=("latents",), drops=("latents", "source_image")),)
@@ -49,6 +52,25 @@ def latents_to_denoise():
         choices={"scheduler": {"name": "euler", "grid": "trailing"}},
         scheduler_of={"euler": Euler()}.__getitem__,
     )
+
+
+def nothing_else():
+    return StageContext.of({})
+
+
+class TestImageUpscale(StageSuite):
+    stage = partial(ImageUpscale, method="lanczos", scale=1.6)
+    name = "image_upscale"
+    context = nothing_else
+
+
+class TestLatentUpscale(StageSuite):
+    stage = partial(LatentUpscale, method="bislerp", scale=1.6)
+    name = "latent_upscale"
+    context = nothing_else
+
+    def batch(self):
+        return with_stored_latents()
 
 
 class TestEncodeText(StageSuite):

@@ -19,7 +19,7 @@ from latentmill.batch import ATTEMPT, CONDITIONING, PROMPT_PREFIX, STATE_PREFIX,
 from latentmill.buckets import Size
 from latentmill.columns import Columns
 from latentmill.errors import ContractError
-from latentmill.fields import BY_NAME, FROM_SOURCE, HALFWAY, ID, SOFT_MASKS, parse
+from latentmill.fields import BY_NAME, FROM_COMFY, FROM_SOURCE, HALFWAY, ID, parse
 from latentmill.identity import attempt_seed, row_seed
 from latentmill.pixels import cover, crop, fitted
 from latentmill.plugin import Declaration, LatentSpec, Reject, RowError, Source, Stage, StageContext, tensors
@@ -80,8 +80,8 @@ class Read(Stage):
         self.source.job_fields, self.source.kept = self.columns.fields, self.columns.kept
         self.source.wants_conditioning = PROMPT_PREFIX in context.declaration.adds
         self.sampling, self.require = context.sampling, context.require_fragment
-        self.begins_empty = context.sampling["first_noise"] in ("comfy", "none")
-        """Whether latents of nothing may begin with a share of the noise."""
+        self.from_comfy = context.sampling.get("first_noise") in FROM_COMFY
+        """Whether rows begin as ComfyUI's: masks are soft, and latents of nothing may begin with a share of the noise."""
         self.size = Size.of(context.size) if context.size is not None else None
         if self.size is not None:
             self.source.pixels = self.size.pixels
@@ -269,7 +269,7 @@ class Read(Stage):
             values["width"] = values["height"] = 0  # the column has no nulls
         elif values["width"] is None:
             raise RowError("a row without a picture needs width and height")
-        elif self.denoises and not self.begins_empty and (strength := values[self.fields.strength]) < 1.0:
+        elif self.denoises and not self.from_comfy and (strength := values[self.fields.strength]) < 1.0:
             raise RowError(
                 f"{self.fields.strength} {strength:g} is for rows with a picture or latents, and there are none"
             )
@@ -314,7 +314,7 @@ class Read(Stage):
             raise RowError("the mask is of another size than the picture")
 
     def _mask(self, picture: Tensor) -> Tensor:
-        return picture.float().mean(-1) / 255 if self.sampling["first_noise"] in SOFT_MASKS else painted_over(picture)
+        return picture.float().mean(-1) / 255 if self.from_comfy else painted_over(picture)
 
     def _whole(self, found: Mapping[str, Any]) -> dict[str, Tensor]:
         """A row's picture as it was opened, and its mask, or its clip: what is brought to a bucket. Raises RowError."""
