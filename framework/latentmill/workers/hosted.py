@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -36,8 +36,8 @@ class StageWork:
     """Calls that may be under way at a time: one computes, others unpack, pack or wait."""
     threads: int | None = None
     """torch's threads while it computes; None leaves torch's own choice."""
-    names: Mapping[str, str] = field(default_factory=dict)
-    """What it knows by another name: a column ``refine.steps`` by ``steps``, and the other way round."""
+    names: tuple[tuple[str, str], ...] = ()
+    """Columns and what it knows them by: ``refine.steps`` by ``steps``, and the other way round."""
     timeout: float | None = None
     """Seconds without an answer after which a worker that has work counts as hanging. A process can't tell of itself."""
 
@@ -69,7 +69,7 @@ class Hosted:
 
     def __init__(self, work: StageWork, read: weights.Reading) -> None:
         """``read`` is told what it reads."""
-        self.name, self.threads, self.names = work.name, work.threads, work.names
+        self.name, self.threads, self.names = work.name, work.threads, dict(work.names)
         self.hearing = Hearing()
         self.set_threads()
         with self.hearing.on():

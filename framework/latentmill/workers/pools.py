@@ -160,7 +160,7 @@ def _stage_work(job: Job, plan: Plan, declared: Declaration, shares: bool, run: 
         gpu=settings.num_gpus > 0,
         calls=spec.batches_per_worker * spec.running_batches,
         threads=None if free else settings.threads,
-        names=plan.columns.names_in(declared.name, plan.stages),
+        names=tuple(plan.columns.names_in(declared.name, plan.stages).items()),
         timeout=settings.timeout_seconds,
     )
 
