@@ -33,6 +33,8 @@ VAE_RULES = tuple(
 def filled(model: Any, seed: int) -> Any:
     """The model, of random weights that are nowhere 0, whatever it begins with."""
     generator = torch.Generator().manual_seed(seed)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model.to_empty(device="cpu").tie_weights()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -95,7 +97,8 @@ def clip(width: int, layers: int, projection: int | None = None, act: str = "qui
         hidden_act=act,
         projection_dim=projection or width,
     )
-    return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
+    with torch.device("meta"):  # nothing is drawn twice
+        return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
 
 
 def clip_l(prefix: str = "") -> dict[str, Tensor]:
@@ -121,7 +124,8 @@ def t5(prefix: str = "") -> dict[str, Tensor]:
     from transformers import T5Config, T5EncoderModel
 
     sizes = {"d_model": T5, "d_ff": 128, "d_kv": 64, "num_heads": 4, "num_layers": 2}
-    model = T5EncoderModel(T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **sizes))
+    with torch.device("meta"):
+        model = T5EncoderModel(T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **sizes))
     state = stored(model, "te", lambda folder: original_names.renamed(folder / "te", (), prefix), 5)
     return {name: tensor for name, tensor in state.items() if "embed_tokens" not in name}
 
