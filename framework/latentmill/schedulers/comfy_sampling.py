@@ -146,8 +146,9 @@ class SampledEDM(VarianceExploding):
 
 def sampling_of(noise_schedule: NoiseSchedule) -> ModelSampling:
     """How ComfyUI would sample a model with this noise schedule: as it says itself, or else by the kind that it is."""
-    if isinstance(noise_schedule, SampledFlow | SampledEDM):
-        return noise_schedule.sampling
+    found = getattr(noise_schedule, "sampling", None)
+    if isinstance(found, ModelSampling):
+        return found
     if noise_schedule.sigma_is_time:
         return FlowSampling()
     count = noise_schedule.timesteps or 1000

@@ -86,9 +86,9 @@ def test_a_network_says_what_comfyui_s_says(name, entries, comfy_models, values)
         )
 
 
-@pytest.mark.parametrize("case", ["zsnr", "x0"])
+@pytest.mark.parametrize("case", ["zsnr", "x0", "lcm"])
 def test_predictions_of_a_node(case, comfy_models, values):
-    settings = {"prediction": "x0"} if case == "x0" else {"prediction": "v_prediction", "zsnr": True}
+    settings = {"prediction": "v_prediction", "zsnr": True} if case == "zsnr" else {"prediction": case}
     network = denoiser(comfy_models, "sd15", **settings)
     network.load(CPU)
     for said in values["networks"][case]:
@@ -103,6 +103,7 @@ NODES = {
     "aura_node": ("sd3", {"shift": 1.73, "multiplier": 1.0}),
     "sd15": ("sd15", {}),
     "zsnr": ("sd15", {"prediction": "v_prediction", "zsnr": True}),
+    "lcm": ("sd15", {"prediction": "lcm"}),
 }
 
 

@@ -19,7 +19,7 @@ from latentmill_comfy.headers import FP8, NETWORK, Header, in_dtype
 from latentmill_comfy.lora import Target, loras_of
 from latentmill_comfy.names import network_keys
 from latentmill_comfy.recognition import recognised
-from latentmill_comfy.sampling import Wanted, sampled
+from latentmill_comfy.sampling import DistilledBetas, Wanted, sampled
 from latentmill_comfy.single import Part
 from latentmill_diffusers.denoiser import DiffusersDenoiser
 from latentmill_diffusers.networks import first
@@ -133,7 +133,7 @@ class ComfyDenoiser(DiffusersDenoiser):
         sigma, timestep = self._times_told(t)
         timestep = tensors.send(timestep, x.device)
         if "entries" not in told:
-            return self._answer(x, timestep, told)
+            return self._answer(x, timestep, sigma, told)
         return self._mean(x, t, sigma, timestep, told)
 
     def _times_told(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,7 +161,7 @@ class ComfyDenoiser(DiffusersDenoiser):
             at = tensors.send(torch.tensor(rows), x.device)
             one = {name: value[at, entry] for name, value in told.items()} | {n: v[at] for n, v in shared.items()}
             one["embeds"] = entries[at, entry, :length]
-            total[at] += self._answer(x[at], timestep[at], one)
+            total[at] += self._answer(x[at], timestep[at], sigma[rows], one)
             for row in rows:
                 count[row] += 1
         alpha, scale = self.noise_schedule.scale(t)
@@ -172,8 +172,16 @@ class ComfyDenoiser(DiffusersDenoiser):
         none = x.float() * tensors.send(nothing[self.prediction].float(), x.device).reshape(shape)
         return torch.where(empty, none, total / shares)
 
-    def _answer(self, x: Tensor, timestep: Tensor, told: dict[str, Tensor]) -> Tensor:
-        """What the network says of rows whose prompts have one length."""
+    def _answer(self, x: Tensor, timestep: Tensor, sigma: Tensor, told: dict[str, Tensor]) -> Tensor:
+        """What is predicted of rows whose prompts have one length, whose ``sigma[B]`` is ComfyUI's, on the CPU."""
+        said = self._said(x, timestep, told)
+        if not isinstance(self._schedule, DistilledBetas):
+            return said
+        shape = (-1, *(1 for _ in x.shape[1:]))
+        sigma = tensors.send(sigma, x.device).reshape(shape)
+        return self._schedule.clean(said, x.float() * (1 + sigma**2).sqrt(), sigma, timestep.reshape(shape))
+
+    def _said(self, x: Tensor, timestep: Tensor, told: dict[str, Tensor]) -> Tensor:
         assert self._network is not None, "load() comes first"
         guidance, size, score = (told.pop(name, None) for name in ("guidance", "size", "score"))
         dense = {n: v.to(self.logical) if v.is_floating_point() else v for n, v in told.items()}

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from latentmill.plugin import NoiseSchedule, Prediction
-from latentmill.schedulers.comfy_sampling import FlowSampling, FluxSampling, SampledFlow
+from latentmill.schedulers.comfy_sampling import DiscreteSampling, FlowSampling, FluxSampling, SampledFlow
 from latentmill_comfy.recognition import Recognised
 from latentmill_diffusers.schedule import ModelBetas
 
-PREDICTIONS: dict[str, Prediction] = {"eps": "epsilon", "v_prediction": "v", "x0": "sample"}
+PREDICTIONS: dict[str, Prediction] = {"eps": "epsilon", "v_prediction": "v", "x0": "sample", "lcm": "sample"}
 """By what the node ModelSamplingDiscrete calls them."""
 ZERO_TERMINAL = 4.8973451890853435e-08
 """The last alpha² of betas that end in pure noise: sigma there is 4518.8, and not infinite."""
@@ -43,6 +43,39 @@ class Betas(ModelBetas):
         return super().timestep(t).clamp(min=0.0)
 
 
+class DistilledSampling(DiscreteSampling):
+    """Latent consistency models: every twentieth of the timesteps, the last one among them."""
+
+    every = 20
+
+    def __init__(self, ratios: Tensor) -> None:
+        super().__init__(ratios[self.every - 1 :: self.every])
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        return super().sigma((timestep - (self.every - 1)) / self.every)
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return super().timestep(sigma) * self.every + (self.every - 1)
+
+
+class DistilledBetas(Betas):
+    """Stable Diffusion's betas for a latent consistency model, and what makes its answers at sigma 0 the latents themselves."""
+
+    def __init__(self, zsnr: bool = False) -> None:
+        super().__init__(zsnr)
+        self.sampling = DistilledSampling(self.ratios[1:])
+
+    def timestep(self, t: Tensor) -> Tensor:
+        alpha, sigma = self.scale(t)
+        return self.sampling.timestep((sigma / alpha).float()).double()
+
+    def clean(self, noise: Tensor, x: Tensor, sigma: Tensor, timestep: Tensor) -> Tensor:
+        """The clean latents of a network that predicts ``noise`` in ``x``, both ``[B, ...]``, x over alpha (Luo et al. 2023, arXiv:2310.04378, eq. 9)."""
+        scaled = 10.0 * timestep
+        skip, out = 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25).sqrt()
+        return out * (x - sigma * noise) + skip * x
+
+
 @dataclass(frozen=True)
 class Wanted:
     """What the nodes ModelSampling... of a workflow say; None where there are none."""
@@ -65,7 +98,8 @@ def sampled(found: Recognised, wanted: Wanted) -> tuple[NoiseSchedule, Predictio
         name = wanted.prediction or found.prediction
         if name not in PREDICTIONS:
             raise ValueError(f"denoiser.prediction must be {', '.join(PREDICTIONS)}, not {name!r}")
-        return Betas(found.zsnr if wanted.zsnr is None else wanted.zsnr), PREDICTIONS[name]
+        betas = DistilledBetas if name == "lcm" else Betas
+        return betas(found.zsnr if wanted.zsnr is None else wanted.zsnr), PREDICTIONS[name]
     if wanted.prediction or wanted.zsnr:
         raise ValueError(f"denoiser: prediction and zsnr are for models of betas, and {found.family} is a flow model")
     return SampledFlow(_flow(found, wanted)), "flow"
