@@ -6,12 +6,8 @@ import pytest
 from tests.driver_world import World, stage_of, state
 
 from latentmill.driver import limits
-from latentmill.driver.messages import (
-    Died,
-    Dispatch,
-    Failed,
-    StartWorker,
-)
+from latentmill.driver.apply import apply
+from latentmill.driver.messages import Died, Dispatch, Draining, Failed, HandedOver, HandOver, StartWorker
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -245,6 +241,37 @@ def test_a_node_that_goes_takes_nobody_s_rows_with_it():
     world.carry_out = preempted
     world.run()
     assert not world.state.failed and not world.failed() and len(world.ok()) == 100
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_worker_on_a_node_that_is_drained_hands_over_and_others_do_that(fixed):
+    """It is given nothing more, another is started in its place at once, and it ends when it holds nothing."""
+    world = World(state(fixed=fixed), seed=3)
+    carry_out, told = world.carry_out, []
+
+    def drained(order):
+        if isinstance(order, Dispatch) and order.task == "batch" and order.stage == 2 and not told:
+            told.append(order.worker)
+            world.orders.append(order)  # it is still at work
+            return Draining(2, order.worker)
+        if isinstance(order, HandOver):
+            assert any(isinstance(other, StartWorker) and other.worker_type == 2 for other in world.orders)
+            told.append(order.worker)
+            held = [o for o in world.orders if isinstance(o, Dispatch) and o.worker == order.worker]
+            world.orders = [other for other in world.orders if other not in held]
+            for other in held[1:]:
+                apply(world.state, HandedOver(other.id))
+            return HandedOver(held[0].id, begun=True)
+        if isinstance(order, Dispatch) and len(told) == 2:
+            assert order.worker != told[0]
+        return carry_out(order)
+
+    world.carry_out = drained
+    world.pick = lambda: next((i for i, order in enumerate(world.orders) if isinstance(order, HandOver)), 0)
+    world.run()
+    assert told[0] == told[1] and len(world.ok()) == 100 and not world.failed()
+    assert not world.state.leaving and told[0] not in world.state.workers[2]
+    assert not any(world.state.losses.values()) and not world.state.deaths[2]
 
 
 def test_one_row_alone_is_not_quarantined_for_a_death_or_two():
