@@ -232,6 +232,12 @@ def test_a_missing_embedding_is_the_row_s_error(encoder):
     made.check("an embedding:two and an embedding:one")  # `one` lies in a folder of its own
 
 
+def test_words_of_the_job_are_read_before_it_starts(models):
+    made = ComfyTextEncoder(models=str(models), **checkpoint("sd1", negative={"words": "embedding:nobody"}))
+    with pytest.raises(ValueError, match="embedding:nobody, and there is no such file"):
+        made.notices()
+
+
 def test_an_embedding_of_another_model(encoder):
     """SDXL's CLIP-L may read one of Stable Diffusion 1's alone, and says so; a text encoder that can't is an error of the row."""
     sdxl = encoder(**checkpoint("sdxl"))

@@ -45,7 +45,7 @@ class ComfyTextEncoder(TextEncoder):
     """
 
     contract = 2
-    fingerprinted = ("models", "checkpoint", "files", "tokenizers")
+    fingerprinted = ("models", "checkpoint", "files", "loras", "tokenizers")
     libraries = ("tokenizers", "transformers")
     reads: Mapping[str, str | None] = {
         "weight": None,
@@ -112,13 +112,16 @@ class ComfyTextEncoder(TextEncoder):
         self.plain = least == self.room and self.count == 1 and not (windows or self.sized)
         self.loras = lora.loras_of(models, loras)
         self._networks: dict[str, TextNetwork] = {}
-        self._device = torch.device("cpu")
         self._fixed: dict[Leaf, ConditioningEntry] = {}
 
     def _shortest(self, leaf: Leaf) -> int:
         return 1 if leaf.unfilled else self.family.shortest([*self.parts])
 
     def notices(self) -> Sequence[str]:
+        for leaf in (leaf for tree in self.trees for leaf in conditioning.leaves(tree)):
+            for _, text in leaf.texts:
+                if text.column is None:
+                    self.check(text.words)  # an error of every row is said before there are any
         names = [f"{part}.{name}" for part, (_, named) in self.parts.items() for name in text_names.parted_names(named)]
         return lora.notices(self.loras, text_names.lora_names(names), "text encoder")
 
@@ -154,7 +157,6 @@ class ComfyTextEncoder(TextEncoder):
         return found
 
     def load(self, device: torch.device) -> None:
-        self._device = device
         state: dict[str, Tensor] = {}
         for path in dict.fromkeys(path for path, _ in self.parts.values()):
             state |= text_names.read(
