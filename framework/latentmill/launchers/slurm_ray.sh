@@ -20,7 +20,9 @@ END_OF_PYTHON
 )
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$token RAY_TMPDIR=$job address client_port
 cat >"$job/node.sh" <<'END_OF_NODE'
-own=$(mktemp -d "${RAY_TMPDIR%/*}/lm-XXXXXX") || exit 3 # of each node: nodes may share what is in TMPDIR
+ended="latentmill: Ray has ended on node $SLURM_PROCID, $SLURMD_NODENAME"
+mkdir -p "${RAY_TMPDIR%/*}"
+own=$(mktemp -d "${RAY_TMPDIR%/*}/lm-XXXXXX") || { echo "$ended"; exit 3; } # of each node: nodes may share what is in TMPDIR
 asks=(--num-cpus="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" --temp-dir="$own/ray"
     --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 --disable-usage-stats --block)
 if [ "${SLURM_MEM_PER_NODE:-0}" != 0 ]; then
@@ -43,7 +45,7 @@ if [ -z "$told" ]; then
     wait "$ray"
 fi
 rm -rf "$own" 2>/dev/null || { sleep 1; rm -rf "$own"; } # what still ends may write
-if [ -z "$told" ]; then echo "latentmill: Ray has ended on node $SLURM_PROCID, $SLURMD_NODENAME"; fi
+if [ -z "$told" ]; then echo "$ended"; fi
 END_OF_NODE
 cat >"$job/wait.py" <<'END_OF_PYTHON'
 import os, re, socket, sys, time

@@ -63,8 +63,8 @@ class DrainedNodes:
 
 def _bring(blocks: Sequence[Any], nodes: frozenset[str]) -> None:
     """Copy what lies on those nodes alone to this one. Ray takes the copy when they are gone."""
-    with suppress(RayError):
+    with suppress(RayError, TimeoutError):
         where = get_object_locations(list(blocks)) if blocks else {}
-        wanted = [block for block in blocks if (there := where[block]["node_ids"]) and nodes.issuperset(there)]
+        wanted = [block for block, at in where.items() if at["node_ids"] and nodes.issuperset(at["node_ids"])]
         if wanted:
             cast(Any, ray).wait(wanted, num_returns=len(wanted), timeout=BROUGHT_WITHIN, fetch_local=True)
