@@ -74,7 +74,7 @@ def test_what_is_put_back_into_the_queue_goes_on(site, slurm, undisturbed):
 
 def test_at_the_end_of_its_time_it_drains_and_goes_on_by_itself(slurm, tmp_path, counted):
     """Slurm counts in minutes, and gives notice up to one sooner than it is asked to."""
-    site = Site(slurm, tmp_path, pace=0.5)
+    site = Site(slurm, tmp_path, pace=0.9)
     limit = ("target.time=00:02:00", "target.grace=60", "grace=4s")
     name, number = site.submit("out", *site.counted, "cluster=inline", *limit)
     until(lambda: "in the queue again" in site("logs", name), "drained", 150)
@@ -87,7 +87,7 @@ def test_at_the_end_of_its_time_it_drains_and_goes_on_by_itself(slurm, tmp_path,
             break
     assert site.ended(name)["exit_code"] == 0
     assert site.shards("out") == counted and site.evaluated() == ROWS * STEPS
-    assert "thrown away" not in (said := site("logs", name)) and "SIGTERM: what has begun goes on" in said
+    assert "thrown away" not in (said := site("logs", name)) and "SIGUSR1: what has begun goes on" in said
 
 
 def test_preempted_it_drains_and_goes_on(slurm, tmp_path, counted):
@@ -110,7 +110,7 @@ def test_preempted_it_drains_and_goes_on(slurm, tmp_path, counted):
     job = site.ended(name)
     assert (job["exit_code"], job["detail"]) == (0, "started again 1 times"), slurm("scontrol", "show", "job", number)
     assert site.shards("out") == counted and site.evaluated() == ROWS * STEPS
-    assert "SIGTERM: what has begun goes on" in (said := site("logs", name)) and "thrown away" not in said, said
+    assert "SIGUSR1: what has begun goes on" in (said := site("logs", name)) and "thrown away" not in said, said
 
 
 def test_cancelled_it_ends_and_is_not_started_again(site):

@@ -198,6 +198,29 @@ def test_a_ray_that_does_not_start_is_known_at_once(script, tmp_path):
     places.rmdir()
 
 
+def test_what_does_not_fit_on_the_nodes_that_are_left_may_fit_later(script, tmp_path):
+    """Ray has come up on fewer nodes than were asked for, which is known by exit code 5 of what waits for it."""
+    commands, folder = tmp_path / "bin", tmp_path / "a folder"
+    commands.mkdir()
+    folder.mkdir()
+    for name, does in {
+        "scontrol": "echo JobId=1 JobState=RUNNING",
+        "srun": "exit 0",
+        "latentmill": "exit 2",
+        "python3": f'case $1 in */wait.py) exit "$WAITED" ;; esac\nexec {sys.executable} "$@"',
+    }.items():
+        (commands / name).write_text(f"#!{BASH}\n{does}\n")
+        (commands / name).chmod(0o755)
+    (folder / "job.sh").write_text(script("target.requeue=false", f"target.setup=export PATH={commands}:$PATH"))
+    around = {"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2"}
+    codes = []
+    for waited in ("0", "5"):
+        with (folder / "log-0").open("ab") as log:
+            done = subprocess.run([BASH, folder / "job.sh"], stdout=log, stderr=log, env={**around, "WAITED": waited})
+        codes.append(done.returncode)
+    assert codes == [2, 4], (folder / "log-0").read_text()
+
+
 def test_a_first_notice_leaves_the_driver_time_and_a_second_is_not_handed_on(script, tmp_path):
     """The second is Slurm's end of the time, which the driver hears of from Slurm itself. A third would have it keep nothing."""
     commands, folder = tmp_path / "bin", tmp_path / "a folder"
