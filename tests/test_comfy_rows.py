@@ -126,3 +126,14 @@ def test_cfg_pp_takes_the_noise_of_the_negative_prompt(fixed):
     clean = other + 3.0 * (clean - other)
     wanted = (alpha_s * clean + sigma_s * (x - alpha * other) / sigma) / alpha_s
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["uni_pc", "sa_solver", "heunpp2", "dpmpp_2m"])
+def test_a_solver_that_looks_ahead_does_not_stop_half_way(name):
+    """Before its end, that is: by ``until``. Where the grid itself ends is the row's end."""
+    said, sampler = [], ComfySampler(name)
+    choice = {"name": "comfy", "scheduler": "karras"}
+    stage = denoise_with(Gaussian(), lambda _: sampler, choice, 16, first_noise="comfy", until=0.5)
+    request = stage.take(batch([2], **ROW), lambda i, reason: said.append(reason))
+    assert len(request.rows) == (name == "dpmpp_2m") and all("can't stop half-way" in reason for reason in said)
+    assert len(said) == (name != "dpmpp_2m")

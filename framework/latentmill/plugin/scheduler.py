@@ -165,6 +165,9 @@ class Scheduler(Plugin, ABC):
     order: ClassVar[int] = 1
     """Order of convergence with its default settings; of a stochastic one, that of its drift."""
 
+    looks_ahead: ClassVar[bool] = False
+    """Whether a step hangs on the row's later ones (``Field.following``): such a row can't stop half-way."""
+
     on_cpu: ClassVar[Collection[str]] = ()
     """Names of state that stays on the CPU, as times do; there need not be all of them."""
 

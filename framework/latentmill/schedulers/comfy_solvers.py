@@ -267,14 +267,14 @@ class LastStepsUniPC(UniPC):
 
     contract = 2
     order = 2
-    lower_order_final = True
+    lower_order_final = looks_ahead = True
 
 
 class MiddleSASolver(SASolver):
     """SA-Solver with noise in the middle part of the sampling alone, and lower orders at its end."""
 
     contract = 2
-    lower_order_final = True
+    lower_order_final = looks_ahead = True
 
     def tau_at(self, field: Field, t: Tensor, like: Tensor) -> Tensor:
         sampling = sampling_of(field.noise_schedule)

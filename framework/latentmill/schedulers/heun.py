@@ -37,6 +37,7 @@ class HeunPP2(Scheduler):
 
     contract = 2
     evaluations = 3
+    looks_ahead = True
 
     def init(self, field: Field, x: Tensor, t: Tensor) -> State:
         alpha, sigma = field.scale(t)

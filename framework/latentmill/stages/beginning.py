@@ -56,6 +56,10 @@ class Beginning:
         halfway = row.get("time")
         strength = row["strength"] if halfway is None else 1.0
         kept, scheduler = grids.kept(schedule, row["steps"], strength), self.scheduler_of(row["scheduler"])
+        if self.until and scheduler.looks_ahead:
+            raise RowError(
+                f"{row['scheduler']} makes its steps by those behind them, so a row of it can't stop half-way"
+            )
         of_scheduler = scheduler.start(schedule, row["steps"], kept, shape) if kept else None
         own = of_scheduler or self.grid.start(schedule, row["steps"], strength, shape)
         grid = (
