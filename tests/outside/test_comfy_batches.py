@@ -48,3 +48,17 @@ def test_what_makes_no_sense_is_refused(tmp_path, latentmill, more, says):
     more = [more] if more.startswith("scheduler") else more.split()
     assert latentmill("run", *job(tmp_path, tmp_path / "p.csv", *more, out)) == 2
     assert says in latentmill.said
+
+
+def test_a_sampler_by_its_name(tmp_path, latentmill, rows):
+    """Each in a job: pictures of one kind, whatever the solver, and rows of several numbers of steps."""
+    (tmp_path / "p.csv").write_text("prompt,seed,steps\na red circle,7,6\na red circle,7,9\n")
+    made = {}
+    for name, more in (("dpmpp_2m", ""), ("uni_pc", ", last_sigma: 0.001, drop_penultimate: true")):
+        chosen = (f"scheduler.name=comfy +scheduler.sampler={name}", f"scheduler.grid={{name: comfy{more}}}")
+        chosen = (*chosen[0].split(), chosen[1])
+        out = tmp_path / name
+        assert latentmill("run", *job(tmp_path, tmp_path / "p.csv", *chosen, f"output={out}")) == 0, latentmill.said
+        made[name] = torch.tensor([row["latents"] for row in rows(out)])
+    apart = (made["dpmpp_2m"] - made["uni_pc"]).abs().mean() / made["uni_pc"].abs().mean()
+    assert 0 < float(apart) < 0.2
