@@ -21,7 +21,7 @@ output: out/mine
 source: {path: p.txt}
 """
 JOBS = (
-    "cache_latents_sdxl, decode, denoise, encode, encode_text, flux_txt2img, img2img, reconstruct, "
+    "cache_latents_sdxl, decode, denoise, encode, encode_text, flux_txt2img, hires, img2img, reconstruct, "
     "sd15_img2img, sd15_txt2img, sdxl_txt2img, txt2img"
 )
 
@@ -48,6 +48,7 @@ def file(folder, text=HEAD, name="mine.yaml"):
     [
         ("txt2img", "read encode denoise decode write", "prompts.txt"),
         ("img2img", "read encode denoise decode write", "edits.jsonl"),
+        ("hires", "read encode denoise latent_upscale refine decode write", "prompts.txt"),
         ("encode", "read encode write", "pictures"),
         ("encode_text", "read encode_text write", "prompts.txt"),
         ("denoise", "read encode denoise write", "prompts.txt"),
