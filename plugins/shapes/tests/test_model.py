@@ -43,9 +43,20 @@ def test_the_weights_fit_in_eight_megabytes() -> None:
     assert sum(f.stat().st_size for f in WEIGHTS.glob("*.safetensors")) <= 8_000_000
 
 
-def test_importing_the_package_loads_no_torch() -> None:
-    code = "import sys, latentmill_shapes.judge; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+LOADING = """
+import sys, latentmill_shapes.judge
+assert "torch" not in sys.modules
+
+import torch
+from latentmill_shapes.plugin import ShapesDenoiser, ShapesTextEncoder, ShapesVAE
+for part in (ShapesVAE(), ShapesTextEncoder(), ShapesDenoiser()):
+    part.load(torch.device("cpu"))
+assert not {"torch._dynamo", "sympy"} & sys.modules.keys(), "torch's compiler takes more than a second of each process"
+"""
+
+
+def test_importing_the_package_loads_no_torch_and_its_models_no_compiler() -> None:
+    subprocess.run([sys.executable, "-c", LOADING], check=True)
 
 
 def test_the_autoencoder_returns_held_out_pictures_at_30_db() -> None:
