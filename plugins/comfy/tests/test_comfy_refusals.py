@@ -154,6 +154,10 @@ def test_weights_of_eight_bits(own):
     network, found = weights(own, put(own, "unet/scaled", scaled))
     layer = "transformer_blocks.0.attn.to_out.0.weight"
     assert torch.equal(found[layer], wanted[layer] * 3) and network.storage is None
+    matrices = {name: small[name] for name, tensor in plain.items() if tensor.ndim > 1}
+    network, found = weights(own, put(own, "unet/mostly", scaled | matrices))
+    bias = "transformer_blocks.0.attn.to_out.0.bias"  # what has no eight bits in such a file is not rounded to them
+    assert torch.equal(found[bias], plain[f"{key}.bias"]) and network.storage is None
     packed = put(own, "unet/packed", plain | {f"{key}.weight": torch.ones(64, 64, dtype=torch.int8)})
     with pytest.raises(
         ValueError, match=f"{key}.weight is torch.int8: weights that are quantised in this way aren't known"
@@ -207,6 +211,27 @@ def test_entries_are_averaged_where_their_windows_are(own):
     assert torch.allclose(
         x[2] - 0.2 * found[2], torch.zeros(16, 4, 4), atol=1e-6
     )  # nothing says so, and so the clean latents are 0
+
+
+def test_a_window_is_from_the_sigma_of_its_start_to_that_of_its_end(own):
+    network, _ = weights(own, "flux.safetensors")
+    x, entries = torch.ones(1, 16, 4, 4), torch.ones(1, 1, 4, 256)
+
+    def active(t, start, end):
+        told = {"entries": entries, "pooled": torch.ones(1, 1, 64), "guidance": torch.tensor([3.5])}
+        told |= {"length": torch.tensor([[4]]), "window": torch.tensor([[[start, end]]])}
+        time = torch.tensor([t], dtype=torch.float64)
+        found = network.predict(x, time, told)
+        return not torch.allclose(t * found, x, atol=1e-5)
+
+    first, last = network.sampling.percent(0.25), network.sampling.percent(0.5)
+    assert [active(t, 0.25, 0.5) for t in (first + 0.01, first - 0.01, last + 0.01, last - 0.01)] == [
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert active(1.0, 0.0, 0.5) and not active(1.0, 0.25, 1.0)
 
 
 def test_guided_at_every_scale_but_one(own):
