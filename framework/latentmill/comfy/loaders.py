@@ -12,7 +12,7 @@ from latentmill.comfy.reading import LOADED, LOADED_ONCE, Inputs
 CLIP_TYPES = ("stable_diffusion", "sdxl", "sd3", "flux")
 """What CLIPLoader and its like call the families whose text encoders we have."""
 WEIGHT_DTYPES = ("default", "fp8_e4m3fn", "fp8_e5m2")
-DISCRETE_KINDS = ("eps", "v_prediction", "x0")
+DISCRETE_KINDS = ("eps", "v_prediction", "lcm", "x0")
 
 
 def checkpoint(given: Inputs) -> Sequence[Any]:

@@ -44,6 +44,8 @@ class ComfyDenoiser(DiffusersDenoiser):
     """
 
     contract = 2
+    row_fields = (GUIDANCE,)
+    """Known before the file is: it says whether the network is told any."""
     fingerprinted = ("models", "checkpoint", "unet", "loras")
 
     def __init__(
