@@ -146,7 +146,8 @@ def test_a_refiner_goes_on_from_half_way_latents_with_parts_of_its_own(job):
                 latent_image=["5", 0],
             ),
             _6={"samples": ["15", 0], "vae": ["11", 2]},
-        )
+        ),
+        "comfy.tokenizers=/tokenizers",
     )
     assert config["flow"] == ["read", "encode", "denoise", "refine_text", "refine", "decode", "write"]
     grid = {"name": "comfy", "scheduler": "normal"}
@@ -158,9 +159,9 @@ def test_a_refiner_goes_on_from_half_way_latents_with_parts_of_its_own(job):
     assert stage["sampling"] == {"first_noise": "none", "steps": 25, "guidance_scale": 8.0, "strength": 1.0}
     text = said(config, "stages", "refine_text")
     assert text["name"] == "encode_text"
-    assert text["text_encoder"] == {**refine, "negative": {"words": "rain"}}, (
-        "the other text is the row's prompt here, too"
-    )
+    own = {"negative": {"words": "rain"}, "tokenizers": "/tokenizers"}
+    assert config["text_encoder"]["tokenizers"] == "/tokenizers"
+    assert text["text_encoder"] == {**refine, **own}, "the other text is the row's prompt here, too"
     assert config["vae"] == refine
     assert config["source"]["rows"] == [{"seed": 5, "refine.seed": 6}]
 

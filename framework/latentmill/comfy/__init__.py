@@ -122,6 +122,10 @@ def _config(name: str, recipes: Sequence[Recipe], options: Options, rest: Sequen
         stage, _, field = key.rpartition(".")
         if field not in IN_ROWS:
             (stages[stage]["sampling"] if stage else sampling)[field] = setting.value
+    if options.tokenizers is not None:
+        for each in (config, *stages.values()):
+            if "text_encoder" in each:
+                each["text_encoder"] = {**each["text_encoder"], "tokenizers": options.tokenizers}
     if sampling:
         config["sampling"] = sampling
     if stages:

@@ -12,7 +12,7 @@ from latentmill.errors import JobError
 from latentmill.text import near
 
 MAPPED = re.compile(r"""map\.(?:"([^"]*)"|'([^']*)'|([^.=]+))\.([^.=]+)=(.+)""", re.DOTALL)
-COMFY_KEYS = ("models", "input", "output", "seed", "metadata")
+COMFY_KEYS = ("models", "input", "output", "seed", "metadata", "tokenizers")
 CHOICES = {"seed": ("row", "workflow"), "metadata": ("true", "false")}
 
 
@@ -28,6 +28,8 @@ class Options:
     """The one output that is made, by id or title; None: all that are saved."""
     seed: str = "row"
     """Whose seed a row of a source has that brings none: its own, or the workflow's."""
+    tokenizers: str | None = None
+    """A folder with the tokenizers, for all text encoders; None: where they look by themselves."""
     metadata: str = "false"
     """Whether picture files carry the workflow, as ComfyUI's do."""
     columns: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -52,7 +54,7 @@ def split(overrides: Sequence[str], workflow: Workflow) -> tuple[Options, list[s
                 raise JobError(f"there is no key {key}{near(name, COMFY_KEYS)}; there are: {', '.join(COMFY_KEYS)}")
             if not value or (name in CHOICES and value not in CHOICES[name]):
                 raise JobError(f"{key} must be {' or '.join(CHOICES.get(name, ['a folder']))}, not {value!r}")
-            told[name] = os.path.expanduser(value) if name in ("models", "input") else value
+            told[name] = os.path.expanduser(value) if name in ("models", "input", "tokenizers") else value
         elif key.startswith("map."):
             if not (match := MAPPED.fullmatch(word)):
                 raise JobError(
