@@ -44,7 +44,7 @@ class ComfyDenoiser(DiffusersDenoiser):
     """
 
     contract = 2
-    row_fields = (GUIDANCE,)
+    row_fields: Sequence[RowField] = (GUIDANCE,)
     """Known before the file is: it says whether the network is told any."""
     fingerprinted = ("models", "checkpoint", "unet", "loras")
 
