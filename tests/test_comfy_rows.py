@@ -128,6 +128,34 @@ def test_cfg_pp_takes_the_noise_of_the_negative_prompt(fixed):
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["euler_cfg_pp", "dpmpp_2m_cfg_pp"])
+def test_cfg_pp_leaves_a_row_without_guidance_alone(name):
+    """Row 3 has scale 1: to the bit the same beside a row that is guided, in a deterministic job, and what it is in any other."""
+    fixed, sampler = FixedShape(batch_size=4, rows_per_shard=4), ComfySampler(name)
+    found = []
+    for numbers, shape in (([3], fixed), ([3, 4], fixed), ([3, 4], None)):
+        stage = denoise_with(Gaussian(), lambda _: sampler, {"name": "comfy"}, 16, fixed=shape, first_noise="comfy")
+        table = batch(numbers, scheduler="euler", steps=4, strength=1.0)
+        found.append(latents_of(list(stage(table, lambda i, reason: pytest.fail(reason))))[3])
+    assert torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[1], found[2], rtol=1e-5, atol=1e-5)
+
+
+def test_the_picture_beside_a_mask_leaves_as_the_latents_do():
+    """With the noise that is left, in ComfyUI's units: what its next sampler goes on with."""
+    table = batch([2], **ROW)
+    mask = torch.zeros(1, 1, 4, 3, dtype=torch.uint8)
+    mask[..., 0] = 1
+    table = tensors.with_tensor(table, "mask", mask)
+    [found] = run(table, first_noise="diffusers", end_at_step=3, leftover_noise=True).values()
+    drawn = torch.randn((1, 2, 4, 3), generator=torch.Generator().manual_seed(1002))[0].double()
+    end = ComfyGrid("karras").start(Gaussian.noise_schedule, 6, 1.0, ()).times[3]
+    alpha, sigma = (float(each) for each in Gaussian.noise_schedule.scale(end))
+    wanted = 2.0 + sigma / alpha * drawn
+    torch.testing.assert_close(found[..., 1:].double(), wanted[..., 1:], rtol=1e-5, atol=1e-5)
+    assert float((found - wanted)[..., 0].abs().min()) > 1e-3
+
+
 @pytest.mark.parametrize("name", ["uni_pc", "sa_solver", "heunpp2", "dpmpp_2m"])
 def test_a_solver_that_looks_ahead_does_not_stop_half_way(name):
     """Before its end, that is: by ``until``. Where the grid itself ends is the row's end."""

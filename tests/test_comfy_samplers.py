@@ -1,6 +1,7 @@
 """Scheduler ``comfy``, by ComfyUI's names, against latents of a run of ComfyUI itself (values/comfy_latents.json says which)."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,9 @@ def test_what_there_is_not_is_refused():
         ({"sampler": "dpmpp2m"}, "did you mean 'dpmpp_2m'"),
         ({"sampler": "euler", "eta": 0.5}, "has no eta; it has no settings"),
         ({"sampler": "dpmpp_2m_sde", "solver_type": "euler"}, "midpoint or heun"),
+        ({"sampler": "res_multistep_ancestral", "eta": 1.5}, "eta must be a number from 0 to 1, not 1.5"),
+        ({"sampler": "euler_ancestral_cfg_pp", "eta": -1.0}, "eta must be a number from 0 to 1, not -1.0"),
+        ({"sampler": "seeds_2", "s_noise": math.nan}, "s_noise must be a number from 0 to 100, not nan"),
     ):
         with pytest.raises(ValueError, match=says):
             ComfySampler(**settings)

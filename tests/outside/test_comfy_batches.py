@@ -33,6 +33,26 @@ def test_without_a_seed_each_sample_has_its_own(tmp_path, latentmill, rows):
     assert len({row["seed"] for row in made}) == 2 and {row["noise_index"] for row in made} == {0}
 
 
+def test_a_column_that_is_kept_is_no_place_in_a_batch(tmp_path, latentmill, rows):
+    """Where the first noise is not ComfyUI's, ``noise_index`` is any name."""
+    (tmp_path / "p.csv").write_text("prompt,seed,noise_index\na red circle,7,3\n")
+    own = ("scheduler=euler_ancestral", "scheduler.grid=trailing", "sampling.first_noise=latentmill")
+    made = []
+    for out, keep in (("plain", "[]"), ("kept", "[noise_index]")):
+        more = (*own, f"source.keep={keep}", f"output={tmp_path / out}")
+        assert latentmill("run", *job(tmp_path, tmp_path / "p.csv", *more)) == 0, latentmill.said
+        made += rows(tmp_path / out)
+    assert made[0]["latents"] == made[1]["latents"]
+
+
+def test_a_sample_beyond_the_largest_batch_is_an_error_row(tmp_path, latentmill, rows):
+    (tmp_path / "p.csv").write_text("prompt,seed,noise_index\na red circle,7,4095\n")
+    assert latentmill("run", *job(tmp_path, tmp_path / "p.csv", "samples_per_row=2", f"output={tmp_path / 'out'}")) == 0
+    assert [row["noise_index"] for row in rows(tmp_path / "out")] == [4095]
+    [error] = (tmp_path / "out" / "errors").rglob("*.jsonl")
+    assert "noise_index must be" in error.read_text()
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [

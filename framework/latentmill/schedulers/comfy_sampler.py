@@ -99,6 +99,9 @@ class ComfySampler(Scheduler):
             raise ValueError(f"sampler {sampler} has no {name}; it has {', '.join(known.settings) or 'no settings'}")
         if solver_type not in ("midpoint", "heun"):
             raise ValueError(f"solver_type must be midpoint or heun, not {solver_type!r}")
+        for key, value, most in (("eta", eta, 2 if sampler.startswith("sa_") else 1), ("s_noise", s_noise, 100)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
+                raise ValueError(f"sampler {sampler}: {key} must be a number from 0 to {most}, not {value!r}")
         self.sampler, self.eta, self.s_noise = sampler.removesuffix("_gpu"), float(eta), float(s_noise)
         if solver_type == "heun":
             self.sampler = "dpmpp_2m_sde_heun"

@@ -7,12 +7,16 @@ Drawn on the CPU, so that it is the same whatever the model runs on.
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+PASSED_AT_ONCE = 1 << 20
+"""Numbers that are drawn at once, where they are only passed over; a multiple of 16."""
 
 
 def start(seed: int, shape: tuple[int, ...]) -> Tensor:
@@ -31,7 +35,12 @@ def start_of_comfy(seed: int, shape: tuple[int, ...], index: int = 0) -> Tensor:
     What is drawn behind it changes none of it, as long as a picture's numbers are a multiple of 16. Else the last 16 of a whole draw
     are drawn otherwise: then it is that of the batch's last picture.
     """
-    return torch.randn((index + 1, *shape), generator=torch.Generator("cpu").manual_seed(seed))[index]
+    generator, size = torch.Generator("cpu").manual_seed(seed), math.prod(shape)
+    # Sixteen numbers are drawn together, so what comes before goes in pieces of them: of a large batch it is more than memory holds.
+    before = max(min(index * size, (index + 1) * size - 16), 0) // 16 * 16
+    for gone in range(0, before, PASSED_AT_ONCE):
+        torch.randn(min(PASSED_AT_ONCE, before - gone), generator=generator)
+    return torch.randn((index + 1) * size - before, generator=generator)[-size:].reshape(shape)
 
 
 def between(seed: int, t: float, s: float, shape: tuple[int, ...]) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentmill.fields import NOISE_INDEX
+from latentmill.fields import FROM_COMFY, NOISE_INDEX
 from latentmill.identity import row_seed
 from latentmill.plugin import Denoiser, FollowsAuthors, RowError, Scheduler, State
 from latentmill.schedulers import grids, noise
@@ -36,14 +36,19 @@ class Beginning:
         self.denoiser, self.scheduler_of, self.grid = denoiser, scheduler_of, grids.choose(grid)
         self.authors, self.until = FollowsAuthors.of(denoiser), float(sampling["until"])
         self.draw = DRAWN_FOR[sampling["first_noise"]]
+        self.of_batches = sampling["first_noise"] in FROM_COMFY
+        """Whether a row may be a picture of a batch: elsewhere ``noise_index`` is any column that a source has."""
 
     def noise(self, row: Mapping[str, Any], shape: tuple[int, ...]) -> Tensor:
         """A row's first noise, float32, of ``shape``."""
-        return self.draw(row["seed"], shape, row.get(NOISE_INDEX.name, 0))
+        return self.draw(row["seed"], shape, self._index(row))
 
     def seed(self, row: Mapping[str, Any]) -> int:
         """What the noise of its steps hangs on: pictures of one batch, which have one seed, have not the same."""
-        return row_seed(0, "", row.get(NOISE_INDEX.name, 0), row["seed"])
+        return row_seed(0, "", self._index(row), row["seed"])
+
+    def _index(self, row: Mapping[str, Any]) -> int:
+        return row.get(NOISE_INDEX.name, 0) if self.of_batches else 0
 
     def of(
         self, row: Mapping[str, Any], latents: Tensor, goes_on: bool, from_noise: bool

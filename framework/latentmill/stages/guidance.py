@@ -176,8 +176,9 @@ class ModelField(Field):
         if not any(guided):
             predicted = negative = self._predict(x, t, self.prompt)
         elif self.fixed:
-            predicted, negative = self._predict(x, t, self.prompt), self._predict(x, t, self.negative)
-            predicted = self._guide(predicted, negative, t, guided)
+            prompt, negative = self._predict(x, t, self.prompt), self._predict(x, t, self.negative)
+            predicted = self._guide(prompt, negative, t, guided)
+            negative = self._where_guided(negative, prompt, t, guided)
         else:
             if self._both is None or self._both.guided != guided:
                 self._both = Both(self.prompt, self.negative, guided, self.device)
@@ -214,11 +215,15 @@ class ModelField(Field):
             share = self.guidance_rescale.to(prompt.dtype)
             spread = prompt.std(dim=axes, keepdim=True) / result.std(dim=axes, keepdim=True)
             result = torch.where(share > 0, share * (result * spread) + (1 - share) * result, result)
+        return self._where_guided(result, prompt, t, guided)
+
+    def _where_guided(self, values: Tensor, others: Tensor, t: Tensor, guided: Sequence[bool]) -> Tensor:
+        """``values`` of guided rows, and ``others`` of those that aren't."""
         if all(guided):
-            return result
+            return values
         self.expect(t)
         time = self._sent(id(t))[0]
-        return torch.where((self.stop_there < time) & (time <= self.start_there), result, prompt)
+        return torch.where((self.stop_there < time) & (time <= self.start_there), values, others)
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -143,11 +143,14 @@ class RunningBatch:
             row.at += 1
 
     def _blend(self, s: Tensor) -> tuple[Tensor, ...]:
-        """How much of picture and noise stands beside the masks at ``s``; some grids end a little before t = 0, and the picture is clean."""
+        """How much of picture and noise stands beside the masks at ``s``.
+
+        Some grids end a little before t = 0, where the picture is clean, unless a row leaves with the noise that is left.
+        """
         if self.inpainting is None:
             return ()
         alpha, sigma = self.denoiser.noise_schedule.scale(s)
-        last = torch.tensor([row.at + 2 == len(row.times) for row in self.slots])
+        last = torch.tensor([row.at + 2 == len(row.times) and row.leaves == 1.0 for row in self.slots])
         return torch.where(last, 1.0, alpha), torch.where(last, 0.0, sigma)
 
     def unstack(self) -> None:
