@@ -143,11 +143,19 @@ def _rows(recipes: Sequence[Recipe], options: Options) -> dict[str, Any]:
     rows = []
     for each, of in zip(recipes, values):
         told = {key: value for key, value in of.items() if key.rpartition(".")[2] in IN_ROWS or key not in same}
-        noises = [key.removesuffix("seed") for key in of if key.rpartition(".")[2] == "seed"]
+        drawn = [key.removesuffix("seed") for key in of if key.rpartition(".")[2] == "seed"]
+        noises = [stage for stage in drawn if _sampling(each, stage)["first_noise"] == "comfy"]
         for k in range(each.batch):
             rows.append({**told, **({f"{stage}noise_index": k for stage in noises} if each.batch > 1 else {})})
     pictures = {"path": options.input_folder(), "opened": "comfy"} if any("image" in row for row in rows) else {}
     return {"name": "rows", **pictures, "rows": rows}
+
+
+def _sampling(made: Recipe, stage: str) -> Mapping[str, Any]:
+    """The sampling of a stage, as ``refine.``, or the job's own, without a name."""
+    of: Mapping[str, Any] = made.config["stages"][stage.rstrip(".")] if stage else made.config
+    sampling: Mapping[str, Any] = of["sampling"]
+    return sampling
 
 
 def _source(made: Recipe, options: Options, rest: Sequence[str]) -> dict[str, Any]:
