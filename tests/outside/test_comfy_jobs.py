@@ -190,7 +190,7 @@ def test_two_passes_over_larger_latents_and_larger_pictures(job):
         _7={"images": ["15", 0]},
     )
     config = job(pictures)
-    upscales = ["image_upscale", "image_upscale2"]
+    upscales = ["upscale_model", "image_upscale"]
     assert config["flow"] == [
         "read",
         "encode",
@@ -202,9 +202,9 @@ def test_two_passes_over_larger_latents_and_larger_pictures(job):
         "decode2",
         "write",
     ]
-    assert config["stages"]["image_upscale"]["settings"] == {"model": "4x.pth", "models": MODELS}
+    assert config["stages"]["upscale_model"]["settings"] == {"model": "4x.pth", "models": MODELS}
     sizes = {"method": "area", "width": 96, "crop": "disabled"}
-    assert config["stages"]["image_upscale2"]["settings"] == sizes
+    assert config["stages"]["image_upscale"]["settings"] == sizes
 
 
 def test_picture_to_picture(job):

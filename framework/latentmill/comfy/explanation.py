@@ -114,7 +114,7 @@ def _of(each: Any) -> str:
 
 
 SAID_OF = {
-    UpscaleModel: "the model of image_upscale",
+    UpscaleModel: "the model of upscale_model",
     Sampler: "the scheduler",
     Sigmas: "the scheduler's grid",
     Output: "the dataset's image",

@@ -84,7 +84,8 @@ class _Writer:
                 self.made.batch = each.batch
             elif isinstance(each, (Scaled, ScaledLatent)):
                 models = {"models": MODELS} if "model" in each.settings else {}
-                name = "image_upscale" if isinstance(each, Scaled) else "latent_upscale"
+                pictures = "upscale_model" if models else "image_upscale"
+                name = pictures if isinstance(each, Scaled) else "latent_upscale"
                 self._stage(each, name, **each.settings, **models)
             elif isinstance(each, Encoded):
                 self._encoded(each, [of for of in line[at:] if isinstance(of, Sampled)])

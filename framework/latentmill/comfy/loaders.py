@@ -89,7 +89,7 @@ def discrete(given: Inputs) -> Sequence[Any]:
 
 
 def upscale_model(given: Inputs) -> Sequence[Any]:
-    """The model of a stage image_upscale."""
+    """The model of a stage upscale_model."""
     return (UpscaleModel(given.node, given.fixed("model_name", str, LOADED_ONCE)),)
 
 

@@ -96,7 +96,7 @@ def scale_image(given: Inputs) -> Sequence[Any]:
 
 
 def scale_by_model(given: Inputs) -> Sequence[Any]:
-    """The same with a network."""
+    """A stage upscale_model."""
     model = given.take("upscale_model", UpscaleModel)
     return (Scaled(given.node, given.take("image", Picture), {"model": model.file}),)
 
