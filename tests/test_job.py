@@ -269,12 +269,13 @@ def test_a_wrong_file_is_one_line(instead_of, text, said, tmp_path):
 
 
 def test_a_job_that_is_not_there_is_one_line_and_what_is_there(tmp_path):
-    there = f"there are: {JOBS}; a file's name ends in .yaml"
+    ends = "ends in .yaml, or in .json if it is a workflow of ComfyUI"
+    there = f"there are: {JOBS}; a file's name {ends}"
     assert refused("txt2imh") == f"there is no job 'txt2imh' (did you mean 'txt2img'?); {there}"
     assert refused("qwxyz") == f"there is no job 'qwxyz'; {there}"
     for path in (tmp_path / "no.yaml", tmp_path, tmp_path / "no"):
         assert refused(path) == f"there is no job file {path}; shipped jobs are chosen by name: {JOBS}"
-    assert refused(path := file(tmp_path, HEAD, "mine.yml")) == f"{path}: a job file's name ends in .yaml"
+    assert refused(path := file(tmp_path, HEAD, "mine.yml")) == f"{path}: a job file's name {ends}"
     assert refused("txt2img", f"output={path}") == f"txt2img: output must name a folder or a URL, not '{path}'"
 
 

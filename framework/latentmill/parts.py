@@ -125,6 +125,10 @@ def parts(job: Job) -> Parts:
     for wrong in _wrong_flow(job, built):
         raise PlanError(f"{job.name}: {wrong}")
     for stage in built.flow:
+        for kind in sorted(job.stages[stage.name].own_parts.keys() - stage.needs):
+            raise PlanError(
+                f"{job.name}: there is no key stages.{stage.name}.{kind}: {stage.name} works with no {kind}"
+            )
         for kind in stage.needs:
             if not job.choice(job.place(kind, stage.name)):
                 raise PlanError(f"{job.name}: {stage.name} is in the flow, so the job needs {kind}.name")
@@ -300,8 +304,6 @@ def _spaces(job: Job, built: Parts, stored: LatentSpec | None) -> tuple[list[Lat
 def _check_denoiser(job: Job, built: Parts, stage: str, spec: LatentSpec | None) -> None:
     place = job.place("denoiser", stage)
     denoiser: Denoiser = built.at(place)
-    choice = job.choice(place)
-    assert choice is not None
     if spec is None:
         return
     with registry.asking(denoiser):
@@ -310,7 +312,7 @@ def _check_denoiser(job: Job, built: Parts, stage: str, spec: LatentSpec | None)
         except ValueError as error:
             vae = job.vae or next((own for each in job.flow if (own := job.stages[each].vae)), None)
             of = f"VAE {vae['name']}" if vae else f"source {job.source['name']}"
-            raise PluginError(f"denoiser {choice['name']} and {of} don't fit: {error}") from error
+            raise PluginError(f"denoiser {(job.choice(place) or {})['name']} and {of} don't fit: {error}") from error
     scheduler = built.at(job.place("scheduler", stage))
     if scheduler is not None:
         _check_grid(job, stage, denoiser, scheduler, spec)

@@ -330,11 +330,13 @@ def hashed(content: Mapping[str, Any]) -> dict[str, Any]:
 def _stage_to_json(stage: Declaration) -> dict[str, Any]:
     own = pa.schema([column for column in stage.adds if isinstance(column, pa.Field)])
     types = {"columns": base64.b64encode(own.serialize()).decode()} if own.names else {}
-    return {**vars(stage), "adds": stage.added(), **types}
+    said = {key: value for key, value in vars(stage).items() if key != "cuts" or value}  # older plans don't say it
+    return {**said, "adds": stage.added(), **types}
 
 
 def _stage_from_json(found: Mapping[str, Any]) -> Declaration:
     own = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(found["columns"]))) if "columns" in found else pa.schema([])
     lists = {key: tuple(found.get(key, ())) for key in ("needs", "takes", "drops", "ignores")}
     adds = tuple(own.field(name) if name in own.names else name for name in found["adds"])
-    return Declaration(found["name"], **lists, adds=adds, position=found["position"], continuous=found["continuous"])
+    more = {key: found.get(key, False) for key in ("continuous", "cuts")}
+    return Declaration(found["name"], **lists, adds=adds, position=found["position"], **more)

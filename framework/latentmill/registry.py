@@ -156,7 +156,7 @@ def package_of(job: str) -> str:
     found = [(brings, package) for brings, package in found if not distribution or _is_named(brings, distribution)]
     if not found:
         raise JobError(
-            f"there is no job {job!r}{near(name, jobs())}; there are: {', '.join(jobs())}; a file's name ends in .yaml"
+            f"there is no job {job!r}{near(name, jobs())}; there are: {', '.join(jobs())}; a file's name ends in .yaml, or in .json if it is a workflow of ComfyUI"
         )
     if len(found) > 1:
         choices = " or ".join(sorted(f"{brings}:{name}" for brings, _ in found))

@@ -50,6 +50,9 @@ class Counts(Denoiser):
     def __init__(self, notes: str = ""):
         self.notes = notes
 
+    def load(self, device):
+        count(self.notes, "loaded", 1)
+
     def predict(self, x, t, conditioning):
         count(self.notes, "evaluated", len(x))
         letters = conditioning["letters"].reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)

@@ -40,6 +40,7 @@ def twice(latentmill, rows, tmp_path):
 
 def test_base_and_refiner_in_one_job_are_two_jobs_in_a_row(counted, rows):
     counted.run("one", *BASE_AND_REFINER)
+    assert (counted.notes / "loaded").stat().st_size == 1, "two stages of one worker share the network"
     counted.run("base", "flow=[read,encode,denoise,write]", "sampling.until=0.5")
     counted.latentmill(
         "run", "txt2img", *(s for s in counted.settings if not s.startswith("source.")), "flow=[read,encode,denoise,decode,write]",
@@ -138,9 +139,49 @@ def test_text_of_the_second_pass_s_own(twice, rows, tmp_path):
         ("stages.refine.scheduler={grid: karas}", "stages.refine.scheduler.grid: there is no grid 'karas'"),
         ("stages.refine.denoiser={weights: x}", "denoiser shapes has no setting 'weights'"),
         ("stages.refine.sampling={until: 0.5}", "stage refine leaves latents half-way, so flow must end with denoise, write"),
+        ("stages.refine.text_encoder={name: shapes}", "there is no key stages.refine.text_encoder: refine works with no text_encoder"),
         ("stages.refine.vae=patches", "keys and their values are expected"),
     ],
 )  # fmt: skip
 def test_what_a_stage_can_t_have_is_one_line(twice, latentmill, setting, said):
     twice(setting, code=2)
     assert said in latentmill.err and "Traceback" not in latentmill.err
+
+
+def test_what_a_stage_says_is_null_it_doesn_t_say(twice):
+    said = [
+        twice(f"stages.refine.sampling={{strength: 0.5{more}}}", out=more[2:7])
+        for more in ("", ", until: null, steps: null")
+    ]
+    assert said[0] == said[1]
+
+
+def test_pictures_of_one_batch_have_noise_of_their_own_in_a_pass_that_is_not_comfyui_s(twice, tmp_path):
+    (tmp_path / "one.csv").write_text("prompt,seed\na red ring on a blue background,3\n")
+    found = {
+        first: twice("samples_per_row=2", "sampling.first_noise=comfy", f"stages.refine.sampling={{strength: 0.5, first_noise: {first}}}",
+                     source="one.csv", out=first)
+        for first in ("comfy", "latentmill")
+    }  # fmt: skip
+    for first, batch in found.items():
+        assert [(row["seed"], row["noise_index"]) for row in batch] == [(3, 0), (3, 1)]
+        assert len({row["refine.seed"] for row in batch}) == (1 if first == "comfy" else 2)
+    assert found["comfy"][0]["refine.seed"] == found["latentmill"][0]["refine.seed"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "workers"),
+    [
+        (("stages=gpu",), "encode + denoise + refine + decode,"),
+        (("stages=gpu", "stages.denoise.num_gpus=1"), "encode, denoise, refine, decode,"),
+        (("stages=gpu", "stages.refine.num_gpus=1"), "encode + denoise, refine, decode,"),
+        (("stages=gpu", "stages.denoise.accelerator_type=H100"), "encode, denoise + refine, decode,"),
+        (("stages.denoise.replicas=2",), "encode, denoise + refine, decode,"),
+        (("stages.denoise.replicas=2", "stages.denoise.min_replicas=2", "stages.refine.replicas=1"), "encode, denoise, refine, decode,"),
+    ],
+)  # fmt: skip
+def test_a_second_pass_asks_for_what_the_first_does_unless_it_says_otherwise(latentmill, settings, workers):
+    """A part of a GPU they share: one has room for both."""
+    flow = "flow=[read,encode,denoise,{name: denoise, as: refine},decode,write]"
+    assert latentmill("plan", "txt2img", flow, "cluster=local", *settings) == 0, latentmill.said
+    assert f"workers  read, {workers} write (" in latentmill.out

@@ -130,10 +130,29 @@ def test_a_job_with_each_of_them_between_two_passes(latentmill, rows, tmp_path):
         assert "prompt:" not in first["drops"]
 
 
-def test_a_picture_is_resized_whole_before_it_is_cut_for_the_vae(latentmill, rows, tmp_path):
+PLAIN = """
+from latentmill.plugin import Stage
+
+
+class Plain(Stage):
+    contract = 2
+    adds = drops = ("image",)
+
+    def __call__(self, batch, reject):
+        return batch
+"""
+
+
+@pytest.mark.parametrize(
+    ("stage", "sides"), [("{name: image_upscale, method: area, scale: 2}", (132, 140)), ("plain", (64, 68))]
+)
+def test_a_picture_is_whole_before_a_stage_that_cuts_it_for_the_vae_and_no_other(
+    stage, sides, install, latentmill, rows, tmp_path
+):
+    install("acme", "[latentmill.stages]\nplain = acme_plain:Plain\n", acme_plain=PLAIN)
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (67, 70), (9, 99, 199)).save(tmp_path / "pictures" / "a.png")
-    flow = "flow=[read,{name: image_upscale, method: area, scale: 2},encode,decode,write]"
+    flow = f"flow=[read,{stage},encode,decode,write]"
     code = latentmill(
         "run",
         "reconstruct",
@@ -144,4 +163,4 @@ def test_a_picture_is_resized_whole_before_it_is_cut_for_the_vae(latentmill, row
     )
     assert code == 0, latentmill.said
     [row] = rows(tmp_path / "out")
-    assert (row["width"], row["height"]) == (132, 140)
+    assert (row["width"], row["height"]) == sides

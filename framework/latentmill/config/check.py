@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from latentmill.config.schema import (
     CLUSTERS,
     DEFAULTS,
     FIRST_NOISE,
+    OF_POOL,
     ON_ERROR,
     OWN_PARTS,
     PLACEMENTS,
@@ -61,7 +62,8 @@ def checked(name: str, config: DictConfig, text: str) -> Job:
     flow = tuple(map(str, settled["flow"]))
     for stage in flow:
         settled["stages"].setdefault(stage, vars(StageKeys()))
-    for stage, settings in settled["stages"].items():
+    said = _with_namesakes(settled["stages"], flow)
+    for stage, settings in said.items():
         whole = {kind: whole_choice(settings[kind], settled.get(kind)) for kind in OWN_PARTS if settings[kind]}
         settled["stages"][stage] = {
             **_with_resources(settings, settings["name"] or stage if stage in flow else None),
@@ -290,6 +292,30 @@ def _wrong_flow(job: Job) -> Iterator[str]:
         yield f"flow has {twice[0]} twice: give one of them a name of its own, as in {{name: {twice[0]}, as: another}}"
     for name in flow:
         registry.find("stage", job.stages[name].name or name)
+
+
+def _with_namesakes(stages: Mapping[str, Mapping[str, Any]], flow: Collection[str]) -> dict[str, dict[str, Any]]:
+    """The stages' settings. One that a plugin fills under another name asks for what the stage of the plugin's name does, where it says no more.
+
+    A part of a GPU they share evenly: all of them are to fit where the one did.
+    """
+    found = {name: dict(settings) for name, settings in stages.items()}
+    sharing = dict[str, list[str]]()
+    for name in flow:
+        own, plugin = stages[name], stages[name]["name"] or name
+        unsaid = [key for key in OF_POOL if not own[key] and own[key] != 0]
+        if own["replicas"] is not None:
+            unsaid = [key for key in unsaid if key != "min_replicas"]
+        if plugin in stages:
+            found[name] |= {key: stages[plugin][key] for key in unsaid}
+        if plugin == name or own["num_gpus"] is None:
+            sharing.setdefault(plugin, []).append(name)
+    for plugin, names in sharing.items():
+        part = stages[plugin]["num_gpus"] if plugin in stages else None
+        if len(names) > 1 and part is not None and 0 < part < 1:
+            for name in names:
+                found[name]["num_gpus"] = part / len(names)
+    return found
 
 
 def _with_resources(settings: Mapping[str, Any], plugin: str | None) -> dict[str, Any]:

@@ -105,6 +105,8 @@ FIRST_BATCH_SIZE = 16
 """Of a stage whose ``batch_size`` is auto."""
 DEFAULTS = {"replicas": "auto", "batch_size": "auto", "num_gpus": 0.0, "num_cpus": 1.0, "retries": 1}
 """Of a stage's workers, where neither the job nor the stage's ``resources`` say more."""
+OF_POOL = (*DEFAULTS, "min_replicas", "memory", "resources", "accelerator_type", "timeout")
+"""What is said of a stage's workers."""
 
 if TYPE_CHECKING:
     StageKeys: TypeAlias = Any
@@ -238,7 +240,8 @@ class Job:
 
     def sampling_of(self, stage: str) -> dict[str, Any]:
         """What rows are made with in a stage, that don't say otherwise."""
-        return {**self.sampling, **self.stages[stage].sampling}
+        own = self.stages[stage].sampling
+        return {**self.sampling, **{key: value for key, value in own.items() if value is not None}}
 
     def meaning(self) -> dict[str, Any]:
         """What of the config changes the dataset: no cluster, output, workers or what they ask for.

@@ -151,6 +151,7 @@ class Declaration:
     position: Literal["first", "between", "last"] = "between"
     continuous: bool = False
     ignores: tuple[str, ...] = ()
+    cuts: bool = False
 
     def added(self) -> list[str]:
         """The names of the columns that it adds."""
@@ -257,6 +258,9 @@ class Stage(Plugin, ABC):
     """Columns that are not in its results."""
     ignores: Sequence[str] = ()
     """Columns of ``BATCH_COLUMNS`` that it doesn't read, though others of its kind do: no stage before it makes them for its sake."""
+    cuts: bool = False
+    """Whether the pictures of its results have sides that the VAE can encode, whatever it was given: then it is given them whole, and no
+    stage before it cuts them."""
     shares_tensors: ClassVar[bool] = False
     """Whether it takes columns of tensors that rows share as they are (``latentmill.plugin.tensors.shared``). If not, each row of
     its batches has its own."""
@@ -279,6 +283,7 @@ class Stage(Plugin, ABC):
             adds=tuple(self.adds),
             drops=tuple(self.drops),
             ignores=tuple(self.ignores),
+            cuts=self.cuts,
             position=self.position,
             continuous=self.continuous,
         )

@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow as pa
 
 from latentmill.columns import Columns
-from latentmill.fields import BY_NAME, NOISE_INDEX, parse
-from latentmill.identity import stage_seed
+from latentmill.fields import BY_NAME, FROM_COMFY, NOISE_INDEX, parse
+from latentmill.identity import row_seed, stage_seed
 from latentmill.plugin import RowError, RowField, StageContext
 
 
@@ -25,15 +25,23 @@ class FieldValues:
         choice = context.choices.get("scheduler") or {"name": first["scheduler"].default if first else ""}
         self.scheduler = str(choice["name"]) if denoise else ""
         """Of rows that name none."""
-        self.seeds: list[tuple[int, str, bool]] = []
-        """Of each stage with a seed where that stands among ``columns``, and whether its noise must be other than the row's."""
+        self.seeds: list[tuple[int, str, bool, bool]] = []
+        """Of each stage with a seed where that stands among ``columns``, whether its noise must be other than the row's, and than that
+        of the pictures of its batch."""
         names, halfway = [field.name for field in columns.fields], False
         self.indices = [at for at, name in enumerate(names) if name.rpartition(".")[2] == NOISE_INDEX.name]
         for stage in context.after:
             if f"{stage.name}.seed" in names:
                 anew = stage.name in denoise[1:] and not halfway
-                self.seeds.append((names.index(f"{stage.name}.seed"), stage.name, anew))
+                alone = anew and self._first_noise(context, stage.name) not in FROM_COMFY
+                self.seeds.append((names.index(f"{stage.name}.seed"), stage.name, anew, alone))
             halfway = "time" in stage.added() or (halfway and "time" not in stage.drops)
+
+    @staticmethod
+    def _first_noise(context: StageContext, stage: str) -> Any:
+        stages = context.plan.config.get("stages", {}) if context.plan is not None else {}
+        own = stages.get(stage, {}).get("sampling", {}).get("first_noise")
+        return context.sampling.get("first_noise") if own is None else own
 
     def of(self, field: RowField, found: Mapping[str, Any]) -> Any:
         """A row's own value, or else the job's, or else the field's. None where it may be. Raises RowError."""
@@ -72,13 +80,15 @@ class FieldValues:
     ) -> list[pa.Array]:
         """``beside``, of a sample: ``index`` is its place in a batch, and ``seed`` the row's.
 
-        A stage's seed that was given is as it is ``drawn``; else it is the row's, or one hashed from that.
+        A stage's seed that was given is as it is ``drawn``; else it is the row's, or one hashed from that. Pictures of one batch have one,
+        unless the stage's own noise would be the same for all of them.
         """
         found = list(values["beside"])
         for at in self.indices if index else ():
             found[at] = pa.array([parse(NOISE_INDEX, found[at][0].as_py() + index)], NOISE_INDEX.type)
-        for at, stage, anew in self.seeds:
+        for at, stage, anew, alone in self.seeds:
             given = values[f"{stage}.seed"]
             own = drawn(given) if given is not None else stage_seed(seed, stage) if anew else seed
+            own = row_seed(0, "", index, own) if alone else own
             found[at] = pa.array([own], pa.uint64())
         return found

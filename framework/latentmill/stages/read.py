@@ -50,7 +50,7 @@ class Read(Stage):
 
     A picture is brought to the row's width and height: scaled (Lanczos) until it covers them, the middle cut out. Where
     neither row nor job gives a size it keeps its own, less what is over a multiple of ``multiple_of`` pixels, the VAE's
-    downscale, cut evenly from both edges; all of it where a stage before the VAE makes another picture of it. Latents are taken as they are and give the row its size. A row of more pixels
+    downscale, cut evenly from both edges; all of it where a stage before the VAE cuts it. Latents are taken as they are and give the row its size. A row of more pixels
     than ``sampling.max_pixels`` is an error before any are made, since the memory of every stage grows with them.
 
     In a job with ``size`` each sample of a picture is brought to its bucket instead (``latentmill.buckets``); a row's own width
@@ -91,10 +91,8 @@ class Read(Stage):
         self.draws_again = (context.attempts or 1) > 1
         self.fields = FieldValues(self.columns, context)
         latents: LatentSpec | None = context.plan.spec
-        resized = any(
-            "image" in stage.added() for stage in takewhile(lambda stage: "vae" not in stage.needs, context.after)
-        )
-        self.multiple_of = latents.downscale if latents is not None and not resized else 1
+        whole = any(stage.cuts for stage in takewhile(lambda stage: "vae" not in stage.needs, context.after))
+        self.multiple_of = latents.downscale if latents is not None and not whole else 1
         self.spec = self.source.latent_spec()
         self.texts_alone = stored_conditioning.texts_alone(context)
         self.again = READ_AGAIN

@@ -124,6 +124,7 @@ class ImageUpscale(Upscale):
     """
 
     methods = OF_PICTURES
+    cuts = True
 
     def declare(self, context: StageContext) -> Declaration:
         there = {name for stage in context.before for name in stage.added()}

@@ -6,8 +6,12 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache, partial
 from typing import Any
+from weakref import WeakValueDictionary, ref
+
+import torch
 
 from latentmill import registry, storage, weights
 from latentmill.config import Job
@@ -17,11 +21,24 @@ from latentmill.models import Pins
 from latentmill.parts import identity, of_stage, plugin_of
 from latentmill.plan import Plan
 from latentmill.plan_files import read as read_plan
-from latentmill.plugin import FixedShape, Plugin, RowError, Scheduler, Source, Stage, StageContext
+from latentmill.plugin import (
+    VAE,
+    Denoiser,
+    FixedShape,
+    Plugin,
+    RowError,
+    Scheduler,
+    Source,
+    Stage,
+    StageContext,
+    TextEncoder,
+)
 from latentmill.storage import Storage
 from latentmill.workers.node_setup import set_up_once
 from latentmill.workers.weights_read import of_row
 
+SHARED = VAE, TextEncoder, Denoiser
+"""What has weights, as a rule."""
 MANY = 1000
 """Names of schedulers in rows of which a worker tells: nobody has so many, and rows may hold anything."""
 
@@ -29,18 +46,57 @@ STORE_VARIABLES = ("AWS_", "GOOGLE_", "GCS_", "AZURE_", "HF_TOKEN", "HF_ENDPOINT
 """How the names of environment variables begin that a store's address and keys stand in."""
 
 
-def make_stage(job: Job, plan: Plan, name: str, fixed_size: bool = False, run: str = "") -> Stage:
+class SharedParts:
+    """The parts of stages that share a worker: those that work with the same one, at one place in the plan and on one device, have one copy of it.
+
+    The contract allows it: nothing is kept from one call to the next, and of a worker's stages one computes at a time.
+    """
+
+    def __init__(self) -> None:
+        self.there: WeakValueDictionary[tuple[str, bool], Plugin] = WeakValueDictionary()
+        """By place, and whether they are on the GPU."""
+
+    def __reduce__(self) -> tuple[type[SharedParts], tuple[()]]:
+        return SharedParts, ()
+
+    def of(self, build: Callable[[str], Any], gpu: bool, place: str) -> Any:
+        """The plugin at a place; ``build`` makes it, if it isn't there."""
+        plugin = self.there.get((place, gpu))
+        if plugin is None:
+            plugin = build(place)
+            if isinstance(plugin, SHARED):
+                with suppress(AttributeError, TypeError):  # of slots, or frozen
+                    plugin.load = _once(plugin)  # type: ignore[method-assign]  # each of the stages asks for it
+                    self.there[place, gpu] = plugin
+        return plugin
+
+
+def _once(plugin: Plugin) -> Callable[[torch.device], None]:
+    there, loaded = ref(plugin), list[bool]()
+
+    def load(device: torch.device) -> None:
+        if not loaded and (plugin := there()) is not None:
+            type(plugin).load(plugin, device)
+            loaded.append(True)
+
+    return load
+
+
+def make_stage(
+    job: Job, plan: Plan, name: str, fixed_size: bool = False, run: str = "", shared: SharedParts | None = None
+) -> Stage:
     """Build a stage by its name in the job's flow, with its own plugins and no others. Loads nothing onto a device.
 
     ``fixed_size``: it looks for no larger batch size than its first. ``run``: names the run, in which each node sets a plugin up once; if it is none,
-    nothing is set up.
+    nothing is set up. ``shared``: what other stages of its worker have built.
 
     Raises WrongWorker if what is installed here, or the plugins find, is not what the plan says.
     """
     for other in other_libraries(plan, LIBRARIES):
         raise WrongWorker(f"{this_node()} {other}")
     stage: Stage = as_planned(job, plan, f"stage {name}", run)
-    build = cache(partial(as_planned, job, plan, run=run))
+    gpu = job.stages[name].num_gpus > 0
+    build = cache(partial((shared or SharedParts()).of, partial(as_planned, job, plan, run=run), gpu))
     about = of_stage(job, name, build)
     own = about["choices"].get("scheduler", {"name": ""})["name"]
     at = job.flow.index(name)

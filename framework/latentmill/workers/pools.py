@@ -19,7 +19,7 @@ from latentmill.plan import Plan
 from latentmill.plugin import Declaration, WorkerNeeds
 from latentmill.progress import Shown
 from latentmill.storage import Storage
-from latentmill.workers.context import make_stage
+from latentmill.workers.context import SharedParts, make_stage
 from latentmill.workers.hosted import StageWork
 from latentmill.workers.watch import Watch
 from latentmill.workers.weights_read import WeightsRead
@@ -134,8 +134,9 @@ def worker_setup(job: Job, plan: Plan, stages: Sequence[int], run: str = "") -> 
     declared = [plan.stages[stage] for stage in stages]
     needs = worker_needs(job, [stage.name for stage in declared])
     least = [few for stage in declared if (few := job.stages[stage.name].min_replicas) is not None]
+    parts, shares = SharedParts(), 0 < needs.num_gpus < 1
     return WorkerSetup(
-        stages=tuple(_stage_work(job, plan, stage, shares=0 < needs.num_gpus < 1, run=run) for stage in declared),
+        stages=tuple(_stage_work(job, plan, stage, shares, run, parts) for stage in declared),
         replicas=needs.replicas,
         min_replicas=None if job.cluster.kind == "inline" or not least else max(least),
         num_cpus=needs.num_cpus,
@@ -149,14 +150,14 @@ def worker_setup(job: Job, plan: Plan, stages: Sequence[int], run: str = "") -> 
     )
 
 
-def _stage_work(job: Job, plan: Plan, declared: Declaration, shares: bool, run: str) -> StageWork:
+def _stage_work(job: Job, plan: Plan, declared: Declaration, shares: bool, run: str, parts: SharedParts) -> StageWork:
     """``shares``: the worker's GPU has others, which need their memory: there no stage looks for a larger batch size."""
     spec, settings = stage_spec(job, declared), job.stages[declared.name]
     # In one process, and nothing to be reproduced bit by bit, torch takes all there are where it computes.
     free = job.cluster.kind == "inline" and not job.deterministic and declared.position == "between"
     return StageWork(
         declared.name,
-        partial(make_stage, job, plan, declared.name, fixed_size=shares, run=run),
+        partial(make_stage, job, plan, declared.name, fixed_size=shares, run=run, shared=parts),
         gpu=settings.num_gpus > 0,
         calls=spec.batches_per_worker * spec.running_batches,
         threads=None if free else settings.threads,
