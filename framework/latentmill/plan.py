@@ -338,5 +338,5 @@ def _stage_from_json(found: Mapping[str, Any]) -> Declaration:
     own = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(found["columns"]))) if "columns" in found else pa.schema([])
     lists = {key: tuple(found.get(key, ())) for key in ("needs", "takes", "drops", "ignores")}
     adds = tuple(own.field(name) if name in own.names else name for name in found["adds"])
-    more = {key: found.get(key, False) for key in ("continuous", "cuts")}
-    return Declaration(found["name"], **lists, adds=adds, position=found["position"], **more)
+    cuts, continuous = found.get("cuts", False), found["continuous"]
+    return Declaration(found["name"], **lists, adds=adds, position=found["position"], continuous=continuous, cuts=cuts)

@@ -66,7 +66,7 @@ class SharedParts:
             plugin = build(place)
             if isinstance(plugin, SHARED):
                 with suppress(AttributeError, TypeError):  # of slots, or frozen
-                    plugin.load = _once(plugin)  # type: ignore[method-assign]  # each of the stages asks for it
+                    plugin.load = _once(plugin)  # type: ignore[method-assign, assignment]  # each of the stages asks for it
                     self.there[place, gpu] = plugin
         return plugin
 
