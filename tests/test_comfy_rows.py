@@ -109,9 +109,11 @@ def test_a_solver_that_looks_ahead_sees_its_own_row_s_end(name):
             )
 
 
+@pytest.mark.parametrize("scale", [3.0, 1.0, 0.6])
 @pytest.mark.parametrize("fixed", [None, FixedShape(batch_size=4, rows_per_shard=4)])
-def test_cfg_pp_takes_the_noise_of_the_negative_prompt(fixed):
-    table = batch([2], **ROW | {"guidance_scale": 3.0, "steps": 6})
+def test_cfg_pp_takes_the_noise_of_the_negative_prompt(fixed, scale):
+    """That of scale 1, too."""
+    table = batch([2], **ROW | {"guidance_scale": scale, "steps": 6})
     choice = {"name": "comfy", "scheduler": "karras", "end_at_step": 1, "leftover_noise": True}
     stage = denoise_with(
         Gaussian(), lambda name: ComfySampler("euler_cfg_pp"), choice, 16, fixed=fixed, first_noise="comfy"
@@ -123,19 +125,21 @@ def test_cfg_pp_takes_the_noise_of_the_negative_prompt(fixed):
     x = start.alpha * 2.0 + start.sigma * drawn
     gain = alpha * 0.25 / (alpha**2 * 0.25 + sigma**2)
     clean, other = (mean + gain * (x - alpha * mean) for mean in (2.5, -3.0))
-    clean = other + 3.0 * (clean - other)
+    clean = other + scale * (clean - other)
     wanted = (alpha_s * clean + sigma_s * (x - alpha * other) / sigma) / alpha_s
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["euler_cfg_pp", "dpmpp_2m_cfg_pp"])
 def test_cfg_pp_leaves_a_row_without_guidance_alone(name):
-    """Row 3 has scale 1: to the bit the same beside a row that is guided, in a deterministic job, and what it is in any other."""
+    """Row 3 is guided at no time: to the bit the same beside a row that is, in a deterministic job, and what it is in any other."""
     fixed, sampler = FixedShape(batch_size=4, rows_per_shard=4), ComfySampler(name)
     found = []
     for numbers, shape in (([3], fixed), ([3, 4], fixed), ([3, 4], None)):
         stage = denoise_with(Gaussian(), lambda _: sampler, {"name": "comfy"}, 16, fixed=shape, first_noise="comfy")
-        table = batch(numbers, scheduler="euler", steps=4, strength=1.0)
+        table = batch(numbers, scheduler="euler", steps=4, strength=1.0, guidance_scale=4.0)
+        guided = pa.array([1.0 if n == 3 else 0.0 for n in numbers], pa.float64())
+        table = table.set_column(table.schema.get_field_index("guidance_until"), "guidance_until", guided)
         found.append(latents_of(list(stage(table, lambda i, reason: pytest.fail(reason))))[3])
     assert torch.equal(found[0], found[1])
     torch.testing.assert_close(found[1], found[2], rtol=1e-5, atol=1e-5)

@@ -168,6 +168,9 @@ class Scheduler(Plugin, ABC):
     looks_ahead: ClassVar[bool] = False
     """Whether a step hangs on the row's later ones (``Field.following``): such a row can't stop half-way."""
 
+    guides_all: ClassVar[bool] = False
+    """Whether a row of scale 1 is guided, too: its steps ask for the negative prompt's estimate beside it (``Field.guided``)."""
+
     on_cpu: ClassVar[Collection[str]] = ()
     """Names of state that stays on the CPU, as times do; there need not be all of them."""
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from latentmill.plugin import Grid, NoiseSchedule, Start
 from latentmill.schedulers.comfy_sampling import ModelSampling, sampling_of
-from latentmill.schedulers.grids import sigma_of, times_of
+from latentmill.schedulers.grids import LinearQuadratic, sigma_of, times_of
 from latentmill.text import near
 
 FULL_STRENGTH = 0.9999
@@ -232,14 +232,7 @@ def _kl_optimal(sampling: ModelSampling, steps: int, settings: NodeSettings) -> 
 
 
 def _linear_quadratic(sampling: ModelSampling, steps: int, settings: NodeSettings) -> Tensor:
-    threshold, linear = 0.025, steps // 2
-    if steps == 1:
-        return torch.tensor([1.0, 0.0]) * sampling.sigma_max
-    quadratic, rest = steps - linear, linear - threshold * steps
-    curve, slope = rest / (linear * quadratic**2), threshold / linear - 2 * rest / quadratic**2
-    low = [i * threshold / linear for i in range(linear)]
-    high = [curve * i**2 + slope * i + curve * linear**2 for i in range(linear, steps)]
-    return torch.tensor([1.0 - x for x in (*low, *high, 1.0)]) * sampling.sigma_max
+    return _with_end(LinearQuadratic().sigmas(0.0, float(sampling.sigma_max), steps))
 
 
 def _laplace(sampling: ModelSampling, steps: int, settings: NodeSettings) -> Tensor:
@@ -256,8 +249,8 @@ def _vp(sampling: ModelSampling, steps: int, settings: NodeSettings) -> Tensor:
 
 
 def _sd_turbo(sampling: ModelSampling, steps: int, settings: NodeSettings) -> Tensor:
-    begin = 10 - int(10 * settings["strength"])
-    return _with_end(sampling.sigma((torch.arange(1, 11) * 100 - 1).flip(0)[begin : begin + steps]))
+    left = torch.arange(999, 0, -100)[10 - int(10 * settings["strength"]) :]
+    return _with_end(sampling.sigma(left[:steps]))
 
 
 def _align_your_steps(sampling: ModelSampling, steps: int, settings: NodeSettings) -> Tensor:

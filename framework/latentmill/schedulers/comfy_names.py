@@ -37,8 +37,10 @@ SAMPLERS: Mapping[str, NamedSampler] = {
     "dpm_2": NamedSampler(of_steps=_DROPPED),
     "dpm_2_ancestral": NamedSampler(of_steps=_DROPPED, settings=("eta", "s_noise")),
     "lms": _PLAIN,
-    "dpm_fast": NamedSampler(refused="its steps have several orders, on a grid of its own"),
-    "dpm_adaptive": NamedSampler(refused="it finds its steps while it goes, one size for a whole batch"),
+    "dpm_fast": NamedSampler(refused="its steps have several orders, on a grid of its own; dpmpp_2m is as fast"),
+    "dpm_adaptive": NamedSampler(
+        refused="it finds its steps while it goes, one size for a whole batch; dpmpp_2m has as many as it is told"
+    ),
     "dpmpp_2s_ancestral": _NOISY,
     "dpmpp_2s_ancestral_cfg_pp": _NOISY,
     "dpmpp_sde": _SDE,

@@ -107,6 +107,7 @@ class ComfySampler(Scheduler):
             self.sampler = "dpmpp_2m_sde_heun"
         solver = _solver(self.sampler, self.eta, False)
         vars(self).update(evaluations=solver.evaluations, order=solver.order, looks_ahead=solver.looks_ahead)
+        vars(self).update(guides_all="cfg_pp" in self.sampler)
         vars(self).update(stochastic=solver.stochastic or self.sampler == "ddpm" or "ancestral" in self.sampler)
 
     def init(self, field: Field, x: Tensor, t: Tensor) -> State:

@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from latentmill.plugin import NoiseSchedule
-from latentmill.schedulers.noise_schedules import RectifiedFlow, VarianceExploding
+from latentmill.schedulers.noise_schedules import RectifiedFlow, VarianceExploding, shifted
 
 ZERO_TERMINAL_SNR = 4.8973451890853435e-08
 """The last alpha² of a schedule that ends in pure noise: there has to be a last sigma, 4518.8."""
 HIGHEST = 999999999.9
-"""The sigma of 0 percent: above all that there are."""
+"""A sigma above all that there are."""
 
 
 class ModelSampling(ABC):
     """A model's ``sigmas``, ascending, and the two functions between sigma and timestep."""
 
     sigmas: Tensor
+    noise: ClassVar[float] = HIGHEST
+    """The sigma of 0 percent."""
 
     @abstractmethod
     def sigma(self, timestep: Tensor) -> Tensor:
@@ -33,9 +36,15 @@ class ModelSampling(ABC):
     def timestep(self, sigma: Tensor) -> Tensor:
         """The timestep of a sigma, float32."""
 
-    @abstractmethod
     def percent(self, share: float) -> float:
         """The sigma at which a ``share`` of the sampling is done: 0 is above all sigmas, or that of pure noise, and 1 is clean."""
+        if 0.0 < share < 1.0:
+            return self.left(1.0 - share)
+        return self.noise if share <= 0.0 else 0.0
+
+    @abstractmethod
+    def left(self, share: float) -> float:
+        """The sigma at which a ``share`` of the sampling, between 0 and 1, is left."""
 
     @property
     def sigma_min(self) -> Tensor:
@@ -57,57 +66,44 @@ class DiscreteSampling(ModelSampling):
 
     def sigma(self, timestep: Tensor) -> Tensor:
         t = timestep.float().clamp(0, len(self.sigmas) - 1)
-        share = t.frac()
-        return ((1 - share) * self.log_sigmas[t.floor().long()] + share * self.log_sigmas[t.ceil().long()]).exp()
+        below, above = (self.log_sigmas[whole.long()] for whole in (t.floor(), t.ceil()))
+        return torch.exp(below * (1 - t.frac()) + above * t.frac())
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """The nearest in the logarithm: a whole number."""
-        return (sigma.log().flatten() - self.log_sigmas[:, None]).abs().argmin(0).reshape(sigma.shape)
+        return (sigma.log()[..., None] - self.log_sigmas).abs().argmin(-1)
 
-    def percent(self, share: float) -> float:
-        if not 0.0 < share < 1.0:
-            return HIGHEST if share <= 0.0 else 0.0
-        return float(self.sigma(torch.tensor((1.0 - share) * 999.0)))
+    def left(self, share: float) -> float:
+        return float(self.sigma(torch.tensor(share * 999.0)))
 
 
 class FlowSampling(ModelSampling):
     """Flow models: times moved by ``shift``, told to the network times ``multiplier`` (SD3 3.0 and 1000, AuraFlow 1.73 and 1)."""
 
-    def __init__(self, shift: float = 1.0, multiplier: float = 1000.0) -> None:
+    noise = 1.0
+
+    def __init__(self, shift: float = 1.0, multiplier: float = 1000.0, count: int = 1000) -> None:
         self.shift, self.multiplier = float(shift), float(multiplier)
-        self.sigmas = self.sigma((torch.arange(1, 1001) / 1000) * self.multiplier)
+        self.sigmas = self.sigma(torch.arange(1, count + 1) / count * self.multiplier)
 
     def sigma(self, timestep: Tensor) -> Tensor:
-        t = timestep / self.multiplier
-        return t if self.shift == 1.0 else self.shift * t / (1 + (self.shift - 1) * t)
+        return shifted(timestep / self.multiplier, self.shift)
 
     def timestep(self, sigma: Tensor) -> Tensor:
         return sigma * self.multiplier
 
-    def percent(self, share: float) -> float:
-        if not 0.0 < share < 1.0:
-            return 1.0 if share <= 0.0 else 0.0
-        t = 1.0 - share
-        return t if self.shift == 1.0 else self.shift * t / (1 + (self.shift - 1) * t)
+    def left(self, share: float) -> float:
+        return float(self.sigma(torch.tensor(share * self.multiplier, dtype=torch.float64)))
 
 
-class FluxSampling(ModelSampling):
+class FluxSampling(FlowSampling):
     """Flux: a table of 10,000 times, moved by the exponential of ``mu``; the network is told sigma itself."""
 
     def __init__(self, mu: float = 1.15) -> None:
-        self.mu = float(mu)
-        self.sigmas = self.sigma(torch.arange(1, 10001) / 10000)
+        super().__init__(math.exp(mu), 1.0, 10_000)
 
     def sigma(self, timestep: Tensor) -> Tensor:
-        return math.exp(self.mu) / (math.exp(self.mu) + (1 / timestep - 1) ** 1.0)
-
-    def timestep(self, sigma: Tensor) -> Tensor:
-        return sigma
-
-    def percent(self, share: float) -> float:
-        if not 0.0 < share < 1.0:
-            return 1.0 if share <= 0.0 else 0.0
-        return math.exp(self.mu) / (math.exp(self.mu) + (1 / (1.0 - share) - 1))
+        return self.shift / (self.shift + (1 / timestep - 1))  # as it is, pure noise is 1 whatever the shift is
 
 
 class EDMSampling(ModelSampling):
@@ -122,17 +118,15 @@ class EDMSampling(ModelSampling):
     def timestep(self, sigma: Tensor) -> Tensor:
         return 0.25 * sigma.log()
 
-    def percent(self, share: float) -> float:
-        if not 0.0 < share < 1.0:
-            return HIGHEST if share <= 0.0 else 0.0
+    def left(self, share: float) -> float:
         low, high = math.log(self.sigma_min), math.log(self.sigma_max)
-        return math.exp((high - low) * (1.0 - share) + low)
+        return math.exp((high - low) * share + low)
 
 
 class SampledFlow(RectifiedFlow):
     """Rectified flow that knows how ComfyUI samples the model."""
 
-    def __init__(self, sampling: FlowSampling | FluxSampling) -> None:
+    def __init__(self, sampling: FlowSampling) -> None:
         self.sampling: ModelSampling = sampling
 
 

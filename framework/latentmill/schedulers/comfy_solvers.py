@@ -13,7 +13,7 @@ from torch import Tensor
 from latentmill.plugin import Field, Scheduler, State
 from latentmill.schedulers.comfy_sampling import sampling_of
 from latentmill.schedulers.dpmpp import DPMpp3MSDE
-from latentmill.schedulers.multistep import Adams, exponential_moments
+from latentmill.schedulers.multistep import Adams, GradientEstimation, exponential_moments
 from latentmill.schedulers.sa_solver import SASolver
 from latentmill.schedulers.step import Step, finite
 from latentmill.schedulers.unipc import UniPC
@@ -146,27 +146,11 @@ class CFGpp2M(Scheduler):
         return moved, {"clean": other.to(x.dtype), "log_ratio": at.lambda_t}
 
 
-class CFGppGradient(Scheduler):
+class CFGppGradient(GradientEstimation):
     """Gradient estimation with the noise of the negative prompt alone (CFG++)."""
 
     contract = 2
-
-    def __init__(self, gamma: float = 2.0) -> None:
-        self.gamma = gamma
-
-    def init(self, field: Field, x: Tensor, t: Tensor) -> State:
-        alpha, _ = field.scale(t)
-        return {"noise": torch.zeros_like(x), "there": torch.zeros_like(alpha)}
-
-    def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:
-        at = Step(field, t, s)
-        clean, other = field.guided(x, t)
-        noise = at.noise(x, other)
-        bent = at.bent((self.gamma - 1) * (noise - state["noise"])) * state["there"]
-        return at.alpha_s * clean + at.sigma_s * noise + bent, {
-            "noise": noise.to(x.dtype),
-            "there": torch.ones_like(state["there"]),
-        }
+    cfg_pp = True
 
 
 class UnequalIPNDM(Adams):

@@ -7,6 +7,7 @@ u, through its newest values, and integrated over the step. They differ in quant
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ class Adams(Scheduler):
     limit = 4
     """The highest order there is."""
     on_cpu = ("at_1", "at_2", "at_3")
+    cfg_pp: ClassVar[bool] = False
+    """Whether the noise is that of the negative prompt alone (CFG++, Chung et al. 2024, arXiv:2406.08070)."""
 
     def __init__(self, max_order: int | None = None) -> None:
         self.max_order = self.limit if max_order is None else max_order
@@ -50,6 +53,16 @@ class Adams(Scheduler):
             total = total + weight * (state[f"value_{k}"] - value)
         return total
 
+    def of_noise(
+        self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State, weights: list[Tensor], place: Tensor
+    ) -> tuple[Tensor, State]:
+        """A step whose values are the noise: Euler's, bent by those before with their ``weights``. ``place``: where this one's is."""
+        sent, at = self.sent(field, weights), Step(field, t, s)
+        clean, own = field.guided(x, t) if self.cfg_pp else (field.clean(x, t),) * 2
+        noise = at.noise(x, own)
+        straight = at.alpha_s * clean + at.sigma_s * noise if self.cfg_pp else at.euler(x, clean)
+        return straight + at.bent(self.sum(state, noise, sent)), self.remembered(state, noise, place, x)
+
     def remembered(self, state: State, value: Tensor, at: Tensor, x: Tensor) -> State:
         """The state for the next step: the newest first, the oldest forgotten."""
         values = [value.to(x.dtype), *(state[f"value_{k}"] for k in range(1, self.max_order - 1))]
@@ -72,12 +85,8 @@ class LMS(Adams):
         near = Step.on_cpu(field, t, s)
         length = near.ratio_s - near.ratio_t
         nodes = [(node - near.ratio_t) / length for node in self.nodes(state)]
-        weights = self.sent(field, quadrature(nodes, [1.0 / (m + 1) for m in range(4)]))
-        at = Step(field, t, s)
-        clean = field.clean(x, t)
-        noise = at.noise(x, clean)
-        moved = at.euler(x, clean) + at.bent(self.sum(state, noise, weights))
-        return moved, self.remembered(state, noise, near.ratio_t, x)
+        weights = quadrature(nodes, [1.0 / (m + 1) for m in range(4)])
+        return self.of_noise(field, x, t, s, state, weights, near.ratio_t)
 
 
 class IPNDM(Adams):
@@ -93,12 +102,8 @@ class IPNDM(Adams):
         near, nodes = Step.on_cpu(field, t, s), self.nodes(state)
         there = sum((node.isfinite().long() for node in nodes), torch.zeros_like(near.h, dtype=torch.long))
         table = torch.tensor([[*row, *[0.0] * (3 - len(row))] for row in self.WEIGHTS], dtype=torch.float64)
-        weights = self.sent(field, [table[there, k] for k in range(len(nodes))])
-        at = Step(field, t, s)
-        clean = field.clean(x, t)
-        noise = at.noise(x, clean)
-        moved = at.euler(x, clean) + at.bent(self.sum(state, noise, weights))
-        return moved, self.remembered(state, noise, near.ratio_t, x)
+        weights = [table[there, k] for k in range(len(nodes))]
+        return self.of_noise(field, x, t, s, state, weights, near.ratio_t)
 
 
 class DEIS(Adams):
@@ -110,12 +115,8 @@ class DEIS(Adams):
     def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:
         near = Step.on_cpu(field, t, s)
         nodes = [(node - near.lambda_t) / near.h for node in self.nodes(state)]
-        weights = self.sent(field, quadrature(nodes, exponential_moments(-near.h, self.limit)))
-        at = Step(field, t, s)
-        clean = field.clean(x, t)
-        noise = at.noise(x, clean)
-        moved = at.euler(x, clean) + at.bent(self.sum(state, noise, weights))
-        return moved, self.remembered(state, noise, near.lambda_t, x)
+        weights = quadrature(nodes, exponential_moments(-near.h, self.limit))
+        return self.of_noise(field, x, t, s, state, weights, near.lambda_t)
 
 
 class RESMultistep(Adams):
@@ -155,12 +156,8 @@ class GradientEstimation(Adams):
     def step(self, field: Field, x: Tensor, t: Tensor, s: Tensor, state: State) -> tuple[Tensor, State]:
         near = Step.on_cpu(field, t, s)
         [before] = self.nodes(state)
-        weights = self.sent(field, [torch.where(before.isfinite(), 1.0 - self.gamma, 0.0).double()])
-        at = Step(field, t, s)
-        clean = field.clean(x, t)
-        noise = at.noise(x, clean)
-        moved = at.euler(x, clean) + at.bent(self.sum(state, noise, weights))
-        return moved, self.remembered(state, noise, near.ratio_t, x)
+        weights = [torch.where(before.isfinite(), 1.0 - self.gamma, 0.0).double()]
+        return self.of_noise(field, x, t, s, state, weights, near.ratio_t)
 
 
 def quadrature(nodes: list[Tensor], moments: list[Tensor] | list[float]) -> list[Tensor]:

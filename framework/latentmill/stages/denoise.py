@@ -165,8 +165,9 @@ class Denoise(ContinuousStage):
             embedded = {"guidance_scale": self._send(torch.tensor([row["guidance_scale"] for row in rows]))}
         for k, (i, row, times, _, state, leaves) in enumerate(begun):
             kind = (key, row["scheduler"], id(request) if self.fixed else 0)
-            scale, on_cpu = row["guidance_scale"], self.scheduler(row["scheduler"]).on_cpu
-            on = self.authors.guides(scale, row["negative_prompt"]) and not self.denoiser.guidance_embedded
+            scale, scheduler = row["guidance_scale"], self.scheduler(row["scheduler"])
+            on = scheduler.guides_all or self.authors.guides(scale, row["negative_prompt"])
+            on, on_cpu = on and not self.denoiser.guidance_embedded, scheduler.on_cpu
             told = {name: value[k] for name, value in own.items()} | {n: value[i] for n, value in inpainted.items()}
             request.rows.append(
                 Trajectory(

@@ -105,7 +105,7 @@ def sampled(found: Recognised, wanted: Wanted) -> tuple[NoiseSchedule, Predictio
     return SampledFlow(_flow(found, wanted)), "flow"
 
 
-def _flow(found: Recognised, wanted: Wanted) -> FlowSampling | FluxSampling:
+def _flow(found: Recognised, wanted: Wanted) -> FlowSampling:
     if wanted.shift is not None or wanted.multiplier is not None:
         if wanted.max_shift is not None or wanted.base_shift is not None:
             raise ValueError("denoiser: shift and max_shift exclude each other: they are two nodes' ways")
