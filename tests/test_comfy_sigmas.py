@@ -1,6 +1,7 @@
 """Grid ``comfy`` and first noise ``comfy``, against figures of a run of ComfyUI itself (values/comfy_sigmas.json says which)."""
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -76,6 +77,9 @@ def test_what_is_no_way_from_noise_to_clean_is_refused():
         ComfyGrid("simple").start(VariancePreserving(), 1500, 1.0, ())
     with pytest.raises(ValueError, match="has no setting rho"):
         ComfyGrid("normal", rho=3.0)
+    for settings in ({"scheduler": "karras", "rho": 0}, {"scheduler": "beta", "alpha": -1.0}, {"sigma_min": math.nan}):
+        with pytest.raises(ValueError, match=f"{[*settings][-1]} must be a number above 0"):
+            ComfyGrid(**{"scheduler": "exponential", **settings})
     with pytest.raises(ValueError, match="karras"):
         ComfyGrid("karas")
 

@@ -96,6 +96,9 @@ class ComfyGrid(Grid):
         for name in self.settings:
             if name not in known:
                 raise ValueError(f"scheduler {scheduler} has no setting {name}; it has {', '.join(known) or 'none'}")
+        for name, value in ((name, value) for name, value in self.settings.items() if name in POSITIVE):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a number above 0, not {value!r}")
         if model is not None and model not in OPTIMISED:
             raise ValueError(f"model must be {' or '.join(OPTIMISED)}, not {model!r}")
         if start_at_step < 0 or (end_at_step is not None and end_at_step < 0) or not 0.0 <= last_sigma < 1.0:
@@ -266,6 +269,8 @@ def _align_your_steps(sampling: ModelSampling, steps: int, settings: NodeSetting
 
 
 BETWEEN = ("sigma_min", "sigma_max")
+POSITIVE = (*BETWEEN, "rho", "alpha", "beta")
+"""Settings that make no sigmas if they are 0."""
 COMFY_SCHEDULERS: Mapping[str, tuple[Callable[[ModelSampling, int, NodeSettings], Tensor], tuple[str, ...]]] = {
     "simple": (_simple, ()),
     "sgm_uniform": (_sgm_uniform, ()),

@@ -19,7 +19,7 @@ from latentmill.stages.denoise import Denoise
 
 MOST = 1e-4
 TRIED = {
-    "sd15": {"euler", "heun", "lms", "uni_pc", "uni_pc_bh2", "euler_cfg_pp"},
+    "sd15": {"euler", "heun", "lms", "uni_pc", "uni_pc_bh2", "euler_cfg_pp", "dpmpp_2m_cfg_pp"},
     "sdxl": {"dpmpp_2m", "gradient_estimation_cfg_pp"},
     "sd3": {"deis", "res_multistep", "dpmpp_2m_cfg_pp"},
     "flux": {"dpm_2", "ipndm", "ipndm_v", "heunpp2", "gradient_estimation"},
@@ -32,7 +32,7 @@ def batch(family, said):
     channels, width, pooled = SHAPES[family]
     row = {
         "row": 0, "row_id": "0", "prompt": "", "negative_prompt": "", "seed": 77, "steps": 6, "width": 64, "height": 64,
-        "guidance_scale": 1.0 if family == "flux" else 4.0, "strength": said["denoise"], "scheduler": "comfy",
+        "guidance_scale": said.get("cfg", 1.0 if family == "flux" else 4.0), "strength": said["denoise"], "scheduler": "comfy",
     }  # fmt: skip
     begun = drawn(9, 2, channels, 8, 8)[1:] * 0.5 if said["denoise"] < 1 else torch.zeros(1, channels, 8, 8)
     table = with_latents(from_dicts([row]), begun, LatentSpec(channels, 8, 1.0, 0.0, "float32", "test"))
