@@ -33,6 +33,7 @@ def test_a_local_job_ends_with_its_dataset_and_its_code(latentmill, home):
     assert (job["state"], job["exit_code"], job["dataset"]["success"]) == ("ended", 0, True)
     assert job["output"] == str(home / "out")
     assert latentmill("cancel", job["id"]) == 0, "one that has ended is left alone"
+    assert latentmill.out == f"{job['id']} has ended already\n"
 
 
 def test_a_local_job_that_is_wrong_there_ends_with_2(latentmill, home):

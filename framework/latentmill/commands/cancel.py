@@ -19,6 +19,9 @@ def _cancel(options: Any) -> int:
 
     record = submissions.find(options.id)
     with submissions.met_again(record) as (launcher, job):
+        if launcher.state(job).word == "ended":
+            print(f"{record.id} has ended already")
+            return 0
         launcher.cancel(job)
     print(f"{record.id} is asked to end; submitted again, it goes on with {record.output}")
     return 0
