@@ -141,13 +141,29 @@ def test_a_backslash_is_kept_from_sbatch(script, tmp_path, monkeypatch):
     assert f'--chdir="{tmp_path}/a\\\\b"' in options(script())
 
 
-@pytest.mark.parametrize(("code", "lives"), [(0, 1), (1, 4), (2, 1), (3, 1), (4, 4), (130, 4)])
-def test_it_goes_back_to_the_queue_where_a_retry_may_help(script, tmp_path, code, lives):
-    """The script is run as Slurm would, for as long as it asks to be put back; and it does so no more than 4 times in a row."""
+@pytest.mark.parametrize(
+    ("code", "done", "lives"),
+    [
+        (0, True, 1),
+        (1, False, 4),
+        (1, True, 1),
+        (2, False, 1),
+        (3, False, 1),
+        (4, False, 4),
+        (4, True, 4),
+        (130, False, 4),
+    ],
+)
+def test_it_goes_back_to_the_queue_where_a_retry_may_help(script, tmp_path, code, done, lives):
+    """The script is run as Slurm would, for as long as it asks to be put back; and it does so no more than 4 times in a row.
+
+    Exit code 1 of a dataset that is ``done``: not one row came out right, and none would.
+    """
     commands, folder, out = tmp_path / "bin", tmp_path / "a folder", tmp_path / "out"
     for path in (commands, folder, out):
         path.mkdir()
-    (out / "_SUCCESS").touch()
+    if done:
+        (out / "_SUCCESS").touch()
     asked = folder / "asked"
     for name, does in {
         "latentmill": f"exit {code}",
@@ -160,17 +176,19 @@ def test_it_goes_back_to_the_queue_where_a_retry_may_help(script, tmp_path, code
     for _ in range(6):
         before = asked.read_text() if asked.exists() else ""
         with (folder / "log-0").open("ab") as log:
-            done = subprocess.run(
+            life = subprocess.run(
                 [BASH, file], stdout=log, stderr=log, env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "1"}
             )
-        assert done.returncode == code, (folder / "log-0").read_text()
+        assert life.returncode == code, (folder / "log-0").read_text()
         if (asked.read_text() if asked.exists() else "") == before:
             break
     assert len(before) + 1 == lives and (folder / "exit_code-0").read_text() == f"{code}\n"
 
 
-def test_a_ray_that_does_not_start_is_known_at_once(script, tmp_path):
-    """On the first node; what srun would start there is run here. Ray's last words are in the log, and no folder stays."""
+@pytest.mark.parametrize("told", [False, True])
+def test_a_ray_that_does_not_start_is_known_at_once(script, tmp_path, told):
+    """On the first node; what srun would start there is run here. Ray's last words are in the log, and no folder stays. So it is where
+    the node is ``told`` to end as it begins: then Ray is not started."""
     commands, folder, places = tmp_path / "bin", tmp_path / "a folder", Path(tempfile.mkdtemp(dir="/tmp"))
     commands.mkdir()
     folder.mkdir()
@@ -178,6 +196,7 @@ def test_a_ray_that_does_not_start_is_known_at_once(script, tmp_path):
         "scontrol": "echo JobId=1 JobState=RUNNING",
         "srun": 'while [ "$1" != bash ]; do shift; done\nexec "$@"',
         "python3": f'[ "$3" = ray.scripts.scripts ] && {{ echo no such library; exit 1; }}\nexec {sys.executable} "$@"',
+        "mktemp": f'if [ "$RAY_TMPDIR" ] && [ "{told}" = True ]; then kill -USR1 $PPID; fi\nexec /usr/bin/mktemp "$@"',
     }.items():
         (commands / name).write_text(f"#!{BASH}\n{does}\n")
         (commands / name).chmod(0o755)
@@ -193,8 +212,8 @@ def test_a_ray_that_does_not_start_is_known_at_once(script, tmp_path):
         )
     said = (folder / "log-0").read_text()
     assert done.returncode == 4 and time.monotonic() - begun < 60
-    assert "Ray has not come up on the first node\n" in said and "no such library\n" in said
-    assert "latentmill: Ray has ended on node 0, n7\n" in said and not list(places.iterdir())
+    assert "Ray has not come up on the first node\n" in said and not list(places.iterdir())
+    assert told is not ("no such library\n" in said) is ("latentmill: Ray has ended on node 0, n7\n" in said)
     places.rmdir()
 
 
@@ -245,6 +264,30 @@ def test_a_first_notice_leaves_the_driver_time_and_a_second_is_not_handed_on(scr
     time.sleep(0.3)  # what is not to come has no sign that it has not
     (tmp_path / "end").touch()
     assert running.wait(30) == 130 and heard.read_text() == "USR1\n"
+
+
+@pytest.mark.parametrize("notice", ["TERM", "INT"])
+def test_a_notice_that_comes_as_the_driver_is_started_reaches_it(script, tmp_path, notice):
+    """Before the script knows the driver's number. It is handed on once: twice would be the end of all that is half done."""
+    commands, folder = tmp_path / "bin", tmp_path / "a folder"
+    commands.mkdir()
+    folder.mkdir()
+    driver = "\n".join(f"trap 'echo {name} >>heard' {name}" for name in ("USR1", "TERM")) + "\necho >>begun\n"
+    driver += "for turn in 1 2 3 4 5 6; do read -t 0.1 <>pipe; done\nexit 130"  # for as long as a second might come
+    for name, does in {"scontrol": "echo JobId=1 JobState=COMPLETING", "latentmill": driver}.items():
+        (commands / name).write_text(f"#!{BASH}\ncd {str(tmp_path)!r}\n{does}\n")
+        (commands / name).chmod(0o755)
+    os.mkfifo(tmp_path / "pipe")
+    begun = tmp_path / "begun"
+    at_once = f"until [ -e {begun} ]; do read -t 0.02 <>{tmp_path / 'pipe'}; done; kill -{notice} $$"
+    setup = f'export PATH={commands}:$PATH\nset -T\ntrap \'if [ "$BASH_COMMAND" = "child=\\$!" ]; then {at_once}; fi\' DEBUG'
+    (folder / "job.sh").write_text(script("cluster=inline", f"target.setup={setup}"))
+    with (folder / "log-0").open("ab") as log:
+        ended = subprocess.run(
+            [BASH, folder / "job.sh"], stdout=log, stderr=log, env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "1"}
+        )
+    assert ended.returncode == 130, (folder / "log-0").read_text()
+    assert (tmp_path / "heard").read_text() == {"TERM": "USR1\n", "INT": "TERM\n"}[notice]
 
 
 def until(true):

@@ -12,17 +12,20 @@ case $log in
 esac
 if [ -z "$log" ]; then echo "latentmill: the folder of this job is not known" >&2; exit 4; fi
 beside=${log%/*} task=${SLURM_ARRAY_TASK_ID:-0}
-child='' cluster='' begun='' fewer='' drained='' cancelled='' signalled=''
+child='' cluster='' begun='' fewer='' drained='' cancelled='' signalled='' missed=''
 
 # TERM: the time is nearly up, or others need the nodes. INT: latentmill cancel. The driver ends with what is nearly done.
 # Once more: the time is up, and SIGKILL comes in KillWait seconds. Slurm tells the driver itself, for which SIGTERM after SIGUSR1 is
 # the end of what may be finished; a third signal would have it keep nothing.
 notice() {
-    if [ -z "$drained" ] && [ "$child" ]; then kill -USR1 "$child"; fi
+    if [ -z "$drained" ]; then send USR1; fi
     drained=yes signalled=yes
 }
+send() { # to the child; what comes between its start and its number is for whoever notes that
+    if [ "$child" ]; then kill "-$1" "$child"; else missed=$1; fi
+}
 trap notice TERM USR1
-trap 'cancelled=yes signalled=yes; if [ "$child" ]; then kill -TERM "$child"; fi' INT
+trap 'send TERM; cancelled=yes signalled=yes' INT
 
 # Ray's sockets lie in it, and a socket's path has room for 107 signs.
 place=${TMPDIR:-/tmp}
@@ -32,9 +35,10 @@ job=$(mktemp -d "$place/lm-XXXXXX") || exit 3
 run() { # returns the command's exit code; a trap ends a wait before its time
     local code again
     if [ "$drained$cancelled" ]; then return 130; fi
+    signalled=''
     "$@" &
     child=$!
-    signalled=''
+    if [ "$missed" ]; then kill "-$missed" "$child"; fi
     wait "$child"
     code=$?
     while [ "$signalled" ]; do
@@ -66,6 +70,8 @@ finish() { # with this exit code, or in the queue again
     if [ "$requeue" ] && [ -z "$cancelled" ] && [ "$code" != 0 ] && [ "$state" = RUNNING ]; then
         if [ "$drained" ] && [ "$begun" ]; then
             rm -f "$beside/failures-$task"
+        elif [ "$code" = 1 ] && [ "$output" ] && [ -e "$output/_SUCCESS" ]; then # all is done, and not one row came out right
+            failures=$((retries + 1))
         elif [ "$drained" ] || [[ " $again_after " == *" $code "* ]]; then
             echo "$code" >>"$beside/failures-$task"
             failures=$(wc -l <"$beside/failures-$task")

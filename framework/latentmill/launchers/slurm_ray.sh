@@ -20,6 +20,8 @@ END_OF_PYTHON
 )
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$token RAY_TMPDIR=$job address client_port
 cat >"$job/node.sh" <<'END_OF_NODE'
+told='' ray=''
+trap 'told=yes; if [ "$ray" ]; then kill -TERM "$ray"; fi' TERM USR1
 ended="latentmill: Ray has ended on node $SLURM_PROCID, $SLURMD_NODENAME"
 mkdir -p "${RAY_TMPDIR%/*}"
 own=$(mktemp -d "${RAY_TMPDIR%/*}/lm-XXXXXX") || { echo "$ended"; exit 3; } # of each node: nodes may share what is in TMPDIR
@@ -28,8 +30,6 @@ asks=(--num-cpus="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" --num-gpus="${SLU
 if [ "${SLURM_MEM_PER_NODE:-0}" != 0 ]; then
     asks+=(--memory=$((SLURM_MEM_PER_NODE * 1048576 * 7 / 10)) --object-store-memory=$((SLURM_MEM_PER_NODE * 1048576 * 3 / 10)))
 fi
-told='' ray=''
-trap 'told=yes; if [ "$ray" ]; then kill -TERM "$ray"; fi' TERM USR1
 if [ "$SLURM_PROCID" = 0 ]; then
     asks+=(--head --node-ip-address="${address%:*}" --port="${address##*:}"
         --include-dashboard=false --ray-client-server-port="$client_port")
@@ -74,6 +74,7 @@ if bad := ended():
     print(f"latentmill: begins with {nodes - len(bad)} of {nodes} nodes: Ray has ended on {', '.join(bad.values())}", file=sys.stderr)
     sys.exit(5)
 END_OF_PYTHON
+: >"$job/ray.log" # which is looked into, whenever srun begins
 srun --export=ALL --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
     ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --no-kill --kill-on-bad-exit=0 \
     bash -c "$(<"$job/node.sh")" >"$job/ray.log" 2>&1 &
