@@ -7,7 +7,19 @@ from tests.driver_world import World, stage_of, state
 
 from latentmill.driver import limits
 from latentmill.driver.apply import apply
-from latentmill.driver.messages import Died, Dispatch, Draining, Failed, HandedOver, HandOver, StartWorker
+from latentmill.driver.decide import decide
+from latentmill.driver.messages import (
+    Died,
+    Dispatch,
+    Draining,
+    Failed,
+    Finished,
+    HandedOver,
+    HandOver,
+    Started,
+    StartWorker,
+    Stop,
+)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -272,6 +284,19 @@ def test_a_worker_on_a_node_that_is_drained_hands_over_and_others_do_that(fixed)
     assert told[0] == told[1] and len(world.ok()) == 100 and not world.failed()
     assert not world.state.leaving and told[0] not in world.state.workers[2]
     assert not any(world.state.losses.values()) and not world.state.deaths[2]
+    assert not world.state.stopping.begun_again, "what was done again is no news of a driver that stops later"
+
+
+def test_half_done_rows_are_written_by_workers_whose_nodes_stay():
+    there = state()
+    for order in decide(there):
+        apply(there, Started(order.worker_type, order.worker))
+    for read in decide(there):
+        apply(there, Finished(read.id, [("a", tuple(read.rows))]))
+    apply(there, Draining(0, 0))
+    apply(there, Stop("keep"))
+    [keep] = decide(there)
+    assert keep.task == "keep" and keep.worker > 0
 
 
 def test_one_row_alone_is_not_quarantined_for_a_death_or_two():

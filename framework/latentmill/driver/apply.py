@@ -199,7 +199,7 @@ def _handed_over(state: DriverState, dispatch: Dispatch, event: HandedOver) -> N
     """A batch is back before its end."""
     name = state.stages[dispatch.stage].name
     if event.tables is None:
-        if event.begun:
+        if event.begun and state.stopping.how:  # else it is done again long before the driver stops
             state.stopping.begun_again[name] += len(dispatch.rows)
         state.queues[dispatch.stage].try_again(Retry(dispatch.rows, dispatch.slices, dispatch.failures))
         return

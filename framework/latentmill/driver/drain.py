@@ -66,11 +66,17 @@ def _begin_to_keep(state: DriverState) -> None:
 
 
 def _keep(state: DriverState) -> Iterator[Dispatch]:
-    """Give shards to workers that hold nothing, of whatever type; where all hold something, to any."""
+    """Give shards to workers that hold nothing, of whatever type, to those whose node goes last; where all hold something, to any."""
     stopping = state.stopping
     while stopping.to_keep:
         workers = [
-            (bool(held), any(state.in_flight[id].task == "keep" for id in held), worker, worker_type)
+            (
+                bool(held),
+                any(state.in_flight[id].task == "keep" for id in held),
+                worker in state.leaving,
+                worker,
+                worker_type,
+            )
             for worker_type, there in enumerate(state.workers)
             for worker, held in there.items()
         ]
@@ -82,7 +88,7 @@ def _keep(state: DriverState) -> Iterator[Dispatch]:
                 stopping.thrown_away += len(order.rows)
                 stopping.reason = "no worker is left"
             continue
-        _, keeps, order.worker, worker_type = min(workers)
+        _, keeps, _, order.worker, worker_type = min(workers)
         if keeps:  # all have one to write
             return
         stopping.to_keep.pop(0)
