@@ -97,7 +97,7 @@ class ComfyGrid(Grid):
             if name not in known:
                 raise ValueError(f"scheduler {scheduler} has no setting {name}; it has {', '.join(known) or 'none'}")
         for name, value in ((name, value) for name, value in self.settings.items() if name in POSITIVE):
-            if not 0 < value < math.inf:
+            if isinstance(value, str) or not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a number above 0, not {value!r}")
         if model is not None and model not in OPTIMISED:
             raise ValueError(f"model must be {' or '.join(OPTIMISED)}, not {model!r}")
