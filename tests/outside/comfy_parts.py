@@ -3,6 +3,8 @@
 import copy
 import json
 
+import yaml
+
 
 def node(type, title=None, /, **inputs):
     """A node; a link is ``[id, output]``."""
@@ -58,3 +60,9 @@ def written(folder, workflow, name="light.json"):
     path = folder / name
     path.write_text(workflow if isinstance(workflow, str) else json.dumps(workflow))
     return path
+
+
+def job_of(latentmill, folder, workflow, *overrides):
+    """The config of the job that the workflow becomes, whole; or the line that refuses it."""
+    words = ["run", written(folder, workflow), "--cfg", "job", "comfy.models=/comfy/models", *overrides]
+    return yaml.safe_load(latentmill.out) if latentmill(*words) == 0 else latentmill.err

@@ -79,6 +79,13 @@ def test_a_clip_s_frames_are_each_resized():
     )
 
 
+@pytest.mark.parametrize(("megapixels", "sides"), [(0.01, (125, 84)), (0.0005, (28, 19))])
+def test_megapixels_are_comfyui_s(megapixels, sides):
+    """ImageScaleToTotalPixels: whole pixels of 1024 x 1024, in the picture's aspect; ComfyUI 0.3.64 (a125cd8), 2026-11-26."""
+    found = stage("image_upscale", batches.with_pictures(1, 64, 96), method="area", megapixels=megapixels)
+    assert (found["width"][0].as_py(), found["height"][0].as_py()) == sides
+
+
 def test_a_row_of_too_many_pixels_is_an_error_row():
     wrong = []
     found = stage(
@@ -98,8 +105,8 @@ def test_a_row_of_too_many_pixels_is_an_error_row():
     ("settings", "said"),
     [
         ({"method": "bicubc", "scale": 2}, "method must be nearest-exact, bilinear, area, bicubic or bislerp, not 'bicubc' .*did you mean 'bicubic'"),
-        ({"method": "area"}, "either scale or width and height must be given"),
-        ({"method": "area", "scale": 2, "width": 8}, "either scale or width and height must be given"),
+        ({"method": "area"}, "either scale, megapixels or width and height must be given"),
+        ({"method": "area", "scale": 2, "width": 8}, "either scale, megapixels or width and height must be given"),
         ({"method": "area", "scale": 0.0}, "scale must be more than 0, not 0.0"),
         ({"method": "area", "scale": 2.0, "crop": "center"}, "crop is for width and height"),
         ({"method": "area", "width": 8, "height": 8, "crop": "middle"}, "crop must be disabled or center"),

@@ -21,7 +21,7 @@ logger = logging.getLogger("latentmill")
 
 __all__ = ["config_of", "explained", "is_workflow"]
 
-IN_ROWS = ("seed", "image")
+IN_ROWS = ("seed", "image", "mask")
 """What a job's ``sampling`` doesn't say: it stands in rows alone."""
 
 
@@ -72,8 +72,8 @@ def explained(job: str, overrides: Sequence[str]) -> Explanation:
         recipes = _recipes(graph, options)
     except JobError as error:
         return Explanation(table(graph), [str(error)], False)
-    pictures = sum(each.batch for each in recipes)
-    rows = f"a row makes {plural(recipes[0].batch, 'picture')}" if not recipes[1:] else f"{plural(pictures, 'picture')}"
+    pictures = sum(len(each.batch) for each in recipes)
+    rows = f"a row makes {plural(pictures, 'picture')}" if not recipes[1:] else f"{plural(pictures, 'picture')}"
     flow = [stage if isinstance(stage, str) else stage.get("as", stage["name"]) for stage in recipes[0].config["flow"]]
     return Explanation(table(graph, recipes), [f"flow: {' > '.join(flow)}", rows], True)
 
@@ -83,8 +83,11 @@ def _recipes(graph: Graph, options: Options) -> list[Recipe]:
     for (node, name), column in options.columns.items():
         if node not in graph.found:
             raise JobError(f"map.{node}.{name}={column}: {graph.workflow.nodes[node]} has no part in what is saved")
-    outputs = graph.outputs()
-    recipes = [recipe(output) for output in outputs]
+    try:
+        outputs = graph.outputs()
+        recipes = [recipe(output) for output in outputs]
+    except RecursionError as error:
+        raise JobError("its nodes stand in too long a line") from error
     if any(each.fixed() != recipes[0].fixed() for each in recipes):
         ways = ",".join(each.node.id for each in outputs)
         raise JobError(
@@ -113,8 +116,8 @@ def _config(name: str, recipes: Sequence[Recipe], options: Options, rest: Sequen
         "source": {key: value for key, value in source.items() if key != "name"},
         **{key: value for key, value in first.config.items() if key not in ("sampling", "stages")},
     }
-    if given and first.batch > 1:
-        config["samples_per_row"] = first.batch
+    if given and len(first.batch) > 1:
+        config["samples_per_row"] = len(first.batch)
     if "model" in config:
         config["model"] = {**config["model"], "models": options.models or "???"}
     sampling, stages = dict(first.config.get("sampling", {})), dict(first.config.get("stages", {}))
@@ -143,44 +146,53 @@ def _rows(recipes: Sequence[Recipe], options: Options) -> dict[str, Any]:
     rows = []
     for each, of in zip(recipes, values):
         told = {key: value for key, value in of.items() if key.rpartition(".")[2] in IN_ROWS or key not in same}
-        drawn = [key.removesuffix("seed") for key in of if key.rpartition(".")[2] == "seed"]
-        noises = [stage for stage in drawn if _sampling(each, stage)["first_noise"] == "comfy"]
-        for k in range(each.batch):
-            rows.append({**told, **({f"{stage}noise_index": k for stage in noises} if each.batch > 1 else {})})
-    pictures = {"path": options.input_folder(), "opened": "comfy"} if any("image" in row for row in rows) else {}
+        numbered = each.batch != range(1)
+        for k in each.batch:
+            rows.append({**told, **({f"{stage}noise_index": k for stage in _noises(each)} if numbered else {})})
+    pictures = {"path": options.input_folder(), **_opened(recipes[0])} if any("image" in row for row in rows) else {}
     return {"name": "rows", **pictures, "rows": rows}
 
 
-def _sampling(made: Recipe, stage: str) -> Mapping[str, Any]:
-    """The sampling of a stage, as ``refine.``, or the job's own, without a name."""
-    of: Mapping[str, Any] = made.config["stages"][stage.rstrip(".")] if stage else made.config
-    sampling: Mapping[str, Any] = of["sampling"]
-    return sampling
+def _opened(made: Recipe) -> dict[str, Any]:
+    """How a source is told to open pictures, and where masks are."""
+    return {"opened": "comfy", **({"masks": made.masks} if made.masks is not None else {})}
+
+
+def _noises(made: Recipe) -> list[str]:
+    """The stages that add noise, as ``refine.``, and the job's own, without a name."""
+    drawn = [name.removesuffix("seed") for name in made.rows if name.rpartition(".")[2] == "seed"]
+    of = {stage: made.config["stages"][stage.rstrip(".")] if stage else made.config for stage in drawn}
+    return [stage for stage, config in of.items() if config["sampling"]["first_noise"] == "comfy"]
 
 
 def _source(made: Recipe, options: Options, rest: Sequence[str]) -> dict[str, Any]:
     """The source of a file of rows: which of its columns give what, and what a row has where it says nothing."""
-    columns = {name: setting.column for name, setting in made.rows.items() if setting.column is not None}
+    told = {**made.rows, **made.texts}
+    columns = {name: setting.column for name, setting in told.items() if setting.column is not None}
     given = [word.partition("=")[2] for word in rest if word.startswith(("source=", "source.name="))]
     if given and given[-1] != "prompts":
         if columns or options.seed == "workflow":
             raise JobError(f"source={given[-1]}: map and comfy.seed are for the columns of source prompts")
+        if made.masks is not None:
+            raise JobError(f"source={given[-1]}: a mask is known beside a picture of source prompts alone")
         return {"name": given[-1]}
-    columns = {name: column for name, column in columns.items() if column != name}
-    defaults: dict[str, Any] = {}
-    image = made.rows.get("image")
-    if image is not None and image.column is None:
-        defaults["image"] = f"{options.input_folder()}/{image.value}"
+    taken = [*columns.values()]
+    columns = {name: column for name, column in columns.items() if column != name or taken.count(column) > 1}
+    defaults: dict[str, Any] = {name: setting.value for name, setting in made.texts.items()}
+    pictures = {name: made.rows[name] for name in ("image", "mask") if name in made.rows}
+    defaults |= {name: f"{options.input_folder()}/{of.value}" for name, of in pictures.items() if of.column is None}
     if options.seed == "workflow":
         seeds = {name: setting for name, setting in made.rows.items() if name.rpartition(".")[2] == "seed"}
         defaults |= {name: setting.value for name, setting in seeds.items() if setting.column is None}
+    if made.batch.start:
+        defaults |= {f"{stage}noise_index": made.batch.start for stage in _noises(made)}
     prompt = made.rows.get("prompt")
     if (
         options.columns and prompt is not None and prompt.column is None
     ):  # who says which columns count has not forgotten one
         defaults["prompt"] = prompt.value
-    told = {"columns": columns, "defaults": defaults, "opened": "comfy" if image is not None else ""}
-    return {"name": "prompts", **{key: value for key, value in told.items() if value}}
+    source = {"columns": columns, "defaults": defaults, **(_opened(made) if pictures else {})}
+    return {"name": "prompts", **{key: value for key, value in source.items() if value}}
 
 
 def _with_columns(workflow: Workflow, made: Recipe) -> dict[str, Any]:
@@ -188,7 +200,7 @@ def _with_columns(workflow: Workflow, made: Recipe) -> dict[str, Any]:
     found: dict[str, Any] = copy.deepcopy(dict(workflow.content))
     for name, places in made.places.items():
         for node, of in places:
-            if name != "image":  # which is no column of a dataset
+            if name not in ("image", "mask"):  # which are no column of a dataset
                 found[node]["inputs"][of] = {"column": name}
     return found
 

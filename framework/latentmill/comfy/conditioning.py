@@ -11,6 +11,9 @@ from latentmill.comfy.reading import Inputs
 
 SIZES = ("width", "height", "crop_w", "crop_h", "target_width", "target_height")
 
+MOST_TEXTS = 100
+"""Of one conditioning. Each combination of two with themselves doubles them."""
+
 
 def encode(given: Inputs) -> Sequence[Any]:
     """`prompt`, `negative_prompt`, another column, or words that stay."""
@@ -87,7 +90,10 @@ def _both(given: Inputs, operation: str, first: str, second: str) -> Cond:
         raise given.refuse(f"{first} and {second} come from two text encoders, and one is supported")
     if operation == "combine" and one.guidance != other.guidance:
         raise given.refuse(f"{first} and {second} have different guidance, and one is supported")
-    return replace(one, tree=Tree(operation, ((first, one.tree), (second, other.tree))))
+    tree = Tree(operation, ((first, one.tree), (second, other.tree)))
+    if tree.size > MOST_TEXTS:
+        raise given.refuse(f"{tree.size} texts are put together, and {MOST_TEXTS} are supported")
+    return replace(one, tree=tree)
 
 
 def _words(given: Inputs, name: str) -> Words:

@@ -10,7 +10,9 @@ from latentmill.comfy.flowing import (
     Clip,
     Cond,
     Empty,
+    Encoded,
     Loaded,
+    LoadedMask,
     Model,
     Output,
     Sampled,
@@ -108,6 +110,10 @@ def _of(each: Any) -> str:
         return f"the value {_value(each)}"
     if isinstance(each, Loaded):
         return f"the picture {_value(each.image)}"
+    if isinstance(each, LoadedMask) and each.channel != "image":
+        return f"the mask {_value(each.image)}"
+    if isinstance(each, Encoded) and each.mask is not None:
+        return "only what the mask shows is made new"
     if isinstance(each, Empty):
         return f"{_value(each.width)}x{_value(each.height)} pixels, {plural(each.batch, 'picture')}"
     return SAID_OF.get(type(each), "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from latentmill.comfy.workflow import WorkflowNode
@@ -74,6 +75,11 @@ class Tree:
     parts: tuple[tuple[str, Tree | Words], ...]
     numbers: Mapping[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def size(self) -> int:
+        """How many texts there are in it."""
+        return sum(part.size if isinstance(part, Tree) else 1 for _, part in self.parts)
+
 
 @dataclass(frozen=True)
 class Cond:
@@ -96,10 +102,12 @@ class Loaded(Picture):
 
 @dataclass(frozen=True)
 class LoadedMask:
-    """The mask of a loaded picture: where it is transparent."""
+    """The mask of a loaded picture."""
 
     node: WorkflowNode
     image: Setting
+    channel: str
+    """As ``masks`` of a source calls it: "image" of LoadImage's."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +151,25 @@ class Encoded(Latent):
 
 
 @dataclass(frozen=True)
+class Repeated(Latent):
+    """Each of the latents so many times."""
+
+    node: WorkflowNode
+    latent: Latent
+    amount: int
+
+
+@dataclass(frozen=True)
+class FromBatch(Latent):
+    """``length`` of a batch of latents, from the ``first`` one on."""
+
+    node: WorkflowNode
+    latent: Latent
+    first: int
+    length: int
+
+
+@dataclass(frozen=True)
 class ScaledLatent(Latent):
     """Latents of another size."""
 
@@ -169,6 +196,8 @@ class Sigmas:
     settings: Mapping[str, Any]
     steps: Setting
     denoise: Setting
+    model: Model | None = None
+    """The model whose noise they are laid by; None: the sampler's, or no model's."""
     by_sampler: bool = False
     """Whether the sampler's own node has laid it, which asks more of it for some samplers."""
 

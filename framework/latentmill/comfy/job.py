@@ -7,24 +7,30 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from latentmill.comfy.flowing import (
+    Cond,
     Decoded,
     Empty,
     Encoded,
+    FromBatch,
     Latent,
     Loaded,
+    Model,
     Output,
     Picture,
+    Repeated,
     Sampled,
     Scaled,
     ScaledLatent,
     Setting,
     Vae,
 )
+from latentmill.comfy.pictures import MOST_PICTURES
 from latentmill.comfy.reading import RefusedError
 from latentmill.comfy.texts import Texts
 from latentmill.schedulers.comfy_names import SAMPLERS
 
 MODELS = "${model.models}"
+MOST_STAGES = 50
 
 
 @dataclass
@@ -35,8 +41,12 @@ class Recipe:
     """Keys of the job: flow, parts, stages."""
     rows: dict[str, Setting] = field(default_factory=dict)
     """What may differ from row to row, by the names that a source's rows have for it: ``seed``, ``steps``, ``refine.steps``."""
-    batch: int = 1
-    """Pictures of a row."""
+    batch: range = range(1)
+    """Pictures of a row, by their numbers in ComfyUI's batch."""
+    texts: dict[str, Setting] = field(default_factory=dict)
+    """Further texts of a row, by their names there."""
+    masks: str | None = None
+    """Where the row's mask is, as a source is told; None: there is none."""
     places: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     """Of each of them: the workflow's inputs that have that value, by node id and name."""
     notices: list[str] = field(default_factory=list)
@@ -46,8 +56,8 @@ class Recipe:
 
     def fixed(self) -> dict[str, Any]:
         """What must be alike of rows of one job."""
-        columns = {name: each.column for name, each in self.rows.items()}
-        return {**self.config, "columns": columns, "batch": self.batch}
+        columns = {name: each.column for name, each in (self.rows | self.texts).items()}
+        return {**self.config, "columns": columns, "batch": self.batch, "masks": self.masks}
 
 
 def part(**settings: Any) -> dict[str, Any]:
@@ -81,7 +91,13 @@ class _Writer:
                 self.made.rows["image"] = each.image
             elif isinstance(each, Empty):
                 self.made.rows |= {"width": each.width, "height": each.height}
-                self.made.batch = each.batch
+                self.made.batch = range(each.batch)
+            elif isinstance(each, Repeated):
+                self._repeated(each)
+            elif isinstance(each, FromBatch):
+                length = len(self.made.batch)
+                first = min(each.first, length - 1)
+                self.made.batch = self.made.batch[first : first + each.length]
             elif isinstance(each, (Scaled, ScaledLatent)):
                 models = {"models": MODELS} if "model" in each.settings else {}
                 pictures = "upscale_model" if models else "image_upscale"
@@ -95,6 +111,8 @@ class _Writer:
                 made_by = [of for of in line[:at] if isinstance(of, Sampled)]
                 self._vae(each, each.vae, self._stage(each, "decode"), made_by[-1:], each.tiling)
         self.flow.append("write")
+        self.made.rows |= self.texts.fields  # a later sampler's, too
+        self.made.texts = self.texts.more
         of_flux = (
             self.parts.get("text_encoder", {}).get("type") == "flux"
             or "guidance" in self.made.rows
@@ -115,7 +133,10 @@ class _Writer:
         """Put a stage into the flow, under a name of its own, and return that."""
         name = name or plugin
         taken = {item if isinstance(item, str) else item.get("as", item["name"]) for item in self.flow}
-        called = next(each for each in (name, *(f"{name}{n}" for n in range(2, 99))) if each not in taken)
+        if len(taken) > MOST_STAGES:
+            raise RefusedError(each.node, f"a job of more than {MOST_STAGES} stages is not supported")
+        names = (name, *(f"{name}{n}" for n in range(2, MOST_STAGES + 2)))
+        called = next(free for free in names if free not in taken)
         plain = called == plugin and not settings
         self.flow.append(
             plugin if plain else {"name": plugin, **({} if called == plugin else {"as": called}), **settings}
@@ -141,11 +162,21 @@ class _Writer:
 
     def _encoded(self, each: Encoded, samplers: list[Sampled]) -> None:
         if each.mask is not None:
-            raise RefusedError(each.node, "masks are not supported: ComfyUI's are soft, and the job's are not")
+            self.made.masks = each.mask.channel
+            if each.mask.channel != "image":
+                self.made.rows["mask"] = each.mask.image
         both = bool(samplers) and not self.samplers  # pictures and texts in one stage
         if both:
             self._text_encoder(samplers[0])
-        self._vae(each, each.vae, self._stage(each, "encode" if both else "encode_images"), samplers, {})
+        stage = self._stage(each, "encode" if both else "encode_images", **each.settings)
+        self._vae(each, each.vae, stage, samplers, {})
+
+    def _repeated(self, each: Repeated) -> None:
+        if self.samplers or self.made.batch.start:
+            raise RefusedError(each.node, "it is supported before the first sampler, and before LatentFromBatch")
+        if len(self.made.batch) * each.amount > MOST_PICTURES:
+            raise RefusedError(each.node, f"a batch of more than {MOST_PICTURES} pictures is not supported")
+        self.made.batch = range(len(self.made.batch) * each.amount)
 
     def _text_encoder(self, each: Sampled) -> None:
         clip = each.guider.positive.clip
@@ -174,18 +205,16 @@ class _Writer:
         grid = {"name": "comfy", **sigmas.settings, **named.grid, **(named.of_steps if sigmas.by_sampler else {})}
         scheduler = {"name": "comfy", "sampler": each.sampler.name, **each.sampler.settings, "grid": grid}
         noise = "comfy" if each.noise.added else "none"
+        self._check(each)
         own = {"steps": sigmas.steps, "guidance_scale": guider.cfg, "strength": sigmas.denoise}
         if (told := guider.positive.guidance) is not None:
             own["guidance"] = told
-        other = guider.negative.guidance if guider.negative is not None else None
-        if other not in (None, told) and guider.cfg != Setting(1.0):
-            raise RefusedError(each.node, "positive and negative have different guidance, and one is supported")
         own["seed"] = each.noise.seed
         if first:
             self.parts |= {"denoiser": denoiser, "scheduler": scheduler}
             self.sampling = {"first_noise": noise}
             negative = {} if guider.negative is None else {"negative_prompt": Setting("")}
-            rows |= own | negative | self.texts.fields
+            rows |= own | negative
             return
         rows |= {f"{stage}.{name}": of for name, of in own.items()}
         changed: dict[str, Any] = {"sampling": {"first_noise": noise}}
@@ -193,6 +222,31 @@ class _Writer:
             name: of for name, of in (("denoiser", denoiser), ("scheduler", scheduler)) if of != self.parts[name]
         }
         self.overrides[stage] = changed
+
+    def _check(self, each: Sampled) -> None:
+        """Raises RefusedError for what is put together here and can't be."""
+        guider, model = each.guider, each.sigmas.model
+        if model is not None and _noise_of(model) != _noise_of(guider.model):
+            raise RefusedError(
+                each.node,
+                f"its sigmas, {each.sigmas.node}, are laid by another model than it samples, and one is supported",
+            )
+        pp = each.sampler.name.endswith("_cfg_pp")
+        counts = guider.negative is not None and (pp or guider.cfg != Setting(1.0))
+        if counts and _guidance(guider.positive) != _guidance(guider.negative):
+            raise RefusedError(each.node, "positive and negative have different guidance, and one is supported")
+        if pp and guider.negative is None:
+            raise RefusedError(each.node, f"{each.sampler.name} without a negative is not supported")
+
+
+def _noise_of(model: Model) -> dict[str, Any]:
+    """What tells of a model's noise: its file, and how it is sampled."""
+    return {name: value for name, value in model.settings.items() if name not in ("loras", "weight_dtype")}
+
+
+def _guidance(cond: Cond | None) -> Setting:
+    """What a network is told by a conditioning; ComfyUI's own, where it says nothing."""
+    return cond.guidance if cond is not None and cond.guidance is not None else Setting(3.5)
 
 
 def _called(samplers: int) -> str:
@@ -210,7 +264,7 @@ def _line(picture: Picture) -> list[Any]:
             at.image
             if isinstance(at, (Scaled, Encoded))
             else at.latent
-            if isinstance(at, (Decoded, ScaledLatent, Sampled))
+            if isinstance(at, (Decoded, ScaledLatent, Repeated, FromBatch, Sampled))
             else None
         )
     return line[::-1]

@@ -12,10 +12,6 @@ SAVED = ("SaveImage", "SaveImageWebsocket")
 PREVIEWS = ("PreviewImage",)
 OUTPUTS = (*SAVED, *PREVIEWS)
 """What is run: these, and what they hang on."""
-CONSTANTS = (
-    "PrimitiveInt PrimitiveFloat PrimitiveString PrimitiveStringMultiline PrimitiveBoolean INTConstant FloatConstant "
-    "StringConstant"
-).split()
 
 NODES: Mapping[str, Callable[[Inputs], Sequence[Any]]] = {
     "CheckpointLoaderSimple": loaders.checkpoint,
@@ -59,7 +55,10 @@ NODES: Mapping[str, Callable[[Inputs], Sequence[Any]]] = {
     "EmptyLatentImage": pictures.empty,
     "EmptySD3LatentImage": pictures.empty,
     "EmptyHunyuanLatentVideo": pictures.empty,
+    "RepeatLatentBatch": pictures.repeat,
+    "LatentFromBatch": pictures.from_batch,
     "LoadImage": pictures.load,
+    "LoadImageMask": pictures.load_mask,
     "VAEEncode": pictures.encode,
     "VAEEncodeForInpaint": pictures.encode_for_inpaint,
     "SetLatentNoiseMask": pictures.set_mask,
@@ -69,8 +68,8 @@ NODES: Mapping[str, Callable[[Inputs], Sequence[Any]]] = {
     "LatentUpscaleBy": pictures.scale_latent,
     "ImageScale": pictures.scale_image,
     "ImageScaleBy": pictures.scale_image,
+    "ImageScaleToTotalPixels": pictures.scale_image,
     "ImageUpscaleWithModel": pictures.scale_by_model,
-    **dict.fromkeys(CONSTANTS, pictures.constant),
-    "Seed (rgthree)": pictures.constant,
+    **dict.fromkeys(pictures.CONSTANTS, pictures.constant),
     **dict.fromkeys(OUTPUTS, pictures.save),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +11,13 @@ from latentmill.comfy.flowing import (
     Decoded,
     Empty,
     Encoded,
+    FromBatch,
     Latent,
     Loaded,
     LoadedMask,
     Output,
     Picture,
+    Repeated,
     Scaled,
     ScaledLatent,
     Setting,
@@ -29,25 +31,54 @@ IMAGE_METHODS = ("nearest-exact", "bilinear", "area", "bicubic", "lanczos")
 ANNOTATED = re.compile(r"(.*?)(?: \[(input|output|temp)\])?", re.DOTALL)
 """A picture's name, and the folder that may stand behind it."""
 CROPPINGS = ("disabled", "center")
+CONSTANTS: Mapping[str, type[Any]] = {
+    "PrimitiveInt": int,
+    "PrimitiveFloat": float,
+    "PrimitiveString": str,
+    "PrimitiveStringMultiline": str,
+    "PrimitiveBoolean": bool,
+    "INTConstant": int,
+    "FloatConstant": float,
+    "StringConstant": str,
+    "Seed (rgthree)": int,
+}
+"""Nodes that are one value, and of which kind."""
+MOST_PICTURES = 4096
+"""In a batch, as ComfyUI bounds it."""
+CHANNELS = ("alpha", "red", "green", "blue")
 
 
 def empty(given: Inputs) -> Sequence[Any]:
     """`width`, `height`, and as many pictures as the batch has."""
     if given.node.type == "EmptyHunyuanLatentVideo" and given.fixed("length", int) != 1:
         raise given.refuse("length above 1 is a video, and pictures are supported")
-    return (Empty(given.node, given.whole("width"), given.whole("height"), given.fixed("batch_size", int)),)
+    sides = [given.whole(name) for name in ("width", "height")]
+    whole = [replace(side, value=side.value // 8 * 8) for side in sides]  # as many latents as there are whole ones
+    return (Empty(given.node, whole[0], whole[1], _count(given, "batch_size")),)
+
+
+def repeat(given: Inputs) -> Sequence[Any]:
+    """So many pictures of each."""
+    return (Repeated(given.node, given.take("samples", Latent), _count(given, "amount")),)
+
+
+def from_batch(given: Inputs) -> Sequence[Any]:
+    """Some pictures of a batch, with their own noise."""
+    first = given.fixed("batch_index", int)
+    if first < 0:
+        raise given.refuse(f"batch_index must be 0 or more, not {first}")
+    return (FromBatch(given.node, given.take("samples", Latent), first, _count(given, "length")),)
 
 
 def load(given: Inputs) -> Sequence[Any]:
-    """The row's `image`."""
-    image = given.text("image")
-    name, annotation = ANNOTATED.fullmatch(image.value).groups()  # type: ignore[union-attr]
-    if annotation not in (None, "input"):
-        raise given.refuse(
-            f"image is from ComfyUI's folder {annotation}, and those from its folder input are supported"
-        )
-    image = replace(image, value=name)
-    return Loaded(given.node, image), LoadedMask(given.node, image)
+    """The row's `image`, and its transparent part as `mask`."""
+    image = _file(given)
+    return Loaded(given.node, image), LoadedMask(given.node, image, "image")
+
+
+def load_mask(given: Inputs) -> Sequence[Any]:
+    """The row's `mask`, a channel of a picture of its own."""
+    return (LoadedMask(given.node, _file(given), given.one_of("channel", CHANNELS)),)
 
 
 def encode(given: Inputs) -> Sequence[Any]:
@@ -91,7 +122,11 @@ def scale_latent(given: Inputs) -> Sequence[Any]:
 
 def scale_image(given: Inputs) -> Sequence[Any]:
     """A stage image_upscale."""
-    image, settings = given.take("image", Picture), _sized(given, IMAGE_METHODS)
+    image = given.take("image", Picture)
+    if "megapixels" in given.node.inputs:
+        method = given.one_of("upscale_method", IMAGE_METHODS)
+        return (Scaled(given.node, image, {"method": method, "megapixels": given.fixed("megapixels", float)}),)
+    settings = _sized(given, IMAGE_METHODS)
     return (Scaled(given.node, image, settings) if settings else image,)
 
 
@@ -108,10 +143,29 @@ def save(given: Inputs) -> Sequence[Any]:
 
 def constant(given: Inputs) -> Sequence[Any]:
     """A value, where it is linked to."""
-    [name] = [name for name in ("value", "string", "text", "seed") if name in given.node.inputs][:1] or ["value"]
-    kind: type[Any] = type(given.node.inputs.get(name))
-    read = given.text if kind is str else given.real if kind is float else given.whole if kind is int else None
+    [name] = [name for name in ("value", "string", "seed") if name in given.node.inputs][:1] or ["value"]
+    kind = CONSTANTS[given.node.type]
+    read = {str: given.text, int: given.whole, float: given.real}.get(kind)
     return (read(name) if read else Setting(given.fixed(name, bool)),)
+
+
+def _count(given: Inputs, name: str) -> int:
+    """A number of pictures."""
+    count: int = given.fixed(name, int)
+    if not 1 <= count <= MOST_PICTURES:
+        raise given.refuse(f"{name} must be from 1 to {MOST_PICTURES}, not {count}")
+    return count
+
+
+def _file(given: Inputs) -> Setting:
+    """A file in ComfyUI's folder of inputs."""
+    image = given.text("image")
+    name, annotation = ANNOTATED.fullmatch(image.value).groups()  # type: ignore[union-attr]
+    if annotation not in (None, "input"):
+        raise given.refuse(
+            f"image is from ComfyUI's folder {annotation}, and those from its folder input are supported"
+        )
+    return replace(image, value=name)
 
 
 def _sized(given: Inputs, methods: Sequence[str], least: int = 1) -> dict[str, Any]:
@@ -127,8 +181,10 @@ def _sized(given: Inputs, methods: Sequence[str], least: int = 1) -> dict[str, A
 
 def _masked(given: Inputs, latent: Encoded) -> Encoded:
     mask, image = given.take("mask", LoadedMask), latent.image
-    if not isinstance(image, Loaded) or image.image != mask.image:
-        raise given.refuse(
-            "a mask is supported that comes from the same LoadImage as the picture, its transparent part"
-        )
-    return replace(latent, node=given.node, mask=mask)
+    if latent.mask is not None:
+        raise given.refuse("its latents have a mask already, and one is supported")
+    if not isinstance(image, Loaded):
+        raise given.refuse("a mask is supported beside a picture as LoadImage gives it, not one of another size")
+    if mask.channel == "image" and image.image != mask.image:
+        raise given.refuse("a mask that LoadImage gives is supported beside the same LoadImage's picture")
+    return replace(latent, mask=mask)

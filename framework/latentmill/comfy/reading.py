@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -119,9 +120,12 @@ class Inputs:
         if isinstance(value, (list, tuple, Mapping)) or value is None:
             raise wrong
         try:
-            return kind(value)
+            found = kind(value)
         except (ValueError, OverflowError) as error:
             raise wrong from error
+        if isinstance(found, float) and not math.isfinite(found):
+            raise wrong
+        return found
 
 
 _IN_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}

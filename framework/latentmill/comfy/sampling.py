@@ -30,7 +30,7 @@ def ksampler(given: Inputs) -> Sequence[Any]:
     """A stage denoise, with scheduler and grid `comfy`."""
     sigmas = Sigmas(given.node, _scheduler(given), given.whole("steps"), given.real("denoise"), by_sampler=True)
     sampler = _sampler(given)
-    noise = Noise(given.node, given.whole("seed"), True)
+    noise = Noise(given.node, _seed(given, "seed"), True)
     return (Sampled(given.node, given.take("latent_image", Latent), _guider(given), sampler, sigmas, noise),)
 
 
@@ -46,13 +46,13 @@ def ksampler_advanced(given: Inputs) -> Sequence[Any]:
     sigmas = Sigmas(given.node, grid, given.whole("steps"), Setting(1.0), by_sampler=True)
     sampler = _sampler(given)
     added = given.one_of("add_noise", ("enable", "disable")) == "enable"
-    noise = Noise(given.node, given.whole("noise_seed"), added)
+    noise = Noise(given.node, _seed(given, "noise_seed"), added)
     return (Sampled(given.node, given.take("latent_image", Latent), _guider(given), sampler, sigmas, noise),)
 
 
 def sampler_custom(given: Inputs) -> Sequence[Any]:
     """The same of a sampler and sigmas that come over links."""
-    noise = Noise(given.node, given.whole("noise_seed"), given.fixed("add_noise", bool))
+    noise = Noise(given.node, _seed(given, "noise_seed"), given.fixed("add_noise", bool))
     parts = given.take("sampler", Sampler), given.take("sigmas", Sigmas)
     return (Sampled(given.node, given.take("latent_image", Latent), _guider(given), *parts, noise),)
 
@@ -75,7 +75,7 @@ def cfg_guider(given: Inputs) -> Sequence[Any]:
 
 def random_noise(given: Inputs) -> Sequence[Any]:
     """`seed`."""
-    return (Noise(given.node, given.whole("noise_seed"), True),)
+    return (Noise(given.node, _seed(given, "noise_seed"), True),)
 
 
 def no_noise(given: Inputs) -> Sequence[Any]:
@@ -115,9 +115,8 @@ def sampler_node(given: Inputs) -> Sequence[Any]:
 
 def basic_scheduler(given: Inputs) -> Sequence[Any]:
     """The scheduler of grid `comfy`."""
-    given.take("model", Model)
-    settings = {**_scheduler(given), "exact_steps": True}
-    return (Sigmas(given.node, settings, given.whole("steps"), given.real("denoise")),)
+    settings, model = {**_scheduler(given), "exact_steps": True}, given.take("model", Model)
+    return (Sigmas(given.node, settings, given.whole("steps"), given.real("denoise"), model),)
 
 
 SIGMA_NODES = {
@@ -136,13 +135,12 @@ SIGMA_NODES = {
 def sigma_node(given: Inputs) -> Sequence[Any]:
     """The same with its numbers."""
     name, numbers = SIGMA_NODES[given.node.type]
-    if "model" in given.node.inputs:
-        given.take("model", Model)
+    model = given.may_take("model", Model)
     settings = {"scheduler": name, **{key: given.fixed(key, float) for key in numbers}}
     if name == "align_your_steps":
         settings["model"] = given.one_of("model_type", ("SD1", "SDXL", "SVD"))
     denoise = given.real("denoise") if "denoise" in given.node.inputs else Setting(1.0)
-    return (Sigmas(given.node, settings, given.whole("steps"), denoise),)
+    return (Sigmas(given.node, settings, given.whole("steps"), denoise, model),)
 
 
 def split_sigmas(given: Inputs) -> Sequence[Any]:
@@ -152,6 +150,14 @@ def split_sigmas(given: Inputs) -> Sequence[Any]:
         raise given.refuse("what was split once is not split again")
     high = {**sigmas.settings, "end_at_step": step, "leftover_noise": True}
     return replace(sigmas, settings=high), replace(sigmas, settings={**sigmas.settings, "start_at_step": step})
+
+
+def _seed(given: Inputs, name: str) -> Setting:
+    """-1 is drawn for each row, as some nodes of seeds have it."""
+    seed = given.whole(name)
+    if not -1 <= seed.value < 1 << 64:
+        raise given.refuse(f"{name} must be from 0 to {(1 << 64) - 1}, not {seed.value}")
+    return seed
 
 
 def _scheduler(given: Inputs) -> dict[str, Any]:

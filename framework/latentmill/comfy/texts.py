@@ -11,6 +11,8 @@ from latentmill.comfy.reading import RefusedError
 
 LISTS = {"combine", "concat", "average"}
 """Operations whose parts stand in a list; the others take one, or texts by name."""
+OTHER_SIDE = {"prompt": ("negative_prompt", "negative_text"), "negative_prompt": ("prompt", "positive_text")}
+"""Of each text that is a row's own, that of the other side, and what it is called where this side has it, too."""
 
 
 @dataclass
@@ -19,8 +21,8 @@ class Texts:
 
     fields: dict[str, Setting] = field(default_factory=dict)
     """``prompt`` and ``negative_prompt``, as far as there are."""
-    more: list[str] = field(default_factory=list)
-    """Further columns."""
+    more: dict[str, Setting] = field(default_factory=dict)
+    """Further texts of rows, by the names that they have there."""
     places: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     """Of each of them: the inputs that it gives, by node id and name."""
     notices: list[str] = field(default_factory=list)
@@ -39,7 +41,7 @@ class Texts:
             if tree != {"text": name}:
                 found[side] = tree
         if self.more:
-            found["texts"] = list(self.more)
+            found["texts"] = [*self.more]
         return found
 
     def _taken(self, name: str) -> str | None:
@@ -67,6 +69,12 @@ class Texts:
         text = words.text
         if text == self.fields.get(name):
             return self._own(name, text)
+        other, again = OTHER_SIDE[name]
+        if text.column is not None and text == self.fields.get(
+            other
+        ):  # an encoder is told the text of one side at a time
+            self.more[again] = text
+            return self._own(again, text)
         if text.column is None or hidden:  # of what is zeroed out nothing is left but its length
             own = self.fields.get(name)
             if not hidden and own is not None and own.value == text.value and text.place is not None:
@@ -78,8 +86,7 @@ class Texts:
                 words.node,
                 f"its text comes from the column {text.column}, which another text of this side stands in the way of",
             )
-        if text.column not in self.more:
-            self.more.append(text.column)
+        self.more.setdefault(text.column, text)
         return self._own(text.column, text)
 
     def _own(self, name: str, text: Setting) -> dict[str, str]:

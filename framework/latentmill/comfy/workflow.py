@@ -93,7 +93,7 @@ class Workflow:
 def read(path: Path) -> Workflow:
     """The workflow in a file. Raises JobError, of one line, if that is no workflow in the API format."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise JobError(f"it is no JSON: {error}") from error
     return parse(content)

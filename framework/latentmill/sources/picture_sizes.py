@@ -22,7 +22,7 @@ def size_of(file: BinaryIO | bytes, max_pixels: int = MAX_PIXELS, way: str = "ou
     file = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
         with pillow(max_pixels), Image.open(file, formats=FORMATS) as image:
-            if way != "ours" or image.format == "TIFF":  # which Pillow turns itself
+            if way in ("kohya", "musubi") or image.format == "TIFF":  # which Pillow turns itself
                 return image.size
             turned = orientation_of(image, behind=image.format != "PNG" or _tells_more(file)) >= 5
             return image.size[::-1] if turned else image.size

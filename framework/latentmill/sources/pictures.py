@@ -28,6 +28,7 @@ from PIL.TiffImagePlugin import (
 
 from latentmill.pixels import Pixels
 from latentmill.plugin import RowError
+from latentmill.sources.as_comfyui import WAYS, as_comfyui
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 """What is decoded, going by the contents. All else that Pillow can read stays shut: every format is a way to attack."""
@@ -41,8 +42,8 @@ def decode(file: BinaryIO | bytes, max_pixels: int = MAX_PIXELS, way: str = "our
 
     Raises RowError for anything that isn't a whole picture of the FORMATS, has more than ``max_pixels``, or is of a kind
     that Pillow is known to misread. CMYK goes through the picture's ICC profile if it has one; other profiles are ignored.
-    In the ``way`` of kohya or musubi: not turned, and RGB by Pillow's ``convert`` (of musubi, RGBA stays so, ``[H, W, 4]``); in that of
-    comfy turned, and RGB by ``convert``, whose colours are those behind transparent parts, and of 32 bits a 255th.
+    In the ``way`` of kohya or musubi: not turned, and RGB by Pillow's ``convert`` (of musubi, RGBA stays so, ``[H, W, 4]``); in
+    those of comfy turned, and as ``as_comfyui`` says.
     """
     if isinstance(file, bytes):
         file = io.BytesIO(file)
@@ -70,11 +71,8 @@ def decode(file: BinaryIO | bytes, max_pixels: int = MAX_PIXELS, way: str = "our
                 image.load()  # verify() passes a truncated JPEG
                 if image.format == "PNG" and (image.info.get("interlace") or not any(_last_line(image))):
                     _check_png(file, lines=True)
-                if way == "comfy":
-                    turned = _upright(
-                        image, image.point(lambda value: value * (1 / 255)) if image.mode == "I" else image
-                    )
-                    return np.array(turned.convert("RGB"))
+                if way in WAYS:
+                    return as_comfyui(_upright(image, image), way)
                 if way != "ours":
                     plain = ("RGB", "RGBA") if way == "musubi" else ("RGB",)
                     return np.array(image if image.mode in plain else image.convert("RGB"))

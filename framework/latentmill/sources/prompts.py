@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
 import pyarrow as pa
 
 from latentmill.buckets import PIXEL_WAYS
@@ -18,6 +19,7 @@ from latentmill.fields import PICTURES
 from latentmill.pixels import Pixels
 from latentmill.plugin import Fragment, RowError, Source
 from latentmill.sources import files, suffix
+from latentmill.sources.as_comfyui import MASKS_OF
 from latentmill.sources.files import Files
 from latentmill.sources.picture_sizes import size_of
 from latentmill.sources.pictures import MAX_PIXELS, decode
@@ -52,7 +54,8 @@ class Prompts(Source):
     says what the file calls a column of ours: ``{prompt: caption}``. ``defaults`` are what a row says where the file doesn't, and pictures
     among them lie where their path says; with a ``prompt`` there, the file needs none. ``encoding`` is that of all text files; without
     it they are UTF-8, UTF-16, or else cp1252. ``opened: comfy`` opens pictures as ComfyUI does: transparent parts show the colours behind
-    them, and not white.
+    them, and not white. With it, ``masks`` says where a row's mask is: ``light``, how light its ``mask`` is; ``image``, where its picture
+    is transparent; ``alpha``, ``red``, ``green`` or ``blue``, that channel of its ``mask``, of alpha where it is transparent.
     """
 
     contract = 2
@@ -68,6 +71,7 @@ class Prompts(Source):
         encoding: str | None = None,
         defaults: Mapping[str, Any] | None = None,
         opened: str = "ours",
+        masks: str = "light",
     ) -> None:
         if max_pixels < 1:
             raise ValueError(f"max_pixels must be 1 or more, not {max_pixels}")
@@ -77,7 +81,9 @@ class Prompts(Source):
             raise ValueError(f"defaults must be as {{seed: 7}}, not {defaults!r}")
         if opened not in OPENED:
             raise ValueError(f"opened must be {' or '.join(OPENED)}, not {opened!r}")
-        self.defaults, self.pixels = dict(defaults or {}), opened
+        if masks not in MASKS_OF or (masks != "light" and opened != "comfy"):
+            raise ValueError(f"masks must be {', '.join(MASKS_OF)}, all but light with opened: comfy, not {masks!r}")
+        self.defaults, self.pixels, self.masks = dict(defaults or {}), opened, masks
         self.needs_prompt = "prompt" not in self.defaults
         self._readers: dict[str, FileReader] = {}
         self._notices: dict[str, list[str]] = {}  # each line, and the files that it is of
@@ -245,14 +251,23 @@ class Prompts(Source):
         for name, value in self.defaults.items():
             if row.get(name) is None:
                 row[name] = self._default_picture(name, value) if name in PICTURES else value
+        if self.masks == "image" and row.get("image") is not None:
+            whole = row["image"]
+            row |= {"image": whole[..., :3], "mask": np.repeat(whole[..., 3:], 3, axis=2)}
         return row
+
+    def _way(self, name: str) -> str:
+        """In which way a picture of that name is opened."""
+        if self.masks != "light" and name == ("image" if self.masks == "image" else "mask"):
+            return f"comfy.{self.masks}"
+        return self.pixels
 
     def _default_picture(self, name: str, path: str) -> Pixels:
         """The picture of rows that have none. Raises RowError."""
         folder, _, file = str(path).rpartition("/")
         try:
             with files.at(folder or ".").open(file, self.follow_links) as opened:
-                return decode(opened, self.max_pixels, self.pixels)
+                return decode(opened, self.max_pixels, self._way(name))
         except RowError as error:
             raise RowError(f"{name} {path!r} of source.defaults: {error}") from error
 
@@ -266,12 +281,12 @@ class Prompts(Source):
         if isinstance(value, str):
             try:
                 with self._files.open(value, self.follow_links, folder) as file:
-                    return opened(file, self.max_pixels, self.pixels)
+                    return opened(file, self.max_pixels, self._way(name))
             except RowError as error:
                 raise RowError(f"{name} {value!r}: {error}") from error
         if isinstance(value, bytes):
             try:
-                return opened(value, self.max_pixels, self.pixels)
+                return opened(value, self.max_pixels, self._way(name))
             except RowError as error:
                 raise RowError(f"{name}: {error}") from error
         raise RowError(f"{name} must be a path, not {value!r:.80}")

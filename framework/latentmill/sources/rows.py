@@ -23,7 +23,7 @@ NAME = "rows"
 class RowsInJob(Prompts):
     """``rows: [{prompt: a cat, seed: 7}, {prompt: a dog, image: dog.png}]``: fields of ours by name, and pictures below the folder ``path``.
 
-    What a row doesn't say is the job's. ``max_pixels``, ``follow_links``, ``id_column`` and ``opened`` are as in the source ``prompts``.
+    What a row doesn't say is the job's. ``max_pixels``, ``follow_links``, ``id_column``, ``opened`` and ``masks`` are as in the source ``prompts``.
     """
 
     contract = 2
@@ -36,10 +36,11 @@ class RowsInJob(Prompts):
         follow_links: bool = False,
         id_column: str | None = None,
         opened: str = "ours",
+        masks: str = "light",
     ) -> None:
         if not rows or not all(isinstance(row, Mapping) for row in rows):
             raise ValueError("rows must be a list of rows, as in [{prompt: a cat, seed: 7}]")
-        super().__init__(path, max_pixels, follow_links, id_column, opened=opened)
+        super().__init__(path, max_pixels, follow_links, id_column, opened=opened, masks=masks)
         self.rows, self.needs_prompt = [dict(row) for row in rows], False
 
     def columns(self) -> list[str]:

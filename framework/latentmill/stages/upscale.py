@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import ClassVar
 
@@ -19,7 +20,8 @@ from latentmill.text import near
 class Upscale(Stage):
     """Brings a tensor of each row to ``scale`` times its size, or to ``width`` x ``height`` pixels; the row's width and height follow.
 
-    Of ``width`` and ``height`` one may be left out, and follows from the other. ``crop``: ``center`` cuts what is over of another aspect
+    Of ``width`` and ``height`` one may be left out, and follows from the other. ``megapixels`` keeps the aspect, and makes about so many
+    times 1024 x 1024 pixels of it. ``crop``: ``center`` cuts what is over of another aspect
     first. A row of more pixels than ``sampling.max_pixels`` is an error.
     """
 
@@ -34,28 +36,31 @@ class Upscale(Stage):
         width: int | None = None,
         height: int | None = None,
         crop: str = "disabled",
+        megapixels: float | None = None,
     ) -> None:
         for name, value, known in (("method", method, self.methods), ("crop", crop, CROP_WAYS)):
             if value not in known:
                 raise ValueError(
                     f"{name} must be {', '.join(known[:-1])} or {known[-1]}, not {value!r}{near(value, known)}"
                 )
-        if (scale is None) == (width is None and height is None):
-            raise ValueError("either scale or width and height must be given")
-        for name, side in (("scale", scale), ("width", width), ("height", height)):
+        if (scale, width or height, megapixels).count(None) != 2:
+            raise ValueError("either scale, megapixels or width and height must be given")
+        for name, side in (("scale", scale), ("width", width), ("height", height), ("megapixels", megapixels)):
             if side is not None and not 0 < side < 1 << 16:
                 raise ValueError(f"{name} must be more than 0, not {side}")
         if crop != "disabled" and (width is None or height is None):
             raise ValueError("crop is for width and height, which must both be given")
         self.method, self.scale, self.width, self.height, self.crop = method, scale, width, height, crop
+        self.pixels = None if megapixels is None else int(megapixels * 1024 * 1024)
 
     def prepare(self, context: StageContext) -> None:
         self.most = int(context.sampling.get("max_pixels") or 1 << 62)
 
     def sides(self, width: int, height: int, unit: int) -> tuple[int, int]:
         """What ``width`` x ``height`` pixels of something become, each ``unit`` pixels of a picture."""
-        if self.scale is not None:
-            return max(1, round(width * self.scale)), max(1, round(height * self.scale))
+        scale = self.scale if self.pixels is None else math.sqrt(self.pixels / (width * height)) / unit
+        if scale is not None:
+            return max(1, round(width * scale)), max(1, round(height * scale))
         wide = self.width or round(width * (self.height or 0) / height)
         high = self.height or round(height * wide / width)
         return max(1, wide // unit), max(1, high // unit)

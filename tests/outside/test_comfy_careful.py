@@ -1,0 +1,149 @@
+"""What a conversion could read wrong without a word: each either counts in the job, or is refused."""
+
+from functools import partial
+
+import pytest
+from tests.outside.comfy_parts import TEXT_TO_IMAGE, job_of, node, with_changes
+
+CUSTOM = with_changes(
+    TEXT_TO_IMAGE,
+    _5=node(
+        "SamplerCustomAdvanced", noise=["11", 0], guider=["12", 0], sampler=["13", 0], sigmas=["14", 0], latent_image=["4", 0]
+    ),
+    _11=node("RandomNoise", noise_seed=9),
+    _12=node("BasicGuider", model=["1", 0], conditioning=["2", 0]),
+    _13=node("KSamplerSelect", sampler_name="euler"),
+    _14=node("BasicScheduler", model=["1", 0], scheduler="simple", steps=4, denoise=1.0),
+)  # fmt: skip
+
+
+@pytest.fixture
+def job(latentmill, tmp_path):
+    return partial(job_of, latentmill, tmp_path)
+
+
+def test_a_value_that_is_linked_to_a_value_is_that_value(job):
+    workflow = with_changes(
+        TEXT_TO_IMAGE,
+        _5={"steps": ["20", 0]},
+        _20=node("PrimitiveInt", value=["21", 0]),
+        _21=node("INTConstant", value=5.0),
+    )
+    assert job(workflow)["sampling"]["steps"] == 5
+
+
+def test_sigmas_are_laid_by_the_model_that_is_sampled(job):
+    shifted = node("ModelSamplingSD3", model=["1", 0], shift=3.0)
+    for changes in ({"_12": {"model": ["20", 0]}}, {"_14": {"model": ["20", 0]}}):
+        line = job(with_changes(CUSTOM, _20=shifted, **changes))
+        assert "node 5 SamplerCustomAdvanced: its sigmas, node 14 BasicScheduler, are laid by another model" in line
+    pp = with_changes(CUSTOM, _13={"sampler_name": "euler_cfg_pp"})
+    assert "node 5 SamplerCustomAdvanced: euler_cfg_pp without a negative is not supported" in job(pp)
+    both = with_changes(CUSTOM, _20=shifted, _12={"model": ["20", 0]}, _14={"model": ["20", 0]})
+    assert job(both)["denoiser"]["shift"] == 3.0
+    lora = node("LoraLoaderModelOnly", model=["1", 0], lora_name="a.safetensors", strength_model=1)
+    assert job(with_changes(CUSTOM, _20=lora, _12={"model": ["20", 0]}))["denoiser"]["loras"], "a LoRA lays no sigmas"
+
+
+def test_texts_that_only_a_later_sampler_has(job):
+    """The first one guides by the positive alone; in rows, too, where it is only the length that counts."""
+    again = {**TEXT_TO_IMAGE["5"]["inputs"], "latent_image": ["5", 0]}
+    config = job(with_changes(CUSTOM, _15=node("KSampler", **again), _6={"samples": ["15", 0]}))
+    assert (config["sampling"]["negative_prompt"], config["sampling"]["guidance_scale"]) == ("fog", 1.0)
+    assert config["stages"]["refine"]["sampling"]["guidance_scale"] == 6.5
+
+
+def test_a_row_s_text_on_both_sides(job):
+    """An encoder is told the text of one side at a time: the other has it by a second name."""
+    map = ("source.path=a.csv", "map.2.text=prompt")
+    config = job(with_changes(TEXT_TO_IMAGE, _5={"negative": ["2", 0]}), *map)
+    assert config["text_encoder"]["negative"] == {"text": "positive_text"}
+    columns = {"prompt": "prompt", "positive_text": "prompt"}
+    assert (config["text_encoder"]["texts"], config["source"]["columns"]) == (["positive_text"], columns)
+    zeros = with_changes(
+        TEXT_TO_IMAGE, _20=node("ConditioningZeroOut", conditioning=["2", 0]), _5={"negative": ["20", 0]}
+    )
+    config = job(zeros, *map)
+    assert config["text_encoder"]["negative"] == {"zero_out": {"text": "positive_text"}}, "as long as the row's"
+    assert job(zeros)["text_encoder"]["negative"] == {"zero_out": {"words": "a lighthouse"}}
+
+
+def test_a_row_without_a_further_text_has_the_workflow_s(job):
+    workflow = with_changes(
+        TEXT_TO_IMAGE,
+        _15=node("CLIPTextEncode", text="in oil", clip=["1", 1]),
+        _16=node("ConditioningConcat", conditioning_to=["2", 0], conditioning_from=["15", 0]),
+        _5={"positive": ["16", 0]},
+    )
+    source = job(workflow, "source.path=a.csv", "map.2.text=prompt", "map.15.text=style")["source"]
+    assert source["defaults"] == {"style": "in oil"}
+
+
+def test_batches_that_are_repeated_and_chosen_from(job):
+    workflow = with_changes(
+        TEXT_TO_IMAGE,
+        _4={"batch_size": 2},
+        _20=node("RepeatLatentBatch", samples=["4", 0], amount=3),
+        _21=node("LatentFromBatch", samples=["20", 0], batch_index=3, length=2),
+        _5={"latent_image": ["21", 0]},
+    )
+    assert job(workflow)["source"]["rows"] == [{"seed": 7, "noise_index": k} for k in (3, 4)]
+    config = job(workflow, "source.path=a.csv", "map.2.text=prompt")
+    assert (config["samples_per_row"], config["source"]["defaults"]) == (2, {"noise_index": 3})
+    behind = with_changes(
+        TEXT_TO_IMAGE, _20=node("RepeatLatentBatch", samples=["5", 0], amount=2), _6={"samples": ["20", 0]}
+    )
+    assert "node 20 RepeatLatentBatch: it is supported before the first sampler" in job(behind)
+    chosen = with_changes(behind, _4={"batch_size": 3}, _20=node("LatentFromBatch", samples=["5", 0], batch_index=9, length=4))  # fmt: skip
+    assert job(chosen)["source"]["rows"] == [{"seed": 7, "noise_index": 2}], "the last, if there are not so many"
+
+
+def test_sizes(job):
+    config = job(with_changes(TEXT_TO_IMAGE, _4={"width": "70", "height": 33.0}))
+    assert [config["sampling"][name] for name in ("width", "height")] == [64, 32], "as many latents as are whole"
+    config = job(
+        with_changes(
+            TEXT_TO_IMAGE,
+            _20=node("ImageScaleToTotalPixels", image=["6", 0], upscale_method="lanczos", megapixels=0.5),
+            _7={"images": ["20", 0]},
+        )
+    )
+    assert config["stages"]["image_upscale"]["settings"] == {"method": "lanczos", "megapixels": 0.5}
+
+
+def combined(times):
+    nodes, last = {}, "2"
+    for k in range(times):
+        id = f"{100 + k}"
+        nodes[f"_{id}"] = node("ConditioningCombine", conditioning_1=[last, 0], conditioning_2=[last, 0])
+        last = id
+    return {**nodes, "_5": {"positive": [last, 0]}}
+
+
+def in_line(times, type, name, first, **inputs):
+    ids = [first, *(f"{100 + k}" for k in range(times))]
+    return {f"_{id}": node(type, **{name: [before, 0]}, **inputs) for before, id in zip(ids, ids[1:])}, ids[-1]
+
+
+ZEROED, LAST_ZEROED = in_line(3000, "ConditioningZeroOut", "conditioning", "2")
+SCALED, LAST_SCALED = in_line(60, "ImageScaleBy", "image", "6", upscale_method="area", scale_by=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (combined(40), "node 106 ConditioningCombine: 128 texts are put together, and 100 are supported"),
+        ({**ZEROED, "_5": {"positive": [LAST_ZEROED, 0]}}, "its nodes stand in too long a line"),
+        ({**SCALED, "_7": {"images": [LAST_SCALED, 0]}}, "a job of more than 50 stages is not supported"),
+        ({"_4": {"batch_size": 10**9}}, "node 4 EmptyLatentImage: batch_size must be from 1 to 4096, not 1000000000"),
+        ({"_5": {"cfg": float("nan")}}, "node 5 KSampler: cfg must be a number, not nan"),
+        ({"_5": {"seed": 1 << 64}}, "node 5 KSampler: seed must be from 0 to 18446744073709551615"),
+        (
+            {"_20": node("FluxGuidance", conditioning=["2", 0], guidance=5), "_5": {"positive": ["20", 0]}},
+            "positive and negative have different guidance",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_too_much_or_has_no_equal_is_one_line(job, changes, line):
+    found = job(with_changes(TEXT_TO_IMAGE, **changes))
+    assert line in found and len(found.splitlines()) == 1
