@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 import pytest
+import reading
 import tiny
 import torch
 
@@ -61,4 +62,16 @@ def remembering():
         ):
             cls = getattr(diffusers, name)
             patch.setattr(cls, method, remembered(getattr(cls, method), of))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def reading_once():
+    """See reading."""
+    import diffusers
+    import transformers
+
+    with pytest.MonkeyPatch.context() as patch:
+        for cls in (diffusers.ModelMixin, transformers.PreTrainedModel):
+            reading.once(cls, patch)
         yield
