@@ -204,8 +204,8 @@ def prx() -> dict[str, Any]:
     transformer = diffusers.PRXTransformer2DModel(
         in_channels=4, context_in_dim=16, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=2, axes_dim=[8, 8]
     )
-    gemma = {"hidden_size": 16, "intermediate_size": 37, "head_dim": 8, "num_attention_heads": 2}
-    gemma |= {**TEXT, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    gemma = {"hidden_size": 16, "intermediate_size": 37, "head_dim": 8, "num_attention_heads": 1}
+    gemma |= {**TEXT, "num_key_value_heads": 1, "num_hidden_layers": 2}
     config = T5GemmaConfig(encoder=gemma, decoder=gemma)
     encoder = T5GemmaEncoder(config.encoder).eval()
     encoder.config = config  # as it is saved: of both halves

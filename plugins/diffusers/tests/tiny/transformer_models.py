@@ -328,7 +328,7 @@ def _flux_2(**settings: Any) -> dict[str, Any]:
 def flux_2_dev() -> dict[str, Any]:
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
-    text = {"model_type": "mistral", **QWEN_3, "num_hidden_layers": 31}
+    text = {"model_type": "mistral", **QWEN_3, "num_hidden_layers": 31, "num_attention_heads": 1}
     vision = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     vision |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 16, "head_dim": 8}
     config = Mistral3Config(text_config=text, vision_config=vision)
@@ -338,5 +338,5 @@ def flux_2_dev() -> dict[str, Any]:
 def flux_2_klein() -> dict[str, Any]:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    text = Qwen3ForCausalLM(Qwen3Config(**{**QWEN_3, "num_hidden_layers": 28})).eval()
+    text = Qwen3ForCausalLM(Qwen3Config(**{**QWEN_3, "num_hidden_layers": 28, "num_attention_heads": 1})).eval()
     return {**_flux_2(guidance_embeds=False), "text_encoder": text, "is_distilled": False}
