@@ -80,7 +80,7 @@ def job(forks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     settings = [
-        f"source.path={folder / 'prompts.txt'}", "samples_per_row=2", "rows_per_shard=2", "sampling.steps=6", "cluster=inline",
+        f"source.path={folder / 'prompts.txt'}", "samples_per_row=2", "rows_per_shard=2", "sampling.steps=2", "cluster=inline",
         "deterministic=true", "sampling.height=32", "sampling.width=32", "stages.read.batch_size=2", "stages.encode.batch_size=2", "stages.denoise.batch_size=2",
         "stages.decode.batch_size=2", "stages.write.batch_size=2",
     ]  # fmt: skip
@@ -124,7 +124,7 @@ def test_a_driver_that_was_stopped_robbed_and_woken_does_no_harm(start, job, tmp
 
 def test_a_driver_that_is_killed_is_not_waited_for_by_another_that_runs(start, tmp_path):
     """96 rows, more than one driver takes at a time."""
-    output, folder, more = tmp_path / "out", tmp_path / "fail", ("samples_per_row=8", "sampling.steps=2")
+    output, folder, more = tmp_path / "out", tmp_path / "fail", ("samples_per_row=8",)
     folder.mkdir()
     first = start(*more, LATENTMILL_FAILPOINT=f"published:pause:{folder}")
     wait_for((folder / "published").exists, first)
