@@ -268,21 +268,24 @@ def cluster(monkeypatch, tmp_path):
 STAGES = ("read", "encode", "denoise", "decode", "write")
 
 
-@pytest.mark.parametrize("number", (CTRL_C, signal.SIGTERM))
-def test_on_a_cluster_it_is_the_same(number, counted, cluster, monkeypatch):
-    whole = counted.run("whole")
-    counted.stop(number, 97)
-    first = counted.run("out", *cluster, "grace=0", code=130)
-    assert counted.kept("out") and "thrown away" not in counted.latentmill.out
-    second = counted.run("out", *cluster)
-    assert first[1] + second[1] == whole[1] and first[0] + second[0] <= whole[0] + 1, (
-        "no negative prompt is encoded once a run"
-    )
+def test_on_a_cluster_it_is_the_same(counted, cluster, monkeypatch):
+    """Both signals, and a run that takes up what one left and is stopped itself."""
+    whole, made = counted.run("whole"), []
+    for number, when in ((CTRL_C, 97), (signal.SIGTERM, 70)):
+        counted.stop(number, when)
+        made.append(counted.run("out", *cluster, "grace=0", code=130))
+        assert counted.kept("out") and "thrown away" not in counted.latentmill.out
+    made.append(counted.run("out", *cluster))
+    encoded, evaluated = map(sum, zip(*made))
+    assert evaluated == whole[1] and encoded <= whole[0] + 2, "no negative prompt is encoded once a run"
     assert counted.files("out") == counted.files("whole") and not counted.kept("out")
+
     # Before it drives, too: Ray, as it began, has put a handler of its own for SIGTERM.
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "faults" / "actions")
-    monkeypatch.setenv("LATENTMILL_FAILPOINT", f"planning:{number.name}:{counted.folder}")
-    counted.run("early", *cluster, code=130)
+    for number in (CTRL_C, signal.SIGTERM):
+        (counted.folder / number.name).mkdir()
+        monkeypatch.setenv("LATENTMILL_FAILPOINT", f"planning:{number.name}:{counted.folder / number.name}")
+        counted.run(f"early {number.name}", *cluster, code=130)
 
 
 @pytest.mark.skipif(
