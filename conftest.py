@@ -6,9 +6,13 @@ import pytest
 
 
 def pytest_collection_finish():
-    """Whatever the collector looks at from now on is of a test: torch, diffusers and 4,000 items are millions of objects."""
+    """Whatever the collector looks at from now on is of a test: torch, diffusers and 4,000 items are millions of objects.
+
+    And it looks more seldom: a model is thousands of objects, of which few are garbage when it is half made.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 10)
 
 
 @pytest.fixture(scope="session", autouse=True)
