@@ -59,6 +59,7 @@ class Encode(Stage):
     """Which of the two it encodes."""
     drops: Sequence[str] = ("image", "video")
     resources = RESOURCES
+    grow_mask_by: int | None = None
 
     def __init__(self, grow_mask_by: int | None = None) -> None:
         """``grow_mask_by``: the picture is grey under its mask, which is then so many pixels larger, as ComfyUI's VAE Encode (for Inpainting) has it."""
