@@ -122,16 +122,16 @@ def test_a_job_with_each_of_them_between_two_passes(latentmill, rows, tmp_path):
     (tmp_path / "prompts.csv").write_text("prompt\na red ring on a blue background\na blue star on a red background\n")
     flows = {
         "latents": "flow=[read,encode,denoise,{name: latent_upscale, method: bislerp, scale: 1.5},{name: denoise, as: refine},decode,write]",
-        "pictures": "flow=[read,encode,denoise,decode,{name: image_upscale, method: lanczos, width: 98, height: 98},"
+        "pictures": "flow=[read,encode,denoise,decode,{name: image_upscale, method: lanczos, width: 50, height: 50},"
         "{name: encode_images, as: encode_again},{name: denoise, as: refine},{name: decode, as: decode_again},write]",
     }
     for name, flow in flows.items():
         code = latentmill(
             "run", "txt2img", "cluster=inline", flow, f"source.path={tmp_path}/prompts.csv", "samples_per_row=1",
-            "sampling={steps: 3, width: 64, height: 64}", "stages.refine.sampling={strength: 0.5}", f"output={tmp_path / name}",
+            "sampling={steps: 2, width: 32, height: 32}", "stages.refine.sampling={strength: 0.5}", f"output={tmp_path / name}",
         )  # fmt: skip
         assert code == 0, latentmill.said
-        assert {(row["width"], row["height"], row["warning"]) for row in rows(tmp_path / name)} == {(96, 96, "")}
+        assert {(row["width"], row["height"], row["warning"]) for row in rows(tmp_path / name)} == {(48, 48, "")}
         [plan] = [json.loads((tmp_path / name / "plan.json").read_text())]
         [first] = [stage for stage in plan["stages"] if stage["name"] == "denoise"]
         assert "prompt:" not in first["drops"]
