@@ -52,3 +52,10 @@ class TextEncoder(Plugin, ABC):
         worker, as ``check`` is: what is said follows from the text alone.
         """
         return ""
+
+    def fingerprint_of(self, prompt: str, **fields: Any) -> str:
+        """Of what a prompt makes the encoder read beside what ``fingerprint`` is of, as a file that it names; "" of one that names none.
+
+        By it a ``prompt_cache`` tells apart what one prompt became with two contents of such a file. Needs no weights.
+        """
+        return ""

@@ -11,7 +11,7 @@ import hashlib
 import json
 import platform
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -54,10 +54,21 @@ class PromptCacheWarning(UserWarning):
 class PromptFiles:
     """The files of one encoder in a job's prompt cache."""
 
-    def __init__(self, store: Storage, encoder: Mapping[str, Any], secret: Any, fixed: bool) -> None:
-        """``encoder`` describes what encodes, ``secret`` is of it and not to be written; ``fixed``: slots count."""
+    def __init__(
+        self,
+        store: Storage,
+        encoder: Mapping[str, Any],
+        secret: Any,
+        fixed: bool,
+        files_of: Callable[..., str],
+    ) -> None:
+        """``encoder`` describes what encodes, ``secret`` is of it and not to be written; ``fixed``: slots count.
+
+        ``files_of`` tells a prompt's files, as ``TextEncoder.fingerprint_of``.
+        """
         self.store, self.fixed = store, fixed
         self.encoder = json.dumps(encoder, sort_keys=True)
+        self.files_of = files_of
         self.folder = _hash(self.encoder, json.dumps(secret, sort_keys=True, default=repr))
         self.reads = self.writes = True
         self.threads = ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="prompt-cache")
@@ -92,7 +103,7 @@ class PromptFiles:
         store: Storage = context.open_prompt_cache()
         with suppress(OSError):  # what is wrong with it is told of where it is read
             store.sweep()
-        return cls(store, about, {key: choice[key] for key in kept}, context.fixed is not None)
+        return cls(store, about, {key: choice[key] for key in kept}, context.fixed is not None, encoder.fingerprint_of)
 
     def read(self, places: Sequence[Place]) -> dict[Place, Conditioning]:
         """Those that are there. A file that isn't what was written under its name is told of, and not believed."""
@@ -157,7 +168,9 @@ class PromptFiles:
 
     def _key(self, place: Place) -> str:
         (text, negative, fields), slot = place
-        return _hash(json.dumps([FORMAT, self.folder, text, negative, dict(fields), slot], sort_keys=True))
+        of_it = self.files_of(text or "", **dict(fields))
+        key = [FORMAT, self.folder, text, negative, dict(fields), slot, *([of_it] if of_it else [])]
+        return _hash(json.dumps(key, sort_keys=True))
 
     def _name(self, place: Place) -> str:
         key = self._key(place)

@@ -38,10 +38,10 @@ def denoiser(models, name, **settings):
     return ComfyDenoiser(models=folder, **FILES[name], **settings)
 
 
-def predicted(network, name, sigma, entries=False, **more):
+def predicted(network, name, sigma, entries=False, sides=(4, 8), **more):
     """What the network says, as ``(x - x0) / sigma`` in ComfyUI's scale: of a first of two rows."""
     channels, width, pooled = SHAPES[name]
-    x, flow = drawn(1, 2, channels, 4, 8), channels == 16
+    x, flow = drawn(1, 2, channels, *sides), channels == 16
     told = {"embeds": drawn(2, 1, 7, width).expand(2, -1, -1)}
     if pooled:
         told["pooled"] = drawn(3, 1, pooled).expand(2, -1)
@@ -84,6 +84,17 @@ def test_a_network_says_what_comfyui_s_says(name, entries, comfy_models, values)
             values["networks"]["sdxl_size"][0]["x0_of_noise"],
             LEAST[name],
         )
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
+def test_sides_that_are_no_whole_patches(name, comfy_models, values):
+    network = denoiser(comfy_models, name)
+    network.load(CPU)
+    more = {"guidance": torch.tensor([2.5, 2.5])} if name == "flux" else {}
+    [said] = values["networks"][f"{name}_odd"]
+    found = predicted(network, name, said["sigma"], sides=(5, 7), **more)
+    assert found.shape[1:] == (5, 7)
+    near(found.flatten()[: len(said["x0_of_noise"])], said["x0_of_noise"])
 
 
 @pytest.mark.parametrize("case", ["zsnr", "x0", "lcm"])

@@ -10,6 +10,7 @@ from typing import Any
 import comfy_words
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from latentmill.plugin import RowError
 from latentmill.testing import TextEncoderSuite
@@ -258,6 +259,52 @@ def test_a_pickle_that_runs_code_is_an_error(encoder, models):
         bad.unlink()
 
 
+@pytest.mark.parametrize(
+    "content", [[1, 2], {"clip_l": "no"}, {"string_to_param": 3}, {"x": torch.tensor(3.0)}, b"\x80\x04junk"]
+)
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_an_embedding_that_is_none_is_the_row_s_error(content, models):
+    bad = models / "embeddings/none.pt"
+    bad.write_bytes(content) if isinstance(content, bytes) else torch.save(content, bad)
+    try:
+        with pytest.raises(RowError, match=r"the embedding none.pt (holds no vectors|can't be read)"):
+            ComfyTextEncoder(models=str(models), **checkpoint("sd1")).check("a fox embedding:none")
+    finally:
+        bad.unlink()
+
+
+def test_embeddings_may_be_links(tmp_path):
+    models = comfy_words.build(tmp_path / "models", "checkpoints/sd1", "embeddings/two")
+    comfy_words.build(tmp_path / "shared", "embeddings/sub/one")
+    (models / "embeddings/linked.safetensors").symlink_to(tmp_path / "shared/embeddings/sub/one.safetensors")
+    (models / "embeddings/shared").symlink_to(tmp_path / "shared/embeddings")
+    (models / "embeddings/shared/sub/round").symlink_to(models / "embeddings")
+    made = ComfyTextEncoder(models=str(models), **checkpoint("sd1"))
+    made.check("embedding:linked.safetensors embedding:one embedding:shared/sub/one")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("\ud83d fox", "half of a character"),
+        ("embedding:a\0b", "there is no such file"),
+        ("embedding:" + "a" * 300, "there is no such file"),
+        ("(" * 400 + "fox" + ")" * 400, "parentheses in each other, more than 300"),
+        ("fox " * 10_000, "a prompt of [0-9]+ tokens"),
+    ],
+)
+def test_a_prompt_that_is_no_prompt(prompt, said, encoder):
+    with pytest.raises(RowError, match=said):
+        encoder(**checkpoint("sd1")).check(prompt)
+
+
+def test_strange_prompts_are_encoded(encoder):
+    made = encoder(**checkpoint("sd1"))
+    for prompt in ("🦊 ẗ 狐狸", "(" * 40, ")" * 40, "(fox:0)", "(fox:-2)", "(fox:1e9)"):
+        made.check(prompt)
+        assert made.encode([prompt])["entries"].isfinite().all()
+
+
 def test_texts_of_further_columns_are_leaves(encoder):
     tree = {"flux": {"clip_l": {"text": "style"}, "t5xxl": {"text": "prompt"}}}
     made = encoder(**FLUX, positive=tree, texts=["style"])
@@ -299,14 +346,25 @@ def test_tokenizers_are_found_in_a_folder_and_never_fetched(models, tmp_path):
         ComfyTextEncoder(models=str(models), **FLUX, tokenizers=str(folder)).fingerprint()
 
 
-def test_the_fingerprint_follows_files_and_embeddings(models, tmp_path):
-    def made():
-        return ComfyTextEncoder(models=str(tmp_path / "models"), **checkpoint("sd1")).fingerprint()
+def test_the_fingerprint_follows_what_is_read(tmp_path):
+    """Of the embeddings those that the job's own words name; others that lie there are nothing to it, and a prompt's are told of by it."""
 
+    def made(**settings):
+        return ComfyTextEncoder(models=str(tmp_path / "models"), **checkpoint("sd1"), **settings)
+
+    named = {"negative": {"words": "embedding:two"}}
     comfy_words.build(tmp_path / "models", "checkpoints/sd1", "embeddings/two")
-    before = made()
+    before = [made().fingerprint(), made(**named).fingerprint(), made().fingerprint_of("a embedding:two")]
+    assert made().fingerprint_of("a fox") == "" and before[2]
     comfy_words.build(tmp_path / "models", "embeddings/sub/one")
-    assert made() != before
+    after = [made().fingerprint(), made(**named).fingerprint(), made().fingerprint_of("a embedding:two")]
+    assert after == before
+    vectors = comfy_words.vectors(3, comfy_words.CLIP_L)
+    save_file({"emb_params": vectors}, tmp_path / "models/embeddings/two.safetensors")
+    after = [made().fingerprint(), made(**named).fingerprint(), made().fingerprint_of("a embedding:two")]
+    assert [a == b for a, b in zip(after, before)] == [True, False, False]
+    further = made(texts=["style"])
+    assert further.fingerprint_of("a", style="embedding:two") == after[2] != further.fingerprint_of("a", style="")
 
 
 class TestSuite(TextEncoderSuite):

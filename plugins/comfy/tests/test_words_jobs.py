@@ -7,6 +7,7 @@ import comfy_words
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import save_file
 
 import latentmill
 
@@ -27,6 +28,28 @@ def dataset(tmp_path_factory):
     job = ["flow=[read, encode_text, write]", f"source.path={folder / 'prompts.txt'}", f"output={folder / 'out'}"]
     found = latentmill.run("encode_text", [*job, *encoder, "cluster=inline"])
     return found, folder / "out"
+
+
+def test_a_prompt_cache_tells_an_embedding_by_its_content(tmp_path):
+    """A changed file is not given the prompts of the old one, and no other prompt is encoded anew."""
+    models = comfy_words.build(tmp_path / "ComfyUI/models", "checkpoints/sd1", "embeddings/two")
+    (tmp_path / "prompts.txt").write_text("a fox embedding:two\na fox\n", encoding="utf-8")
+    encoder = ["text_encoder.name=comfy", f"+text_encoder.models={models}", "+text_encoder.checkpoint=sd1.safetensors"]
+    job = ["flow=[read, encode_text, write]", f"source.path={tmp_path / 'prompts.txt'}", "cluster=inline", *encoder]
+
+    def rows(name, *more):
+        latentmill.run("encode_text", [*job, f"output={tmp_path / name}", *more])
+        table = pa.concat_tables([pq.read_table(path) for path in sorted((tmp_path / name).glob("data/*.parquet"))])
+        return {row["prompt"]: row["prompt:entries"] for row in table.to_pylist()}
+
+    cache = f"prompt_cache={tmp_path / 'cache'}"
+    first = rows("first", cache)
+    comfy_words.build(models, "embeddings/sub/one")  # another file is nothing to them
+    vectors = comfy_words.vectors(3, comfy_words.CLIP_L)
+    save_file({"emb_params": vectors}, models / "embeddings/two.safetensors")
+    second = rows("second", cache)
+    assert second == rows("without") and second["a fox"] == first["a fox"]
+    assert second["a fox embedding:two"] != first["a fox embedding:two"]
 
 
 def test_rows_and_their_errors(dataset):

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from latentmill.plugin import NoiseSchedule, Prediction, RowField, tensors
 from latentmill.schedulers.comfy_sampling import sampling_of
@@ -17,7 +18,7 @@ from latentmill_comfy import lora
 from latentmill_comfy.folders import find
 from latentmill_comfy.headers import FP8, NETWORK, Header, in_dtype
 from latentmill_comfy.lora import Target, loras_of
-from latentmill_comfy.names import network_keys
+from latentmill_comfy.names import network_keys, unread
 from latentmill_comfy.recognition import recognised
 from latentmill_comfy.sampling import DistilledBetas, Wanted, sampled
 from latentmill_comfy.single import Part
@@ -40,7 +41,7 @@ class ComfyDenoiser(DiffusersDenoiser):
 
     ``loras``, ``[{file: NAME, weight: strength_model}]``, are merged in order. ``weight_dtype`` is the node UNETLoader's. ``shift`` and
     ``multiplier`` are those of ModelSamplingSD3 and ModelSamplingAuraFlow, ``max_shift``, ``base_shift`` and ``shift_size`` (width and height) those
-    of ModelSamplingFlux, ``prediction`` and ``zsnr`` those of ModelSamplingDiscrete. SomeRows are guided at every scale but 1, by ComfyUI's rule.
+    of ModelSamplingFlux, ``prediction`` and ``zsnr`` those of ModelSamplingDiscrete. Rows are guided at every scale but 1, by ComfyUI's rule.
     """
 
     contract = 2
@@ -73,6 +74,7 @@ class ComfyDenoiser(DiffusersDenoiser):
             raise ValueError(f"denoiser.weight_dtype must be {', '.join(KEPT_IN)}, not {weight_dtype!r}")
         self.header = Header(find(models, "checkpoints" if unet is None else "unet", str(checkpoint or unet)))
         self.found = recognised(self.header)
+        self.header.require_known_scales(self.found.prefix)
         size = (int(shift_size[0]), int(shift_size[1])) if shift_size is not None else None
         wanted = Wanted(shift, multiplier, max_shift, base_shift, size, prediction, zsnr)
         self._schedule, self._prediction = sampled(self.found, wanted)
@@ -86,7 +88,8 @@ class ComfyDenoiser(DiffusersDenoiser):
         part.tensors(self._state)
         self.guidance_embedded, self.inpaints = False, False
         self.parted_by = ("length", "window")
-        self.row_fields = (GUIDANCE,) if self.config.get("guidance_embeds") else ()
+        # FLUX.1 schnell is told none, and workflows have the node FluxGuidance in front of it all the same.
+        self.row_fields = (GUIDANCE,) if self.found.pipeline == "FluxPipeline" else ()
 
     def _kept_in(self, weight_dtype: str) -> torch.dtype | None:
         """The eight bits that weights are rounded to: asked for, or those of most of the file without scales."""
@@ -113,6 +116,8 @@ class ComfyDenoiser(DiffusersDenoiser):
 
     def notices(self) -> Sequence[str]:
         said = lora.notices(self.merged, self.keys, self.found.family) if self.merged else []
+        if unknown := unread(self.found, self.header, self.cls):
+            said.append(f"{self.header.path.name} has {len(unknown)} tensors that no layer takes: {unknown[0]}, ...")
         if self.kept_in and self.merged:
             said.append(
                 "ComfyUI rounds weights of eight bits with a LoRA at random; here they keep the dtype that is computed in"
@@ -187,15 +192,17 @@ class ComfyDenoiser(DiffusersDenoiser):
         assert self._network is not None, "load() comes first"
         guidance, size, score = (told.pop(name, None) for name in ("guidance", "size", "score"))
         dense = {n: v.to(self.logical) if v.is_floating_point() else v for n, v in told.items()}
-        x = x.to(self.logical)
-        if guidance is not None:
+        # ComfyUI fills sides up to whole patches with what stands at their other ends, and cuts that off again.
+        height, width = x.shape[-2:]
+        x = pad(x.to(self.logical), (0, -width % self.multiple, 0, -height % self.multiple), mode="circular")
+        if guidance is not None and self.config.get("guidance_embeds"):
             dense["guidance_scale"] = guidance
         if "pooled" in dense and self.found.part == "unet":
             ids = self._time_ids(x, size, score)
             more = {"added_cond_kwargs": {"text_embeds": dense["pooled"], "time_ids": ids}}
             found = self._network.model(x, timestep, encoder_hidden_states=dense["embeds"], **more, return_dict=False)
             return first(found).float()
-        return self.family.call(self._network, x, timestep, dense).float()
+        return self.family.call(self._network, x, timestep, dense)[..., :height, :width].float()
 
     def _time_ids(self, x: Tensor, size: Tensor | None, score: Tensor | None) -> Tensor:
         """SDXL's numbers: height, width, crop, target; the refiner's score is the last of five. -1 stands for the picture's own."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from latentmill import weights
@@ -21,23 +20,24 @@ EMBEDDING_SUFFIXES = (".safetensors", ".pt", ".bin")
 
 
 class Embeddings:
-    """Those of a folder, with all folders in it."""
+    """Those of a folder, with all folders in it; of None there are none."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = None if folder is None else Path(os.path.abspath(folder))
         self._found: dict[str, Path | None] = {}
         self._read: dict[Path, Any] = {}
 
     @cached_property
-    def files(self) -> list[Path]:
-        """All that may be one, sorted."""
-        return sorted(
-            path for path in self.folder.rglob("*") if path.suffix.lower() in EMBEDDING_SUFFIXES and path.is_file()
-        )
-
-    @cached_property
     def _folders(self) -> list[Path]:
-        return [self.folder, *sorted(path for path in self.folder.rglob("*") if path.is_dir())]
+        found, seen = [], set[str]()
+        for folder, inside, _ in os.walk(self.folder, followlinks=True) if self.folder is not None else ():
+            if (real := os.path.realpath(folder)) in seen:  # a link leads round in a circle
+                inside.clear()
+                continue
+            seen.add(real)
+            inside.sort()
+            found.append(Path(folder))
+        return found
 
     def find(self, name: str) -> Path | None:
         """The file of a name, as prompts write it: with or without its suffix and the folder that it is in."""
@@ -60,18 +60,21 @@ class Embeddings:
         found = _of(self._read[path], key, width)
         if found is None:
             raise RowError(f"the embedding {path.name} holds no vectors that are known there")
-        return found.reshape(-1, found.shape[-1]).to(torch.float32)
+        return found.to(torch.float32)
 
 
 def _named(folder: Path, name: str) -> list[Path]:
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
+    path = Path(os.path.normpath(folder / name))  # a link is where it lies, not where it leads
+    if folder not in path.parents:
         return []
-    return [
-        each
-        for each in (path, *(path.with_name(path.name + suffix) for suffix in EMBEDDING_SUFFIXES))
-        if each.is_file()
-    ]
+    return [each for each in (path, *(Path(f"{path}{suffix}") for suffix in EMBEDDING_SUFFIXES)) if _there(each)]
+
+
+def _there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for a file
+        return False
 
 
 def _read(path: Path) -> Any:
@@ -80,28 +83,38 @@ def _read(path: Path) -> Any:
         if path.suffix.lower() == ".safetensors":
             return safetensors.torch.load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a broken pickle ends in whatever its bytes lead to
         raise RowError(f"the embedding {path.name} can't be read: {one_line(error, 200)}") from error
 
 
 def _of(file: Any, key: str, width: int) -> Tensor | None:
     """What a file has for a text encoder: trainers agree on little."""
     if isinstance(file, list):
-        fitting = [t.reshape(-1, width) for each in file for t in each.values() if t.shape[-1] == width]
+        named = (tensor for each in file if isinstance(each, Mapping) for tensor in each.values())
+        fitting = [tensor for each in named if (tensor := _vectors(each)) is not None and tensor.shape[1] == width]
         return torch.cat(fitting) if fitting else None
     if not isinstance(file, Mapping):
         return None
     if "string_to_param" in file:
         return _first(file["string_to_param"])
     if key in file:
-        found: Tensor = file[key]
-        return found
+        return _vectors(file[key])
     for suffix in (".string_to_param.*", f".{key}"):  # those that lie in a LoRA's file
-        if bundled := [t for n, t in file.items() if n.startswith("bundle_emb.") and n.endswith(suffix)]:
-            return torch.cat(bundled)
+        bundled = [_vectors(t) for n, t in file.items() if n.startswith("bundle_emb.") and n.endswith(suffix)]
+        fitting = [each for each in bundled if each is not None and each.shape[1] == width]
+        if bundled:
+            return torch.cat(fitting) if fitting else bundled[0]
     return _first(file)
 
 
-def _first(named: Mapping[str, Any]) -> Tensor | None:
-    found = next(iter(named.values()), None)
-    return found if isinstance(found, Tensor) and 1 <= found.ndim <= 2 else None
+def _first(named: object) -> Tensor | None:
+    return _vectors(next(iter(named.values()), None)) if isinstance(named, Mapping) else None
+
+
+def _vectors(found: object) -> Tensor | None:
+    """``[n, width]`` of a vector or several; None for anything else."""
+    if not isinstance(found, Tensor) or not 1 <= found.ndim <= 2 or not found.numel():
+        return None
+    return found.reshape(-1, found.shape[-1])

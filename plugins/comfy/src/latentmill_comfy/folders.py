@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from latentmill.text import near
@@ -25,8 +26,9 @@ def find(models: str, kind: str, name: str) -> Path:
     """
     plain = Path(name.replace("\\", "/")).expanduser()
     if plain.is_absolute():
-        if plain.is_file():
-            return plain
+        with suppress(OSError):
+            if plain.is_file():
+                return plain
         raise ValueError(f"there is no file {name}")
     if not models:
         raise ValueError(f"{name} lies in ComfyUI's models folder: give model.models, or the file's whole path")
@@ -37,8 +39,9 @@ def find(models: str, kind: str, name: str) -> Path:
         )
     if ".." in plain.parts:
         raise ValueError(f"{name} leads out of ComfyUI's folder of {kind}")
-    for root in roots:
-        if (root / plain).is_file():
-            return root / plain
+    with suppress(OSError):  # a name that is too long for a file
+        for root in roots:
+            if (root / plain).is_file():
+                return root / plain
     there = sorted(str(path.relative_to(root)) for root in roots for path in root.rglob("*") if path.is_file())
     raise ValueError(f"{models} holds no {SUBFOLDERS[kind][0]}/{name}{near(name, there)}")

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from latentmill_comfy.headers import NETWORK, Header
+from latentmill_comfy.headers import FP8_SCALES, NETWORK, Header
 from latentmill_comfy.lora import SomeRows, Target
 from latentmill_comfy.recognition import Recognised
 
@@ -40,6 +40,20 @@ def _theirs(layer: str, found: Recognised) -> list[str]:
         return [f"lora_unet_{flat}", f"lycoris_{flat}", spelled, f"unet.{spelled}"]
     more = [f"base_model.model.{layer}"] if found.network.startswith("SD3") else []
     return [f"transformer.{layer}", f"lora_transformer_{flat}", f"lycoris_{flat}", *more]
+
+
+def unread(found: Recognised, header: Header, cls: Any) -> list[str]:
+    """Tensors of the network in a file of which no layer of it is made: another's, which ComfyUI passes over, too."""
+    from accelerate import init_empty_weights
+
+    # Names alone count, and a large table of places takes seconds.
+    small = {"pos_embed_max_size": 1} if "pos_embed_max_size" in found.config else {}
+    with init_empty_weights():
+        wanted = cls.from_config({**found.config, **small}).state_dict().keys()
+    shapes = header.under(found.prefix)
+    made = converted(shapes, cls, found.config)
+    read = {target if isinstance(target, str) else target.name for name, target in made.items() if name in wanted}
+    return [name for name in shapes if name not in read and not name.endswith(FP8_SCALES)]
 
 
 def converted(shapes: dict[str, tuple[int, ...]], cls: Any, config: dict[str, Any]) -> dict[str, Target]:

@@ -16,8 +16,10 @@ from latentmill.plugin import RowError
 EMBEDDING_MARK = "embedding:"
 EMPHASIS = 1.1
 """What parentheses without a number multiply by."""
-_ESCAPED = (("\\)", "\0\1", ")"), ("\\(", "\0\2", "("))
-"""As written; as it is carried past the parentheses; as it is meant."""
+DEEPEST = 300
+"""Parentheses in each other that a prompt may have: each is a call."""
+_ESCAPED = re.compile(r"\\([()])")
+_PARENTHESIS = re.compile(r"\\?[()]")
 
 
 @dataclass(frozen=True)
@@ -39,19 +41,15 @@ class Embedding:
 def read(prompt: str, exists: Callable[[str], bool]) -> list[WeightedWords | Embedding]:
     """What a prompt says, in its order. ``exists`` knows which embeddings there are.
 
-    Raises RowError for an embedding that there is not, and for parentheses in more depth than can be read.
+    Raises RowError for an embedding that there is not, for parentheses in more depth than can be read, and for halves of characters.
     """
-    for written, carried, _ in _ESCAPED:
-        prompt = prompt.replace(written, carried)
     try:
-        weighted = list(_weighted(prompt, 1.0))
-    except RecursionError:
-        raise RowError("the prompt has too many parentheses in each other") from None
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(f"the prompt is no text: {prompt[error.start]!a} is half of a character") from None
     found: list[WeightedWords | Embedding] = []
-    for text, weight in weighted:
-        for _, carried, meant in _ESCAPED:
-            text = text.replace(carried, meant)
-        for part in _parted(text):
+    for text, weight in _weighted(prompt, 1.0):
+        for part in _parted(_ESCAPED.sub(r"\1", text)):
             if part.startswith(EMBEDDING_MARK):
                 name, part = _named(part.removeprefix(EMBEDDING_MARK).strip("\n"), exists)
                 found.append(Embedding(name, weight))
@@ -60,9 +58,11 @@ def read(prompt: str, exists: Callable[[str], bool]) -> list[WeightedWords | Emb
     return found
 
 
-def _weighted(text: str, weight: float) -> Iterator[tuple[str, float]]:
+def _weighted(text: str, weight: float, depth: int = 0) -> Iterator[tuple[str, float]]:
+    if depth > DEEPEST:
+        raise RowError(f"the prompt has parentheses in each other, more than {DEEPEST}")
     for part in _groups(text):
-        if len(part) < 2 or part[0] != "(" or part[-1] != ")":
+        if len(part) < 2 or part[0] != "(" or part[-1] != ")" or part[-2] == "\\":
             yield part, weight
             continue
         inside, its_own = part[1:-1], weight * EMPHASIS
@@ -70,7 +70,7 @@ def _weighted(text: str, weight: float) -> Iterator[tuple[str, float]]:
         if before:
             with suppress(ValueError):
                 its_own, inside = float(number), before
-        yield from _weighted(inside, its_own)
+        yield from _weighted(inside, its_own, depth + 1)
 
 
 def _groups(text: str) -> Iterator[str]:
@@ -79,17 +79,17 @@ def _groups(text: str) -> Iterator[str]:
     One that closes what was never opened counts: the next that opens then opens nothing.
     """
     begin = depth = 0
-    for at, character in enumerate(text):
-        if character == "(":
-            if depth == 0 and at > begin:
-                yield text[begin:at]
-                begin = at
+    for found in _PARENTHESIS.finditer(text):
+        if found[0] == "(":
+            if depth == 0 and found.start() > begin:
+                yield text[begin : found.start()]
+                begin = found.start()
             depth += 1
-        elif character == ")":
+        elif found[0] == ")":
             depth -= 1
             if depth == 0:
-                yield text[begin : at + 1]
-                begin = at + 1
+                yield text[begin : found.end()]
+                begin = found.end()
     if begin < len(text):
         yield text[begin:]
 

@@ -68,7 +68,15 @@ class Recognised:
 
 
 def recognised(header: Header) -> Recognised:
-    """The network in a file. Raises ValueError, saying what was found, if it is none that is known here."""
+    """The network in a file. Raises ValueError, saying what was found, if it is none that is known here, or lacks what tells its sizes."""
+    try:
+        return _recognised(header)
+    except (KeyError, IndexError, StopIteration, ZeroDivisionError) as error:
+        lacks = f"it has no {error.args[0]}" if isinstance(error, KeyError) else "it lacks tensors"
+        raise ValueError(f"{header.path} holds no whole network that is known here: {lacks}") from error
+
+
+def _recognised(header: Header) -> Recognised:
     prefix = NETWORK if any(name.startswith(NETWORK) for name in header.shapes) else ""
     shapes = header.under(prefix)
     if "joint_blocks.0.context_block.attn.qkv.weight" in shapes:

@@ -31,7 +31,7 @@ class ComfyTextEncoder(TextEncoder):
 
     ``models`` is the folder of its models; ``checkpoint`` a whole model's file in ``checkpoints`` there, or ``files`` those of text
     encoders in ``text_encoders`` or ``clip``, with the ``type`` that ComfyUI's loader is told where it tells models apart (sd3, flux, sdxl).
-    Textual inversions are those in ``embeddings`` there.
+    Textual inversions are those in ``embeddings`` there; those that rows name are told of row by row, those in the job's own words by the fingerprint.
 
     ``clip_skip`` k is CLIPSetLastLayer's -(k + 1). ``positive`` and ``negative`` are trees of what stands between texts and the sampler
     (``latentmill_comfy.conditioning``): the row's prompt alone, unless said. ``texts`` are further columns of the source that leaves name.
@@ -91,13 +91,13 @@ class ComfyTextEncoder(TextEncoder):
         self.layer = None if clip_skip is None else -(clip_skip + 1)
         if clip_skip is not None and clip_skip < 0:
             raise ValueError(f"text_encoder.clip_skip: expected 0 or more, not {clip_skip}")
-        self.embeddings = Embeddings(self.models / "embeddings")
+        self.embeddings = Embeddings(self.models / "embeddings" if models else None)
         self.row_fields = [RowField(column, pa.string(), "a further text of the row's", default="") for column in texts]
         self.trees: list[ConditioningTree] = [
             conditioning.parse(tree or {"text": own}, f"text_encoder.{where}", frozenset({own, *texts}))
             for where, own, tree in (("positive", "prompt", positive), ("negative", "negative_prompt", negative))
         ]
-        for leaf in (leaf for tree in self.trees for leaf in conditioning.leaves(tree)):
+        for leaf in self._leaves():
             if leaf.node and {part for part, _ in leaf.texts} - self.family.encoders.keys():
                 raise ValueError(f"text_encoder: {leaf.node} is a node of other models than {name}")
         self.longest = self.family.longest if max_length is None else max_length
@@ -105,8 +105,7 @@ class ComfyTextEncoder(TextEncoder):
             raise ValueError(f"text_encoder.max_length: {name} has {self._shortest(Leaf(()))} tokens at least")
         self.count = max(map(conditioning.entries, self.trees))
         self.room = max(conditioning.length(tree, lambda _: self.longest) for tree in self.trees)
-        sizes = [leaf.size for tree in self.trees for leaf in conditioning.leaves(tree)]
-        self.sized = any(size is not None for size in sizes)
+        self.sized = any(leaf.size is not None for leaf in self._leaves())
         least = min(conditioning.length(tree, self._shortest) for tree in self.trees)
         windows = any(map(conditioning.in_windows, self.trees))
         self.plain = least == self.room and self.count == 1 and not (windows or self.sized)
@@ -118,7 +117,7 @@ class ComfyTextEncoder(TextEncoder):
         return 1 if leaf.unfilled else self.family.shortest([*self.parts])
 
     def notices(self) -> Sequence[str]:
-        for leaf in (leaf for tree in self.trees for leaf in conditioning.leaves(tree)):
+        for leaf in self._leaves():
             for _, text in leaf.texts:
                 if text.column is None:
                     self.check(text.words)  # an error of every row is said before there are any
@@ -126,12 +125,22 @@ class ComfyTextEncoder(TextEncoder):
         return lora.notices(self.loras, text_names.lora_names(names), "text encoder")
 
     def fingerprint(self) -> str:
-        named = [
-            *dict.fromkeys(path for path, _ in self.parts.values()),
-            *self._tokenizer_files(),
-            *self.embeddings.files,
-        ]
-        return " ".join(digests(named)) + lora.fingerprint(self.loras)
+        words = [text.words for leaf in self._leaves() for _, text in leaf.texts if text.column is None]
+        named = [*dict.fromkeys(path for path, _ in self.parts.values()), *self._tokenizer_files()]
+        return " ".join(digests([*named, *self._embeddings_in(words)])) + lora.fingerprint(self.loras)
+
+    def fingerprint_of(self, prompt: str, **fields: Any) -> str:
+        texts = [prompt, *(str(fields.get(field.name) or "") for field in self.row_fields)]
+        return " ".join(digests(self._embeddings_in(texts)))
+
+    def _leaves(self) -> list[Leaf]:
+        return [leaf for tree in self.trees for leaf in conditioning.leaves(tree)]
+
+    def _embeddings_in(self, texts: Sequence[str]) -> list[Path]:
+        """The files that texts ask for, in their order. Raises RowError."""
+        parts = [part for text in texts for part in prompts.read(text, self.embeddings.exists)]
+        found = [self.embeddings.find(part.name) for part in parts if isinstance(part, prompts.Embedding)]
+        return [path for path in found if path is not None]
 
     def _tokenizer_files(self) -> list[Path]:
         return [path for kind in self._tokenizer_kinds for path in tokenizers.files(self._folder_of(kind))]

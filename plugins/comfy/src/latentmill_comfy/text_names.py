@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from latentmill import weights
+from latentmill_diffusers.single_file import SAFETENSORS
 
 IN_CHECKPOINTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("cond_stage_model.transformer.", ("clip_l",)),
@@ -107,7 +108,7 @@ def read(path: Path, parts: Mapping[str, Mapping[str, str]]) -> dict[str, Tensor
 
 
 def _names(path: Path) -> list[str]:
-    if path.suffix.lower() not in (".safetensors", ".sft"):
+    if path.suffix not in SAFETENSORS:
         raise ValueError(f"{path}: a pickle, which may run code when it is read: convert it to safetensors")
     try:
         with safe_open(path, "pt") as file:

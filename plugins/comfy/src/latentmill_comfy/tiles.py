@@ -31,27 +31,30 @@ def in_tiles(
 
     Tiles overlap by ``overlap``, in pixels of x, and count less there towards their edge.
     """
-    sides = x.shape[-2:]
-    if sides[0] <= shape[0] and sides[1] <= shape[1]:
+    lines, columns = (_spans(side, tile, overlap) for side, tile in zip(x.shape[-2:], shape))
+    if len(lines) == len(columns) == 1:
         return enlarge(x).float()
-    total = x.new_zeros(1, 3, *(n * scale for n in sides), dtype=torch.float32)
-    weight = torch.zeros_like(total)
-    places = [range(0, n - overlap, tile - overlap) if n > tile else [0] for n, tile in zip(sides, shape)]
-    for corner in itertools.product(*places):
-        at = [max(0, min(n - overlap, place)) for n, place in zip(sides, corner)]
-        ends = [min(n, place + tile) for n, place, tile in zip(sides, at, shape)]
-        picture = enlarge(x[..., at[0] : ends[0], at[1] : ends[1]].contiguous()).float()
-        mask = torch.ones_like(picture)
-        feather = overlap * scale
-        for axis in (2, 3):
-            if feather < mask.shape[axis]:
-                # ComfyUI's weights are 1/n, 2/n, ..., 1 towards the inside, at both ends.
-                ramp = ((torch.arange(feather, device=mask.device) + 1) / feather).reshape(
-                    -1, *(1 for _ in range(3 - axis))
-                )
-                mask.narrow(axis, 0, feather).mul_(ramp)
-                mask.narrow(axis, mask.shape[axis] - feather, feather).mul_(ramp.flip(0))
-        lines, columns = (slice(p * scale, e * scale) for p, e in zip(at, ends))
-        total[:, :, lines, columns] += picture * mask
-        weight[:, :, lines, columns] += mask
-    return total / weight
+    picture = x.new_zeros(1, 3, *(side * scale for side in x.shape[-2:]), dtype=torch.float32)
+    shares = torch.zeros_like(picture[0, 0])
+    for line, column in itertools.product(lines, columns):
+        piece = enlarge(x[..., slice(*line), slice(*column)].contiguous()).float()
+        share = torch.outer(*(_share(n, overlap * scale, piece.device) for n in piece.shape[-2:]))
+        at = tuple(slice(begin * scale, end * scale) for begin, end in (line, column))
+        picture[:, :, *at] += piece * share
+        shares[at] += share
+    return picture / shares
+
+
+def _spans(side: int, tile: int, overlap: int) -> list[tuple[int, int]]:
+    """From where to where tiles go along a side; the last is what is left."""
+    if side <= tile:
+        return [(0, side)]
+    return [(begin, min(side, begin + tile)) for begin in range(0, side - overlap, tile - overlap)]
+
+
+def _share(length: int, edge: int, device: torch.device) -> Tensor:
+    """How much each pixel along a tile counts: 1/edge, 2/edge, ..., 1 from either end; all of it, if there is no inside."""
+    if edge >= length:
+        return torch.ones(length, device=device)
+    rising = ((torch.arange(length, device=device) + 1) / max(1, edge)).clamp(max=1.0)
+    return rising * rising.flip(0)

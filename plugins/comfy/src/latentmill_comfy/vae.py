@@ -17,6 +17,8 @@ from latentmill_diffusers.vae import DiffusersVAE
 
 PREFIXES = ("first_stage_model.", "vae.")
 """How checkpoints begin the names of the VAE's tensors."""
+VAE_TENSORS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+"""How the names of tensors begin that a VAE is made of; files of training have others beside them."""
 SCALES = {
     "StableDiffusionPipeline": (4, 0.18215, 0.0),
     "StableDiffusionXLPipeline": (4, 0.13025, 0.0),
@@ -54,6 +56,11 @@ class ComfyVAE(DiffusersVAE):
             raise ValueError("vae comfy: unet is a network alone: give vae, the file of its VAE, too")
         if unknown := (tiling or {}).keys() - {"tile_size", "overlap"}:
             raise ValueError(f"vae.tiling has no {sorted(unknown)[0]}: tile_size and overlap, in pixels, are expected")
+        sides = {"tile_size": 512, "overlap": 64, **(tiling or {})}
+        if any(type(side) is not int for side in sides.values()) or sides["tile_size"] < 64 or sides["overlap"] < 0:
+            raise ValueError(
+                f"vae.tiling: tile_size must be 64 or more, and overlap 0 or more, not {dict(tiling or {})}"
+            )
         network = Header(find(models, "checkpoints" if unet is None else "unet", str(checkpoint or unet)))
         header = network if vae is None else Header(find(models, "vae", vae))
         self.prefix = next((each for each in PREFIXES if header.under(each)), "")
@@ -64,7 +71,7 @@ class ComfyVAE(DiffusersVAE):
                 f"{header.path} holds a VAE of {config['latent_channels']} channels, and {network.path} wants {channels}"
             )
         configs = {"vae/config.json": {**config, "scaling_factor": scale, "shift_factor": shift}}
-        self.header, self.tiles = header, dict(tiling) if tiling is not None else None
+        self.header, self.tiles = header, sides if tiling is not None else None
         part = Part(header, configs)
         self._made_of(part, dtype, slicing, False, compile)
         part.tensors(self._state)
@@ -72,12 +79,11 @@ class ComfyVAE(DiffusersVAE):
     def decode(self, latents: Tensor) -> Tensor:
         if self.tiles is None:
             return super().decode(latents)
-        size = self.tiles.get("tile_size", 512) // self.spec.downscale
-        overlap = min(self.tiles.get("overlap", 64), self.tiles.get("tile_size", 512) // 4) // self.spec.downscale
-        return decoded_in_tiles(super().decode, latents, size, overlap, self.spec.downscale)
+        size, overlap, pixels = self.tiles["tile_size"], self.tiles["overlap"], self.spec.downscale
+        return decoded_in_tiles(super().decode, latents, size // pixels, min(overlap, size // 4) // pixels, pixels)
 
     def _state(self) -> dict[str, Tensor]:
-        state = in_dtype(self.header.read(self.prefix), torch.float32, None)
+        state = in_dtype(self.header.read(self.prefix, VAE_TENSORS), torch.float32, None)
         return {f"first_stage_model.{name}": tensor for name, tensor in state.items()}
 
 

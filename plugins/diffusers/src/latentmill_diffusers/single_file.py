@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from latentmill_diffusers import quantized
@@ -17,7 +18,8 @@ from latentmill_diffusers.loading import naming
 
 NETWORKS = ("unet", "transformer")
 GGUF = ".gguf"
-WEIGHTS_SUFFIXES = (".safetensors", GGUF, ".ckpt", ".pt", ".bin")
+SAFETENSORS = (".safetensors", ".sft")
+WEIGHTS_SUFFIXES = (*SAFETENSORS, GGUF, ".ckpt", ".pt", ".bin")
 """How the names of files of weights end; some are refused."""
 IN_ONE_FILE = {
     "vae": ("first_stage_model.", "vae.", "encoder.", "decoder.", "quant_conv.", "post_quant_conv."),
@@ -36,7 +38,7 @@ class SingleFile:
 
     def __init__(self, path: str, config: str | None) -> None:
         file = Path(path).expanduser()
-        if file.suffix not in (".safetensors", GGUF):
+        if file.suffix not in (*SAFETENSORS, GGUF):
             raise ValueError(f"{path} is a pickle, or may be one: such weights are refused; convert it to .safetensors")
         if not file.is_file():
             raise ValueError(f"there is no file {path}")
@@ -68,12 +70,12 @@ class SingleFile:
 
     def checkpoint(self) -> str | dict[str, Tensor]:
         """What diffusers makes a part of: the file, or its tensors."""
-        return str(self.path)
+        # diffusers knows safetensors by one end of a name alone.
+        return load_file(self.path) if self.path.suffix == ".sft" else str(self.path)
 
     def load(self, cls: Any, part: str, root: Path, told: dict[str, Any]) -> tuple[Any, list[str]]:
         """A part, with the config in ``root``, and the names of its tensors that aren't there."""
         from diffusers.loaders import single_file_utils
-        from safetensors.torch import load_file
 
         if hasattr(cls, "from_single_file"):
             try:
