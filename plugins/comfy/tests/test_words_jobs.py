@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import comfy_tiny
 import comfy_words
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -63,3 +64,17 @@ def test_rows_and_their_errors(dataset):
     assert not warned["a (red:1.3) fox"]
     [error] = [json.loads(line) for path in Path(output).glob("errors/*.jsonl") for line in path.open()]
     assert "embedding:nobody, and there is no such file" in json.dumps(error)
+
+
+def test_a_job_by_its_model_alone(tmp_path):
+    """``model=comfy``: all three parts are of one checkpoint, or of the files that it names."""
+    models = comfy_tiny.build(comfy_words.build(tmp_path / "ComfyUI/models", "embeddings/two"), "checkpoints/sd15")
+    (tmp_path / "prompts.txt").write_text("a fox\n", encoding="utf-8")
+    told = [f"source.path={tmp_path / 'prompts.txt'}", "cluster=inline", "model=comfy", f"model.models={models}"]
+    size = ["scheduler.grid=comfy", "sampling.steps=1", "sampling.width=64", "sampling.height=64", "samples_per_row=1"]
+    found = latentmill.run("txt2img", [*told, *size, "model.checkpoint=sd15.safetensors", f"output={tmp_path / 'one'}"])
+    assert (found.ok, found.failed) == (1, 0)
+    comfy_words.build(models, "text_encoders/clip_l", "clip/clip_g")
+    several = ["model.type=sd3", "model.text_encoders=[clip_l.safetensors,clip_g.safetensors]"]
+    flow = ["flow=[read, encode_text, write]", f"output={tmp_path / 'several'}"]
+    assert latentmill.run("encode_text", [*told, *flow, *several]).failed == 0

@@ -15,6 +15,7 @@ UNHEARD: Mapping[str, tuple[str, ...]] = {
     "diffusers.pipelines.pipeline_loading_utils": (
         "You have passed a non-standard module",
     ),  # model_index.json names it
+    "diffusers.models.modeling_utils": ("should be kept in float32: []",),  # of none
     "transformers.configuration_utils": ("is deprecated!",),  # for who writes a pipeline
     "transformers.utils.generic": ("are deprecated.",),
     "torch.utils._pytree": ("is now natively supported",),
