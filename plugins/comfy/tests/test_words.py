@@ -124,10 +124,17 @@ def models(tmp_path_factory):
 def encoder(models):
     """A loaded one of these settings."""
 
+    networks: dict[str, Any] = {}
+
     @cache
     def loaded(settings):
-        found = ComfyTextEncoder(models=str(models), **json.loads(settings))
-        found.load(torch.device("cpu"))
+        told = json.loads(settings)
+        found = ComfyTextEncoder(models=str(models), **told)
+        of = json.dumps([told.get(name) for name in ("checkpoint", "files", "type", "loras")])
+        if of not in networks:  # what a file is loaded to is the same for all that is made of it
+            found.load(torch.device("cpu"))
+            networks[of] = found._networks
+        found._networks = networks[of]
         return found
 
     return lambda **settings: loaded(json.dumps(settings))
@@ -303,6 +310,20 @@ def test_strange_prompts_are_encoded(encoder):
     for prompt in ("🦊 ẗ 狐狸", "(" * 40, ")" * 40, "(fox:0)", "(fox:-2)", "(fox:1e9)"):
         made.check(prompt)
         assert made.encode([prompt])["entries"].isfinite().all()
+
+
+def test_weights_are_rounded_to_the_dtype_that_is_said(models):
+    state = comfy_words.FILES["checkpoints/sd1"]()
+    rounded = {
+        name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor for name, tensor in state.items()
+    }
+    save_file(rounded, models / "checkpoints/rounded.safetensors")
+    made = []
+    for name, dtype in (("rounded", "float32"), ("sd1", "bfloat16"), ("sd1", "float32")):
+        found = ComfyTextEncoder(models=str(models), **checkpoint(name, dtype=dtype))
+        found.load(torch.device("cpu"))
+        made.append(found.encode([PROMPTS["plain"]])["entries"])
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[1], made[2])
 
 
 def test_texts_of_further_columns_are_leaves(encoder):
