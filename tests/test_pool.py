@@ -228,6 +228,21 @@ def test_a_worker_that_is_not_ready_for_long_is_told_of_once(caplog):
     assert said == ["a worker of read has not been ready for 60 s; is there a place for it?"]
 
 
+def test_one_that_waits_for_the_place_of_one_that_leaves_is_not_given_up(caplog):
+    """Its node is drained, and it has a long batch still."""
+    workers = ray_pool.RayPool([WorkerSetup((StageWork("read", Read),), num_cpus=2)])
+    try:
+        workers.submit(StartWorker(0, 0))
+        [ready] = workers.collect(timeout=30)
+        workers.drained.told.add(ready.worker)
+        workers.submit(StartWorker(0, 1))
+        workers.asked[1] -= 2 * ray_pool.PATIENCE + 5 * ready.seconds
+        assert workers.collect(timeout=0) == [] and 1 in workers.actors
+    finally:
+        workers.close()
+    assert not [record for record in caplog.records if "could not start" in record.message]
+
+
 def test_a_stage_that_loses_rows_without_a_reason_is_found_out(tmp_path):
     """It is the stage that is broken, and not its rows: the job ends, and condemns none of them."""
     with pytest.raises(

@@ -7,10 +7,15 @@ import pytest
 import ray
 from ray._raylet import GcsClient
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+from ray.experimental import get_local_object_locations
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tests.outside.drain_parts import CODE, POINTS, Counted
 from tests.outside.test_wait_and_grow import Nodes, running, until
 
 from latentmill.workers.cluster import connect
+from latentmill.workers.draining import DrainedNodes
+from latentmill.workers.nodes import Nodes as NodesSeen
+from latentmill.workers.nodes import draining
 
 PREDICT = "    def predict(self, x, t, conditioning):\n"
 
@@ -61,3 +66,31 @@ def test_what_is_half_done_on_a_node_that_is_drained_goes_on_elsewhere(counted, 
     assert not [line for line in said if " is gone: " in line], "what left was not lost"
     counted.run("alone", "deterministic=true", "rows_per_shard=12")
     assert counted.files("out") == counted.files("alone")
+
+
+def test_what_lies_on_such_a_node_alone_is_copied_and_no_node_is_missed_before_its_workers_are(tmp_path):
+    """A block of a size that Ray keeps in a node's store; that ends all at once."""
+    nodes = Nodes()
+    connect(nodes.cluster.address)
+    try:
+        first, _ = nodes.add(), nodes.add()
+        there = NodeAffinitySchedulingStrategy(first, soft=False)
+        block = ray.remote(lambda: bytes(1 << 20)).options(max_retries=0, scheduling_strategy=there).remote()
+        ray.wait([block], fetch_local=False)
+        drained, seen = DrainedNodes(lambda: [block]), NodesSeen(dict, watch=True)
+        assert drained.news() == [] and draining() == set()
+        drain(nodes, first)
+        until(lambda: draining() == {first})
+        [told] = seen.news(True, drained.nodes)
+        assert [node["CPU"] for node in told.nodes if "CPU" in node] == [2, 2]
+        drained.node_of[7], drained._looked, seen.looked = first, -60, -60
+        assert drained.news() == [7] and drained.nodes == {first}
+        [told] = seen.news(True, drained.nodes)
+        assert [node["CPU"] for node in told.nodes if "CPU" in node] == [2]
+        driver = ray.get_runtime_context().get_node_id()
+        until(lambda: driver in get_local_object_locations([block])[block]["node_ids"], 30)
+        nodes.remove(first)
+        assert ray.get(block, timeout=30) == bytes(1 << 20)
+    finally:
+        ray.shutdown()
+        nodes.cluster.shutdown()

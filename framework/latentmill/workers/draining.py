@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 from typing import Any, cast
 
 import ray
 from ray.exceptions import RayError
-from ray.experimental import get_object_locations
+from ray.experimental import get_local_object_locations
 
 from latentmill.text import plural
 from latentmill.workers.nodes import SEE_EVERY, draining
 
 logger = logging.getLogger("latentmill")
-
-BROUGHT_WITHIN = 60.0
-"""Seconds in which what lies on such nodes is brought to the driver's. Who drains a node gives it one or two minutes."""
 
 
 class DrainedNodes:
@@ -28,43 +24,40 @@ class DrainedNodes:
     def __init__(self, blocks: Callable[[], Sequence[Any]]) -> None:
         """``blocks``: references of all that is between stages and there."""
         self.blocks = blocks
-        self.nodes: set[str] = set()
+        self.nodes: Set[str] = frozenset()
         """Their ids."""
         self.node_of: dict[int, str] = {}
         """Of each worker that is ready the id of its node."""
-        self._told: set[int] = set()
+        self.told: set[int] = set()
+        """Workers on them that are known to leave."""
         self._looked = -SEE_EVERY
-        self._brings: threading.Thread | None = None
 
     def news(self) -> list[int]:
         """Workers on them of which nothing was said before."""
         if time.monotonic() - self._looked <= SEE_EVERY:
             return []
         self._looked = time.monotonic()
-        with suppress(RayError):  # whoever keeps the list of nodes is away for a moment
-            self.nodes = draining()
-        found = [worker for worker, node in self.node_of.items() if node in self.nodes and worker not in self._told]
+        self.nodes = draining(self.nodes)
+        found = [worker for worker, node in self.node_of.items() if node in self.nodes and worker not in self.told]
         if found:
             there = len({self.node_of[worker] for worker in found})
             logger.warning(
                 f"{plural(there, 'node')} will be taken away: {plural(len(found), 'worker')} there will hand over to others"
             )
-        self._told.update(found)
-        if self.nodes and (self._brings is None or not self._brings.is_alive()):
-            self._brings = threading.Thread(target=_bring, args=(self.blocks(), frozenset(self.nodes)), daemon=True)
-            self._brings.start()
+        self.told.update(found)
+        if self.nodes:
+            self._bring()
         return found
 
     def gone(self, worker: int) -> None:
         """A worker is no more."""
         self.node_of.pop(worker, None)
-        self._told.discard(worker)
+        self.told.discard(worker)
 
-
-def _bring(blocks: Sequence[Any], nodes: frozenset[str]) -> None:
-    """Copy what lies on those nodes alone to this one. Ray takes the copy when they are gone."""
-    with suppress(RayError, TimeoutError):
-        where = get_object_locations(list(blocks)) if blocks else {}
-        wanted = [block for block, at in where.items() if at["node_ids"] and nodes.issuperset(at["node_ids"])]
-        if wanted:
-            cast(Any, ray).wait(wanted, num_returns=len(wanted), timeout=BROUGHT_WITHIN, fetch_local=True)
+    def _bring(self) -> None:
+        """Have what lies on those nodes alone copied to this one. Nobody waits: Ray goes on with it, and takes the copy when they are gone."""
+        with suppress(RayError):
+            where = get_local_object_locations(list(self.blocks()))
+            wanted = [block for block, at in where.items() if at["node_ids"] and self.nodes >= {*at["node_ids"]}]
+            if wanted:
+                cast(Any, ray).wait(wanted, num_returns=len(wanted), timeout=0, fetch_local=True)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
 from typing import Any, TypeAlias, cast
 
 import ray
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray._private.state import available_resources_per_node
-from ray._private.state import state as ray_state
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.exceptions import RayError
-from ray.experimental.internal_kv import _internal_kv_get
+from ray.experimental.internal_kv import _internal_kv_get, internal_kv_get_gcs_client
 
 from latentmill.driver.messages import Event, NodesSeen
 from latentmill.driver.replicas import Room
@@ -23,23 +23,27 @@ from latentmill.workers.worker import WorkerSetup
 
 SEE_EVERY = 5.0
 """Seconds between two looks for nodes that have come or gone."""
+TOLD_WITHIN = 5.0
 
 Resources: TypeAlias = Mapping[str, float]
 
 
-def alive() -> dict[str, Resources]:
-    """What each node has in all, by its id: of those that stay."""
-    drained = draining()
+def alive(drained: Set[str] | None = None) -> dict[str, Resources]:
+    """What each node has in all, by its id: of those that stay. ``drained``: the others, if they are known."""
+    drained = draining() if drained is None else drained
     found = (node for node in cast(Any, ray).nodes() if node["Alive"] and node["NodeID"] not in drained)
     return {node["NodeID"]: node["Resources"] for node in found}
 
 
-def draining() -> set[str]:
-    """The ids of nodes that are about to be taken away: preempted ones, and those on which ``ray start`` was told to end.
+def draining(before: Set[str] = frozenset()) -> Set[str]:
+    """The ids of nodes that are about to be taken away: preempted ones, and those on which ``ray start`` was told to end. Where nobody
+    answers for ``TOLD_WITHIN`` seconds: those of ``before``.
 
-    Ray has no public word for it; Ray Serve asks the same.
+    Ray has no public word for it. Ray Serve asks so, too; ``ray._private.state`` would end this process if the answer was an error.
     """
-    return set(cast(Any, ray_state).get_draining_nodes())
+    with suppress(RayError):
+        return frozenset(cast(Any, internal_kv_get_gcs_client)().get_draining_nodes(timeout=TOLD_WITHIN))
+    return before
 
 
 def has_autoscaler() -> bool:
@@ -66,14 +70,16 @@ class Nodes:
         self.more_come = False
         self.looked = -SEE_EVERY
 
-    def news(self, only_places: bool) -> list[Event]:
-        """What the nodes have for us, if that is new. ``only_places``: no worker of ours is outside the places that are reserved."""
+    def news(self, only_places: bool, drained: Set[str]) -> list[Event]:
+        """What the nodes have for us, if that is new. ``only_places``: no worker of ours is outside the places that are reserved;
+        ``drained``: nodes of which the workers have been told that they leave. Not of others: which workers go would be left to chance.
+        """
         now = time.monotonic()
         if now - self.looked <= SEE_EVERY or (self.told and not self.watch):
             return []
         self.looked = now
         try:
-            found, more_come = alive(), self.watch and (self.more_come or has_autoscaler())
+            found, more_come = alive(drained), self.watch and (self.more_come or has_autoscaler())
             if self.watch and only_places:
                 self.ours = self._without_others(found)
         except RayError:  # whoever keeps the list of nodes is away for a moment

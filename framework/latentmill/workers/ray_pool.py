@@ -173,7 +173,8 @@ class RayPool:
         leave = [] if self.owns_cluster else self.drained.news()
         events: list[Event] = [Draining(self.types[worker], worker) for worker in leave]
         self.places.drained = self.drained.nodes
-        events += self.nodes.news(not self.actors.keys() - self.places.taken.keys()) if self.nodes else []
+        if self.nodes:
+            events += self.nodes.news(not self.actors.keys() - self.places.taken.keys(), self.drained.nodes)
         dead: dict[int, RayError] = {}
         waits = bool(self.starting or self.heard)
         while True:
@@ -265,6 +266,8 @@ class RayPool:
         self.watch.heard(self.stages[order.stage].name, outcome.heard, order.worker)
         self.watch.noticed(order.worker, self.stages[order.stage].name, outcome.notice)
         if outcome.back:
+            if outcome.back != "half-way":  # its block is empty, and nobody will release it
+                self.blocks.pop(order.id, None)
             return handed_over(order, outcome)
         return Finished(order.id, outcome.parts, outcome.rejected, outcome.bytes, outcome.seconds, outcome.memory)
 
@@ -314,7 +317,8 @@ class RayPool:
         """Whether the job can do with one worker of a type less: no death of one that waits for a node may end it."""
         setup = self.setups[worker_type]
         least = setup.replicas if setup.min_replicas is None else setup.min_replicas
-        return sum(self.types[worker] == worker_type for worker in self.actors) > (least or 1)
+        stay = self.actors.keys() - self.drained.told
+        return sum(self.types[worker] == worker_type for worker in stay) > (least or 1)
 
     def _hanging(self) -> list[Event]:
         """End workers that have work and have finished none for as long as the stages of that work give them."""
