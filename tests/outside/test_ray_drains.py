@@ -5,6 +5,7 @@ import time
 
 import pytest
 import ray
+from ray._private.state import available_resources_per_node
 from ray._raylet import GcsClient
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.experimental import get_local_object_locations
@@ -77,6 +78,9 @@ def test_what_lies_on_such_a_node_alone_is_copied_and_no_node_is_missed_before_i
         there = NodeAffinitySchedulingStrategy(first, soft=False)
         block = ray.remote(lambda: bytes(1 << 20)).options(max_retries=0, scheduling_strategy=there).remote()
         ray.wait([block], fetch_local=False)
+        whole = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == first)["object_store_memory"]
+        # As long as Ray has not counted it, a node that is drained is idle, and gone at once.
+        until(lambda: available_resources_per_node()[first].get("object_store_memory", 0) < whole)
         drained, seen = DrainedNodes(lambda: [block]), NodesSeen(dict, watch=True)
         assert drained.news() == [] and draining() == set()
         drain(nodes, first)
