@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from latentmill.comfy.flowing import Clip, Cond, Setting, Tree, Words
-from latentmill.comfy.reading import Inputs
+from latentmill.comfy.inputs import Inputs
+from latentmill.comfy.links import Clip, Cond, Setting, Tree, Words
 
 SIZES = ("width", "height", "crop_w", "crop_h", "target_width", "target_height")
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from latentmill.comfy.flowing import (
+from latentmill.comfy.config import recipes_of
+from latentmill.comfy.graph import Graph, look
+from latentmill.comfy.inputs import BlockedError, RefusedError
+from latentmill.comfy.job import Recipe
+from latentmill.comfy.links import (
     Clip,
     Cond,
     Empty,
@@ -23,11 +28,10 @@ from latentmill.comfy.flowing import (
     Vae,
     Words,
 )
-from latentmill.comfy.graph import Graph
-from latentmill.comfy.job import Recipe
 from latentmill.comfy.nodes import OUTPUTS
-from latentmill.comfy.reading import BlockedError, RefusedError
-from latentmill.comfy.workflow import WorkflowNode
+from latentmill.comfy.options import split
+from latentmill.comfy.workflow import WorkflowNode, read
+from latentmill.errors import JobError
 from latentmill.text import escaped, plural
 
 
@@ -43,7 +47,30 @@ class Explanation:
     """Whether there is a job in it."""
 
 
-def table(graph: Graph, recipes: Sequence[Recipe] = ()) -> list[list[str]]:
+def explained(job: str, overrides: Sequence[str]) -> Explanation:
+    """What ``latentmill comfy`` says of a workflow's file. Raises JobError for what is no workflow at all."""
+    path = Path(job).expanduser()
+    if not path.is_file():
+        raise JobError(f"there is no file {job}")
+    try:
+        workflow = read(path)
+        options, _ = split(overrides, workflow)
+        graph = look(workflow, options.columns, options.output)
+    except JobError as error:
+        raise JobError(f"{job}: {error}") from error
+    if graph.refused:
+        return Explanation(_table(graph), [_summary(graph)], False)
+    try:
+        recipes = recipes_of(graph, options)
+    except JobError as error:
+        return Explanation(_table(graph), [str(error)], False)
+    pictures = sum(len(each.batch) for each in recipes)
+    rows = f"a row makes {plural(pictures, 'picture')}" if not recipes[1:] else f"{plural(pictures, 'picture')}"
+    flow = [stage if isinstance(stage, str) else stage.get("as", stage["name"]) for stage in recipes[0].config["flow"]]
+    return Explanation(_table(graph, recipes), [f"flow: {' > '.join(flow)}", rows], True)
+
+
+def _table(graph: Graph, recipes: Sequence[Recipe] = ()) -> list[list[str]]:
     """Of each node its id, class, title, and what it becomes in the jobs of these recipes."""
     stages = {id: stage for each in recipes for id, stage in each.stages.items()}
     places = {place: name for each in recipes for name, at in each.places.items() for place in at}
@@ -58,7 +85,7 @@ def table(graph: Graph, recipes: Sequence[Recipe] = ()) -> list[list[str]]:
     ]
 
 
-def summary(graph: Graph) -> str:
+def _summary(graph: Graph) -> str:
     """How many nodes are refused."""
     refused = [each.node.type for each in graph.refused]
     kinds = ", ".join(dict.fromkeys(map(escaped, refused)))

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from latentmill.comfy.flowing import Output
+from latentmill.comfy.inputs import BlockedError, Inputs, RefusedError
+from latentmill.comfy.links import Output
 from latentmill.comfy.nodes import NODES, OUTPUTS, PREVIEWS, SAVED
-from latentmill.comfy.reading import BlockedError, Inputs, RefusedError
 from latentmill.comfy.workflow import Link, Workflow, WorkflowNode
 from latentmill.errors import JobError
 

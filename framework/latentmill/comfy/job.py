@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from latentmill.comfy.flowing import (
+from latentmill.comfy.inputs import RefusedError
+from latentmill.comfy.links import (
     Cond,
     Decoded,
     Empty,
@@ -25,7 +26,6 @@ from latentmill.comfy.flowing import (
     Vae,
 )
 from latentmill.comfy.pictures import MOST_PICTURES
-from latentmill.comfy.reading import RefusedError
 from latentmill.comfy.texts import Texts
 from latentmill.schedulers.comfy_names import SAMPLERS
 

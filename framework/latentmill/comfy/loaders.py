@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from latentmill.comfy.flowing import Clip, Model, UpscaleModel, Vae
-from latentmill.comfy.reading import LOADED, LOADED_ONCE, Inputs
+from latentmill.comfy.inputs import LOADED, LOADED_ONCE, Inputs
+from latentmill.comfy.links import Clip, Model, UpscaleModel, Vae
 
 CLIP_TYPES = ("stable_diffusion", "sdxl", "sd3", "flux")
 """What CLIPLoader and its like call the families whose text encoders we have."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from latentmill.comfy import conditioning, loaders, pictures, sampling
-from latentmill.comfy.reading import Inputs
+from latentmill.comfy.inputs import Inputs
 
 SAVED = ("SaveImage", "SaveImageWebsocket")
 PREVIEWS = ("PreviewImage",)

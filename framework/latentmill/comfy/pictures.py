@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from latentmill.comfy.flowing import (
+from latentmill.comfy.inputs import Inputs
+from latentmill.comfy.links import (
     Decoded,
     Empty,
     Encoded,
@@ -24,7 +25,6 @@ from latentmill.comfy.flowing import (
     UpscaleModel,
     Vae,
 )
-from latentmill.comfy.reading import Inputs
 
 LATENT_METHODS = ("nearest-exact", "bilinear", "area", "bicubic", "bislerp")
 IMAGE_METHODS = ("nearest-exact", "bilinear", "area", "bicubic", "lanczos")

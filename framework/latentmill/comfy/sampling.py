@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from latentmill.comfy.flowing import (
+from latentmill.comfy.inputs import Inputs
+from latentmill.comfy.links import (
     Cond,
     Guider,
     Latent,
@@ -17,7 +18,6 @@ from latentmill.comfy.flowing import (
     Setting,
     Sigmas,
 )
-from latentmill.comfy.reading import Inputs
 from latentmill.schedulers.comfy_names import SAMPLERS
 
 SCHEDULERS = ("simple sgm_uniform karras exponential ddim_uniform beta normal linear_quadratic kl_optimal").split()

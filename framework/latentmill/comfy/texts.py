@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from latentmill.comfy.flowing import Cond, Guider, Setting, Tree, Words
-from latentmill.comfy.reading import RefusedError
+from latentmill.comfy.inputs import RefusedError
+from latentmill.comfy.links import Cond, Guider, Setting, Tree, Words
 
 LISTS = {"combine", "concat", "average"}
 """Operations whose parts stand in a list; the others take one, or texts by name."""

@@ -1,4 +1,4 @@
-"""What flows along a workflow's links, as far as a job is concerned: which files, which settings, in which order."""
+"""What comes over a workflow's links, as far as a job is concerned: which files, which settings, in which order."""
 
 from __future__ import annotations
 

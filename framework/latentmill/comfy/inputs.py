@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from latentmill.comfy.flowing import Setting
+from latentmill.comfy.links import Setting
 from latentmill.comfy.workflow import Link, Value, WorkflowNode
 from latentmill.errors import JobError
 from latentmill.text import escaped
