@@ -85,11 +85,13 @@ def step(batch, denoiser=None, steps=3, **more):
 
 
 OPERATIONS = {
+    "comfy": (38, 0),
     "deis": (56, 0),
     "dpm2": (106, 0),
     "dpm2_ancestral": (108, 1),
     "dpmpp_2m": (54, 0),
     "dpmpp_2m_sde": (71, 1),
+    "dpmpp_2m_sde_heun": (80, 1),
     "dpmpp_2s_ancestral": (92, 1),
     "dpmpp_3m_sde": (108, 1),
     "dpmpp_sde": (121, 2),
@@ -99,12 +101,15 @@ OPERATIONS = {
     "euler_ancestral": (50, 1),
     "gradient_estimation": (53, 0),
     "heun": (83, 0),
+    "heunpp2": (145, 0),
     "ipndm": (59, 0),
     "lcm": (29, 1),
     "lms": (59, 0),
     "pndm": (59, 0),
     "res_multistep": (40, 0),
     "sa_solver": (99, 2),
+    "seeds_2": (187, 2),
+    "seeds_3": (295, 3),
     "tcd": (49, 1),
     "unipc": (61, 0),
 }

@@ -44,19 +44,22 @@ class SASolver(Scheduler):
         near, back = Step.on_cpu(field, t, s), Step.on_cpu(field, before, t)
         old = [state[f"clean_{k}"] for k in range(1, self.max_order + 1)]
         ago = [state[f"at_{k}"] for k in range(1, self.max_order + 1)]
-        tau, tau_before = self.tau_at(field, s, near.h), self.tau_at(field, t, near.h)
+        taus = self.tau_at(field, s, near.h), self.tau_at(field, t, near.h)
         older, left = ago[: self.max_order - 1], torch.full(s.shape, 4)
         if self.lower_order_final:
             left = steps_left(field, s)
             older, ago = fewer(older, left - 1), [ago[0], *fewer(ago[1:], left - 1)]
-        predictor = self._weights(near, [(place - near.lambda_t) / near.h for place in older], tau)
+        predictor = self._weights(near, [(place - near.lambda_t) / near.h for place in older], taus[0])
         corrector = self._weights(
-            back, [torch.ones_like(back.h), *((place - back.lambda_t) / back.h for place in ago[1:])], tau_before
+            back, [torch.ones_like(back.h), *((place - back.lambda_t) / back.h for place in ago[1:])], taus[1]
         )
         corrector[0] = torch.where(left.reshape(back.h.shape) > 0, corrector[0], 1.0)
         there = ago[0].isfinite() & back.h.isfinite()
         field.expect(before)
-        *weights, corrected, tau, tau_before = field.send(*predictor, *corrector, there.double(), tau, tau_before)
+        own = [tau for tau in taus if isinstance(tau, Tensor)]  # else it is one number for all, and nothing to send
+        sent = field.send(*predictor, *corrector, there.double(), *own)
+        weights, corrected = sent[: len(predictor) + len(corrector)], sent[len(predictor) + len(corrector)]
+        tau, tau_before = sent[-2:] if own else taus
 
         clean = field.clean(x, t)
         if bool(ago[0].isfinite().any()):  # the step that led here once more, with the same noise and a better estimate
@@ -72,11 +75,11 @@ class SASolver(Scheduler):
             new[f"clean_{k + 1}"], new[f"at_{k + 1}"] = cleans[k].to(x.dtype), places[k]
         return moved, new
 
-    def tau_at(self, field: Field, t: Tensor, like: Tensor) -> Tensor:
-        """How much noise a step to time ``t[B]`` has, shaped as ``like``, on the CPU."""
-        return torch.full_like(like, self.tau)
+    def tau_at(self, field: Field, t: Tensor, like: Tensor) -> float | Tensor:
+        """How much noise a step to time ``t[B]`` has: a number, or each row's, shaped as ``like``, on the CPU."""
+        return self.tau
 
-    def _weights(self, at: Step, nodes: list[Tensor], tau: Tensor) -> list[Tensor]:
+    def _weights(self, at: Step, nodes: list[Tensor], tau: float | Tensor) -> list[Tensor]:
         moments = exponential_moments((1 + tau**2) * at.h, len(nodes) + 1)
         return [finite(weight) for weight in quadrature(nodes, moments)]
 
@@ -88,17 +91,19 @@ class SASolver(Scheduler):
         s: Tensor,
         cleans: list[Tensor],
         weights: Sequence[Tensor],
-        tau: Tensor,
+        tau: float | Tensor,
     ) -> Tensor:
         at, strength = Step(field, t, s), 1 + tau**2
         clean = cleans[0]
         for k, weight in enumerate(weights):
             clean = clean + weight * (cleans[k + 1] - cleans[0])
-        decayed = torch.where(tau > 0, tau**2 * at.h, 0.0)  # h may be infinite
-        keep = at.sigma_s / at.sigma_t * torch.exp(-decayed)
+        decayed = -(tau**2) * at.h
+        if isinstance(tau, Tensor):
+            decayed = torch.where(tau > 0, decayed, 0.0)  # h may be infinite
+        keep = at.sigma_s / at.sigma_t * torch.exp(decayed)
         moved = keep * x + at.alpha_s * -torch.expm1(-strength * at.h) * clean
         if self.tau:
-            moved = moved + at.sigma_s * torch.sqrt(-torch.expm1(-2 * decayed)) * field.noise(t, s)
+            moved = moved + at.sigma_s * torch.sqrt(-torch.expm1(2 * decayed)) * field.noise(t, s)
         return moved
 
 
