@@ -101,14 +101,14 @@ def test_batches_that_are_repeated_and_chosen_from(job):
 def test_sizes(job):
     config = job(with_changes(TEXT_TO_IMAGE, _4={"width": "70", "height": 33.0}))
     assert [config["sampling"][name] for name in ("width", "height")] == [64, 32], "as many latents as are whole"
-    config = job(
-        with_changes(
-            TEXT_TO_IMAGE,
-            _20=node("ImageScaleToTotalPixels", image=["6", 0], upscale_method="lanczos", megapixels=0.5),
-            _7={"images": ["20", 0]},
-        )
-    )
-    assert config["stages"]["image_upscale"]["settings"] == {"method": "lanczos", "megapixels": 0.5}
+    total = {"image": ["6", 0], "upscale_method": "lanczos", "megapixels": 0.5}
+    for more in ({}, {"resolution_steps": 1}):  # which newer nodes have
+        scaled = node("ImageScaleToTotalPixels", **total, **more)
+        config = job(with_changes(TEXT_TO_IMAGE, _20=scaled, _7={"images": ["20", 0]}))
+        assert config["stages"]["image_upscale"]["settings"] == {"method": "lanczos", "megapixels": 0.5}
+    scaled = node("ImageScaleToTotalPixels", **total, resolution_steps=8)
+    line = job(with_changes(TEXT_TO_IMAGE, _20=scaled, _7={"images": ["20", 0]}))
+    assert "node 20 ImageScaleToTotalPixels: resolution_steps 8 is not supported; 1 is" in line
 
 
 def combined(times):

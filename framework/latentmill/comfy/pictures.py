@@ -125,6 +125,8 @@ def scale_image(given: Inputs) -> Sequence[Any]:
     image = given.take("image", Picture)
     if "megapixels" in given.node.inputs:
         method = given.one_of("upscale_method", IMAGE_METHODS)
+        if (multiple := given.fixed("resolution_steps", int, default=1)) != 1:  # of newer versions of the node
+            raise given.refuse(f"resolution_steps {multiple} is not supported; 1 is")
         return (Scaled(given.node, image, {"method": method, "megapixels": given.fixed("megapixels", float)}),)
     settings = _sized(given, IMAGE_METHODS)
     return (Scaled(given.node, image, settings) if settings else image,)

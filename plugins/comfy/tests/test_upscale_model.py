@@ -74,6 +74,7 @@ def test_before_an_encoder_its_multiple_is_cut_out_of_the_middle(network):
     whole = tensors.from_arrow(batch, "image").repeat_interleave(SCALE, 1).repeat_interleave(SCALE, 2)
     assert whole.shape[1:3] == (14, 10)
     assert torch.equal(found, whole[:, 1:13, 1:9])
+    assert stage.declare(StageContext(Declaration("upscale_model"))).cuts  # so that read gives it all of a picture
 
 
 @there

@@ -33,6 +33,7 @@ class UpscaleByModel(Stage):
     takes = ("image",)
     adds = ("image",)
     drops = ("image",)
+    cuts = True
     resources: Mapping[str, Any] = {"batch_size": 4}
     fingerprinted = ("models", "model")
 
