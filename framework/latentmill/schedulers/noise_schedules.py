@@ -46,16 +46,17 @@ class VariancePreserving(NoiseSchedule):
             log_alpha_bar = 2 * ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])).log()
         self.log_alpha_bar = torch.cat([torch.zeros(1, dtype=torch.float64), log_alpha_bar])
         """At times 0, 1 / steps, ... 1; the last is -inf with ``zero_terminal_snr``."""
+        self.ends_in_noise = bool(self.log_alpha_bar[-1].isinf())
 
     def scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
         place = t.double().cpu().clamp(0.0, 1.0) * self.timesteps
         below = place.floor().long().clamp(max=self.timesteps - 1)
         low, high = self.log_alpha_bar[below], self.log_alpha_bar[below + 1]
         share = place - below
-        # Where the last knot is -inf, alpha itself is linear: to 0 at t = 1.
-        log_alpha_bar = torch.where(high.isinf(), low + 2 * torch.log1p(-share), torch.lerp(low, high, share)).to(
-            t.device
-        )
+        log_alpha_bar = torch.lerp(low, high, share)
+        if self.ends_in_noise:  # alpha itself is linear: to 0 at t = 1
+            log_alpha_bar = torch.where(high.isinf(), low + 2 * torch.log1p(-share), log_alpha_bar)
+        log_alpha_bar = log_alpha_bar.to(t.device)
         return torch.exp(0.5 * log_alpha_bar), torch.sqrt(-torch.expm1(log_alpha_bar))
 
     def time(self, ratio: Tensor) -> Tensor:

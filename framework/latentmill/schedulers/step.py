@@ -83,4 +83,4 @@ class Step:
 
 def finite(values: Tensor) -> Tensor:
     """``values``, with 0 for what is not finite: a term that has no meaning at one end of a path is left out there."""
-    return torch.where(values.isfinite(), values, 0.0)
+    return values.nan_to_num(0.0, 0.0, 0.0)
