@@ -28,11 +28,9 @@ ORDERS = {}
 def order_of(scheduler, schedule):
     """``measure_order``, once for each solver, its settings and path: the suite and the table ask for the same."""
     key = tuple((type(each), repr(sorted(vars(each).items()))) for each in (scheduler, schedule))
-    if key not in ORDERS:
-        short = isinstance(
-            scheduler, (ComfySampler, HeunPP2)
-        )  # they evaluate more than others, and show their order sooner
-        ORDERS[key] = measure_order(scheduler, schedule, (20, 40) if short else (80, 160))
+    if key not in ORDERS:  # those that evaluate more than others show their order sooner
+        steps = (20, 40) if isinstance(scheduler, (ComfySampler, HeunPP2)) else (40, 80)
+        ORDERS[key] = measure_order(scheduler, schedule, steps)
     return ORDERS[key]
 
 
@@ -124,7 +122,7 @@ class TestTCD(SchedulerSuite):
 def test_other_orders_and_variants_converge_as_they_should(scheduler):
     order = {UniPC: scheduler.args[0] + 1}.get(scheduler.func, scheduler.args[0])
     for schedule in (VariancePreserving(), RectifiedFlow()):
-        assert measure_order(scheduler(), schedule) > 0.9 * order
+        assert order_of(scheduler(), schedule) > 0.9 * order
 
 
 @pytest.mark.parametrize(
@@ -143,7 +141,7 @@ def test_other_orders_and_variants_converge_as_they_should(scheduler):
 )
 def test_stochastic_solvers_without_noise_have_the_order_of_their_drift(scheduler):
     for schedule in (VariancePreserving(), VarianceExploding(), RectifiedFlow()):
-        assert measure_order(scheduler, schedule) > 0.9 * scheduler.order
+        assert order_of(scheduler, schedule) > 0.9 * scheduler.order
 
 
 def test_the_table_of_orders(capsys):
@@ -206,8 +204,8 @@ def test_dpmpp_2m_is_algorithm_2():
 
 def test_second_order_is_second_and_first_is_first():
     for schedule in (VariancePreserving(), RectifiedFlow()):
-        assert measure_order(Euler(), schedule) == pytest.approx(1.0, abs=0.1)
-        assert measure_order(DPMpp2M(), schedule) > 1.8
+        assert order_of(Euler(), schedule) == pytest.approx(1.0, abs=0.1)
+        assert order_of(DPMpp2M(), schedule) > 1.8
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan"), True, "1"])
@@ -269,11 +267,13 @@ def test_unknown_betas_are_refused():
 # ------------------------------------------------------------------------------------------------------------ grids
 
 
+VP = VariancePreserving()
+
+
 def timesteps(grid, steps, strength=1.0):
-    schedule = VariancePreserving()
-    times = grids.times(grid, schedule, steps, strength)
+    times = grids.times(grid, VP, steps, strength)
     assert times[-1] == 0.0 and bool((times.diff() < 0).all()) and times.dtype == torch.float64
-    return [round(k, 6) for k in schedule.timestep(times[:-1]).tolist()]
+    return [round(k, 6) for k in VP.timestep(times[:-1]).tolist()]
 
 
 def test_spacings_are_diffusers_():
@@ -309,9 +309,10 @@ def test_strength_on_a_flow_path_rounds_up_as_diffusers_flow_pipelines_do():
 
 
 def test_trailing_is_diffusers_for_every_number_of_steps():
+    trailing = grids.choose("trailing")
     for steps in range(1, 1001):
         theirs = np.round(np.arange(1000, 0, -1000 / steps))[:steps] - 1
-        assert timesteps("trailing", steps) == theirs.tolist(), steps
+        assert timesteps(trailing, steps) == theirs.tolist(), steps
 
 
 def test_more_steps_than_timesteps_are_refused():

@@ -32,6 +32,8 @@ class GaussianField(Field):
         self.evaluations, self.draws = 0, 0
         self.ahead: Tensor | None = None
         """The times ``[B, n]`` behind a step, where they are known."""
+        self._scaled: dict[bytes, tuple[Tensor, Tensor]] = {}
+        """By times: a step asks for the same ones several times, and the next step for the last of them."""
 
     def take(self, rows: list[int]) -> GaussianField:
         """The field of some of the rows, in that order."""
@@ -39,8 +41,16 @@ class GaussianField(Field):
         return GaussianField(self.noise_schedule, mean, self.std, [self.seeds[row] for row in rows], self.shape)
 
     def scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, sigma = self.noise_schedule.scale(t)
-        return self._column(alpha), self._column(sigma)
+        alpha, sigma = self._scale(t)
+        return alpha.clone(), sigma.clone()
+
+    def _scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """``scale``, read only."""
+        key = t.numpy().tobytes()
+        if key not in self._scaled:
+            alpha, sigma = self.noise_schedule.scale(t)
+            self._scaled[key] = self._column(alpha), self._column(sigma)
+        return self._scaled[key]
 
     def time(self, ratio: Tensor) -> Tensor:
         return self.noise_schedule.time(ratio.flatten())
@@ -48,7 +58,7 @@ class GaussianField(Field):
     def clean(self, x: Tensor, t: Tensor) -> Tensor:
         """``E[x0 | x]``, of a Gaussian prior and Gaussian noise."""
         self.evaluations += 1
-        alpha, sigma = self.scale(t)
+        alpha, sigma = self._scale(t)
         gain = alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2)
         return self.mean + gain * (x - alpha * self.mean)
 
@@ -65,7 +75,7 @@ class GaussianField(Field):
 
     def start(self, t: Tensor) -> Tensor:
         """Latents at times ``t[B]``, distributed as the noised data are, fixed by each row's seed."""
-        alpha, sigma = self.scale(t)
+        alpha, sigma = self._scale(t)
         drawn = torch.stack([noise.start(seed, self.shape) for seed in self.seeds]).double()
         return alpha * self.mean + torch.sqrt(alpha**2 * self.std**2 + sigma**2) * drawn
 
@@ -137,7 +147,7 @@ class ImpulseField(GaussianField):
         return self._impulse(1 + self.drawn.setdefault((float(t), float(s)), len(self.drawn)))
 
     def start(self, t: Tensor) -> Tensor:
-        alpha, sigma = self.scale(t)
+        alpha, sigma = self._scale(t)
         return alpha * self.mean + torch.sqrt(alpha**2 * self.std**2 + sigma**2) * self._impulse(0)
 
     def _impulse(self, number: int) -> Tensor:
@@ -151,10 +161,15 @@ def moments(
     scheduler: Scheduler, schedule: NoiseSchedule, times: Tensor, mean: float, std: float
 ) -> tuple[float, float] | None:
     """Mean and variance of what comes out of ``times[1, n + 1]``, of all draws that there may be; None if the solver is not affine."""
-    counting = ImpulseField(schedule, mean, std, 0)
-    follow(scheduler, counting, counting.start(times[:, 0]), times)
-    field = ImpulseField(schedule, mean, std, len(counting.drawn))
-    x = follow(scheduler, field, field.start(times[:, 0]), times)[0]
+    field, steps = ImpulseField(schedule, mean, std, 0), times.shape[1] - 1
+    follow(scheduler, field, field.start(times[:, 0]), times[:, :2])
+    draws = len(field.drawn) * steps  # if each step draws as the first does; what is never drawn gains nothing
+    while True:
+        field = ImpulseField(schedule, mean, std, draws)
+        x = follow(scheduler, field, field.start(times[:, 0]), times)[0]
+        if len(field.drawn) <= draws:
+            break
+        draws = len(field.drawn)
     gains = x[1:-1] - x[0]
     if abs(float(x[0] + field.weights @ gains - x[-1])) > 1e-6 * float(x.abs().max()):
         return None

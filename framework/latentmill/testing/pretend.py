@@ -11,16 +11,16 @@ As on any other device its tensors don't mix with the CPU's, but for those of no
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 DEVICE = torch.device("lazy", 0)
 """Of a type that this PyTorch has a name for, and nothing else."""
@@ -85,13 +85,13 @@ class _Counting(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        given = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+        given = [value for value in _flat((*args, *kwargs.values())) if isinstance(value, Tensor)]
         target = next((value for value in args if isinstance(value, torch.device)), kwargs.get("device"))
         here = any(isinstance(value, _Remote) for value in given)
         there = here if target is None else torch.device(target).type == DEVICE.type
         if not here and not there:
             return func(*args, **kwargs)
-        if func._can_decompose() and func.has_kernel_for_dispatch_key(COMPOSITE):
+        if _is_composite(func):
             with self:  # where there are no gradients such operations come here whole
                 return func.decompose(*args, **kwargs)
         if target is not None:
@@ -105,12 +105,12 @@ class _Counting(TorchDispatchMode):
             self.counted.waits.append(name)
         elif not _is_view(func):
             self.counted.operations[name] += 1
-        found = func(*tree_map(_near, args), **tree_map(_near, kwargs))
+        found = func(*_each(_near, args), **{key: _each(_near, value) for key, value in kwargs.items()})
         if name == "_local_scalar_dense" or not there:
             return found
         if given and found is _near(given[0]):  # it was changed in place
             return given[0]
-        return tree_map(_far, found)
+        return _each(_far, found)
 
     def _copy(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], there: bool) -> None:
         """To a new tensor, or into the first of two."""
@@ -140,6 +140,12 @@ class _Made(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@cache
+def _is_composite(func: Any) -> bool:
+    return bool(func._can_decompose() and func.has_kernel_for_dispatch_key(COMPOSITE))
+
+
+@cache
 def _is_view(func: Any) -> bool:
     return any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
 
@@ -150,3 +156,19 @@ def _near(value: Any) -> Any:
 
 def _far(value: Any) -> Any:
     return _Remote(value) if isinstance(value, Tensor) and not isinstance(value, _Remote) else value
+
+
+def _flat(values: Sequence[Any]) -> Iterator[Any]:
+    """The arguments of an operation: values, and lists of them."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+def _each(change: Callable[[Any], Any], value: Any) -> Any:
+    """``value``, or what is in its lists, changed. torch's trees do the same in seven times as long."""
+    if isinstance(value, list | tuple):
+        return type(value)([_each(change, one) for one in value])
+    return change(value)
