@@ -112,10 +112,6 @@ def test_only_what_an_output_hangs_on_counts(said):
             "node 5 KSampler: scheduler 'vp' is not supported; simple, ",
         ),
         (
-            with_changes(TEXT_TO_IMAGE, _5={"sampler_name": "dpm_adaptive"}),
-            "node 5 KSampler: sampler_name dpm_adaptive is not supported: it finds its steps while it goes",
-        ),
-        (
             with_changes(TEXT_TO_IMAGE, _5={"sampler_name": "slow"}),
             "node 5 KSampler: sampler_name 'slow' is not supported",
         ),

@@ -34,7 +34,7 @@ from torch import Tensor
 from latentmill.plugin import Grid, NoiseSchedule, Start
 from latentmill.schedulers.comfy_sampling import ModelSampling, sampling_of
 from latentmill.schedulers.grids import LinearQuadratic, sigma_of, times_of
-from latentmill.text import near
+from latentmill.text import near, plural
 
 FULL_STRENGTH = 0.9999
 """A strength above it is full."""
@@ -58,6 +58,8 @@ class ComfyGrid(Grid):
     ``start_at_step``, ``end_at_step`` and ``leftover_noise`` are those of its advanced sampler. ``exact_steps`` leaves no more than
     ``steps`` of them, as its scheduler node does and its samplers don't; ``drop_penultimate`` is what those do for some solvers, and
     ``below_one`` and ``last_sigma`` what some solvers do themselves: begin a little below pure noise on a flow model, and end there.
+    ``between`` is what is left of the sigmas where a solver lays its own from the first to the last above 0: ``evaluations``, those of
+    DPM-Solver-fast, one for each step; ``ends``, these two.
     """
 
     contract = 2
@@ -72,6 +74,7 @@ class ComfyGrid(Grid):
         drop_penultimate: bool = False,
         below_one: bool = False,
         last_sigma: float = 0.0,
+        between: str | None = None,
         sigma_min: float | None = None,
         sigma_max: float | None = None,
         rho: float | None = None,
@@ -103,6 +106,9 @@ class ComfyGrid(Grid):
             raise ValueError(f"model must be {' or '.join(OPTIMISED)}, not {model!r}")
         if start_at_step < 0 or (end_at_step is not None and end_at_step < 0) or not 0.0 <= last_sigma < 1.0:
             raise ValueError("start_at_step and end_at_step must be 0 or more, and last_sigma from 0 to less than 1")
+        if between not in (None, "evaluations", "ends"):
+            raise ValueError(f"between must be evaluations or ends, not {between!r}")
+        self.between = between
         self.scheduler, self.start_at_step, self.end_at_step = scheduler, start_at_step, end_at_step
         self.leftover_noise, self.exact_steps, self.drop_penultimate = leftover_noise, exact_steps, drop_penultimate
         self.below_one, self.last_sigma = below_one, float(last_sigma)
@@ -122,12 +128,17 @@ class ComfyGrid(Grid):
             sigmas[0] = sampling.percent(1e-4)
         if self.last_sigma and sigmas[-1] == 0:
             sigmas[-1] = self.last_sigma
+        clean = self.between is not None and sigmas[-1] == 0
+        if self.between is not None:
+            sigmas = _between(sigmas, self.between)
         times = _times(noise_schedule, sigmas.double())
         alpha, sigma = _scale(noise_schedule, float(_times(noise_schedule, torch.tensor([first]).double())[0]))
         top = float(sampling.sigma_max)
         if not noise_schedule.sigma_is_time and (first > top or math.isclose(first, top, rel_tol=1e-5)):
             sigma = math.hypot(alpha, sigma)  # what pure noise has, had it been made of clean latents
-        return Start(times, {}, alpha, sigma, sigma, leaves=_scale(noise_schedule, float(times[-1]))[0])
+        last, _ = _scale(noise_schedule, float(times[-1]))
+        leaves = 1.0 if clean and noise_schedule.sigma_is_time else last  # ComfyUI takes it for clean, noise and all
+        return Start(times, {}, alpha, sigma, sigma, leaves=leaves)
 
     def row(self, sampling: ModelSampling, steps: int, strength: float = 1.0) -> Tensor:
         """The sigmas of all steps, float32; none if there are no steps."""
@@ -148,6 +159,22 @@ class ComfyGrid(Grid):
             if not self.leftover_noise:
                 sigmas[-1] = 0
         return sigmas[self.start_at_step :]
+
+
+def _between(sigmas: Tensor, laid: str) -> Tensor:
+    """Those of each evaluation, or the ``ends`` alone. Raises ValueError if there is no way between them."""
+    steps, low = len(sigmas) - 1, sigmas[-1] if sigmas[-1] > 0 else sigmas[-2]
+    ends = torch.stack([sigmas[0], low])
+    if low >= sigmas[0]:
+        raise ValueError(
+            f"this sampler moves nothing of {plural(steps, 'step')}, since it ends at the last sigma above 0: 2 or more"
+        )
+    if laid == "ends":
+        return ends
+    stages = [3] * (steps // 3 - (steps % 3 == 0)) + [[2, 1], [1], [2]][steps % 3]
+    shares = [(k + r / count) / len(stages) for k, count in enumerate(stages) for r in range(count)]
+    first, last = ends.double().log()
+    return torch.exp(first + torch.tensor([*shares, 1.0], dtype=torch.float64) * (last - first))
 
 
 def _times(noise_schedule: NoiseSchedule, sigmas: Tensor) -> Tensor:

@@ -17,8 +17,6 @@ class NamedSampler:
     """Those that are asked by nodes that have steps and a scheduler, and not sigmas: KSampler and KSamplerAdvanced."""
     settings: tuple[str, ...] = ()
     """Of those of scheduler ``comfy``, which it has."""
-    refused: str = ""
-    """Why there is none."""
 
 
 _BELOW, _DROPPED = {"below_one": True}, {"drop_penultimate": True}
@@ -37,10 +35,8 @@ SAMPLERS: Mapping[str, NamedSampler] = {
     "dpm_2": NamedSampler(of_steps=_DROPPED),
     "dpm_2_ancestral": NamedSampler(of_steps=_DROPPED, settings=("eta", "s_noise")),
     "lms": _PLAIN,
-    "dpm_fast": NamedSampler(refused="its steps have several orders, on a grid of its own; dpmpp_2m is as fast"),
-    "dpm_adaptive": NamedSampler(
-        refused="it finds its steps while it goes, one size for a whole batch; dpmpp_2m has as many as it is told"
-    ),
+    "dpm_fast": NamedSampler({"between": "evaluations"}),
+    "dpm_adaptive": NamedSampler({"between": "ends"}),
     "dpmpp_2s_ancestral": _NOISY,
     "dpmpp_2s_ancestral_cfg_pp": _NOISY,
     "dpmpp_sde": _SDE,

@@ -13,6 +13,7 @@ from latentmill.plugin import Field, Scheduler, State
 from latentmill.schedulers import comfy_solvers as own
 from latentmill.schedulers.comfy_names import SAMPLERS, named_sampler
 from latentmill.schedulers.consistency import LCM
+from latentmill.schedulers.dpm_solver import DPMSolverAdaptive, DPMSolverFast
 from latentmill.schedulers.dpmpp import DPMpp2M, DPMpp2MSDE, DPMpp2MSDEHeun, DPMpp2SAncestral, DPMppSDE
 from latentmill.schedulers.er_sde import ERSDE3
 from latentmill.schedulers.euler import Euler
@@ -33,6 +34,8 @@ _OF_SIGMA: Mapping[str, Solvers] = {
     "heunpp2": lambda eta: HeunPP2(),
     "dpm_2": lambda eta: DPM2(),
     "lms": lambda eta: LMS(),
+    "dpm_fast": lambda eta: DPMSolverFast(),
+    "dpm_adaptive": lambda eta: DPMSolverAdaptive(),
     "dpmpp_2s_ancestral_cfg_pp": own.CFGpp2SAncestral,
     "dpmpp_2m": lambda eta: DPMpp2M(),
     "dpmpp_2m_cfg_pp": lambda eta: own.CFGpp2M(),
@@ -84,7 +87,7 @@ class ComfySampler(Scheduler):
     """
 
     contract = 2
-    on_cpu = (*OF_TIMES, *Adams.on_cpu)
+    on_cpu = (*OF_TIMES, *Adams.on_cpu, *DPMSolverFast.on_cpu)
 
     def __init__(
         self, sampler: str = "euler", eta: float = 1.0, s_noise: float = 1.0, solver_type: str = "midpoint"
@@ -92,8 +95,6 @@ class ComfySampler(Scheduler):
         if sampler.removesuffix("_gpu") not in SAMPLERS:
             raise ValueError(f"there is no sampler {sampler!r}{near(sampler, SAMPLERS)}")
         known = named_sampler(sampler)
-        if known.refused:
-            raise ValueError(f"ComfyUI's sampler {sampler} is not here: {known.refused}")
         given = {"eta": eta != 1.0, "s_noise": s_noise != 1.0, "solver_type": solver_type != "midpoint"}
         for name in (name for name, said in given.items() if said and name not in known.settings):
             raise ValueError(f"sampler {sampler} has no {name}; it has {', '.join(known.settings) or 'no settings'}")
@@ -139,7 +140,7 @@ class ComfyField(Field):
         self.field, self.s_noise, self.straight = field, s_noise, straight
         self.noise_schedule = field.noise_schedule
         self.cleans: list[Tensor] = []
-        """The estimates of this step."""
+        """The first estimate of this step, and the newest."""
 
     def scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.field.scale(t)
@@ -159,12 +160,13 @@ class ComfyField(Field):
         return ratio.flatten().cpu() if self.straight else self.field.time(ratio)
 
     def clean(self, x: Tensor, t: Tensor) -> Tensor:
-        self.cleans.append(self.field.clean(x, t))
-        return self.cleans[-1]
+        clean = self.field.clean(x, t)
+        self.cleans[1:] = [clean]
+        return clean
 
     def guided(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         clean, other = self.field.guided(x, t)
-        self.cleans.append(clean)
+        self.cleans[1:] = [clean]
         return clean, other
 
     def following(self, s: Tensor) -> Tensor:
