@@ -362,15 +362,6 @@ def _check_spec(vae: VAE) -> None:
             raise ValueError(f"its spec's dtype must be {' or '.join(DTYPES)}, not {spec.dtype!r}")
 
 
-def notices(built: Parts) -> list[str]:
-    """What a job's plugins have to say before it starts, a line each; of a source, once ``plan`` has asked for its fragments."""
-    lines: list[str] = []
-    for plugin in built.plugins().values():
-        with registry.asking(plugin):
-            lines += plugin.notices()
-    return list(dict.fromkeys(lines))
-
-
 @discreet
 def plugin_of(job: Job, kind: str, models: Pins) -> Any:
     """One of a job's plugins, by its place in the plan, built and not yet loaded."""

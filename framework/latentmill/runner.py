@@ -12,7 +12,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from latentmill import failpoints, generations, half_done, parts, plan_files, progress, registry, report, storage
+from latentmill import (
+    failpoints,
+    generations,
+    half_done,
+    parts,
+    plan_files,
+    progress,
+    registry,
+    report,
+    storage,
+    survey,
+)
 from latentmill import plan as planning
 from latentmill.config import Job, load_job
 from latentmill.dataset import RETRIED, Dataset
@@ -73,7 +84,7 @@ def run(
     job = load_job(job, overrides) if isinstance(job, str) else job
     built = parts.parts(job)
     plan = planning.plan(job, built)
-    for line in parts.notices(built):
+    for line in survey.notices(job, built):
         logger.warning(line)
     store = storage.at(job.output, job.single_writer)
     plan = generations.settle(plan, store, built.source, grow)

@@ -1,9 +1,9 @@
-"""What is to be known of a job's source before it runs: prompts in another tool's language, and the sizes of its pictures."""
+"""What is to be known of a job before it runs: what its plugins say, prompts in another tool's language, the sizes of its pictures."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 
 from latentmill import registry, syntax
@@ -11,6 +11,28 @@ from latentmill.buckets import Size
 from latentmill.config import Job
 from latentmill.parts import Parts
 from latentmill.plugin import Fragment, RowError, TextEncoder
+
+
+def notices(job: Job, built: Parts) -> list[str]:
+    """What people should know before a job starts, a line each; of a source, once ``plan`` has asked for its fragments."""
+    lines: list[str] = []
+    for plugin in built.plugins().values():
+        with registry.asking(plugin):
+            lines += plugin.notices()
+    return list(dict.fromkeys([*lines, *_passes_lost(job, built)]))
+
+
+def _passes_lost(job: Job, built: Parts) -> Iterator[str]:
+    """Of stages that denoise from pure noise, since nobody has said a strength, what another has denoised."""
+    passes = [stage.name for stage in built.flow if "denoiser" in stage.needs]
+    for first, second in zip(passes, passes[1:]):
+        said = job.stages[second].sampling.get("strength")
+        if said is None and job.sampling["strength"] == 1 and not job.sampling_of(first)["until"]:
+            yield (
+                f"{second} begins with pure noise, and nothing is left of what {first} has made: its strength is 1, unless a row says "
+                f"{second}.strength. stages.{second}.sampling.strength=0.5 keeps it in part"
+            )
+
 
 READ_BY_PLAN = 1_000_000
 """Prompts that ``plan`` looks into, at most."""

@@ -109,6 +109,18 @@ def test_a_stage_s_fields_are_the_row_s_unless_its_column_or_the_job_says_otherw
     assert first["image"] != second["image"]
 
 
+def test_a_first_pass_of_which_nothing_is_left_is_said(latentmill, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red ring\n")
+
+    def plan(*settings):
+        assert latentmill("plan", "txt2img", f"source.path={tmp_path / 'prompts.txt'}", FLOW, *settings) == 0
+        return latentmill.said
+
+    assert "refine begins with pure noise, and nothing is left of what denoise has made" in plan()
+    for told in ("stages.refine.sampling.strength=1", "sampling.strength=0.5", "stages.denoise.sampling.until=0.5"):
+        assert "pure noise" not in plan(told)
+
+
 HALF, SEEDED = "stages.refine.sampling={strength: 0.5}", "stages.refine.sampling={strength: 0.5, seed: 3}"
 
 

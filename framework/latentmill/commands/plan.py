@@ -102,7 +102,7 @@ def _plan(options: Any) -> int:
             print(f"{'' if at else 'buckets':<13} {line}")
     print(f"hash     {plan.hash}")
     for line in [
-        *parts.notices(built),
+        *survey.notices(job, built),
         *survey.foreign_prompts(job, built, plan.fragments),
         *plan_files.changed_libraries(plan, store),
         *(f"{job.output}/data/{name} is no shard of this dataset" for name in there.foreign()),
