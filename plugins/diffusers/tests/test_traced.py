@@ -3,6 +3,7 @@
 ``python plugins/diffusers/tests/test_traced.py`` writes the README's table of schedulers anew.
 """
 
+from functools import wraps
 from pathlib import Path
 
 import diffusers
@@ -243,6 +244,18 @@ def test_what_its_class_says_of_it_is_true():
 def test_settings_that_it_can_not_have(name, settings, said):
     with pytest.raises(ValueError, match=said):
         getattr(traced, name)(**settings)
+
+
+def test_a_class_that_is_not_linear(monkeypatch):
+    step = diffusers.DDIMScheduler.step
+
+    @wraps(step)
+    def squared(self, output, timestep, sample, **more):
+        return step(self, output, timestep, sample.square(), **more)
+
+    monkeypatch.setattr(diffusers.DDIMScheduler, "step", squared)
+    with pytest.raises(ValueError, match="DDIMScheduler isn't linear in the latents"):
+        traced.DDIMScheduler(beta_start=0.0007)  # as no other test has it: what is traced is kept
 
 
 def test_another_noise_path_than_the_denoiser_s():

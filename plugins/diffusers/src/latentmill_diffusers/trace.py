@@ -91,17 +91,9 @@ def trace(name: str, settings: str, steps: int, begin: int, told: str, betas: by
         mixed = _mix(scheduler, timesteps)
     except Exception as error:  # of a grid that a class has made wrong
         raise ValueError(f"{name} can't add noise on its grid of {steps} steps: {said(error)}") from error
-    again = copy.deepcopy(scheduler)
-    for each in (scheduler, again):
-        if hasattr(each, "set_begin_index"):
-            each.set_begin_index(begin)
-    scales, calls, limit = _calls(scheduler, timesteps, in_step, 1.0)
-    for one, other in zip(calls, _calls(again, timesteps, in_step, UNIT)[1]):
-        if not torch.equal(one, other):
-            raise ValueError(
-                f"{name} isn't linear in the latents{_named(scheduler)}, and so can't move rows of a mixed batch: "
-                "choose other settings, or run the model's pipeline as it is (model=pipeline)"
-            )
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)
+    scales, calls, limit = _calls(scheduler, timesteps, in_step)
     near_by = 1e-5 * float(timesteps.abs().max())  # KDPM2Ancestral's two of a step differ by rounding
     ends = [0]
     for k in range(1, len(calls)):
@@ -226,13 +218,17 @@ def _mix(scheduler: Any, timesteps: Tensor) -> Tensor:
 
 
 def _calls(
-    scheduler: Any, timesteps: Tensor, in_step: dict[str, Any], unit: float
+    scheduler: Any, timesteps: Tensor, in_step: dict[str, Any]
 ) -> tuple[list[float], list[Tensor], Limit | None]:
-    """The scale of what the network is given, and the weights of (sample, output, noise, limited, memory), call by call."""
+    """The scale of what the network is given, and the weights of (sample, output, noise, limited, memory), call by call.
+
+    Two rows are run, one UNIT times the other: of a scheduler that isn't linear they come apart.
+    """
     scales, calls, limit = [], [], None
+    units = torch.tensor([1.0, UNIT], dtype=torch.float64).reshape(2, 1, 1, 1)
     for k, timestep in enumerate(timesteps):
         slots = list(_slots(scheduler))
-        sample, output, *vectors = unit * torch.eye(5 + len(slots), dtype=torch.float64)[:, None, None, None, :]
+        sample, output, *vectors = units * torch.eye(5 + len(slots), dtype=torch.float64)[:, None, None, None, :]
         noises, limited, memory = vectors[:2], vectors[2], vectors[3:]
         for (place, key), vector in zip(slots, memory):
             place[key] = vector
@@ -247,13 +243,18 @@ def _calls(
             except Exception as error:  # whatever a class has against its settings
                 raise ValueError(f"{type(scheduler).__name__}: {said(error)}") from error
         kept = [place[key] for place, key in _slots(scheduler)]
-        after = torch.stack([moved, watch.to_limit, *kept]).double().flatten(1) / unit
+        after, other = (torch.stack([moved, watch.to_limit, *kept]).double() / units).flatten(2).unbind(1)
         if not bool(after.isfinite().all()):
             raise ValueError(f"{type(scheduler).__name__} is not finite in {len(timesteps)} steps{_named(scheduler)}")
+        if not torch.equal(after, other):
+            raise ValueError(
+                f"{type(scheduler).__name__} isn't linear in the latents{_named(scheduler)}, and so can't move rows of a mixed "
+                "batch: choose other settings, or run the model's pipeline as it is (model=pipeline)"
+            )
         if bool(after[:, 2].any() and after[:, 3].any()):
             raise ValueError(f"{type(scheduler).__name__} adds noise twice in a step: it isn't traced")
         after[:, 2] += after[:, 3]
-        scales.append(float(given.flatten()[0]) / unit)
+        scales.append(float(given.flatten()[0]))
         calls.append(after[:, [0, 1, 2, *range(4, 5 + len(slots))]])
         limit = limit or watch.limit
     return scales, calls, limit
