@@ -1,12 +1,9 @@
 """What tests of several modules share: tiny models, built once, and numbers that schedulers of diffusers compute again and again."""
 
-import functools
-
-import numpy as np
 import pytest
 import reading
 import tiny
-import torch
+from answers import in_numpy, remembered
 
 
 @pytest.fixture(scope="session")
@@ -20,31 +17,6 @@ def model(tmp_path_factory):
         return built[name]
 
     return folder
-
-
-def bits(value):
-    """All that there is to a number, an array or a tensor, or a list of them."""
-    if isinstance(value, torch.Tensor):
-        value = value.numpy()
-    if isinstance(value, list):
-        return tuple(map(bits, value))
-    return (value.dtype.str, value.tobytes()) if isinstance(value, np.ndarray) else value
-
-
-def remembered(compute, of=()):
-    """A method whose answers are kept, by its arguments and by what else of its object, ``of``, they hang on."""
-    answers = {}
-
-    @functools.wraps(compute)
-    def answer(self, *arguments):
-        with torch._C.DisableTorchFunction():  # nobody watches single numbers
-            key = (*map(bits, arguments), *(bits(getattr(self, name)) for name in of))
-            if key not in answers:
-                answers[key] = compute(self, *arguments)
-            kept = answers[key]
-            return [each.clone() for each in kept] if isinstance(kept, list) else kept
-
-    return answer
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -61,7 +33,8 @@ def remembering():
             ("SASolverScheduler", "get_coefficients_fn", ["predict_x0"]),
         ):
             cls = getattr(diffusers, name)
-            patch.setattr(cls, method, remembered(getattr(cls, method), of))
+            compute = getattr(cls, method)
+            patch.setattr(cls, method, remembered(in_numpy(compute, "sigmas") if "lms" in method else compute, of))
         yield
 
 

@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import tiny
 import torch
+from answers import written_once
 from layouts import ordered
 
 from latentmill.batch import from_dicts
@@ -19,11 +20,17 @@ SIZES = {
     "BriaFiboPipeline": (64, 128),
     "GlmImagePipeline": (64, 128),
     "Kandinsky3Pipeline": (64, 128),
-    "HiDreamImagePipeline": (256, 256),
-    "Kandinsky5T2IPipeline": (1024, 1024),
+    "HiDreamImagePipeline": (64, 64),
+    "Kandinsky5T2IPipeline": (64, 128),
     "LuminaPipeline": (64, 128),
 }
 """Height and width, where a pipeline has its own idea of them: an area, a list, a factor of 8 or 16."""
+SMALLER = {
+    "HiDreamImagePipeline": {"default_sample_size": 32},
+    "HunyuanImagePipeline": {"tokenizer_max_length": 256},
+    "Kandinsky5T2IPipeline": {"resolutions": [(128, 64)]},
+}
+"""What a pipeline has for all its models, and would be 4096 tokens of a picture, or a thousand of a prompt, for tiny ones, too."""
 CALLS = {
     "BriaPipeline": {"max_sequence_length": 128},
     "Ideogram4Pipeline": {"max_sequence_length": 64},
@@ -56,8 +63,9 @@ def stages(folder, name):
     call, device = CALLS.get(name), torch.device("cpu")
     encode = PipelineEncode(str(folder), call=call)
     denoise = PipelineDenoise(str(folder), call=call, vae={"name": "diffusers", "path": str(folder)})
-    encode.load(device)
-    denoise.load(device)
+    for stage in (encode, denoise):
+        stage.load(device)
+        _make_smaller(stage.pipeline, name)
     return encode, denoise
 
 
@@ -71,12 +79,21 @@ def ours(encode, denoise, table):
     return [made[number] for number in sorted(made)]
 
 
+def _make_smaller(pipeline, name):
+    for key, value in SMALLER.get(name, {}).items():
+        assert hasattr(pipeline, key)
+        setattr(pipeline, key, value)
+    if name == "GlmImagePipeline" and isinstance(pipeline.vision_language_encoder, torch.nn.Module):
+        pipeline.vision_language_encoder.generate = written_once(pipeline.vision_language_encoder)
+
+
 def directly(folder, name):
     """The pipeline itself, whole."""
     index = json.loads((folder / "model_index.json").read_text())
     absent = {part: None for part, value in index.items() if value == [None, None]}
     made = getattr(diffusers, name).from_pretrained(folder, use_safetensors=True, **absent)
     made.set_progress_bar_config(disable=True)
+    _make_smaller(made, name)
     for part in made.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False)  # where gradients may be asked for, convolutions round otherwise

@@ -28,7 +28,7 @@ def test_a_size_that_the_pipeline_does_not_make_is_the_row_s_error(model):
     [part] = encode(table_of([("a red fox", "")], size=(64, 64)), lambda i, reason: pytest.fail(reason))
     said = {}
     assert not list(denoise(part, said.__setitem__))
-    assert said == {0: "Kandinsky5T2IPipeline makes no latents of this size: (4, 128, 128), not (4, 8, 8)"}
+    assert said == {0: "Kandinsky5T2IPipeline makes no latents of this size: (4, 8, 16), not (4, 8, 8)"}
 
 
 def test_a_negative_prompt_that_the_pipeline_does_not_take_is_the_row_s_error(model):

@@ -120,7 +120,8 @@ def hidream() -> dict[str, Any]:
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=8,
-        num_attention_heads=1,  # of the 4096 tokens that it always has
+        num_attention_heads=1,
+        max_resolution=(32, 32),
         caption_channels=[32, 16],
         text_emb_dim=32,
         axes_dims_rope=(4, 2, 2),
