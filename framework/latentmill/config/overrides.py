@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any, TypeAlias, get_type_hints
 
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
@@ -23,6 +23,8 @@ GROUPS = (*registry.KINDS, "cluster", "model", "stages")
 """Keys whose value may be the name of a config."""
 OF_STAGE = ("sampling", *OWN_PARTS)
 """Keys of ``stages.NAME`` that hold keys of their own, beside the plugin's settings."""
+Whole: TypeAlias = Callable[[], Any]
+"""The job so far, as plain values: to make them takes as long as all else that is done for a key, and most need none."""
 SET_WHOLE = ("size", "accept")
 """Keys of which a value takes another's place as a whole: what one table has settings for another has not."""
 
@@ -88,15 +90,15 @@ def _quoted(text: str) -> str:
 def assign(config: DictConfig, assignment: Assignment) -> None:
     """Give a key its value, read as the type that the key has. Raises JobError."""
     key, path = assignment.key, assignment.key.split(".")
-    raw: Any = OmegaConf.to_container(config)
-    of_stage = path[0] == "stages" and len(path) > 2 and path[1] in names(raw.get("flow"))
-    if of_stage and path[1] not in raw["stages"]:
+    whole: Whole = cache(lambda: OmegaConf.to_container(config))
+    of_stage = path[0] == "stages" and len(path) > 2 and path[1] in names(whole().get("flow"))
+    if of_stage and path[1] not in whole()["stages"]:
         OmegaConf.update(config, f"stages.{path[1]}", StageKeys(), force_add=True)
-    if path[0] in SET_WHOLE and len(path) > 1 and raw[path[0]] is None:
+    if path[0] in SET_WHOLE and len(path) > 1 and whole()[path[0]] is None:
         OmegaConf.update(config, path[0], {}, merge=False)
     hint: Any = str
     if values.ambiguous(assignment.text):
-        hint = _hint(path, raw)
+        hint = _hint(path, whole)
     try:
         value = values.read(assignment.text, hint)
     except ValueError as error:
@@ -118,7 +120,7 @@ def settle(config: DictConfig) -> None:
     for path, value in _leaves(raw):
         text = values.kept(value)
         if text is not None or isinstance(value, values.NUMBERS):
-            wanted = values.is_text(_hint(path, raw))
+            wanted = values.is_text(_hint(path, lambda: raw))
             if text is not None or wanted:
                 node: Any = config
                 for key in path[:-1]:
@@ -126,31 +128,33 @@ def settle(config: DictConfig) -> None:
                 node[path[-1]] = str(value) if text is None else text if wanted else values.as_yaml(text)
 
 
-def _hint(path: Sequence[Any], raw: Any) -> Any:
+def _hint(path: Sequence[Any], whole: Whole) -> Any:
     """The type that the schema, or a plugin's constructor, gives a key. Any: neither does, and no text is made of it."""
     hint: Any = Schema
     if path[0] == "stages" and len(path) > 3 and path[2] == "sampling":
-        of_field = IN_JOB.get(path[3]) or (plugin_fields(raw) or {}).get(path[3])
+        of_field = IN_JOB.get(path[3]) or (plugin_fields(whole()) or {}).get(path[3])
         return Any if of_field is None else python_type(of_field) | None
     if path[0] == "stages" and len(path) > 3 and path[2] in OWN_PARTS:
-        said = raw["stages"].get(path[1])
+        said = whole()["stages"].get(path[1])
         own = (said.get(path[2]) if isinstance(said, Mapping) else None) or {}
-        choice = whole_choice(own, raw.get(path[2])) if isinstance(own, Mapping) else own
+        choice = whole_choice(own, whole().get(path[2])) if isinstance(own, Mapping) else own
         return _inside(_setting(path[2], choice, path[3]), path[4:])
     if path[0] == "sampling" and len(path) > 1 and path[1] not in IN_JOB:
-        of = (plugin_fields(raw) or {}).get(path[1])
+        of = (plugin_fields(whole()) or {}).get(path[1])
         return Any if of is None else python_type(of) | (None if of.default is None else python_type(of))
     if path[0] in registry.KINDS and len(path) > 1:
-        hint, path = _setting(path[0], raw[path[0]], path[1]), path[2:]
+        hint, path = _setting(path[0], whole()[path[0]], path[1]), path[2:]
     elif path[0] == "stages" and len(path) > 3 and path[2] == "settings":
-        hint, path = _setting("stage", {"name": _stage(path[1], raw)}, path[3]), path[4:]
+        hint, path = _setting("stage", {"name": _stage(path[1], whole())}, path[3]), path[4:]
     elif path[0] == "flow" and len(path) == 2:
         return str
     elif path[0] == "flow" and len(path) > 2:
-        hint, path = (str, ()) if path[2] == "as" else (_setting("stage", raw["flow"][path[1]], path[2]), path[3:])
+        hint, path = (str, ()) if path[2] == "as" else (_setting("stage", whole()["flow"][path[1]], path[2]), path[3:])
     elif path[0] == "model":
         hint = (
-            str if any(_makes_text(".".join(map(str, path)), leaf, value, raw) for leaf, value in _leaves(raw)) else Any
+            str
+            if any(_makes_text(".".join(map(str, path)), leaf, value, whole) for leaf, value in _leaves(whole()))
+            else Any
         )
         path = ()
     return _inside(hint, path)
@@ -184,11 +188,11 @@ def _setting(kind: str, choice: Any, key: str) -> Any:
     return registry.hints(kind, str(name)).get(key, Any)
 
 
-def _makes_text(key: str, leaf: Sequence[str], value: Any, raw: Any) -> bool:
+def _makes_text(key: str, leaf: Sequence[str], value: Any, whole: Whole) -> bool:
     """Whether text is made of ``key`` at ``leaf``: it is part of a longer text there, or all of what takes text."""
     if leaf[0] == "model" or not isinstance(value, str) or f"${{{key}}}" not in value:
         return False
-    return value != f"${{{key}}}" or values.is_text(_hint(leaf, raw))
+    return value != f"${{{key}}}" or values.is_text(_hint(leaf, whole))
 
 
 def _leaves(node: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
