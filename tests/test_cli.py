@@ -92,12 +92,21 @@ def test_in_a_shell_there_is_no_traceback_unless_it_is_asked_for(tmp_path):
     assert lines[-1] == "latentmill.errors.JobError: " + line.removeprefix("latentmill: ")
 
 
+GOMP = """
+    import ctypes, glob, importlib.util
+    torch = importlib.util.find_spec("torch").submodule_search_locations[0]
+    for path in glob.glob(torch + "/lib/libgomp*") or glob.glob(torch + ".libs/libgomp*"):
+        ctypes.CDLL(path)
+"""
+"""Loads the library of threads that torch loads, without torch."""
+
+
 @pytest.mark.parametrize(
     ("more", "spins"), [({}, "10000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")]
 )
 def test_threads_that_wait_let_others_work_unless_the_environment_says_more(more, spins, tmp_path):
     kept = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-    code = "from latentmill.cli import main\ntry: main(['--version'])\nexcept SystemExit: import torch"
+    code = "from latentmill.cli import main\ntry: main(['--version'])\nexcept SystemExit: " + GOMP
     told = subprocess.run(
         [sys.executable, "-c", code], env={**kept, **more, "OMP_DISPLAY_ENV": "VERBOSE"}, capture_output=True, text=True
     )

@@ -14,7 +14,7 @@ from latentmill.parts import parts
 
 PROMPT = "a red star above a blue ring on a yellow background"
 SCHEDULERS = ["dpmpp_2m", "unipc", "euler_ancestral", "heun"]
-SETTINGS = ["cluster=inline", "deterministic=true", "stages.denoise.batch_size=4", "rows_per_shard=8"]
+SETTINGS = ["cluster=inline", "deterministic=true", "stages.denoise.batch_size=4", "rows_per_shard=4"]
 
 
 def rows_of(output):
@@ -23,18 +23,18 @@ def rows_of(output):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Twelve rows that differ in scheduler, steps and guidance, denoised in one go, and the job that did it."""
+    """Eight rows that differ in scheduler, steps and guidance, denoised in one go, and the job that did it."""
     folder = tmp_path_factory.mktemp("whole")
     lines = [
         {"prompt": PROMPT, "scheduler": SCHEDULERS[n % 4], "steps": 4 + n, "guidance_scale": [1.0, 4.0][n % 2],
          "width": 32, "height": 32}
-        for n in range(12)
+        for n in range(8)
     ]  # fmt: skip
     lines[7] |= {"guidance_rescale": 0.7, "guidance_from": 0.8, "guidance_until": 0.3}
     (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings = [*SETTINGS, f"source.path={folder / 'rows.jsonl'}"]
     result = latentmill.run("denoise", [*settings, f"output={folder / 'out'}"])
-    assert result.ok == 12
+    assert result.ok == 8
     return settings, rows_of(folder / "out")
 
 
@@ -42,7 +42,7 @@ def whole(tmp_path_factory):
 def half(whole, tmp_path_factory):
     """The dataset of the same rows, each left half-way."""
     output = tmp_path_factory.mktemp("half") / "out"
-    assert latentmill.run("denoise", [*whole[0], "sampling.until=0.5", f"output={output}"]).ok == 12
+    assert latentmill.run("denoise", [*whole[0], "sampling.until=0.5", f"output={output}"]).ok == 8
     return output
 
 
@@ -50,10 +50,10 @@ def test_two_jobs_are_one_trajectory(whole, tmp_path):
     """Through files, and in two steps: noise to 0.7, to 0.4, to clean."""
     settings, wanted = whole
     half, quarter, clean = (tmp_path / name for name in ("half", "quarter", "clean"))
-    assert latentmill.run("denoise", [*settings, "sampling.until=0.7", f"output={half}"]).ok == 12
+    assert latentmill.run("denoise", [*settings, "sampling.until=0.7", f"output={half}"]).ok == 8
     on = [*SETTINGS, "source=latents"]
-    assert latentmill.run("denoise", [*on, "sampling.until=0.4", f"source.path={half}", f"output={quarter}"]).ok == 12
-    assert latentmill.run("denoise", [*on, f"source.path={quarter}", f"output={clean}"]).ok == 12
+    assert latentmill.run("denoise", [*on, "sampling.until=0.4", f"source.path={half}", f"output={quarter}"]).ok == 8
+    assert latentmill.run("denoise", [*on, f"source.path={quarter}", f"output={clean}"]).ok == 8
     for row in rows_of(half).values():
         steps = row["steps"]
         assert row["time"] == pytest.approx(max(k / steps for k in range(steps) if k / steps < 0.7), abs=1e-3)
@@ -98,7 +98,7 @@ def test_another_noise_path_is_refused_row_by_row(half, tmp_path):
     result = latentmill.run(
         "denoise", [*SETTINGS, "source=latents", f"source.path={folder}", f"output={tmp_path / 'out'}"]
     )
-    assert (result.ok, result.failed) == (0, 12)
+    assert (result.ok, result.failed) == (0, 8)
     reasons = {json.loads(line)["reason"] for path in tmp_path.glob("out/errors/*") for line in path.open()}
     assert reasons == {"the latents are half-way on a noise schedule that is not this denoiser's"}
 

@@ -28,6 +28,7 @@ from latentmill.errors import PlanError
 from latentmill.runner import begin
 
 SMALL = ["samples_per_row=1", "sampling.steps=4", "rows_per_shard=8", "stages.denoise.batch_size=4"]
+SMALL += ["sampling.height=32", "sampling.width=32"]
 PROMPTS = [
     f"a {colour} {shape} on a white background" for shape in ("star", "ring") for colour in ("red", "blue", "green")
 ]
@@ -121,7 +122,7 @@ def test_a_driver_that_is_killed_leaves_a_dataset_that_goes_on(tmp_path, prompts
 
 def test_sigterm_stops_cleanly_says_how_to_go_on_and_the_run_goes_on(tmp_path, prompts, forks):
     output, log = tmp_path / "out", tmp_path / "log"
-    command = ["run", "txt2img", *SMALL, prompts, "rows_per_shard=2", "sampling.height=32", "sampling.width=32"]
+    command = ["run", "txt2img", *SMALL, prompts, "rows_per_shard=2"]
     command += [
         "grace=0",
         "cluster=inline",
@@ -192,14 +193,14 @@ def test_hugging_face_datasets_opens_it_as_pictures(tmp_path, prompts):
         "parquet", data_files=f"{tmp_path}/out/data/*.parquet", split="train", cache_dir=str(tmp_path / "cache")
     )
     assert len(loaded) == 18
-    assert isinstance(loaded[0]["image"], Image.Image) and loaded[0]["image"].size == (64, 64)
+    assert isinstance(loaded[0]["image"], Image.Image) and loaded[0]["image"].size == (32, 32)
     assert loaded[0]["prompt"] == PROMPTS[0]
 
 
 @pytest.mark.parametrize("name", ["txt2img", "img2img", "encode", "denoise", "decode", "reconstruct"])
 def test_each_shipped_job_runs_as_it_is(name, tmp_path):
     output = tmp_path / name
-    result = latentmill.run(name, ["cluster=inline", "samples_per_row=1", "sampling.steps=4", f"output={output}"])
+    result = latentmill.run(name, ["cluster=inline", "samples_per_row=1", "sampling.steps=2", f"output={output}"])
     assert result.failed == 0 and result.ok == result.planned > 0
     whole(output)
     found = table(output)

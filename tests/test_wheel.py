@@ -22,6 +22,19 @@ SOURCES = {
     "latentmill_filters": ["plugins/filters", ["pyproject.toml", "README.md", "src"]],
     "latentmill_comfy": ["plugins/comfy", ["pyproject.toml", "README.md", "src"]],
 }
+BUILD = """
+import os, sys
+from setuptools.build_meta import build_wheel
+
+for package in sys.argv[1:]:
+    if not (child := os.fork()):
+        os.chdir(package)
+        build_wheel("../dist")
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"{package} can't be built")
+"""
+"""Each in a process that has imported setuptools, and nothing of another build."""
 NO_SOURCE = shutil.ignore_patterns("__pycache__", "*.egg-info")
 
 
@@ -37,10 +50,8 @@ def wheels(tmp_path_factory):
                 shutil.copytree(path, work / package / name, ignore=NO_SOURCE)
             else:
                 shutil.copy(path, work / package / name)
-    build = f"from setuptools.build_meta import build_wheel; build_wheel({str(work / 'dist')!r})"
     (work / "dist").mkdir()
-    for package in SOURCES:
-        subprocess.run([sys.executable, "-c", build], cwd=work / package, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", BUILD, *SOURCES], cwd=work, check=True, capture_output=True)
     return {package: next((work / "dist").glob(f"{package}-*.whl")) for package in SOURCES}
 
 
@@ -74,13 +85,39 @@ def contents(wheel):
         return {name for name in archive.namelist() if ".dist-info/" not in name and not name.endswith("/")}
 
 
-def latentmill(installed, cwd, *arguments):
-    """Run the installed command in a folder of its own."""
+ASK = """
+import contextlib, io, json, sys
+import latentmill
+
+said = {"module": (latentmill.__file__, callable(latentmill.run), "ray" in sys.modules)}
+from latentmill.cli import main
+
+for name, command in json.loads(sys.argv[1]).items():
+    with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()) as out:
+        code = main(command)
+    said[name] = code, out.getvalue(), errors.getvalue()
+print(json.dumps(said))
+"""
+VAE, SCHEDULER = "patches", "trapezoid"
+"""The example's."""
+FEW = ["cluster=inline", "samples_per_row=1", "sampling.steps=4"]
+OF_DIFFUSERS = ["sd15_txt2img", "sdxl_txt2img", "flux_txt2img", "sd15_img2img", "cache_latents_sdxl"]
+
+
+@pytest.fixture(scope="module")
+def answers(installed, tmp_path_factory):
+    """What the package says of itself, and what its commands say, in a folder of its own: one process, since each imports torch."""
+    folder = tmp_path_factory.mktemp("answers")
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    command = [str(installed / "latentmill"), *arguments]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    commands = {
+        "plugins": ["plugins", "--json", "--check"],
+        "scheduler": ["run", "txt2img", f"scheduler.name={SCHEDULER}", *FEW, f"output={folder / 'scheduler'}"],
+        **{job: ["run", job, "model.path=x"] for job in OF_DIFFUSERS},
+    }
+    command = [str(installed / "python"), "-c", ASK, json.dumps(commands)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout) | {"folder": folder}
 
 
 def pictures(output):
@@ -112,68 +149,40 @@ def test_the_shapes_weights_are_inside_and_small(wheels):
     assert wheels["latentmill_shapes"].stat().st_size <= 8 * 2**20
 
 
-@pytest.fixture(scope="module")
-def listed(installed, tmp_path_factory):
-    return json.loads(latentmill(installed, tmp_path_factory.mktemp("listed"), "plugins", "--json", "--check"))
-
-
-def test_the_plugins_are_listed(listed):
-    assert {entry["state"] for entry in listed} == {"ok"}
+def test_the_plugins_are_listed(answers):
+    code, out, _ = answers["plugins"]
+    listed = json.loads(out)
+    assert code == 0 and {entry["state"] for entry in listed} == {"ok"}
     by_distribution = {entry["distribution"] for entry in listed}
     assert by_distribution == {"latentmill", "latentmill-shapes", "latentmill-example", "latentmill-filters"}
 
 
-def test_the_examples_vae_and_scheduler_are_selected_by_name_and_their_pictures_arrive(installed, listed, tmp_path):
-    own = {entry["group"]: entry["name"] for entry in listed if entry["distribution"] == "latentmill-example"}
-    vae, scheduler = own["latentmill.vaes"], own["latentmill.schedulers"]
-
-    latentmill(installed, tmp_path, "run", "reconstruct", f"vae={vae}", "cluster=inline", "output=vae")
+def test_the_example_s_vae_is_selected_by_name_with_the_installed_command(installed, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    command = [str(installed / "latentmill"), "run", "reconstruct", f"vae={VAE}", "cluster=inline", "output=vae"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     made, rows = pictures(tmp_path / "vae")
     assert made and min(row["psnr"] for row in rows) > 15
 
-    few = ["cluster=inline", "samples_per_row=1", "sampling.steps=4"]
-    latentmill(installed, tmp_path, "run", "txt2img", f"scheduler.name={scheduler}", *few, "output=scheduler")
-    made, rows = pictures(tmp_path / "scheduler")
+
+def test_the_example_s_scheduler_is_selected_by_name_and_its_pictures_arrive(answers):
+    assert answers["scheduler"][0] == 0, answers["scheduler"]
+    made, rows = pictures(answers["folder"] / "scheduler")
     assert made and all(picture.size == (64, 64) for picture in made)
-    assert {row["scheduler"] for row in rows} == {scheduler}
-    assert (tmp_path / "scheduler" / "contact_sheet.png").exists()
-
-
-@pytest.fixture(scope="module")
-def refusals(installed, tmp_path_factory):
-    """Exit code and words of shipped jobs that need the diffusers plugin, which isn't there: one process asks for all."""
-    command = [str(installed / "python"), "-c", ASK, *OF_DIFFUSERS]
-    folder = tmp_path_factory.mktemp("refused")
-    return json.loads(subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout)
-
-
-OF_DIFFUSERS = ["sd15_txt2img", "sdxl_txt2img", "flux_txt2img", "sd15_img2img", "cache_latents_sdxl"]
-ASK = """
-import contextlib, io, json, sys
-from latentmill.cli import main
-
-said = {}
-for job in sys.argv[1:]:
-    with contextlib.redirect_stderr(io.StringIO()) as errors:
-        code = main(["run", job, "model.path=x"])
-    said[job] = code, errors.getvalue()
-print(json.dumps(said))
-"""
+    assert {row["scheduler"] for row in rows} == {SCHEDULER}
+    assert (answers["folder"] / "scheduler" / "contact_sheet.png").exists()
 
 
 @pytest.mark.parametrize("job", OF_DIFFUSERS)
-def test_a_shipped_job_that_needs_another_plugin_says_which(refusals, job):
-    code, said = refusals[job]
+def test_a_shipped_job_that_needs_another_plugin_says_which(answers, job):
+    code, _, said = answers[job]
     missing = "vae 'diffusers'" if job == "cache_latents_sdxl" else "scheduler 'model'"
     wanted = f"latentmill: {job}: there is no {missing}; there are: "
     assert code == 2 and said.startswith(wanted)
     assert said.endswith("; pip install latentmill-diffusers brings it\n") and said.count("\n") == 1
 
 
-def test_the_module_and_its_types_are_usable_from_the_wheel(installed, tmp_path):
-    code = "import latentmill, sys; print(latentmill.__file__); print(callable(latentmill.run), 'ray' in sys.modules)"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [str(installed / "python"), "-c", code]
-    said = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
-    where, usable = said.splitlines()
-    assert where.startswith(str(installed.parent)) and usable == "True False"
+def test_the_module_and_its_types_are_usable_from_the_wheel(installed, answers):
+    where, usable, ray_too = answers["module"]
+    assert where.startswith(str(installed.parent)) and usable and not ray_too

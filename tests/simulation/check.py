@@ -9,7 +9,7 @@ from collections import Counter
 from tests.simulation.settings import LARGEST_ROW, Wrong
 
 from latentmill.driver.limits import max_open_shards, queue_limit
-from latentmill.driver.messages import StartWorker
+from latentmill.driver.messages import Dispatch, StartWorker
 from latentmill.driver.state import DriverState
 
 
@@ -89,15 +89,17 @@ def check_counts(state: DriverState) -> None:
     """What the driver knows without counting is what it would count, and who is said to hold the least does. Raises Wrong."""
     found: dict[str, object] = {}
     known: dict[str, object] = {}
+    orders_of: list[list[Dispatch]] = [[] for _ in state.stages]
+    for order in state.in_flight.values():
+        orders_of[order.stage].append(order)
     committing = {order.shard for order in state.in_flight.values() if order.task == "commit"}
+    starts = Counter(order.worker_type for order in state.worker_orders if isinstance(order, StartWorker))
+    starts.update(worker_type for worker_type, _ in state.starting)
     found["complete"] = {number for number, shard in state.shards.items() if not shard.missing} - committing
     known["complete"] = {*state.complete}
     for number, hosts in enumerate(state.worker_types):
-        starts = [order.worker_type for order in state.worker_orders if isinstance(order, StartWorker)]
-        there = [worker for worker in state.workers[number] if worker not in state.leaving]
-        found[f"workers {hosts.stages}"] = (
-            len(there) + sum(of == number for of, _ in state.starting) + starts.count(number)
-        )
+        there = state.workers[number].keys() - state.leaving
+        found[f"workers {hosts.stages}"] = len(there) + starts[number]
         known[f"workers {hosts.stages}"] = state.targets[number]
     found["bytes"] = sum(state.block_bytes[block] for block in state.blocks if block in state.block_bytes)
     known["bytes"] = state.bytes_held
@@ -109,7 +111,7 @@ def check_counts(state: DriverState) -> None:
         if not state.fixed:
             found[f"full {spec.name}"] = {key for key, count in rows.items() if count >= spec.batch_size}
             known[f"full {spec.name}"] = {*queue.full}
-        orders = [order for order in state.in_flight.values() if order.stage == stage]
+        orders = orders_of[stage]
         found[f"in flight {spec.name}"] = sum(
             len(order.rows) for order in orders if order.task not in ("commit", "keep")
         )

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tests import simulation
 from tests.simulation.world import World
 
 
-def trial(seed: int) -> str:
+def trial(seed: int, told: Callable[[str], None] = lambda line: None) -> str:
     """What is wrong with a seed; nothing, as it should be."""
     try:
-        World(seed).run()
+        World(seed, told).run()
     except Exception as error:  # a KeyError in the driver is as wrong
         return f"{type(error).__name__}: {error}"
     return ""
