@@ -8,11 +8,12 @@ from tests.simulation.seeds import trial
 from tests.simulation.store import Store
 from tests.simulation.world import World
 
-from latentmill.driver import apply, decide, drain, ended, failures, replicas
+from latentmill.driver import apply, decide, drain, ended, failures, needed, replicas
 from latentmill.driver.leases import Leases
 from latentmill.driver.messages import Claimed, Dispatch
 from latentmill.driver.state import DriverState
 from latentmill.driver.waiting import Retry
+from latentmill.shard_index import Inventory
 from latentmill.stages import write
 
 SEEDS = range(100)
@@ -300,6 +301,19 @@ def a_lease_given_back_that_is_another_s(monkeypatch):
     return None
 
 
+def an_end_that_goes_by_what_is_known_alone(monkeypatch):
+    """A shard that nobody has counted has no accepted row, and nobody looks again."""
+    before = needed.accepted_before
+    monkeypatch.setattr(needed, "accepted_before", lambda state, shard: (before(state, shard)[0],) * 2)
+    monkeypatch.setattr(Inventory, "out_of_step", lambda seen: [])
+    return "are the first"
+
+
+def shards_beyond_the_end_kept(monkeypatch):
+    monkeypatch.setattr(Inventory, "out_of_step", lambda seen: [])
+    return "are the first"
+
+
 PLANTED = {
     commit_before_verify: 54,
     an_acknowledgement_lost: 23,
@@ -321,6 +335,8 @@ PLANTED = {
     half_done_rows_put_in_a_stage_too_late: 11,
     half_done_rows_kept_for_the_stage_before: 0,
     a_batch_handed_over_and_there_still: 55,
+    an_end_that_goes_by_what_is_known_alone: 17,
+    shards_beyond_the_end_kept: 12,
 }
 """With the seed that finds each soonest."""
 

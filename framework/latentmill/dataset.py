@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -221,22 +222,31 @@ class Dataset:
         seen, later = self.look(), {each.name for each in self.plan.stages[stage:]}
         return any(seen.rows().values()) or not later.isdisjoint(seen.filtered_in())
 
+    def stored_in(self, shards: Set[int]) -> dict[int, int]:
+        """How many rows each of these shards stores; one that is there no more, none. Raises PlanError if one can't be read."""
+        seen = self.look()
+        seen.ours()
+        rows = seen.rows()
+        return {shard: rows.get(shard, 0) for shard in shards}
+
     def status(self, seen: Inventory | None = None) -> dict[str, Any]:
         """How far it is, or was when ``seen`` was.
 
-        Keys: ``name``, ``planned``, ``ok``, ``failed`` (rows), ``filtered`` (if there are any), ``shards``, ``shards_done``, ``success`` (all
+        Keys: ``name``, ``planned``, ``ok``, ``failed`` (rows), ``filtered``, ``not_needed`` (if there are any), ``shards``, ``shards_done``, ``success`` (all
         shards are there, and a run has said so), ``lost`` (a run had said so, and so many shards are there no more), ``foreign``
         (names in ``data/`` that are no shard's), ``warnings`` (rows by what is to be known of them, the most frequent first).
         """
         seen = seen or self.look()
         failed, filtered = seen.failed_in().total(), seen.filtered_in().total()
+        not_needed = seen.not_needed()
         missing, ended = self.plan.shards - len(seen.shards), self.store.exists("_SUCCESS")
         return {
             "name": self.plan.name,
             "planned": self.plan.rows,
-            "ok": self.plan.rows_in(seen.shards.keys()) - failed - filtered,
+            "ok": self.plan.rows_in(seen.shards.keys()) - failed - filtered - not_needed,
             "failed": failed,
             **({"filtered": filtered} if filtered else {}),
+            **({"not_needed": not_needed} if not_needed else {}),
             "shards": self.plan.shards,
             "shards_done": len(seen.shards),
             "success": ended and not missing,
@@ -264,8 +274,8 @@ class Dataset:
     def settle(self) -> frozenset[int]:
         """Compare what is in ``data/`` with the plan, and bring ``errors/``, ``filtered/`` and ``files/`` in line with it.
 
-        Returns the shards that another driver has taken out since ``newly_taken_out`` was asked, to do failed rows again: the
-        dataset is not complete then. Raises StorageError if one is not there for any other reason, PlanError if one is not this plan's.
+        Returns the shards that another driver has taken out since ``newly_taken_out`` was asked, to do failed rows again, or that
+        were taken out now, since they end elsewhere than the dataset is to: it is not complete then. Raises StorageError if one is not there for any other reason, PlanError if one is not this plan's.
         """
         shards = self.look().ours()
         if lost := [shard for shard in range(self.plan.shards) if shard not in shards]:
@@ -276,6 +286,10 @@ class Dataset:
                 f"{self._at(data_name(lost[0], self.sink))} first: is this the same folder on every node? "
                 "The same command goes on with them"
             )
+        if again := self.look().out_of_step():
+            for shard in again:
+                self.take_out(shard, f"{RETRIED}-{uuid.uuid4().hex[:8]}")
+            return frozenset(again)
         copies = {name for folder in COPIES for name in self.store.names(folder)}
         told = [shard for shard, found in shards.items() if found.not_stored or f"{shard:05d}.jsonl" in copies]
         list(self.store.each(self.make_copies, told))

@@ -213,9 +213,9 @@ def _wrong_flow(job: Job, built: Parts) -> Iterator[str]:
     if lost or ("time" not in last and ("time" in there or (job.sampling["until"] and not halfway))):
         said = "sampling.until" if job.sampling["until"] else f"stage {halfway[0]}"
         yield f"{said} leaves latents half-way, so flow must end with denoise, write, or go on with another denoise, not {names}"
-    if job.accept and not any("denoiser" in stage.needs for stage in flow):
+    if job.attempts and not any("denoiser" in stage.needs for stage in flow):
         yield f"accept draws noise anew for rows that are filtered, and no stage of flow makes any, as denoise does: {names}"
-    if job.accept and "attempt" not in flow[0].added():
+    if job.attempts and "attempt" not in flow[0].added():
         yield (
             f"accept draws rows again, and {flow[0].name} would read the same: a stage that stands first must declare attempt, "
             "and go by it"

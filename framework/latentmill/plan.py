@@ -73,6 +73,11 @@ class Plan:
     """Where the rows of a source that has grown lie in ``fragments`` now, in the order of their numbers: runs of fragment, first row,
     rows. None: one fragment after another."""
 
+    @property
+    def accept_rows(self) -> int | None:
+        """How many accepted rows the dataset ends with; None: with the last that is planned."""
+        return (self.config.get("accept") or {}).get("rows")
+
     @cached_property
     def rows(self) -> int:
         """Rows planned."""
@@ -221,6 +226,11 @@ def plan(job: Job, built: Parts) -> Plan:
         )
     if not sum(fragment.rows for fragment in fragments):
         raise PlanError(f"source {job.source['name']} has no rows")
+    planned = sum(fragment.rows for fragment in fragments) * job.samples_per_row
+    if (wanted := (job.accept or {}).get("rows")) and wanted > planned:
+        raise PlanError(
+            f"accept.rows is {wanted}, and {planned} rows are planned: a larger samples_per_row draws more of each prompt"
+        )
     if twice is not None:
         raise PlanError(f"source {job.source['name']}: {twice}")
     config = job.meaning()

@@ -71,6 +71,7 @@ def probe(job: Job, plan: Plan, sink: Sink, rows: int, done: int) -> Probed:
     with Signals().on(), store.visit():
         try:
             state = begin(short, Dataset(store, few, sink), types)
+            state.accept_rows = None  # all of its rows are measured
             store.create(
                 plan_files.FIRST_PLAN, json.dumps({**json.loads(few.to_json()), "hash": few.first_hash}).encode()
             )
@@ -96,8 +97,13 @@ def probe(job: Job, plan: Plan, sink: Sink, rows: int, done: int) -> Probed:
         for hosts, seen in zip(pools.worker_types(job, plan), memory)
     ]
     shards_left = plan.shards - done
+    rows_left = round(plan.rows * shards_left / plan.shards)
+    if plan.accept_rows and state.committed_ok:
+        needed = math.ceil(plan.accept_rows * few.rows / state.committed_ok)
+        rows_left = max(0, min(rows_left, needed - (plan.rows - rows_left)))
+        shards_left = min(shards_left, math.ceil(rows_left / plan.rows_per_shard))
     left = Left(
-        max(1, round(plan.rows * shards_left / plan.shards)),
+        max(1, rows_left),
         shards_left,
         plan.rows_per_shard,
         state.stages,

@@ -64,7 +64,8 @@ class Result:
     """The summary, for people."""
     interrupted: bool = False
     filtered: int = 0
-    """``ok``, ``filtered`` and ``failed`` are what was planned, once all is done."""
+    not_needed: int = 0
+    """``ok``, ``filtered``, ``failed`` and ``not_needed`` are what was planned, once all is done."""
 
 
 def run(
@@ -128,7 +129,7 @@ def run(
                     lease = nullcontext() if job.single_writer else Leases(store, data, half_done=file)
                     state.half_done = half_done.newest(store) if job.single_writer else {}
                     with _remembering(there), lease as held:
-                        drive(state, pool, show, held, there.has_worked, signals)
+                        drive(state, pool, show, held, there.has_worked, signals, there.stored_in)
                     if state.stopping.how == "stopped":
                         interrupted = True
                         break
@@ -193,13 +194,14 @@ def _show(live: progress.Live, watch: Watch, state: DriverState, plan: Plan, sta
 def _result(job: Job, there: Dataset, state: DriverState, seconds: float, interrupted: bool = False) -> Result:
     now = there.status()
     there.remember()
-    counts = {name: now.get(name, 0) for name in ("planned", "ok", "failed", "filtered")}
+    counts = {name: now.get(name, 0) for name in ("planned", "ok", "failed", "filtered", "not_needed")}
     made = state.committed_ok + state.committed_failed + state.committed_filtered
     try:
         text = report.summary(
             job.name,
             there.store,
             **counts,
+            wanted=there.plan.accept_rows,
             made=made,
             seconds=seconds,
             interrupted=interrupted,
@@ -233,6 +235,8 @@ def begin(job: Job, there: Dataset, types: Sequence[WorkerType] = ()) -> DriverS
         stop_on_error=job.on_error == "stop",
         max_error_rate=job.max_error_rate,
         attempts=job.attempts,
+        accept_rows=plan.accept_rows,
+        accepted=there.stored_in(done) if plan.accept_rows else {},
         drawn_in=next((at for at, stage in enumerate(plan.stages) if "denoiser" in stage.needs), 0),
         row_name=plan.row_id,
         short=plan.short,

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from latentmill.errors import PlanError
 from latentmill.plan import Plan
-from latentmill.shards import WARNINGS_KEY, error_rows, filtered_rows, side_files
+from latentmill.shards import WARNINGS_KEY, error_rows, filtered_rows, rows_not_needed, side_files
 from latentmill.storage import Storage
 
 INDEX_FOLDER = ".index"
@@ -44,6 +44,8 @@ class Summary(NamedTuple):
     """Their names in ``files/``."""
     filtered: Mapping[str, int] = NOTHING_FILTERED
     """Filtered rows by the stage that filtered them."""
+    not_needed: int = 0
+    """Rows at its end that are not needed."""
 
     @property
     def errors(self) -> int:
@@ -52,8 +54,8 @@ class Summary(NamedTuple):
 
     @property
     def not_stored(self) -> int:
-        """Rows that are not in its data: failed, or filtered."""
-        return self.errors + sum(self.filtered.values())
+        """Rows that are not in its data: failed, filtered or not needed."""
+        return self.errors + sum(self.filtered.values()) + self.not_needed
 
 
 CLEAN = Summary({}, {}, ())
@@ -63,7 +65,7 @@ def summary(about: Mapping[str, str]) -> Summary:
     """What a shard's metadata say in short. Raises ValueError, TypeError or KeyError if they are not as we write them."""
     failed, filtered = (Counter(str(row["stage"]) for row in of(about)) for of in (error_rows, filtered_rows))
     warnings = json.loads(about.get(WARNINGS_KEY, "{}"))
-    found = Summary(failed, warnings, [side.stored_as for side in side_files(about)], filtered)
+    found = Summary(failed, warnings, [side.stored_as for side in side_files(about)], filtered, rows_not_needed(about))
     return found if any(found) else CLEAN
 
 
@@ -102,6 +104,28 @@ class Inventory:
     def filtered_in(self) -> Counter[str]:
         """Filtered rows by the stage that filtered them."""
         return _sum(found.filtered for found in self.readable.values())
+
+    def not_needed(self) -> int:
+        """Rows that are not needed, since enough were accepted before them."""
+        return sum(found.not_needed for found in self.readable.values())
+
+    def out_of_step(self) -> list[int]:
+        """Of a job that ends with so many accepted rows: shards that go beyond that, or end before it, once all shards are there.
+
+        One may, of which a driver did not know how many rows others had accepted before it, and any after one that was made anew.
+        """
+        wanted, before, found = self.plan.accept_rows, 0, list[int]()
+        if wanted is None:
+            return found
+        for shard, stored in self.rows().items():
+            not_needed = self.readable[shard].not_needed
+            left = max(0, wanted - before)
+            if stored > left or (not left and not_needed < len(self.plan.shard_rows(shard))):
+                found.append(shard)
+            elif not_needed and stored < left:
+                return [*found, shard]  # how many it will have, nobody knows
+            before += min(stored, left)
+        return found
 
     def warnings(self) -> dict[str, int]:
         """Rows by what is to be known of them, the most frequent first."""
@@ -149,10 +173,11 @@ class Index:
         warnings: Mapping[str, int],
         side_files: Sequence[str],
         filtered: Mapping[str, int] = NOTHING_FILTERED,
+        not_needed: int = 0,
     ) -> Summary:
-        """Entries say ``filtered`` only where it says something."""
+        """Entries say ``filtered`` and ``not_needed`` only where they say something."""
         counts = [self._equal.setdefault((*part.items(),), part) for part in (failed, warnings, filtered)]
-        return Summary(counts[0], counts[1], side_files, counts[2])
+        return Summary(counts[0], counts[1], side_files, counts[2], not_needed)
 
     def save(self, entries: Iterable[tuple[int, str, Summary]]) -> None:
         """Add what is known of shards, each with its file's tag."""
@@ -183,7 +208,7 @@ def _entry(about: Summary) -> Sequence[Any]:
     """What an entry holds of a summary: no more than there is to say."""
     if about is CLEAN:
         return ()
-    return about if about.filtered else about[:-1]
+    return about if about.not_needed else about[: 4 if about.filtered else 3]
 
 
 def _name(content: bytes) -> str:

@@ -27,6 +27,9 @@ ERRORS_KEY = "latentmill.errors"
 """Metadata key of a shard's error rows, JSON."""
 FILTERED_KEY = "latentmill.filtered"
 """Metadata key of a shard's rows that were filtered, JSON; not there if none was."""
+NOT_NEEDED_KEY = "latentmill.not_needed"
+"""Metadata key of how many of a shard's last rows are not needed, and not in it, of a job that ends with so many accepted rows; not
+there if all are."""
 WARNINGS_KEY = "latentmill.warnings"
 """Metadata key of how many of a shard's rows have which warning, JSON; not there if none has any."""
 PLAN_KEY = "latentmill.plan"
@@ -73,6 +76,11 @@ def error_rows(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
 def filtered_rows(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
     """The rows in a shard's metadata that were filtered."""
     return _rows(metadata, FILTERED_KEY)
+
+
+def rows_not_needed(metadata: Mapping[str, str]) -> int:
+    """How many rows at a shard's end are not needed, and not in it."""
+    return int(metadata.get(NOT_NEEDED_KEY, "0"))
 
 
 def _rows(metadata: Mapping[str, str], key: str) -> list[dict[str, Any]]:

@@ -10,8 +10,18 @@ from dataclasses import dataclass, field
 from latentmill import dataset
 from latentmill.dataset import Dataset
 from latentmill.plan import Plan
-from latentmill.shard_index import INDEX_FOLDER, Summary, summary
-from latentmill.shards import COPIES, FOLDER, PLAN_KEY, copy_lines, copy_name, data_name, error_rows, filtered_rows
+from latentmill.shard_index import INDEX_FOLDER, Inventory, Summary, summary
+from latentmill.shards import (
+    COPIES,
+    FOLDER,
+    PLAN_KEY,
+    copy_lines,
+    copy_name,
+    data_name,
+    error_rows,
+    filtered_rows,
+    rows_not_needed,
+)
 from latentmill.storage import Storage
 from latentmill.text import one_line
 
@@ -27,6 +37,8 @@ class Findings:
     """Rows in their error tables."""
     filtered: int = 0
     """Rows in them that were filtered."""
+    not_needed: int = 0
+    """Rows that they lack, since enough were accepted before."""
     missing: list[int] = field(default_factory=list)
     """Shards that are not done yet."""
     damaged: dict[int, str] = field(default_factory=dict)
@@ -66,13 +78,18 @@ def verify(store: Storage) -> Findings:
             continue
         about, not_copied = wrong
         failed, filtered = len(error_rows(about)), len(filtered_rows(about))
-        found.ok += len(there.plan.shard_rows(shard)) - failed - filtered
+        not_needed = rows_not_needed(about)
+        found.ok += len(there.plan.shard_rows(shard)) - failed - filtered - not_needed
+        found.not_needed += not_needed
         found.failed += failed
         found.filtered += filtered
         if not_copied:
             found.copies[shard] = not_copied
             found.strange += [f"{name} is not what {data_name(shard, there.sink)} says" for name in not_copied]
         said[shard] = summary(about)
+    if not found.missing and not found.damaged:
+        what = f"its rows don't end where accept.rows={there.plan.accept_rows} are accepted"
+        found.damaged |= dict.fromkeys(Inventory(there.plan, said, []).out_of_step(), what)
     found.stray = there.unnamed(beside, said)
     still = dict(tags.items() & there.tags().items())  # that were these files all the time
     found.misremembered = sorted({shard for shard, entry in there.remembered(still) if entry != said.get(shard, entry)})
@@ -121,7 +138,8 @@ def _check(there: Dataset, shard: int, copies: Set[str]) -> str | tuple[Mapping[
         summary(about)
     except (ValueError, KeyError, TypeError):
         return "has errors in it that can't be read"
-    planned = [plan.row_id(row) for row in plan.shard_rows(shard)]
+    rows = plan.shard_rows(shard)
+    planned = [plan.row_id(row) for row in rows[: len(rows) - rows_not_needed(about)]]
     if sorted([*ids, *left_out]) != sorted(planned):
         missing, foreign = set(planned) - {*ids, *left_out}, {*ids, *left_out} - set(planned)
         twice = len(ids) + len(left_out) - len({*ids, *left_out})

@@ -13,6 +13,8 @@ import ray
 from tests import ray_forks
 
 SIEVE = '''
+import os
+
 import pyarrow as pa
 from latentmill.plugin import Filtered, Stage
 
@@ -34,16 +36,18 @@ class Fourth(Stage):
 
 
 class Word(Stage):
-    """Filters by the prompt, which is the same whatever is drawn."""
+    """Filters by the prompt, which is the same whatever is drawn, and fails where there is trouble."""
 
     contract = 2
 
     def __call__(self, batch, reject):
-        good = ["cross" not in prompt for prompt in batch.column("prompt").to_pylist()]
-        for i, fine in enumerate(good):
-            if not fine:
+        prompts, trouble = batch.column("prompt").to_pylist(), os.environ.get("TROUBLE", "nothing")
+        for i, prompt in enumerate(prompts):
+            if "cross" in prompt:
                 reject(i, Filtered("a cross"))
-        return batch.filter(pa.array(good))
+            elif trouble in prompt:
+                reject(i, "trouble")
+        return batch.filter(pa.array(["cross" not in prompt and trouble not in prompt for prompt in prompts]))
 '''
 POINTS = "[latentmill.stages]\nfourth = fourth:Fourth\nword = fourth:Word\n"
 PROMPTS = ("a red circle", "a blue star", "a green ring", "a black square", "a yellow cross")
@@ -260,11 +264,18 @@ def test_it_is_part_of_what_the_dataset_is_where_it_is_said(job, latentmill, tmp
             "{attempts: many}",
             "accept.attempts must be 1 or more, the samples of a row that are drawn at most, not 'many'",
         ),
-        ("{}", "accept.attempts must be 1 or more, the samples of a row that are drawn at most, not None"),
+        (
+            "{}",
+            "accept must say attempts, the samples of a row that are drawn at most, or rows, how many rows are wanted, or both",
+        ),
+        (
+            "{rows: 21}",
+            "accept.rows is 21, and 20 rows are planned: a larger samples_per_row draws more of each prompt",
+        ),
         ("{atempts: 3}", "there is no key accept.atempts (did you mean 'attempts'?)"),
         (
-            "{rows: 10, attempts: 3}",
-            "accept.rows is not there yet: accept.attempts alone is, and every row that passes is kept",
+            "{rows: 0, attempts: 3}",
+            "accept.rows must be 1 or more, the accepted rows that the dataset ends with, not 0",
         ),
     ],
 )

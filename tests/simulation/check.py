@@ -8,6 +8,7 @@ from collections import Counter
 
 from tests.simulation.settings import LARGEST_ROW, Wrong
 
+from latentmill.driver import needed
 from latentmill.driver.limits import max_open_shards, queue_limit
 from latentmill.driver.messages import Dispatch, StartWorker
 from latentmill.driver.state import DriverState
@@ -39,7 +40,14 @@ def check(state: DriverState, largest: list[int], resumes: bool = False) -> None
         places.update(row for slice_ in shard.packed for row in slice_.rows)
         places.update(row["row"] for row in (*shard.errors, *shard.filtered))
         places.update(shard.again)
-    planned = {row for shard in state.shards for row in state.shard_rows(shard)}
+    passed_over = {
+        n
+        for n, shard in state.shards.items()
+        if not shard.missing and not shard.packed and not places.keys() & {*state.shard_rows(n)}
+    }
+    if any(needed.is_needed(state, shard) for shard in passed_over):
+        raise Wrong(f"shards {passed_over} are to be committed without rows")
+    planned = {row for shard in state.shards.keys() - passed_over for row in state.shard_rows(shard)}
     if wrong := {row for row in planned if places[row] != 1} | (places.keys() - planned):
         raise Wrong(f"rows {sorted(wrong)} are in {[places[row] for row in sorted(wrong)]} places")
     for stage, spec in enumerate(state.stages[1:], start=1):

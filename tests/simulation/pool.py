@@ -303,10 +303,14 @@ class Pool:
     def _commit(self, order: Dispatch) -> None:
         """What ``Write.commit`` does, with a worker that may end before or after, and a disk that may lie."""
         world, name = self.world, f"data/{order.shard:05d}"
-        rows, errors = sorted(self._gather(order)), sorted(error["row"] for error in order.errors)
-        filtered = sorted((row["row"], row.get("attempts", 1), NAMES.index(row["stage"])) for row in order.filtered)
+        needed = order.rows[: len(order.rows) - order.not_needed]
+        rows = sorted(row for row in self._gather(order) if row[0] in needed)
+        errors = sorted(error["row"] for error in order.errors if error["row"] in needed)
+        told = [row for row in order.filtered if row["row"] in needed]
+        filtered = sorted((row["row"], row.get("attempts", 1), NAMES.index(row["stage"])) for row in told)
         self._check_blame(order)
-        content = json.dumps({"rows": rows, "errors": errors, "filtered": filtered}).encode()
+        about = {"rows": rows, "errors": errors, "filtered": filtered, "not needed": order.not_needed}
+        content = json.dumps(about).encode()
 
         def store(temporary: str) -> None:
             world.store.temporary[temporary] = content[:-9] if world.trouble("torn") else content

@@ -80,6 +80,8 @@ class Settings:
     """The same at which it loses one."""
     scales: bool = False
     """Nodes come to who asks for them, one at a time."""
+    accept_rows: int | None = None
+    """Accepted rows that the dataset ends with, if not with the last that is planned."""
     calm: bool = False
     """Nothing happens but that nodes come and go: no driver may give up."""
 
@@ -188,6 +190,9 @@ class Settings:
         drawn.raising = {row: dice.randrange(drawn.attempts) for row in drawn.raising}
         drawn.rates["stop"] = random.Random(f"{rows} of {size} stop").choice((0.0, 0.0, 0.02, 0.1))
         drawn.early = {row for row in drawn.numbers if row not in drawn.bad and dice.random() < share / 5}
+        ends = random.Random(f"{rows} of {size} end")
+        if ends.random() < 0.3:
+            drawn.accept_rows = ends.randint(1, len(drawn.numbers))
         drawn._draw_nodes(random.Random(f"{rows} of {size} on nodes that come and go"))
         return drawn
 

@@ -60,11 +60,12 @@ class Store(Storage):
             shard = int(name.removeprefix("data/"))
             settings = self.world.settings
             numbers = range(shard * settings.rows_per_shard, (shard + 1) * settings.rows_per_shard)
-            planned = sorted({*numbers} & {*settings.numbers})
             try:
                 found = json.loads(content)
             except ValueError:
                 raise Wrong(f"{name} is not whole") from None
+            planned = sorted({*numbers} & {*settings.numbers})
+            planned = planned[: len(planned) - found["not needed"]]
             if (
                 sorted([*(row for row, _ in found["rows"]), *found["errors"], *(row for row, *_ in found["filtered"])])
                 != planned

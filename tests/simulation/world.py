@@ -6,8 +6,10 @@ import heapq
 import json
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
 
 from tests.simulation.check import check
 from tests.simulation.pool import Pool
@@ -17,8 +19,9 @@ from tests.simulation.store import Store
 from latentmill.driver.apply import apply
 from latentmill.driver.leases import BEAT_EVERY, Leases
 from latentmill.driver.loop import turn
-from latentmill.driver.messages import Stop
+from latentmill.driver.messages import Stop, TakenOut
 from latentmill.driver.state import DriverState, finished
+from latentmill.shard_index import Inventory, Summary
 from latentmill.shards import done_shards
 
 
@@ -33,6 +36,8 @@ class World:
         self.order = 0
         self.blamed: set[int] = set()
         """Rows that failed in a stage at which nothing could be done."""
+        self.taken_out = 0
+        """Shards that ended elsewhere than the dataset."""
         self.store = Store(self)
         self.drivers = [Driver(self, number) for number in range(self.settings.drivers)]
 
@@ -71,6 +76,8 @@ class World:
             places.update(row for row, _ in content["rows"])
             places.update(content["errors"])
             places.update(row for row, *_ in content["filtered"])
+            if content["not needed"]:
+                places.update(self.shard_rows(int(name))[-content["not needed"] :])
             failed.update(content["errors"])
             stored.update(row for row, _ in content["rows"])
         planned = set(settings.numbers)
@@ -79,13 +86,51 @@ class World:
         if wrong := {row for row in planned if places[row] != 1} | (places.keys() - planned):
             raise Wrong(f"rows {sorted(wrong)} are not in the dataset once: {[places[row] for row in sorted(wrong)]}")
         bad = settings.bad
-        if bad & planned - failed:
+        if settings.accept_rows is None and bad & planned - failed:
             raise Wrong(f"rows {sorted(bad & planned - failed)} can't be done, and are in the dataset")
+        if bad & stored:
+            raise Wrong(f"rows {sorted(bad & stored)} can't be done, and are stored")
+        if settings.accept_rows is not None and not self.hopeless():
+            self.check_ends(stored, failed)
         if unwanted := stored & settings.filtered.keys():
             raise Wrong(f"rows {sorted(unwanted)} are filtered, and are in the dataset")
         chance = any(settings.rates[name] for name in ("raise", "die", "hang"))
         if failed - bad - self.blamed and not chance:
             raise Wrong(f"rows {sorted(failed - bad)} are in the errors, and nothing is wrong with them")
+
+    def check_ends(self, stored: set[int], failed: set[int]) -> None:
+        """The rows that are stored are the first that can be."""
+        settings = self.settings
+        good = [row for row in settings.numbers if row not in settings.bad | settings.filtered.keys() | failed]
+        if sorted(stored) != good[: settings.accept_rows]:
+            raise Wrong(f"rows {sorted(stored)} are stored, and {good[: settings.accept_rows]} are the first")
+
+    def settle(self) -> frozenset[int]:
+        """What ``Dataset.settle`` does: take out what ends elsewhere than the dataset. Returns shards that are not there."""
+        every = range(-(-self.settings.rows // self.settings.rows_per_shard))
+        plan: Any = SimpleNamespace(accept_rows=self.settings.accept_rows, shard_rows=self.shard_rows)
+        if not (missing := {*every} - done_shards(self.store, "")):
+            shards = {shard: json.loads(self.store.files[f"data/{shard:05d}"]) for shard in every}
+            told = {
+                shard: Summary({"": len(of["errors"])}, {}, (), {"": len(of["filtered"])}, of["not needed"])
+                for shard, of in shards.items()
+            }
+            missing = {*Inventory(plan, told, []).out_of_step()}
+            self.taken_out += len(missing)
+            for shard in missing:
+                self.say(f"shard {shard} ends elsewhere than the dataset, and is taken out")
+                del self.store.files[f"data/{shard:05d}"]
+        return frozenset(missing)
+
+    def shard_rows(self, shard: int) -> range:
+        """The numbers of a shard's rows."""
+        size = self.settings.rows_per_shard
+        return range(shard * size, min(shard * size + self.settings.short.get(shard, size), self.settings.rows))
+
+    def stored(self, shards: Set[int]) -> dict[int, int]:
+        """How many rows shards store; one that is not there, none."""
+        found = {shard: self.store.files.get(f"data/{shard:05d}", b'{"rows": []}') for shard in shards}
+        return {shard: len(json.loads(content)["rows"]) for shard, content in found.items()}
 
     def hopeless(self) -> bool:
         """Whether there is no row to show that it is not a stage's fault: none is there, and none of those that are left will be."""
@@ -153,6 +198,8 @@ class Driver:
             max_bytes_in_flight=settings.max_bytes,
             attempts=settings.attempts,
             drawn_in=DRAWS,
+            accept_rows=settings.accept_rows,
+            accepted=world.stored(done),
         )
         self._while_alive(0, self.turn)
         self._while_alive(0, self.beat)
@@ -185,7 +232,7 @@ class Driver:
             return
         try:
             self.told_to_stop(state)
-            turn(state, self.pool, self.leases, world.has_worked)
+            turn(state, self.pool, self.leases, world.has_worked, stored=world.stored)
         except OSError as error:
             self.end(str(error))
             return
@@ -212,6 +259,9 @@ class Driver:
             with suppress(OSError):
                 self.leases.give_back_all()
             self.end(f"it was told to, and has kept {state.stopping.kept} rows")
+        elif finished(state) and (again := world.settle()):
+            apply(state, TakenOut(again))
+            self._while_alive(0, self.turn)
         elif finished(state):
             self.finished = True
             self.lives += 1

@@ -43,7 +43,7 @@ def _progress(job: Mapping[str, Any]) -> str:
     now = job["dataset"]
     if now is None:
         return str(job["unread"])
-    made: int = now["ok"] + now["failed"] + now.get("filtered", 0)
+    made: int = now["ok"] + now["failed"] + now.get("filtered", 0) + now.get("not_needed", 0)
     failed = f", {now['failed']:,} failed" if now["failed"] else ""
     return f"{made:,} of {now['planned']:,}{failed}" + (", complete" if now["success"] else "")
 

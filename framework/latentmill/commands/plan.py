@@ -63,8 +63,10 @@ def _plan(options: Any) -> int:
     print(
         f"planned  {plan.rows:,} rows in {plan.shards:,} shards of {plan.rows_per_shard:,}, of which {done:,} are done"
     )
+    if plan.accept_rows:
+        print(f"accept   the first {plural(plan.accept_rows, 'row')} that are not filtered; no more are made")
     if job.attempts:
-        print(f"accept   of each row up to {plural(job.attempts, 'sample')}, until one is not filtered")
+        print(f"{'accept':<{9}}of each row up to {plural(job.attempts, 'sample')}, until one is not filtered")
     if plan.shards > MANY_SHARDS:
         print(
             f"         that is many files: rows_per_shard={-(-plan.rows // MANY_SHARDS // 100) * 100} would make fewer"

@@ -25,13 +25,14 @@ def _status(options: Any) -> int:
     if options.json:
         print(json.dumps(now))
         return 0
-    filtered = now.get("filtered", 0)
-    made = now["ok"] + now["failed"] + filtered
+    filtered, not_needed = now.get("filtered", 0), now.get("not_needed", 0)
+    made = now["ok"] + now["failed"] + filtered + not_needed
     state = "complete" if now["success"] else "not complete; the same command goes on with it"
     if now["lost"]:
         state = f"was complete, and has lost {now['lost']:,} shards; the same command does them again"
     print(f"{now['output']}: job {now['name']}, {state}")
     counts = f"{now['ok']:,} ok, {now['failed']:,} failed" + f", {filtered:,} filtered" * bool(filtered)
+    counts += f", {not_needed:,} not needed" * bool(not_needed)
     print(f"{made:,} of {now['planned']:,} rows: {counts}")
     half = f", and {len(kept):,} half done: the next run goes on with them" if kept else ""
     print(f"{now['shards_done']:,} of {now['shards']:,} shards{half}")

@@ -26,7 +26,8 @@ def _verify(options: Any) -> int:
     plan = found.plan
     print(f"{options.output}: job {plan.name}, {plan.rows:,} rows planned in {plan.shards:,} shards")
     filtered = f", {found.filtered:,} filtered with one" * bool(found.filtered)
-    print(f"{found.ok:,} rows ok, {found.failed:,} failed with a reason{filtered}, each once")
+    not_needed = f", {found.not_needed:,} not needed" * bool(found.not_needed)
+    print(f"{found.ok:,} rows ok, {found.failed:,} failed with a reason{filtered}{not_needed}, each once")
     if found.missing:
         print(f"{len(found.missing):,} shards are not done yet")
     for shard, wrong in found.damaged.items():

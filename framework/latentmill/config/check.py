@@ -39,6 +39,11 @@ from latentmill.plugin import Stage
 from latentmill.schedulers import grids
 from latentmill.text import near
 
+ACCEPT_KEYS = {
+    "attempts": "the samples of a row that are drawn at most",
+    "rows": "the accepted rows that the dataset ends with",
+}
+
 
 def checked(name: str, config: DictConfig, text: str) -> Job:
     """The job that a composed config is. Raises JobError or PluginError, or what OmegaConf says of an interpolation."""
@@ -258,14 +263,15 @@ def _wrong_size(job: Job) -> Iterator[str]:
 def _wrong_accept(job: Job) -> Iterator[str]:
     if job.accept is None:
         return
-    if "rows" in job.accept:
-        yield "accept.rows is not there yet: accept.attempts alone is, and every row that passes is kept"
     for key in job.accept:
-        if key != "attempts":
-            yield f"there is no key accept.{key}{near(key, ['attempts'])}"
-    attempts = job.accept.get("attempts")
-    if type(attempts) is not int or attempts < 1:
-        yield f"accept.attempts must be 1 or more, the samples of a row that are drawn at most, not {attempts!r}"
+        if key not in ACCEPT_KEYS:
+            yield f"there is no key accept.{key}{near(key, ACCEPT_KEYS)}"
+    if not any(job.accept.get(key) is not None for key in ACCEPT_KEYS):
+        yield "accept must say attempts, the samples of a row that are drawn at most, or rows, how many rows are wanted, or both"
+    for key, what in ACCEPT_KEYS.items():
+        number = job.accept.get(key)
+        if number is not None and (type(number) is not int or number < 1):
+            yield f"accept.{key} must be 1 or more, {what}, not {number!r}"
 
 
 def _wrong_place(folder: str) -> Iterator[str]:

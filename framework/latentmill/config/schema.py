@@ -197,7 +197,8 @@ class Job:
     size: dict[str, Any] | None
     """How each picture is brought to a size of its own (``latentmill.buckets``); None: to ``sampling``'s."""
     accept: dict[str, Any] | None
-    """``attempts``: how many samples of a row are drawn at most, until one is not filtered; None: one."""
+    """``attempts``: how many samples of a row are drawn at most, until one is not filtered; unless said, one. ``rows``: how many accepted
+    rows the dataset ends with; unless said, all."""
     source: dict[str, Any]
     sink: dict[str, Any]
     model: dict[str, Any]
@@ -225,8 +226,8 @@ class Job:
 
     @property
     def attempts(self) -> int | None:
-        """What ``accept`` says; None of a job without."""
-        return None if self.accept is None else int(self.accept["attempts"])
+        """What ``accept`` says of them; None if nothing."""
+        return (self.accept or {}).get("attempts")
 
     def place(self, kind: str, stage: str) -> str:
         """Where in a plan the plugin of a kind stands that a stage works with: ``denoiser``, or ``refine.denoiser``, its own."""
@@ -260,7 +261,7 @@ class Job:
             **({"model": config["model"]} if config["model"] else {}),
             **({"latents_std": True} if self.latents_std else {}),
             **({} if self.size is None else {"size": Size.of(self.size).about()}),
-            **({} if self.accept is None else {"accept": {"attempts": self.attempts}}),
+            **({} if self.accept is None else {"accept": {key: n for key, n in self.accept.items() if n is not None}}),
             **{kind: config[kind] for kind in registry.KINDS if kind in config},
         }
         stages: dict[str, Any] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import inf
 
-from latentmill.driver import drain, ended, failures
+from latentmill.driver import drain, ended, failures, needed
 from latentmill.driver.messages import (
     Claimed,
     DatasetChecked,
@@ -18,6 +18,7 @@ from latentmill.driver.messages import (
     HandedOver,
     LeasesSeen,
     NodesSeen,
+    RowsCounted,
     Started,
     Stop,
     TableSlice,
@@ -54,16 +55,20 @@ def apply(state: DriverState, event: Event) -> DriverState:
             state.claimed.append(event.shard)
             if event.half_done:
                 state.half_done[event.shard] = event.half_done
+        elif event.outcome == "done":
+            needed.shards_done(state, {event.shard})
         else:
-            (state.done if event.outcome == "done" else state.leased_by_others).add(event.shard)
+            state.leased_by_others.add(event.shard)
     elif isinstance(event, DatasetChecked):
         state.worked_before[event.stage] = event.worked
+    elif isinstance(event, RowsCounted):
+        state.accepted.update(event.rows)
     elif isinstance(event, LeasesSeen):
-        state.done |= event.done & state.leased_by_others
+        needed.shards_done(state, event.done & state.leased_by_others)
         state.free_shards.extend(sorted(event.free & state.leased_by_others))
         state.leased_by_others -= event.done | event.free
     elif isinstance(event, TakenOut):
-        state.done -= event.shards
+        needed.shards_taken_out(state, event.shards)
         state.free_shards.extend(shard for shard in sorted(event.shards) if shard < state.cursor)
     elif isinstance(event, Stop):
         drain.told_to_stop(state, event)
@@ -162,9 +167,13 @@ def _shard_committed(state: DriverState, dispatch: Dispatch) -> None:
     for row in dispatch.rows:
         state.attempt_of.pop(row, None)
     state.committed_shards += 1
-    state.committed_failed += len(shard.errors)
-    state.committed_filtered += len(shard.filtered)
-    state.committed_ok += len(dispatch.rows) - len(shard.errors) - len(shard.filtered)
+    end = dispatch.rows[-1] + 1 - dispatch.not_needed
+    failed, filtered = (sum(about["row"] < end for about in of) for of in (shard.errors, shard.filtered))
+    state.committed_failed += failed
+    state.committed_filtered += filtered
+    state.committed_not_needed += dispatch.not_needed
+    state.accepted[dispatch.shard] = len(dispatch.rows) - dispatch.not_needed - failed - filtered
+    state.committed_ok += state.accepted[dispatch.shard]
 
 
 def _put(state: DriverState, stage: int, shape_key: str, slice_: TableSlice, again: bool = False) -> None:

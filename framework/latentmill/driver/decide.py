@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from latentmill.driver import drain, failures
+from latentmill.driver import drain, failures, needed
 from latentmill.driver.limits import has_room, max_open_shards, queue_limit
-from latentmill.driver.messages import Claim, Dispatch, Order, StartWorker, Stop
+from latentmill.driver.messages import Claim, CountRows, Dispatch, Order, StartWorker, Stop
 from latentmill.driver.replicas import adjust
 from latentmill.driver.state import DriverState, OpenShard
 
@@ -21,12 +21,16 @@ def decide(state: DriverState) -> list[Order]:
         return orders
     adjust(state)
     orders += _worker_orders(state)
+    if state.uncounted:
+        orders.append(CountRows(frozenset(state.uncounted)))
+        state.uncounted.clear()
     orders.extend(_commits(state))
     # The far end first: what is nearly done makes room for what is before it.
     for stage in range(state.last_stage, 0, -1):
         orders.extend(_batches(state, stage, partial=False))
     if not state.stopping.how:
         orders.extend(_reads(state))
+        orders.extend(_commits(state))  # of shards of which nothing is read
         orders.extend(_claims(state))
     if not state.fixed:
         orders.extend(_partial_batches(state))
@@ -52,8 +56,10 @@ def _worker_orders(state: DriverState) -> list[Order]:
 
 
 def _commits(state: DriverState) -> Iterator[Dispatch]:
-    while state.complete:
-        number = next(iter(state.complete))
+    for number in [*state.complete]:
+        not_needed = needed.rows_not_needed(state, number)
+        if not_needed is None:
+            continue
         shard = state.shards[number]
         worker = _worker(state, state.last_stage, alone=shard.failures > 0)
         if worker is None:
@@ -63,7 +69,7 @@ def _commits(state: DriverState) -> Iterator[Dispatch]:
         order = Dispatch(
             -1, "commit", state.last_stage, worker, rows, shard.packed, number, shard.errors, shard.failures
         )
-        order.filtered = shard.filtered
+        order.filtered, order.not_needed = shard.filtered, not_needed
         yield state.given(order)
 
 
@@ -125,7 +131,7 @@ def _reads(state: DriverState, room: bool = True) -> Iterator[Dispatch]:
             continue
         if not state.to_read and not _open_shard(state):
             return
-        if state.to_take_up:
+        if not state.to_read:
             continue
         rows = state.to_read.popleft()
         if len(rows) > size:
@@ -155,6 +161,10 @@ def _open_shard(state: DriverState) -> bool:
         shard = state.free_shards.popleft()
     else:
         return False
+    if not needed.is_needed(state, shard):
+        state.half_done.pop(shard, "")
+        state.shards[shard], state.complete[shard] = OpenShard(missing=set()), None
+        return True
     rows = state.shard_rows(shard)
     state.shards[shard] = OpenShard(missing=set(rows))
     if file := state.half_done.pop(shard, ""):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from typing import Protocol
 
 from latentmill import progress
 from latentmill.driver.apply import apply
 from latentmill.driver.decide import decide
 from latentmill.driver.leases import Leases
-from latentmill.driver.messages import CheckDataset, Claim, DatasetChecked, Event, PoolOrder
+from latentmill.driver.messages import CheckDataset, Claim, CountRows, DatasetChecked, Event, PoolOrder, RowsCounted
 from latentmill.driver.signals import Signals
 from latentmill.driver.state import DriverState, finished
 from latentmill.errors import BusyError, OutputError, RunError
@@ -36,6 +36,7 @@ def drive(
     leases: Leases | None = None,
     worked: Callable[[int], bool] = lambda stage: False,
     signals: Signals | None = None,
+    stored: Callable[[Set[int]], Mapping[int, int]] = lambda shards: {},
 ) -> None:
     """The loop. Raises RunError if the state says that the job can't go on, and BusyError if places are lacking for too long. It may end
     sooner: ``state.stopping`` says ``stopped``.
@@ -46,7 +47,7 @@ def drive(
             if stop := signals.stop():
                 apply(state, stop)
             try:
-                turn(state, pool, leases, worked)
+                turn(state, pool, leases, worked, stored)
             except BusyError as error:  # what is half done is kept, by workers that are there
                 lacks = error if signals.stop_for("no places") else lacks
             show()
@@ -63,8 +64,12 @@ def turn(
     pool: Pool,
     leases: Leases | None = None,
     worked: Callable[[int], bool] = lambda stage: False,
+    stored: Callable[[Set[int]], Mapping[int, int]] = lambda shards: {},
 ) -> None:
-    """Decide, dispatch, collect, once. ``worked`` says of a stage whether the dataset shows that it has worked before."""
+    """Decide, dispatch, collect, once.
+
+    ``worked`` says of a stage whether the dataset shows that it has worked before, and ``stored`` of shards how many rows each stores.
+    """
     while True:
         answered = False
         for order in decide(state):
@@ -74,6 +79,9 @@ def turn(
                 answered = True
             elif isinstance(order, CheckDataset):
                 apply(state, DatasetChecked(order.stage, worked(order.stage)))
+                answered = True
+            elif isinstance(order, CountRows):
+                apply(state, RowsCounted(stored(order.shards)))
                 answered = True
             else:
                 pool.submit(order)
@@ -113,7 +121,11 @@ def view(state: DriverState, plan: Plan, seconds: float) -> progress.View:
     return progress.View(
         stages=stages,
         planned=plan.rows,
-        finished=others + state.committed_ok + state.committed_failed + state.committed_filtered,
+        finished=others
+        + state.committed_ok
+        + state.committed_failed
+        + state.committed_filtered
+        + state.committed_not_needed,
         failed=state.committed_failed,
         filtered=state.committed_filtered,
         seconds=seconds,

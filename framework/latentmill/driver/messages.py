@@ -80,6 +80,8 @@ class Dispatch:
     """The key of the queue that the rows come from; None for what is tried again. Rows of one key can be stacked."""
     filtered: list[dict[str, Any]] = field(default_factory=list)
     """Of a commit: those of the shard's rows that were filtered; ``errors`` are those that failed."""
+    not_needed: int = 0
+    """Of a commit: so many rows at the shard's end are not needed, whatever became of them."""
     attempts: Sequence[int] = ()
     """Of a read: the attempt that each row is at, from 0; nothing if all are at their first."""
     stages: Sequence[int] = ()
@@ -142,6 +144,13 @@ class CheckDataset:
 
 
 @dataclass(frozen=True)
+class CountRows:
+    """An order to whoever sees the dataset: say how many rows these shards of others store."""
+
+    shards: frozenset[int]
+
+
+@dataclass(frozen=True)
 class HandOver:
     """An order to a worker, as the driver stops or its node is drained: give back all that is not at its end, as far as it is."""
 
@@ -150,7 +159,7 @@ class HandOver:
 
 WorkerOrder: TypeAlias = "StartWorker | StopWorker | AskFor | HandOver"
 PoolOrder: TypeAlias = "WorkerOrder | Dispatch"
-Order: TypeAlias = "PoolOrder | Claim | CheckDataset"
+Order: TypeAlias = "PoolOrder | Claim | CheckDataset | CountRows"
 
 # ------------------------------------------------------------------------------------------------------- events
 
@@ -273,6 +282,13 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class RowsCounted:
+    """How many rows shards store; of one that is there no more, none."""
+
+    rows: Mapping[int, int]
+
+
+@dataclass(frozen=True)
 class HandedOver:
     """A dispatch came back before its end."""
 
@@ -297,4 +313,4 @@ class TakenUp:
     """The attempt that rows are at, of those that are not at their first."""
 
 
-Event: TypeAlias = "Started | Finished | Failed | Died | Draining | NodesSeen | Claimed | LeasesSeen | DatasetChecked | TakenOut | Stop | HandedOver | TakenUp"
+Event: TypeAlias = "Started | Finished | Failed | Died | Draining | NodesSeen | Claimed | LeasesSeen | DatasetChecked | RowsCounted | TakenOut | Stop | HandedOver | TakenUp"

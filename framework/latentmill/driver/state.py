@@ -68,6 +68,8 @@ class DriverState:
     """A larger share of failed rows ends it, once the share says something."""
     attempts: int | None = None
     """Of a job with ``accept``: samples of a row that are drawn at most, until one is not filtered."""
+    accept_rows: int | None = None
+    """Of a job with ``accept.rows``: how many accepted rows the dataset ends with."""
     drawn_in: int = 0
     """The stage that draws them: what is filtered before it would be the same again, and is filtered for good."""
     max_bytes_in_flight: float = inf
@@ -99,6 +101,16 @@ class DriverState:
     stopping: Stopping = field(default_factory=Stopping)
     complete: dict[int, None] = field(default_factory=dict)
     """Of those the ones of which nothing is missing and which wait for their commit, in that order."""
+
+    # How many rows were accepted, of a job that ends with so many
+    accepted: dict[int, int] = field(default_factory=dict)
+    """Of shards in the dataset the rows that they store."""
+    uncounted: set[int] = field(default_factory=set)
+    """Shards in the dataset of which nobody has been asked yet."""
+    first_uncounted: int = 0
+    """All shards before it are in ``accepted``."""
+    accepted_before_that: int = 0
+    """The sum of these."""
 
     # Rows and batches
     to_read: deque[Sequence[int]] = field(default_factory=deque)
@@ -196,6 +208,7 @@ class DriverState:
     committed_ok: int = 0
     committed_failed: int = 0
     committed_filtered: int = 0
+    committed_not_needed: int = 0
     committed_shards: int = 0
     arrived: int = 0
     """Rows that have left the last stage, committed or not."""

@@ -22,7 +22,7 @@ from latentmill.exports import table
 from latentmill.exports.formats import ExportFormat, ExportRow, ShardWriter
 from latentmill.exports.ledger import Ledger, ShardMark
 from latentmill.exports.rows import NAMED_BY, ExportSource
-from latentmill.shards import COPIES
+from latentmill.shards import COPIES, NOT_NEEDED_KEY
 from latentmill.text import escaped
 
 SHARDS_AT_ONCE = min(16, 2 * (os.cpu_count() or 1))
@@ -206,7 +206,7 @@ class _Export:
     def _state(self, shard: int) -> str:
         """Names which of a shard's rows are not stored, and of a job with ``accept`` which sample is: all else the plan says."""
         about = self.source.there.about(shard)
-        said = "".join(about.get(key, "") for key in COPIES.values())
+        said = "".join(about.get(key, "") for key in (*COPIES.values(), NOT_NEEDED_KEY))
         if "attempt" in self.source.columns:
             said += "".join(f"/{attempt}" for attempt in self.source.column(shard, "attempt"))
         return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()

@@ -355,12 +355,14 @@ class CommittingStage(Stage):
         packed: Sequence[pa.Table],
         errors: Sequence[Mapping[str, Any]],
         filtered: Sequence[Mapping[str, Any]] = (),
+        not_needed: int = 0,
     ) -> bool:
         """Publish a shard; False if another driver had, whose rows and errors then stand.
 
         ``packed``: the rows that are ok, in any order; ``errors``: ``row``, ``stage`` and ``reason`` of those that failed, and ``attempt``, if
         that was not their first; ``filtered``: ``row``, ``stage``, ``reason``, ``scores`` and, in a job with ``accept``, ``attempts``. It is
-        given ``filtered`` only if there are any.
+        given ``filtered`` only if there are any. ``not_needed``, in a job with ``accept.rows`` alone: of so many rows at the shard's end
+        nothing is published, whatever became of them, and only how many they are is said.
         """
 
     @abstractmethod

@@ -23,6 +23,7 @@ def make(dataset: Material) -> None:
         f"{counted(dataset.ok, 'row')}, made by latentmill"
         + (f"; {dataset.failed:,} more failed, with their reasons in `errors/`" if dataset.failed else "")
         + (f"; {dataset.filtered:,} more were filtered, with their reasons in `filtered/`" if dataset.filtered else "")
+        + (f"; {dataset.not_needed:,} more were planned, and not needed" if dataset.not_needed else "")
         + f". The plan that it follows, down to the weights' hashes, is `plan.json` (hash `{dataset.there.plan.first_hash}`)."
         + _grown(dataset),
     ]

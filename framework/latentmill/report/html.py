@@ -48,6 +48,8 @@ def _figures(dataset: Material, pace: Pace | None) -> Iterator[tuple[str, str]]:
     yield "failed", f"{dataset.failed:,}"
     if dataset.filtered:
         yield "filtered", f"{dataset.filtered:,}"
+    if dataset.not_needed:
+        yield "not needed", f"{dataset.not_needed:,}"
     yield "planned", f"{dataset.plan['rows']:,}"
     if _ran(pace):
         seconds, made = pace.last.seconds, pace.progress() - pace.last.others

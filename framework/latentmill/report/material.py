@@ -54,7 +54,7 @@ class Material:
             self.has_pictures = "image" in schema.names
         now = self.there.status(seen)
         self.ok, self.failed, self.warnings = now["ok"], now["failed"], now["warnings"]
-        self.filtered = now.get("filtered", 0)
+        self.filtered, self.not_needed = now.get("filtered", 0), now.get("not_needed", 0)
         self.failed_in, self.filtered_in = seen.failed_in(), seen.filtered_in()
         self.errors = self._first(200, error_rows, {shard: said.failed for shard, said in seen.readable.items()})
         self.left_out = self._first(200, filtered_rows, {shard: said.filtered for shard, said in seen.readable.items()})

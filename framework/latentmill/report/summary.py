@@ -18,6 +18,8 @@ def summary(
     ok: int,
     failed: int,
     filtered: int = 0,
+    not_needed: int = 0,
+    wanted: int | None = None,
     made: int,
     seconds: float,
     interrupted: bool = False,
@@ -26,16 +28,17 @@ def summary(
 ) -> str:
     """The end of a run, in a few lines for people.
 
-    ``planned``, ``ok``, ``failed`` and ``filtered`` are rows of the whole dataset; ``made`` of them, in ``seconds``, this run's own;
+    ``planned``, ``ok``, ``failed``, ``filtered`` and ``not_needed`` are rows of the whole dataset, of which so many ok ones were ``wanted``,
+    or any number; ``made`` of them, in ``seconds``, this run's own;
     ``stopping`` says of a run that was told to stop what it has kept; ``warnings`` are rows by what is to be known of them.
     """
-    done = ok + failed + filtered
+    done = ok + failed + filtered + not_needed
     if done == planned and not made:
         lines = [f"{name}: nothing to do, all {counted(planned, 'row')} were finished before"]
     else:
         lines = [f"{name}: {done:,} of {counted(planned, 'row')}"]
         if seconds and made:
-            earlier = "" if made == done else f", {made:,} of them now"
+            earlier = "" if made == done - not_needed else f", {made:,} of them now"
             lines[0] += f"{earlier}, in {duration_text(seconds)} ({rate_text(made / seconds)} rows/s)"
     if interrupted:
         lines[0] = lines[0].replace(f"{name}: ", f"{name}: stopped after ", 1)
@@ -49,6 +52,12 @@ def summary(
     if filtered and store.holds_any("filtered"):
         every = ": all that were planned, so that the dataset has no row" * (filtered == planned)
         lines.append(f"  filtered      {output}/filtered ({counted(filtered, 'row')}, each with its reason{every})")
+    if not_needed:
+        lines.append(f"  not needed    {counted(not_needed, 'row')}, since {ok:,} were accepted before")
+    elif wanted and done == planned and ok < wanted:
+        lines.append(
+            f"  accepted      {ok:,} of the {counted(wanted, 'row')} that accept.rows asks for: no more are planned"
+        )
     lines += [f"  warning       {counted(rows, 'row')}: {text}" for text, rows in (warnings or {}).items()]
     for label, name in (("pictures", "contact_sheet.png"), ("report", "report.html")):
         if store.exists(name):

@@ -12,7 +12,7 @@ import json
 import math
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ from latentmill.shards import (
     COPIES,
     ERRORS_KEY,
     FILTERED_KEY,
+    NOT_NEEDED_KEY,
     PLAN_KEY,
     WARNINGS_KEY,
     ShardFile,
@@ -87,15 +88,21 @@ class Write(CommittingStage):
         packed: Sequence[pa.Table],
         errors: Sequence[Mapping[str, Any]],
         filtered: Sequence[Mapping[str, Any]] = (),
+        not_needed: int = 0,
     ) -> bool:
         """See ``CommittingStage.commit``.
 
         Raises RuntimeError unless these are the shard's planned rows, each once, or if they don't read back so.
         """
-        failed, unwanted = self._told(errors), self._told(filtered)
+        planned = self.plan.shard_rows(shard)
+        planned = planned[: len(planned) - not_needed]
+        packed = [part for table in packed for part in _before(table, planned.stop)] if not_needed else packed
+        failed, unwanted = (
+            self._told([row for row in rows if row["row"] < planned.stop]) for rows in (errors, filtered)
+        )
         _require_one_shape(packed)
         numbers = [number for table in packed for number in table.column("row").to_pylist()]
-        _require_planned(shard, self.plan.shard_rows(shard), [*numbers, *(row["row"] for row in (*failed, *unwanted))])
+        _require_planned(shard, planned, [*numbers, *(row["row"] for row in (*failed, *unwanted))])
         table = pa.concat_tables(
             packed or [self.sink.pack(empty(self.stages, self.plan.spec, self.sampling, self.plan.columns.schema()))],
             promote_options="default",
@@ -109,6 +116,8 @@ class Write(CommittingStage):
         about = {PLAN_KEY: self.plan.hash_of(shard), ERRORS_KEY: json.dumps(failed)}
         if unwanted:
             about[FILTERED_KEY] = json.dumps(unwanted)
+        if not_needed:
+            about[NOT_NEEDED_KEY] = str(not_needed)
         if warnings := count_warnings(table):
             about[WARNINGS_KEY] = json.dumps(warnings)
         name, ids = data_name(shard, self.sink), [self.plan.row_id(number) for number in sorted(numbers)]
@@ -119,7 +128,7 @@ class Write(CommittingStage):
                     raise RuntimeError(f"shard {shard}: the file just written has not the rows that were written")
                 file.seek(0)
                 found = self.sink.metadata(file)
-                for key, what in ((ERRORS_KEY, "errors"), (FILTERED_KEY, "filtered rows")):
+                for key, what in ((ERRORS_KEY, "errors"), (FILTERED_KEY, "filtered rows"), (NOT_NEEDED_KEY, "end")):
                     if found.get(key) != about.get(key):
                         raise RuntimeError(f"shard {shard}: the file just written has not the {what} that were written")
 
@@ -166,6 +175,16 @@ def _require_one_shape(packed: Sequence[pa.Table]) -> None:
     for field in (field for table in packed for field in table.schema if field.name.startswith(CONDITIONING)):
         if found.setdefault(field.name, field.metadata) != field.metadata:
             raise RuntimeError(f"{field.name} has several shapes or dtypes, and can't be stored")
+
+
+def _before(table: pa.Table, end: int) -> Iterator[pa.Table]:
+    """The parts of a table whose rows have smaller numbers. Slices: see ``commit``."""
+    numbers, start = [*table.column("row").to_pylist(), end], 0
+    for at, number in enumerate(numbers):
+        if number >= end:
+            if at > start:
+                yield table.slice(start, at - start)
+            start = at + 1
 
 
 def _require_planned(shard: int, planned: range, found: Sequence[int]) -> None:

@@ -136,7 +136,8 @@ class InlinePool:
         if order.task == "read":
             return worker.read(stage, order.rows, order.attempts)
         if order.task == "commit":
-            return worker.commit(stage, order.shard, order.errors, order.filtered, order.addresses(), *blocks)
+            ended = order.errors, order.filtered, order.not_needed
+            return worker.commit(stage, order.shard, *ended, order.addresses(), *blocks)
         if order.task == "keep":
             about = order.stages, order.filtered, order.attempt_of
             return worker.keep(order.shard, *about, order.addresses(), *blocks)

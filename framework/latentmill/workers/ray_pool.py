@@ -146,7 +146,7 @@ class RayPool:
         held[order.id] = order
         blocks = [self.blocks[name] for name in order.blocks()]
         if order.task == "commit":
-            ended = order.errors, order.filtered
+            ended = order.errors, order.filtered, order.not_needed
             self._await(order, actor.commit.remote(stage, order.shard, *ended, order.addresses(), *blocks))
             return
         if order.task == "keep":

@@ -163,12 +163,15 @@ class Worker:
         shard: int,
         errors: list[dict[str, Any]],
         filtered: list[dict[str, Any]],
+        not_needed: int,
         slices: Sequence[SliceAddress],
         *blocks: Block,
     ) -> float:
         """Publish a shard, unless another driver had. Returns the seconds that it took."""
         started = time.perf_counter()
-        more = {"filtered": filtered} if filtered else {}  # a stage that is older than filtered rows knows of none
+        # A stage that is older than filtered rows, or than rows that are not needed, knows of none.
+        more: dict[str, Any] = {"filtered": filtered} if filtered else {}
+        more |= {"not_needed": not_needed} if not_needed else {}
         cast(CommittingStage, self.stages[stage].stage).commit(shard, _gather(slices, blocks), errors, **more)
         return time.perf_counter() - started
 
