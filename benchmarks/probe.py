@@ -123,8 +123,8 @@ def compared(name: str, words: list[str], rows: int) -> list[list[object]]:
     before = probed(job, rows)
     pools: list[RunWatch] = []
 
-    def watched(*given: Any) -> RunWatch:
-        pools.append(RunWatch(make_pool(*given)))
+    def watched(*given: Any, **more: Any) -> RunWatch:
+        pools.append(RunWatch(make_pool(*given, **more)))
         pools[-1].begin_round(len(job.flow))
         return pools[-1]
 

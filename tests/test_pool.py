@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,12 +17,13 @@ from tests import ray_forks
 import latentmill
 from latentmill.driver.decide import decide
 from latentmill.driver.loop import drive
-from latentmill.driver.messages import Dispatch, HandOver, StageSpec, StartWorker, WorkerType
+from latentmill.driver.messages import Dispatch, HandOver, NodesSeen, StageSpec, Started, StartWorker, WorkerType
 from latentmill.driver.state import DriverState
 from latentmill.errors import PlacementError, RunError, UnreachableError
 from latentmill.plugin import Stage, tensors
 from latentmill.workers import ray_pool
 from latentmill.workers.cluster import _require_ray, connect
+from latentmill.workers.left import LeftWorkers
 from latentmill.workers.nodes import check_placement
 from latentmill.workers.places import Places
 from latentmill.workers.worker import StageWork, WorkerSetup
@@ -212,6 +214,43 @@ def test_the_order_to_hand_over_waits_for_no_batch_and_all_that_wait_come_back(t
         assert came[6].tables and {event.id for event in came[1:]} == {*range(6)}
     finally:
         workers.close()
+
+
+def test_workers_that_a_run_leaves_are_taken_over_where_they_are():
+    """Of those whose number is found one has a place of its own. Who asks for something else gets new ones, and those that were left end."""
+    left, actors, setup = LeftWorkers(), [], WorkerSetup((StageWork("read", Read),), None, num_cpus=0.5)
+    for setups, leave in ([setup], True), ([setup], True), ([replace(setup, num_cpus=0.6)], False):
+        workers = ray_pool.RayPool(setups, left=left, wait=20)
+        try:
+            assert len(left.workers) == (3 if len(actors) == 1 else 0)
+            for worker in range(3):
+                workers.submit(StartWorker(0, worker))
+            events, until = [], time.monotonic() + 60
+            while len(events) < 3 and time.monotonic() < until:
+                events += [event for event in workers.collect(timeout=1) if isinstance(event, Started)]
+            assert not left.workers and len(events) == 3
+            actors.append({actor._actor_id for actor in workers.actors.values()})
+        finally:
+            workers.close(leave)
+        if leave:
+            assert [each.place is not None for each in left.workers].count(True) == 1
+    assert actors[0] == actors[1] and not actors[1] & actors[2] and not left.workers
+
+
+def test_one_that_was_left_and_has_died_meanwhile_is_replaced_as_if_it_had_not_been():
+    left, setup = LeftWorkers(), WorkerSetup((StageWork("read", Read),), num_cpus=0.5)
+    for number in range(2):
+        workers = ray_pool.RayPool([setup], left=left, wait=20)
+        try:
+            workers.submit(StartWorker(0, 0))
+            events = []
+            while not events:
+                events = [event for event in workers.collect(timeout=1) if not isinstance(event, NodesSeen)]
+            assert [type(event) for event in events] == [Started]
+        finally:
+            workers.close(leave=not number)
+        for each in left.workers:
+            ray.kill(each.worker)
 
 
 def test_a_worker_that_is_not_ready_for_long_is_told_of_once(caplog):

@@ -204,8 +204,8 @@ class Stopwatch:
     def release(self, block: int) -> None:
         self.pool.release(block)
 
-    def close(self) -> None:
-        self.pool.close()
+    def close(self, leave: bool = False) -> None:
+        self.pool.close(leave)
 
 
 def _round(pool: Stopwatch, store: storage.Storage, plan: Plan, sink: Sink, shards: Sequence[int]) -> Round:

@@ -42,6 +42,7 @@ from latentmill.snapshots import Snapshots
 from latentmill.text import secrets, without_secrets
 from latentmill.usage import History
 from latentmill.workers import pools
+from latentmill.workers.left import LeftWorkers
 from latentmill.workers.pools import make_pool, max_bytes_in_flight, stage_spec, worker_types
 from latentmill.workers.watch import Watch
 
@@ -73,13 +74,15 @@ def run(
     overrides: Sequence[str] = (),
     retry_failed: Callable[[Mapping[str, Any]], bool] | None = None,
     grow: bool = False,
+    left: LeftWorkers | None = None,
 ) -> Result:
     """Run a job to its end, or go on where an earlier run stopped.
 
     ``job`` is the name of a shipped job, the path of a YAML file, or a Job; ``overrides`` as on the command line
     (``["sampling.steps=10"]``). ``retry_failed`` says of an error row (``row_id``, ``stage``, ``reason``) whether it is to be
     done again: shards with such rows are taken out of the dataset and done anew, whole. ``grow``: rows that have come to the source since
-    the dataset was begun get shards of their own, and what is there stays. Raises JobError, PluginError, PlanError or PlacementError before anything is started or
+    the dataset was begun get shards of their own, and what is there stays. ``left``: workers of the run before, which go on with this one
+    where they have what it needs; its own are left there for the next. Raises JobError, PluginError, PlanError or PlacementError before anything is started or
     written, RunError if the job has to stop.
     """
     job = load_job(job, overrides) if isinstance(job, str) else job
@@ -98,14 +101,14 @@ def run(
         return _result(job, there, state, seconds=0.0)
     pool: Pool | None = None
     watch = Watch(job.name, job.output, secrets(job.config, keys=True))
-    started, interrupted = time.monotonic(), False
+    started, interrupted, ended = time.monotonic(), False, False
     signals = Signals(job.grace_seconds)
     try:
         looks = pools.metrics(job, watch.run)
         with signals.on(), progress.live(job.name) as live, Snapshots(store, live, watch.run, looks) as seen:
             live.add = watch.onto
             if again or not finished(state):
-                pool = make_pool(job, plan, store, watch)
+                pool = make_pool(job, plan, store, watch, left=left)
                 signals.listen()
             store.check()
             generations.publish(plan, store, built.source)
@@ -122,7 +125,7 @@ def run(
             while True:
                 apply(state, TakenOut(taken))
                 if not finished(state):
-                    pool = pool or make_pool(job, plan, store, watch)
+                    pool = pool or make_pool(job, plan, store, watch, left=left)
                     state.max_bytes_in_flight = max_bytes_in_flight(job)
                     store.delete("_SUCCESS")  # somebody has taken shards out
                     file = partial(_half_done_file, store)
@@ -141,6 +144,7 @@ def run(
                 _end(there, live.pace, seen.history)
                 for sweep in (leases.sweep, half_done.sweep):
                     sweep(store, there.done())
+                ended = True
     except KeyboardInterrupt:
         if not store.exists("plan.json"):
             raise
@@ -149,7 +153,7 @@ def run(
         raise type(error)(without_secrets(str(error), job.config)) from error
     finally:
         if pool is not None:
-            pool.close()
+            pool.close(leave=ended and left is not None)
         watch.look(ends=True)
     return _result(job, there, state, time.monotonic() - started, interrupted)
 

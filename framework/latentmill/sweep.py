@@ -23,6 +23,7 @@ from latentmill.plan_files import FIRST_PLAN
 from latentmill.report.side_by_side import make_side_by_side
 from latentmill.runner import Result, run
 from latentmill.text import one_line
+from latentmill.workers.left import shared_workers
 
 logger = logging.getLogger("latentmill")
 
@@ -96,14 +97,14 @@ def load_sweep(job: str, overrides: Sequence[str]) -> Sweep:
 def run_sweep(sweep: Sweep, tell: Callable[[str], None], **options: Any) -> int:
     """Run the jobs, one after the other; ``options`` as of ``run``. Returns the exit code: of the first that failed, or 130.
 
-    One that fails stops none of the others. Ray is started once.
+    One that fails stops none of the others. Ray is started once, and workers go on from one job to the next.
     """
     code, done = 0, []
-    with _one_cluster(next(iter(sweep.jobs.values()))):
+    with _one_cluster(next(iter(sweep.jobs.values()))), shared_workers() as left:
         for number, (label, job) in enumerate(sweep.jobs.items(), 1):
             tell(f"[{number}/{len(sweep.jobs)}] {label}")
             try:
-                result: Result = run(job, **options)
+                result: Result = run(job, left=left, **options)
             except LatentmillError as error:
                 tell(f"  failed: {one_line(error, 1000)}")
                 code = code or error.exit_code

@@ -13,7 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -77,7 +77,29 @@ def record(*paths: str | os.PathLike[str]) -> None:
     now = _readers.now()
     if now is None:
         return
-    for path, found in zip(map(Path, paths), digests(paths)):
+    found = list(zip(map(Path, paths), digests(paths)))
+    now.files += found
+    tell(found)
+
+
+@contextmanager
+def noting() -> Iterator[list[tuple[Path, str]]]:
+    """The files that are recorded meanwhile, each with its content, for ``tell``."""
+    before = _readers.now()
+    if before is None:
+        yield []
+        return
+    with reading(before.unit, before.each, before.into):
+        now = _readers.now()
+        assert now is not None
+        yield now.files
+
+
+def tell(files: Sequence[tuple[Path, str]]) -> None:
+    """Record files that were read before, as they were then; for the framework."""
+    if (now := _readers.now()) is None:
+        return
+    for path, found in files:
         unit = now.unit
         if now.each:
             unit += f", file {hashlib.blake2b(f'{path.parent.name}/{path.name}'.encode(), digest_size=4).hexdigest()}"
@@ -130,6 +152,8 @@ class _Reader:
     unit: str
     each: bool
     into: Reading
+    files: list[tuple[Path, str]] = field(default_factory=list)
+    """What it has read."""
 
 
 class _Readers:

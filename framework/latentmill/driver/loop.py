@@ -26,7 +26,8 @@ class Pool(Protocol):
 
     def release(self, block: int) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, leave: bool = False) -> None:
+        """``leave``: workers that have nothing to do may stay for the next run."""
 
 
 def drive(

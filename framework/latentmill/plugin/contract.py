@@ -155,4 +155,7 @@ class Plugin:
         """
 
     def load(self, device: torch.device) -> None:
-        """Make ready for use on ``device``. Called once in each worker, never in the driver."""
+        """Make ready for use on ``device``. Called once in each worker, never in the driver.
+
+        A VAE, a text encoder or a denoiser then serves all jobs of a sweep for which it is the same.
+        """

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import ray
@@ -53,21 +54,35 @@ class _Actor(Worker):
         half_done: HalfDone | None,
     ) -> None:
         enter(folder, environment)
-        name = replace(name, secrets={**name.secrets, **secrets("", keys=True)})
+        name = _with_secrets(name)
         self.speech = Speech(name)
         self.speech.begin()
         self.speech.note(f"{name.short} of run {name.run} on {this_node()}, process {os.getpid()}")
+        self.is_ready = self._made_ready(partial(super().__init__, stages, half_done))
+
+    def _made_ready(self, make: Callable[[], None]) -> Ready:
+        assert self.speech is not None
         try:
-            super().__init__(stages, half_done)
+            make()
         except WrongWorker as error:  # Ray would tell of it in words alone
-            self.is_ready = Ready(this_node(), wrong=str(error))
-        else:
-            self.speech.note("ready")
-            notice = Notice(self.speech.take(), usage=self.meter.take())
-            self.is_ready = Ready(this_node(), self.probe(), self.loaded, self.heard(), notice, memory_held())
+            return Ready(this_node(), wrong=str(error))
+        self.speech.note("ready")
+        notice = Notice(self.speech.take(), usage=self.meter.take())
+        return Ready(this_node(), self.probe(), self.loaded, self.heard(), notice, memory_held())
 
     def ready(self) -> Ready:
         return replace(self.is_ready, node_id=ray.get_runtime_context().get_node_id())
+
+    def ready_for(self, stages: Sequence[StageWork], name: WorkerName, half_done: HalfDone | None) -> Ready:
+        """``ready``, after ``take_over``. To Ray it is still called what the first run called it."""
+        assert self.speech is not None
+        before = self.speech.name
+        self.speech.go_on_as(name := _with_secrets(name))
+        self.speech.note(
+            f"{name.short} of run {name.run} on {this_node()}, process {os.getpid()}, which was {before.short} of run {before.run}"
+        )
+        self.is_ready = self._made_ready(partial(self.take_over, stages, half_done))
+        return self.ready()
 
     @ray.method(concurrency_group="told")
     def told_to_hand_over(self) -> None:
@@ -78,6 +93,10 @@ class _Actor(Worker):
         """The run has ended, and the process with it."""
         if self.speech:
             self.speech.end()
+
+
+def _with_secrets(name: WorkerName) -> WorkerName:
+    return replace(name, secrets={**name.secrets, **secrets("", keys=True)})
 
 
 REMOTE: Any = cast(Any, ray.remote)(max_restarts=0, concurrency_groups={"told": 1})(_Actor)

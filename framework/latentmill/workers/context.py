@@ -6,12 +6,8 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import cache, partial
 from typing import Any
-from weakref import WeakValueDictionary, ref
-
-import torch
 
 from latentmill import registry, storage, weights
 from latentmill.config import Job
@@ -22,8 +18,6 @@ from latentmill.parts import identity, of_stage, plugin_of
 from latentmill.plan import Plan
 from latentmill.plan_files import read as read_plan
 from latentmill.plugin import (
-    VAE,
-    Denoiser,
     FixedShape,
     Plugin,
     RowError,
@@ -31,55 +25,17 @@ from latentmill.plugin import (
     Source,
     Stage,
     StageContext,
-    TextEncoder,
 )
 from latentmill.storage import Storage
 from latentmill.workers.node_setup import set_up_once
+from latentmill.workers.shared_parts import SharedParts, part_key
 from latentmill.workers.weights_read import of_row
 
-SHARED = VAE, TextEncoder, Denoiser
-"""What has weights, as a rule."""
 MANY = 1000
 """Names of schedulers in rows of which a worker tells: nobody has so many, and rows may hold anything."""
 
 STORE_VARIABLES = ("AWS_", "GOOGLE_", "GCS_", "AZURE_", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE")
 """How the names of environment variables begin that a store's address and keys stand in."""
-
-
-class SharedParts:
-    """The parts of stages that share a worker: those that work with the same one, at one place in the plan and on one device, have one copy of it.
-
-    The contract allows it: nothing is kept from one call to the next, and of a worker's stages one computes at a time.
-    """
-
-    def __init__(self) -> None:
-        self.there: WeakValueDictionary[tuple[str, bool], Plugin] = WeakValueDictionary()
-        """By place, and whether they are on the GPU."""
-
-    def __reduce__(self) -> tuple[type[SharedParts], tuple[()]]:
-        return SharedParts, ()
-
-    def of(self, build: Callable[[str], Any], gpu: bool, place: str) -> Any:
-        """The plugin at a place; ``build`` makes it, if it isn't there."""
-        plugin = self.there.get((place, gpu))
-        if plugin is None:
-            plugin = build(place)
-            if isinstance(plugin, SHARED):
-                with suppress(AttributeError, TypeError):  # of slots, or frozen
-                    plugin.load = _once(plugin)  # type: ignore[method-assign, assignment]  # each of the stages asks for it
-                    self.there[place, gpu] = plugin
-        return plugin
-
-
-def _once(plugin: Plugin) -> Callable[[torch.device], None]:
-    there, loaded = ref(plugin), list[bool]()
-
-    def load(device: torch.device) -> None:
-        if not loaded and (plugin := there()) is not None:
-            type(plugin).load(plugin, device)
-            loaded.append(True)
-
-    return load
 
 
 def make_stage(
@@ -96,7 +52,10 @@ def make_stage(
         raise WrongWorker(f"{this_node()} {other}")
     stage: Stage = as_planned(job, plan, f"stage {name}", run)
     gpu = job.stages[name].num_gpus > 0
-    build = cache(partial((shared or SharedParts()).of, partial(as_planned, job, plan, run=run), gpu))
+    parts = shared or SharedParts()
+    build = cache(
+        lambda place: parts.of(part_key(job, plan, place, gpu), partial(as_planned, job, plan, place, run=run))
+    )
     about = of_stage(job, name, build)
     own = about["choices"].get("scheduler", {"name": ""})["name"]
     at = job.flow.index(name)

@@ -14,6 +14,7 @@ import torch
 from latentmill import failpoints, tally, weights
 from latentmill.plugin import ContinuousStage, Filtered, Reason, Request, Stage, tensors
 from latentmill.workers.hearing import Hearing
+from latentmill.workers.shared_parts import SharedParts
 
 logger = logging.getLogger("latentmill")
 
@@ -40,6 +41,10 @@ class StageWork:
     """Columns and what it knows them by: ``refine.steps`` by ``steps``, and the other way round."""
     timeout: float | None = None
     """Seconds without an answer after which a worker that has work counts as hanging. A process can't tell of itself."""
+    shared: SharedParts | None = None
+    """Where ``make`` looks for parts with weights, and puts them: one for all stages of a worker."""
+    parts: tuple[str, ...] = ()
+    """The keys of those that it works with."""
 
 
 @dataclass(eq=False)

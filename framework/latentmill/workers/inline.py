@@ -31,6 +31,7 @@ from latentmill.text import one_line
 from latentmill.workers.answers import handed_over, taken_up
 from latentmill.workers.context import this_node
 from latentmill.workers.hosted import Block, Call
+from latentmill.workers.left import LeftWorker, LeftWorkers
 from latentmill.workers.watch import Watch
 from latentmill.workers.worker import Admit, Outcome, Resumed, Worker, WorkerSetup
 
@@ -47,10 +48,19 @@ class InlinePool:
     """
 
     def __init__(
-        self, setups: Sequence[WorkerSetup], admit: Admit = lambda node, read: "", watch: Watch | None = None
+        self,
+        setups: Sequence[WorkerSetup],
+        admit: Admit = lambda node, read: "",
+        watch: Watch | None = None,
+        left: LeftWorkers | None = None,
     ) -> None:
-        """``admit`` says what is wrong with what a worker has read; ``watch`` is told of the workers."""
-        self.setups, self.admit = setups, admit
+        """``admit`` says what is wrong with what a worker has read; ``watch`` is told of the workers; ``left``: those of the run before,
+        which take this one over.
+        """
+        self.setups, self.admit, self.left = setups, admit, left or LeftWorkers()
+        self.left.keep({_alike(setup): 1 for setup in setups})
+        self.torch_threads = torch.get_num_threads()
+        """As many as torch has for others than workers."""
         self.stages = [stage.name for setup in setups for stage in setup.stages]
         self.watch = watch or Watch()
         self.watch.called(ALL, ALL, self.stages)
@@ -161,7 +171,11 @@ class InlinePool:
         try:
             before = torch.get_num_threads()
             try:
-                worker = Worker(setup.stages, setup.half_done)
+                if taken := self.left.take(_alike(setup)):
+                    worker = taken.worker
+                    worker.take_over(setup.stages, setup.half_done)
+                else:
+                    worker = Worker(setup.stages, setup.half_done)
             finally:  # a stage that only reads has fewer threads; this thread of Python is for those that compute
                 torch.set_num_threads(before)
             for stage, messages in worker.heard().items():
@@ -232,8 +246,22 @@ class InlinePool:
     def release(self, block: int) -> None:
         self.blocks.pop(block, None)
 
-    def close(self) -> None:
-        """End all workers. Shards that are being written are finished first; another Ctrl-C doesn't wait for them."""
+    def close(self, leave: bool = False) -> None:
+        """End all workers. Shards that are being written are finished first; another Ctrl-C doesn't wait for them.
+
+        ``leave``: those that have nothing to do stay for the next run.
+        """
+        busy = {
+            order.worker
+            for order in (*self.beside.values(), *self.orders, *(order for order, _ in self.calls.values()))
+        }
+        if leave:
+            self.left.workers += [
+                LeftWorker(_alike(self.setups[self.types[number]]), worker)
+                for number, worker in self.workers.items()
+                if number not in busy
+            ]
+        torch.set_num_threads(self.torch_threads)
         self.beside = {id: order for id, order in self.beside.items() if order.task == "commit"}
         for inbox in self.inboxes.values():
             inbox.put(None)
@@ -245,3 +273,8 @@ class InlinePool:
         self.workers.clear()
         self.calls.clear()
         self.blocks.clear()
+
+
+def _alike(setup: WorkerSetup) -> tuple[str, ...]:
+    """Which worker takes over from which: each has the process that all have, and lets go what it doesn't need."""
+    return ("inline", "computes") if setup.computes else ("inline", *(stage.name for stage in setup.stages))

@@ -73,9 +73,17 @@ class Places:
     other of its type has: the others go where there is room, and nobody must wait for just one place.
     """
 
-    def __init__(self, setups: Sequence[WorkerSetup], name: Callable[[str], str], wait: float | None = None) -> None:
+    def __init__(
+        self,
+        setups: Sequence[WorkerSetup],
+        name: Callable[[str], str],
+        wait: float | None = None,
+        left: Mapping[int, Sequence[PlacementGroup]] | None = None,
+        let_go: Callable[[], None] = lambda: None,
+    ) -> None:
         """``name`` makes the name by which people find a place; ``wait``: seconds for nodes to come and others to make room; None: no
-        node is waited for, and others for a minute.
+        node is waited for, and others for a minute. ``left``: by worker type, places that a run before has left to its workers;
+        ``let_go`` ends these.
 
         Raises PlacementError if the nodes can't hold the workers, BusyError if that, or what others use, has not changed in time.
         """
@@ -98,14 +106,35 @@ class Places:
         """The ids of nodes that are about to be taken away: nobody comes in the place of who leaves them."""
         if wait is None:
             check_placement(setups, list(alive().values()))
-        needed = [number for number, setup in enumerate(setups) for _ in range(setup.fewest) if setup.asks]
-        # Those first that have the fewest nodes to choose from.
-        needed.sort(key=lambda number: (setups[number].num_gpus, *sorted(setups[number].asks.values())), reverse=True)
+        for number, places in (left or {}).items():
+            self.free[number] += places
+            self.groups.update(dict.fromkeys(places, number))
         try:
-            self._reserve_together(needed, Patience(PATIENCE if wait is None else wait))
+            if self.groups and not self._reserve_lacking():
+                let_go()  # who holds some and waits for more may be waited for
+                self.close()
+            self._reserve_together(self._lacking(), Patience(PATIENCE if wait is None else wait))
         except BaseException:
+            let_go()
             self.close()
             raise
+
+    def _lacking(self) -> list[int]:
+        """The types of the places that the job needs to begin and has not, those first that have the fewest nodes to choose from."""
+        setups = self.setups
+        needed = [
+            number
+            for number, setup in enumerate(setups)
+            for _ in range(setup.fewest - len(self.free[number]))
+            if setup.asks
+        ]
+        needed.sort(key=lambda number: (setups[number].num_gpus, *sorted(setups[number].asks.values())), reverse=True)
+        return needed
+
+    def _reserve_lacking(self) -> bool:
+        """Reserve what is lacking beside what is there, if that can be had soon; whether it can."""
+        places = [self._reserve(number) for number in self._lacking()]
+        return all(place.wait(SETTLING) for place in places)
 
     def _reserve_together(self, needed: Sequence[int], patience: Patience) -> None:
         """Reserve places for workers of these types: all, or none. Two jobs of which each holds half would wait for each other."""
@@ -132,6 +161,17 @@ class Places:
         self.groups[place] = worker_type
         self.free[worker_type].append(place)
         return place
+
+    def take_left(self, worker_type: int, worker: int, place: PlacementGroup | None) -> bool:
+        """Note where a worker is that was left: at a place of its own, or at none. Whether it may stay there."""
+        if place is None:
+            alone = all(self.groups[other] != worker_type for other in self.taken.values())
+            return not self.setups[worker_type].asks or not alone
+        if place not in self.free[worker_type]:
+            return False
+        self.free[worker_type].remove(place)
+        self.taken[worker] = place
+        return True
 
     def take(self, worker_type: int, worker: int) -> PlacementGroupSchedulingStrategy | None:
         """A place for a worker, if it is to have one. It may be one that isn't there yet."""
@@ -222,6 +262,13 @@ class Places:
         for place, node in _nodes_of(places).items():
             found.setdefault(node, Counter()).update(cast(Any, self.setups[places[place]].asks))
         return found
+
+    def hand_on(self, worker: int) -> PlacementGroup | None:
+        """The place of a worker that is left to another run, which is no longer ours; None if it has none of its own."""
+        place = self.taken.pop(worker, None)
+        if place is not None:
+            del self.groups[place]
+        return place
 
     def close(self) -> None:
         """Give all of them back."""

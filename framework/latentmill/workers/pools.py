@@ -19,8 +19,10 @@ from latentmill.plan import Plan
 from latentmill.plugin import Declaration, WorkerNeeds
 from latentmill.progress import Shown
 from latentmill.storage import Storage
-from latentmill.workers.context import SharedParts, make_stage
+from latentmill.workers.context import make_stage
 from latentmill.workers.hosted import StageWork
+from latentmill.workers.left import LeftWorkers
+from latentmill.workers.shared_parts import WEIGHTED, SharedParts, part_key
 from latentmill.workers.watch import Watch
 from latentmill.workers.weights_read import WeightsRead
 from latentmill.workers.worker import WorkerSetup
@@ -155,12 +157,15 @@ def _stage_work(job: Job, plan: Plan, declared: Declaration, shares: bool, run: 
     spec, settings = stage_spec(job, declared), job.stages[declared.name]
     # In one process, and nothing to be reproduced bit by bit, torch takes all there are where it computes.
     free = job.cluster.kind == "inline" and not job.deterministic and declared.position == "between"
+    gpu, kinds = settings.num_gpus > 0, [kind for kind in WEIGHTED if kind in declared.needs]
     return StageWork(
         declared.name,
         partial(make_stage, job, plan, declared.name, fixed_size=shares, run=run, shared=parts),
-        gpu=settings.num_gpus > 0,
+        gpu=gpu,
         calls=spec.batches_per_worker * spec.running_batches,
         threads=None if free else settings.threads,
+        shared=parts,
+        parts=tuple(part_key(job, plan, job.place(kind, declared.name), gpu) for kind in kinds),
         names=tuple(plan.columns.names_in(declared.name, plan.stages).items()),
         timeout=settings.timeout_seconds,
     )
@@ -182,10 +187,17 @@ def max_bytes_in_flight(job: Job) -> float:
     return SHARE * there if there else math.inf
 
 
-def make_pool(job: Job, plan: Plan, store: Storage, watch: Watch, setups: Sequence[WorkerSetup] | None = None) -> Pool:
+def make_pool(
+    job: Job,
+    plan: Plan,
+    store: Storage,
+    watch: Watch,
+    setups: Sequence[WorkerSetup] | None = None,
+    left: LeftWorkers | None = None,
+) -> Pool:
     """The pool that the job's cluster asks for, which tells ``watch`` of its workers. Ray is imported only if it is wanted.
 
-    ``setups``: other workers than the job's.
+    ``setups``: other workers than the job's. ``left``: workers of the run before, of which it takes over those that it can use.
     """
     run = uuid.uuid4().hex
     setups = setups or [worker_setup(job, plan, stages, run) for stages in hosted(job, job.flow)[0]]
@@ -193,13 +205,13 @@ def make_pool(job: Job, plan: Plan, store: Storage, watch: Watch, setups: Sequen
     if job.cluster.kind == "inline":
         from latentmill.workers.inline import InlinePool
 
-        return InlinePool(setups, admit, watch)
+        return InlinePool(setups, admit, watch, left)
     from latentmill.workers import cluster, ray_pool
 
     owned = cluster.connect(job.cluster.address if job.cluster.kind == "ray" else None)
     try:
         wait = None if owned else job.cluster.wait_seconds  # of a cluster of our own there will be no more
-        return ray_pool.RayPool(setups, owned, partial(_sees, store), admit, watch, wait)
+        return ray_pool.RayPool(setups, owned, partial(_sees, store), admit, watch, wait, left)
     except BaseException:
         if owned:
             cluster.disconnect()

@@ -9,20 +9,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import Any, cast
 
 import ray
-from ray.exceptions import (
-    ActorUnavailableError,
-    LocalRayletDiedError,
-    NodeDiedError,
-    ObjectLostError,
-    OutOfMemoryError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-    WorkerCrashedError,
-)
+from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
 from latentmill.checks import cause, told
 from latentmill.driver.messages import (
@@ -46,17 +37,17 @@ from latentmill.workers.answers import handed_over, taken_up
 from latentmill.workers.cluster import disconnect
 from latentmill.workers.context import store_environment
 from latentmill.workers.draining import DrainedNodes
+from latentmill.workers.left import LeftWorkers
+from latentmill.workers.left_actors import LeftActors
 from latentmill.workers.nodes import Nodes
 from latentmill.workers.places import PATIENCE, Places
+from latentmill.workers.ray_errors import GONE, cause_of, with_node
+from latentmill.workers.speech import WorkerName
 from latentmill.workers.watch import Watch
 from latentmill.workers.worker import Admit, Outcome, Resumed, WorkerSetup
 
 logger = logging.getLogger("latentmill")
 
-GONE = (RayActorError, OutOfMemoryError, WorkerCrashedError, NodeDiedError, LocalRayletDiedError)
-"""What Ray raises for a call whose worker is no more. OutOfMemoryError: Ray's memory monitor killed it."""
-WITH_NODE = ("its node has died", "the actor's node was ", "The actor never ran")
-"""What Ray says of a worker whose node died, was taken out of the cluster, or went before the worker began."""
 LOOK_EVERY = 0.25
 """Seconds between two looks for workers that hang."""
 LAST_WORDS = 3.0
@@ -74,9 +65,10 @@ class RayPool:
         admit: Admit = lambda node, read: "",
         watch: Watch | None = None,
         wait: float | None = None,
+        left: LeftWorkers | None = None,
     ) -> None:
         """``sees`` says whether a file that a worker has written is there for the driver, too; ``admit`` what is wrong with what it has
-        read; ``watch`` is told of the workers; ``wait``: ``cluster.wait`` in seconds.
+        read; ``watch`` is told of the workers; ``wait``: ``cluster.wait`` in seconds; ``left``: workers of the run before.
         """
         self.setups, self.owns_cluster, self.sees, self.admit = setups, owns_cluster, sees, admit
         self.stages = [stage for setup in setups for stage in setup.stages]
@@ -100,9 +92,10 @@ class RayPool:
         """When it was last looked for workers that hang."""
         self.answers: queue.SimpleQueue[tuple[StartWorker | Dispatch, Future[Any]]] = queue.SimpleQueue()
         """Orders of which something has come, each with what has; Ray's own thread puts them in."""
-        self.places = Places(setups, self.watch.full, wait)
+        self.left = LeftActors(setups, left)
+        self.places = Places(setups, self.watch.full, wait, self.left.places(), self.left.left.end)
         finds = any(setup.replicas is None or setup.min_replicas is not None for setup in setups)
-        self.nodes = Nodes(self.places.by_node, watch=not owns_cluster) if finds else None
+        self.nodes = Nodes(partial(self.left.reserved, self.places.by_node), watch=not owns_cluster) if finds else None
         """The nodes, if it depends on them how many workers there are."""
         self.drained = DrainedNodes(self._there)
 
@@ -127,16 +120,25 @@ class RayPool:
         setup = self.setups[order.worker_type]
         self.types[order.worker] = order.worker_type
         called = self.watch.called(order.worker, order.worker_type, [stage.name for stage in setup.stages])
+        if actor := self.left.take(order, self.places):
+            ready = actor.ready_for.remote(setup.stages, called, setup.half_done)
+        else:
+            actor = self._begun(order, called)
+            ready = actor.ready.remote()
+        self.actors[order.worker] = actor
+        self.starting[order.worker], self.asked[order.worker] = order, time.monotonic()
+        self._await(order, ready)
+
+    def _begun(self, order: StartWorker, called: WorkerName) -> Any:
+        """A new actor."""
+        setup = self.setups[order.worker_type]
         options = {**resources(setup), "max_concurrency": sum(stage.calls for stage in setup.stages)}
         options["name"] = self.watch.full(called.short)
         if place := self.places.take(order.worker_type, order.worker):
             options["scheduling_strategy"] = place
-        actor = REMOTE.options(**options).remote(
-            os.getcwd(), store_environment(), setup.stages, called, setup.half_done
-        )
-        self.actors[order.worker] = actor
-        self.starting[order.worker], self.asked[order.worker] = order, time.monotonic()
-        self._await(order, actor.ready.remote())
+        else:
+            self.left.make_room()
+        return REMOTE.options(**options).remote(os.getcwd(), store_environment(), setup.stages, called, setup.half_done)
 
     def _dispatch(self, order: Dispatch) -> None:
         actor, stage = self.actors[order.worker], self.stages[order.stage].name
@@ -169,6 +171,7 @@ class RayPool:
         """Wait up to ``timeout`` seconds for something to happen, and say all that has. Raises BusyError, before any is taken in, as long
         as places have been lacking for longer than ``wait``.
         """
+        self.left.look()
         self.places.require(self.types, self.actors, self.starting)
         leave = [] if self.owns_cluster else self.drained.news()
         events: list[Event] = [Draining(self.types[worker], worker) for worker in leave]
@@ -191,10 +194,10 @@ class RayPool:
                 dead[order.worker] = error
         for worker, death in dead.items():
             if start := self.starting.get(worker):
-                self._could_not_start(start, _cause(death))
+                self._could_not_start(start, cause_of(death))
             self._bury(worker)
             at_start = getattr(death, "actor_init_failed", False)
-            events.append(Died(self.types[worker], worker, _cause(death), at_start, with_node=_with_node(death)))
+            events.append(Died(self.types[worker], worker, cause_of(death), at_start, with_node=with_node(death)))
         events += self._late() + self._hanging()
         for event in events:
             if isinstance(event, Died):
@@ -215,7 +218,15 @@ class RayPool:
         if self.starting.pop(start.worker, None) is None:
             return None
         seconds = time.monotonic() - self.asked.pop(start.worker)
-        found: Ready = future.result()
+        try:
+            found: Ready = future.result()
+        except (RayTaskError, *GONE):
+            if self.left.loading.pop(start.worker, None) is None:
+                raise
+            self._bury(start.worker)
+            self._start(start)  # one that is new shows whether it is this run's fault
+            return None
+        seconds = max(seconds, self.left.loading.get(start.worker, 0.0))
         self.watch.runs(start.worker, found.node)
         self.drained.node_of[start.worker] = found.node_id
         for stage, messages in found.heard.items():
@@ -346,14 +357,18 @@ class RayPool:
     def release(self, block: int) -> None:
         self.blocks.pop(block, None)
 
-    def close(self) -> None:
-        """End all workers, at once."""
+    def close(self, leave: bool = False) -> None:
+        """End all workers, at once. ``leave``: those that have nothing to do stay for the next run."""
         if "://" in self.watch.output and self.actors:
             with suppress(RayError):
                 last = [actor.end.remote() for actor in self.actors.values()]
                 ray.wait(last, num_returns=len(last), timeout=LAST_WORDS)
-        for actor in self.actors.values():
-            ray.kill(actor)
+        for worker, actor in self.actors.items():
+            node, worker_type = self.drained.node_of.get(worker), self.types[worker]
+            if not leave or node is None or node in self.drained.nodes or self.in_flight.get(worker):
+                ray.kill(actor)
+            else:
+                self.left.leave(actor, worker_type, self.places.hand_on(worker), node, self.took.get(worker_type, 0.0))
         self.actors.clear()
         self.blocks.clear()
         self.in_flight.clear()
@@ -373,23 +388,3 @@ class RayPool:
         self.late.discard(worker)
         for id in self.in_flight.pop(worker, ()):
             self.blocks.pop(id, None)
-
-
-def _with_node(error: RayError) -> bool:
-    """Whether a worker was lost with its node, or with the way to it: of a process that died Ray hears at once.
-
-    Of a node's death Ray tells in words alone, unless the autoscaler drained it.
-    """
-    gone = isinstance(error, (NodeDiedError, ActorUnavailableError)) or getattr(error, "preempted", False)
-    return gone or any(words in str(error) for words in WITH_NODE)
-
-
-def _cause(error: RayError) -> str:
-    """Why a worker is gone: what it raised while it was built, or the last thing that Ray says of its end."""
-    raised = getattr(error, "cause", None)
-    if isinstance(raised, RayTaskError):
-        raised = raised.cause
-    if raised is not None:
-        return one_line(told(raised))
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return one_line(lines[-1]) if lines else type(error).__name__

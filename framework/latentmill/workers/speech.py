@@ -74,6 +74,15 @@ class Speech:
         sys.stdout, sys.stderr = _Tee(sys.stdout, self), _Tee(sys.stderr, self)
         os.register_at_fork(after_in_child=self._forked)
 
+    def go_on_as(self, name: WorkerName) -> None:
+        """From now on it is another run's worker that speaks."""
+        hearing.keep_secret(name.secrets)
+        self.end()
+        with self.turn():
+            self.name = name
+            self._said, self._since, self._count, self._more, self._told = [], self.clock(), 0, 0, False
+            self._file = _LogObject(name) if "://" in name.output else _LogFile(name)
+
     def _forked(self) -> None:
         self._lock = threading.RLock()  # who held it is not here
 
@@ -195,7 +204,9 @@ class _LogFile:
         self.size += os.write(self._file, line.encode("utf-8", "backslashreplace"))
 
     def close(self) -> None:
-        pass
+        file, self._file, self.size = self._file, None, 0
+        if file is not None:
+            os.close(file)
 
 
 class _LogObject:

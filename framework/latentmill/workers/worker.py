@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
 import pyarrow as pa
+import torch
 
 from latentmill import checks, tally, weights
 from latentmill.batch import ATTEMPT, concat, shape_key
@@ -21,6 +23,7 @@ from latentmill.text import one_line
 from latentmill.workers.context import this_node
 from latentmill.workers.hosted import Back, Block, Call, Hosted, StageWork
 from latentmill.workers.meter import Meter, memory_held
+from latentmill.workers.shared_parts import SharedParts
 from latentmill.workers.speech import Speech
 from latentmill.workers.watch import Notice
 
@@ -64,6 +67,12 @@ class WorkerSetup:
     def name(self) -> str:
         """The names of its stages."""
         return ", ".join(stage.name for stage in self.stages)
+
+    @property
+    def alike(self) -> tuple[Any, ...]:
+        """What is the same of workers that can take over from one another, each with the models that it has."""
+        stages = [(stage.name, stage.gpu, stage.parts) for stage in self.stages]
+        return (*stages, sum(stage.calls for stage in self.stages), *sorted(self.asks.items()))
 
     @property
     def asks(self) -> dict[str, float]:
@@ -120,8 +129,13 @@ class Worker:
 
     def __init__(self, stages: Sequence[StageWork], half_done: HalfDone | None = None) -> None:
         """``half_done`` writes and reads what is kept of rows when the driver stops."""
+        self.meter = Meter(any(work.gpu for work in stages))
+        self._begin_run(stages, half_done)
+
+    def _begin_run(self, stages: Sequence[StageWork], half_done: HalfDone | None) -> None:
         self.half_done = half_done
         self.handing_over = False
+        self.shared = next((work.shared for work in stages if work.shared is not None), SharedParts())
         self.read_now: weights.Reading = {}
         self.stages = {work.name: Hosted(work, self.read_now) for work in stages}
         self.loaded = weights.taken(self.read_now)
@@ -131,7 +145,22 @@ class Worker:
         self.waiting: deque[tuple[Hosted, Call]] = deque()
         self.turn = threading.Condition()
         self.taken = False
-        self.meter = Meter(any(work.gpu for work in stages))
+
+    def take_over(self, stages: Sequence[StageWork], half_done: HalfDone | None = None) -> None:
+        """Work for another run, as a worker that is new: all is built anew, but what has weights and is the same stays loaded.
+
+        What isn't the same is let go before anything is loaded. So is all that there is, if files of weights were read while rows were
+        made: a part may remember what was in them, and by now it may be something else.
+        """
+        read_for_rows = any(", file " in unit for unit in (*self.read_now, *self.read_later))
+        stays = {} if read_for_rows else self.shared.hand_on({key for work in stages for key in work.parts})
+        self.stages = {}
+        gc.collect()  # stages and their contexts know each other
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        for shared in {id(work.shared): work.shared for work in stages if work.shared is not None}.values():
+            shared.there.update(stays)
+        self._begin_run(stages, half_done)
 
     def heard(self) -> dict[str, list[str]]:
         """What libraries said of late, by stage."""
