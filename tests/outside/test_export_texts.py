@@ -15,17 +15,25 @@ CODE = '''
 import torch
 from latentmill.plugin import TextEncoder
 
-SHAPES = {"sdxl": (77, 2048, 1280), "flux": (512, 4096, 768), "z-image": (512, 2560, 0), "qwen-image": (1024, 3584, 0)}
+SHAPES = {
+    "sdxl": (77, 2048, 1280),
+    "sd3": (333, 4096, 2048),
+    "flux": (512, 4096, 768),
+    "lumina": (256, 2304, 0),
+    "z-image": (512, 2560, 0),
+    "qwen-image": (1024, 3584, 0),
+}
 
 
 class Letters(TextEncoder):
     """Of a prompt's token t, each a letter, every number is ``letters + t / 1024``, and those from 768 on are minus that; the pooled ones
-    are the letters. Of models that are told the length zeros are behind it."""
+    are the letters. Of models that are told the length zeros are behind it; Lumina is told a mask."""
 
     contract = 2
 
     def __init__(self, model: str = "sdxl", max_length: int | None = None, dtype: str = "float32", clip_skip: int | None = None):
         self.tokens, self.width, self.pooled = SHAPES[model]
+        self.masks = model == "lumina"
         self.tokens, self.dtype = max_length or self.tokens, getattr(torch, dtype)
 
     def encode(self, prompts):
@@ -36,6 +44,8 @@ class Letters(TextEncoder):
         if self.pooled:
             return {"embeds": embeds, "pooled": letters[:, None].repeat(1, self.pooled).to(self.dtype)}
         inside = place < letters[:, None]
+        if self.masks:
+            return {"embeds": embeds, "mask": inside.long()}
         return {"embeds": embeds * inside[..., None], "length": letters}
 '''
 TOM = 'a cat, ünder "quotes"'
@@ -83,6 +93,50 @@ def test_sd_scripts_loads_sdxl_s_two_text_encoders_apart(texts, trainers, dtype,
     assert np.unique(first[76]).tolist() == [last] and np.unique(second[76]).tolist() == [-last]
     assert np.unique(pooled).tolist() == [21]
     assert kohya(folder, "a b.png")[0][0, 0] == len("two blocks") and kohya(folder, "cats/dog.v2.png")[0][0, 0] == 0
+
+
+def loaded(folder, picture, suffix, wanted, flags):
+    """What the trainer loads for a picture, by name, if the file is valid where ``flags`` are off."""
+    path = os.path.splitext(folder / picture)[0] + suffix
+    found = np.load(path)
+    assert {*found} == {*wanted, *flags}
+    assert not any(found[flag] for flag in flags)
+    return [torch.FloatTensor(found[name]) for name in wanted]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sd_scripts_loads_sd3_s_clip_and_t5_apart(texts, trainers, dtype):
+    folder = trainers.export(texts("sd3", f"+text_encoder.dtype={dtype}"), "kohya-sd3-text")
+    assert [*files(folder)] == ["a b_sd3_te.npz", "cats/dog.v2_sd3_te.npz", "cats/tom_sd3_te.npz"]
+    names = ["lg_out", "t5_out", "lg_pooled", "clip_l_attn_mask", "clip_g_attn_mask", "t5_attn_mask"]
+    flags = ["apply_lg_attn_mask", "apply_t5_attn_mask"]
+    clip, t5, pooled, *masks = loaded(folder, "cats/tom.png", "_sd3_te.npz", names, flags)
+    assert (clip.shape, t5.shape, pooled.shape) == ((77, 2048), (256, 4096), (2048,))
+    assert clip[0].unique().tolist() == [-21, 21] and clip[0, 767:769].tolist() == [21, -21]
+    first = 21 + 77 / 1024 if dtype == "float32" else 21.125
+    assert t5[0].unique().tolist() == [-first, first] and pooled.unique().tolist() == [21]
+    assert [(len(mask), mask.unique().tolist()) for mask in masks] == [(77, [1]), (77, [1]), (256, [1])]
+
+
+def test_sd_scripts_loads_flux_s_two(texts, trainers):
+    folder = trainers.export(texts("flux", "+text_encoder.dtype=float16"), "kohya-flux-text")
+    names = ["l_pooled", "t5_out", "txt_ids", "t5_attn_mask"]
+    pooled, t5, ids, mask = loaded(folder, "a b.png", "_flux_te.npz", names, ["apply_t5_attn_mask"])
+    assert (pooled.shape, t5.shape, ids.shape, mask.shape) == ((768,), (512, 4096), (512, 3), (512,))
+    assert np.load(folder / "a b_flux_te.npz")["t5_out"].dtype == np.float16
+    assert pooled.unique().tolist() == [10] and t5[511, 767:769].tolist() == [10.5, -10.5]
+    assert not ids.any() and mask.all()
+
+
+def test_sd_scripts_loads_lumina_s_with_its_mask(texts, trainers):
+    folder = trainers.export(texts("lumina", "+text_encoder.dtype=bfloat16"), "kohya-lumina-text")
+    names = ["hidden_state", "input_ids", "attention_mask"]
+    states, ids, mask = loaded(folder, "cats/tom.png", "_lumina_te.npz", names, [])
+    assert (states.shape, ids.shape, mask.shape) == ((256, 2304), (256,), (256,))
+    stored = np.load(folder / "cats/tom_lumina_te.npz")
+    assert [stored[name].dtype for name in names] == [np.float32, np.int64, np.int64]
+    assert states[0, 767:769].tolist() == [21, -21] and mask.tolist() == [1.0] * 21 + [0.0] * 235 and not ids.any()
+    assert not loaded(folder, "cats/dog.v2.png", "_lumina_te.npz", names, [])[2].any()
 
 
 def test_latents_and_text_of_a_picture_lie_in_one_folder_where_the_trainer_looks(texts, trainers, latentmill):
@@ -194,13 +248,9 @@ def test_encodings_of_another_model_or_made_otherwise_are_refused(texts, trainer
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "lacks"),
-    [("kohya-flux-text", "T5's attention mask"), ("kohya-sd3-text", "masks"), ("kohya-lumina-text", "token ids")],
-)
-def test_what_would_have_to_be_guessed_is_not_made(texts, trainers, name, lacks):
-    said = trainers.refused(texts("flux"), name)
-    assert said.startswith(f"{name} is not made: sd-scripts caches ") and lacks in said
+def test_what_would_have_to_be_guessed_is_not_made(texts, trainers):
+    said = trainers.refused(texts("flux"), "musubi-wan-text")
+    assert said == "musubi-wan-text is not made: no text encoder of ours makes what Wan's does"
 
 
 def test_two_pictures_of_one_name_are_refused(texts, trainers):

@@ -154,7 +154,7 @@ class ExportFormat:
         return tuple(name for name in (*self.needs, *self.takes) if name in TENSORS)
 
 
-TEXTS = ("prompt:embeds", "prompt:pooled", "prompt:length")
+TEXTS = ("prompt:embeds", "prompt:pooled", "prompt:length", "prompt:mask")
 """Columns of what a text encoder made of the prompt."""
 TENSORS = ("image", "latents", "latents_std", "latents_flipped", "latents_std_flipped", *TEXTS)
 """Columns of a dataset that an export may read as tensors. Others that are none travel as they are."""

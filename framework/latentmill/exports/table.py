@@ -12,7 +12,7 @@ from latentmill.exports.energon import ENERGON
 from latentmill.exports.fastvideo import FASTVIDEO
 from latentmill.exports.folder import PICTURE_FOLDER
 from latentmill.exports.formats import TEXTS, ExportFormat
-from latentmill.exports.kohya import KOHYA, KOHYA_TEXT
+from latentmill.exports.kohya import KOHYA, KOHYA_TEXTS
 from latentmill.exports.mds import MDS
 from latentmill.exports.musubi import MUSUBI, MUSUBI_TEXTS
 from latentmill.exports.research import EDM2, PIXART, REPA
@@ -33,7 +33,7 @@ EXPORT_FORMATS: dict[str, ExportFormat] = {
         COMFYUI,
         PICTURE_FOLDER,
         *KOHYA,
-        KOHYA_TEXT,
+        *KOHYA_TEXTS,
         *MUSUBI,
         *MUSUBI_TEXTS,
         SIMPLETUNER,
@@ -55,9 +55,6 @@ MADE_BY = {
 """How a dataset comes by a column."""
 
 NOT_MADE = {
-    "kohya-sd3-text": "sd-scripts caches the attention masks of the three tokenizers, too, and a dataset of ours has none",
-    "kohya-flux-text": "sd-scripts caches T5's attention mask, too, and a dataset of ours has none",
-    "kohya-lumina-text": "sd-scripts caches token ids, too, and a dataset of ours has none",
     "simpletuner-text": "SimpleTuner has one file for all pictures of a caption, and what two shards of ours have of one may differ in its "
     "last bits",
     "musubi-krea2-text": "no text encoder of ours makes what Krea 2's does",

@@ -25,7 +25,9 @@ TEXT_FAMILIES: dict[str, TextFamily] = {
     family.name: family
     for family in (
         TextFamily("sdxl", "Stable Diffusion XL", {"embeds": (77, 2048), "pooled": (1280,)}),
+        TextFamily("sd3", "Stable Diffusion 3 and 3.5", {"embeds": (333, 4096), "pooled": (2048,)}),
         TextFamily("flux", "FLUX.1", {"embeds": (512, 4096), "pooled": (768,)}),
+        TextFamily("lumina-2", "Lumina 2", {"embeds": (256, 2304), "mask": (256,)}),
         TextFamily("z-image", "Z-Image", {"embeds": (512, 2560), "length": ()}),
         TextFamily("qwen-image", "Qwen-Image", {"embeds": (1024, 3584), "length": ()}, "text_encoder.max_length=1024"),
     )
