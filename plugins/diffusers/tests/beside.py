@@ -49,14 +49,14 @@ def denoised(tmp_path, folder, prompts=PROMPTS, *overrides):
     )
 
 
-def theirs(folder, name, prompts, prepare=lambda pipeline: None):
-    """What the pipeline makes of prompts, one after another: its last latents, as it has them, and pictures."""
+def theirs(folder, name, prompts, prepare=lambda pipeline: None, decode=True):
+    """What the pipeline makes of prompts, one after another: its last latents, as it has them, and pictures, if they are asked for."""
     pipeline = getattr(diffusers, name).from_pretrained(folder, use_safetensors=True)
     prepare(pipeline)
-    return made_by(pipeline, name, prompts)
+    return made_by(pipeline, name, prompts, decode)
 
 
-def made_by(pipeline, name, prompts):
+def made_by(pipeline, name, prompts, decode=True):
     pipeline.set_progress_bar_config(disable=True)
     known = inspect.signature(pipeline.__call__).parameters
     last = {}
@@ -76,8 +76,9 @@ def made_by(pipeline, name, prompts):
         given = {key: value for key, value in told.items() if key in known}
         if negative is not None:
             given["negative_prompt"] = negative
+        given["output_type"] = "pil" if decode else "latent"
         picture = pipeline(prompt=prompt, generator=torch.Generator().manual_seed(i), **given).images[0]
-        made.append((last["latents"][0].clone(), np.asarray(picture).astype(int)))
+        made.append((last["latents"][0].clone(), np.asarray(picture).astype(int) if decode else None))
     return made
 
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
+from answers import bits
 from scheduler_settings import OF_THE_PATH, PATH, REFUSED, WITHOUT_EFFECT, base, cases, folder_of, is_flow
 
 from latentmill import registry
@@ -62,9 +63,13 @@ class Drawn(Field):
             Network(),
             noisy,
         )
+        self.scales = {}
 
     def scale(self, t):
-        return tuple(v.reshape(-1, 1, 1, 1) for v in self.noise_schedule.scale(t))
+        """A step asks for its own again and again."""
+        if (key := bits(t)) not in self.scales:
+            self.scales[key] = tuple(v.reshape(-1, 1, 1, 1) for v in self.noise_schedule.scale(t))
+        return self.scales[key]
 
     def time(self, ratio):
         return self.noise_schedule.time(ratio.flatten())
