@@ -14,7 +14,7 @@ from latentmill import cli, registry
 from latentmill.config import load_job
 from latentmill.errors import JobError
 
-TINY = "cluster=inline samples_per_row=1 sampling.steps=1".split()
+TINY = "cluster=inline samples_per_row=1 sampling.steps=1 sampling.width=32 sampling.height=32".split()
 STATUS = {
     "name": "txt2img",
     "planned": 3,

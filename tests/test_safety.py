@@ -66,7 +66,7 @@ defaults: [job, model: shapes, scheduler: dpmpp_2m, source: prompts, sink: parqu
 output: out
 seed: 0
 source: {path: "${oc.env:FOLDER}/p.txt"}
-sampling: {steps: 1, guidance_scale: 1.0, strength: 1.0, width: 64, height: 64}
+sampling: {steps: 1, guidance_scale: 1.0, strength: 1.0, width: 32, height: 32}
 """
 
 

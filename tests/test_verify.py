@@ -25,7 +25,7 @@ def made(tmp_path_factory):
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     command = [
         "txt2img", f"source.path={folder / 'prompts.txt'}", "samples_per_row=1", "rows_per_shard=2", "cluster=inline",
-        "sampling.steps=2", "deterministic=true", "stages.denoise.batch_size=2",
+        "sampling.steps=2", "deterministic=true", "stages.denoise.batch_size=2", "sampling.width=32", "sampling.height=32",
     ]  # fmt: skip
     latentmill.run(command[0], [*command[1:], f"output={folder / 'out'}"])
     return command, {p.relative_to(folder / "out"): p.read_bytes() for p in (folder / "out").rglob("*") if p.is_file()}
