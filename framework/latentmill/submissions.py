@@ -21,11 +21,14 @@ from latentmill import dataset, registry, storage, values
 from latentmill.config import Job, load_job
 from latentmill.config.target import PREFIX, load_target, settled
 from latentmill.errors import JobError, LatentmillError, UnreachableError
+from latentmill.fields import PICTURES
 from latentmill.plugin import Launcher, LaunchState, Submission, Submitted, WorkerNeeds
 from latentmill.text import near, one_line, secrets, without_secrets
 
 FIRST_LINE = "defaults: [job, _self_]\n"
 """What a composed config begins with, to be a job's file: all keys are in it, and take the defaults' places."""
+FOLDERS = ("models", "tokenizers")
+"""Settings of parts that are folders, beside those whose names end in ``path``."""
 OUTPUT_ANSWERS_WITHIN = 20.0
 """Seconds that are waited for what an output says of itself."""
 JOBS_AT_A_TIME = 16
@@ -278,14 +281,13 @@ def _needs(job: Job) -> Iterator[WorkerNeeds]:
 
 def _relative_paths(job: Job) -> Iterator[tuple[str, str]]:
     """Keys of the job whose values are paths that lead from the folder where it runs, and are there in this one."""
-    for part in ("source", "model", "vae", "denoiser", "text_encoder"):
-        for key, value in (getattr(job, part) or {}).items():
-            if (
-                key.rpartition("_")[2] == "path"
-                and isinstance(value, str)
-                and not os.path.isabs(value)
-                and os.path.exists(value)
-            ):
+    told = {part: getattr(job, part) or {} for part in ("source", "model", "vae", "denoiser", "text_encoder")}
+    told |= {f"stages.{name}.{part}": own for name, of in job.stages.items() for part, own in of.own_parts.items()}
+    pictures = {key: of for key, of in (told["source"].get("defaults") or {}).items() if key in PICTURES}
+    for part, settings in {**told, "source.defaults": pictures}.items():
+        for key, value in settings.items():
+            of_path = key.rpartition("_")[2] == "path" or key in FOLDERS or settings is pictures
+            if of_path and isinstance(value, str) and not os.path.isabs(value) and os.path.exists(value):
                 yield f"{part}.{key}", value
     if job.prompt_cache and not (_is_url(job.prompt_cache) or os.path.isabs(job.prompt_cache)):
         yield "prompt_cache", job.prompt_cache
