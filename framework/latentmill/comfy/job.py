@@ -45,7 +45,7 @@ class Recipe:
     """Pictures of a row, by their numbers in ComfyUI's batch."""
     texts: dict[str, Setting] = field(default_factory=dict)
     """Further texts of a row, by their names there."""
-    masks: str | None = None
+    masks: Any = None
     """Where the row's mask is, as a source is told; None: there is none."""
     places: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     """Of each of them: the workflow's inputs that have that value, by node id and name."""
@@ -99,10 +99,7 @@ class _Writer:
                 first = min(each.first, length - 1)
                 self.made.batch = self.made.batch[first : first + each.length]
             elif isinstance(each, (Scaled, ScaledLatent)):
-                models = {"models": MODELS} if "model" in each.settings else {}
-                pictures = "upscale_model" if models else "image_upscale"
-                name = pictures if isinstance(each, Scaled) else "latent_upscale"
-                self._stage(each, name, **each.settings, **models)
+                self._scaled(each, next((of for of in line[at:] if isinstance(of, (Encoded, Sampled))), None))
             elif isinstance(each, Encoded):
                 self._encoded(each, [of for of in line[at:] if isinstance(of, Sampled)])
             elif isinstance(each, Sampled):
@@ -144,6 +141,15 @@ class _Writer:
         self.made.stages[each.node.id] = called
         return called
 
+    def _scaled(self, each: Scaled | ScaledLatent, then: Encoded | Sampled | None) -> None:
+        if isinstance(each, ScaledLatent):
+            self._stage(each, "latent_upscale", **each.settings)
+        elif "model" in each.settings:
+            self._stage(each, "upscale_model", **each.settings, models=MODELS)
+        else:
+            masked = isinstance(then, Encoded) and then.mask is not None
+            self._stage(each, "image_upscale", None, **each.settings, **({"keep_mask": True} if masked else {}))
+
     def _vae(
         self, each: Decoded | Encoded, vae: Vae, stage: str, samplers: Sequence[Sampled], tiling: Mapping[str, Any]
     ) -> None:
@@ -162,7 +168,7 @@ class _Writer:
 
     def _encoded(self, each: Encoded, samplers: list[Sampled]) -> None:
         if each.mask is not None:
-            self.made.masks = each.mask.channel
+            self.made.masks = [each.mask.channel, *each.mask.changes] if each.mask.changes else each.mask.channel
             if each.mask.channel != "image":
                 self.made.rows["mask"] = each.mask.image
         both = bool(samplers) and not self.samplers  # pictures and texts in one stage

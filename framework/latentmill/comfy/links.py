@@ -108,6 +108,8 @@ class LoadedMask:
     image: Setting
     channel: str
     """As ``masks`` of a source calls it: "image" of LoadImage's."""
+    changes: tuple[Any, ...] = ()
+    """What is done to it, as ``masks`` calls that."""
 
 
 @dataclass(frozen=True)

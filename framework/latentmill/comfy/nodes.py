@@ -59,6 +59,8 @@ NODES: Mapping[str, Callable[[Inputs], Sequence[Any]]] = {
     "LatentFromBatch": pictures.from_batch,
     "LoadImage": pictures.load,
     "LoadImageMask": pictures.load_mask,
+    "InvertMask": pictures.invert_mask,
+    "GrowMask": pictures.grow_mask,
     "VAEEncode": pictures.encode,
     "VAEEncodeForInpaint": pictures.encode_for_inpaint,
     "SetLatentNoiseMask": pictures.set_mask,

@@ -45,6 +45,8 @@ CONSTANTS: Mapping[str, type[Any]] = {
 """Nodes that are one value, and of which kind."""
 MOST_PICTURES = 4096
 """In a batch, as ComfyUI bounds it."""
+MOST_GROWN = 16384
+"""Pixels by which a mask grows, as ComfyUI bounds them."""
 CHANNELS = ("alpha", "red", "green", "blue")
 
 
@@ -79,6 +81,24 @@ def load(given: Inputs) -> Sequence[Any]:
 def load_mask(given: Inputs) -> Sequence[Any]:
     """The row's `mask`, a channel of a picture of its own."""
     return (LoadedMask(given.node, _file(given), given.one_of("channel", CHANNELS)),)
+
+
+def invert_mask(given: Inputs) -> Sequence[Any]:
+    """The mask turned over: `invert` of the source's `masks`."""
+    return (_with_change(given, "invert"),)
+
+
+def grow_mask(given: Inputs) -> Sequence[Any]:
+    """The mask larger by some pixels, or smaller: `grow` of the source's `masks`."""
+    by, tapered = given.fixed("expand", int), given.fixed("tapered_corners", bool)
+    if abs(by) > MOST_GROWN:
+        raise given.refuse(f"expand must be from -{MOST_GROWN} to {MOST_GROWN}, not {by}")
+    return (_with_change(given, {"grow": by, "tapered": tapered}),)
+
+
+def _with_change(given: Inputs, change: Any) -> LoadedMask:
+    mask = given.take("mask", LoadedMask)
+    return replace(mask, changes=(*mask.changes, change))
 
 
 def encode(given: Inputs) -> Sequence[Any]:
@@ -185,8 +205,10 @@ def _masked(given: Inputs, latent: Encoded) -> Encoded:
     mask, image = given.take("mask", LoadedMask), latent.image
     if latent.mask is not None:
         raise given.refuse("its latents have a mask already, and one is supported")
+    while isinstance(image, Scaled) and "model" not in image.settings:
+        image = image.image
     if not isinstance(image, Loaded):
-        raise given.refuse("a mask is supported beside a picture as LoadImage gives it, not one of another size")
+        raise given.refuse("a mask is supported beside a picture as LoadImage gives it, or scaled without a model")
     if mask.channel == "image" and image.image != mask.image:
         raise given.refuse("a mask that LoadImage gives is supported beside the same LoadImage's picture")
     return replace(latent, mask=mask)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -32,3 +35,52 @@ def as_comfyui(upright: Image.Image, way: str) -> npt.NDArray[np.uint8]:
     else:  # ComfyUI doesn't look at the one colour of RGB or gray that stands for transparent
         alpha = np.full(image.size[::-1], 255, np.uint8)
     return np.dstack([np.array(image.convert("RGB")), 255 - alpha])
+
+
+def masks_of(told: Any) -> tuple[str, Sequence[Any]]:
+    """Where a source's mask is, and what is done to it, of ``image`` or of ``[image, invert, {grow: 6, tapered: true}]``. Raises ValueError."""
+    where, *changes = told if isinstance(told, (list, tuple)) and told else [told]
+    if where not in MASKS_OF:
+        raise ValueError(f"masks must be {', '.join(MASKS_OF)}, and may be followed by changes in a list, not {told!r}")
+    for change in changes:
+        by = change.get("grow") if isinstance(change, Mapping) and change.keys() <= {"grow", "tapered"} else None
+        tapered = change.get("tapered", True) if by is not None else True
+        if change != "invert" and not (type(by) is int and abs(by) <= GROWTHS and type(tapered) is bool):
+            raise ValueError(
+                f"a change of masks must be invert or {{grow: 6, tapered: true}}, of up to {GROWTHS} pixels, not {change!r}"
+            )
+    return where, changes
+
+
+GROWTHS = 16384
+"""Of a mask, in pixels, at most."""
+
+
+def changed(mask: npt.NDArray[np.uint8], changes: Sequence[Any]) -> npt.NDArray[np.uint8]:
+    """A mask ``[H, W, ...]`` after these: turned over, or each pixel as its lightest neighbour, ``grow`` times; of less than 0 its darkest."""
+    for change in changes:
+        if change == "invert":
+            mask = 255 - mask
+            continue
+        for _ in range(abs(change["grow"])):
+            before, mask = mask, _neighbours(mask, change["grow"] > 0, change.get("tapered", True))
+            if np.array_equal(before, mask):
+                break
+    return mask
+
+
+def _neighbours(mask: npt.NDArray[np.uint8], lightest: bool, tapered: bool) -> npt.NDArray[np.uint8]:
+    """Of each pixel the lightest or darkest of it and its neighbours; ``tapered``: of the four beside it, and not of the eight around it."""
+    of = np.maximum if lightest else np.minimum
+
+    def along(values: npt.NDArray[np.uint8], axis: int) -> npt.NDArray[np.uint8]:
+        around = np.pad(values, [(int(k == axis),) * 2 for k in range(values.ndim)], mode="edge")
+        length = values.shape[axis]
+        first, middle, last = (around.take(range(k, k + length), axis) for k in range(3))
+        found: npt.NDArray[np.uint8] = of(of(first, middle), last)
+        return found
+
+    if not tapered:
+        return along(along(mask, 0), 1)
+    both: npt.NDArray[np.uint8] = of(along(mask, 0), along(mask, 1))
+    return both

@@ -19,7 +19,7 @@ from latentmill.fields import PICTURES
 from latentmill.pixels import Pixels
 from latentmill.plugin import Fragment, RowError, Source
 from latentmill.sources import files, suffix
-from latentmill.sources.as_comfyui import MASKS_OF
+from latentmill.sources.as_comfyui import changed, masks_of
 from latentmill.sources.files import Files
 from latentmill.sources.picture_sizes import size_of
 from latentmill.sources.pictures import MAX_PIXELS, decode
@@ -55,7 +55,8 @@ class Prompts(Source):
     among them lie where their path says; with a ``prompt`` there, the file needs none. ``encoding`` is that of all text files; without
     it they are UTF-8, UTF-16, or else cp1252. ``opened: comfy`` opens pictures as ComfyUI does: transparent parts show the colours behind
     them, and not white. With it, ``masks`` says where a row's mask is: ``light``, how light its ``mask`` is; ``image``, where its picture
-    is transparent; ``alpha``, ``red``, ``green`` or ``blue``, that channel of its ``mask``, of alpha where it is transparent.
+    is transparent; ``alpha``, ``red``, ``green`` or ``blue``, that channel of its ``mask``, of alpha where it is transparent. In a list changes may
+    follow: ``[image, invert, {grow: 6, tapered: true}]`` turns it over, and lets it grow by 6 pixels, by less than 0 shrink.
     """
 
     contract = 2
@@ -71,7 +72,7 @@ class Prompts(Source):
         encoding: str | None = None,
         defaults: Mapping[str, Any] | None = None,
         opened: str = "ours",
-        masks: str = "light",
+        masks: Any = "light",
     ) -> None:
         if max_pixels < 1:
             raise ValueError(f"max_pixels must be 1 or more, not {max_pixels}")
@@ -81,9 +82,10 @@ class Prompts(Source):
             raise ValueError(f"defaults must be as {{seed: 7}}, not {defaults!r}")
         if opened not in OPENED:
             raise ValueError(f"opened must be {' or '.join(OPENED)}, not {opened!r}")
-        if masks not in MASKS_OF or (masks != "light" and opened != "comfy"):
-            raise ValueError(f"masks must be {', '.join(MASKS_OF)}, all but light with opened: comfy, not {masks!r}")
-        self.defaults, self.pixels, self.masks = dict(defaults or {}), opened, masks
+        self.masks, self.mask_changes = masks_of(masks)
+        if masks != "light" and opened != "comfy":
+            raise ValueError(f"masks must be light, without changes, unless opened is comfy, not {masks!r}")
+        self.defaults, self.pixels = dict(defaults or {}), opened
         self.needs_prompt = "prompt" not in self.defaults
         self._readers: dict[str, FileReader] = {}
         self._notices: dict[str, list[str]] = {}  # each line, and the files that it is of
@@ -254,6 +256,8 @@ class Prompts(Source):
         if self.masks == "image" and row.get("image") is not None:
             whole = row["image"]
             row |= {"image": whole[..., :3], "mask": np.repeat(whole[..., 3:], 3, axis=2)}
+        if self.mask_changes and row.get("mask") is not None:
+            row["mask"] = changed(row["mask"], self.mask_changes)
         return row
 
     def _way(self, name: str) -> str:

@@ -36,7 +36,7 @@ class RowsInJob(Prompts):
         follow_links: bool = False,
         id_column: str | None = None,
         opened: str = "ours",
-        masks: str = "light",
+        masks: Any = "light",
     ) -> None:
         if not rows or not all(isinstance(row, Mapping) for row in rows):
             raise ValueError("rows must be a list of rows, as in [{prompt: a cat, seed: 7}]")

@@ -243,14 +243,21 @@ class PictureEncoding:
         images = tensors.send(images, self.device).movedim(-1, 1).to(torch.float32) / 127.5 - 1.0
         if self.grow_mask_by is None or "mask" not in part.column_names:
             return images
-        mask = tensors.spread(tensors.from_arrow(part, "mask")[:, None].to(torch.float32).round(), slots, size)
+        mask = tensors.spread(self._of_picture(part).to(torch.float32).round(), slots, size)
         return images * (1 - tensors.send(mask, self.device))
+
+    def _of_picture(self, part: pa.Table) -> Tensor:
+        """Masks ``[B, 1, H, W]`` of the pictures' size: soft ones may have another."""
+        mask, pictures = tensors.from_arrow(part, "mask")[:, None], self.vae.spec.decoded
+        if not mask.is_floating_point() or pictures not in part.column_names:
+            return mask
+        return interpolate(mask, tensors.shape_of(part.schema.field(pictures))[-3:-1], mode="bilinear")
 
     def _with_mask(self, part: pa.Table, shape: tuple[int, ...], slots: Tensor, size: int) -> pa.Table:
         """The mask in the size of the latents, and, for a network that was trained for inpainting, ``masked``."""
         mask = tensors.from_arrow(part, "mask")[:, None]
         if self.grow_mask_by is not None:
-            mask = grown(mask.to(torch.float32), self.grow_mask_by).to(mask.dtype)
+            mask = grown(self._of_picture(part).to(torch.float32), self.grow_mask_by).to(mask.dtype)
         if mask.is_floating_point():  # a soft one is brought to the latents' size where they are denoised
             return tensors.with_tensor(part, "mask", mask)
         smaller = tensors.with_tensor(part, "mask", interpolate(mask, shape, mode="nearest"))

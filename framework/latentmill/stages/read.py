@@ -256,9 +256,7 @@ class Read(Stage):
             picture = self._picture(found["image"], values["width"], values["height"])
             stored["image"] = picture
             if found.get("mask") is not None and self.denoises:
-                self._require_mask(found)
-                painted = self._picture(found["mask"], values["width"], values["height"])
-                stored["mask"] = self._mask(painted)
+                stored["mask"] = self._mask(self._painted(found, values["width"], values["height"]))
             values["height"], values["width"] = picture.shape[:2]
         elif found.get("video") is not None:
             stored["video"] = self._clip(found["video"], values["width"], values["height"])
@@ -307,12 +305,21 @@ class Read(Stage):
             raise RowError("the latents are not finite numbers")
         return latents
 
+    def _painted(self, found: Mapping[str, Any], width: int | None, height: int | None) -> Tensor:
+        """The picture of a mask: of the size of the row's, but ComfyUI stretches one where it is used. Raises RowError."""
+        mask = require_picture(found["mask"])
+        if self.from_comfy and width is None and mask.shape != found["image"].shape:
+            return torch.from_numpy(mask)
+        self._require_mask(found)
+        return self._picture(mask, width, height)
+
     def _require_mask(self, found: Mapping[str, Any]) -> None:
         if np.shape(found["mask"])[:2] != np.shape(found["image"])[:2]:
             raise RowError("the mask is of another size than the picture")
 
     def _mask(self, picture: Tensor) -> Tensor:
-        return picture.float().mean(-1) / 255 if self.from_comfy else painted_over(picture)
+        light = picture.float().mean(-1)
+        return light / 255 if self.from_comfy else (light >= 127.5).to(torch.uint8)
 
     def _whole(self, found: Mapping[str, Any]) -> dict[str, Tensor]:
         """A row's picture as it was opened, and its mask, or its clip: what is brought to a bucket. Raises RowError."""
@@ -391,8 +398,3 @@ def require_picture(array: Any, size: Size | None = None) -> np.ndarray[Any, Any
     if not array.size:
         raise RowError("the picture has no pixels")
     return array
-
-
-def painted_over(mask: Tensor) -> Tensor:
-    """Where a mask's picture ``[H, W, 3]`` is light: 1, uint8 ``[H, W]``."""
-    return (mask.float().mean(-1) >= 127.5).to(torch.uint8)

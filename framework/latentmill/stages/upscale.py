@@ -123,13 +123,26 @@ class LatentUpscale(Upscale):
 
 
 class ImageUpscale(Upscale):
-    """As Upscale, of ``image`` or ``video``, and of a picture's mask.
+    """As Upscale, of ``image`` or ``video``, and of a picture's mask; ``keep_mask``: one with shades stays as it is, and is brought to size where it is used.
 
     Where a later stage encodes the picture, what is over a multiple of the VAE's downscale is cut evenly from both edges.
     """
 
     methods = OF_PICTURES
     cuts = True
+
+    def __init__(
+        self,
+        method: str,
+        scale: float | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        crop: str = "disabled",
+        megapixels: float | None = None,
+        keep_mask: bool = False,
+    ) -> None:
+        super().__init__(method, scale, width, height, crop, megapixels)
+        self.keep_mask = keep_mask
 
     def declare(self, context: StageContext) -> Declaration:
         there = {name for stage in context.before for name in stage.added()}
@@ -158,7 +171,10 @@ class ImageUpscale(Upscale):
         found = (self._resized(given, width, height).clamp(0, 1) * 255).round().to(torch.uint8)
         batch = tensors.with_tensor(batch, name, self._cut(found).movedim(1, -1).contiguous())
         if "mask" in batch.column_names:
-            mask = interpolate(tensors.from_arrow(batch, "mask")[:, None], (height, width), mode="nearest")
+            mask = tensors.from_arrow(batch, "mask")[:, None]
+            if self.keep_mask and mask.is_floating_point():
+                return batch
+            mask = interpolate(mask, (height, width), mode="nearest")
             batch = tensors.with_tensor(batch, "mask", self._cut(mask)[:, 0].contiguous())
         return batch
 
