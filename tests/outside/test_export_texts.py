@@ -1,6 +1,7 @@
 """``latentmill export`` of what text encoders made of prompts: each read as its trainer's loader reads it, with its numbers worked out by hand."""
 
 import glob
+import hashlib
 import os
 
 import numpy as np
@@ -201,6 +202,29 @@ def test_musubi_has_flux_kontext_s_with_padding(texts, trainers):
         "clip_l_pooler": (768, torch.float32),
     }
     assert content["t5_vec"][511, :2].tolist() == [21 + 511 / 1024] * 2 and content["clip_l_pooler"][5] == 21
+
+
+# ------------------------------------------------------------------------------------------------------- SimpleTuner
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_simpletuner_has_a_file_for_each_caption(texts, trainers, latentmill, rows):
+    """Twice the same pictures: a file is the first row's of its caption, though each of them would have written it."""
+    output = texts("sdxl", "+text_encoder.dtype=bfloat16", "samples_per_row=2", f"rows_per_shard={rows}")
+    folder = trainers.export(output, "simpletuner-sdxl-text")
+    assert "simpletuner-sdxl-text: 3 files written\n" in latentmill.out
+    captions = {hashlib.md5(caption.encode()).hexdigest(): len(caption) for caption in (TOM, "two blocks", "")}
+    assert {*files(folder)} == {f"{name}-sdxl.pt" for name in captions}
+    for name, letters in captions.items():
+        found = torch.load(folder / f"{name}-sdxl.pt", weights_only=True)
+        assert {key: (*value.shape, value.dtype) for key, value in found.items()} == {
+            "prompt_embeds": (1, 77, 2048, torch.bfloat16),
+            "pooled_prompt_embeds": (1280, torch.bfloat16),
+        }
+        assert found["prompt_embeds"][0, 0, 767:769].tolist() == [letters, -letters]
+        assert found["pooled_prompt_embeds"].unique().tolist() == [letters]
+    trainers.export(output, "simpletuner-sdxl-text")
+    assert "simpletuner-sdxl-text: 0 files written, 3 were there" in latentmill.out
 
 
 # --------------------------------------------------------------------------------------------------------- AutoModel

@@ -124,6 +124,8 @@ class _Export:
         self.source, self.written, self.storing = source, written, storing
         self.exported = Exported(*(Counter({each.format.name: 0 for each in written}) for _ in range(2)))
         self._counting = threading.Lock()
+        of_prompts = any(each.format.of_prompts for each in written)
+        self._repeated = _repeated(source) if of_prompts else frozenset[int]()
 
     def shard(self, shard: int, stop: threading.Event) -> None:
         """See that all files of a shard are there."""
@@ -174,6 +176,8 @@ class _Export:
             )
         if each.writer is not None:
             each.writer.add(row)
+            return
+        if each.writing.format.of_prompts and row.number in self._repeated:
             return
         format = each.writing.format
         assert format.files is not None
@@ -283,6 +287,21 @@ def _require_paths(source: ExportSource, chosen: Sequence[ExportFormat]) -> None
         values, counts = np.unique(np.concatenate(every), return_counts=True)
         if len(twice := {*values[counts > 1].tolist()}):
             _tell_twice(source, path, twice)
+
+
+def _repeated(source: ExportSource) -> frozenset[int]:
+    """The numbers of rows whose prompt an earlier row has."""
+
+    def look(shard: int) -> list[tuple[int, bytes]]:
+        return [(row.number, hashlib.blake2b(row.prompt.encode()).digest()) for row in source.rows(shard)]
+
+    seen, found = set[bytes](), set[int]()
+    for rows in source.there.store.each(look, range(source.there.plan.shards), SHARDS_AT_ONCE):
+        for number, prompt in rows:
+            if prompt in seen:
+                found.add(number)
+            seen.add(prompt)
+    return frozenset(found)
 
 
 def _whole_path(format: ExportFormat, path: Callable[[ExportRow], str]) -> Callable[[ExportRow], str]:

@@ -122,6 +122,9 @@ class ExportFormat:
     """Whether its files are called as the pictures are: the trainer finds them by it, or people do."""
     apart: bool = False
     """Whether several resolutions of a picture would be one file. Each has a folder then, called by the side of its square."""
+    of_prompts: bool = False
+    """Whether its files are of prompts: the first row of each writes it, whoever has written others. What rows have of one may differ in its
+    last bits."""
     sized: bool = False
     """Whether its trainer finds them by the picture's own size, too."""
     one_size: bool = False

@@ -16,7 +16,7 @@ from latentmill.exports.kohya import KOHYA, KOHYA_TEXTS
 from latentmill.exports.mds import MDS
 from latentmill.exports.musubi import MUSUBI, MUSUBI_TEXTS
 from latentmill.exports.research import EDM2, PIXART, REPA
-from latentmill.exports.simpletuner import SIMPLETUNER
+from latentmill.exports.simpletuner import SIMPLETUNER, SIMPLETUNER_TEXT
 from latentmill.exports.spaces import family_of, space_in_words
 from latentmill.exports.texts import StoredText, shapes_in_words
 from latentmill.text import near
@@ -37,6 +37,7 @@ EXPORT_FORMATS: dict[str, ExportFormat] = {
         *MUSUBI,
         *MUSUBI_TEXTS,
         SIMPLETUNER,
+        SIMPLETUNER_TEXT,
         AUTOMODEL_CACHE,
         MDS,
         ENERGON,
@@ -55,8 +56,7 @@ MADE_BY = {
 """How a dataset comes by a column."""
 
 NOT_MADE = {
-    "simpletuner-text": "SimpleTuner has one file for all pictures of a caption, and what two shards of ours have of one may differ in its "
-    "last bits",
+    "simpletuner-flux-text": "SimpleTuner caches T5's attention mask, too, and trains with it if told to; a dataset of ours has none",
     "musubi-krea2-text": "no text encoder of ours makes what Krea 2's does",
     "musubi-wan-text": "no text encoder of ours makes what Wan's does",
 }
