@@ -101,7 +101,7 @@ def cluster():
         pytest.MonkeyPatch.context() as environment
     ):  # for the stages below: the working directory is on no worker's path
         environment.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-        there = ray_forks.cluster(num_cpus=2, num_gpus=2)
+        there = ray_forks.Cluster(num_cpus=2, num_gpus=2)
     try:
         connect(there.address)
         yield there

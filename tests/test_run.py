@@ -5,8 +5,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import pytest
 import ray
 from PIL import Image
 from tests import ray_forks
+from tests.forked import SOCKET
 
 import latentmill
 from latentmill import parts, storage
@@ -64,7 +63,7 @@ def whole(output):
 @pytest.fixture(scope="module")
 def cluster():
     """Settings of a job that runs on a Ray cluster of two cores."""
-    there = ray_forks.cluster(num_cpus=2)
+    there = ray_forks.Cluster(num_cpus=2)
     yield ["cluster=ray", f"cluster.address={there.address}"]
     ray.shutdown()
     there.shutdown()
@@ -97,20 +96,18 @@ def test_without_deterministic_the_rows_and_seeds_are_the_same(tmp_path, prompts
     assert len(set(a.column("seed").to_pylist())) == len(a)
 
 
-def test_a_driver_that_is_killed_leaves_a_dataset_that_goes_on(tmp_path, prompts, cluster):
+def test_a_driver_that_is_killed_leaves_a_dataset_that_goes_on(tmp_path, prompts, cluster, forks):
     """First with the Ray cluster that it has started, then alone."""
-    settings = [*SMALL, prompts, "deterministic=true", "rows_per_shard=2"]
+    settings = [*SMALL, prompts, "deterministic=true", "rows_per_shard=2", "sampling.steps=10"]
     latentmill.run("txt2img", [*settings, "cluster=inline", f"output={tmp_path / 'undisturbed'}"])
-    output = tmp_path / "killed"
-    command = [sys.executable, "-m", "latentmill.cli", "run", "txt2img", *settings, f"output={output}"]
+    output, log = tmp_path / "killed", tmp_path / "log"
     for enough, place in ((1, ["cluster=local"]), (4, cluster)):
-        driver = subprocess.Popen(
-            [*command, *place], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        while len(list(output.glob("data/*"))) < enough and driver.poll() is None:
+        command = ["run", "txt2img", *settings, *place, f"output={output}"]
+        driver = forks.begin(command, log, **{SOCKET: os.environ[SOCKET]})
+        while len(list(output.glob("data/*"))) < enough and forks.runs(driver):
             time.sleep(0.01)
-        os.killpg(driver.pid, signal.SIGKILL)
-        driver.wait()
+        os.kill(driver, signal.SIGKILL)
+        assert forks.end(driver) == -signal.SIGKILL, log.read_text()
         assert enough <= len(list(output.glob("data/*"))) < 9, "the driver was to be killed in the middle"
         assert not (output / "_SUCCESS").exists()
         before, done = len(list(output.glob("data/*"))), status(str(output))["shards_done"]
@@ -122,17 +119,12 @@ def test_a_driver_that_is_killed_leaves_a_dataset_that_goes_on(tmp_path, prompts
 
 def test_sigterm_stops_cleanly_says_how_to_go_on_and_the_run_goes_on(tmp_path, prompts, forks):
     output, log = tmp_path / "out", tmp_path / "log"
-    command = ["run", "txt2img", *SMALL, prompts, "rows_per_shard=2"]
-    command += [
-        "grace=0",
-        "cluster=inline",
-        "sampling.steps=40",
-        f"output={output}",
-    ]  # long enough to be stopped in the middle
-    driver = forks.begin(command, log)
+    command = ["run", "txt2img", *SMALL, prompts, "rows_per_shard=2", "grace=0", "cluster=inline", f"output={output}"]
+    driver = forks.begin(command, log, LATENTMILL_FAILPOINT=f"published:pause:{tmp_path}")
     while not list(output.glob("data/*")) and forks.runs(driver):
         time.sleep(0.01)
     os.kill(driver, signal.SIGTERM)
+    (tmp_path / "go").touch()
     assert forks.end(driver) == 130, log.read_text()
     said = log.read_text()
     assert "same command" in said and "Traceback" not in said

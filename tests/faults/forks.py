@@ -19,14 +19,16 @@ SERVER = """
 import ctypes, faulthandler, json, os, signal, sys
 import latentmill.cli, latentmill.workers.inline, latentmill.sinks.parquet, latentmill_shapes.plugin
 import latentmill.runner, latentmill.report, latentmill.verify, latentmill.sources.prompts, latentmill.stages.denoise, latentmill.stages.decode
-import latentmill.stages.read, latentmill.stages.write, latentmill.schedulers.dpmpp, latentmill.conf, latentmill.jobs, pandas  # by Arrow
+import latentmill.stages.read, latentmill.stages.write, latentmill.schedulers.dpmpp, latentmill.conf, latentmill.jobs, pyarrow.pandas_compat, torch.utils._device
 import PIL.Image
 
 PIL.Image.init()
 sys.path.append(sys.argv[2])
-from tests import composing
+from tests import composing, ray_forks
 composing.once()
-latentmill.config.load_job("txt2img", ["output=nowhere", "cluster=inline"])  # lists plugins, and what else is looked up once
+ray_forks.fork()
+job = latentmill.config.load_job("txt2img", ["output=nowhere", "cluster=inline"])
+latentmill.plan.plan(job, latentmill.parts.parts(job))  # lists plugins, and what else is looked up once
 main = latentmill.cli.main
 exec(sys.argv[1])
 for line in sys.stdin:
@@ -40,8 +42,12 @@ for line in sys.stdin:
         continue
     os.environ.update(asked["environment"])
     sys.path[:0] = asked["path"]
-    log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1), os.dup2(log, 2)
+    os.chdir(asked["folder"])
+    for number, path in ((1, asked["log"]), (2, asked["err"] or asked["log"])):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    encoding, _, errors = os.environ.get("PYTHONIOENCODING", "").partition(":")
+    if encoding:
+        sys.stdout.reconfigure(encoding=encoding, errors=errors)
     if asked["obeys"] and os.geteuid() == 0:  # root loses CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, with which it may all
         header, capabilities = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
         assert ctypes.CDLL(None).capget(header, capabilities) == 0
@@ -56,6 +62,8 @@ for line in sys.stdin:
         import traceback
         traceback.print_exc()
         code = 99
+    if asked["err"]:
+        sys.exit(code)  # as Python ends, which writes to its streams
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(code or 0)
 """
@@ -64,8 +72,8 @@ for line in sys.stdin:
 class Forks:
     """``begin`` starts ``latentmill ARGUMENTS`` and returns its process number; ``end`` waits, and returns the exit code.
 
-    ``obeys``: permissions are for it, too, though it be root. ``path``: folders that come first on its ``sys.path``.
-    ``prepare`` is code that may say otherwise what ``main`` is.
+    What it says comes to the file ``log``, or to ``err`` what it says on stderr. ``obeys``: permissions are for it, too, though
+    it be root. ``path``: folders that come first on its ``sys.path``. ``prepare`` is code that may say otherwise what ``main`` is.
     """
 
     def __init__(self, prepare=""):
@@ -74,9 +82,9 @@ class Forks:
         command = [sys.executable, "-c", SERVER, prepare, str(Path(__file__).parents[2])]
         self.server = subprocess.Popen(command, **pipes, text=True, env=environment)
 
-    def begin(self, arguments, log, obeys=False, path=(), **environment):
-        told = {"arguments": list(map(str, arguments)), "log": str(log), "path": list(map(str, path))}
-        return self._ask({**told, "obeys": obeys, "environment": environment})
+    def begin(self, arguments, log, obeys=False, path=(), err="", **environment):
+        told = {"arguments": list(map(str, arguments)), "log": str(log), "err": str(err), "path": list(map(str, path))}
+        return self._ask({**told, "folder": os.getcwd(), "obeys": obeys, "environment": environment})
 
     def end(self, process):
         return self._ask(process)

@@ -62,7 +62,7 @@ def test_a_driver_killed_three_times(seed, job, forks, tmp_path):
 
 @pytest.fixture(scope="module")
 def cluster():
-    there = ray_forks.cluster(num_cpus=2)
+    there = ray_forks.Cluster(num_cpus=2)
     try:
         connect(there.address)
         yield there

@@ -26,8 +26,8 @@ def test_a_fault_of_a_worker_or_node(fault, places, job, folder, monkeypatch):
     """On a real Ray cluster of two nodes, at each of the places in one run; the run goes on by itself."""
     settings, alone = job
     monkeypatch.setenv("LATENTMILL_FAILPOINT", f"{','.join(places)}:{WORKERS[fault]}:{folder}")
-    cluster = ray_forks.cluster(num_cpus=0)
-    nodes, seen = [cluster.add_node(num_cpus=2, **ray_forks.forked())], []
+    cluster = ray_forks.Cluster(num_cpus=0)
+    nodes, seen = [cluster.add_node(num_cpus=2)], []
     patience = ["stages.write.retries=5", *(f"stages.{name}.timeout=2" for name in (*COMPUTING, "write"))]
     place = ["cluster=ray", f"cluster.address={cluster.address}", f"output={folder / 'output'}"]
     try:
@@ -38,7 +38,7 @@ def test_a_fault_of_a_worker_or_node(fault, places, job, folder, monkeypatch):
                 if reached := [place for place in places if (folder / place).exists() and place not in seen]:
                     seen += reached
                     cluster.remove_node(nodes.pop(), allow_graceful=False)
-                    nodes.append(cluster.add_node(num_cpus=2, **ray_forks.forked()))
+                    nodes.append(cluster.add_node(num_cpus=2))
                 time.sleep(0.05)
             result = running.result()
     finally:

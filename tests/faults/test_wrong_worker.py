@@ -89,10 +89,10 @@ def cluster(tmp_path_factory):
         for name, value in keen(folder / "right", 0.0).items():
             here.setenv(name, value)
         here.syspath_prepend(folder / "site")
-        there = ray_forks.cluster(num_cpus=3, resources=dict.fromkeys(cases, 1))
+        there = ray_forks.Cluster(num_cpus=3, resources=dict.fromkeys(cases, 1))
         try:
             for case, environment in cases.items():
-                there.add_node(num_cpus=0, resources={case: 1}, env_vars=environment, **ray_forks.forked())
+                there.add_node(num_cpus=0, resources={case: 1}, env_vars=environment)
             yield there.address
         finally:
             ray.shutdown()

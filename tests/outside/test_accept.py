@@ -225,7 +225,7 @@ def test_deterministic_the_same_bytes_after_a_kill_and_with_two_drivers(job, for
 
 def test_on_ray_with_several_workers_the_same_rows(job, latentmill, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), os.environ["PYTHONPATH"]]))
-    there = ray_forks.cluster(num_cpus=2)
+    there = ray_forks.Cluster(num_cpus=2)
     try:
         few = [f"stages.{name}.num_cpus=0.1" for name in ("read", "word", "encode", "denoise", "fourth", "write")]
         several = [

@@ -45,7 +45,7 @@ def head():
         for name in [name for name in os.environ if name.startswith(("RAY_", "AWS_"))]:
             environment.delenv(name)
         environment.setenv("RAY_AUTH_MODE", "disabled")
-        there = ray_forks.cluster(num_cpus=2)
+        there = ray_forks.Cluster(num_cpus=2)
     yield there.address
     ray.shutdown()
     there.shutdown()
@@ -75,7 +75,7 @@ def test_a_cluster_that_asks_for_a_token(latentmill, job, alone):
     port = free_port()
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     folder = tempfile.mkdtemp(dir="/tmp")  # a session of its own, beside the other cluster's
-    start = f"start --head --port {port} --num-cpus 1 --include-dashboard false --node-ip-address 127.0.0.1".split()
+    start = f"start --head --port {port} --num-cpus 0 --include-dashboard false --node-ip-address 127.0.0.1".split()
     start += ["--temp-dir", folder]
     command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()"]
     node = subprocess.Popen([*command, *start, "--block"], env=environment, stdout=subprocess.PIPE, text=True)

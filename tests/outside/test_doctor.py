@@ -88,9 +88,9 @@ def test_all_differences_of_a_node_are_told_at_once(latentmill, words, tmp_path)
     old = tmp_path / "old"
     distribution(old, "latentmill-shapes", "0.0.9", SHAPES)
     distribution(old, "numpy", "1.0.0")
-    there = ray_forks.cluster(num_cpus=2)
+    there = ray_forks.Cluster(num_cpus=2)
     try:
-        there.add_node(num_cpus=2, num_gpus=2, env_vars={"PYTHONPATH": str(old)}, **ray_forks.forked())
+        there.add_node(num_cpus=2, num_gpus=2, env_vars={"PYTHONPATH": str(old)})
         where = ["cluster=ray", f"cluster.address={there.address}"]
         code = latentmill("doctor", *words, *where, "--json")
         found = json.loads(latentmill.out)
@@ -161,7 +161,7 @@ def planted(tmp_path_factory):
         here.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(at["keys"] / "key.json"))
         here.setenv("PYTHONPATH", os.pathsep.join([str(at["site"]), os.environ["PYTHONPATH"]]))
         here.syspath_prepend(at["site"])
-        there = ray_forks.cluster(num_cpus=2)
+        there = ray_forks.Cluster(num_cpus=2)
         try:
             yield at, there.address
         finally:

@@ -259,7 +259,7 @@ def test_in_a_store_it_is_the_same(counted, bucket):
 @pytest.fixture
 def cluster(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
-    there = ray_forks.cluster(num_cpus=4)
+    there = ray_forks.Cluster(num_cpus=4)
     yield ["cluster=ray", f"cluster.address={there.address}", *(f"stages.{name}.num_cpus=0.1" for name in STAGES)]
     ray.shutdown()
     there.shutdown()

@@ -2,8 +2,6 @@
 
 import os
 import subprocess
-import sys
-import time
 
 import pytest
 import ray
@@ -19,30 +17,17 @@ stages: {write: {resources: {other: 1}}}
 cluster: {kind: ray}
 """
 
-NODE = """
-mount -t tmpfs none {hidden}
-exec {python} -c 'from ray.scripts.scripts import main; main()' start --block --address {address} --num-cpus 2 --resources '{{"other": 4}}'
-"""
-
 
 @pytest.fixture
 def cluster(tmp_path):
     """A cluster of two nodes; in the place of the folder ``disk`` the second has a disk of its own."""
     (tmp_path / "disk").mkdir()
-    there = ray_forks.cluster(num_cpus=2)
-    script = NODE.format(hidden=tmp_path / "disk", python=sys.executable, address=there.address)
-    other = subprocess.Popen(["unshare", "--mount", "sh", "-ec", script], stdout=subprocess.DEVNULL)
+    there = ray_forks.Cluster(num_cpus=2)
     try:
-        ray.init(address=there.address, log_to_driver=False)
-        while "other" not in ray.cluster_resources():
-            assert other.poll() is None, "the second node could not be started"
-            time.sleep(0.1)
-        ray.shutdown()
+        there.add_node(f"mount -t tmpfs none {tmp_path / 'disk'}", num_cpus=2, resources={"other": 4})
         yield there.address
     finally:
         ray.shutdown()
-        other.terminate()
-        other.wait()
         there.shutdown()
 
 

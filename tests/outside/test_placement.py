@@ -30,7 +30,7 @@ def cluster(install, tmp_path, monkeypatch):
     """Settings of a job on a cluster that has the plugin."""
     install("acme", "[latentmill.stages]\nprocess = acme:Process\n", acme=PLUGIN)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), os.environ["PYTHONPATH"]]))
-    there = ray_forks.cluster(num_cpus=2)
+    there = ray_forks.Cluster(num_cpus=2)
     yield ["cluster=ray", f"cluster.address={there.address}"]
     ray.shutdown()
     there.shutdown()

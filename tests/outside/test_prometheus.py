@@ -69,7 +69,7 @@ def test_a_real_prometheus_answers_each_query_of_the_dashboard(latentmill, insta
     install("acme", "[latentmill.stages]\ntroubled = acme:Troubled\n", acme=PLUGIN)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), os.environ["PYTHONPATH"]]))
     metrics, web = free_port(), free_port()
-    there = ray_forks.cluster(num_cpus=2, metrics_export_port=metrics, include_dashboard=True)
+    there = ray_forks.Cluster(num_cpus=2, metrics_export_port=metrics, include_dashboard=True)
     scrape = {"job_name": "ray", "scrape_interval": "2s", "static_configs": [{"targets": [f"127.0.0.1:{metrics}"]}]}
     (tmp_path / "prometheus.yml").write_text(json.dumps({"scrape_configs": [scrape]}))
     command = ["prometheus", f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/tsdb"]

@@ -48,7 +48,7 @@ def job(install, tmp_path, monkeypatch, pictures):
     install("acme", "[latentmill.stages]\nloud = acme:Loud\n", acme=PLUGIN)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), os.environ["PYTHONPATH"]]))
     monkeypatch.setenv("MY_WORD", SECRET)
-    there = ray_forks.cluster(num_cpus=2)
+    there = ray_forks.Cluster(num_cpus=2)
     loud = f"{{name: loud, word: '${{oc.env:MY_WORD}}', folder: '{tmp_path}'}}"
     yield [
         *("encode", "vae.name=patches", "vae.side=1", f"source.path={pictures}"),

@@ -91,11 +91,11 @@ class Nodes:
     """The nodes of a cluster that has a head without room."""
 
     def __init__(self):
-        self.cluster = ray_forks.cluster(num_cpus=0)
+        self.cluster = ray_forks.Cluster(num_cpus=0)
         self.there = {}
 
     def add(self):
-        node = self.cluster.add_node(num_cpus=ROOM, **ray_forks.forked())
+        node = self.cluster.add_node(num_cpus=ROOM)
         self.there[node.node_id] = node
         return node.node_id
 

@@ -1,0 +1,151 @@
+"""In place of a worker of Ray, or of an agent of a node: a child of a process that has everything imported.
+
+Ray starts a worker as ``python SETUP ARGUMENTS``, and SETUP is this file; see tests.ray_forks. It gets a child in its place,
+hands on its arguments, environment, folder, outputs and mounts, and lives as long as the child.
+"""
+
+import array
+import json
+import os
+import signal
+import socket
+import sys
+
+SOCKET = "LATENTMILL_TESTS_FORKS"
+"""The environment variable that says where to ask for a child."""
+WORKER = "default_worker.py"
+CONFIGURED = b"_ZGVZN9RayConfig8instanceEvE6config"
+"""The variable by which Ray's library in C++ knows that it has read Ray's environment variables, which it does when it is imported."""
+IMPORTED = """
+import logging; logging.disable()
+import jsonschema, pandas, psutil, pyarrow.dataset, pyarrow.parquet, pytest, requests, scipy.special, torch
+import latentmill.workers.actor, latentmill.workers.context, latentmill.workers.worker
+import latentmill.stages.decode, latentmill.stages.denoise, latentmill.stages.encode, latentmill.stages.read, latentmill.stages.write
+import latentmill.sources.images, latentmill.sources.prompts
+import latentmill.schedulers.dpmpp, latentmill.sinks.parquet
+import ray._private.async_compat, ray._private.runtime_env.agent.main, ray._private.runtime_env.setup_hook
+import ray.dashboard.agent, ray.dashboard.http_server_agent, ray.dashboard.utils
+ray.dashboard.utils.get_all_modules(ray.dashboard.utils.DashboardAgentModule)
+logging.disable(logging.NOTSET)
+"""
+"""What each worker of a job imports but for plugins, of which another cluster may have others; and what agents import."""
+
+
+def ask():
+    """Be a worker by proxy. An agent would look whether its parent, the raylet, is there; its proxy ends with that."""
+    if WORKER not in map(os.path.basename, sys.argv):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    wanted = {"arguments": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect(os.environ[SOCKET])
+        given = array.array("i", [1, 2, os.open("/proc/self/ns/mnt", os.O_RDONLY)])
+        server.sendmsg([b"."], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, given)])
+        server.sendall(json.dumps(wanted).encode() + b"\n")
+        server.recv(1)  # nothing, when the child has ended
+
+
+# ------------------------------------------------------------------------------------ the process that has imported
+
+
+def serve(number):
+    """Fork a child for each that asks; end it if who asked is killed, and let who asked end with it."""
+    import gc
+    import selectors
+
+    paths = sys.path[1:]
+    exec(IMPORTED, {})
+    configured = address(sys.modules["ray._raylet"].__file__, CONFIGURED)
+    gc.collect()
+    gc.freeze()
+    print("ready", flush=True)
+    children = {}
+    ended, wakeup = socket.socketpair()
+    for each in (ended, wakeup):
+        each.setblocking(False)
+    signal.set_wakeup_fd(wakeup.fileno())
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    listening = socket.socket(fileno=number)
+    selector = selectors.DefaultSelector()
+    for each in (ended, listening):
+        selector.register(each, selectors.EVENT_READ)
+    while True:
+        for key, _ in selector.select():
+            if key.fileobj is listening:
+                asking, _ = listening.accept()
+                _, given, _, _ = socket.recv_fds(asking, 1, 3)
+                with asking.makefile() as lines:
+                    wanted = json.loads(lines.readline())
+                child = os.fork()
+                if not child:
+                    signal.set_wakeup_fd(-1)
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    selector.close()
+                    for each in (listening, ended, wakeup, asking, *(asking for asking, _ in children.values())):
+                        each.close()
+                    return work(wanted, *given, paths, configured)
+                for each in given:
+                    os.close(each)
+                selector.register(asking, selectors.EVENT_READ)
+                children[asking.fileno()] = asking, child
+            elif key.fileobj is ended:
+                ended.recv(4096)
+                while children:
+                    gone, _ = os.waitpid(-1, os.WNOHANG)
+                    if not gone:
+                        break
+                    for asking in [asking for asking, child in children.values() if child == gone]:
+                        selector.unregister(asking)
+                        del children[asking.fileno()]
+                        asking.close()
+            elif key.fd in children:  # who asked is gone
+                os.kill(children[key.fd][1], signal.SIGKILL)
+
+
+def address(library, name):
+    """Where a variable of a library is in this process."""
+    import mmap
+    import struct
+
+    with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
+        [at], [size, count] = struct.unpack_from("<Q", data, 40), struct.unpack_from("<HH", data, 58)
+        sections = [struct.unpack_from("<IIQQQQII", data, at + size * number) for number in range(count)]
+        _, _, _, _, symbols, length, names, _ = next(section for section in sections if section[1] == 2)
+        named = data.find(b"\0%s\0" % name, sections[names][4]) + 1 - sections[names][4]
+        table = struct.iter_unpack("<IBBHQQ", data[symbols : symbols + length])
+        value = next(symbol[4] for symbol in table if symbol[0] == named)
+    with open("/proc/self/maps") as maps:
+        return value + min(int(line.partition("-")[0], 16) for line in maps if line.rstrip().endswith(library))
+
+
+def work(wanted, stdout, stderr, mounts, paths, configured):
+    """Be the worker: what ``python ARGUMENTS`` would be with its environment."""
+    import ctypes
+    import importlib
+    import runpy
+
+    os.dup2(stdout, 1), os.dup2(stderr, 2)
+    if os.fstat(mounts).st_ino != os.stat("/proc/self/ns/mnt").st_ino:
+        assert ctypes.CDLL(None).setns(mounts, 0) == 0
+    for each in (stdout, stderr, mounts):
+        os.close(each)
+    os.chdir(wanted["folder"])
+    os.environ.clear()
+    os.environ.update(wanted["environment"])
+    script = next(at for at, argument in enumerate(wanted["arguments"]) if argument.endswith(".py"))
+    if os.path.basename(wanted["arguments"][script]) != WORKER:
+        os.environ["RAY_RAYLET_PID"] = str(os.getppid())
+    sys.argv = [a for a in wanted["arguments"][script:] if not a.startswith(("--serialized-runtime-env", "--language"))]
+    ctypes.c_char.from_address(configured).value = 0
+    own = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:] = [os.path.dirname(sys.argv[0]), *own, *paths]
+    importlib.invalidate_caches()
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--serve":
+        serve(int(sys.argv[2]))
+    else:
+        ask()
