@@ -1,14 +1,18 @@
 """What can't be told stops nobody: a run ends as its dataset does."""
 
-import fcntl
 import os
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import latentmill as package
+
+FULL = "/dev/full"
+"""A disk on which nothing can be written."""
 
 
 @pytest.fixture
@@ -18,14 +22,14 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def shell(here, executable):
-    """``shell(redirections, words...)``: the command as a shell starts it; what it says where nothing is redirected."""
+def begin(here, forks):
+    """``begin(out, err, words..., VARIABLE=value)``: the command with its stdout and stderr in these files; a function that gives its exit code."""
 
-    def run(redirections, *words, **environment):
-        command = ["bash", "-c", f'"$@" {redirections}', "bash", *executable, *map(str, words)]
-        return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
+    def begin(out, err, *words, **environment):
+        process = forks.begin(words, out, path=[here / "site"], err=err, **environment)
+        return lambda: forks.end(process)
 
-    return run
+    return begin
 
 
 @pytest.fixture
@@ -48,47 +52,60 @@ def loud(install, monkeypatch):
     return "flow=[read,encode,loud,write]"
 
 
-@pytest.mark.parametrize("redirections", [">/dev/full 2>/dev/full", ">&- 2>&-"])
-def test_a_run_ends_as_its_dataset_does_whoever_hears_it(redirections, here, shell, job, loud, rows, failed):
-    assert shell(redirections, "run", *job, "output=out", loud).returncode == 0
+def test_a_run_ends_as_its_dataset_does_whoever_hears_it(here, begin, job, loud, rows, failed):
+    assert begin(FULL, FULL, "run", *job, "output=out", loud)() == 0
     assert len(rows("out")) == 4 and failed("out") == [], "nor is a row to blame for what its stage can't print"
     assert (here / "out" / "_SUCCESS").is_file() and (here / "out" / "report.html").is_file()
 
 
-def test_a_reader_that_is_gone_is_not_missed(here, executable, job, loud, rows):
-    reading, writing = os.pipe()
+def test_a_run_of_which_nobody_wants_to_hear(here, executable, job, loud, rows, failed):
+    told = subprocess.run(["bash", "-c", '"$@" >&- 2>&-', "bash", *executable, "run", *job, "output=out", loud])
+    assert told.returncode == 0 and len(rows("out")) == 4 and failed("out") == []
+    assert (here / "out" / "_SUCCESS").is_file() and (here / "out" / "report.html").is_file()
+
+
+@pytest.fixture
+def pipe(here):
+    """``here/pipe`` and the end at which it is read."""
+    os.mkfifo("pipe")
+    reading = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
+    yield here / "pipe", reading
+    with suppress(OSError):
+        os.close(reading)
+
+
+def test_a_reader_that_is_gone_is_not_missed(here, begin, pipe, job, loud, rows):
+    path, reading = pipe
+    ended = begin(path, path, "run", *job, "output=out", loud, LATENTMILL_FAILPOINT=f"planning:pause:{here}")
+    while not (here / "planning").exists():
+        time.sleep(0.01)
     os.close(reading)
-    told = subprocess.run([*executable, "run", *job, "output=out", loud], stdout=writing, stderr=writing, timeout=120)
-    os.close(writing)
-    assert told.returncode == 0 and len(rows("out")) == 4 and (here / "out" / "_SUCCESS").is_file()
+    (here / "go").touch()
+    assert ended() == 0 and len(rows("out")) == 4 and (here / "out" / "_SUCCESS").is_file()
 
 
-def test_a_reader_that_reads_no_more_is_not_waited_for(here, executable, job, rows):
-    reading, writing = os.pipe()
-    fcntl.fcntl(writing, fcntl.F_SETFL, os.O_NONBLOCK)
+def test_a_reader_that_reads_no_more_is_not_waited_for(here, begin, pipe, job, rows):
+    path, _ = pipe
+    writing = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
     with pytest.raises(BlockingIOError):
         while True:
             os.write(writing, b"x" * 65536)
-    fcntl.fcntl(writing, fcntl.F_SETFL, 0)
-    command = [*executable, "run", *job, "output=out"]
-    told = subprocess.run(command, stdout=subprocess.PIPE, stderr=writing, timeout=120)
-    os.close(reading)
     os.close(writing)
-    assert told.returncode == 0 and b"4 of 4 rows" in told.stdout and len(rows("out")) == 4
+    assert begin("said", path, "run", *job, "output=out")() == 0
+    assert "4 of 4 rows" in (here / "said").read_text() and len(rows("out")) == 4
 
 
-def test_commands_that_only_tell_say_that_they_could_not(here, shell, job, latentmill):
+def test_commands_that_only_tell_say_that_they_could_not(here, begin, job, latentmill):
     assert latentmill("run", *job, "output=out") == 0
-    for words in (["status", "out"], ["run", *job, "--cfg", "job"]):
-        told = shell(">/dev/full", *words)
-        assert told.returncode == 3, words
-        assert told.stderr == "latentmill: [Errno 28] No space left on device: 'stdout'\n"
+    for number, words in enumerate((["status", "out"], ["run", *job, "--cfg", "job"])):
+        assert begin(FULL, here / f"{number}", *words)() == 3, words
+        assert (here / f"{number}").read_text() == "latentmill: [Errno 28] No space left on device: 'stdout'\n"
 
 
-def test_a_repair_is_done_though_nobody_hears_of_it(here, shell, job, latentmill):
+def test_a_repair_is_done_though_nobody_hears_of_it(here, begin, job, latentmill):
     assert latentmill("run", *job, "output=out") == 0
     (here / "out" / "data" / "00000.parquet").write_bytes(b"damaged")
-    shell(">/dev/full", "verify", "out", "--repair")
+    begin(FULL, here / "said", "verify", "out", "--repair")()
     assert not (here / "out" / "data" / "00000.parquet").exists()
 
 
@@ -100,10 +117,10 @@ def test_what_can_t_be_made_at_the_end_is_a_line_in_the_log(here, job, latentmil
     assert [line.partition(" ")[0] for line in lines] == ["README.md", "report.html"]
 
 
-def test_a_terminal_without_unicode_is_told_what_it_can_show(here, shell, job):
-    told = shell("", "run", *job, "output=日本", PYTHONIOENCODING="ascii:strict")
-    assert told.returncode == 0 and (here / "日本" / "_SUCCESS").is_file()
-    assert r"dataset       \u65e5\u672c/data (4 rows)" in told.stdout
+def test_a_terminal_without_unicode_is_told_what_it_can_show(here, begin, job):
+    assert begin("said", "log", "run", *job, "output=日本", PYTHONIOENCODING="ascii:strict")() == 0
+    assert (here / "日本" / "_SUCCESS").is_file()
+    assert r"dataset       \u65e5\u672c/data (4 rows)" in (here / "said").read_text()
 
 
 def test_a_program_s_own_stream_that_fails_ends_no_run(here, job, monkeypatch):
