@@ -23,14 +23,12 @@ import latentmill.stages.read, latentmill.stages.write, latentmill.schedulers.dp
 import PIL.Image
 
 PIL.Image.init()
-sys.path.append(sys.argv[2])
+sys.path.append(sys.argv[1])
 from tests import composing, ray_forks
 composing.once()
 ray_forks.fork()
 job = latentmill.config.load_job("txt2img", ["output=nowhere", "cluster=inline"])
 latentmill.plan.plan(job, latentmill.parts.parts(job))  # lists plugins, and what else is looked up once
-main = latentmill.cli.main
-exec(sys.argv[1])
 for line in sys.stdin:
     asked = json.loads(line)
     if isinstance(asked, int):
@@ -43,6 +41,8 @@ for line in sys.stdin:
     os.environ.update(asked["environment"])
     sys.path[:0] = asked["path"]
     os.chdir(asked["folder"])
+    main = latentmill.cli.main
+    exec(asked["prepare"])
     for number, path in ((1, asked["log"]), (2, asked["err"] or asked["log"])):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     encoding, _, errors = os.environ.get("PYTHONIOENCODING", "").partition(":")
@@ -76,15 +76,16 @@ class Forks:
     it be root. ``path``: folders that come first on its ``sys.path``. ``prepare`` is code that may say otherwise what ``main`` is.
     """
 
-    def __init__(self, prepare=""):
+    def __init__(self):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        command = [sys.executable, "-c", SERVER, prepare, str(Path(__file__).parents[2])]
+        command = [sys.executable, "-c", SERVER, str(Path(__file__).parents[2])]
         self.server = subprocess.Popen(command, **pipes, text=True, env=environment)
 
-    def begin(self, arguments, log, obeys=False, path=(), err="", **environment):
+    def begin(self, arguments, log, obeys=False, path=(), err="", prepare="", **environment):
         told = {"arguments": list(map(str, arguments)), "log": str(log), "err": str(err), "path": list(map(str, path))}
-        return self._ask({**told, "folder": os.getcwd(), "obeys": obeys, "environment": environment})
+        told |= {"folder": os.getcwd(), "obeys": obeys, "prepare": prepare}
+        return self._ask({**told, "environment": environment})
 
     def end(self, process):
         return self._ask(process)

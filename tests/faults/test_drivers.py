@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.faults.forks import Forks, shards
+from tests.faults.forks import shards
 
 from latentmill import storage
 from latentmill.verify import verify
@@ -27,13 +27,6 @@ def main(arguments):
     result = latentmill.run("txt2img", arguments)
     print(result.ok, result.failed, flush=True)
 """
-
-
-@pytest.fixture(scope="module")
-def forks():
-    server = Forks(DRIVER)
-    yield server
-    server.close()
 
 
 @pytest.fixture
@@ -56,7 +49,7 @@ class Driver:
     def __init__(self, forks, arguments, folder, environment):
         self.forks, self.code = forks, None
         self.log = folder / f"log-{len(list(folder.glob('log-*')))}"
-        self.process = forks.begin(arguments, self.log, **environment)
+        self.process = forks.begin(arguments, self.log, prepare=DRIVER, **environment)
 
     def runs(self):
         return self.forks.runs(self.process)
@@ -84,7 +77,9 @@ def job(forks, tmp_path_factory):
         "deterministic=true", "sampling.height=32", "sampling.width=32", "stages.read.batch_size=2", "stages.encode.batch_size=2", "stages.denoise.batch_size=2",
         "stages.decode.batch_size=2", "stages.write.batch_size=2",
     ]  # fmt: skip
-    assert forks.run([*settings, f"output={folder / 'out'}"], folder / "log") == 0, (folder / "log").read_text()
+    assert forks.run([*settings, f"output={folder / 'out'}"], folder / "log", prepare=DRIVER) == 0, (
+        folder / "log"
+    ).read_text()
     return settings, shards(folder / "out")
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tests.faults.forks import Forks
 
 SOON = """
 from latentmill.driver import leases
@@ -34,13 +33,6 @@ def wait_for(path):
     raise AssertionError(f"{path} never came")
 
 
-@pytest.fixture(scope="module")
-def forks():
-    server = Forks(SOON)
-    yield server
-    server.close()
-
-
 @pytest.fixture
 def world(forks, tmp_path):
     return World(forks, tmp_path)
@@ -64,7 +56,7 @@ class World:
     def begin(self, *more, output=None, log=None, **environment):
         told = ["run", "encode", "cluster=inline", "vae.name=patches", "vae.side=1", "rows_per_shard=2", *more]
         told += [f"source.path={self.pictures}", f"output={output or self.output}"]
-        return self.forks.begin(told, log or self.log, **environment)
+        return self.forks.begin(told, log or self.log, prepare=SOON, **environment)
 
     def run(self, *more, **how):
         return self.forks.end(self.begin(*more, **how))
@@ -83,7 +75,7 @@ class World:
         return files(output)
 
     def sound(self):
-        assert self.forks.run(["verify", self.output], self.log) == 0, self.log.read_text()
+        assert self.forks.run(["verify", self.output], self.log, prepare=SOON) == 0, self.log.read_text()
 
 
 def test_killed_at_any_moment_of_growing_it_goes_on_to_the_same(world):
