@@ -171,7 +171,7 @@ def test_a_job_that_is_stopped_stops_the_sweep_and_the_same_command_goes_on(swee
 @pytest.fixture
 def on_ray(sweep, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), os.environ["PYTHONPATH"]]))
-    there = ray_forks.cluster(num_cpus=2)
+    there = ray_forks.Cluster(num_cpus=2)
     stages = ("read", "encode", "denoise", "decode", "write")
     workers = [f"stages.{name}.{said}" for name in stages for said in ("num_cpus=0.1", "replicas=1")]
     yield ["placement=split", "cluster=ray", f"cluster.address={there.address}", *workers]
