@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, get_args
@@ -11,6 +11,7 @@ from latentmill import registry
 from latentmill.batch import NEGATIVE_PREFIX, PROMPT_PREFIX
 from latentmill.buckets import Size
 from latentmill.errors import PlanError, PluginError
+from latentmill.flow import wrong_in
 from latentmill.models import Pins, with_local_paths
 from latentmill.plugin import (
     VAE,
@@ -27,7 +28,6 @@ from latentmill.plugin import (
     StageContext,
     TextEncoder,
 )
-from latentmill.plugin.stage import named
 from latentmill.text import redacted
 
 if TYPE_CHECKING:
@@ -120,9 +120,14 @@ def parts(job: Job) -> Parts:
         return built.at(place)
 
     built.flow = declarations(
-        built.stages, lambda name: of_stage(job, name, build), job.latents_std, job.size, job.attempts
+        built.stages,
+        lambda name: of_stage(job, name, build),
+        latents_std=job.latents_std,
+        float_pictures=job.float_pictures,
+        size=job.size,
+        attempts=job.attempts,
     )
-    for wrong in _wrong_flow(job, built):
+    for wrong in wrong_in(built.flow, job):
         raise PlanError(f"{job.name}: {wrong}")
     for stage in built.flow:
         for kind in sorted(job.stages[stage.name].own_parts.keys() - stage.needs):
@@ -164,13 +169,12 @@ def of_stage(job: Job, stage: str, build: Callable[[str], Any]) -> dict[str, Any
 def declarations(
     stages: Mapping[str, Stage],
     about: Callable[[str], Mapping[str, Any]],
-    latents_std: bool = False,
-    size: Mapping[str, Any] | None = None,
-    attempts: int | None = None,
+    **of_job: Any,
 ) -> tuple[Declaration, ...]:
     """What each stage, by its name in the job, says that it is in this flow: asked from the last to the first, and once more from the first to the last.
 
-    So a stage that depends on a later one sees it the first time, and one that depends on an earlier one the second. ``about``: ``of_stage``.
+    So a stage that depends on a later one sees it the first time, and one that depends on an earlier one the second. ``about``: ``of_stage``;
+    ``of_job``: what else of the job its context has.
     """
     names = list(stages)
     found = [Declaration(name) for name in names]
@@ -180,50 +184,12 @@ def declarations(
             Declaration(names[at], needs=PARTS),
             before=found[:at],
             after=found[at + 1 :],
-            latents_std=latents_std,
-            size=size,
-            attempts=attempts,
+            **of_job,
             **about(names[at]),
         )
         with registry.asking(stage):
             found[at] = stage.declare(context)
     return tuple(found)
-
-
-def _wrong_flow(job: Job, built: Parts) -> Iterator[str]:
-    """What is wrong with the order of the stages, one line each."""
-    flow, names = built.flow, list(job.flow)
-    positions = [stage.position for stage in flow]
-    if positions != ["first", *["between"] * (len(flow) - 2), "last"]:
-        yield f"flow must begin with read and end with write, or stages that do the same, and have no other of them, not {names}"
-    there, lost = list[str](), False
-    halfway = [stage.name for stage in flow if "time" in stage.added()]
-    for stage in flow:
-        for column in stage.takes:
-            if not any(named(name, column) for name in there):
-                if column.endswith(":"):
-                    yield f"flow needs a stage before {stage.name} that adds {column}*, as encode does, and is {names}"
-                yield (
-                    f"{stage.name} needs a source of {column}; source {job.source['name']} has none, "
-                    "and no stage before it adds them"
-                )
-        lost = lost or ("time" in there and "latents" in stage.takes and "time" not in stage.drops)
-        there = [name for name in there if not any(named(name, column) for column in stage.drops)] + stage.added()
-    last = flow[-2].added()
-    if lost or ("time" not in last and ("time" in there or (job.sampling["until"] and not halfway))):
-        said = "sampling.until" if job.sampling["until"] else f"stage {halfway[0]}"
-        yield f"{said} leaves latents half-way, so flow must end with denoise, write, or go on with another denoise, not {names}"
-    if job.attempts and not any("denoiser" in stage.needs for stage in flow):
-        yield f"accept draws noise anew for rows that are filtered, and no stage of flow makes any, as denoise does: {names}"
-    if job.attempts and "attempt" not in flow[0].added():
-        yield (
-            f"accept draws rows again, and {flow[0].name} would read the same: a stage that stands first must declare attempt, "
-            "and go by it"
-        )
-    if job.latents_std and "latents_std" not in last:
-        yield f"latents_std is of latents as they were encoded, so flow must end with encode, write, not {names}"
-    if job.size and job.size.get("flip") and "latents_flipped" not in last:
-        yield f"size.flip is of latents as they were encoded, so flow must end with encode, write, not {names}"
 
 
 def _check_size(job: Job, size: Size, source: Source, stored: LatentSpec | None, spec: LatentSpec | None) -> None:

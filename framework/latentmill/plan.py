@@ -33,6 +33,10 @@ if TYPE_CHECKING:  # a plan is read without torch and without Hydra
     from latentmill.config import Job
 
 
+ONLY_IF_SO = "cuts", "takes_floats"
+"""What a plan says of a stage only if it is so."""
+
+
 @dataclass(frozen=True)
 class Generation:
     """Rows that came to a dataset at a time: those that it was begun with, or by which it grew."""
@@ -340,13 +344,17 @@ def hashed(content: Mapping[str, Any]) -> dict[str, Any]:
 def _stage_to_json(stage: Declaration) -> dict[str, Any]:
     own = pa.schema([column for column in stage.adds if isinstance(column, pa.Field)])
     types = {"columns": base64.b64encode(own.serialize()).decode()} if own.names else {}
-    said = {key: value for key, value in vars(stage).items() if key != "cuts" or value}  # older plans don't say it
+    said = {
+        key: value for key, value in vars(stage).items() if key not in ONLY_IF_SO or value
+    }  # older plans don't say them
     return {**said, "adds": stage.added(), **types}
 
 
 def _stage_from_json(found: Mapping[str, Any]) -> Declaration:
     own = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(found["columns"]))) if "columns" in found else pa.schema([])
-    lists = {key: tuple(found.get(key, ())) for key in ("needs", "takes", "drops", "ignores")}
+    said: dict[str, Any] = {key: tuple(found.get(key, ())) for key in ("needs", "takes", "drops", "ignores")}
     adds = tuple(own.field(name) if name in own.names else name for name in found["adds"])
-    cuts, continuous = found.get("cuts", False), found["continuous"]
-    return Declaration(found["name"], **lists, adds=adds, position=found["position"], continuous=continuous, cuts=cuts)
+    said |= {key: found[key] for key in ("name", "position", "continuous")} | {
+        key: found.get(key, False) for key in ONLY_IF_SO
+    }
+    return Declaration(**said, adds=adds)

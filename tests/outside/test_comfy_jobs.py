@@ -179,6 +179,7 @@ def test_two_passes_over_larger_latents_and_larger_pictures(job):
     assert config["stages"]["latent_upscale"]["settings"] == {"method": "bislerp", "scale": 1.5}
     assert "denoiser" not in said(config, "stages", "refine"), "what a stage doesn't say is the job's"
     assert config["stages"]["refine"]["sampling"]["strength"] == 0.5
+    assert config["float_pictures"] is False
     pictures = with_changes(
         TEXT_TO_IMAGE,
         _10=node("UpscaleModelLoader", model_name="4x.pth"),
@@ -190,6 +191,7 @@ def test_two_passes_over_larger_latents_and_larger_pictures(job):
         _7={"images": ["15", 0]},
     )
     config = job(pictures)
+    assert config["float_pictures"] is True, "no picture is rounded between two nodes"
     upscales = ["upscale_model", "image_upscale"]
     assert config["flow"] == [
         "read",

@@ -21,10 +21,11 @@ def pattern(*shape):
     return torch.sin(i * i * 0.37 + i * 0.11).reshape(shape).float()
 
 
-def stage(name, batch, reject=pytest.fail, sampling=(), **settings):
+def stage(name, batch, reject=pytest.fail, sampling=(), floats=False, **settings):
     [found] = entry_points(group="latentmill.stages", name=name)
     made = found.load()(**settings)
-    made.prepare(StageContext(Declaration(name), sampling=dict(sampling)))
+    after = [Declaration("next", drops=("image",), takes_floats=floats)]
+    made.prepare(StageContext(Declaration(name), after=after, sampling=dict(sampling), float_pictures=floats))
     return made(batch, reject)
 
 
@@ -67,6 +68,20 @@ def test_pictures_are_comfyui_s_within_a_level(case):
         found["width"][0].as_py(),
     )
     assert (image.flatten()[::37].int() - torch.tensor(case["values"]).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("case", VALUES["floats"], ids=lambda case: "-".join(map(str, list(case.values())[:3])))
+def test_pictures_of_floats_are_comfyui_s_and_are_rounded_for_who_takes_bytes(case):
+    """Bicubic goes beyond black and white, and is not cut as long as the picture is one of floats."""
+    given = tensors.with_tensor(batches.rows(1, 20, 14), "image", (pattern(1, 3, 20, 14) * 0.5 + 0.5).movedim(1, -1))
+    settings = {key: case[key] for key in ("method", "scale", "width", "height", "crop") if case.get(key) is not None}
+    [image] = tensors.from_arrow(stage("image_upscale", given, floats=True, **settings), "image")
+    [shown] = tensors.from_arrow(stage("image_upscale", given, **settings), "image")
+    assert image.dtype == torch.float32 and list(image.shape) == case["shape"]
+    assert torch.allclose(image.flatten()[::97], torch.tensor(case["values"]), rtol=0, atol=1e-6)
+    ends = torch.tensor([case["least"], case["most"]])
+    assert torch.allclose(torch.stack([image.min(), image.max()]), ends, rtol=0, atol=1e-6)
+    assert shown.dtype == torch.uint8 and torch.equal(shown, (image.clamp(0, 1) * 255).round().to(torch.uint8))
 
 
 def test_a_clip_s_frames_are_each_resized():

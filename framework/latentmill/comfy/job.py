@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from latentmill.comfy.inputs import RefusedError
@@ -117,7 +118,11 @@ class _Writer:
         )
         dtype = {"dtype": "bfloat16" if of_flux else "float16"} if "denoiser" in self.parts else {}
         model = {"model": {"models": "", **dtype}} if self.parts else {}
-        self.made.config = {**model, **self.parts, "flow": self.flow}
+        made_again = any(
+            isinstance(each, (Decoded, Scaled)) and isinstance(of, (Scaled, Encoded)) for each, of in pairwise(line)
+        )
+        floats = {"float_pictures": True} if made_again else {}
+        self.made.config = {**model, **self.parts, "flow": self.flow, **floats}
         once = {name: [of.place] for name, of in self.made.rows.items() if of.place is not None}
         self.made.places, self.made.notices = {**once, **self.texts.places}, self.texts.notices
         if self.sampling:

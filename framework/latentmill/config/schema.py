@@ -157,6 +157,7 @@ class Schema:
     max_error_rate: float = MISSING
     flow: list[Any] = MISSING
     latents_std: bool = False
+    float_pictures: bool = False
     prompt_cache: str | None = None
     size: dict[str, Any] | None = None
     accept: dict[str, Any] | None = None
@@ -192,6 +193,7 @@ class Job:
     max_error_rate: float
     flow: tuple[str, ...]
     latents_std: bool
+    float_pictures: bool
     prompt_cache: str | None
     """A folder or a URL where encoded prompts are kept from run to run."""
     size: dict[str, Any] | None
@@ -260,6 +262,7 @@ class Job:
             "sampling": self.sampling,
             **({"model": config["model"]} if config["model"] else {}),
             **({"latents_std": True} if self.latents_std else {}),
+            **({"float_pictures": True} if self.float_pictures else {}),
             **({} if self.size is None else {"size": Size.of(self.size).about()}),
             **({} if self.accept is None else {"accept": {key: n for key, n in self.accept.items() if n is not None}}),
             **{kind: config[kind] for kind in registry.KINDS if kind in config},

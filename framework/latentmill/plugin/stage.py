@@ -33,8 +33,13 @@ class BatchColumn:
 
 
 BATCH_COLUMNS = (
-    BatchColumn("image", "tensor uint8 [H, W, 3], RGB", "read to encode; decode to write", "the picture"),
-    BatchColumn("video", "tensor uint8 [T, H, W, 3], RGB", "as image, of a row that is a clip", "the clip"),
+    BatchColumn(
+        "image",
+        "tensor uint8 [H, W, 3], RGB; with float_pictures float32, see takes_floats",
+        "read to encode; decode to write",
+        "the picture",
+    ),
+    BatchColumn("video", "tensor as image, [T, H, W, 3], RGB", "as image, of a row that is a clip", "the clip"),
     BatchColumn(
         "mask",
         "tensor uint8 [H, W], [1, h, w]; with ComfyUI's first noise float32 [H, W], [1, H, W]",
@@ -152,6 +157,7 @@ class Declaration:
     continuous: bool = False
     ignores: tuple[str, ...] = ()
     cuts: bool = False
+    takes_floats: bool = False
 
     def added(self) -> list[str]:
         """The names of the columns that it adds."""
@@ -175,6 +181,8 @@ class StageContext:
     """The job's ``sampling``, or what it has for this stage: what a row is made with that doesn't say otherwise."""
     latents_std: bool = False
     """Whether the job asks for the standard deviation of encoded latents."""
+    float_pictures: bool = False
+    """Whether the job asks for pictures that stay floats between stages that take them so."""
     size: Mapping[str, Any] | None = None
     """The job's ``size``: how each picture is brought to a size of its own; None: to ``sampling``'s, or it keeps its own."""
     attempts: int | None = None
@@ -215,6 +223,12 @@ class StageContext:
     def needed_later(self, kind: str) -> bool:
         """Whether a later stage needs a plugin of this kind: a denoiser, say."""
         return any(kind in stage.needs for stage in self.after)
+
+    @property
+    def gives_floats(self) -> bool:
+        """Whether the pictures that it makes stay floats: the job asks for them, and all stages take them so up to the one that makes something else of them."""
+        at = next((k for k, stage in enumerate(self.after, 1) if {"image", "video"} & {*stage.drops}), 0)
+        return self.float_pictures and at > 0 and all(stage.takes_floats for stage in self.after[:at])
 
     def is_read(self, column: str) -> bool:
         """Whether a column of ``BATCH_COLUMNS`` that is made for denoisers is made for any: a later stage takes it, or none ignores it.
@@ -261,6 +275,9 @@ class Stage(Plugin, ABC):
     cuts: bool = False
     """Whether the pictures of its results have sides that the VAE can encode, whatever it was given: then it is given them whole, and no
     stage before it cuts them."""
+    takes_floats: bool = False
+    """Whether it takes ``image`` and ``video`` as float32 as well, 0 for black and 1 for white, or passes them on unread: in a job with
+    ``float_pictures`` they may come so. If not, the stage that makes them rounds them to bytes."""
     shares_tensors: ClassVar[bool] = False
     """Whether it takes columns of tensors that rows share as they are (``latentmill.plugin.tensors.shared``). If not, each row of
     its batches has its own."""
@@ -284,6 +301,7 @@ class Stage(Plugin, ABC):
             drops=tuple(self.drops),
             ignores=tuple(self.ignores),
             cuts=self.cuts,
+            takes_floats=self.takes_floats,
             position=self.position,
             continuous=self.continuous,
         )

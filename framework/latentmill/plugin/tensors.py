@@ -120,6 +120,22 @@ def _tensor(array: Any, field: pa.Field) -> Tensor:
     return tensor[:, 0] if PLAIN_KEY in (field.metadata or {}) else tensor
 
 
+def as_bytes(pictures: Tensor) -> Tensor:
+    """Pictures as uint8: of floats, 0 for black and 1 for white, what is beyond is cut, and the rest rounded."""
+    import torch
+
+    if not pictures.is_floating_point():
+        return pictures
+    return (pictures.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def as_floats(pictures: Tensor) -> Tensor:
+    """Pictures as float32, 0 for black and 1 for white."""
+    import torch
+
+    return pictures if pictures.is_floating_point() else pictures.to(torch.float32) / 255
+
+
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """``tensor`` on ``device``, itself if it is there. Nothing waits for what a device has yet to do, as ``to`` alone would."""
     if tensor.device.type != "cpu" or device.type == "cpu":

@@ -32,7 +32,7 @@ class Decode(Stage):
 
     def prepare(self, context: StageContext) -> None:
         self.vae: VAE = context.plugin("vae")
-        self.fixed, self.place = context.fixed, context.place("vae")
+        self.fixed, self.place, self.floats = context.fixed, context.place("vae"), context.gives_floats
         self.device = torch.device("cpu")
 
     def load(self, device: torch.device) -> None:
@@ -51,11 +51,14 @@ class Decode(Stage):
         images = images[tensors.send(slots, images.device)]
         finite = images.isfinite().flatten(1).all(1)
         # Where they were decoded: bytes are a quarter of what they are made of, and a GPU makes them in no time.
-        pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).contiguous().cpu()
+        shown = (images.clamp(-1, 1) + 1) / 2
+        shown = shown.to(torch.float32) if self.floats else tensors.as_bytes(shown)
+        pixels = shown.movedim(1, -1).contiguous().cpu()
         good = finite.tolist()
         batch = batch.drop_columns(["latents"])
         if "source_image" in batch.column_names:
-            quality = psnr(pixels, tensors.from_arrow(batch, "source_image"))
+            both = (tensors.as_bytes(each) for each in (pixels, tensors.from_arrow(batch, "source_image")))
+            quality = psnr(*both)
             batch = batch.drop_columns(["source_image"]).append_column("psnr", pa.array(quality.tolist(), pa.float64()))
         batch = tensors.with_tensor(batch, self.vae.spec.decoded, pixels)
         wrong = "the VAE's picture of these latents is not finite"

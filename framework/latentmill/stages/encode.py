@@ -55,6 +55,7 @@ class Encode(Stage):
 
     contract = 2
     shares_tensors = True
+    takes_floats = True
     text, images = True, True
     """Which of the two it encodes."""
     drops: Sequence[str] = ("image", "video")
@@ -240,7 +241,8 @@ class PictureEncoding:
     def _images(self, part: pa.Table, slots: Tensor, size: int) -> Tensor:
         """Pictures ``[size, 3, H, W]``, or clips ``[size, 3, T, H, W]``, in [-1, 1], each in its slot."""
         images = tensors.spread(tensors.from_arrow(part, self.vae.spec.decoded), slots, size)
-        images = tensors.send(images, self.device).movedim(-1, 1).to(torch.float32) / 127.5 - 1.0
+        images = tensors.send(images, self.device).movedim(-1, 1)
+        images = images * 2.0 - 1.0 if images.is_floating_point() else images.to(torch.float32) / 127.5 - 1.0
         if self.grow_mask_by is None or "mask" not in part.column_names:
             return images
         mask = tensors.spread(self._of_picture(part).to(torch.float32).round(), slots, size)

@@ -125,11 +125,13 @@ class LatentUpscale(Upscale):
 class ImageUpscale(Upscale):
     """As Upscale, of ``image`` or ``video``, and of a picture's mask; ``keep_mask``: one with shades stays as it is, and is brought to size where it is used.
 
-    Where a later stage encodes the picture, what is over a multiple of the VAE's downscale is cut evenly from both edges.
+    Where a later stage encodes the picture, what is over a multiple of the VAE's downscale is cut evenly from both edges. Floats are
+    not bounded, as ComfyUI's aren't: bicubic goes beyond black and white.
     """
 
     methods = OF_PICTURES
     cuts = True
+    takes_floats = True
 
     def __init__(
         self,
@@ -155,6 +157,7 @@ class ImageUpscale(Upscale):
         encodes = any("vae" in stage.needs and "latents" in stage.added() for stage in context.after)
         spec: LatentSpec | None = context.plan.spec if context.plan is not None else None
         self.multiple_of = spec.downscale if encodes and spec is not None else 1
+        self.floats = context.gives_floats
 
     @torch.inference_mode()
     def __call__(self, batch: pa.Table, reject: Reject) -> pa.Table:
@@ -167,8 +170,9 @@ class ImageUpscale(Upscale):
         batch = self._followed(batch, kept[0], kept[1], reject)
         if not len(batch):
             return batch
-        given = tensors.from_arrow(batch, name).movedim(-1, 1).to(torch.float32) / 255
-        found = (self._resized(given, width, height).clamp(0, 1) * 255).round().to(torch.uint8)
+        given = tensors.as_floats(tensors.from_arrow(batch, name).movedim(-1, 1))
+        found = self._resized(given, width, height)
+        found = found if self.floats else tensors.as_bytes(found)
         batch = tensors.with_tensor(batch, name, self._cut(found).movedim(1, -1).contiguous())
         if "mask" in batch.column_names:
             mask = tensors.from_arrow(batch, "mask")[:, None]

@@ -70,6 +70,7 @@ def make_stage(
             finds_batch_size=settings.batch_size == "auto" and not job.deterministic and not fixed_size,
             fixed=FixedShape(batch_size, job.rows_per_shard) if job.deterministic else None,
             latents_std=job.latents_std,
+            float_pictures=job.float_pictures,
             size=job.size,
             attempts=job.attempts,
             plan=plan,

@@ -15,6 +15,7 @@ from latentmill.cli import main
 
 FILES = {
     "hires": ("checkpoints/sd15",),
+    "pixels": ("checkpoints/sd15",),
     "refiner": ("checkpoints/sdxl",),
     "flux": ("unet/flux", "vae/ae", "clip/clip_l", "clip/t5xxl"),
 }

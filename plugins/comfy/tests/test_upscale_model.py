@@ -64,6 +64,17 @@ def test_each_pixel_becomes_four(network, tile_size):
 
 
 @there
+def test_a_picture_of_floats_stays_one_within_black_and_white(network):
+    given = torch.linspace(-0.1, 1.2, 2 * 5 * 7 * 3).reshape(2, 5, 7, 3)
+    after = [Declaration("encode", drops=("image",), takes_floats=True)]
+    stage, batch = UpscaleByModel(network), tensors.with_tensor(batches.rows(2, 5, 7), "image", given)
+    stage.prepare(StageContext(Declaration("upscale_model"), after=after, float_pictures=True))
+    stage.load(torch.device("cpu"))
+    found = tensors.from_arrow(stage(batch, pytest.fail), "image")
+    assert torch.equal(found, given.clamp(0, 1).repeat_interleave(SCALE, 1).repeat_interleave(SCALE, 2))
+
+
+@there
 def test_before_an_encoder_its_multiple_is_cut_out_of_the_middle(network):
     spec = SimpleNamespace(spec=LatentSpec(4, 4, 1.0, 0.0, "float32", "f"))
     after = [Declaration("encode", needs=("vae",), adds=("latents",))]

@@ -34,6 +34,7 @@ class UpscaleByModel(Stage):
     adds = ("image",)
     drops = ("image",)
     cuts = True
+    takes_floats = True
     resources: Mapping[str, Any] = {"batch_size": 4}
     fingerprinted = ("models", "model")
 
@@ -48,7 +49,7 @@ class UpscaleByModel(Stage):
             raise ValueError("upscale_model needs spandrel: pip install 'latentmill-comfy[upscale]'")
         self.path = find(models, "upscale_models", model)
         self.tile_size, self.overlap, self.most = tile_size, overlap, 1 << 62
-        self.multiple_of = 1
+        self.multiple_of, self.floats = 1, False
 
     def fingerprint(self) -> str:
         return weights.digest(self.path)
@@ -58,6 +59,7 @@ class UpscaleByModel(Stage):
         encodes = any("vae" in stage.needs and "latents" in stage.added() for stage in context.after)
         spec = context.plan.spec if context.plan is not None else None
         self.multiple_of = spec.downscale if encodes and spec is not None else 1
+        self.floats = context.gives_floats
 
     def load(self, device: torch.device) -> None:
         """Raises ValueError if no network of pictures is known that has such tensors."""
@@ -100,8 +102,9 @@ class UpscaleByModel(Stage):
         return batch
 
     def _larger(self, picture: Tensor) -> Tensor:
-        """One picture ``[H, W, 3]``, uint8: alone, so that its pixels don't hang on its company."""
-        given = picture.to(self.device).permute(2, 0, 1)[None].to(torch.float32) / 255
+        """One picture ``[H, W, 3]``: alone, so that its pixels don't hang on its company."""
+        given = tensors.as_floats(picture.to(self.device).permute(2, 0, 1)[None])
         sides = (self.tile_size, self.tile_size)
         found = in_tiles(self.network, given, sides, self.overlap, self.scale)
-        return (found[0].clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu()
+        shown = found[0].clamp(0, 1)
+        return (shown if self.floats else tensors.as_bytes(shown)).permute(1, 2, 0).cpu()
