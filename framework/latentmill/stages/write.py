@@ -94,12 +94,10 @@ class Write(CommittingStage):
 
         Raises RuntimeError unless these are the shard's planned rows, each once, or if they don't read back so.
         """
-        planned = self.plan.shard_rows(shard)
-        planned = planned[: len(planned) - not_needed]
-        packed = [part for table in packed for part in _before(table, planned.stop)] if not_needed else packed
-        failed, unwanted = (
-            self._told([row for row in rows if row["row"] < planned.stop]) for rows in (errors, filtered)
-        )
+        rows = self.plan.shard_rows(shard)
+        planned, beyond = rows[: len(rows) - not_needed], rows[len(rows) - not_needed :]
+        packed = [part for table in packed for part in _without(table, beyond)] if not_needed else packed
+        failed, unwanted = (self._told([row for row in of if row["row"] not in beyond]) for of in (errors, filtered))
         _require_one_shape(packed)
         numbers = [number for table in packed for number in table.column("row").to_pylist()]
         _require_planned(shard, planned, [*numbers, *(row["row"] for row in (*failed, *unwanted))])
@@ -177,11 +175,11 @@ def _require_one_shape(packed: Sequence[pa.Table]) -> None:
             raise RuntimeError(f"{field.name} has several shapes or dtypes, and can't be stored")
 
 
-def _before(table: pa.Table, end: int) -> Iterator[pa.Table]:
-    """The parts of a table whose rows have smaller numbers. Slices: see ``commit``."""
-    numbers, start = [*table.column("row").to_pylist(), end], 0
-    for at, number in enumerate(numbers):
-        if number >= end:
+def _without(table: pa.Table, rows: range) -> Iterator[pa.Table]:
+    """The parts of a table that are none of these rows. Slices: see ``commit``."""
+    start = 0
+    for at, number in enumerate([*table.column("row").to_pylist(), None]):
+        if number is None or number in rows:
             if at > start:
                 yield table.slice(start, at - start)
             start = at + 1
