@@ -94,6 +94,15 @@ def test_overrides_reach_every_part_of_a_job(monkeypatch):
     assert (job.cluster.kind, job.cluster.address, job.output) == ("ray", "auto", "/home/me/x")
 
 
+@pytest.mark.parametrize("given, found", [
+    ("scheduler={name: comfy, sampler: euler}", {"name": "comfy", "grid": "trailing", "sampler": "euler"}),
+    ("scheduler={name: euler, eta: 0.5}", {"name": "euler", "grid": "trailing", "eta": 0.5}),
+    ("scheduler={eta: 0.5}", {"name": "dpmpp_2m", "grid": "trailing", "eta": 0.5}),
+])  # fmt: skip
+def test_a_part_may_be_given_as_a_dict(given, found):
+    assert load_job("txt2img", [given]).scheduler == found
+
+
 @pytest.mark.parametrize("name", ["mine.yaml", "v1.2.yaml", "with space.yaml", "a=b,c.yaml", "txt2img.yaml"])
 def test_a_file_of_one_s_own_may_be_anywhere(name, tmp_path, monkeypatch):
     path = file(tmp_path / "deep" / "a=1, b", HEAD + "seed: 5\n", name)

@@ -50,6 +50,15 @@ def read(text: str, hint: Any = Any) -> Any:
     return scalar(text)
 
 
+def name_in(text: str) -> str:
+    """What a dict in braces has as ``name``; "" if there is none, or if it can't be read."""
+    try:
+        found = _container(text.strip())
+    except ValueError:
+        return ""
+    return str(found.get("name") or "") if isinstance(found, dict) else ""
+
+
 def ambiguous(text: str) -> bool:
     """Whether what ``text`` is depends on the key that it is for."""
     return not isinstance(scalar(text), str) or text.strip()[:1] in ("[", "{", "'", '"')

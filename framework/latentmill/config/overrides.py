@@ -74,13 +74,17 @@ def parse(overrides: Sequence[str]) -> tuple[list[str], list[Assignment]]:
 
 
 def named(assignments: Sequence[Assignment], config: DictConfig, chosen: Mapping[Any, Any]) -> Iterator[str]:
-    """``scheduler=X`` for ``scheduler.name=X``, where the settings there are those of another scheduler's config."""
+    """``scheduler=X`` for ``scheduler.name=X`` or ``scheduler={name: X}``, where the settings there are those of another scheduler's
+    config.
+    """
     for assignment in assignments:
-        kind = assignment.key.removesuffix(".name")
-        if kind in registry.KINDS and kind in chosen and "${" not in assignment.text:
+        kind, name = assignment.key.removesuffix(".name"), assignment.text
+        if kind in registry.KINDS and kind in chosen and "${" not in name:
+            if kind == assignment.key:
+                name = values.name_in(name)
             there = OmegaConf.to_container(config[kind]) or {}
-            if isinstance(there, dict) and there.keys() > {"name"} and there["name"] != assignment.text:
-                yield f"{kind}={_quoted(assignment.text)}"
+            if name and isinstance(there, dict) and there.keys() > {"name"} and there["name"] != name:
+                yield f"{kind}={_quoted(name)}"
 
 
 def _quoted(text: str) -> str:
