@@ -27,6 +27,7 @@ SCRIPTS: dict[str, tuple[list[str], list[str]]] = {
         ["--repeats", "1", "--rows", "16", "32", "--loop", "16"],
     ),
     "flow": ([], ["64"]),
+    "dispatch": ([], ["2000"]),
     "denoise": (["--repeats", "9"], ["--repeats", "1", "--rows", "100"]),
     "planning": (["10000000"], ["100000"]),
     "probe": ([], ["--rows", "16", "--times", "2"]),
