@@ -268,10 +268,6 @@ def test_it_is_part_of_what_the_dataset_is_where_it_is_said(job, latentmill, tmp
             "{}",
             "accept must say attempts, the samples of a row that are drawn at most, or rows, how many rows are wanted, or both",
         ),
-        (
-            "{rows: 21}",
-            "accept.rows is 21, and 20 rows are planned: a larger samples_per_row draws more of each prompt",
-        ),
         ("{atempts: 3}", "there is no key accept.atempts (did you mean 'attempts'?)"),
         (
             "{rows: 0, attempts: 3}",

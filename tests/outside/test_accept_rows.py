@@ -63,6 +63,12 @@ def test_where_fewer_pass_it_says_so(job, latentmill, tmp_path):  # noqa: F811
     assert f"accepted      {ok} of the {ok + 1} rows that accept.rows asks for: no more are planned" in latentmill.out
 
 
+def test_more_than_is_planned_is_refused(job, latentmill, tmp_path):  # noqa: F811
+    assert latentmill(*job("out", accept="accept={rows: 21}")) == 2 and not (tmp_path / "out").exists()
+    says = "accept.rows is 21, and 20 rows are planned: a larger samples_per_row draws more of each prompt"
+    assert latentmill.err == f"latentmill: {says}\n"
+
+
 def test_rows_alone_needs_no_noise(job, latentmill, tmp_path):  # noqa: F811
     """The first three prompts that have no cross, of a job that denoises nothing."""
     (tmp_path / "prompts.txt").write_text(
