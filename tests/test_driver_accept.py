@@ -6,7 +6,17 @@ import pytest
 
 from latentmill.driver.apply import apply
 from latentmill.driver.decide import decide
-from latentmill.driver.messages import Dispatch, Failed, Finished, StageSpec, Started, StartWorker
+from latentmill.driver.messages import (
+    CountRows,
+    Dispatch,
+    Failed,
+    Finished,
+    RowsCounted,
+    StageSpec,
+    Started,
+    StartWorker,
+    TakenOut,
+)
 from latentmill.driver.state import DriverState, finished
 from latentmill.plugin import Filtered
 
@@ -128,3 +138,15 @@ def test_an_error_row_says_at_which_attempt_it_failed():
         {"row": 2, "stage": "filter 0", "reason": "bad", "attempt": 2},
     ]
     assert sorted(told, key=lambda row: row["row"]) == wanted
+
+
+def test_all_shards_are_counted_anew_once_one_has_ended_elsewhere_than_the_dataset():
+    """The first had no accepted row when it was counted, and was made anew since, with four: else the last is cut wrongly for ever."""
+    state = job(12, (2, 2, 2), rows_per_shard=4, accept_rows=6, done={0}, accepted={0: 0})
+    run(state, lambda stage, row, attempt: None)
+    assert (state.committed_ok, state.committed_not_needed, state.accepted) == (6, 2, {0: 0, 1: 4, 2: 2})
+    apply(state, TakenOut(frozenset({1, 2})))
+    assert decide(state) == [CountRows(frozenset({0}))]
+    apply(state, RowsCounted({0: 4}))
+    run(state, lambda stage, row, attempt: None)
+    assert (state.committed_ok, state.committed_not_needed, state.accepted) == (6 + 2, 2 + 2 + 4, {0: 4, 1: 2, 2: 0})

@@ -277,7 +277,8 @@ class Dataset:
         Returns the shards that another driver has taken out since ``newly_taken_out`` was asked, to do failed rows again, or that
         were taken out now, since they end elsewhere than the dataset is to: it is not complete then. Raises StorageError if one is not there for any other reason, PlanError if one is not this plan's.
         """
-        shards = self.look().ours()
+        seen = self.look()
+        shards = seen.ours()
         if lost := [shard for shard in range(self.plan.shards) if shard not in shards]:
             if (taken := self.newly_taken_out()) >= {*lost}:
                 return taken
@@ -286,7 +287,7 @@ class Dataset:
                 f"{self._at(data_name(lost[0], self.sink))} first: is this the same folder on every node? "
                 "The same command goes on with them"
             )
-        if again := self.look().out_of_step():
+        if again := seen.out_of_step():
             for shard in again:
                 self.take_out(shard, f"{RETRIED}-{uuid.uuid4().hex[:8]}")
             return frozenset(again)

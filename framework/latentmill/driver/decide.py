@@ -21,9 +21,10 @@ def decide(state: DriverState) -> list[Order]:
         return orders
     adjust(state)
     orders += _worker_orders(state)
-    if state.uncounted:
+    if state.uncounted:  # what is needed hangs on the answer
         orders.append(CountRows(frozenset(state.uncounted)))
         state.uncounted.clear()
+        return orders
     orders.extend(_commits(state))
     # The far end first: what is nearly done makes room for what is before it.
     for stage in range(state.last_stage, 0, -1):

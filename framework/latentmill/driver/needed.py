@@ -22,12 +22,13 @@ def shards_done(state: DriverState, shards: Set[int]) -> None:
 
 
 def shards_taken_out(state: DriverState, shards: Set[int]) -> None:
-    """These are in the dataset no more."""
+    """These are in the dataset no more. All others are counted anew: of those, too, one may have been taken out and made again since, by a
+    driver that had ended when this one asked, or another was first to commit one.
+    """
     state.done -= shards
-    state.uncounted -= shards
-    for shard in shards & state.accepted.keys():
-        del state.accepted[shard]
-    if state.first_uncounted > min(shards, default=state.first_uncounted):
+    if shards and state.accept_rows is not None:
+        state.uncounted = (state.uncounted | state.accepted.keys()) - shards
+        state.accepted.clear()
         state.first_uncounted = state.accepted_before_that = 0
 
 
