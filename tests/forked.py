@@ -14,6 +14,7 @@ import sys
 SOCKET = "LATENTMILL_TESTS_FORKS"
 """The environment variable that says where to ask for a child."""
 WORKER = "default_worker.py"
+CLONE_FS = 0x200
 CONFIGURED = b"_ZGVZN9RayConfig8instanceEvE6config"
 """The variable by which Ray's library in C++ knows that it has read Ray's environment variables, which it does when it is imported."""
 IMPORTED = """
@@ -127,7 +128,11 @@ def work(wanted, stdout, stderr, mounts, paths, configured):
 
     os.dup2(stdout, 1), os.dup2(stderr, 2)
     if os.fstat(mounts).st_ino != os.stat("/proc/self/ns/mnt").st_ino:
-        assert ctypes.CDLL(None).setns(mounts, 0) == 0
+        system = ctypes.CDLL(None, use_errno=True)
+        assert (
+            system.unshare(CLONE_FS) == 0
+        )  # from threads that libraries begin after a fork: the mounts of several can't be changed
+        assert system.setns(mounts, 0) == 0, os.strerror(ctypes.get_errno())
     for each in (stdout, stderr, mounts):
         os.close(each)
     os.chdir(wanted["folder"])
