@@ -253,6 +253,33 @@ def test_one_that_was_left_and_has_died_meanwhile_is_replaced_as_if_it_had_not_b
             ray.kill(each.worker)
 
 
+def _started(workers, *numbers):
+    """Those of these that are ready before long, once they are asked for."""
+    for worker in numbers:
+        workers.submit(StartWorker(0, worker))
+    events, until = [], time.monotonic() + 20
+    while len(events) < len(numbers) and time.monotonic() < until:
+        events += [event for event in workers.collect(timeout=1) if isinstance(event, Started)]
+    return sorted(event.worker for event in events)
+
+
+def test_who_is_left_and_not_asked_for_ends_and_nobody_is_sent_to_its_place(cluster):
+    """After a while, or with the run. Where Ray itself ends with the run, it leaves nobody."""
+    left, setup = LeftWorkers(), WorkerSetup((StageWork("read", Read),), 2, num_cpus=0.5, min_replicas=1)
+    for asked, late, stay in ([0, 1], [], 2), ([0], [1], 2), ([0], [], 1), ([0, 1], [], 0):
+        workers = ray_pool.RayPool([setup], owns_cluster=not stay, left=left, wait=20)
+        try:
+            assert _started(workers, *asked) == asked
+            if late:
+                workers.left.until = 0.0
+                workers.collect(timeout=0)
+                assert not left.workers and _started(workers, *late) == late
+        finally:
+            workers.close(leave=True)
+        assert len(left.workers) == stay
+    connect(cluster.address)
+
+
 def test_a_worker_that_is_not_ready_for_long_is_told_of_once(caplog):
     workers = ray_pool.RayPool([WorkerSetup((StageWork("read", Read),), num_cpus=0.1)])
     try:

@@ -52,10 +52,16 @@ class LeftActors:
         """Let those go that are at no place of their own: a worker that has none either may need the room."""
         self.left.end(lambda each: each.place is None)
 
-    def look(self) -> None:
+    def look(self, places: Places) -> None:
         """Let go who isn't asked for."""
         if self.left.workers and time.monotonic() > self.until:
-            self.left.end()
+            self.let_go(places)
+
+    def let_go(self, places: Places) -> None:
+        """Let all of them go: where they are is no place for others."""
+        for each in self.left.workers:
+            places.forget(each.place)
+        self.left.end()
 
     def reserved(self, by_places: Callable[[], Mapping[str, Counter[str]]]) -> Mapping[str, Counter[str]]:
         """What is taken of each node by places, and by those that are at none."""

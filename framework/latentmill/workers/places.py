@@ -263,6 +263,11 @@ class Places:
             found.setdefault(node, Counter()).update(cast(Any, self.setups[places[place]].asks))
         return found
 
+    def forget(self, place: PlacementGroup | None) -> None:
+        """A place that was left, and goes with the worker that nobody has taken over."""
+        if place in self.groups:
+            self.free[self.groups.pop(place)].remove(place)
+
     def hand_on(self, worker: int) -> PlacementGroup | None:
         """The place of a worker that is left to another run, which is no longer ours; None if it has none of its own."""
         place = self.taken.pop(worker, None)

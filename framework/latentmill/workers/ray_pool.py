@@ -171,7 +171,7 @@ class RayPool:
         """Wait up to ``timeout`` seconds for something to happen, and say all that has. Raises BusyError, before any is taken in, as long
         as places have been lacking for longer than ``wait``.
         """
-        self.left.look()
+        self.left.look(self.places)
         self.places.require(self.types, self.actors, self.starting)
         leave = [] if self.owns_cluster else self.drained.news()
         events: list[Event] = [Draining(self.types[worker], worker) for worker in leave]
@@ -358,7 +358,9 @@ class RayPool:
         self.blocks.pop(block, None)
 
     def close(self, leave: bool = False) -> None:
-        """End all workers, at once. ``leave``: those that have nothing to do stay for the next run."""
+        """End all workers, at once. ``leave``: those that have nothing to do stay for the next run, unless Ray itself ends with this one."""
+        self.left.let_go(self.places)
+        leave = leave and not self.owns_cluster
         if "://" in self.watch.output and self.actors:
             with suppress(RayError):
                 last = [actor.end.remote() for actor in self.actors.values()]
