@@ -98,6 +98,22 @@ def test_failed_rows_that_are_done_again_move_the_end(job, latentmill, enough, t
     assert not [*(tmp_path / "out" / "quarantine").glob("*")]
 
 
+def test_shards_that_go_beyond_the_end_are_damage_that_verify_repairs(job, latentmill, enough, tmp_path, monkeypatch):  # noqa: F811
+    """One before them has come to have more rows, and no run has looked since."""
+    assert latentmill(*job("whole", accept=enough)) == 0
+    monkeypatch.setenv("TROUBLE", "circle")
+    assert latentmill(*job("out", accept=enough)) == 0, latentmill.said
+    monkeypatch.delenv("TROUBLE")
+    first = "data/00000.parquet"
+    (tmp_path / "out" / first).write_bytes((tmp_path / "whole" / first).read_bytes())
+    assert latentmill("verify", tmp_path / "out", "--repair") == 1
+    wrong = [line for line in latentmill.out.splitlines() if line.startswith("shard ")]
+    assert wrong == [f"shard {k} its rows don't end where accept.rows={WANTED} are accepted" for k in (1, 2, 3)]
+    assert [*shards(tmp_path / "out")] == ["00000.parquet", "00004.parquet"]
+    assert latentmill(*job("out", accept=enough)) == 0 and latentmill("verify", tmp_path / "out") == 0
+    assert told(tmp_path / "out") == told(tmp_path / "whole")
+
+
 def test_the_same_bytes_after_kills_and_with_two_drivers(job, forks, enough, tmp_path):  # noqa: F811
     """And after a shard before the end is lost, with the first driver held at a row until the second has begun."""
     sizes = (f"stages.{name}.batch_size=1" for name in ("read", "word", "encode", "denoise", "fourth", "write"))
