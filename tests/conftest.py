@@ -11,14 +11,16 @@ FAILPOINTS = str(Path(__file__).parent / "faults" / "actions")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [FAILPOINTS, os.environ.get("PYTHONPATH")]))
 
 SLOW = (
-    "test_run", "test_worker_faults", "test_pipeline", "test_denoiser", "test_schedulers", "test_mixed_rows", "test_tiers", "test_parity",
-    "test_multistep_settings", "test_scheduler_settings", "test_operations", "test_cluster", "test_driver_faults", "test_wrong_worker",
-    "test_other_disk", "test_suites", "test_folder", "test_traced", "test_vae", "test_prompt_cache", "test_original", "test_store_faults",
-    "test_telling", "test_parity_schedulers", "test_wheel", "test_placement", "test_simulate", "test_parity_pictures", "test_drivers",
-    "test_soak", "test_pool", "test_blame", "test_traced_jobs", "test_long_prompts", "test_job", "test_halfway", "test_cli",
-    "test_safety", "test_command_line", "test_prompt_files", "test_jobs", "test_write", "test_verify", "test_model",
+    "test_run", "test_denoiser", "test_driver_faults", "test_pipeline", "test_worker_faults", "test_cluster", "test_wait_and_grow",
+    "test_soak", "test_tiers", "test_store_faults", "test_parity", "test_suites", "test_schedulers", "test_simulate",
+    "test_scheduler_settings", "test_sweep_workers", "test_gpu_benchmark", "test_pool", "test_parity_pictures", "test_drain", "test_wheel",
+    "test_drivers", "test_stores", "test_vae", "test_multistep_settings", "test_ray_drains", "test_blame", "test_traced", "test_folder",
+    "test_parity_schedulers", "test_command_line", "test_grow_drivers", "test_shard_index", "test_accept_rows", "test_original", "test_job",
+    "test_prompt_cache", "test_accept", "test_sweep", "test_submit_targets", "test_replicas", "test_placement", "test_operations",
+    "test_store_reading", "test_telling", "test_model", "test_two_passes", "test_skypilot", "test_mixed_rows", "test_cli",
+    "test_wrong_worker", "test_prompt_files", "test_long_prompts",
 )  # fmt: skip
-"""Files that take longest, the longest first. Two processes share the files: one of these last would leave one idle for minutes."""
+"""Files that take longest, the longest first. Three processes share the files: one of these last would leave others idle for minutes."""
 
 
 def pytest_collection_modifyitems(items):
