@@ -52,18 +52,20 @@ def became(path: Path) -> str:
     except JobError as error:
         ends = re.findall(r"node (\S+) (\w+)", str(error).rpartition("; ")[2])
         return f"**refused**, it saves no picture: {', '.join(f'{id} `{kind}`' for id, kind in ends)}"
-    refused = [(id, kind, said) for id, kind, _, said in found.rows if said.startswith("REFUSED: ")]
-    if refused:
-        return f"**refused**: {', '.join(in_words(*each) for each in refused)}"
-    if found.runs:
-        return stages(found)
     saved = [id for id, kind, *_ in found.rows if kind == "SaveImage"]
-    return "; ".join(f"{id}: {stages(explained(str(path), [f'comfy.output={id}']))}" for id in saved)
+    if found.runs or len(saved) < 2:
+        return said_of(found)
+    each = {id: explained(str(path), [f"comfy.output={id}"]) for id in saved}
+    if not any(one.runs for one in each.values()):
+        return said_of(found)
+    return "; ".join(f"{id}: {said_of(one)}" for id, one in each.items())
 
 
-def stages(found: Explanation) -> str:
-    """Of a job, without reading and writing."""
-    assert found.runs, found.lines
+def said_of(found: Explanation) -> str:
+    """The stages of a job, without reading and writing; or the nodes that are refused."""
+    refused = [(id, kind, said) for id, kind, _, said in found.rows if said.startswith("REFUSED: ")]
+    if refused or not found.runs:
+        return f"**refused**: {', '.join(in_words(*each) for each in refused)}"
     return found.lines[0].removeprefix("flow: read > ").removesuffix(" > write")
 
 

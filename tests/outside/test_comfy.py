@@ -112,6 +112,10 @@ def test_only_what_an_output_hangs_on_counts(said):
             "node 5 KSampler: scheduler 'vp' is not supported; simple, ",
         ),
         (
+            with_changes(TEXT_TO_IMAGE, _1={"ckpt_name": "https://example.org/a.safetensors"}),
+            "node 1 CheckpointLoaderSimple: ckpt_name is a web address: fetch the file into the folder of models",
+        ),
+        (
             with_changes(TEXT_TO_IMAGE, _5={"sampler_name": "slow"}),
             "node 5 KSampler: sampler_name 'slow' is not supported",
         ),

@@ -17,13 +17,13 @@ DISCRETE_KINDS = ("eps", "v_prediction", "lcm", "x0")
 
 def checkpoint(given: Inputs) -> Sequence[Any]:
     """Denoiser, text_encoder and vae `comfy`, of one file."""
-    settings = {"checkpoint": given.fixed("ckpt_name", str, LOADED_ONCE)}
+    settings = {"checkpoint": _file(given, "ckpt_name")}
     return Model(given.node, settings), Clip(given.node, settings), Vae(given.node, settings)
 
 
 def unet(given: Inputs) -> Sequence[Any]:
     """Denoiser `comfy`, of a file of its own."""
-    settings = {"unet": given.fixed("unet_name", str, LOADED_ONCE)}
+    settings = {"unet": _file(given, "unet_name")}
     dtype = given.one_of("weight_dtype", WEIGHT_DTYPES, "default")
     return (Model(given.node, settings if dtype == "default" else {**settings, "weight_dtype": dtype}),)
 
@@ -31,7 +31,7 @@ def unet(given: Inputs) -> Sequence[Any]:
 def clip(given: Inputs) -> Sequence[Any]:
     """Text_encoder `comfy`, of one to three files; `type` stable_diffusion, sdxl, sd3 or flux."""
     numbers = {"CLIPLoader": [""], "DualCLIPLoader": ["1", "2"], "TripleCLIPLoader": ["1", "2", "3"]}[given.node.type]
-    settings = {"files": [given.fixed(f"clip_name{number}", str, LOADED_ONCE) for number in numbers]}
+    settings = {"files": [_file(given, f"clip_name{number}") for number in numbers]}
     given.one_of("device", ("default", "cpu"), "default")
     if given.node.type == "TripleCLIPLoader":
         return (Clip(given.node, {**settings, "type": "sd3"}),)
@@ -40,7 +40,7 @@ def clip(given: Inputs) -> Sequence[Any]:
 
 def vae(given: Inputs) -> Sequence[Any]:
     """Vae `comfy`, of a file of its own."""
-    name = given.fixed("vae_name", str, LOADED_ONCE)
+    name = _file(given, "vae_name")
     if name in ("pixel_space", "taesd", "taesdxl", "taesd3", "taef1"):
         raise given.refuse(f"vae_name {name} is not supported: a file of a VAE is")
     return (Vae(given.node, {"vae": name}),)
@@ -49,7 +49,7 @@ def vae(given: Inputs) -> Sequence[Any]:
 def lora(given: Inputs) -> Sequence[Any]:
     """One more of `loras` of the denoiser and the text encoder."""
     model, strength = given.take("model", Model), given.fixed("strength_model", float, LOADED)
-    file = given.fixed("lora_name", str, LOADED_ONCE)
+    file = _file(given, "lora_name")
     if strength != 0:
         model = model.with_lora(file, strength)
     if given.node.type == "LoraLoaderModelOnly":
@@ -90,7 +90,15 @@ def discrete(given: Inputs) -> Sequence[Any]:
 
 def upscale_model(given: Inputs) -> Sequence[Any]:
     """The model of a stage upscale_model."""
-    return (UpscaleModel(given.node, given.fixed("model_name", str, LOADED_ONCE)),)
+    return (UpscaleModel(given.node, _file(given, "model_name")),)
+
+
+def _file(given: Inputs, name: str) -> str:
+    """The name of a file of the folder of models."""
+    file: str = given.fixed(name, str, LOADED_ONCE)
+    if "://" in file:
+        raise given.refuse(f"{name} is a web address: fetch the file into the folder of models, and name it")
+    return file
 
 
 OF_SCHEDULE = ("shift", "multiplier", "max_shift", "base_shift", "shift_size", "prediction", "zsnr")
