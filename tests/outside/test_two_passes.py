@@ -113,7 +113,8 @@ def test_a_first_pass_of_which_nothing_is_left_is_said(latentmill, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red ring\n")
 
     def plan(*settings):
-        assert latentmill("plan", "txt2img", f"source.path={tmp_path / 'prompts.txt'}", FLOW, *settings) == 0
+        here = f"source.path={tmp_path / 'prompts.txt'}", f"output={tmp_path / 'out'}"
+        assert latentmill("plan", "txt2img", *here, FLOW, *settings) == 0
         return latentmill.said
 
     assert "refine begins with pure noise, and nothing is left of what denoise has made" in plan()
@@ -209,7 +210,8 @@ def test_pictures_of_one_batch_have_noise_of_their_own_in_a_pass_that_is_not_com
         (("stages.denoise.replicas=2", "stages.denoise.min_replicas=2", "stages.refine.replicas=1"), "encode, denoise, refine, decode,"),
     ],
 )  # fmt: skip
-def test_a_second_pass_asks_for_what_the_first_does_unless_it_says_otherwise(latentmill, settings, workers):
+def test_a_second_pass_asks_for_what_the_first_does_unless_it_says_otherwise(latentmill, tmp_path, settings, workers):
     """A part of a GPU they share: one has room for both."""
-    assert latentmill("plan", "txt2img", FLOW, "cluster=local", *settings) == 0, latentmill.said
+    here = f"output={tmp_path / 'out'}"  # the checkout may have an out/txt2img, by make demo
+    assert latentmill("plan", "txt2img", FLOW, "cluster=local", here, *settings) == 0, latentmill.said
     assert f"workers  read, {workers} write (" in latentmill.out
