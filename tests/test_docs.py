@@ -24,3 +24,7 @@ def test_a_made_part_is_fresh(name):
 def test_the_defaults_that_people_read_are_the_fields():
     shown = yaml.safe_load((ROOT / "conf" / "job.yaml").read_text())["sampling"]
     assert shown == {name: field.default for name, field in IN_JOB.items()}
+
+
+def test_the_formats_that_the_readme_counts_are_there():
+    assert f"exports in {len(MAKE.EXPORT_FORMATS)} formats" in (ROOT / "README.md").read_text(encoding="utf-8")
