@@ -17,6 +17,8 @@ import ray.cluster_utils
 from ray._private import ray_constants, services
 from tests import forked
 
+from latentmill.workers.cluster import disconnect
+
 
 class Cluster(ray.cluster_utils.Cluster):
     """A Ray cluster, of a head alone until nodes are added."""
@@ -31,6 +33,11 @@ class Cluster(ray.cluster_utils.Cluster):
         with pytest.MonkeyPatch.context() as patch:
             fork(patch.setattr, mounts)
             return super().add_node(**node)
+
+    def shutdown(self):
+        """Of the driver that this process is, too: one whose cluster ends before it may end its process."""
+        disconnect()
+        super().shutdown()
 
 
 def fork(setattr=setattr, mounts=""):

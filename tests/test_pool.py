@@ -106,7 +106,6 @@ def cluster():
         connect(there.address)
         yield there
     finally:
-        ray.shutdown()
         there.shutdown()
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import datasets
 import pyarrow.parquet as pq
 import pytest
-import ray
 from PIL import Image
 from tests import ray_forks
 from tests.forked import SOCKET
@@ -65,7 +64,6 @@ def cluster():
     """Settings of a job that runs on a Ray cluster of two cores."""
     there = ray_forks.Cluster(num_cpus=2)
     yield ["cluster=ray", f"cluster.address={there.address}"]
-    ray.shutdown()
     there.shutdown()
 
 

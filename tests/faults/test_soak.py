@@ -11,7 +11,6 @@ import time
 
 import psutil
 import pytest
-import ray
 from tests import ray_forks
 from tests.faults.forks import PROMPTS, command, shards
 
@@ -67,7 +66,6 @@ def cluster():
         connect(there.address)
         yield there
     finally:
-        ray.shutdown()
         there.shutdown()
 
 

@@ -5,7 +5,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import ray
 from tests import ray_forks
 from tests.faults.table import WORKERS, told, whole
 
@@ -42,7 +41,6 @@ def test_a_fault_of_a_worker_or_node(fault, places, job, folder, monkeypatch):
                 time.sleep(0.05)
             result = running.result()
     finally:
-        ray.shutdown()
         cluster.shutdown()
     for place in places:
         assert (folder / place).exists(), f"{place} was never reached"

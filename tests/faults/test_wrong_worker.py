@@ -6,7 +6,6 @@ import socket
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 from PIL import Image
 from safetensors import safe_open
@@ -95,7 +94,6 @@ def cluster(tmp_path_factory):
                 there.add_node(num_cpus=0, resources={case: 1}, env_vars=environment)
             yield there.address
         finally:
-            ray.shutdown()
             there.shutdown()
 
 

@@ -9,7 +9,6 @@ from itertools import count
 
 import pyarrow.parquet as pq
 import pytest
-import ray
 from tests import ray_forks
 
 SIEVE = '''
@@ -236,7 +235,6 @@ def test_on_ray_with_several_workers_the_same_rows(job, latentmill, tmp_path, mo
         ]
         assert latentmill(*job("out", *few, *several, cluster="cluster=ray")) == 0, latentmill.said
     finally:
-        ray.shutdown()
         there.shutdown()
     assert became(tmp_path / "out") == expected()
 

@@ -17,7 +17,7 @@ import ray
 from tests.outside.test_wait_and_grow import ROOM, job, running, shards, until
 
 import latentmill as door
-from latentmill.workers.cluster import connect
+from latentmill.workers.cluster import connect, disconnect
 
 HEAD = 6379
 """The port of the head: where the nodes of Ray's fake provider look for it."""
@@ -72,7 +72,7 @@ def autoscaled(job, tmp_path, monkeypatch):
         connect(address)
         yield address
     finally:
-        ray.shutdown()
+        disconnect()
         head.terminate()
         head.wait()
         for process in psutil.process_iter(["cmdline"]):  # the nodes are nobody's children

@@ -1,5 +1,6 @@
 """Joining and starting Ray clusters: what is wrong is one line with the right exit code, and our token is ours alone."""
 
+import gc
 import http.server
 import os
 import pwd
@@ -16,6 +17,8 @@ import ray
 from tests import ray_forks
 from tests.outside.store_parts import upload
 
+from latentmill.workers.cluster import disconnect
+
 TOKEN = "0123456789abcdef0123456789abcdef"
 COMMAND = Path(sys.executable).with_name("latentmill")
 
@@ -29,25 +32,24 @@ def job(pictures, tmp_path):
 @pytest.fixture
 def alone(monkeypatch):
     """No Ray, and nothing that the environment says of one."""
-    ray.shutdown()
+    disconnect()
     for name in [name for name in os.environ if name.startswith(("RAY_", "AWS_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # put back by monkeypatch, whatever the run makes of it
     yield monkeypatch
-    ray.shutdown()
+    disconnect()
 
 
 @pytest.fixture(scope="module")
 def head():
     """The address of a cluster that asks for no token, and knows of no object store."""
-    ray.shutdown()
+    disconnect()
     with pytest.MonkeyPatch.context() as environment:
         for name in [name for name in os.environ if name.startswith(("RAY_", "AWS_"))]:
             environment.delenv(name)
         environment.setenv("RAY_AUTH_MODE", "disabled")
         there = ray_forks.Cluster(num_cpus=2)
     yield there.address
-    ray.shutdown()
     there.shutdown()
 
 
@@ -60,7 +62,15 @@ def test_a_token_of_this_user_keeps_nobody_from_a_cluster_without_one(latentmill
     for address in ("auto", head):
         output = f"output={tmp_path / address}"
         assert latentmill("run", *job, output, "cluster=ray", f"cluster.address={address}") == 0, latentmill.err
-        ray.shutdown()
+        disconnect()
+
+
+def test_nobody_collects_garbage_while_ray_is_left(monkeypatch):
+    """It may have references of Ray in it: Ray ends the process of whoever lets go of one meanwhile."""
+    collects = []
+    monkeypatch.setattr(ray, "shutdown", lambda: collects.append(gc.isenabled()))
+    disconnect()
+    assert collects == [False] and gc.isenabled()
 
 
 def test_the_keys_of_an_object_store_reach_the_nodes(latentmill, job, head, alone, pictures, bucket):

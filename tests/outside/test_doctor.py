@@ -19,6 +19,7 @@ from tests import ray_forks
 
 import latentmill as package
 import latentmill_shapes
+from latentmill.workers.cluster import disconnect
 
 ALL = os.environ.get("DOCTOR") == "all"
 SHAPES = ["[latentmill.vaes]", "shapes = latentmill_shapes.plugin:ShapesVAE", "[latentmill.denoisers]",
@@ -95,7 +96,6 @@ def test_all_differences_of_a_node_are_told_at_once(latentmill, words, tmp_path)
         code = latentmill("doctor", *words, *where, "--json")
         found = json.loads(latentmill.out)
     finally:
-        ray.shutdown()
         there.shutdown()
     assert code == 2 and len(found["nodes"]) == 2
     [bad] = {remark["node"] for check in found["checks"] for remark in check["remarks"]}
@@ -165,7 +165,6 @@ def planted(tmp_path_factory):
         try:
             yield at, there.address
         finally:
-            ray.shutdown()
             there.shutdown()
 
 
@@ -203,7 +202,7 @@ def node(planted):
         process.terminate()
     while there():
         time.sleep(0.1)
-    ray.shutdown()
+    disconnect()
 
 
 @pytest.mark.skipif(not ALL, reason="DOCTOR=all")

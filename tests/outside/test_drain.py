@@ -10,7 +10,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import ray
 from tests import ray_forks
 from tests.outside.drain_parts import CODE, POINTS, Counted
 
@@ -261,7 +260,6 @@ def cluster(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     there = ray_forks.Cluster(num_cpus=4)
     yield ["cluster=ray", f"cluster.address={there.address}", *(f"stages.{name}.num_cpus=0.1" for name in STAGES)]
-    ray.shutdown()
     there.shutdown()
 
 

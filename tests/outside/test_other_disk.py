@@ -4,7 +4,6 @@ import os
 import subprocess
 
 import pytest
-import ray
 from PIL import Image
 from tests import ray_forks
 
@@ -27,7 +26,6 @@ def cluster(tmp_path):
         there.add_node(f"mount -t tmpfs none {tmp_path / 'disk'}", num_cpus=2, resources={"other": 4})
         yield there.address
     finally:
-        ray.shutdown()
         there.shutdown()
 
 

@@ -4,7 +4,6 @@ import os
 
 import pyarrow.parquet as pq
 import pytest
-import ray
 from tests import ray_forks
 
 PLUGIN = '''
@@ -32,7 +31,6 @@ def cluster(install, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), os.environ["PYTHONPATH"]]))
     there = ray_forks.Cluster(num_cpus=2)
     yield ["cluster=ray", f"cluster.address={there.address}"]
-    ray.shutdown()
     there.shutdown()
 
 

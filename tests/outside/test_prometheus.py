@@ -13,7 +13,6 @@ import urllib.parse
 import urllib.request
 
 import pytest
-import ray
 from tests import ray_forks
 
 import latentmill as package
@@ -110,5 +109,4 @@ def test_a_real_prometheus_answers_each_query_of_the_dashboard(latentmill, insta
         job.join()
         server.terminate()
         server.wait()
-        ray.shutdown()
         there.shutdown()

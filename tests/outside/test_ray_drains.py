@@ -60,7 +60,6 @@ def test_what_is_half_done_on_a_node_that_is_drained_goes_on_elsewhere(counted, 
             assert ended.result(120).ok == 24
         assert counted.computed()[1] == 24 * 10, "rows were evaluated again"
     finally:
-        ray.shutdown()
         nodes.cluster.shutdown()
     said = [record.getMessage() for record in caplog.records]
     assert "1 node will be taken away: 5 workers there will hand over to others" in said
@@ -96,5 +95,4 @@ def test_what_lies_on_such_a_node_alone_is_copied_and_no_node_is_missed_before_i
         nodes.remove(first)
         assert ray.get(block, timeout=30) == bytes(1 << 20)
     finally:
-        ray.shutdown()
         nodes.cluster.shutdown()

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-import ray
 from tests import ray_forks
 
 PLUGIN = '''
@@ -56,7 +55,6 @@ def job(install, tmp_path, monkeypatch, pictures):
         *(f"flow=[read,encode,{loud},write]", "placement=split", "cluster=ray", f"cluster.address={there.address}"),
         *("stages.loud.replicas=1", "stages.loud.batch_size=4", "stages.write.replicas=1"),
     ]
-    ray.shutdown()
     there.shutdown()
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from tests import ray_forks
 
 import latentmill as door
-from latentmill.workers.cluster import connect
+from latentmill.workers.cluster import connect, disconnect
 
 GATE = '''
 import os, time
@@ -108,7 +108,6 @@ def nodes(job):
     there = Nodes()
     connect(there.cluster.address)
     yield there
-    ray.shutdown()
     there.cluster.shutdown()
 
 
@@ -144,7 +143,7 @@ def test_workers_follow_the_nodes_and_no_row_changes(job, nodes, tmp_path, caplo
 
 
 def test_waiting_ends_with_what_was_missing_or_at_once_when_it_is_interrupted(latentmill, job, nodes, tmp_path, caplog):
-    ray.shutdown()  # the run joins the cluster itself, and is still heard
+    disconnect()  # the run joins the cluster itself, and is still heard
     given = ["run", "encode", *job, *at(nodes, tmp_path / "out")]
     assert latentmill(*given) == 2 and "stage gate asks for 1 x (CPU 1.5), which fit on no node" in latentmill.err
     assert latentmill(*given, "cluster.wait=1s") == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import secrets
@@ -55,8 +56,17 @@ def connect(address: str | None) -> bool:
 
 
 def disconnect() -> None:
-    """End the cluster that ``connect`` started."""
-    ray.shutdown()
+    """Leave the cluster, and end it if ``connect`` started it.
+
+    Ray ends this process if a thread lets go of one of its references meanwhile: so no thread may come to collect garbage.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        ray.shutdown()
+    finally:
+        if collects:
+            gc.enable()
 
 
 # ------------------------------------------------------------------------------------------------------ to start
