@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 from ray.util import list_named_actors, placement_group_table
 from tests import ray_forks
@@ -175,16 +174,19 @@ def on_ray(sweep, tmp_path, monkeypatch):
     stages = ("read", "encode", "denoise", "decode", "write")
     workers = [f"stages.{name}.{said}" for name in stages for said in ("num_cpus=0.1", "replicas=1")]
     yield ["placement=split", "cluster=ray", f"cluster.address={there.address}", *workers]
-    ray.shutdown()
     there.shutdown()
 
 
 def test_on_ray_a_worker_goes_on_with_the_next_job_unless_that_needs_another_model(sweep, on_ray):
-    """In the second job a worker ends that the first has left. The third has another VAE, of which encode asks for the shapes; it is stopped."""
+    """In the second job a worker ends that the first has left. The third has another VAE, of which encode asks for the shapes; it is stopped.
+
+    Models that are let go end with their process: Ray either kills it, or has it end as Python does, which says so.
+    """
     sweep.let("death")
     sweep.let("stop")
     job = (*on_ray, "vae.bias=0,0.5", "sampling.tone=0,1")
-    assert sorted(sweep(*job, code=130)) == ["Lens", "Lens", "Net", "Words", "Words", "Words"]
+    loaded = [name for name in sweep(*job, code=130) if name[0] != "-"]
+    assert sorted(loaded) == ["Lens", "Lens", "Net", "Words", "Words", "Words"]
     assert not (sweep.folder / "out" / "bias=0.5,tone=1").exists()
     logs = [
         [*(sweep.folder / "out" / f"bias={job}" / "logs").iterdir()] for job in ("0,tone=0", "0,tone=1", "0.5,tone=0")
@@ -192,7 +194,7 @@ def test_on_ray_a_worker_goes_on_with_the_next_job_unless_that_needs_another_mod
     assert [len(each) for each in logs] == [5, 6, 5]
     texts = [" ".join(path.read_text() for path in each) for each in logs]
     assert [text.count("which was") for text in texts] == [0, 5, 3]
-    assert sorted(sweep(*job)) == ["Lens", "Net", "Words"]
+    assert sorted(name for name in sweep(*job) if name[0] != "-") == ["Lens", "Net", "Words"]
     require_nobody_is_left()
     for label in ("bias=0,tone=1", "bias=0.5,tone=0", "bias=0.5,tone=1"):
         sweep.require_as_alone(label, *(f"{kind}.{said}" for kind, said in zip(("vae", "sampling"), label.split(","))))
