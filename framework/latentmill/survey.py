@@ -1,4 +1,4 @@
-"""What is to be known of a job before it runs: what its plugins say, prompts in another tool's language, the sizes of its pictures."""
+"""What is to be known of a job before it runs: what its plugins say, prompts in another tool's language, the sizes of its pictures and texts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 
 from latentmill import registry, syntax
+from latentmill.batch import NEGATIVE_PREFIX, PROMPT_PREFIX
 from latentmill.buckets import Size
 from latentmill.config import Job
 from latentmill.parts import Parts
 from latentmill.plugin import Fragment, RowError, TextEncoder
+from latentmill.plugin.stage import named
+from latentmill.text import in_units, plural
 
 
 def notices(job: Job, built: Parts) -> list[str]:
@@ -57,6 +60,56 @@ def foreign_prompts(job: Job, built: Parts, fragments: Sequence[Fragment]) -> li
             found.update(f"negative_prompt: {line}" for line in syntax.told(negative or "", reads))
     first = "first " * (looked_at == READ_BY_PLAN)
     return [f"{rows:,} of the {first}{looked_at:,} rows: {line}" for line, rows in found.most_common()]
+
+
+def encoded_text(job: Job, built: Parts, fragments: Sequence[Fragment]) -> list[str]:
+    """How large what text encoders make is where a dataset stores it, in lines; none of a job that stores none. Reads the source's texts alone."""
+    maker = None
+    for stage in built.flow:
+        if any(named(PROMPT_PREFIX, each) for each in stage.drops):
+            maker = None
+        maker = stage if PROMPT_PREFIX in stage.added() else maker
+    if maker is None or "text_encoder" not in maker.needs:
+        return []
+    place = job.place("text_encoder", maker.name)
+    encoder: TextEncoder = built.at(place)
+    with registry.asking(encoder):
+        spec = encoder.conditioning_spec()
+    if spec is None:
+        name = (job.choice(place) or {}).get("name")
+        return [f"text encoder {name} doesn't say how large what it makes is: plan --probe 64 measures it"]
+    tensors = ", ".join(f"{name} {[*of.shape]} {of.dtype}" for name, of in spec.items())
+    rows = sum(fragment.rows for fragment in fragments) * job.samples_per_row
+    negative = NEGATIVE_PREFIX in maker.added()
+    # What a text becomes hangs on fields, too, which texts don't say.
+    counts = (rows, rows * negative) if encoder.row_fields else _distinct_texts(job, built, fragments, negative)
+    stored = sum(built.sink.stored_bytes(of, rows, count) for of in spec.values() for count in counts if count)
+    said = [plural(count, what) for count, what in zip(counts, ("prompt", "negative prompt")) if count]
+    return [
+        f"{tensors}: {in_units(sum(of.bytes for of in spec.values()))} a prompt",
+        f"{' and '.join(said)}, each once a shard, of {plural(rows, 'row')}: at most {in_units(stored)} beside other columns",
+    ]
+
+
+def _distinct_texts(job: Job, built: Parts, fragments: Sequence[Fragment], negative: bool) -> tuple[int, int]:
+    """How many prompts and negative prompts the shards have, each shard for itself. Rows that nobody tells of have each its own."""
+    default, samples = (job.sampling["prompt"], job.sampling["negative_prompt"]), job.samples_per_row
+    texts = chain.from_iterable(built.source.texts(fragment) for fragment in fragments)
+    seen, counts, shard, told = (set[str | None](), set[str | None]()), [0, 0], 0, 0
+    with registry.asking(built.source):
+        for row, both in enumerate(islice(texts, READ_BY_PLAN)):
+            told += 1
+            ends = (row + 1) * samples - 1
+            for of in range(row * samples // job.rows_per_shard, ends // job.rows_per_shard + 1):
+                if of != shard:
+                    shard, seen = of, (set(), set())
+                for k, text in enumerate(both):
+                    text = default[k] if text is None else text
+                    counts[k] += text not in seen[k]
+                    seen[k].add(text)
+    left = sum(fragment.rows for fragment in fragments) - told
+    left += left * (samples - 1) // job.rows_per_shard  # of a row whose samples are in two shards
+    return counts[0] + left, (counts[1] + left) * negative
 
 
 SIZES_READ = 10_000

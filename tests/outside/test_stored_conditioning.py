@@ -1,6 +1,7 @@
 """What a text encoder made of prompts is stored, once for all rows of a prompt, and read where a job encodes none."""
 
 import json
+import tarfile
 import tracemalloc
 
 import pyarrow as pa
@@ -61,6 +62,85 @@ def test_rows_of_one_prompt_share_one_copy(acme):
     assert values.tolist() == [torch.tensor(acme.number("prompt 1")).item()] * 64, (
         "3 * 37 = 111: the tenth prompt's bytes"
     )
+
+
+TEXTS = [{"prompt": text} for text in ("a red ring", "a red ring", "a red ring", "a blue star")]
+TEXTS.append({"prompt": "a green cross", "negative_prompt": "a ring"})
+NUMBERS = "embeds [12, 64] float32, pooled [192] float32: 3.84 kB a prompt"
+
+
+@pytest.mark.parametrize(
+    ("sink", "bytes", "said"),
+    [
+        ("parquet", 7 * 3840, "26.9 kB"),
+        ("webdataset", 10 * (512 + 7 * 512 + 512 + 2 * 512), "56.3 kB"),  # two files a row and column
+    ],
+)
+def test_plan_says_how_large_encoded_prompts_will_be(latentmill, tmp_path, sink, bytes, said):
+    """Of shards of two rows: one prompt, two, and one; no negative prompt thrice counts once in each, and the one that there is."""
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, TEXTS)))
+    job = ["encode_text", "cluster=inline", f"source.path={tmp_path}/texts.jsonl", "rows_per_shard=2", f"sink={sink}"]
+    assert latentmill("plan", *job, f"output={tmp_path}/out") == 0, latentmill.said
+    lines = latentmill.out.splitlines()
+    [at] = [k for k, line in enumerate(lines) if line.startswith("text  ")]
+    assert [line[14:] for line in lines[at : at + 2]] == [
+        NUMBERS,
+        f"4 prompts and 3 negative prompts, each once a shard, of 5 rows: at most {said} beside other columns",
+    ]
+    assert latentmill("run", *job, f"output={tmp_path}/out") == 0, latentmill.said
+    assert sum(map(stored_bytes, (tmp_path / "out/data").iterdir())) == bytes
+
+
+def stored_bytes(file):
+    """What conditioning takes in a shard."""
+    if file.suffix == ".tar":
+        with tarfile.open(file) as tar:
+            sizes = [member.size for member in tar if member.name.endswith(".npy")]
+        return sum(512 + -(-size // 512) * 512 for size in sizes)
+    columns = [
+        pq.read_table(file).column(f"{p}:{name}") for p in ("prompt", "negative") for name in ("embeds", "pooled")
+    ]
+    return sum(len(value.as_py()) for column in columns for value in column.combine_chunks().dictionary)
+
+
+def test_plan_counts_rows_of_which_a_source_tells_no_text(latentmill, install, tmp_path):
+    """Each may have a prompt of its own, and be in two shards: of rows of three samples, in shards of four, half."""
+    install("mute", "[latentmill.sources]\nmute = acme_mute:Mute\n", acme_mute=MUTE)
+    job = [
+        "encode_text",
+        "cluster=inline",
+        "source=prompts",
+        "source.name=mute",
+        "samples_per_row=3",
+        "rows_per_shard=4",
+    ]
+    assert latentmill("plan", *job, f"source.path={tmp_path}", f"output={tmp_path}/out") == 0, latentmill.said
+    assert "15 prompts and 15 negative prompts, each once a shard, of 30 rows: at most 115 kB beside" in latentmill.out
+
+
+MUTE = """
+from latentmill.plugin import Fragment, Source
+
+
+class Mute(Source):
+    contract = 2
+
+    def __init__(self, path: str):
+        pass
+
+    def fragments(self):
+        return [Fragment("all", 10)]
+
+    def read(self, fragment, start, stop):
+        return ({"prompt": "a red ring"} for _ in range(start, stop))
+"""
+
+
+def test_plan_says_that_it_does_not_know_how_large_encoded_prompts_will_be(acme):
+    acme.source(["a fox"])
+    assert acme.latentmill("plan", *acme.job("flow=[read, encode_text, write]")) == 0, acme.latentmill.said
+    line = "text          text encoder counting doesn't say how large what it makes is: plan --probe 64 measures it"
+    assert line in acme.latentmill.out.splitlines()
 
 
 def test_another_text_encoder_than_the_job_s_is_refused(acme, denoised, tmp_path):

@@ -5,7 +5,7 @@ import random
 import torch
 from tests.suites.mistakes import Mistake, suite_of
 
-from latentmill.plugin import CONTRACT, RowError, TextEncoder
+from latentmill.plugin import CONTRACT, RowError, TensorSpec, TextEncoder
 from latentmill.testing import TextEncoderSuite
 
 
@@ -49,6 +49,29 @@ class WarnsWithWeights(Right):
 
     def warn(self, prompt):
         return "read to its end" if self.loaded else ""
+
+
+class SaysWhatItMakes(Right):
+    def conditioning_spec(self):
+        return {"embeds": TensorSpec((self.length, 1), "float32")}
+
+
+class SaysHalfTheBytes(Right):
+    def conditioning_spec(self):
+        return {"embeds": TensorSpec((self.length, 1), "float16")}
+
+
+class SaysListsOfSides(Right):
+    def conditioning_spec(self):
+        return {"embeds": (self.length, 1)}
+
+
+class SpecWithWeights(Right):
+    def load(self, device):
+        self.width = 1
+
+    def conditioning_spec(self):
+        return {"embeds": TensorSpec((self.length, self.width), "float32")}
 
 
 class PadsToTheLongest(Right):
@@ -158,6 +181,7 @@ def text_encoder(what, plugin, caught_by, says, **settings):
 
 CHECK, TENSORS = "check_and_warn_need_no_weights", "the_conditioning_is_tensors_with_the_batch_axis_first"
 VARY, COUNT = "shapes_do_not_vary_by_prompt", "prompts_count"
+SPEC = "the_conditioning_is_what_conditioning_spec_says"
 PROCESS, GPU, PRINT = (
     "another_process_finds_the_same", "building_and_asking_touch_no_gpu", "the_fingerprint_follows_the_weights",
 )  # fmt: skip
@@ -169,6 +193,9 @@ ROWS, WRITES, MEMORY, RANDOM = (
 MISTAKES = [
     text_encoder("`check` reads weights", ChecksWithWeights, f"{CHECK} {PROCESS}", "check needs weights"),
     text_encoder("`warn` reads weights", WarnsWithWeights, CHECK, "warn says something else once weights are loaded"),
+    text_encoder("says another dtype", SaysHalfTheBytes, SPEC, "conditioning_spec says other names, shapes or dtypes than encode"),
+    text_encoder("says shapes alone", SaysListsOfSides, SPEC, "gives no dict of TensorSpec"),
+    text_encoder("`conditioning_spec` reads weights", SpecWithWeights, f"{SPEC} {PROCESS}", "conditioning_spec needs weights"),
     text_encoder("pads to the longest of the batch", PadsToTheLongest, f"{VARY} {ROWS}", "pad to one length"),
     text_encoder("long prompts are longer tensors", GrowsWithThePrompt, VARY, "pad to one length"),
     text_encoder("divides by the batch's mean", Normalises, ROWS, "encode gives row 0 otherwise in a batch than alone"),
@@ -188,4 +215,5 @@ MISTAKES = [
                  changed=lambda self: ConstantPrint(2.0)),
 ]  # fmt: skip
 
-RIGHT = [suite_of(TextEncoderSuite, Right, refused="x" * 300, changed=lambda self: Right(2.0))]
+RIGHT = [suite_of(TextEncoderSuite, Right, refused="x" * 300, changed=lambda self: Right(2.0)),
+         suite_of(TextEncoderSuite, SaysWhatItMakes, refused="x" * 300, changed=lambda self: SaysWhatItMakes(2.0))]  # fmt: skip

@@ -102,6 +102,8 @@ def _plan(options: Any) -> int:
         lines = [", ".join(counts[start : start + BUCKETS_A_LINE]) for start in range(0, len(counts), BUCKETS_A_LINE)]
         for at, line in enumerate([*lines, of]):
             print(f"{'' if at else 'buckets':<13} {line}")
+    for at, line in enumerate(survey.encoded_text(job, built, plan.fragments)):
+        print(f"{'' if at else 'text':<{wide}} {line}")
     print(f"hash     {plan.hash}")
     for line in [
         *survey.notices(job, built),

@@ -43,7 +43,7 @@ from latentmill.plugin.stage import (
     Stage,
     StageContext,
 )
-from latentmill.plugin.text_encoder import Conditioning, TextEncoder
+from latentmill.plugin.text_encoder import Conditioning, TensorSpec, TextEncoder
 from latentmill.plugin.vae import VAE, LatentSpec, statistics_digest
 
 __all__ = [
@@ -84,6 +84,7 @@ __all__ = [
     "StoredShard",
     "Submission",
     "Submitted",
+    "TensorSpec",
     "TextEncoder",
     "VAE",
     "WeightsPath",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, BinaryIO, ClassVar, TypeAlias
 
 from latentmill.errors import RowError
 from latentmill.plugin.contract import Plugin
+from latentmill.plugin.text_encoder import TensorSpec
 
 if TYPE_CHECKING:  # to list plugins takes none of them
     import pyarrow as pa
@@ -104,6 +105,13 @@ class Sink(Plugin, ABC):
         "" stands for a column of the batch that is stored as it is.
         """
         return dict.fromkeys(schema.names, "")
+
+    def stored_bytes(self, tensor: TensorSpec, rows: int, distinct: int) -> int:
+        """About how many bytes a column of conditioning takes, at most, of whose ``rows`` tensors so many differ within their shards.
+
+        For ``plan``. As it stands each row has its own.
+        """
+        return rows * tensor.bytes
 
     def finish(self, shards: Sequence[StoredShard]) -> Mapping[str, bytes]:
         """Files for the whole dataset, by name, once all its shards are there: an index, say. They are put at its top.

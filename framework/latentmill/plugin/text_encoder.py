@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from latentmill.plugin.contract import Plugin
@@ -14,6 +16,29 @@ if TYPE_CHECKING:  # to list plugins takes none of them
 
 Conditioning: TypeAlias = "dict[str, Tensor]"
 """What a text encoder hands to a denoiser, by name: every tensor has the batch axis first and one shape for all rows."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What one prompt's tensor of a conditioning is."""
+
+    shape: tuple[int, ...]
+    """Without the batch axis."""
+    dtype: str
+    """As torch calls it: ``float32``, ``bfloat16``, ``int64``."""
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSpec:
+        """What a tensor without the batch axis is."""
+        return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+    @property
+    def bytes(self) -> int:
+        """What its numbers take."""
+        import torch
+
+        size: int = getattr(torch, self.dtype).itemsize
+        return size * math.prod(self.shape)
 
 
 class TextEncoder(Plugin, ABC):
@@ -41,6 +66,13 @@ class TextEncoder(Plugin, ABC):
         None is a row that gives no negative prompt, which is encoded as an empty one, unless the model has something else for it.
         """
         return self.encode([prompt or "" for prompt in prompts], **fields)
+
+    def conditioning_spec(self) -> Mapping[str, TensorSpec] | None:
+        """What ``encode`` makes of one prompt, by name, as it will be once weights are loaded; None: it can't be said. Needs no weights.
+
+        ``plan`` reckons by it how large a dataset of encoded prompts will be, before anything is made.
+        """
+        return None
 
     def check(self, prompt: str) -> None:
         """Raise RowError, naming the cause, for a prompt that can't be encoded. Needs no weights. A worker that has asked may keep the answer, unless it is an error."""

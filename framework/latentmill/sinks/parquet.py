@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from latentmill import failpoints
 from latentmill.batch import CONDITIONING, LATENTS, SPACED, SPEC_KEY, STATE_PREFIX
 from latentmill.fields import HALFWAY
-from latentmill.plugin import OpenSideFile, RowError, Sink, tensors
+from latentmill.plugin import OpenSideFile, RowError, Sink, TensorSpec, tensors
 from latentmill.sinks import conditioning
 from latentmill.sinks.picture_files import PictureFiles, decode
 from latentmill.sinks.rebuild import MOST, batches
@@ -187,6 +187,9 @@ class Parquet(Sink):
         if "latents" in names:
             names.insert(names.index("latents") + 1, "shape")
         return dict.fromkeys(names, "")
+
+    def stored_bytes(self, tensor: TensorSpec, rows: int, distinct: int) -> int:
+        return distinct * tensor.bytes
 
     def read(
         self, file: BinaryIO, columns: Sequence[str] | None, rows: Sequence[int], side_file: OpenSideFile

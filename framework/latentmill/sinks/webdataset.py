@@ -23,7 +23,7 @@ import pyarrow as pa
 from latentmill import failpoints
 from latentmill.batch import CONDITIONING, ENCODER_KEY, LATENTS, SPACED, SPEC_KEY, STATE_PREFIX
 from latentmill.fields import meaning
-from latentmill.plugin import OpenSideFile, RowError, Sink, tensors
+from latentmill.plugin import OpenSideFile, RowError, Sink, TensorSpec, tensors
 from latentmill.sinks.picture_files import PictureFiles, decode
 from latentmill.sinks.rebuild import batches
 
@@ -52,6 +52,8 @@ PLACES = pa.list_(
 )
 COUNT_KEY, TENSORS_KEY = b"webdataset.rows", b"webdataset.tensors"
 """Metadata keys of the index: how many rows, and the dtypes of tensors by column."""
+NPY_HEADER = 128
+"""Bytes of a ``.npy`` before its numbers."""
 BLOCK, RECORD = 512, 20 * 512
 """Bytes: members begin at multiples of the one, and a tar ends at one of the other."""
 
@@ -192,6 +194,10 @@ class WebDataset(Sink):
             elif name != "prompt":
                 found[f"json: {name}"] = ""
         return found
+
+    def stored_bytes(self, tensor: TensorSpec, rows: int, distinct: int) -> int:
+        file = NPY_HEADER + tensor.bytes * (2 if tensor.dtype == "bfloat16" else 1)
+        return rows * (BLOCK + file + _padding(file))
 
     def read(
         self, file: BinaryIO, columns: Sequence[str] | None, rows: Sequence[int], side_file: OpenSideFile

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
+from unittest import SkipTest
 
 import torch
 from torch import Tensor
 
-from latentmill.plugin import RowError, TextEncoder
+from latentmill.plugin import RowError, TensorSpec, TextEncoder
 from latentmill.testing.behaviour import Arguments, MethodCall, close, loaded
 from latentmill.testing.suite import RowsSuite, identity, without_weights
 
@@ -95,6 +96,26 @@ class TextEncoderSuite(RowsSuite):
                         "pad to one length, so that rows can be put together"
                     )
 
+    def test_the_conditioning_is_what_conditioning_spec_says(self) -> None:
+        """Names, shapes and dtypes, for all prompts, told without weights; needs an encoder that says them."""
+        said = without_weights(self.text_encoder(), "conditioning_spec")
+        if said is None:
+            raise SkipTest(
+                "not checked: it says no conditioning_spec, so plan can't say how large encoded prompts will be"
+            )
+        assert isinstance(said, Mapping) and all(isinstance(spec, TensorSpec) for spec in said.values()), (
+            f"conditioning_spec gives no dict of TensorSpec, by names of conditioning\n{said!r}"
+        )
+        encoder = loaded(self.text_encoder)
+        with torch.no_grad():
+            for prompt in self.prompts:
+                encoded = encoder.encode([prompt], **defaults(encoder))
+                found = {name: TensorSpec.of(value[0]) for name, value in encoded.items()}
+                assert found == dict(said), (
+                    "conditioning_spec says other names, shapes or dtypes than encode gives: plan goes by it\n"
+                    f"{dict(said)} said, {found} given"
+                )
+
     def test_prompts_count(self) -> None:
         """Different prompts give different conditioning."""
         encoder = loaded(self.text_encoder)
@@ -124,6 +145,7 @@ def asked(encoder: TextEncoder, prompts: Sequence[str]) -> dict[str, Any]:
         **identity(encoder),
         "check": passed,
         "warn": [without_weights(encoder, "warn", prompt) for prompt in prompts],
+        "conditioning_spec": repr(without_weights(encoder, "conditioning_spec")),
     }
 
 

@@ -4,8 +4,10 @@ from functools import partial
 
 import pyarrow as pa
 import pytest
+import tiny
 import torch
 
+from latentmill.plugin import TensorSpec
 from latentmill.testing import StageSuite, TextEncoderSuite
 from latentmill.testing.batches import rows
 from latentmill_diffusers.pipeline import PipelineDenoise, PipelineEncode
@@ -20,6 +22,18 @@ class TestTextEncoder(TextEncoderSuite):
     @pytest.fixture(autouse=True, params=["StableDiffusionXLPipeline", "QwenImagePipeline"])
     def _of(self, request, model):
         type(self).text_encoder = staticmethod(partial(DiffusersTextEncoder, str(model(request.param))))
+
+
+@pytest.mark.parametrize("name", tiny.BUILDERS)
+def test_what_is_said_of_each_family_s_conditioning_is_what_it_makes(name, model):
+    """In bfloat16, which a pipeline could lose, and from configs alone: of another object than the one with weights."""
+    bare, encoder = (DiffusersTextEncoder(str(model(name)), dtype="bfloat16") for _ in range(2))
+    said = bare.conditioning_spec()
+    assert bare._pipeline is None
+    encoder.load(torch.device("cpu"))
+    with torch.inference_mode():
+        found = encoder.encode(["two houses by the sea"])
+    assert said == {name: TensorSpec.of(value[0]) for name, value in found.items()}
 
 
 class TestTextEncoderThatRefusesWhatIsLong(TextEncoderSuite):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from latentmill.plugin import Conditioning, RowError, RowField, TextEncoder, WeightsPath
+from latentmill.plugin import Conditioning, RowError, RowField, TensorSpec, TextEncoder, WeightsPath
 from latentmill.weights import digests
 from latentmill_comfy import conditioning, folders, lora, prompts, text_names, tokenizers
 from latentmill_comfy.conditioning import ConditioningEntry, ConditioningTree, Leaf
@@ -159,11 +159,24 @@ class ComfyTextEncoder(TextEncoder):
         found = {}
         for part, (path, names) in self.parts.items():
             shapes = text_names.shapes(path, names)
-            width = shapes["shared.weight" if part == "t5xxl" else ClipNetwork.embedding_name][1]
+            width = _width(part, shapes)
             length = 0 if part == "t5xxl" else shapes["embeddings.position_embedding.weight"][0]
             tokenizer = loaded["t5" if part == "t5xxl" else "clip"]
             found[part] = Chunks(part, tokenizer, self.family.encoders[part].filling, width, length, self.embeddings)
         return found
+
+    def conditioning_spec(self) -> Mapping[str, TensorSpec]:
+        """By the shapes that the files' headers say."""
+        encoded = {}
+        for part, (path, names) in self.parts.items():
+            shapes = text_names.shapes(path, names)
+            width, projects = _width(part, shapes), self.family.encoders[part].projects
+            whole = shapes["text_projection.weight"][0] if projects else width
+            encoded[part] = torch.zeros(1, width), torch.zeros(whole)
+        hidden, pooled = self.family.join(encoded)
+        entry = ConditioningEntry(torch.zeros(self.room, hidden.shape[1]), pooled)
+        found = self._packed([entry] * self.count, self.family.scores and self.family.scores[0])
+        return {name: TensorSpec.of(value) for name, value in found.items()}
 
     def load(self, device: torch.device) -> None:
         state: dict[str, Tensor] = {}
@@ -283,3 +296,8 @@ class ComfyTextEncoder(TextEncoder):
         if score is not None:
             found["score"] = torch.tensor([score if entry.score is None else entry.score for entry in entries])
         return {name: pad(value, (*(0, 0) * (value.ndim - 1), 0, none)) for name, value in found.items()}
+
+
+def _width(part: str, shapes: Mapping[str, Sequence[int]]) -> int:
+    """Channels of a text encoder, by the shapes of its tensors."""
+    return shapes["shared.weight" if part == "t5xxl" else ClipNetwork.embedding_name][1]

@@ -85,7 +85,8 @@ def family_of(path: Path, parts: Iterable[str]) -> str:
 def shapes(path: Path, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
     """The shapes of a part's tensors, by our names, without reading them."""
     with safe_open(path, "pt") as file:
-        return {here: tuple(file.get_slice(there).get_shape()) for here, there in names.items()}
+        lie = {here: tuple(file.get_slice(there).get_shape()) for here, there in names.items()}
+    return {here: shape[::-1] if _turned(names[here]) else shape for here, shape in lie.items()}
 
 
 def read(path: Path, parts: Mapping[str, Mapping[str, str]]) -> dict[str, Tensor]:
@@ -145,10 +146,15 @@ def _parted(here: str, there: str, tensor: Tensor) -> Iterator[tuple[str, Tensor
         layer, _, kind = here.partition(".attn.in_proj_")
         for name, value in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3)):
             yield f"{layer}.self_attn.{name}.{kind}", value
-    elif there.endswith("text_projection"):  # OpenCLIP multiplies from the other side
+    elif _turned(there):
         yield here, tensor.T.contiguous()
     else:
         yield here, tensor
+
+
+def _turned(there: str) -> bool:
+    """Whether a tensor lies the other way round: OpenCLIP multiplies from the other side."""
+    return there.endswith("text_projection")
 
 
 def parted_names(names: Iterable[str]) -> list[str]:

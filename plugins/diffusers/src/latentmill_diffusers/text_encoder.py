@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 from torch.nn.functional import pad
 
-from latentmill.plugin import Conditioning, RowError, TextEncoder, WeightsPath
+from latentmill.plugin import Conditioning, RowError, TensorSpec, TextEncoder, WeightsPath
 from latentmill.text import one_line
 from latentmill_diffusers import lora, tokens
 from latentmill_diffusers.configs import completed
@@ -110,10 +110,6 @@ class DiffusersTextEncoder(TextEncoder):
         if long_prompts not in ("cut", "error"):
             raise ValueError(f"text_encoder.long_prompts must be cut or error, not {long_prompts!r}")
         self.long_prompts = long_prompts
-        self._reader: DiffusersTextEncoder | None = None
-        self._watched: Any = None
-        self._room = 0.0
-        """Characters that a prompt may have, if all are ASCII, and surely not be too long."""
         self.libraries = ("diffusers", "tokenizers", "transformers", *self.folder.quantizer(quantization))
         self._pipeline: Any = None
         self._device = torch.device("cpu")
@@ -167,28 +163,43 @@ class DiffusersTextEncoder(TextEncoder):
         if not self.compel:
             if prompt.isascii() and len(prompt) <= self._room:  # a token has a character or more
                 return "", False
-            if self._reader is None:
-                # A copy of its own, with an own pipeline: what encodes is not to be touched.
-                self._reader = copy(self)
-                self._watched = tokens.without_weights(self.folder, self.parts)
-                self._reader._pipeline = self._with_network_s_config(self._watched.pipeline)
-                self._reader._device = torch.device("cpu")
-                self._room = (
-                    min((t.limit - t.tokens for t in self._read("")), default=math.inf) - 8
-                )  # of those that end it
             return tokens.warning_of(self._read(prompt), prompt)
         readers = [getattr(self._reading, name) for name in ("compel_1", "compel_2") if hasattr(self._reading, name)]
         with quiet(self._silent):
             return tokens.warning_of([each for reader in readers for each in _cut_by_compel(reader, prompt)], prompt)
 
     def _read(self, prompt: str) -> list[tokens.Tokenized]:
-        assert self._reader is not None
         self._watched.seen.clear()
         with torch.inference_mode():
             self._reader._encoded([prompt], negative=False)
         most = self._reader._defaults().get("max_sequence_length")
-        found: list[tokens.Tokenized] = self._watched.given(self.asked.get("max_sequence_length", most))
-        return found
+        return self._watched.given(self.asked.get("max_sequence_length", most))
+
+    @cached_property
+    def _room(self) -> float:
+        """Characters that a prompt may have, if all are ASCII, and surely not be too long."""
+        return min((t.limit - t.tokens for t in self._read("")), default=math.inf) - 8  # of those that end it
+
+    @cached_property
+    def _watched(self) -> tokens.Watched:
+        return tokens.without_weights(self.folder, self.parts, self.logical)
+
+    @cached_property
+    def _reader(self) -> DiffusersTextEncoder:
+        """A copy that encodes without weights, with a pipeline of its own: what encodes is not to be touched."""
+        reader = copy(self)
+        reader._device = torch.device("cpu")
+        if self.compel:
+            reader._compel, reader._nothing = self._reading, self._reading("").embeds
+        else:
+            reader._pipeline = self._with_network_s_config(self._watched.pipeline)
+        return reader
+
+    def conditioning_spec(self) -> Mapping[str, TensorSpec]:
+        """Of what the pipeline makes of an empty prompt where text encoders answer with zeros."""
+        with torch.inference_mode():
+            found = self._reader._all([""], negative=False)
+        return {name: TensorSpec.of(value[0]) for name, value in found.items()}
 
     def check(self, prompt: str) -> None:
         if self.compel:
@@ -210,7 +221,7 @@ class DiffusersTextEncoder(TextEncoder):
     @cached_property
     def _silent(self) -> Any:
         """A pipeline without weights, for compel to read prompts with."""
-        return tokens.without_weights(self.folder, self.parts).pipeline
+        return tokens.without_weights(self.folder, self.parts, self.logical).pipeline
 
     @cached_property
     def _reading(self) -> Any:

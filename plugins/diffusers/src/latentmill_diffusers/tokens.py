@@ -81,12 +81,13 @@ def _watch(tokenizer: Any, seen: list[Tokenized]) -> None:
 class Silent(nn.Module):
     """Stands in a pipeline for a text encoder, and answers with zeros in the shapes that it would."""
 
-    def __init__(self, folder: Folder, part: str) -> None:
+    def __init__(self, folder: Folder, part: str, dtype: torch.dtype) -> None:
         super().__init__()
         cls = part_class(*(folder.class_of(part) or ("", "")))
         self.config = cls.config_class.from_pretrained(folder / part)
         self.projected = "Projection" in cls.__name__
-        self.dtype, self.device = torch.float32, torch.device("cpu")
+        self.tokens_first = cls.__name__ == "ChatGLMModel"
+        self.dtype, self.device = dtype, torch.device("cpu")
 
     @property
     def text_model(self) -> Any:
@@ -97,31 +98,33 @@ class Silent(nn.Module):
         return x
 
     def forward(self, input_ids: Tensor | None = None, *args: Any, **named: Any) -> _Said:
-        return _Said(getattr(self.config, "text_config", None) or self.config, input_ids, self.projected)
+        return _Said(self, input_ids)
 
 
 class _Said:
     """What transformers' models return, of zeros that take no memory."""
 
-    def __init__(self, config: Any, ids: Any, projected: bool) -> None:
+    def __init__(self, encoder: Silent, ids: Any) -> None:
+        config = getattr(encoder.config, "text_config", None) or encoder.config
         width = int(getattr(config, "d_model", None) or config.hidden_size)
         layers = int(getattr(config, "num_hidden_layers", None) or config.num_layers)
-        nothing = torch.zeros(())
-        self.last_hidden_state = nothing.expand(*ids.shape, width)
+        nothing = torch.zeros((), dtype=encoder.dtype)
+        tokens = ids.T if encoder.tokens_first else ids
+        self.last_hidden_state = nothing.expand(*tokens.shape, width)
         self.hidden_states = (self.last_hidden_state,) * (layers + 1)
         self.pooler_output = nothing.expand(len(ids), width)
         self.text_embeds = nothing.expand(len(ids), getattr(config, "projection_dim", None) or width)
         self.all = (self.last_hidden_state, self.pooler_output)
-        if projected:
+        if encoder.projected:
             self.all = (self.text_embeds, self.last_hidden_state)
 
     def __getitem__(self, at: int) -> Tensor:
         return self.all[at]
 
 
-def without_weights(folder: Folder, parts: Sequence[str]) -> Watched:
+def without_weights(folder: Folder, parts: Sequence[str], dtype: torch.dtype) -> Watched:
     """A model's pipeline that encodes prompts without weights, to see what its tokenizers cut off."""
-    pipeline = folder.load_pipeline(torch.float32, encoders=False)
+    pipeline = folder.load_pipeline(dtype, encoders=False)
     for part in parts:
-        pipeline.__dict__[part] = Silent(folder, part)  # diffusers would look for a place of its class
+        pipeline.__dict__[part] = Silent(folder, part, dtype)  # diffusers would look for a place of its class
     return Watched(pipeline)

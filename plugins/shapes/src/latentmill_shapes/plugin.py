@@ -12,11 +12,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from latentmill import weights
-from latentmill.plugin import VAE, Conditioning, Denoiser, LatentSpec, TextEncoder, tensors
+from latentmill.plugin import VAE, Conditioning, Denoiser, LatentSpec, TensorSpec, TextEncoder, tensors
 from latentmill.schedulers.noise_schedules import VariancePreserving
 from latentmill_shapes.autoencoder import Autoencoder
 from latentmill_shapes.denoiser import UNet
-from latentmill_shapes.text import TextTransformer, tokenise
+from latentmill_shapes.text import LENGTH, POOLED, WIDTH, TextTransformer, tokenise
 
 WEIGHTS = Path(__file__).parent / "weights"
 """Float16 safetensors, computed with in float32; metadata holds what belongs to the weights (see `train.export`)."""
@@ -97,6 +97,9 @@ class ShapesTextEncoder(TextEncoder):
 
     def load(self, device: torch.device) -> None:
         self._model, self._device = _filled(TextTransformer, "text_encoder", device), device
+
+    def conditioning_spec(self) -> Mapping[str, TensorSpec]:
+        return {"embeds": TensorSpec((LENGTH, WIDTH), "float32"), "pooled": TensorSpec((POOLED,), "float32")}
 
     def check(self, prompt: str) -> None:
         tokenise(prompt)

@@ -17,6 +17,8 @@ from latentmill_shapes.draw import COLOURS, SHAPES
 
 LENGTH = 12
 """Tokens of every encoded prompt: a start token, the words, padding."""
+WIDTH, POOLED = 64, 192
+"""Channels of a token, and of the whole prompt."""
 
 FILLERS = frozenset({"a", "an", "the", "of", "to"})
 """Words that the captions use and that change no picture."""
@@ -66,7 +68,7 @@ class TextTransformer(nn.Module):
     `pooled` reads all positions side by side, not their mean, so which colour goes with which shape survives.
     """
 
-    def __init__(self, width: int = 64, pooled: int = 192) -> None:
+    def __init__(self, width: int = WIDTH, pooled: int = POOLED) -> None:
         super().__init__()
         self.token = nn.Embedding.from_pretrained(drawn(len(VOCABULARY), width), freeze=False)
         self.position = nn.Parameter(drawn(LENGTH, width, deviation=0.5))
