@@ -136,12 +136,13 @@ def run(
                     if state.stopping.how == "stopped":
                         interrupted = True
                         break
-                if not (taken := there.newly_taken_out() or there.settle()):
-                    break
-            if not interrupted:
+                if taken := there.newly_taken_out() or there.settle():
+                    continue
                 there.remember(all_there=True)
                 seen.keep()
-                _end(there, live.pace, seen.history)
+                if not (taken := _end(there, live.pace, seen.history)):
+                    break
+            if not interrupted:
                 for sweep in (leases.sweep, half_done.sweep):
                     sweep(store, there.done())
                 ended = True
@@ -158,20 +159,28 @@ def run(
     return _result(job, there, state, time.monotonic() - started, interrupted)
 
 
-def _end(there: Dataset, pace: progress.Pace, history: History) -> None:
-    """All rows of the plan are there. Those are the whole dataset, unless another driver has grown it meanwhile, and does the rest."""
+def _end(there: Dataset, pace: progress.Pace, history: History) -> frozenset[int]:
+    """All rows of the plan are there. Those are the whole dataset, unless another driver has grown it meanwhile, and does the rest.
+
+    Returns the shards that another has taken out meanwhile: the dataset is not complete.
+    """
     if there.outgrown():
         logger.warning(
             f"{there.store.url} has grown meanwhile: the same command goes on with what has come, if nobody does"
         )
-        return
+        return frozenset()
     _finish_sink(there)
     report.finish(there, pace, history)
     failpoints.reach("finishing")
-    # If it has grown since we looked, what deletes this file may have come before it; one that is there then is of all generations.
-    if not there.outgrown() and there.store.create("_SUCCESS", b"") and there.outgrown():
-        there.store.delete("_SUCCESS")
+    # If it has grown, or lost a shard, since we looked, what deletes this file may have come before it; one that is there then is of the whole.
+    if not there.outgrown() and there.store.create("_SUCCESS", b""):
+        taken = there.newly_taken_out()
+        if taken or there.outgrown():
+            there.store.delete("_SUCCESS")
+        if taken:
+            return taken
     there.forget_retried()
+    return frozenset()
 
 
 def _finish_sink(there: Dataset) -> None:

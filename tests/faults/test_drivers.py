@@ -10,6 +10,7 @@ import pytest
 from tests.faults.forks import shards
 
 from latentmill import storage
+from latentmill.cli import main
 from latentmill.verify import verify
 
 PROMPTS = [
@@ -129,6 +130,20 @@ def test_a_driver_that_is_killed_is_not_waited_for_by_another_that_runs(start, t
     assert second.end() == (0, ["96 0"])
     verdict = verify(storage.at(str(output)))
     assert verdict.sound and verdict.ok == 96
+
+
+def test_a_shard_that_is_taken_out_as_a_driver_calls_the_dataset_complete_is_made_again(start, job, tmp_path):
+    output, at = tmp_path / "out", tmp_path / "at"
+    at.mkdir()
+    driver = start(LATENTMILL_FAILPOINT=f"finishing:pause:{at}")
+    wait_for((at / "finishing").exists, driver)
+    damaged = output / "data" / "00003.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert main(["verify", str(output), "--repair"]) == 1 and not damaged.exists()
+    (at / "go").touch()
+    assert driver.end() == (0, ["24 0"]), driver.log.read_text()
+    assert shards(output) == job[1] and (output / "_SUCCESS").exists()
+    assert verify(storage.at(str(output))).sound
 
 
 def shards_done(output):
