@@ -19,8 +19,8 @@ SERVER = """
 import ctypes, faulthandler, json, os, signal, sys
 import latentmill.cli, latentmill.workers.inline, latentmill.sinks.parquet, latentmill_shapes.plugin
 import latentmill.runner, latentmill.report, latentmill.verify, latentmill.sources.prompts, latentmill.stages.denoise, latentmill.stages.decode
-import latentmill.stages.read, latentmill.stages.write, latentmill.schedulers.dpmpp, latentmill.conf, latentmill.jobs, pyarrow.pandas_compat, torch.utils._device
-import PIL.Image
+import latentmill.stages.read, latentmill.stages.write, latentmill.schedulers.dpmpp, latentmill.conf, latentmill.jobs, torch.utils._device
+import gc, pandas, PIL.Image, pyarrow.compute, pyarrow.pandas_compat
 
 PIL.Image.init()
 sys.path.append(sys.argv[1])
@@ -29,6 +29,8 @@ composing.once()
 ray_forks.fork()
 job = latentmill.config.load_job("txt2img", ["output=nowhere", "cluster=inline"])
 latentmill.plan.plan(job, latentmill.parts.parts(job))  # lists plugins, and what else is looked up once
+gc.collect()
+gc.freeze()
 for line in sys.stdin:
     asked = json.loads(line)
     if isinstance(asked, int):
