@@ -154,8 +154,10 @@ class Worker:
         """
         read_for_rows = any(", file " in unit for unit in (*self.read_now, *self.read_later))
         stays = {} if read_for_rows else self.shared.hand_on({key for work in stages for key in work.parts})
+        computes = any(hosted.stage.position == "between" for hosted in self.stages.values())
         self.stages = {}
-        gc.collect()  # stages and their contexts know each other
+        if computes:  # what has weights may know itself: a library's model, a stage of others
+            gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         for shared in {id(work.shared): work.shared for work in stages if work.shared is not None}.values():
