@@ -6,8 +6,6 @@ Composition is most of what a small job costs, and its values are set afterwards
 import copy
 import functools
 
-from hydra.core.global_hydra import GlobalHydra
-
 from latentmill import registry
 from latentmill.config import load
 
@@ -20,15 +18,14 @@ def remembered(composed):
     kept, ours = {}, files_of(registry.entries())
 
     @functools.wraps(composed)
-    def answer(config_name, choices):
+    def answer(place, config_name, choices, held=None):
         installed = registry.entries()
         if config_name == load.THE_FILE or files_of(installed) != ours:
-            return composed(config_name, choices)
-        searched = GlobalHydra.instance().config_loader().get_search_path().get_path()
+            return composed(place, config_name, choices, held)
         names = frozenset((entry.group, entry.name, entry.distribution) for entry in installed)
-        key = config_name, *choices, names, *((place.provider, place.path) for place in searched)
+        key = place, config_name, *choices, names
         if key not in kept:
-            kept[key] = composed(config_name, choices)
+            kept[key] = composed(place, config_name, choices, held)
         return copy.deepcopy(kept[key])
 
     return answer

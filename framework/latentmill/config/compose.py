@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from hydra import compose, initialize_config_dir, initialize_config_module
-from hydra.core.config_search_path import ConfigSearchPath
-from hydra.core.config_store import ConfigStore
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra._internal.defaults_list import create_defaults_list
 from hydra.core.object_type import ObjectType
-from hydra.core.plugins import Plugins
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
-from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig, OmegaConf
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from latentmill import registry, values
 from latentmill.config.schema import Schema
@@ -30,62 +34,51 @@ logger = logging.getLogger("latentmill")
 
 THE_FILE = "job file"
 """What a job's own file is called among the configs of its folder, whatever its name."""
-WITHOUT = [
-    f"~hydra/{group}" for group in "output launcher sweeper help hydra_help hydra_logging job_logging env".split()
-]
-"""What Hydra would read for each job, and is for apps that it starts."""
+NOTHING = "_dummy_empty_config_"
+"""What Hydra begins with where only choices are put together."""
 
 
-@cache
-def prepare() -> None:
-    """Tell Hydra our schema, our config folder and those that plugins bring, and a config for each plugin's name."""
-    store = ConfigStore.instance()
-    schema = OmegaConf.structured(Schema)
-    OmegaConf.set_struct(schema.sampling, False)  # plugins have row fields of their own
-    store.store(name="schema", node=schema)
-    for plugin in (_Folder, _Names, _SearchPath):
-        Plugins.instance().register(plugin)
+def composed(
+    place: Path | str, config_name: str | None, choices: Sequence[str], held: Mapping[str, Any] | None = None
+) -> tuple[DictConfig, Mapping[str, Any]]:
+    """A config beside a job's file or in a package of jobs, and which config each group is. Other uses of Hydra stay as they are.
 
-
-def composed(config_name: str, choices: Sequence[str]) -> tuple[DictConfig, Mapping[Any, Any]]:
-    """The config, and which config each group is."""
-    config = compose(config_name, overrides=[*choices, *WITHOUT], return_hydra_config=True)
-    chosen = OmegaConf.to_container(config.hydra.runtime.choices)
-    OmegaConf.set_struct(config, False)
-    del config["hydra"]
-    OmegaConf.set_struct(config, True)
-    assert isinstance(chosen, dict)
-    return config, chosen
-
-
-def at(place: Path | str, held: Mapping[str, Any] | None = None) -> AbstractContextManager[Any]:
-    """Hydra, looking at a job's file or in a package of jobs. Another program's use of Hydra in this process stays as it is.
-
+    Hydra's own ``compose`` would put its config for apps that it starts around each, which takes as long as the job.
     ``held``: what stands for the file's contents, if it is written in another way than ours.
     """
-    _SearchPath.is_ours, _Folder.held = True, held
+    version.setbase("1.3")
+    loader, configs = ConfigLoaderImpl(ConfigSearchPathImpl()), _Configs(place, held)
     try:
-        if isinstance(place, Path):
-            return initialize_config_dir(str(place), version_base="1.3")
-        return initialize_config_module(place, version_base="1.3")
-    finally:
-        _SearchPath.is_ours = False
+        if config_name and (first := configs.load_config(config_name)) and isinstance(first.config, ListConfig):
+            raise ConfigCompositionException(f"primary config '{config_name}' must be a DictConfig, got ListConfig")
+        overrides = OverridesParser.create().parse_overrides(list(choices))
+        loader.validate_sweep_overrides_legal(overrides, RunMode.RUN, from_shell=False)
+        found = create_defaults_list(configs, config_name, overrides, prepend_hydra=False, skip_missing=False)
+        config = loader._compose_config_from_defaults_list(found.defaults, configs)
+        OmegaConf.set_struct(config, True)
+        loader._apply_overrides_to_config(found.config_overrides, config)
+    except OmegaConfBaseException as error:
+        raise ConfigCompositionException from error
+    return config, found.overrides.known_choices
 
 
-class _SearchPath(SearchPathPlugin):
-    """Where Hydra looks for what a job's defaults name, after the job's own folder."""
+class _Configs(ConfigRepository):
+    """Where Hydra looks for what a job's defaults name: the job's own folder first."""
 
-    is_ours: ClassVar[bool] = False
+    def __init__(self, place: Path | str, held: Mapping[str, Any] | None) -> None:
+        self.sources = [
+            _Folder("main", place, held),
+            *(_Folder(distribution, package) for distribution, package in _packages()),
+            _Made(),
+        ]
+        self.loaded: dict[str, ConfigResult | None] = {}
 
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        if not self.is_ours:
-            return
-        for element in search_path.get_path():
-            if element.provider == "main":
-                element.path = f"{_Folder.scheme()}://{element.path.removeprefix('pkg://')}"
-        for distribution, package in _packages():
-            search_path.append(distribution, f"{_Folder.scheme()}://{package}")
-        search_path.append("latentmill", f"{_Names.scheme()}://")
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        if config_path not in self.loaded:
+            self.loaded[config_path] = found = super().load_config(config_path)
+            if found is not None:
+                found.is_schema_source = True  # no schema is chosen by a file's name
+        return self.loaded[config_path]
 
 
 class _Folder(ConfigSource):
@@ -99,11 +92,10 @@ class _Folder(ConfigSource):
     def scheme() -> str:
         return "latentmill"
 
-    held: ClassVar[Mapping[str, Any] | None] = None
-
-    def __init__(self, provider: str, path: str) -> None:
-        super().__init__(provider, path)
-        self.file = Path(self.path) if os.path.isabs(self.path) else None
+    def __init__(self, provider: str, place: Path | str, held: Mapping[str, Any] | None = None) -> None:
+        super().__init__(provider, f"{self.scheme()}://{place}")
+        self.file = place if isinstance(place, Path) else None
+        self.held = held
         self.folders: list[Traversable]
         if self.file is not None:
             self.folders = list(dict.fromkeys([self.file.parent, self.file.resolve().parent]))
@@ -149,17 +141,20 @@ class _Folder(ConfigSource):
         return sorted(set(found))
 
 
-class _Names(ConfigSource):
-    """A config for each plugin's name, for those to whom no folder brings one. Hydra's store is copied whole for each job, so not there."""
+class _Made(ConfigSource):
+    """What no folder brings: the schema, a config for each plugin's name, and one for what has none of its own."""
+
+    def __init__(self) -> None:
+        super().__init__("latentmill", f"{self.scheme()}://")
 
     @staticmethod
     def scheme() -> str:
-        return "latentmill-names"
+        return "latentmill-made"
 
     def load_config(self, config_path: str) -> ConfigResult:
         kind, _, name = config_path.removesuffix(".yaml").rpartition("/")
         grid = {"grid": "trailing"} if kind == "scheduler" else {}
-        held = OmegaConf.create({"name": name, **grid})
+        held = copy.deepcopy(_schema()) if name == "schema" and not kind else OmegaConf.create({"name": name, **grid})
         return ConfigResult(self.provider, self.full_path(), held, {"package": None})
 
     def available(self) -> bool:
@@ -170,10 +165,20 @@ class _Names(ConfigSource):
 
     def is_config(self, config_path: str) -> bool:
         group, _, name = config_path.removesuffix(".yaml").rpartition("/")
+        if not group:
+            return name in ("schema", NOTHING)
         return _kind(group) in registry.KINDS and name in _names(_kind(group), tuple(sys.path))
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         return sorted(_names(_kind(config_path), tuple(sys.path)))
+
+
+@cache
+def _schema() -> DictConfig:
+    schema = OmegaConf.structured(Schema)
+    OmegaConf.set_struct(schema.sampling, False)  # plugins have row fields of their own
+    assert isinstance(schema, DictConfig)
+    return schema
 
 
 def _kind(group: str) -> str:

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from latentmill import comfy, registry
 from latentmill.config.check import checked
-from latentmill.config.compose import THE_FILE, at, composed, prepare
+from latentmill.config.compose import THE_FILE, composed
 from latentmill.config.flow import spread
 from latentmill.config.messages import explained
 from latentmill.config.overrides import assign, named, parse, settle
@@ -24,7 +24,6 @@ from latentmill.text import without_secrets
 
 def load_job(job: str, overrides: Sequence[str] = ()) -> Job:
     """The job of that name, of that YAML file, or of a workflow of ComfyUI, with ``key=value`` overrides. Raises JobError or PluginError."""
-    prepare()
     name = Path(job).stem if is_file(job) else job
     place: Path | str
     held: dict[str, Any] | None = None
@@ -44,11 +43,11 @@ def load_job(job: str, overrides: Sequence[str] = ()) -> Job:
         name = config_name
     choices, assignments = parse(overrides)
     try:
-        with at(place, held), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(?s).*missing `_self_`")  # it is put last, where ours stands
-            config, chosen = composed(config_name, choices)
+            config, chosen = composed(place, config_name, choices, held)
             if more := list(named(assignments, config, chosen)):
-                config, _ = composed(config_name, [*choices, *more])
+                config, _ = composed(place, config_name, [*choices, *more], held)
     except Exception as error:  # Hydra's, OmegaConf's, YAML's, the file system's: a file may hold anything
         raise JobError(f"{name}: {explained(error)}") from error
     if OmegaConf.get_type(config) is not Schema:

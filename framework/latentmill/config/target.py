@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints, is_typeddict
 
-from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from latentmill import registry, values
-from latentmill.config.compose import WITHOUT, at, prepare
+from latentmill.config.compose import composed
 from latentmill.config.load import is_file
 from latentmill.config.messages import explained
 from latentmill.errors import JobError
@@ -27,13 +26,11 @@ def load_target(name: str, overrides: Sequence[str], job: str) -> dict[str, Any]
 
     ``overrides`` are ``target.key=value``. Its config is ``target/NAME.yaml`` beside the job's file, then ours, then a plugin's. Raises JobError.
     """
-    prepare()
     path = Path(os.path.abspath(os.path.expanduser(job))) if is_file(job) else registry.package_of(job)
     if not re.fullmatch(r"[\w.:-]+", name):
         raise JobError(f"--to {name}: the name of a target is expected, as in --to slurm")
     try:
-        with at(path):
-            config = compose(None, overrides=[f"+target={name}", *WITHOUT]).target
+        config = composed(path, None, [f"+target={name}"])[0].target
         OmegaConf.set_struct(config, False)
         hints = registry.hints("launcher", str(config.get("name")))
         for override in overrides:
