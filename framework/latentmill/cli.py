@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -39,11 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser, ours = _parser()
-    if words and words[0] not in ours and _is_plugins(words[0]):
+    ours = [command for command in COMMANDS if words[:1] == [command.name]]
+    if words and not ours and _is_plugins(words[0]):
         options = argparse.Namespace(command=THEIRS, words=words, debug="--debug" in words)
     else:
-        options = _options(parser, words)
+        options = _options(_parser(ours), words)
     command: Command = options.command
     try:
         code = command.call(options)
@@ -92,8 +92,8 @@ def _theirs(options: Any) -> int:
 THEIRS = Command("COMMAND", "A plugin's command.", lambda parser: None, _theirs)
 
 
-def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
-    """The parser, and the names of our commands."""
+def _parser(asked: Sequence[Command]) -> argparse.ArgumentParser:
+    """The parser for the command that is asked for, if any is: it sees none of the others, nor the version, and all take time to describe."""
     theirs = [f"  {entry.name:<20}of {entry.distribution} {entry.version}" for entry in registry.entries("command")]
     parser = argparse.ArgumentParser(
         prog="latentmill",
@@ -101,15 +101,16 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
         epilog="\n".join(["commands of plugins:", *theirs]) if theirs else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"latentmill {metadata.version('latentmill')}")
+    version = "" if asked else f"latentmill {metadata.version('latentmill')}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    for command in COMMANDS:
+    for command in asked or COMMANDS:
         words = commands.add_parser(command.name, help=command.about, description=command.about)
         words.set_defaults(command=command)
         words.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.add_options(words)
-    return parser, commands.choices
+    return parser
 
 
 if __name__ == "__main__":
