@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.resources import files
 from math import isnan
@@ -74,14 +74,15 @@ def group(kind: str) -> str:
     return f"latentmill.{kind}s"
 
 
-def entries(kind: str | None = None) -> list[Entry]:
+def entries(kind: str | None = None) -> Sequence[Entry]:
     """All installed plugins, or those of a kind. Imports none of them."""
-    found = _scan(tuple(sys.path))
-    return [entry for entry in found if kind is None or entry.group == group(kind)]
+    return _scan(tuple(sys.path), None if kind is None else group(kind))
 
 
 @cache
-def _scan(path: tuple[str, ...]) -> list[Entry]:
+def _scan(path: tuple[str, ...], of_group: str | None) -> Sequence[Entry]:
+    if of_group is not None:
+        return tuple(entry for entry in _scan(path, None) if entry.group == of_group)
     found = []
     installed = entry_points()  # once: it reads what all distributions say of themselves
     identity = cache(
@@ -93,7 +94,7 @@ def _scan(path: tuple[str, ...]) -> list[Entry]:
         for point_name, distribution, version in sorted(points):
             point = points[point_name, distribution, version]
             found.append(Entry(name, point_name, distribution, version, "ok", point))
-    return found
+    return tuple(found)
 
 
 def find(kind: str, name: str) -> Entry:
@@ -255,8 +256,8 @@ def provenance(kind: str, name: str) -> dict[str, str]:
     return {"distribution": entry.distribution, "version": entry.version}
 
 
-def _check(who: str, plugin: type[Plugin], settings: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(plugin).parameters
+def _check(who: str, plugin: Any, settings: Mapping[str, Any]) -> None:
+    parameters = _parameters(plugin)
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         known = [n for n, p in parameters.items() if p.kind is not p.VAR_POSITIONAL]
         for key in settings:
@@ -272,6 +273,11 @@ def _check(who: str, plugin: type[Plugin], settings: Mapping[str, Any]) -> None:
     for key, value in settings.items():
         if wrong := next(_misfits(key, value, annotated.get(key)), None):
             raise PluginError(f"{who}: {wrong}")
+
+
+@lru_cache(maxsize=1024)
+def _parameters(plugin: type[Plugin]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(plugin).parameters
 
 
 def _misfits(key: str, value: Any, hint: Any) -> Iterator[str]:
@@ -308,9 +314,10 @@ def _misfits(key: str, value: Any, hint: Any) -> Iterator[str]:
 def hints(kind: str, name: str) -> dict[str, Any]:
     """The types of a plugin's settings, as far as it says them; none, if it can't be imported."""
     try:
-        return _hints(load(kind, name))
+        found: Any = load(kind, name)
     except PluginError:
         return {}
+    return _hints(found)
 
 
 def row_fields(kind: str, name: str) -> Sequence[RowField] | None:
@@ -322,6 +329,7 @@ def row_fields(kind: str, name: str) -> Sequence[RowField] | None:
     return found if isinstance(found, (list, tuple)) and all(isinstance(f, RowField) for f in found) else None
 
 
+@lru_cache(maxsize=1024)
 def _hints(plugin: type[Plugin]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(plugin.__init__)
