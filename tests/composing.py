@@ -3,11 +3,12 @@
 Composition is most of what a small job costs, and its values are set afterwards: hundreds of tests would do the same again.
 """
 
-import copy
 import functools
+import pickle
+from pathlib import Path
 
 from latentmill import registry
-from latentmill.config import load
+from latentmill.config import load, target
 
 
 def remembered(composed):
@@ -20,13 +21,13 @@ def remembered(composed):
     @functools.wraps(composed)
     def answer(place, config_name, choices, held=None):
         installed = registry.entries()
-        if config_name == load.THE_FILE or files_of(installed) != ours:
+        if isinstance(place, Path) or files_of(installed) != ours:
             return composed(place, config_name, choices, held)
         names = frozenset((entry.group, entry.name, entry.distribution) for entry in installed)
         key = place, config_name, *choices, names
         if key not in kept:
-            kept[key] = composed(place, config_name, choices, held)
-        return copy.deepcopy(kept[key])
+            kept[key] = pickle.dumps(composed(place, config_name, choices, held))
+        return pickle.loads(kept[key])
 
     return answer
 
@@ -39,4 +40,6 @@ def files_of(installed):
 
 def once(patch=setattr):
     """From now on; ``patch`` is ``setattr``, or that of a MonkeyPatch."""
-    patch(load, "composed", remembered(load.composed))
+    composed = remembered(load.composed)
+    for asks in (load, target):
+        patch(asks, "composed", composed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cache, lru_cache
 from math import isfinite, nan
@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf._utils import get_yaml_loader
+from omegaconf._utils import get_omega_conf_dumper, get_yaml_loader
 
 NUMBERS = (int, float, bool)
 WHOLE_NUMBER = re.compile(r"[-+]?(0|[1-9][0-9]{0,99})")
@@ -119,9 +119,8 @@ def in_seconds(text: str | float) -> float:
     return float(number) * {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}[unit or "s"]
 
 
-@lru_cache(maxsize=64)
 def load_yaml(text: str) -> Any:
-    """What a YAML file holds, as OmegaConf reads it; not to be changed. Raises yaml.YAMLError."""
+    """What a YAML file holds, as OmegaConf reads it. Raises yaml.YAMLError."""
     loader = get_yaml_loader()(text)
     try:
         node = loader.get_single_node()
@@ -151,6 +150,7 @@ def as_yaml(text: str) -> Any:
     return text if isinstance(value, float) and not isfinite(value) and re.search(r"[0-9]", text) else value
 
 
+@lru_cache(maxsize=1024)
 def _as_yaml(text: str) -> Any:
     return yaml.load(text, Loader=get_yaml_loader())
 
@@ -168,6 +168,26 @@ def _quick_loader() -> Any:
         (getattr(yaml, "CSafeLoader", yaml.SafeLoader),),
         {name: getattr(theirs, name) for name in ("yaml_implicit_resolvers", "yaml_constructors")},
     )
+
+
+def to_yaml(held: Mapping[Any, Any]) -> str:
+    """The text that OmegaConf writes of plain values; a tenth of its time, where libyaml writes the same."""
+    with suppress(UnicodeEncodeError):  # a shell's bytes that are no text
+        text: str = yaml.dump(held, Dumper=_quick_dumper(), **AS_OMEGACONF)
+        if ALIKE.fullmatch(text):
+            return text
+    return str(yaml.dump(held, Dumper=get_omega_conf_dumper(), **AS_OMEGACONF))
+
+
+AS_OMEGACONF: dict[str, Any] = {"default_flow_style": False, "allow_unicode": True, "sort_keys": False}
+ALIKE = re.compile(r"""((?!\W*'':)[ !#-~]{0,120}\n)*""")
+"""What libyaml and PyYAML write alike: short lines of ASCII without double quotes and empty keys."""
+
+
+@cache
+def _quick_dumper() -> Any:
+    theirs = get_omega_conf_dumper()
+    return type("QuickDumper", (getattr(yaml, "CDumper", theirs),), {"yaml_representers": theirs.yaml_representers})
 
 
 def _keep(node: yaml.ScalarNode) -> None:

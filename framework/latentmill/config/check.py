@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
@@ -31,6 +31,7 @@ from latentmill.config.schema import (
     StageKeys,
     StageSettings,
     plugin_fields,
+    types,
     whole_choice,
 )
 from latentmill.errors import AddressError, JobError, PluginError, RowError
@@ -45,9 +46,12 @@ ACCEPT_KEYS = {
 }
 
 
-def checked(name: str, config: DictConfig, text: str) -> Job:
-    """The job that a composed config is. Raises JobError or PluginError, or what OmegaConf says of an interpolation."""
-    _refuse_targets(name, OmegaConf.to_container(config))
+def checked(name: str, config: DictConfig, raw: Mapping[Any, Any], text: str) -> Job:
+    """The job that a composed config is. Raises JobError or PluginError, or what OmegaConf says of an interpolation.
+
+    ``raw``, ``text``: the config as plain values, and as YAML.
+    """
+    _refuse_targets(name, raw)
     try:
         settled = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
@@ -55,7 +59,7 @@ def checked(name: str, config: DictConfig, text: str) -> Job:
         raise JobError(f"{name}: {key} has no value; set it in the job, or as {key}=...") from error
     assert isinstance(settled, dict)
     _refuse_targets(name, settled)  # an interpolation may bring one in
-    for key in get_type_hints(Schema):
+    for key in types(Schema):
         if key not in settled:  # ~key takes it away
             raise JobError(f"{name}: {key} has no value; set it in the job, or as {key}=...")
     for key in settled["sampling"] if isinstance(settled["sampling"], Mapping) else ():
@@ -106,7 +110,7 @@ def _keys(node: Any, at: str = "") -> Iterator[str]:
 
 
 def _unknown(settled: Mapping[Any, Any], schema: Any, name: str, at: str = "") -> None:
-    hints = get_type_hints(schema)
+    hints = types(schema)
     for key, value in settled.items():
         if key not in hints:
             raise JobError(f"{name}: there is no key {at}{key}{near_key(f'{at}{key}')}")

@@ -25,14 +25,13 @@ def name_of(item: Any) -> str:
     return str(item.get("as", item.get("name")) if isinstance(item, Mapping) else item)
 
 
-def spread(config: DictConfig) -> None:
+def spread(config: DictConfig, flow: Any) -> bool:
     """Put what the flow's objects say under ``stages``, where it stands for what is not said there, and leave their names.
 
-    Raises JobError for an object without a name.
+    ``flow``: the config's, as plain values. Whether there is such an object. Raises JobError for one without a name.
     """
-    flow = OmegaConf.to_container(config).get("flow")  # type: ignore[union-attr]
     if not isinstance(flow, list) or not any(isinstance(item, Mapping) for item in flow):
-        return
+        return False
     for item in flow:
         if isinstance(item, Mapping):
             if not isinstance(item.get("name"), str):
@@ -47,3 +46,4 @@ def spread(config: DictConfig) -> None:
                 if key not in ("name", "as") and key not in there:
                     OmegaConf.update(config, f"{at}.settings.{key}", value, force_add=True)
     OmegaConf.update(config, "flow", names(flow))
+    return True

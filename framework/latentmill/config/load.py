@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from latentmill import comfy, registry
+from latentmill import comfy, registry, values
 from latentmill.config.check import checked
 from latentmill.config.compose import THE_FILE, composed
 from latentmill.config.flow import spread
@@ -55,15 +55,18 @@ def load_job(job: str, overrides: Sequence[str] = ()) -> Job:
     try:
         for assignment in assignments:
             assign(config, assignment)
-        spread(config)
-        settle(config)
+        raw = _plain(config)
+        if spread(config, raw.get("flow")):
+            raw = _plain(config)
+        if settle(config, raw):
+            raw = _plain(config)
     except (OmegaConfBaseException, RecursionError) as error:
         raise JobError(f"{name}: {explained(error)}") from error
     except JobError as error:
         raise JobError(f"{name}: {error}") from error
-    text = OmegaConf.to_yaml(config)
+    text = values.to_yaml(raw)
     try:
-        return checked(name, config, text)
+        return checked(name, config, raw, text)
     except (OmegaConfBaseException, RecursionError) as error:
         raise JobError(without_secrets(f"{name}: {explained(error)}", text)) from None
     except (JobError, PluginError) as error:
@@ -76,6 +79,13 @@ def _workflow(path: Path, job: str, overrides: Sequence[str]) -> tuple[dict[str,
         return comfy.config_of(path, overrides)
     except JobError as error:
         raise JobError(f"{job}: {error}") from error
+
+
+def _plain(config: DictConfig) -> dict[Any, Any]:
+    """A config as plain values, interpolations as they are written. It takes as long as all else that is done with it."""
+    found = OmegaConf.to_container(config)
+    assert isinstance(found, dict)
+    return found
 
 
 def _raw(path: Path) -> Any:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
-from typing import Any, TypeAlias, get_type_hints
+from typing import Any, TypeAlias
 
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
@@ -15,7 +15,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from latentmill import registry, values
 from latentmill.config.flow import name_of, names
 from latentmill.config.messages import near_key
-from latentmill.config.schema import OWN_PARTS, Schema, StageKeys, plugin_fields, whole_choice
+from latentmill.config.schema import OWN_PARTS, Schema, StageKeys, plugin_fields, types, whole_choice
 from latentmill.errors import JobError
 from latentmill.fields import IN_JOB, python_type
 
@@ -118,18 +118,22 @@ def assign(config: DictConfig, assignment: Assignment) -> None:
         raise JobError(f"there is no key {key}") from error
 
 
-def settle(config: DictConfig) -> None:
-    """Give scalars of YAML files that were kept as they were written the type that their keys have."""
-    raw = OmegaConf.to_container(config)
+def settle(config: DictConfig, raw: Mapping[Any, Any]) -> bool:
+    """Give scalars of YAML files that were kept as they were written the type that their keys have. Whether there are any.
+
+    ``raw``: the config as plain values.
+    """
+    found = False
     for path, value in _leaves(raw):
         text = values.kept(value)
         if text is not None or isinstance(value, values.NUMBERS):
             wanted = values.is_text(_hint(path, lambda: raw))
             if text is not None or wanted:
-                node: Any = config
+                found, node = True, config
                 for key in path[:-1]:
                     node = node[key]
                 node[path[-1]] = str(value) if text is None else text if wanted else values.as_yaml(text)
+    return found
 
 
 def _hint(path: Sequence[Any], whole: Whole) -> Any:
@@ -167,7 +171,7 @@ def _hint(path: Sequence[Any], whole: Whole) -> Any:
 def _inside(hint: Any, path: Sequence[Any]) -> Any:
     """The type of what lies at a path in what is of a type."""
     for key in path:
-        hint = _types(hint).get(key, Any) if isinstance(hint, type) and is_dataclass(hint) else values.inside(hint)
+        hint = types(hint).get(key, Any) if isinstance(hint, type) and is_dataclass(hint) else values.inside(hint)
     return hint
 
 
@@ -178,11 +182,6 @@ def _stage(name: str, raw: Any) -> str:
         item["name"] for item in raw["flow"] if isinstance(item, dict) and name_of(item) == name and "name" in item
     ]
     return str((said.get("name") if isinstance(said, dict) else None) or next(iter(inline), name))
-
-
-@cache
-def _types(schema: Any) -> dict[str, Any]:
-    return get_type_hints(schema)
 
 
 def _setting(kind: str, choice: Any, key: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
@@ -32,6 +33,7 @@ else:
             (key, python_type(of) | (None if of.default is None else python_type(of)), field(default=of.default))
             for key, of in IN_JOB.items()
         ],
+        namespace={"__module__": __name__},
     )
     """The keys of ``sampling`` and their types, as ``fields`` has them."""
 
@@ -123,6 +125,7 @@ else:
             )
             for of in fields(StageSettings)
         ],
+        namespace={"__module__": __name__},
     )
     """The keys of ``stages.NAME`` in a job: as StageSettings, and null is what the stage declares."""
 
@@ -290,6 +293,12 @@ class Job:
             if kept:
                 stages[name] = kept
         return {**meant, "stages": stages} if stages else meant
+
+
+@cache
+def types(schema: Any) -> dict[str, Any]:
+    """Of each key of a dataclass of these its type. Each is code that is evaluated anew whenever it is asked for."""
+    return get_type_hints(schema)
 
 
 def whole_choice(own: Mapping[str, Any], of_job: Any) -> dict[str, Any]:
