@@ -53,7 +53,12 @@ def scheduler_of(folder: Folder) -> Any:
 
     Raises ValueError if there is none of its name, or it doesn't take the config.
     """
-    return copy.deepcopy(_made(folder)[0])
+    return copy.deepcopy(shared_scheduler_of(folder))
+
+
+def shared_scheduler_of(folder: Folder) -> Any:
+    """The same, one for all who only read it. Raises what ``scheduler_of`` does."""
+    return _made(folder)[0]
 
 
 def mended(folder: Folder) -> list[str]:
@@ -149,6 +154,7 @@ class ModelBetas(VariancePreserving):
         bars = torch.cat([torch.ones(1, dtype=torch.float64), bars.double().cpu()])
         self.ratios = ((1 - bars) / bars).sqrt()
         """Sigma / alpha at times 0, 1 / N, ... 1; the last may be infinite."""
+        self.infinite = bool(self.ratios.isinf().any())
 
     def scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
         place = t.double().cpu().clamp(0.0, 1.0) * self.timesteps
@@ -157,9 +163,10 @@ class ModelBetas(VariancePreserving):
         ratio = torch.lerp(low, high, share)
         if self.logarithmic:  # but from 0
             ratio = torch.where((below > 0) & (share > 0), torch.lerp(low.log(), high.log(), share).exp(), ratio)
-        # To an infinite one, alpha itself is linear.
-        last = torch.sqrt((1 + low**2) / (1 - share) ** 2 - 1)
-        log_alpha_bar = -torch.log1p(torch.where(high.isinf(), last, ratio) ** 2).to(t.device)
+        if self.infinite:  # to which alpha itself is linear
+            last = torch.sqrt((1 + low**2) / (1 - share) ** 2 - 1)
+            ratio = torch.where(high.isinf(), last, ratio)
+        log_alpha_bar = -torch.log1p(ratio**2).to(t.device)
         return torch.exp(0.5 * log_alpha_bar), torch.sqrt(-torch.expm1(log_alpha_bar))
 
     def time(self, ratio: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import hashlib
 import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Annotated, Any
 
 import torch
@@ -35,8 +35,8 @@ from latentmill_diffusers.schedule import (
     noise_schedule_of,
     prediction_of,
     said,
-    scheduler_of,
     set_timesteps,
+    shared_scheduler_of,
     starts_with_unit_variance,
     times_of,
 )
@@ -68,12 +68,17 @@ def solver_of(folder: Folder) -> str:
 
     Raises ValueError, in the class's words, for settings that it can't have.
     """
-    scheduler = scheduler_of(folder)
+    return _solver_of(shared_scheduler_of(folder), folder.pipeline)
+
+
+@lru_cache(maxsize=64)
+def _solver_of(scheduler: Any, pipeline: str) -> str:
+    """Of a scheduler that nobody changes: a job asks several times, and it takes tenths of a second."""
     name = type(scheduler).__name__
     if name not in SOLVERS:
         return ""
     label, solver = SOLVERS[name]
-    schedule = FAMILIES[folder.pipeline].schedule if folder.pipeline in FAMILIES else lambda config, steps, shape: {}
+    schedule = FAMILIES[pipeline].schedule if pipeline in FAMILIES else lambda config, steps, shape: {}
     if name == "PNDMScheduler":  # its formula is of epsilon, and it mixes the v of several times
         scheduler = changed(scheduler, prediction_type="epsilon")
     for steps in TRIED:
@@ -154,10 +159,14 @@ def _is_brownian(scheduler: Any) -> bool:
 class _Model(Field):
     def __init__(self, schedule: NoiseSchedule, prediction: Prediction, noisy: bool) -> None:
         self.noise_schedule, self.prediction, self.noisy = schedule, prediction, noisy
+        self.scales: dict[float, tuple[Tensor, Tensor]] = {}
 
     def scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, sigma = self.noise_schedule.scale(t)
-        return alpha.reshape(-1, 1, 1, 1), sigma.reshape(-1, 1, 1, 1)
+        """A step asks for its own again and again."""
+        if (at := float(t)) not in self.scales:
+            alpha, sigma = self.noise_schedule.scale(t)
+            self.scales[at] = alpha.reshape(-1, 1, 1, 1), sigma.reshape(-1, 1, 1, 1)
+        return self.scales[at]
 
     def time(self, ratio: Tensor) -> Tensor:
         return self.noise_schedule.time(ratio.flatten())
@@ -202,7 +211,7 @@ class ModelScheduler(Scheduler):
     ) -> None:
         folder = Folder(path, revision, config)
         try:
-            scheduler = scheduler_of(folder)
+            scheduler = shared_scheduler_of(folder)
             cls = type(scheduler)
             self.name, self.settings = cls.__name__, ""
             noise_schedule_of(scheduler)
