@@ -20,38 +20,54 @@ README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- pipelines, by tests/test_pipeline.py -->\n", "<!-- end of pipelines -->\n"
 
 
+class Loaded:
+    """A pipeline's two stages, and itself, whole: loaded once for the tests below."""
+
+    def __init__(self, name, folder):
+        self.name, self.folder, self.made = name, folder, {}
+        self.encode, self.denoise = stages(folder, name)
+        self.spec, self.whole = self.denoise.spec, directly(folder, name)
+
+    def table(self, guidance, size=None):
+        return table_of(prompts_of(self.name), guidance=guidance, size=size or SIZES.get(self.name, (32, 64)))
+
+    def ours(self, guidance):
+        """The latents of its table."""
+        if guidance not in self.made:
+            self.made[guidance] = ours(self.encode, self.denoise, self.table(guidance))
+        return self.made[guidance]
+
+
 @pytest.fixture(scope="module", params=TESTED)
 def loaded(request, model):
-    """A pipeline's name, its two stages, and itself, whole: loaded once for the tests below."""
-    name = request.param
-    return name, *stages(model(name), name), directly(model(name), name)
+    return Loaded(request.param, model(request.param))
 
 
 def test_the_same_latents_as_the_pipeline(loaded):
-    name, encode, denoise, whole = loaded
-    made = {}
-    low = 1.0 if name == "PRXPipeline" else 0.5  # it refuses less
+    low = 1.0 if loaded.name == "PRXPipeline" else 0.5  # it refuses less
     for guidance in (3.0, low):
-        table = table_of(prompts_of(name), guidance=guidance, size=SIZES.get(name, (32, 64)))
-        made[guidance] = ours(encode, denoise, table)
-        for found, wanted in zip(made[guidance], theirs(whole, name, denoise.spec, table), strict=True):
-            assert float((found - wanted).norm() / wanted.norm()) <= 2e-6
-    assert not torch.allclose(made[3.0][1], made[low][1], atol=1e-4)
+        wanted = theirs(loaded.whole, loaded.name, loaded.spec, loaded.table(guidance))
+        for found, each in zip(loaded.ours(guidance), wanted, strict=True):
+            assert float((found - each).norm() / each.norm()) <= 2e-6
+    assert not torch.allclose(loaded.ours(3.0)[1], loaded.ours(low)[1], atol=1e-4)
 
 
 @pytest.mark.parametrize("size", ["oblong", "cube"])
-def test_the_same_picture_as_the_pipeline(loaded, size, model):
+def test_the_same_picture_as_the_pipeline(loaded, size):
     """Latents of the VAE's shape may still be in an order that it doesn't know; where all sides are equal no shape tells."""
-    name, encode, denoise, whole = loaded
-    side = denoise.spec.channels * denoise.spec.downscale
-    if size == "cube" and SIZES.get(name, (0, 0))[0] > side:
-        pytest.skip(f"its sizes are multiples of {SIZES[name][0]}, or those of a list")
-    table = table_of(prompts_of(name)[1:2], size=(side, side) if size == "cube" else SIZES.get(name, (32, 64)))
-    vae = DiffusersVAE(str(model(name)))
+    side = loaded.spec.channels * loaded.spec.downscale
+    if size == "cube" and SIZES.get(loaded.name, (0, 0))[0] > side:
+        pytest.skip(f"its sizes are multiples of {SIZES[loaded.name][0]}, or those of a list")
+    if size == "cube":
+        table = loaded.table(3.0, (side, side)).slice(1, 1)
+        [latents] = ours(loaded.encode, loaded.denoise, table)
+    else:
+        table, latents = loaded.table(3.0).slice(1, 1), loaded.ours(3.0)[1]
+    vae = DiffusersVAE(str(loaded.folder))
     vae.load(torch.device("cpu"))
     with torch.inference_mode():
-        found = vae.decode(torch.stack(ours(encode, denoise, table)))[0].permute(1, 2, 0).clamp(-1, 1)
-    [wanted] = theirs(whole, name, denoise.spec, table, "np")
+        found = vae.decode(latents[None])[0].permute(1, 2, 0).clamp(-1, 1)
+    [wanted] = theirs(loaded.whole, loaded.name, loaded.spec, table, "np")
     if wanted.shape[2] == 4:  # transparent, on white
         wanted = 1 + (wanted[..., :3] - 1) * wanted[..., 3:]
     assert np.abs((found.numpy() + 1) / 2 - wanted).max() <= 1e-4
