@@ -143,7 +143,9 @@ def consistency_decoder() -> Any:
         encoder_block_out_channels=(8, 8, 8, 8),
         encoder_layers_per_block=1,
         encoder_norm_num_groups=4,
-        decoder_block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8),
+        decoder_down_block_types=("ResnetDownsampleBlock2D",) * 2,
+        decoder_up_block_types=("ResnetUpsampleBlock2D",) * 2,
         decoder_layers_per_block=1,
         decoder_norm_num_groups=4,
     )

@@ -35,7 +35,7 @@ def cogview_3_plus() -> dict[str, Any]:
     transformer = diffusers.CogView3PlusTransformer2DModel(
         in_channels=4,
         out_channels=4,
-        num_layers=2,
+        num_layers=1,
         attention_head_dim=8,
         num_attention_heads=4,
         text_embed_dim=32,
@@ -58,7 +58,7 @@ def lumina() -> dict[str, Any]:
         sample_size=16,
         in_channels=4,
         hidden_size=24,
-        num_layers=2,
+        num_layers=1,
         num_attention_heads=3,
         num_kv_heads=1,
         multiple_of=16,
@@ -74,7 +74,7 @@ def sana_sprint() -> dict[str, Any]:
     transformer = diffusers.SanaTransformer2DModel(
         in_channels=16,
         out_channels=16,
-        num_layers=2,
+        num_layers=1,
         num_attention_heads=2,
         attention_head_dim=8,
         num_cross_attention_heads=2,
@@ -203,7 +203,7 @@ def prx() -> dict[str, Any]:
     from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
     transformer = diffusers.PRXTransformer2DModel(
-        in_channels=4, context_in_dim=16, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=2, axes_dim=[8, 8]
+        in_channels=4, context_in_dim=16, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=1, axes_dim=[8, 8]
     )
     gemma = {"hidden_size": 16, "intermediate_size": 37, "head_dim": 8, "num_attention_heads": 1}
     gemma |= {**TEXT, "num_key_value_heads": 1, "num_hidden_layers": 2}
@@ -226,7 +226,7 @@ def glm_image() -> dict[str, Any]:
     transformer = diffusers.GlmImageTransformer2DModel(
         in_channels=4,
         out_channels=4,
-        num_layers=2,
+        num_layers=1,
         attention_head_dim=16,
         num_attention_heads=2,
         text_embed_dim=32,

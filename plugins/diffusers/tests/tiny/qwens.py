@@ -155,7 +155,7 @@ def ernie() -> dict[str, Any]:
     transformer = diffusers.ErnieImageTransformer2DModel(
         hidden_size=16,
         num_attention_heads=2,
-        num_layers=2,
+        num_layers=1,
         ffn_hidden_size=16,
         in_channels=16,
         out_channels=16,
@@ -200,7 +200,7 @@ def qwen_image_21() -> dict[str, Any]:
     transformer = diffusers.QwenImage21Transformer2DModel(
         in_channels=4,
         out_channels=4,
-        num_layers=2,
+        num_layers=1,
         attention_head_dim=16,
         num_attention_heads=2,
         context_in_dim=16,

@@ -75,7 +75,7 @@ def pixart(sample_size: int, scaling_factor: float) -> dict[str, Any]:
 
     transformer = PixArtTransformer2DModel(
         sample_size=sample_size,
-        num_layers=2,
+        num_layers=1,
         attention_head_dim=12,
         num_attention_heads=2,
         caption_channels=32,
@@ -96,7 +96,7 @@ def sana() -> dict[str, Any]:
     transformer = SanaTransformer2DModel(
         in_channels=16,
         out_channels=16,
-        num_layers=2,
+        num_layers=1,
         num_attention_heads=2,
         attention_head_dim=8,
         num_cross_attention_heads=2,
@@ -121,7 +121,7 @@ def lumina_2() -> dict[str, Any]:
     transformer = Lumina2Transformer2DModel(
         in_channels=4,
         hidden_size=24,
-        num_layers=2,
+        num_layers=1,
         num_refiner_layers=1,
         num_attention_heads=3,
         num_kv_heads=1,
@@ -208,7 +208,7 @@ def cogview_4() -> dict[str, Any]:
     transformer = CogView4Transformer2DModel(
         in_channels=8,
         out_channels=8,
-        num_layers=2,
+        num_layers=1,
         attention_head_dim=8,
         num_attention_heads=4,
         text_embed_dim=32,
@@ -242,7 +242,7 @@ def qwen_image() -> dict[str, Any]:
     transformer = QwenImageTransformer2DModel(
         in_channels=16,
         out_channels=4,
-        num_layers=2,
+        num_layers=1,
         attention_head_dim=16,
         num_attention_heads=3,
         joint_attention_dim=16,
@@ -276,7 +276,7 @@ def z_image() -> dict[str, Any]:
     transformer = ZImageTransformer2DModel(
         in_channels=4,
         dim=32,
-        n_layers=2,
+        n_layers=1,
         n_refiner_layers=1,
         n_heads=2,
         n_kv_heads=2,

@@ -56,6 +56,7 @@ def refiner() -> dict[str, Any]:
 
     parts = stable_diffusion_xl()
     sizes = {"cross_attention_dim": 16, "projection_class_embeddings_input_dim": 5 * 8 + 32}
+    sizes["transformer_layers_per_block"] = (1, 2)  # as both have them, and here alone: it is what they cost
     network = UNet2DConditionModel.from_config(parts["unet"].config, **sizes)
     first = {"text_encoder": None, "tokenizer": None}
     return {**parts, **first, "unet": network, "requires_aesthetics_score": True}
@@ -75,7 +76,7 @@ def stable_diffusion_xl() -> dict[str, Any]:
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        transformer_layers_per_block=(1, 2),
+        transformer_layers_per_block=(1, 1),
         projection_class_embeddings_input_dim=6 * 8 + 32,
         norm_num_groups=4,
     )
