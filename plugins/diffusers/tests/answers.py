@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+from collections import OrderedDict
 
 import numpy as np
 import torch
@@ -44,6 +45,51 @@ def in_numpy(compute, name):
         finally:
             setattr(self, name, kept)
 
+    return answer
+
+
+def answering_once(cls, patch):
+    """Have models of a class answer once to the same, given the same weights: a prompt is read by many, again and again."""
+    forward, kept = cls.forward, OrderedDict()
+
+    @functools.wraps(forward)
+    def answer(self, *positional, **named):
+        weights = [*self.parameters(), *self.buffers()]
+        if not all(map(_is_plain, (*weights, *positional, *named.values()))):
+            return forward(self, *positional, **named)
+        about = self.training, torch.is_grad_enabled(), self.config._attn_implementation
+        told = *map(_known_by, positional), *((name, _known_by(value)) for name, value in sorted(named.items()))
+        key = *about, *told, *map(_known_by, weights)
+        if key not in kept:
+            kept[key] = forward(self, *positional, **named)
+            if len(kept) > 64:
+                kept.popitem(last=False)
+        return _copied(kept[key])
+
+    patch.setattr(cls, "forward", answer)
+
+
+def _is_plain(value):
+    if isinstance(value, torch.Tensor):
+        return type(value) in (torch.Tensor, torch.nn.Parameter) and value.is_cpu
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _known_by(value):
+    if not isinstance(value, torch.Tensor):
+        return value
+    content = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return value.dtype, value.shape, hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _copied(answer):
+    """A model's answer, with tensors of its own."""
+    if isinstance(answer, torch.Tensor):
+        return answer.clone()
+    if isinstance(answer, (tuple, list)):
+        return type(answer)(map(_copied, answer))
+    if isinstance(answer, dict):
+        return type(answer)(**{name: _copied(value) for name, value in answer.items()})
     return answer
 
 

@@ -1,20 +1,28 @@
 """What tests of several modules share: tiny models, built once, and numbers that schedulers of diffusers compute again and again."""
 
+import fcntl
+import os
+from functools import cache
+
 import pytest
 import reading
 import tiny
-from answers import in_numpy, remembered
+from answers import answering_once, in_numpy, remembered
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    """The folder of a tiny model, by its pipeline's name."""
-    root, built = tmp_path_factory.mktemp("models"), {}
+    """The folder of a tiny model, by its pipeline's name: built once for all processes of a run, and changed by nobody."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "models"
+    root.mkdir(exist_ok=True)
 
     def folder(name):
-        if name not in built:
-            built[name] = tiny.build(name, root / name)
-        return built[name]
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (root / name).exists():
+                tiny.build(name, root / f"{name}.new").rename(root / name)
+        return root / name
 
     return folder
 
@@ -40,11 +48,11 @@ def remembering():
 
 @pytest.fixture(scope="session", autouse=True)
 def reading_once():
-    """See reading."""
+    """See reading; and of text encoders, which read the same prompts in every test, see answers."""
     import diffusers
     import transformers
 
     with pytest.MonkeyPatch.context() as patch:
-        for cls in (diffusers.ModelMixin, transformers.PreTrainedModel):
-            reading.once(cls, patch)
+        reading.once(diffusers.ModelMixin, patch)
+        reading.once(transformers.PreTrainedModel, patch, cache(lambda cls: answering_once(cls, patch)))
         yield
