@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -311,12 +311,20 @@ class DiffusersTextEncoder(TextEncoder):
         return required | {name: value for name, value in told.items() if value not in (None, inspect.Parameter.empty)}
 
 
+@lru_cache(maxsize=16)
+def _parsed(prompt: str) -> Any:
+    """What compel makes of a prompt, which nobody may change. It takes a second for a few hundred words, and several ask."""
+    from compel import Compel
+
+    return Compel.parse_prompt_string(prompt)
+
+
 def _cut_by_compel(reader: Any, prompt: str) -> Iterator[tokens.Tokenized]:
     """The pieces of a prompt that are cut off each for itself, as compel does it for FLUX.1; none where it makes more pieces."""
     provider = reader.conditioning_provider
     if provider.truncate_to_model_max_length:
         ends = len(provider.bos_sequence) + len(provider.eos_sequence)
-        for part in reader.parse_prompt_string(prompt).prompts:
+        for part in _parsed(prompt).prompts:
             for blended in getattr(part, "prompts", [part]):
                 texts = [child.text for child in blended.children]
                 ids = provider.get_token_ids(texts, include_start_and_end_markers=False, truncation_override=False)
@@ -326,7 +334,7 @@ def _cut_by_compel(reader: Any, prompt: str) -> Iterator[tokens.Tokenized]:
 def _tokens(reader: Any, prompt: str) -> int:
     """How many tokens a prompt comes to, with those that its pieces are filled up with. Raises what compel does."""
     total = 0
-    for part in reader.parse_prompt_string(prompt).prompts:
+    for part in _parsed(prompt).prompts:
         lengths = []
         for blended in getattr(part, "prompts", [part]):
             if blended.wants_cross_attention_control:
