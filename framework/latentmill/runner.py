@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,7 @@ from latentmill.driver.messages import TakenOut, WorkerType
 from latentmill.driver.signals import Signals
 from latentmill.driver.state import DriverState, finished
 from latentmill.errors import RunError
+from latentmill.exports import of_job
 from latentmill.plan import Plan
 from latentmill.shard_index import WORTH
 from latentmill.shards import data_name
@@ -88,6 +89,7 @@ def run(
     job = load_job(job, overrides) if isinstance(job, str) else job
     built = parts.parts(job)
     plan = planning.plan(job, built)
+    of_job.require(job, built, plan, logger.warning)
     for line in survey.notices(job, built):
         logger.warning(line)
     store = storage.at(job.output, job.single_writer)
@@ -98,7 +100,7 @@ def run(
         logger.warning(line)
     again = failed_shards(there, state.done, retry_failed) if retry_failed else []
     if finished(state) and not again and store.exists("_SUCCESS") and plan_files.is_published(plan, store):
-        return _result(job, there, state, seconds=0.0)
+        return _with_export(job, there, _result(job, there, state, seconds=0.0))
     pool: Pool | None = None
     watch = Watch(job.name, job.output, secrets(job.config, keys=True))
     started, interrupted, ended = time.monotonic(), False, False
@@ -156,7 +158,22 @@ def run(
         if pool is not None:
             pool.close(leave=ended and left is not None)
         watch.look(ends=True)
-    return _result(job, there, state, time.monotonic() - started, interrupted)
+    return _with_export(job, there, _result(job, there, state, time.monotonic() - started, interrupted))
+
+
+def _with_export(job: Job, there: Dataset, result: Result) -> Result:
+    """The result, once the job's export is there, if it asks for one and has a finished dataset. All workers are gone by then."""
+    if job.export is None or result.interrupted or not result.ok:
+        return result
+    if there.outgrown() or not there.store.exists("_SUCCESS"):  # whoever makes what has come exports it, too
+        return result
+    try:
+        found = of_job.write(job, logger.warning)
+    except KeyboardInterrupt:
+        told = "stopped; the same command goes on with it"
+        return replace(result, interrupted=True, text=f"{result.text}\n  export        {told}")
+    said = [f"  export        {line}" for line in found.lines()]
+    return replace(result, text="\n".join([result.text, *said]))
 
 
 def _end(there: Dataset, pace: progress.Pace, history: History) -> frozenset[int]:

@@ -289,5 +289,7 @@ def _relative_paths(job: Job) -> Iterator[tuple[str, str]]:
             of_path = key.rpartition("_")[2] == "path" or key in FOLDERS or settings is pictures
             if of_path and isinstance(value, str) and not os.path.isabs(value) and os.path.exists(value):
                 yield f"{part}.{key}", value
-    if job.prompt_cache and not (_is_url(job.prompt_cache) or os.path.isabs(job.prompt_cache)):
-        yield "prompt_cache", job.prompt_cache
+    written = {"prompt_cache": job.prompt_cache, "export.folder": (job.export or {}).get("folder")}
+    for key, folder in written.items():
+        if folder and not (_is_url(folder) or os.path.isabs(folder)):
+            yield key, folder

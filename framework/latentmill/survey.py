@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice
 
 from latentmill import registry, syntax
@@ -11,7 +13,7 @@ from latentmill.batch import NEGATIVE_PREFIX, PROMPT_PREFIX
 from latentmill.buckets import Size
 from latentmill.config import Job
 from latentmill.parts import Parts
-from latentmill.plugin import Fragment, RowError, TextEncoder
+from latentmill.plugin import Fragment, RowError, Sink, TensorSpec, TextEncoder
 from latentmill.plugin.stage import named
 from latentmill.text import in_units, plural
 
@@ -62,37 +64,62 @@ def foreign_prompts(job: Job, built: Parts, fragments: Sequence[Fragment]) -> li
     return [f"{rows:,} of the {first}{looked_at:,} rows: {line}" for line, rows in found.most_common()]
 
 
-def encoded_text(job: Job, built: Parts, fragments: Sequence[Fragment]) -> list[str]:
-    """How large what text encoders make is where a dataset stores it, in lines; none of a job that stores none. Reads the source's texts alone."""
+@dataclass(frozen=True)
+class EncodedText:
+    """What a text encoder makes of a job's prompts where a dataset stores it."""
+
+    encoder: TextEncoder
+    name: str
+    """The plugin's."""
+    negative: bool
+    """Whether negative prompts are stored, too."""
+
+    @cached_property
+    def spec(self) -> Mapping[str, TensorSpec] | None:
+        """Of one prompt; None if the text encoder doesn't say it."""
+        with registry.asking(self.encoder):
+            return self.encoder.conditioning_spec()
+
+    @cached_property
+    def bytes(self) -> int:
+        """Of one prompt."""
+        return sum(of.bytes for of in (self.spec or {}).values())
+
+
+def encoded_text(job: Job, built: Parts) -> EncodedText | None:
+    """None of a job whose dataset has none."""
     maker = None
     for stage in built.flow:
         if any(named(PROMPT_PREFIX, each) for each in stage.drops):
             maker = None
         maker = stage if PROMPT_PREFIX in stage.added() else maker
     if maker is None or "text_encoder" not in maker.needs:
-        return []
+        return None
     place = job.place("text_encoder", maker.name)
-    encoder: TextEncoder = built.at(place)
-    with registry.asking(encoder):
-        spec = encoder.conditioning_spec()
-    if spec is None:
-        name = (job.choice(place) or {}).get("name")
-        return [f"text encoder {name} doesn't say how large what it makes is: plan --probe 64 measures it"]
-    tensors = ", ".join(f"{name} {[*of.shape]} {of.dtype}" for name, of in spec.items())
-    rows = sum(fragment.rows for fragment in fragments) * job.samples_per_row
-    negative = NEGATIVE_PREFIX in maker.added()
-    # What a text becomes hangs on fields, too, which texts don't say.
-    counts = (rows, rows * negative) if encoder.row_fields else _distinct_texts(job, built, fragments, negative)
-    stored = sum(built.sink.stored_bytes(of, rows, count) for of in spec.values() for count in counts if count)
+    return EncodedText(built.at(place), (job.choice(place) or {})["name"], NEGATIVE_PREFIX in maker.added())
+
+
+def text_lines(text: EncodedText, rows: int, counts: tuple[int, int], sink: Sink) -> list[str]:
+    """How large it is in a dataset of so many rows; ``counts``: as ``distinct_texts`` says."""
+    if text.spec is None:
+        return [f"text encoder {text.name} doesn't say how large what it makes is: plan --probe 64 measures it"]
+    tensors = ", ".join(f"{name} {[*of.shape]} {of.dtype}" for name, of in text.spec.items())
+    stored = sum(sink.stored_bytes(of, rows, count) for of in text.spec.values() for count in counts if count)
     said = [plural(count, what) for count, what in zip(counts, ("prompt", "negative prompt")) if count]
     return [
-        f"{tensors}: {in_units(sum(of.bytes for of in spec.values()))} a prompt",
+        f"{tensors}: {in_units(text.bytes)} a prompt",
         f"{' and '.join(said)}, each once a shard, of {plural(rows, 'row')}: at most {in_units(stored)} beside other columns",
     ]
 
 
-def _distinct_texts(job: Job, built: Parts, fragments: Sequence[Fragment], negative: bool) -> tuple[int, int]:
-    """How many prompts and negative prompts the shards have, each shard for itself. Rows that nobody tells of have each its own."""
+def distinct_texts(job: Job, built: Parts, fragments: Sequence[Fragment], text: EncodedText) -> tuple[int, int]:
+    """How many prompts and stored negative prompts the shards have, each shard for itself; of rows that nobody tells of each has its own.
+
+    Reads the source's texts alone. What a text becomes hangs on fields, too, if the text encoder has some, and texts don't say those.
+    """
+    if text.encoder.row_fields:
+        rows = sum(fragment.rows for fragment in fragments) * job.samples_per_row
+        return rows, rows * text.negative
     default, samples = (job.sampling["prompt"], job.sampling["negative_prompt"]), job.samples_per_row
     texts = chain.from_iterable(built.source.texts(fragment) for fragment in fragments)
     seen, counts, shard, told = (set[str | None](), set[str | None]()), [0, 0], 0, 0
@@ -103,13 +130,12 @@ def _distinct_texts(job: Job, built: Parts, fragments: Sequence[Fragment], negat
             for of in range(row * samples // job.rows_per_shard, ends // job.rows_per_shard + 1):
                 if of != shard:
                     shard, seen = of, (set(), set())
-                for k, text in enumerate(both):
-                    text = default[k] if text is None else text
-                    counts[k] += text not in seen[k]
-                    seen[k].add(text)
+                for k, words in enumerate(default[k] if said is None else said for k, said in enumerate(both)):
+                    counts[k] += words not in seen[k]
+                    seen[k].add(words)
     left = sum(fragment.rows for fragment in fragments) - told
     left += left * (samples - 1) // job.rows_per_shard  # of a row whose samples are in two shards
-    return counts[0] + left, (counts[1] + left) * negative
+    return counts[0] + left, (counts[1] + left) * text.negative
 
 
 SIZES_READ = 10_000

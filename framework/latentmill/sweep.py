@@ -89,6 +89,11 @@ def load_sweep(job: str, overrides: Sequence[str]) -> Sweep:
         )
     if storage.at(output).exists(FIRST_PLAN):
         raise JobError(f"-m: {output} is a dataset, and no place for several: give another output")
+    exports = [each.export["folder"] for each in jobs.values() if each.export]
+    if len({*exports}) < len(exports):
+        raise JobError(
+            "-m: each job's export needs a folder of its own: refer to the keys in it, as in export.folder='exports/${scheduler.name}'"
+        )
     kept = f"{output}/{PROMPT_CACHE}"
     jobs = {label: each if each.prompt_cache else replace(each, prompt_cache=kept) for label, each in jobs.items()}
     return Sweep(next(iter(jobs.values())).name, output, jobs)

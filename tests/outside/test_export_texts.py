@@ -14,7 +14,7 @@ from tests.outside.trainer_parts import PICTURES, files
 POINTS = "[latentmill.text_encoders]\nletters = acme_letters:Letters\n"
 CODE = '''
 import torch
-from latentmill.plugin import TextEncoder
+from latentmill.plugin import TensorSpec, TextEncoder
 
 SHAPES = {
     "sdxl": (77, 2048, 1280),
@@ -36,6 +36,9 @@ class Letters(TextEncoder):
         self.tokens, self.width, self.pooled = SHAPES[model]
         self.masks = model == "lumina"
         self.tokens, self.dtype = max_length or self.tokens, getattr(torch, dtype)
+
+    def conditioning_spec(self):
+        return {name: TensorSpec.of(value[0]) for name, value in self.encode([""]).items()}
 
     def encode(self, prompts):
         letters = torch.tensor([len(prompt) for prompt in prompts])
@@ -189,7 +192,7 @@ def test_musubi_has_of_each_prompt_its_own_tokens(texts, trainers, model, short,
 def test_each_resolution_of_a_picture_has_its_text_beside_it(texts, trainers):
     areas = ["size.buckets=musubi", "size.area=[1024, 4096]", "samples_per_row=2"]
     folder = trainers.export(texts("z-image", BOTH, *areas, family="flux"), "musubi-z-image,musubi-z-image-text")
-    found = [musubi(folder / "musubi-z-image" / side, "zi") for side in ("32", "64")]
+    found = [musubi(folder / side, "zi") for side in ("32", "64")]
     assert [len(each) for each in found] == [3, 3] and len(files(folder)) == 12
     assert [each["tom"][0]["llm_embed"].shape[0] for each in found] == [21, 21]
 

@@ -9,7 +9,7 @@ from typing import Any
 from latentmill import storage
 from latentmill.commands.command import Command
 from latentmill.commands.listings import Formats
-from latentmill.text import escaped, plural
+from latentmill.text import escaped
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -39,9 +39,7 @@ def _export(options: Any) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
-    for name in found.written:
-        there = f", {found.there[name]:,} were there" if found.there[name] else ""
-        print(f"{name}: {plural(found.written[name], 'file')} written{there}")
+    print(*found.lines(), sep="\n")
     return 0
 
 

@@ -36,6 +36,7 @@ def _plan(options: Any) -> int:
     from latentmill import plan as planning
     from latentmill.config import load_job
     from latentmill.dataset import Dataset
+    from latentmill.exports import of_job
     from latentmill.workers import pools
 
     if options.price is not None and options.probe is None:
@@ -43,7 +44,10 @@ def _plan(options: Any) -> int:
     job = load_job(options.job, options.overrides)
     built = parts.parts(job)
     store = storage.at(job.output)
-    plan = generations.settle(planning.plan(job, built), store, built.source, options.grow)
+    plan = planning.plan(job, built)
+    left_out: list[str] = []
+    formats = of_job.require(job, built, plan, left_out.append)
+    plan = generations.settle(plan, store, built.source, options.grow)
     there = Dataset(store, plan, built.sink)
     done = len(there.adopt())
     if options.probe is not None:
@@ -102,11 +106,17 @@ def _plan(options: Any) -> int:
         lines = [", ".join(counts[start : start + BUCKETS_A_LINE]) for start in range(0, len(counts), BUCKETS_A_LINE)]
         for at, line in enumerate([*lines, of]):
             print(f"{'' if at else 'buckets':<13} {line}")
-    for at, line in enumerate(survey.encoded_text(job, built, plan.fragments)):
-        print(f"{'' if at else 'text':<{wide}} {line}")
+    texts = 0, 0
+    if (text := survey.encoded_text(job, built)) is not None:
+        texts = survey.distinct_texts(job, built, plan.fragments, text)
+        for at, line in enumerate(survey.text_lines(text, plan.rows, texts, built.sink)):
+            print(f"{'' if at else 'text':<{wide}} {line}")
+    for at, line in enumerate(of_job.lines(job, formats, plan.rows, text, texts[0])):
+        print(f"{'' if at else 'export':<{wide}} {line}")
     print(f"hash     {plan.hash}")
     for line in [
         *survey.notices(job, built),
+        *left_out,
         *survey.foreign_prompts(job, built, plan.fragments),
         *plan_files.changed_libraries(plan, store),
         *(f"{job.output}/data/{name} is no shard of this dataset" for name in there.foreign()),

@@ -44,6 +44,11 @@ ACCEPT_KEYS = {
     "attempts": "the samples of a row that are drawn at most",
     "rows": "the accepted rows that the dataset ends with",
 }
+EXPORT_KEYS = {
+    "to": "names of formats, as in [kohya, musubi]: latentmill export --formats lists them",
+    "folder": "where to, a folder or a URL",
+    "names": "the column that says what the pictures are called",
+}
 
 
 def checked(name: str, config: DictConfig, raw: Mapping[Any, Any], text: str) -> Job:
@@ -149,6 +154,7 @@ def _wrong(job: Job) -> Iterator[str]:
         yield "sampling.width and sampling.height must be given together, or neither"
     yield from _wrong_size(job)
     yield from _wrong_accept(job)
+    yield from _wrong_export(job)
     for key, text in [
         ("output", job.output),
         ("prompt_cache", job.prompt_cache),
@@ -159,7 +165,7 @@ def _wrong(job: Job) -> Iterator[str]:
     if not job.output or "\0" in job.output or Path(job.output).is_file():
         yield f"output must name a folder or a URL, not {job.output!r}"
     if job.prompt_cache is not None:
-        yield from _wrong_place(job.prompt_cache)
+        yield from _wrong_place(job.prompt_cache, "prompt_cache", "prompts")
     if job.on_error not in ON_ERROR:
         yield f"on_error must be {' or '.join(ON_ERROR)}, not {job.on_error!r}"
     if job.placement not in PLACEMENTS:
@@ -278,13 +284,30 @@ def _wrong_accept(job: Job) -> Iterator[str]:
             yield f"accept.{key} must be 1 or more, {what}, not {number!r}"
 
 
-def _wrong_place(folder: str) -> Iterator[str]:
+def _wrong_export(job: Job) -> Iterator[str]:
+    if job.export is None:
+        return
+    for key in job.export:
+        if key not in EXPORT_KEYS:
+            yield f"there is no key export.{key}{near(key, EXPORT_KEYS)}"
+    to, folder, names = map(job.export.get, EXPORT_KEYS)
+    if not (isinstance(to, list) and to and all(isinstance(name, str) for name in to)):
+        yield f"export.to must be {EXPORT_KEYS['to']}, not {to!r}"
+    if not isinstance(folder, str) or not folder or _not_utf8(folder):
+        yield f"export.folder must say {EXPORT_KEYS['folder']}, not {folder!r}"
+    else:
+        yield from _wrong_place(folder, "export.folder", "an export")
+    if names is not None and not isinstance(names, str):
+        yield f"export.names must be {EXPORT_KEYS['names']}, not {names!r}"
+
+
+def _wrong_place(folder: str, key: str, what: str) -> Iterator[str]:
     if "\0" in folder or Path(folder).is_file():
-        yield f"prompt_cache must name a folder or a URL, not {folder!r}"
+        yield f"{key} must name a folder or a URL, not {folder!r}"
     try:
         storage.at(folder)
     except AddressError as error:
-        yield f"prompt_cache: {str(error).replace('a dataset', 'prompts')}"
+        yield f"{key}: {str(error).replace('a dataset', what)}"
 
 
 def _not_utf8(text: str) -> bool:

@@ -25,7 +25,7 @@ OF_STAGE = ("sampling", *OWN_PARTS)
 """Keys of ``stages.NAME`` that hold keys of their own, beside the plugin's settings."""
 Whole: TypeAlias = Callable[[], Any]
 """The job so far, as plain values: to make them takes as long as all else that is done for a key, and most need none."""
-SET_WHOLE = ("size", "accept")
+SET_WHOLE = ("size", "accept", "export")
 """Keys of which a value takes another's place as a whole: what one table has settings for another has not."""
 
 
@@ -108,7 +108,7 @@ def assign(config: DictConfig, assignment: Assignment) -> None:
     except ValueError as error:
         raise JobError(f"{key}: {error}") from error
     try:
-        new = assignment.new or of_stage or path[0] in ("sampling", "accept")
+        new = assignment.new or of_stage or path[0] in ("sampling", "accept", "export")
         OmegaConf.update(config, key, value, merge=key not in SET_WHOLE, force_add=new)
     except (ConfigAttributeError, ConfigKeyError) as error:
         raise JobError(f"there is no key {key}{near_key(key)}") from error

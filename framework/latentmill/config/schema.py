@@ -164,6 +164,7 @@ class Schema:
     prompt_cache: str | None = None
     size: dict[str, Any] | None = None
     accept: dict[str, Any] | None = None
+    export: dict[str, Any] | None = None
     source: dict[str, Any] = MISSING
     sink: dict[str, Any] = MISSING
     model: dict[str, Any] = field(default_factory=dict)
@@ -204,6 +205,8 @@ class Job:
     accept: dict[str, Any] | None
     """``attempts``: how many samples of a row are drawn at most, until one is not filtered; unless said, one. ``rows``: how many accepted
     rows the dataset ends with; unless said, all."""
+    export: dict[str, Any] | None
+    """Into which formats the dataset is written once it is finished: ``to``, ``folder`` and ``names`` as ``latentmill export`` has them."""
     source: dict[str, Any]
     sink: dict[str, Any]
     model: dict[str, Any]

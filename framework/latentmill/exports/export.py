@@ -23,7 +23,7 @@ from latentmill.exports.formats import ExportFormat, ExportRow, ShardWriter
 from latentmill.exports.ledger import Ledger, ShardMark
 from latentmill.exports.rows import NAMED_BY, ExportSource
 from latentmill.shards import COPIES, NOT_NEEDED_KEY
-from latentmill.text import escaped
+from latentmill.text import escaped, plural
 
 SHARDS_AT_ONCE = min(16, 2 * (os.cpu_count() or 1))
 WHOLE = "all"
@@ -39,6 +39,12 @@ class Exported:
     there: Counter[str]
     """Files that were there, and right."""
 
+    def lines(self) -> Iterator[str]:
+        """For people, one a format."""
+        for name, count in self.written.items():
+            there = f", {self.there[name]:,} were there" if self.there[name] else ""
+            yield f"{name}: {plural(count, 'file')} written{there}"
+
 
 def export(
     output: str,
@@ -47,34 +53,31 @@ def export(
     names: str | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Exported:
-    """Write the dataset at ``output`` in these formats into ``folder``, a path or a URL; of several each in a folder of its name,
-    and what belongs beside another trainer's files in theirs.
+    """Write the dataset at ``output`` in these formats into ``folder``, a path or a URL; of several trainers' each in a folder of its name,
+    with what belongs beside its files.
 
     ``names``: the column with the pictures' names; None: ``file`` or ``id``. ``tell`` is given lines for people.
     Raises ExportError before anything is written if the dataset is not finished, or not for one of the formats.
     """
     source = ExportSource(dataset.load(storage.at(output)), names)
     spec = source.there.plan.spec
-    if "time" in source.columns:
-        raise ExportError(f"the latents of {output} are half-way (sampling.until): denoise them to their end first")
+    require_whole(source.columns, output)
     chosen = table.chosen(formats, source.columns, spec, output)
     if any(each.texts for each in chosen):
         for line in table.require_texts(chosen, source.text, output):
             tell(line)
     # Whoever writes there writes the same, so that a file is whole is all that is asked of the store.
     target = storage.at(folder, single_writer=True)
-    _require_apart(source.there.store.url, target.url)
-    _require_names(source, chosen)
+    require_apart(source.there.store.url, target.url)
+    require_names(source.names, chosen, source.there.store.url)
     _require_paths(source, chosen)
     if by_size := [each.name for each in chosen if each.sized and "original_size" not in source.columns]:
         tell(
             f"{output} doesn't say how large the pictures themselves are, so files of {', '.join(by_size)} are named by the size "
             "that was encoded; a job with size says it (size.buckets)"
         )
-    written = [
-        _Writing(each, Ledger(target, each.name, f"{each.beside or each.name}/" if chosen[1:] else ""))
-        for each in chosen
-    ]
+    several = len({each.folder for each in chosen}) > 1
+    written = [_Writing(each, Ledger(target, each.name, f"{each.folder}/" * several)) for each in chosen]
     for writing in written:
         plan = source.there.plan
         came = [each.hash for each in plan.generations[1:]]
@@ -245,7 +248,13 @@ def _at_once(work: Callable[[int, threading.Event], None], shards: Iterable[int]
             raise
 
 
-def _require_apart(output: str, folder: str) -> None:
+def require_whole(columns: Sequence[str], output: str) -> None:
+    """Raise ExportError for latents that are half-way."""
+    if "time" in columns:
+        raise ExportError(f"the latents of {output} are half-way (sampling.until): denoise them to their end first")
+
+
+def require_apart(output: str, folder: str) -> None:
     """Raise ExportError if the export would be written into the dataset."""
     if "://" in output + folder:
         inside = f"{folder.rstrip('/')}/".startswith(f"{output.rstrip('/')}/")
@@ -255,12 +264,12 @@ def _require_apart(output: str, folder: str) -> None:
         raise ExportError(f"{folder} lies in the dataset, which is to stay as it is: choose another folder")
 
 
-def _require_names(source: ExportSource, chosen: Sequence[ExportFormat]) -> None:
+def require_names(names: str | None, chosen: Sequence[ExportFormat], output: str) -> None:
     """Raise ExportError if a trainer would look for files by names that the dataset doesn't know."""
     for each in chosen:
-        if each.names == "needed" and source.names is None:
+        if each.names == "needed" and names is None:
             raise ExportError(
-                f"{each.name} is found by the pictures' names, and {source.there.store.url} doesn't say them (it has no column "
+                f"{each.name} is found by the pictures' names, and {output} doesn't say them (it has no column "
                 f"{' or '.join(NAMED_BY)}): make it with source.keep=[file], or name a column with --names"
             )
 

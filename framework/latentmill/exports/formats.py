@@ -141,6 +141,11 @@ class ExportFormat:
     """Files for the whole export, name and text in pieces, from the notes of all rows, or shards, in order, and the path or URL of its folder.
     The notes may be gone through again."""
 
+    @property
+    def folder(self) -> str:
+        """The name of the folder that its files have among those of other trainers."""
+        return self.beside or self.name
+
     def below(self, row: ExportRow) -> str:
         """The folder that a row's files are in, with a slash behind, or "": what ``path`` and ``files`` don't say."""
         return f"{row.resolution}/" if self.apart and row.resolution else ""

@@ -17,7 +17,7 @@ from latentmill.dataset import Dataset
 from latentmill.errors import ExportError, RowError, RunError
 from latentmill.exports.formats import TENSORS, TEXTS, ExportRow
 from latentmill.exports.spaces import VAEFamily, family_of
-from latentmill.exports.texts import OWN_WAYS, StoredText
+from latentmill.exports.texts import StoredText, stored_text
 from latentmill.plugin import tensors
 from latentmill.shards import data_name
 from latentmill.sources.images import SUFFIXES
@@ -51,11 +51,7 @@ class ExportSource:
         if columns is None:
             raise ExportError(f"{url} has no rows: latentmill status says what became of them")
         self.columns = columns
-        plain = [name for name in self.columns if _is_plain(name)]
-        if self.names is None:
-            self.names = next((name for name in NAMED_BY if name in plain), None)
-        elif self.names not in plain:
-            raise ExportError(f"--names {self.names}: {url} has no such column; it has: {', '.join(plain)}")
+        self.names = named_by(self.names, self.columns, url)
         self.family = family_of(plan.spec) if plan.spec is not None else None
         areas = (plan.config.get("size") or {}).get("area")
         self.resolutions = [math.isqrt(area) for area in areas] if isinstance(areas, list) and areas[1:] else [0]
@@ -70,9 +66,8 @@ class ExportSource:
                 if isinstance(table, RowError):
                     raise RunError(f"{self.there.store.url}/{file.name}: {table}")
                 held = {name.removeprefix(PROMPT_PREFIX): tensors.shared(table, name)[0] for name in names}
-                settings = self.there.plan.config.get("text_encoder") or {}
-                own_ways = tuple(setting for setting in OWN_WAYS if settings.get(setting))
-                return StoredText({name: tuple(values.shape[1:]) for name, values in held.items()}, own_ways)
+                shapes = {name: tuple(values.shape[1:]) for name, values in held.items()}
+                return stored_text(shapes, self.there.plan.config)
         return None
 
     def rows(self, shard: int, wanted: Sequence[str] = ()) -> Iterator[ExportRow]:
@@ -115,6 +110,16 @@ class ExportSource:
             )
         stem, suffix = os.path.splitext(path.as_posix())
         return stem if suffix.lower() in SUFFIXES else path.as_posix()
+
+
+def named_by(names: str | None, columns: Sequence[str], where: str) -> str | None:
+    """The column that says what the pictures are called: ``names``, or else the first of NAMED_BY that is there. Raises ExportError."""
+    plain = [name for name in columns if _is_plain(name)]
+    if names is None:
+        return next((name for name in NAMED_BY if name in plain), None)
+    if names not in plain:
+        raise ExportError(f"--names {names}: {where} has no such column; it has: {', '.join(plain)}")
+    return names
 
 
 def _is_plain(name: str) -> bool:

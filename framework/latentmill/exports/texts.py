@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 OWN_WAYS = ("clip_skip", "compel")
 """Settings of a text encoder with which it makes something else than any trainer does."""
@@ -53,6 +54,12 @@ class StoredText:
     def __str__(self) -> str:
         with_what = "".join(f", made with text_encoder.{setting}" for setting in self.own_ways)
         return shapes_in_words(self.shapes) + with_what
+
+
+def stored_text(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> StoredText:
+    """Encodings of these shapes, by the config of the plan that they were made with."""
+    settings = config.get("text_encoder") or {}
+    return StoredText(shapes, tuple(setting for setting in OWN_WAYS if settings.get(setting)))
 
 
 def shapes_in_words(shapes: Mapping[str, tuple[int, ...]]) -> str:
