@@ -51,19 +51,20 @@ EXPORT_KEYS = {
 }
 
 
-def checked(name: str, config: DictConfig, raw: Mapping[Any, Any], text: str) -> Job:
+def checked(name: str, config: DictConfig, raw: dict[Any, Any], text: str) -> Job:
     """The job that a composed config is. Raises JobError or PluginError, or what OmegaConf says of an interpolation.
 
     ``raw``, ``text``: the config as plain values, and as YAML.
     """
     _refuse_targets(name, raw)
-    try:
-        settled = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        key = str(error.full_key)
-        raise JobError(f"{name}: {key} has no value; set it in the job, or as {key}=...") from error
-    assert isinstance(settled, dict)
-    _refuse_targets(name, settled)  # an interpolation may bring one in
+    settled: Any = raw
+    if "${" in text or "???" in text:
+        try:
+            settled = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        except MissingMandatoryValue as error:
+            key = str(error.full_key)
+            raise JobError(f"{name}: {key} has no value; set it in the job, or as {key}=...") from error
+        _refuse_targets(name, settled)  # an interpolation may bring one in
     for key in types(Schema):
         if key not in settled:  # ~key takes it away
             raise JobError(f"{name}: {key} has no value; set it in the job, or as {key}=...")

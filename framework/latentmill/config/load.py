@@ -58,8 +58,7 @@ def load_job(job: str, overrides: Sequence[str] = ()) -> Job:
         raw = _plain(config)
         if spread(config, raw.get("flow")):
             raw = _plain(config)
-        if settle(config, raw):
-            raw = _plain(config)
+        settle(config, raw)
     except (OmegaConfBaseException, RecursionError) as error:
         raise JobError(f"{name}: {explained(error)}") from error
     except JobError as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
+from functools import cache, reduce
+from operator import getitem
 from typing import Any, TypeAlias
 
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -118,22 +119,20 @@ def assign(config: DictConfig, assignment: Assignment) -> None:
         raise JobError(f"there is no key {key}") from error
 
 
-def settle(config: DictConfig, raw: Mapping[Any, Any]) -> bool:
-    """Give scalars of YAML files that were kept as they were written the type that their keys have. Whether there are any.
-
-    ``raw``: the config as plain values.
-    """
-    found = False
+def settle(config: DictConfig, raw: dict[Any, Any]) -> None:
+    """Give scalars of YAML files that were kept as they were written the type that their keys have, in a config and its plain values."""
+    found = list[tuple[tuple[Any, ...], Any]]()
     for path, value in _leaves(raw):
         text = values.kept(value)
         if text is not None or isinstance(value, values.NUMBERS):
             wanted = values.is_text(_hint(path, lambda: raw))
             if text is not None or wanted:
-                found, node = True, config
-                for key in path[:-1]:
-                    node = node[key]
-                node[path[-1]] = str(value) if text is None else text if wanted else values.as_yaml(text)
-    return found
+                found.append((path, str(value) if text is None else text if wanted else values.as_yaml(text)))
+    for (*above, key), value in found:
+        node: Any = reduce(getitem, above, config)
+        plain: Any = reduce(getitem, above, raw)
+        node[key] = value
+        plain[key] = node[key]
 
 
 def _hint(path: Sequence[Any], whole: Whole) -> Any:
