@@ -89,11 +89,11 @@ def run(
     job = load_job(job, overrides) if isinstance(job, str) else job
     built = parts.parts(job)
     plan = planning.plan(job, built)
-    of_job.require(job, built, plan, logger.warning)
     for line in survey.notices(job, built):
         logger.warning(line)
     store = storage.at(job.output, job.single_writer)
     plan = generations.settle(plan, store, built.source, grow)
+    of_job.require(job, built, plan, logger.warning)
     there = Dataset(store, plan, built.sink)
     state = begin(job, there)
     for line in plan_files.changed_libraries(plan, store):

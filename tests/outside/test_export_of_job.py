@@ -130,6 +130,17 @@ def test_what_the_dataset_will_not_be_for_is_said_before_it_is_made(job, latentm
     assert not (tmp_path / "out").exists() and not (tmp_path / "trainer").exists()
 
 
+def test_another_dataset_s_export_is_in_the_way_before_anything_is_made(job, latentmill, tmp_path):
+    (tmp_path / "trainer").mkdir()
+    assert latentmill(*job("mds")) == 0, latentmill.said
+    said = refused(latentmill, job("mds", "seed=1", output=tmp_path / "other"))
+    assert said == (
+        f"{tmp_path}/trainer/.latentmill/mds.json is of another export to mds (another dataset, other --names, or beside other "
+        "formats): choose another folder"
+    )
+    assert not (tmp_path / "other").exists()
+
+
 def test_plan_says_where_the_export_goes_and_how_large_encoded_prompts_will_be(job, latentmill, tmp_path):
     formats = "mds,kohya-sdxl-text,simpletuner-sdxl-text"
     settings = "+text_encoder.dtype=bfloat16", "samples_per_row=2", "+export.names=row_id"

@@ -44,10 +44,9 @@ def _plan(options: Any) -> int:
     job = load_job(options.job, options.overrides)
     built = parts.parts(job)
     store = storage.at(job.output)
-    plan = planning.plan(job, built)
+    plan = generations.settle(planning.plan(job, built), store, built.source, options.grow)
     left_out: list[str] = []
     formats = of_job.require(job, built, plan, left_out.append)
-    plan = generations.settle(plan, store, built.source, options.grow)
     there = Dataset(store, plan, built.sink)
     done = len(there.adopt())
     if options.probe is not None:

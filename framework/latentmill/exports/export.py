@@ -22,6 +22,7 @@ from latentmill.exports import table
 from latentmill.exports.formats import ExportFormat, ExportRow, ShardWriter
 from latentmill.exports.ledger import Ledger, ShardMark
 from latentmill.exports.rows import NAMED_BY, ExportSource
+from latentmill.plan import Plan
 from latentmill.shards import COPIES, NOT_NEEDED_KEY
 from latentmill.text import escaped, plural
 
@@ -76,12 +77,10 @@ def export(
             f"{output} doesn't say how large the pictures themselves are, so files of {', '.join(by_size)} are named by the size "
             "that was encoded; a job with size says it (size.buckets)"
         )
-    several = len({each.folder for each in chosen}) > 1
-    written = [_Writing(each, Ledger(target, each.name, f"{each.folder}/" * several)) for each in chosen]
+    written = [_Writing(*each) for each in zip(chosen, ledgers(chosen, target))]
     for writing in written:
         plan = source.there.plan
-        came = [each.hash for each in plan.generations[1:]]
-        writing.ledger.begin({"dataset": plan.first_hash, "names": source.names}, came)
+        writing.ledger.begin(about_export(plan, source.names), [each.hash for each in plan.generations[1:]])
     with ThreadPoolExecutor(target.in_flight) as storing:
         job = _Export(source, written, storing)
         _at_once(job.shard, range(source.there.plan.shards), tell)
@@ -89,6 +88,17 @@ def export(
             job.finish(writing)
     target.sweep()
     return job.exported
+
+
+def ledgers(formats: Sequence[ExportFormat], target: storage.Storage) -> list[Ledger]:
+    """Of each format what is there; of several trainers' each has a folder."""
+    several = len({each.folder for each in formats}) > 1
+    return [Ledger(target, each.name, f"{each.folder}/" * several) for each in formats]
+
+
+def about_export(plan: Plan, names: str | None) -> dict[str, Any]:
+    """What an export is of: another's is not mixed with it."""
+    return {"dataset": plan.first_hash, "names": names}
 
 
 @dataclass(frozen=True)

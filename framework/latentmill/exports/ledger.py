@@ -55,18 +55,35 @@ class Ledger:
 
         Raises ExportError if the folder has been begun with another dataset or otherwise, or has one that has grown otherwise, or further.
         """
-        told = [{"format": self.format, "files": self.below, **about}, *({"generation": hash} for hash in came)]
-        at, names = self.store.url.rstrip("/"), [self._generation_name(number) for number in range(len(told) + 1)]
-        for name, said in zip(names, told):
-            text = (json.dumps(said, indent=1) + "\n").encode()
-            if not self.store.create(name, text) and self.store.read(name) != text:
-                which = "another dataset, other --names, or beside other formats"
-                which = "a dataset that has grown otherwise" if "generation" in said else which
-                raise ExportError(f"{at}/{name} is of another export to {self.format} ({which}): choose another folder")
+        texts = [self._first(about), *(_text({"generation": hash}) for hash in came)]
+        at, names = self.store.url.rstrip("/"), [self._generation_name(number) for number in range(len(texts) + 1)]
+        for name, text in zip(names, texts):
+            if not self.store.create(name, text):
+                self._require(name, text)
         if self.store.exists(names[-1]):
             raise ExportError(
                 f"{at}/{names[-1]} is of an export to {self.format} of the dataset when it had grown further: choose another folder"
             )
+
+    def require_free(self, about: Mapping[str, Any]) -> None:
+        """Raise ExportError if the folder has been begun with another dataset or otherwise. Writes nothing."""
+        name = self._generation_name(0)
+        if self.store.exists(name):
+            self._require(name, self._first(about))
+
+    def _first(self, about: Mapping[str, Any]) -> bytes:
+        return _text({"format": self.format, "files": self.below, **about})
+
+    def _require(self, name: str, text: bytes) -> None:
+        if self.store.read(name) != text:
+            first = name == self._generation_name(0)
+            which = (
+                "another dataset, other --names, or beside other formats"
+                if first
+                else "a dataset that has grown otherwise"
+            )
+            at = f"{self.store.url.rstrip('/')}/{name}"
+            raise ExportError(f"{at} is of another export to {self.format} ({which}): choose another folder")
 
     def mark(self, key: str) -> ShardMark | None:
         """What has been written of a shard, or for the whole export; None if that is not known."""
@@ -132,6 +149,10 @@ class Ledger:
             return False
         with self.store.open(name) as there, content.open("rb") as wanted:
             return _same(there, wanted)
+
+
+def _text(said: Mapping[str, Any]) -> bytes:
+    return (json.dumps(said, indent=1) + "\n").encode()
 
 
 def _same(there: BinaryIO, wanted: BinaryIO) -> bool:

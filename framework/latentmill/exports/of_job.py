@@ -9,7 +9,15 @@ from latentmill import registry, storage
 from latentmill.batch import PROMPT_PREFIX, empty
 from latentmill.errors import ExportError
 from latentmill.exports import table
-from latentmill.exports.export import Exported, export, require_apart, require_names, require_whole
+from latentmill.exports.export import (
+    Exported,
+    about_export,
+    export,
+    ledgers,
+    require_apart,
+    require_names,
+    require_whole,
+)
 from latentmill.exports.formats import ExportFormat, ExportRow
 from latentmill.exports.rows import named_by
 from latentmill.exports.texts import stored_text
@@ -28,7 +36,7 @@ PICTURE_NAME = "0" * 32
 
 @discreet
 def require(job: Job, built: Parts, plan: Plan, tell: Callable[[str], None]) -> list[ExportFormat]:
-    """The formats that the job asks for; ``tell`` is given lines of what will be left out.
+    """The formats that the job asks for; ``plan``: of the dataset as it may have grown; ``tell`` is given lines of what will be left out.
 
     Raises ExportError if its dataset will not be one for a format, as far as that is known before it is made.
     """
@@ -49,8 +57,11 @@ def require(job: Job, built: Parts, plan: Plan, tell: Callable[[str], None]) -> 
         shapes = {name: of.shape for name, of in text.spec.items()}
         for line in table.require_texts(chosen, stored_text(shapes, plan.config), output):
             tell(line)
-    require_names(named_by(job.export.get("names"), columns, output), chosen, output)
+    names = named_by(job.export.get("names"), columns, output)
+    require_names(names, chosen, output)
     require_apart(output, folder)
+    for ledger in ledgers(chosen, storage.at(folder)):
+        ledger.require_free(about_export(plan, names))
     for each in chosen:
         if inside and (each.names != "needed" or each.finish is not None):
             raise ExportError(
