@@ -24,10 +24,18 @@ class TestTextEncoder(TextEncoderSuite):
         type(self).text_encoder = staticmethod(partial(DiffusersTextEncoder, str(model(request.param))))
 
 
-@pytest.mark.parametrize("name", tiny.BUILDERS)
-def test_what_is_said_of_each_family_s_conditioning_is_what_it_makes(name, model):
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *((name, {}) for name in tiny.BUILDERS),
+        ("QwenImagePipeline", {"max_length": 77}),
+        ("StableDiffusionXLPipeline", {"compel": True, "max_length": 154}),
+        ("FluxPipeline", {"compel": True}),
+    ],
+)
+def test_what_is_said_of_each_family_s_conditioning_is_what_it_makes(name, settings, model):
     """In bfloat16, which a pipeline could lose, and from configs alone: of another object than the one with weights."""
-    bare, encoder = (DiffusersTextEncoder(str(model(name)), dtype="bfloat16") for _ in range(2))
+    bare, encoder = (DiffusersTextEncoder(str(model(name)), dtype="bfloat16", **settings) for _ in range(2))
     said = bare.conditioning_spec()
     assert bare._pipeline is None
     encoder.load(torch.device("cpu"))

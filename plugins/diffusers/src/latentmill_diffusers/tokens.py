@@ -112,11 +112,12 @@ class _Said:
         tokens = ids.T if encoder.tokens_first else ids
         self.last_hidden_state = nothing.expand(*tokens.shape, width)
         self.hidden_states = (self.last_hidden_state,) * (layers + 1)
-        self.pooler_output = nothing.expand(len(ids), width)
-        self.text_embeds = nothing.expand(len(ids), getattr(config, "projection_dim", None) or width)
-        self.all = (self.last_hidden_state, self.pooler_output)
-        if encoder.projected:
+        if encoder.projected:  # compel takes the other one where there is one
+            self.text_embeds = nothing.expand(len(ids), getattr(config, "projection_dim", None) or width)
             self.all = (self.text_embeds, self.last_hidden_state)
+        else:
+            self.pooler_output = nothing.expand(len(ids), width)
+            self.all = (self.last_hidden_state, self.pooler_output)
 
     def __getitem__(self, at: int) -> Tensor:
         return self.all[at]
