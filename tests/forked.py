@@ -24,9 +24,12 @@ import latentmill.workers.actor, latentmill.workers.context, latentmill.workers.
 import latentmill.stages.decode, latentmill.stages.denoise, latentmill.stages.encode, latentmill.stages.read, latentmill.stages.write
 import latentmill.sources.images, latentmill.sources.prompts
 import latentmill.schedulers.dpmpp, latentmill.sinks.parquet
+import PIL.Image, ray.dag, ray.experimental.channel, ray.util.serialization_addons, torch.utils._device, unittest.mock
 import ray._private.async_compat, ray._private.runtime_env.agent.main, ray._private.runtime_env.setup_hook
 import ray.dashboard.agent, ray.dashboard.http_server_agent, ray.dashboard.utils
 ray.dashboard.utils.get_all_modules(ray.dashboard.utils.DashboardAgentModule)
+ray.util.serialization_addons.apply(unittest.mock.MagicMock())
+PIL.Image.preinit()
 logging.disable(logging.NOTSET)
 """
 """What each worker of a job imports but for plugins, of which another cluster may have others; and what agents import."""
