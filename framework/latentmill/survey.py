@@ -43,27 +43,6 @@ READ_BY_PLAN = 1_000_000
 """Prompts that ``plan`` looks into, at most."""
 
 
-def foreign_prompts(job: Job, built: Parts, fragments: Sequence[Fragment]) -> list[str]:
-    """How many rows of the source hold prompts in another tool's language, a line for each kind. Reads their texts alone."""
-    encoders = [plugin for plugin in built.plugins().values() if isinstance(plugin, TextEncoder)]
-    readers = encoders or built.stages.values()
-    reads = next((reader.reads for reader in readers if reader.reads is not None), None)
-    if reads is None:
-        return []
-    default = job.sampling["prompt"], job.sampling["negative_prompt"]
-    texts = chain.from_iterable(built.source.texts(fragment) for fragment in fragments)
-    found: Counter[str] = Counter()
-    looked_at = 0
-    with registry.asking(built.source):
-        for both in islice(texts, READ_BY_PLAN):
-            looked_at += 1
-            prompt, negative = (default[k] if text is None else text for k, text in enumerate(both))
-            found.update(syntax.told(prompt or "", reads))
-            found.update(f"negative_prompt: {line}" for line in syntax.told(negative or "", reads))
-    first = "first " * (looked_at == READ_BY_PLAN)
-    return [f"{rows:,} of the {first}{looked_at:,} rows: {line}" for line, rows in found.most_common()]
-
-
 @dataclass(frozen=True)
 class EncodedText:
     """What a text encoder makes of a job's prompts where a dataset stores it."""
@@ -100,7 +79,7 @@ def encoded_text(job: Job, built: Parts) -> EncodedText | None:
 
 
 def text_lines(text: EncodedText, rows: int, counts: tuple[int, int], sink: Sink) -> list[str]:
-    """How large it is in a dataset of so many rows; ``counts``: as ``distinct_texts`` says."""
+    """How large it is in a dataset of so many rows; ``counts``: of prompts and negative prompts."""
     if text.spec is None:
         return [f"text encoder {text.name} doesn't say how large what it makes is: plan --probe 64 measures it"]
     tensors = ", ".join(f"{name} {[*of.shape]} {of.dtype}" for name, of in text.spec.items())
@@ -112,30 +91,66 @@ def text_lines(text: EncodedText, rows: int, counts: tuple[int, int], sink: Sink
     ]
 
 
-def distinct_texts(job: Job, built: Parts, fragments: Sequence[Fragment], text: EncodedText) -> tuple[int, int]:
-    """How many prompts and stored negative prompts the shards have, each shard for itself; of rows that nobody tells of each has its own.
+class DistinctTexts:
+    """How many prompts and negative prompts the shards have, each shard for itself."""
 
-    Reads the source's texts alone. What a text becomes hangs on fields, too, if the text encoder has some, and texts don't say those.
+    def __init__(self, job: Job) -> None:
+        self.samples, self.rows_per_shard = job.samples_per_row, job.rows_per_shard
+        self.row = self.shard = 0
+        self.counts = [0, 0]
+        self.seen: tuple[set[str | None], set[str | None]] = set(), set()
+
+    def add(self, both: Sequence[str | None]) -> None:
+        """Those of the source's next row."""
+        first, end = self.row * self.samples, (self.row + 1) * self.samples
+        self.row += 1
+        for shard in range(first // self.rows_per_shard, (end - 1) // self.rows_per_shard + 1):
+            if shard != self.shard:
+                self.shard, self.seen = shard, (set(), set())
+            for k, text in enumerate(both):
+                self.counts[k] += text not in self.seen[k]
+                self.seen[k].add(text)
+
+    def of(self, rows: int) -> tuple[int, int]:
+        """The counts where the source has so many rows. Those that nobody has told of have each their own."""
+        left = rows - self.row
+        left += left * (self.samples - 1) // self.rows_per_shard  # of a row whose samples are in two shards
+        return self.counts[0] + left, self.counts[1] + left
+
+
+def look_into_texts(
+    job: Job, built: Parts, fragments: Sequence[Fragment], text: EncodedText | None
+) -> tuple[list[str], tuple[int, int]]:
+    """How many rows of the source hold prompts in another tool's language, a line for each kind; and how many prompts and negative
+    prompts are stored, of ``text``. Reads their texts alone, once, of READ_BY_PLAN rows at most.
     """
-    if text.encoder.row_fields:
-        rows = sum(fragment.rows for fragment in fragments) * job.samples_per_row
-        return rows, rows * text.negative
-    default, samples = (job.sampling["prompt"], job.sampling["negative_prompt"]), job.samples_per_row
+    reads, distinct = _syntax_read(built), DistinctTexts(job)
+    # What a text becomes hangs on the fields of the text encoder, too, if it has some, and texts don't say those.
+    counts = text is not None and text.spec is not None and not text.encoder.row_fields
+    default = job.sampling["prompt"], job.sampling["negative_prompt"]
     texts = chain.from_iterable(built.source.texts(fragment) for fragment in fragments)
-    seen, counts, shard, told = (set[str | None](), set[str | None]()), [0, 0], 0, 0
+    found: Counter[str] = Counter()
+    looked_at = 0
     with registry.asking(built.source):
-        for row, both in enumerate(islice(texts, READ_BY_PLAN)):
-            told += 1
-            ends = (row + 1) * samples - 1
-            for of in range(row * samples // job.rows_per_shard, ends // job.rows_per_shard + 1):
-                if of != shard:
-                    shard, seen = of, (set(), set())
-                for k, words in enumerate(default[k] if said is None else said for k, said in enumerate(both)):
-                    counts[k] += words not in seen[k]
-                    seen[k].add(words)
-    left = sum(fragment.rows for fragment in fragments) - told
-    left += left * (samples - 1) // job.rows_per_shard  # of a row whose samples are in two shards
-    return counts[0] + left, (counts[1] + left) * text.negative
+        for both in islice(texts, READ_BY_PLAN if counts or reads is not None else 0):
+            looked_at += 1
+            prompt, negative = (default[k] if words is None else words for k, words in enumerate(both))
+            if counts:
+                distinct.add((prompt, negative))
+            if reads is not None:
+                found.update(syntax.told(prompt or "", reads))
+                found.update(f"negative_prompt: {line}" for line in syntax.told(negative or "", reads))
+    first = "first " * (looked_at == READ_BY_PLAN)
+    lines = [f"{rows:,} of the {first}{looked_at:,} rows: {line}" for line, rows in found.most_common()]
+    prompts, negatives = distinct.of(sum(fragment.rows for fragment in fragments))
+    return lines, (prompts, negatives * (text is not None and text.negative))
+
+
+def _syntax_read(built: Parts) -> Mapping[str, str | None] | None:
+    """What the job's text encoder, or another of its stages, makes of other tools' syntax."""
+    encoders = [plugin for plugin in built.plugins().values() if isinstance(plugin, TextEncoder)]
+    readers = encoders or built.stages.values()
+    return next((reader.reads for reader in readers if reader.reads is not None), None)
 
 
 SIZES_READ = 10_000

@@ -105,9 +105,9 @@ def _plan(options: Any) -> int:
         lines = [", ".join(counts[start : start + BUCKETS_A_LINE]) for start in range(0, len(counts), BUCKETS_A_LINE)]
         for at, line in enumerate([*lines, of]):
             print(f"{'' if at else 'buckets':<13} {line}")
-    texts = 0, 0
-    if (text := survey.encoded_text(job, built)) is not None:
-        texts = survey.distinct_texts(job, built, plan.fragments, text)
+    text = survey.encoded_text(job, built)
+    foreign, texts = survey.look_into_texts(job, built, plan.fragments, text)
+    if text is not None:
         for at, line in enumerate(survey.text_lines(text, plan.rows, texts, built.sink)):
             print(f"{'' if at else 'text':<{wide}} {line}")
     for at, line in enumerate(of_job.lines(job, formats, plan.rows, text, texts[0])):
@@ -116,7 +116,7 @@ def _plan(options: Any) -> int:
     for line in [
         *survey.notices(job, built),
         *left_out,
-        *survey.foreign_prompts(job, built, plan.fragments),
+        *foreign,
         *plan_files.changed_libraries(plan, store),
         *(f"{job.output}/data/{name} is no shard of this dataset" for name in there.foreign()),
     ]:
