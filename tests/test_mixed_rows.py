@@ -10,6 +10,8 @@ from latentmill.batch import NEGATIVE_PREFIX, PROMPT_PREFIX, FixedShape, concat,
 from latentmill.plugin import Declaration, StageContext
 from latentmill.stages.encode import Encode
 
+FIXED = FixedShape(batch_size=8, rows_per_shard=64)
+
 
 def encode_with(vae, text):
     stage = Encode()
@@ -52,24 +54,26 @@ def mixed():
 
 
 def test_sixty_four_mixed_rows_each_as_if_alone(mixed):
-    together = mixed(list(range(64)))
-    worst = max(float((together[n] - mixed([n])[n]).abs().max() / together[n].abs().max()) for n in range(64))
+    """Every fifth is asked for alone: all schedulers with all guidance."""
+    together, asked = mixed(list(range(64))), range(0, 64, 5)
+    worst = max(float((together[n] - mixed([n])[n]).abs().max() / together[n].abs().max()) for n in asked)
     assert worst < 1e-5, f"{worst:.1e}"
 
 
-def test_mixed_rows_bit_for_bit_where_the_shape_is_fixed(mixed):
+@pytest.fixture(scope="module")
+def eight(mixed):
+    return mixed(list(range(8)), FIXED)
+
+
+def test_mixed_rows_bit_for_bit_where_the_shape_is_fixed(mixed, eight):
     """A slot that is idle, or has arrived before the others, must not stand in a solver's way either."""
-    fixed = FixedShape(batch_size=16, rows_per_shard=64)
-    together = mixed(list(range(16)), fixed)
-    for n, latents in mixed([14, 3, 7, 0, 9], fixed).items():
-        assert torch.equal(latents, together[n]), n
+    for n, latents in mixed([5, 3, 7, 0, 2], FIXED).items():
+        assert torch.equal(latents, eight[n]), n
 
 
-def test_mixed_rows_saved_in_the_middle_reordered_and_resumed(mixed):
+def test_mixed_rows_saved_in_the_middle_reordered_and_resumed(mixed, eight):
     """Half-way rows are values: in Arrow, in another order, with what their scheduler remembers, they go on as if never stopped."""
-    fixed = FixedShape(batch_size=8, rows_per_shard=64)
-    together = mixed(list(range(8)), fixed)
-    halves = mixed.parts(mixed.table.take(list(range(8))), fixed, until=0.5)
+    halves = mixed.parts(mixed.table.take(list(range(8))), FIXED, until=0.5)
     told = [name for name in mixed.table.column_names if name.startswith((PROMPT_PREFIX, NEGATIVE_PREFIX))]
     shuffled = []
     for half in halves:
@@ -79,7 +83,7 @@ def test_mixed_rows_saved_in_the_middle_reordered_and_resumed(mixed):
         for name in told:
             half = half.append_column(again.schema.field(name), again.column(name))
         shuffled.append(half.combine_chunks())
-    found = latents_of(part for half in shuffled[::-1] for part in mixed.parts(half, fixed))
-    assert found.keys() == together.keys()
+    found = latents_of(part for half in shuffled[::-1] for part in mixed.parts(half, FIXED))
+    assert found.keys() == eight.keys()
     for n, latents in found.items():
-        assert torch.equal(latents, together[n]), n
+        assert torch.equal(latents, eight[n]), n

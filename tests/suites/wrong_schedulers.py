@@ -4,6 +4,7 @@ import torch
 from tests.suites.mistakes import Mistake, suite_of
 
 from latentmill.plugin import CONTRACT, Scheduler
+from latentmill.schedulers.dpmpp import DPMpp2MSDE
 from latentmill.schedulers.euler import Euler, EulerAncestral
 from latentmill.testing import SchedulerSuite
 
@@ -67,8 +68,8 @@ class Writes(Euler):
         return x.copy_(moved), state
 
 
-class OwnNoise(EulerAncestral):
-    """Noise that no row's seed fixes, where the row's was to be taken."""
+class OwnNoise(DPMpp2MSDE):
+    """Noise that no row's seed fixes, where the row's was to be taken: what comes out can't be reckoned, only drawn."""
 
     def step(self, field, x, t, s, state):
         return super().step(Unseeded(field), x, t, s, state)
@@ -127,7 +128,7 @@ MISTAKES = [
     scheduler("draws noise, and says it does not", Quiet, f"{IS} {REACHED}", "`stochastic` says False"),
     scheduler("an order that is not reached", Boasts, REACHED, "where 2 was promised"),
     scheduler("writes into the latents", Writes, WRITES, "step writes into its argument 'x'"),
-    scheduler("noise of torch's global generator", OwnNoise, RANDOM, "global random generator of torch", steps=1000),
+    scheduler("noise of torch's global generator", OwnNoise, RANDOM, "global random generator of torch", steps=100),
     scheduler("state without the batch axis", StateWithoutBatch, STATE, "the batch axis comes first"),
     scheduler("asks for a GPU in `__init__`", Cuda, GPU, "Cuda.__init__ calls torch.cuda.is_available before load(device)"),
     scheduler("no contract line", NoContract, PLUGIN, "does not say for which contract it was written"),
