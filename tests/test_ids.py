@@ -163,6 +163,7 @@ def test_latents_keep_the_id_of_their_row(tmp_path, column, expected):
 
 
 JOB = ["samples_per_row=2", "rows_per_shard=2", "sampling.steps=2", "cluster=inline", "deterministic=true"]
+JOB += ["sampling.width=32", "sampling.height=32"]
 COLOURS = ("red", "green", "blue")
 
 

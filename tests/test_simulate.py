@@ -320,7 +320,7 @@ PLANTED = {
     a_lease_trusted: 22,
     half_of_a_batch_forgotten: 4,
     a_block_released_too_early: 2,
-    rows_of_a_lost_commit_forgotten: 60,
+    rows_of_a_lost_commit_forgotten: 41,
     a_worker_that_is_done_is_not_noted: 0,
     a_budget_never_given_back: 0,
     a_stage_starved_by_the_policy: 31,

@@ -10,6 +10,7 @@ def job(tmp_path):
     lines = [f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("circle", "square")]
     (tmp_path / "prompts.txt").write_text("\n".join(lines * 20))
     settings = ["samples_per_row=1", "sampling.steps=1", "rows_per_shard=60", "cluster=inline"]
+    settings += ["sampling.width=32", "sampling.height=32"]
     return ["txt2img", f"source.path={tmp_path / 'prompts.txt'}", f"output={tmp_path / 'out'}", *settings]
 
 

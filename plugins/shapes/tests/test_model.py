@@ -80,7 +80,8 @@ def test_scaled_latents_have_mean_0_and_standard_deviation_1(vae: ShapesVAE) -> 
 
 def test_nine_in_ten_held_out_captions_are_drawn_right() -> None:
     scenes = held_out(60, seed=1)
-    assert accuracy(scenes, generate([s.caption for s in scenes]))["all"] >= 0.85
+    pictures = generate([s.caption for s in scenes], steps=10)  # twenty draw no more of them right
+    assert accuracy(scenes, pictures)["all"] >= 0.85
 
 
 @torch.inference_mode()
