@@ -83,8 +83,8 @@ def run(
     (``["sampling.steps=10"]``). ``retry_failed`` says of an error row (``row_id``, ``stage``, ``reason``) whether it is to be
     done again: shards with such rows are taken out of the dataset and done anew, whole. ``grow``: rows that have come to the source since
     the dataset was begun get shards of their own, and what is there stays. ``left``: workers of the run before, which go on with this one
-    where they have what it needs; its own are left there for the next. Raises JobError, PluginError, PlanError or PlacementError before anything is started or
-    written, RunError if the job has to stop.
+    where they have what it needs; its own are left there for the next. Raises JobError, PluginError, PlanError, ExportError or PlacementError before anything is started or
+    written, RunError if the job has to stop; ExportError and StorageError of a finished dataset's export, too.
     """
     job = load_job(job, overrides) if isinstance(job, str) else job
     built = parts.parts(job)
