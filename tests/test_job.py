@@ -9,7 +9,9 @@ import warnings
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
+from latentmill import values
 from latentmill.config import load_job, shipped
 from latentmill.errors import JobError, PlanError, PluginError
 from latentmill.parts import parts
@@ -115,6 +117,23 @@ def test_a_file_of_one_s_own_may_be_anywhere(name, tmp_path, monkeypatch):
 def test_what_lies_beside_a_file_can_be_chosen_in_it(tmp_path):
     file(tmp_path / "scheduler", "name: euler\neta: 0.25\n", "soft.yaml")
     assert load_job(str(file(tmp_path)), ["scheduler=soft"]).scheduler == {"name": "euler", "eta": 0.25}
+
+
+def test_what_lies_beside_a_file_is_read_anew_for_each_job(tmp_path):
+    path = file(tmp_path, HEAD.replace("_self_]", "_self_, override stages: mine]"))
+    for cpus in (1.5, 2.5):
+        file(tmp_path / "stages", f"denoise: {{num_cpus: {cpus}}}\n", "mine.yaml")
+        for _ in range(2):
+            assert load_job(str(path)).stages["denoise"].num_cpus == cpus
+
+
+@pytest.mark.parametrize("text", [
+    "plain", "", "no", "1e3", "- a: b #", "it's", 'a "b"', "two\nlines", "caf\u00e9", "\U0001f600", "\ufeff", "x" * 130, "word " * 40,
+    "\x07 in  a  long  line  that  is  broken" * 4,
+])  # fmt: skip
+def test_a_job_is_written_as_omegaconf_writes_it(text):
+    held = {"key": text, text: 1, "list": [text, {"deep": [text]}], "nothing": [None, {}, [], 0.1, 1e20, True]}
+    assert values.to_yaml(held) == OmegaConf.to_yaml(OmegaConf.create(held))
 
 
 def test_a_file_without_self_keeps_its_own_values_and_nothing_is_said(tmp_path):
@@ -264,6 +283,7 @@ def test_a_wrong_override_is_one_line(overrides, said):
         (HEAD, "seed: 1", r".*mine\.yaml: its defaults must begin with job, as in: .*"),
         (HEAD, "", r".*mine\.yaml: its defaults must begin with job, as in: .*"),
         (HEAD, "defaults: [mine, job]", r"mine: its defaults lead back to themselves"),
+        ("_self_]", "_self_, override hydra/job_logging: none]", r"mine: .*Could not override 'hydra/job_logging'\..*"),
         (HEAD, "defaults: job", r"mine: .*defaults must be a list \(got str\)"),
         (HEAD, "[1, 2]", r"mine: .*must be a DictConfig, got ListConfig"),
         ("", "sampling: {steps: 3", r"mine: line 5: expected ',' or '}', but got '<stream end>'"),
