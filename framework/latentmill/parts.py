@@ -273,6 +273,8 @@ def _check_denoiser(job: Job, built: Parts, stage: str, spec: LatentSpec | None)
     if spec is None:
         return
     with registry.asking(denoiser):
+        if not isinstance(denoiser.multiple_of, int) or denoiser.multiple_of < 1:
+            raise ValueError(f"its multiple_of must be a whole number from 1 on, not {denoiser.multiple_of!r}")
         try:
             denoiser.check(spec)
         except ValueError as error:

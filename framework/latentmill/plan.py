@@ -33,8 +33,8 @@ if TYPE_CHECKING:  # a plan is read without torch and without Hydra
     from latentmill.config import Job
 
 
-ONLY_IF_SO = "cuts", "takes_floats"
-"""What a plan says of a stage only if it is so."""
+UNLESS_SAID = {"cuts": False, "takes_floats": False, "multiple_of": 1}
+"""What holds of a stage of which a plan doesn't say it, as older ones."""
 
 
 @dataclass(frozen=True)
@@ -344,9 +344,7 @@ def hashed(content: Mapping[str, Any]) -> dict[str, Any]:
 def _stage_to_json(stage: Declaration) -> dict[str, Any]:
     own = pa.schema([column for column in stage.adds if isinstance(column, pa.Field)])
     types = {"columns": base64.b64encode(own.serialize()).decode()} if own.names else {}
-    said = {
-        key: value for key, value in vars(stage).items() if key not in ONLY_IF_SO or value
-    }  # older plans don't say them
+    said = {key: value for key, value in vars(stage).items() if value != UNLESS_SAID.get(key)}
     return {**said, "adds": stage.added(), **types}
 
 
@@ -354,7 +352,6 @@ def _stage_from_json(found: Mapping[str, Any]) -> Declaration:
     own = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(found["columns"]))) if "columns" in found else pa.schema([])
     said: dict[str, Any] = {key: tuple(found.get(key, ())) for key in ("needs", "takes", "drops", "ignores")}
     adds = tuple(own.field(name) if name in own.names else name for name in found["adds"])
-    said |= {key: found[key] for key in ("name", "position", "continuous")} | {
-        key: found.get(key, False) for key in ONLY_IF_SO
-    }
+    said |= {key: found[key] for key in ("name", "position", "continuous")}
+    said |= {key: found.get(key, value) for key, value in UNLESS_SAID.items()}
     return Declaration(**said, adds=adds)

@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from latentmill.plugin import CONTRACT
 
@@ -306,3 +308,21 @@ for name in job.flow:
     assert sorted(notes.read_text().splitlines()) == sorted(
         f"{what} {kind} {stage}" for stage, kind in wanted.items() for what in ("build", "import")
     )
+
+
+def test_pictures_without_a_size_are_cut_to_what_the_network_takes(latentmill, tmp_path):
+    """The middle of each, evenly from both edges: as if somebody had cut it before."""
+    given = np.random.default_rng(3).integers(0, 255, (52, 76, 3), np.uint8)
+    (tmp_path / "edits.jsonl").write_text('{"prompt": "a red ring", "image": "a.png"}\n')
+    told = [
+        "cluster=inline",
+        f"source.path={tmp_path / 'edits.jsonl'}",
+        "sampling={steps: 2, width: null, height: null}",
+    ]
+    found = {}
+    for name, picture in (("whole", given), ("cut", given[2:50, 6:70])):
+        Image.fromarray(picture).save(tmp_path / "a.png")
+        assert latentmill("run", "img2img", *told, f"output={tmp_path / name}") == 0, latentmill.said
+        found[name] = pq.read_table(tmp_path / name / "data").to_pylist()
+    assert [(row["width"], row["height"]) for row in found["whole"]] == [(64, 48)] * 2
+    assert [row["image"]["bytes"] for row in found["whole"]] == [row["image"]["bytes"] for row in found["cut"]]

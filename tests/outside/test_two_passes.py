@@ -215,3 +215,17 @@ def test_a_second_pass_asks_for_what_the_first_does_unless_it_says_otherwise(lat
     here = f"output={tmp_path / 'out'}"  # the checkout may have an out/txt2img, by make demo
     assert latentmill("plan", "txt2img", FLOW, "cluster=local", here, *settings) == 0, latentmill.said
     assert f"workers  read, {workers} write (" in latentmill.out
+
+
+def test_a_size_that_the_second_network_can_t_take_is_its_row_s_error(latentmill, rows, tmp_path):
+    sizes = [{"prompt": "a red ring", "width": side, "height": side} for side in (16, 16, 32, 16)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, sizes)))
+    told = ["cluster=inline", f"source.path={tmp_path / 'rows.jsonl'}", f"output={tmp_path / 'out'}"]
+    told += ["sampling.steps=1", "stages.refine.sampling.steps=1", "max_error_rate=1.0", "stages.refine.batch_size=1"]
+    assert latentmill("run", "hires", *told) == 0, latentmill.said
+    assert [row["width"] for row in rows(tmp_path / "out")] == [48]
+    errors = [json.loads(line) for line in (tmp_path / "out" / "errors" / "00000.jsonl").read_text().splitlines()]
+    takes = "latents of 6x6: the network takes sides that are multiples of 4, of pictures multiples of 16"
+    assert [(error["row"], error["stage"], error["reason"]) for error in errors] == [
+        (row, "refine", takes) for row in (0, 1, 3)
+    ]

@@ -38,6 +38,9 @@ class Denoiser(Plugin, ABC):
     inpaints: bool = False
     """Whether the network was trained for inpainting: it is told, in both conditionings, ``mask[B, 1, h, w]``, 1 where to paint,
     and ``masked[B, C, h, w]``, the latents of the picture with gray there. Rows without a mask are errors."""
+    multiple_of: int = 1
+    """What the sides of latents must be multiples of: 2 where a transformer takes patches of 2x2. Pictures whose size nobody says are cut to
+    it, and a row of other latents is its error: ``predict`` never sees it."""
     parted_by: Collection[str] = ()
     """Conditioning by which ``predict`` parts its rows into calls of the network, as the length of a prompt: given on the CPU, so
     that nobody waits for the device. In a deterministic job rows are then predicted one by one: who shares a call must not show.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import lcm
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from latentmill.plugin.contract import Plugin, Reject
@@ -158,6 +159,8 @@ class Declaration:
     ignores: tuple[str, ...] = ()
     cuts: bool = False
     takes_floats: bool = False
+    multiple_of: int = 1
+    """What the stage's denoiser says; 1: it has none."""
 
     def added(self) -> list[str]:
         """The names of the columns that it adds."""
@@ -223,6 +226,17 @@ class StageContext:
     def needed_later(self, kind: str) -> bool:
         """Whether a later stage needs a plugin of this kind: a denoiser, say."""
         return any(kind in stage.needs for stage in self.after)
+
+    @property
+    def downscale(self) -> int:
+        """Pixels for one of the job's latents, on each side; 1: it has none."""
+        spec = self.plan.spec if self.plan is not None else None
+        return 1 if spec is None else int(spec.downscale)
+
+    @property
+    def multiple_of(self) -> int:
+        """What the sides of pictures must be multiples of for the VAE that encodes them, and the denoisers of later stages."""
+        return self.downscale * lcm(*(stage.multiple_of for stage in self.after))
 
     @property
     def gives_floats(self) -> bool:

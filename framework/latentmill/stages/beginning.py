@@ -32,7 +32,9 @@ class Beginning:
         scheduler_of: Callable[[str], Scheduler],
         grid: grids.Choice,
         sampling: Mapping[str, Any],
+        downscale: int,
     ) -> None:
+        self.downscale = downscale
         self.denoiser, self.scheduler_of, self.grid = denoiser, scheduler_of, grids.choose(grid)
         self.authors, self.until = FollowsAuthors.of(denoiser), float(sampling["until"])
         self.draw = DRAWN_FOR[sampling["first_noise"]]
@@ -58,6 +60,11 @@ class Beginning:
         Raises ValueError, RowError among them.
         """
         schedule, shape = self.denoiser.noise_schedule, tuple(latents.shape)
+        if any(side % self.denoiser.multiple_of for side in shape[-2:]):
+            sides, pixels = f"{shape[-1]}x{shape[-2]}", self.denoiser.multiple_of * self.downscale
+            raise RowError(
+                f"latents of {sides}: the network takes sides that are multiples of {self.denoiser.multiple_of}, of pictures multiples of {pixels}"
+            )
         halfway = row.get("time")
         strength = row["strength"] if halfway is None else 1.0
         kept, scheduler = grids.kept(schedule, row["steps"], strength), self.scheduler_of(row["scheduler"])

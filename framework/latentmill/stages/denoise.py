@@ -78,7 +78,7 @@ class Denoise(ContinuousStage):
         if "denoiser" in context.choices:
             denoiser: Denoiser = context.plugin("denoiser")
             unread = [NEGATIVE_PREFIX] * denoiser.guidance_embedded + ["masked"] * (not denoiser.inpaints)
-            found = replace(found, ignores=tuple(unread))
+            found = replace(found, ignores=tuple(unread), multiple_of=denoiser.multiple_of)
         return replace(found, adds=("latents", *HALFWAY.names)) if context.sampling["until"] else found
 
     def prepare(self, context: StageContext) -> None:
@@ -89,7 +89,7 @@ class Denoise(ContinuousStage):
         assert context.scheduler_of is not None
         self.scheduler = context.scheduler_of
         grid = context.choices["scheduler"].get("grid", "trailing")
-        self.beginning = Beginning(self.denoiser, self.scheduler, grid, sampling)
+        self.beginning = Beginning(self.denoiser, self.scheduler, grid, sampling, context.downscale)
         self.authors = FollowsAuthors.of(self.denoiser)
         self.fixed, self.until = context.fixed, float(sampling["until"])
         self.call_sizes = defaultdict[str, CallSize](lambda: CallSize(context.batch_size, context.finds_batch_size))

@@ -22,7 +22,7 @@ from latentmill.errors import ContractError
 from latentmill.fields import BY_NAME, FROM_COMFY, FROM_SOURCE, HALFWAY, ID, parse
 from latentmill.identity import attempt_seed, row_seed
 from latentmill.pixels import cover, crop, fitted
-from latentmill.plugin import Declaration, LatentSpec, Reject, RowError, Source, Stage, StageContext, tensors
+from latentmill.plugin import Declaration, Reject, RowError, Source, Stage, StageContext, tensors
 from latentmill.registry import called
 from latentmill.stages import stored_conditioning
 from latentmill.stages.field_values import FieldValues
@@ -49,8 +49,8 @@ class Read(Stage):
     """Takes a table of row numbers (``row``) and returns the rows, a table for each shape of tensor.
 
     A picture is brought to the row's width and height: scaled (Lanczos) until it covers them, the middle cut out. Where
-    neither row nor job gives a size it keeps its own, less what is over a multiple of ``multiple_of`` pixels, the VAE's
-    downscale, cut evenly from both edges; all of it where a stage before the VAE cuts it. Latents are taken as they are and give the row its size. A row of more pixels
+    neither row nor job gives a size it keeps its own, less what is over a multiple of ``StageContext.multiple_of`` pixels,
+    cut evenly from both edges; all of it where a stage before the VAE cuts it. Latents are taken as they are and give the row its size. A row of more pixels
     than ``sampling.max_pixels`` is an error before any are made, since the memory of every stage grows with them.
 
     In a job with ``size`` each sample of a picture is brought to its bucket instead (``latentmill.buckets``); a row's own width
@@ -90,9 +90,8 @@ class Read(Stage):
         """Whether a scheduler will move the rows: else they have none, no mask, and no use for a strength."""
         self.draws_again = (context.attempts or 1) > 1
         self.fields = FieldValues(self.columns, context)
-        latents: LatentSpec | None = context.plan.spec
         whole = any(stage.cuts for stage in takewhile(lambda stage: "vae" not in stage.needs, context.after))
-        self.multiple_of = latents.downscale if latents is not None and not whole else 1
+        self.multiple_of = 1 if whole else context.multiple_of
         self.spec = self.source.latent_spec()
         self.texts_alone = stored_conditioning.texts_alone(context)
         self.again = READ_AGAIN

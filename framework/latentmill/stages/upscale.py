@@ -155,8 +155,7 @@ class ImageUpscale(Upscale):
     def prepare(self, context: StageContext) -> None:
         super().prepare(context)
         encodes = any("vae" in stage.needs and "latents" in stage.added() for stage in context.after)
-        spec: LatentSpec | None = context.plan.spec if context.plan is not None else None
-        self.multiple_of = spec.downscale if encodes and spec is not None else 1
+        self.multiple_of = context.multiple_of if encodes else 1
         self.floats = context.gives_floats
 
     @torch.inference_mode()

@@ -23,7 +23,7 @@ class DenoiserSuite(RowsSuite):
     shape: ClassVar[tuple[int, ...]] = (4, 16, 16)
     """Of the latents that it is tried on; of clips ``(C, t, h, w)``."""
     other_shapes: ClassVar[Sequence[tuple[int, ...]] | None] = None
-    """Others that it takes: sides of 3 by 5 and 5 by 3, and of clips other numbers of frames, unless it is said."""
+    """Others that it takes: sides of 3 by 5 and 5 by 3 times ``multiple_of``, and of clips other numbers of frames, unless it is said."""
     has_grid: ClassVar[bool] = False
     """Whether it has a grid of its own."""
 
@@ -61,8 +61,8 @@ class DenoiserSuite(RowsSuite):
                 raise
             except Exception as error:
                 raise AssertionError(
-                    f"predict raises {type(error).__name__} for latents {[3, *shape]}: latents may be of any sides; or name in "
-                    f"`other_shapes` those that it takes\n{error}"
+                    f"predict raises {type(error).__name__} for latents {[3, *shape]}: latents may be of any sides that are "
+                    f"multiples of multiple_of, {denoiser.multiple_of}; or name in `other_shapes` those that it takes\n{error}"
                 ) from error
 
     def _check_prediction(self, denoiser: Denoiser, rows: Mapping[str, Tensor]) -> None:
@@ -113,7 +113,9 @@ class DenoiserSuite(RowsSuite):
         if self.other_shapes is not None:
             return self.other_shapes
         channels, *frames = self.shape[:-2]
-        return [(channels, *(count + more for count in frames), *sides) for more, sides in ((2, (3, 5)), (-1, (5, 3)))]
+        of = self.denoiser().multiple_of
+        sides = ((2, (3 * of, 5 * of)), (-1, (5 * of, 3 * of)))
+        return [(channels, *(count + more for count in frames), *each) for more, each in sides]
 
     def _rows(self, shape: tuple[int, ...] | None = None) -> dict[str, Tensor]:
         x = torch.randn(3, *(shape or self.shape), generator=torch.Generator().manual_seed(0))

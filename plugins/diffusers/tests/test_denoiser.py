@@ -55,8 +55,6 @@ class TestSuite(DenoiserSuite):
         config = DiffusersDenoiser(folder)
         channels = 4 if config.inpaints else config.config["in_channels"] // config.family.packed**2
         type(self).shape, type(self).told = (channels, 8, 16), dict(encoded(name))
-        side = config.multiple
-        type(self).other_shapes = [(channels, 3 * side, 5 * side), (channels, 5 * side, 3 * side)]
         with torch.inference_mode():
             yield
 
@@ -335,9 +333,10 @@ def test_offload_is_refused_where_diffusers_can_t(model):
         DiffusersDenoiser(str(model("HunyuanDiTPipeline")), offload=True)
 
 
-def test_a_size_that_the_network_can_t_take_is_its_row_s_error(model, tmp_path):
+@pytest.mark.parametrize("scheduler", ["model", "euler"])
+def test_a_size_that_the_network_can_t_take_is_its_row_s_error(scheduler, model, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "width": 36}\n{"prompt": "b", "width": 34}\n')
-    told = ["model=diffusers", "scheduler=model", "cluster=inline", f"model.path={model('FluxPipeline')}"]
+    told = ["model=diffusers", f"scheduler={scheduler}", "cluster=inline", f"model.path={model('FluxPipeline')}"]
     told += [
         f"source.path={tmp_path / 'rows.jsonl'}",
         f"output={tmp_path / 'out'}",
@@ -347,7 +346,8 @@ def test_a_size_that_the_network_can_t_take_is_its_row_s_error(model, tmp_path):
     result = latentmill.run("denoise", told)
     assert (result.ok, result.failed) == (1, 1)
     [error] = [json.loads(line) for line in (tmp_path / "out/errors/00000.jsonl").read_text().splitlines()]
-    assert error["reason"] == "the sides of a picture must be multiples of 4 pixels, as the network needs"
+    takes = "the network takes sides that are multiples of 2, of pictures multiples of 4"
+    assert error["reason"] == f"latents of 17x16: {takes}"
 
 
 def test_parts_that_nobody_needs_are_not_missed(model, tmp_path):

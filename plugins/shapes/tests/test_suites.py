@@ -31,11 +31,8 @@ class TestTextEncoder(TextEncoderSuite):
 
 
 class TestDenoiser(DenoiserSuite):
-    """Its network halves the sides of latents twice."""
-
     denoiser = ShapesDenoiser
     name = "shapes"
-    other_shapes = ((4, 12, 20), (4, 20, 12))
 
     def conditioning(self) -> Conditioning:
         encoder = ShapesTextEncoder()

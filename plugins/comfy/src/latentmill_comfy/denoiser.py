@@ -188,13 +188,18 @@ class ComfyDenoiser(DiffusersDenoiser):
         sigma = tensors.send(sigma, x.device).reshape(shape)
         return self._schedule.clean(said, x.float() * (1 + sigma**2).sqrt(), sigma, timestep.reshape(shape))
 
+    @property
+    def multiple_of(self) -> int:  # type: ignore[override]
+        """Any: what is lacking is filled up."""
+        return 1
+
     def _said(self, x: Tensor, timestep: Tensor, told: dict[str, Tensor]) -> Tensor:
         assert self._network is not None, "load() comes first"
         guidance, size, score = (told.pop(name, None) for name in ("guidance", "size", "score"))
         dense = {n: v.to(self.logical) if v.is_floating_point() else v for n, v in told.items()}
         # ComfyUI fills sides up to whole patches with what stands at their other ends, and cuts that off again.
         height, width = x.shape[-2:]
-        x = pad(x.to(self.logical), (0, -width % self.multiple, 0, -height % self.multiple), mode="circular")
+        x = pad(x.to(self.logical), (0, -width % self.patch, 0, -height % self.patch), mode="circular")
         if guidance is not None and self.config.get("guidance_embeds"):
             dense["guidance_scale"] = guidance
         if "pooled" in dense and self.found.part == "unet":

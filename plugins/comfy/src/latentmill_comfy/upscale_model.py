@@ -57,8 +57,7 @@ class UpscaleByModel(Stage):
     def prepare(self, context: StageContext) -> None:
         self.most = int(context.sampling.get("max_pixels") or self.most)
         encodes = any("vae" in stage.needs and "latents" in stage.added() for stage in context.after)
-        spec = context.plan.spec if context.plan is not None else None
-        self.multiple_of = spec.downscale if encodes and spec is not None else 1
+        self.multiple_of = context.multiple_of if encodes else 1
         self.floats = context.gives_floats
 
     def load(self, device: torch.device) -> None:

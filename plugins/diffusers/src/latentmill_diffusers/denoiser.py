@@ -15,7 +15,6 @@ from latentmill.plugin import (
     LatentSpec,
     NoiseSchedule,
     Prediction,
-    RowError,
     WeightsPath,
     tensors,
 )
@@ -130,9 +129,6 @@ class DiffusersDenoiser(FollowsAuthors, Denoiser):
         return [] if guides else [NO_NEGATIVE.format(self.folder.pipeline)]
 
     def times(self, steps: int, shape: Sequence[int]) -> Tensor:
-        if shape[-2] % self.multiple or shape[-1] % self.multiple:
-            pixels = self.multiple * self.folder.downscale
-            raise RowError(f"the sides of a picture must be multiples of {pixels} pixels, as the network needs")
         key = steps, tuple(shape)
         if key not in self._times:  # rows ask one by one, and mostly for the same
             scheduler = scheduler_of(self.folder)  # of its own: it keeps what it is told
@@ -141,8 +137,12 @@ class DiffusersDenoiser(FollowsAuthors, Denoiser):
         return self._times[key]
 
     @property
-    def multiple(self) -> int:
-        """What the sides of latents must be multiples of: a transformer takes patches."""
+    def multiple_of(self) -> int:  # type: ignore[override]
+        return self.patch
+
+    @property
+    def patch(self) -> int:
+        """Latents on each side of what a transformer takes for one."""
         patch = self.config.get("patch_size") or self.config.get("all_patch_size", [1])[0]
         return max(self.family.packed, int(patch))
 
