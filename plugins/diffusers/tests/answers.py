@@ -3,6 +3,7 @@
 import functools
 import hashlib
 from collections import OrderedDict
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -44,6 +45,22 @@ def in_numpy(compute, name):
             return compute(self, *arguments)
         finally:
             setattr(self, name, kept)
+
+    return answer
+
+
+def never(find):
+    """What of a module was not found once is not looked for again, in every layer."""
+    without = WeakSet()
+
+    @functools.wraps(find)
+    def answer(module):
+        if module in without:
+            return None
+        found = find(module)
+        if found is None:
+            without.add(module)
+        return found
 
     return answer
 

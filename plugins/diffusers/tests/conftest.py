@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import reading
 import tiny
-from answers import answering_once, in_numpy, remembered
+from answers import answering_once, in_numpy, never, remembered
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +31,7 @@ def model(tmp_path_factory):
 def remembering():
     """Integrals of polynomials, and timesteps that are looked up one after another: milliseconds each, and the same on a grid."""
     import diffusers
+    from diffusers.hooks import group_offloading
 
     with pytest.MonkeyPatch.context() as patch:
         for name, method, of in (
@@ -43,6 +44,8 @@ def remembering():
             cls = getattr(diffusers, name)
             compute = getattr(cls, method)
             patch.setattr(cls, method, remembered(in_numpy(compute, "sigmas") if "lms" in method else compute, of))
+        of_groups = "_get_top_level_group_offload_hook"  # a pipeline asks for it dozens of times a call
+        patch.setattr(group_offloading, of_groups, never(getattr(group_offloading, of_groups)))
         yield
 
 

@@ -23,8 +23,9 @@ SIZES = {
     "HiDreamImagePipeline": (64, 64),
     "Kandinsky5T2IPipeline": (64, 128),
     "LuminaPipeline": (64, 128),
+    **dict.fromkeys(["QwenImage21Pipeline", "SanaPipeline", "SanaSprintPipeline"], (32, 64)),
 }
-"""Height and width, where a pipeline has its own idea of them: an area, a list, a factor of 8 or 16."""
+"""Height and width, where 16 x 32 is none of a pipeline's: it has an area, a list, or a factor of 8, 16 or 32."""
 SMALLER = {
     "HiDreamImagePipeline": {"default_sample_size": 32},
     "HunyuanImagePipeline": {"tokenizer_max_length": 256},

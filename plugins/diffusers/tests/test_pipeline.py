@@ -29,7 +29,7 @@ class Loaded:
         self.spec, self.whole = self.denoise.spec, directly(folder, name)
 
     def table(self, guidance, size=None):
-        return table_of(prompts_of(self.name), guidance=guidance, size=size or SIZES.get(self.name, (32, 64)))
+        return table_of(prompts_of(self.name), guidance=guidance, size=size or SIZES.get(self.name, (16, 32)))
 
     def ours(self, guidance):
         """The latents of its table."""
