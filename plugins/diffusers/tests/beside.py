@@ -19,8 +19,8 @@ PROMPTS = [
     ),
     ("x", "y"),
 ]
-SIZE, SMALL = (32, 64), (16, 32)
-"""Height and width: some families take nothing smaller; and where it is of no family."""
+SIZE = (16, 32)
+"""Height and width."""
 STEPS, GUIDANCE = 5, 4.0
 """Steps: as few as show all that a solver of order 4 does."""
 
@@ -51,11 +51,11 @@ def denoised(tmp_path, folder, prompts=PROMPTS, *overrides, size=SIZE):
     )
 
 
-def theirs(folder, name, prompts, prepare=lambda pipeline: None, decode=True):
+def theirs(folder, name, prompts, prepare=lambda pipeline: None, decode=True, size=SIZE):
     """What the pipeline makes of prompts, one after another: its last latents, as it has them, and pictures, if they are asked for."""
     pipeline = getattr(diffusers, name).from_pretrained(folder, use_safetensors=True)
     prepare(pipeline)
-    return made_by(pipeline, name, prompts, decode)
+    return made_by(pipeline, name, prompts, decode, size)
 
 
 def made_by(pipeline, name, prompts, decode=True, size=SIZE):

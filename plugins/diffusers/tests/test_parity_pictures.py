@@ -6,7 +6,7 @@ import shutil
 import diffusers
 import pytest
 import torch
-from beside import GUIDANCE, PROMPTS, SMALL, STEPS, denoised, difference, rows_of
+from beside import GUIDANCE, PROMPTS, SIZE, STEPS, denoised, difference, rows_of
 from PIL import Image
 
 INPAINTING = ("StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline")
@@ -14,7 +14,7 @@ SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"
 LEADING = {**SD, "timestep_spacing": "leading", "steps_offset": 1}
 PLAIN = {"clip_sample": False, "set_alpha_to_one": False}
 
-PICTURES = torch.randint(0, 256, (3, *SMALL, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+PICTURES = torch.randint(0, 256, (3, *SIZE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])
@@ -38,8 +38,8 @@ def test_pictures_redone_after_a_prompt(name, strength, model, tmp_path):
         f"sampling.steps={STEPS}",
         f"sampling.guidance_scale={GUIDANCE}",
         f"sampling.strength={strength}",
-        f"sampling.height={SMALL[0]}",
-        f"sampling.width={SMALL[1]}",
+        f"sampling.height={SIZE[0]}",
+        f"sampling.width={SIZE[1]}",
     )
     pipeline = diffusers.StableDiffusionXLImg2ImgPipeline.from_pretrained(model(name))
     with torch.inference_mode():
@@ -64,7 +64,7 @@ def test_the_refiner_goes_on_where_the_base_model_stopped(model, tmp_path):
     refiner = shutil.copytree(model("StableDiffusionXLImg2ImgPipeline"), tmp_path / "refiner")
     shutil.rmtree(refiner / "vae")
     shutil.copytree(base / "vae", refiner / "vae")
-    denoised(tmp_path, base, PROMPTS, "sampling.until=0.2", size=SMALL)
+    denoised(tmp_path, base, PROMPTS, "sampling.until=0.2")
     told = [f"sampling.steps={STEPS}", f"sampling.guidance_scale={GUIDANCE}", f"source.path={tmp_path / 'latents'}"]
     job = ["model=diffusers", "scheduler=model", "source=latents", f"model.path={refiner}", *told]
     found = rows_of("denoise", tmp_path / "refined", *job)
@@ -73,12 +73,12 @@ def test_the_refiner_goes_on_where_the_base_model_stopped(model, tmp_path):
     told = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "latent"}
     for i, (row, (prompt, negative)) in enumerate(zip(found, PROMPTS, strict=True)):
         given = {**told, "negative_prompt": negative, "generator": torch.Generator().manual_seed(i)}
-        half = first(prompt, height=SMALL[0], width=SMALL[1], denoising_end=0.8, **given).images
+        half = first(prompt, height=SIZE[0], width=SIZE[1], denoising_end=0.8, **given).images
         wanted = second(prompt, image=half, denoising_start=0.8, **given).images[0]
         assert difference(row, wanted) <= 1e-5
 
 
-MASK = torch.zeros(*SMALL)
+MASK = torch.zeros(*SIZE)
 MASK[4:, 10:25] = 1
 
 
@@ -91,7 +91,7 @@ def painted(tmp_path, folder, strength):
         rows.append({"prompt": prompt, "negative_prompt": negative, "seed": i, "image": f"{i}.png", "mask": "mask.png"})
     (tmp_path / "edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
     told = ["sampling.first_noise=diffusers", f"sampling.steps={STEPS}", f"sampling.guidance_scale={GUIDANCE}"]
-    told += [f"sampling.strength={strength}", f"sampling.height={SMALL[0]}", f"sampling.width={SMALL[1]}"]
+    told += [f"sampling.strength={strength}", f"sampling.height={SIZE[0]}", f"sampling.width={SIZE[1]}"]
     told += ["stages=cpu", "model.dtype=float32", f"model.path={folder}", f"source.path={tmp_path / 'edits.jsonl'}"]
     return rows_of("sd15_img2img", tmp_path / "out", "flow=[read,encode,denoise,write]", *told)
 
@@ -112,8 +112,8 @@ def painted_by(pipeline, strength):
             masked_image_latents=masked[i : i + 1],
             negative_prompt=negative,
             strength=strength,
-            height=SMALL[0],
-            width=SMALL[1],
+            height=SIZE[0],
+            width=SIZE[1],
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE,
             generator=torch.Generator().manual_seed(i),

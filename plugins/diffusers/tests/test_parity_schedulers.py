@@ -5,7 +5,7 @@ import os
 
 import diffusers
 import pytest
-from beside import PROMPTS, SMALL, denoised, difference, made_by
+from beside import PROMPTS, denoised, difference, made_by
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LEADING = {**SD, "timestep_spacing": "leading", "steps_offset": 1}
@@ -67,9 +67,9 @@ def test_path_prediction_grid_and_solver_are_what_the_scheduler_config_says(case
     (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", name]}))
     getattr(diffusers, name)(**settings).save_pretrained(folder / "scheduler")
     prompts = PROMPTS[1:]  # two rows in a batch, which is what a scheduler sees of them
-    rows = denoised(tmp_path, folder, prompts, size=SMALL)
+    rows = denoised(tmp_path, folder, prompts)
     scheduler = getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler")
     pipeline = diffusers.StableDiffusionPipeline(**parts | {"scheduler": scheduler}, requires_safety_checker=False)
-    wanted = made_by(pipeline, "StableDiffusionPipeline", prompts, decode=False, size=SMALL)
+    wanted = made_by(pipeline, "StableDiffusionPipeline", prompts, decode=False)
     for row, (latents, _) in zip(rows, wanted, strict=True):
         assert difference(row, latents, name) <= 1e-5

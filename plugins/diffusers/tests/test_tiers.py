@@ -35,8 +35,8 @@ UNGUIDED_WITHOUT = ("QwenImagePipeline", "schnell")
 
 def rows_for(name, negatives):
     channels, downscale = SPACES.get(name, (4, 2))
-    cube = channels * downscale
-    sizes = [(cube, cube), (64, 32), (32, 64)]
+    cube, side = channels * downscale, 32 if downscale == 8 or name == "SanaPipeline" else 16
+    sizes = [(cube, cube), (2 * side, side), (side, 2 * side)]
     return [
         {
             "prompt": "a red fox",
