@@ -56,7 +56,7 @@ class TestTextEncoderThatRefusesWhatIsLong(TextEncoderSuite):
 class TestTextEncoderOfCompel(TextEncoderSuite):
     """Which is asked what it can read before there are weights."""
 
-    prompts = ("a (red fox)1.3", "two houses by the sea, at night, and a boat that is longer", "")
+    prompts = ("a (red fox)1.3", "two houses by the sea", "")
     refused = '("a", "b").blend(1)'
 
     @pytest.fixture(autouse=True)
