@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import reading
 import tiny
+import torch
 from answers import answering_once, in_numpy, never, remembered
 
 
@@ -59,3 +60,9 @@ def reading_once():
         reading.once(diffusers.ModelMixin, patch)
         reading.once(transformers.PreTrainedModel, patch, cache(lambda cls: answering_once(cls, patch)))
         yield
+
+
+@pytest.fixture
+def plain_convolutions(monkeypatch):
+    """For tests that hold what goes into networks, and not their bits: oneDNN prepares a small convolution for longer than it takes."""
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)

@@ -45,6 +45,7 @@ def name(request):
     return request.param
 
 
+@pytest.mark.usefixtures("plain_convolutions")
 class TestSuite(DenoiserSuite):
     has_grid = True
 

@@ -14,6 +14,7 @@ from beside import GUIDANCE, PROMPTS, SIZE, STEPS, denoised, difference, rows_of
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
+pytestmark = pytest.mark.usefixtures("plain_convolutions")
 ELSEWHERE = (
     "StableDiffusionXLImg2ImgPipeline",
     "LatentConsistencyModelPipeline",

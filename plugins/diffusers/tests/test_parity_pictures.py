@@ -9,6 +9,7 @@ import torch
 from beside import GUIDANCE, PROMPTS, SIZE, STEPS, denoised, difference, rows_of
 from PIL import Image
 
+pytestmark = pytest.mark.usefixtures("plain_convolutions")
 INPAINTING = ("StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline")
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LEADING = {**SD, "timestep_spacing": "leading", "steps_offset": 1}

@@ -7,6 +7,7 @@ import diffusers
 import pytest
 from beside import PROMPTS, denoised, difference, made_by
 
+pytestmark = pytest.mark.usefixtures("plain_convolutions")
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LEADING = {**SD, "timestep_spacing": "leading", "steps_offset": 1}
 PLAIN = {"clip_sample": False, "set_alpha_to_one": False}

@@ -16,6 +16,7 @@ from latentmill_diffusers.pipeline import known
 from latentmill_diffusers.pipeline.absent import Absent
 from latentmill_diffusers.vae import DiffusersVAE
 
+pytestmark = pytest.mark.usefixtures("plain_convolutions")
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- pipelines, by tests/test_pipeline.py -->\n", "<!-- end of pipelines -->\n"
 

@@ -17,6 +17,7 @@ from layouts import ordered
 
 import latentmill
 
+pytestmark = pytest.mark.usefixtures("plain_convolutions")
 ELSEWHERE = ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline")
 """Families that have no text-to-image."""
 NAMES = [name for name in tiny.BUILDERS if name not in ELSEWHERE]

@@ -12,6 +12,7 @@ from tracing import error
 import latentmill
 from latentmill.errors import PlanError
 
+pytestmark = pytest.mark.usefixtures("plain_convolutions")
 NAMES = [
     "EulerDiscreteScheduler",
     "UniPCMultistepScheduler",

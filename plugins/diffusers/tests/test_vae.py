@@ -15,6 +15,7 @@ from latentmill.plugin import RowError
 from latentmill.testing import VAESuite
 from latentmill_diffusers.vae import DiffusersVAE
 
+pytestmark = pytest.mark.usefixtures("plain_convolutions")
 CPU = torch.device("cpu")
 PICTURES = torch.rand(3, 3, 32, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
