@@ -100,7 +100,7 @@ print(json.dumps(said))
 """
 VAE, SCHEDULER = "patches", "trapezoid"
 """The example's."""
-FEW = ["cluster=inline", "samples_per_row=1", "sampling.steps=4"]
+FEW = ["cluster=inline", "samples_per_row=1", "sampling.steps=1", "sampling.guidance_scale=1"]
 OF_DIFFUSERS = ["sd15_txt2img", "sdxl_txt2img", "flux_txt2img", "sd15_img2img", "cache_latents_sdxl"]
 
 
