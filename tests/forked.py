@@ -1,7 +1,7 @@
-"""In place of a worker of Ray, or of an agent of a node: a child of a process that has everything imported.
+"""In place of a worker of Ray, an agent of a node, or tests.faults.server: a child of a process that has everything imported.
 
 Ray starts a worker as ``python SETUP ARGUMENTS``, and SETUP is this file; see tests.ray_forks. It gets a child in its place,
-hands on its arguments, environment, folder, outputs and mounts, and lives as long as the child.
+hands on its arguments, environment, folder, input, outputs and mounts, and lives as long as the child.
 """
 
 import array
@@ -19,7 +19,7 @@ CONFIGURED = b"_ZGVZN9RayConfig8instanceEvE6config"
 """The variable by which Ray's library in C++ knows that it has read Ray's environment variables, which it does when it is imported."""
 IMPORTED = """
 import logging; logging.disable()
-import jsonschema, pandas, psutil, pyarrow.dataset, pyarrow.parquet, pytest, requests, scipy.special, torch
+import jsonschema, pandas, psutil, pyarrow.compute, pyarrow.dataset, pyarrow.pandas_compat, pyarrow.parquet, pytest, requests, scipy.special, torch
 import latentmill.workers.actor, latentmill.workers.context, latentmill.workers.worker
 import latentmill.stages.decode, latentmill.stages.denoise, latentmill.stages.encode, latentmill.stages.read, latentmill.stages.write
 import latentmill.sources.images, latentmill.sources.prompts
@@ -36,18 +36,22 @@ logging.disable(logging.NOTSET)
 
 
 def ask():
-    """Be a worker by proxy. An agent would look whether its parent, the raylet, is there; its proxy ends with that."""
+    """Be a worker by proxy. An agent would look whether its parent, the raylet, is there; its proxy ends with that, and so does that of a server."""
     if WORKER not in map(os.path.basename, sys.argv):
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        end_with_parent()
     wanted = {"arguments": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(os.environ[SOCKET])
-        given = array.array("i", [1, 2, os.open("/proc/self/ns/mnt", os.O_RDONLY)])
+        given = array.array("i", [0, 1, 2, os.open("/proc/self/ns/mnt", os.O_RDONLY)])
         server.sendmsg([b"."], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, given)])
         server.sendall(json.dumps(wanted).encode() + b"\n")
         server.recv(1)  # nothing, when the child has ended
+
+
+def end_with_parent():
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 # ------------------------------------------------------------------------------------ the process that has imported
@@ -58,6 +62,7 @@ def serve(number):
     import gc
     import selectors
 
+    end_with_parent()
     paths = sys.path[1:]
     exec(IMPORTED, {})
     configured = address(sys.modules["ray._raylet"].__file__, CONFIGURED)
@@ -78,7 +83,7 @@ def serve(number):
         for key, _ in selector.select():
             if key.fileobj is listening:
                 asking, _ = listening.accept()
-                _, given, _, _ = socket.recv_fds(asking, 1, 3)
+                _, given, _, _ = socket.recv_fds(asking, 1, 4)
                 with asking.makefile() as lines:
                     wanted = json.loads(lines.readline())
                 child = os.fork()
@@ -123,20 +128,20 @@ def address(library, name):
         return value + min(int(line.partition("-")[0], 16) for line in maps if line.rstrip().endswith(library))
 
 
-def work(wanted, stdout, stderr, mounts, paths, configured):
+def work(wanted, stdin, stdout, stderr, mounts, paths, configured):
     """Be the worker: what ``python ARGUMENTS`` would be with its environment."""
     import ctypes
     import importlib
     import runpy
 
-    os.dup2(stdout, 1), os.dup2(stderr, 2)
+    os.dup2(stdin, 0), os.dup2(stdout, 1), os.dup2(stderr, 2)
     if os.fstat(mounts).st_ino != os.stat("/proc/self/ns/mnt").st_ino:
         system = ctypes.CDLL(None, use_errno=True)
         assert (
             system.unshare(CLONE_FS) == 0
         )  # from threads that libraries begin after a fork: the mounts of several can't be changed
         assert system.setns(mounts, 0) == 0, os.strerror(ctypes.get_errno())
-    for each in (stdout, stderr, mounts):
+    for each in (stdin, stdout, stderr, mounts):
         os.close(each)
     os.chdir(wanted["folder"])
     os.environ.clear()

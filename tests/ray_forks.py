@@ -64,7 +64,8 @@ def fork(setattr=setattr, mounts=""):
 def start_server():
     folder = tempfile.mkdtemp(dir="/tmp")
     os.environ[forked.SOCKET] = os.path.join(folder, "forks")
-    elsewhere = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # each worker has its own
+    elsewhere = {**os.environ, "OMP_NUM_THREADS": "1"}  # which is read once, as torch is imported
+    elsewhere.pop("PYTHONPATH", None)  # each worker has its own
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(os.environ[forked.SOCKET])
         listening.listen(64)
