@@ -265,6 +265,11 @@ def test_contact_sheet_shows_each_picture_enlarged_by_a_whole_factor(tmp_path):
     assert not list((tmp_path / "out" / ".tmp").iterdir())
 
 
+@pytest.mark.parametrize(("size", "shown"), [((4, 2), (32, 16)), ((50, 30), (150, 90)), ((96, 200), (92, 192))])
+def test_a_picture_of_a_few_pixels_stays_small(size, shown):
+    assert sheets.fit(Image.new("RGB", size)).size == shown
+
+
 def test_contact_sheet_of_latents_is_none(tmp_path):
     output = dataset(tmp_path / "out", [("0", "a prompt", None)])
     assert contact_sheet(output) is None

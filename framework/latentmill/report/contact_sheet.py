@@ -14,6 +14,8 @@ from latentmill.report.material import Material
 INK, FAINT, PAPER = (32, 33, 36), (110, 113, 119), (255, 255, 255)
 SIDE, GAP, MARGIN = 192, 20, 32
 """Pixels: a picture's longer side, between pictures, around the sheet."""
+ENLARGED = 8
+"""Times that a small picture is enlarged: one of a few pixels is no clearer for more, and its blur takes longest of all to compress."""
 
 
 def make(dataset: Material) -> None:
@@ -55,9 +57,9 @@ def make(dataset: Material) -> None:
 
 
 def fit(image: Image.Image) -> Image.Image:
-    """The picture with its longer side at SIDE pixels; a small one enlarged by a whole factor."""
+    """The picture with its longer side at SIDE pixels; a small one enlarged by a whole factor, ENLARGED at most."""
     scale: float = SIDE / max(image.size)
-    scale = int(scale) if scale > 1 else scale
+    scale = min(int(scale), ENLARGED) if scale > 1 else scale
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     return image.resize(size, Image.Resampling.LANCZOS)
 
