@@ -2,6 +2,7 @@
 
 import ast
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -11,6 +12,7 @@ ALLOWED = {
 }
 
 
+@cache
 def names(path: Path) -> list[str]:
     """The public classes and constants of a module."""
     found = []
