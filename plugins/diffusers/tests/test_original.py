@@ -72,6 +72,7 @@ def pictures(output, *told):
     return np.stack([np.asarray(Image.open(io.BytesIO(image["bytes"]))) for image in found]).astype(int)
 
 
+@pytest.mark.usefixtures("plain_convolutions")
 def test_a_whole_checkpoint_is_the_folder_that_it_was_made_of(whole, narrow, tmp_path):
     """Every tensor of every part, and the pictures but for the last bit: it hangs on how weights lie in their file."""
     folder, file, configs = whole

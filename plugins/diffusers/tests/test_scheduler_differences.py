@@ -81,6 +81,7 @@ def test_where_we_differ_we_are_nearer_to_the_solution(name, prediction, strengt
     assert ours_off < 3e-3 and 8e-3 < theirs_off < 2e-2, (ours_off, theirs_off)
 
 
+pytestmark = pytest.mark.usefixtures("plain_convolutions")
 OLD = {**SD, "skip_prk_steps": True, "steps_offset": 0, "clip_sample": True, "set_alpha_to_one": False}
 
 
