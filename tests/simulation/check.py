@@ -26,20 +26,28 @@ def check(state: DriverState, largest: list[int], resumes: bool = False) -> None
     largest[:] = map(max, largest or state.targets, state.targets)
     state = copy.copy(state)
     state.targets = largest  # where fewer are wanted now, there may be as much as there was
-    places = Counter(row for rows in state.to_read for row in rows)
-    places.update(row for shard, _ in state.to_take_up for row in state.shard_rows(shard))
+    found: list[int] = []
+    for rows in state.to_read:
+        found += rows
+    for number, _ in state.to_take_up:
+        found += state.shard_rows(number)
     for stage in range(len(state.stages)):
         for queue in state.queues[stage].slices.values():
-            places.update(row for slice_ in queue for row in slice_.rows)
-        places.update(row for retry in state.queues[stage].retries for row in retry.rows)
+            for slice_ in queue:
+                found += slice_.rows
+        for retry in state.queues[stage].retries:
+            found += retry.rows
     held = [order for order in state.in_flight.values() if order.task not in ("commit", "keep")]
-    places.update(row for order in held for row in order.rows)
-    places.update(row for record in state.records.values() for order, _ in record.suspects for row in order.rows)
-    places.update(row for order, _ in state.fatal_suspects for row in order.rows)
+    held += [order for record in state.records.values() for order, _ in record.suspects]
+    held += [order for order, _ in state.fatal_suspects]
+    for order in held:
+        found += order.rows
     for shard in state.shards.values():
-        places.update(row for slice_ in shard.packed for row in slice_.rows)
-        places.update(row["row"] for row in (*shard.errors, *shard.filtered))
-        places.update(shard.again)
+        for slice_ in shard.packed:
+            found += slice_.rows
+        found += [row["row"] for row in (*shard.errors, *shard.filtered)]
+        found += shard.again
+    places = Counter(found)
     passed_over = {
         n
         for n, shard in state.shards.items()
