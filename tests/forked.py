@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 
 SOCKET = "LATENTMILL_TESTS_FORKS"
 """The environment variable that says where to ask for a child."""
@@ -86,6 +87,7 @@ def serve(number):
                 _, given, _, _ = socket.recv_fds(asking, 1, 4)
                 with asking.makefile() as lines:
                     wanted = json.loads(lines.readline())
+                draw_ids()
                 child = os.fork()
                 if not child:
                     signal.set_wakeup_fd(-1)
@@ -110,6 +112,20 @@ def serve(number):
                         asking.close()
             elif key.fd in children:  # who asked is gone
                 os.kill(children[key.fd][1], signal.SIGKILL)
+
+
+def draw_ids():
+    """Go on with the generators of Ray's random ids, one a thread, whose state a child takes over: else all children would draw the same,
+    and two workers that begin at once would give one name to two objects. One died of that, and its driver waited for it for ever.
+    """
+    from ray import ObjectRef
+
+    for _ in range(16):
+        thread = threading.Thread(target=ObjectRef.from_random)
+        thread.start()
+        thread.join()
+    for _ in range(256):
+        ObjectRef.from_random()
 
 
 def address(library, name):
