@@ -27,7 +27,7 @@ import latentmill.workers.inline
 def serve(folder):
     """Until its stdin ends. ``folder`` holds the package of tests."""
     sys.path[0] = folder
-    from tests import composing, ray_forks
+    from tests import composing, forked, ray_forks
 
     PIL.Image.init()
     composing.once()
@@ -41,6 +41,7 @@ def serve(folder):
         if isinstance(asked, int):
             print(os.waitstatus_to_exitcode(os.waitpid(asked, 0)[1]), flush=True)
             continue
+        forked.draw_ids()
         child = os.fork()
         if child:
             print(child, flush=True)
