@@ -199,7 +199,8 @@ def test_on_ray_a_worker_goes_on_with_the_next_job_unless_that_needs_another_mod
     assert [len(each) for each in logs] == [5, 6, 5]
     texts = [" ".join(path.read_text() for path in each) for each in logs]
     assert [text.count("which was") for text in texts] == [0, 5, 3]
-    assert sorted(name for name in sweep(*job) if name[0] != "-") == ["Lens", "Net", "Words"]
+    # What is left of the third job may be done before all of its workers are ready: those are begun anew for the fourth.
+    assert {name for name in sweep(*job) if name[0] != "-"} == {"Lens", "Net", "Words"}
     require_nobody_is_left()
     for label in ("bias=0,tone=1", "bias=0.5,tone=0", "bias=0.5,tone=1"):
         sweep.require_as_alone(label, *(f"{kind}.{said}" for kind, said in zip(("vae", "sampling"), label.split(","))))
