@@ -13,6 +13,7 @@ from latentmill import registry
 from latentmill.commands import COMMANDS
 from latentmill.commands.command import Command
 from latentmill.errors import LatentmillError
+from latentmill.notices import as_ctrl_c
 from latentmill.streams import guard
 from latentmill.text import escaped
 
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     2    the job, or what was asked, is wrong: do not retry. Nothing has been started or written; ``doctor``: a node is not right
     3    the output, or what is told on stdout, can't be written
     4    there is no place on the cluster now: retry later
-    130  it was interrupted, by Ctrl-C or SIGTERM: the same command goes on
+    130  it was interrupted, by Ctrl-C, SIGTERM or SIGUSR1: the same command goes on
     ==== =====================================================================================
 
     ``run`` and ``verify`` speak of the dataset alone: what they print may be lost.
@@ -46,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _options(_parser(ours), words)
     command: Command = options.command
     try:
-        code = command.call(options)
+        with as_ctrl_c():
+            code = command.call(options)
         sys.stdout.flush()
         if stdout and stdout.error and command.is_asked_on_stdout(options):
             raise OSError(stdout.error.errno, stdout.error.strerror, "stdout")

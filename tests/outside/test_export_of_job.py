@@ -52,6 +52,21 @@ def test_a_run_that_is_killed_before_or_in_its_export_goes_on(job, trainers, for
     assert files(tmp_path / "trainer") == files(trainers.export(tmp_path / "out", formats))
 
 
+@pytest.mark.parametrize(("verb", "notice"), [("run", "SIGTERM"), ("run", "SIGUSR1"), ("export", "SIGTERM")])
+def test_a_notice_stops_an_export_as_ctrl_c_does(job, latentmill, forks, tmp_path, verb, notice):
+    formats, once, log, exported = "kohya,energon", tmp_path / "once", tmp_path / "log", tmp_path / "trainer"
+    once.mkdir()
+    command = job(formats)
+    if verb == "export":
+        assert latentmill(*job("")) == 0, latentmill.said
+        command = ["export", tmp_path / "out", exported, "--to", formats]
+    run = partial(forks.run, command, log, path=[tmp_path / "site"])
+    assert run(LATENTMILL_FAILPOINT=f"exporting 1:{notice}:{once}") == 130, log.read_text()
+    assert "the same command goes on" in log.read_text()
+    assert run() == 0, log.read_text()
+    assert {name.split("/")[0] for name in files(exported)} >= {"kohya-sdxl", "energon"}
+
+
 def test_two_drivers_of_one_job_write_one_export(job, trainers, forks, tmp_path):
     """One waits in the middle of its export; the other comes and writes all of it."""
     formats, held = "kohya,energon", tmp_path / "held"

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Literal
 
 from latentmill.driver.messages import Stop
+from latentmill.notices import NOTICES
 
 logger = logging.getLogger("latentmill")
 
@@ -19,10 +20,6 @@ RESERVE = 10.0
 """Seconds of ``grace`` that are kept for handing over what is half done, and for writing it; of a short grace, half of it."""
 HAND_OVER = 5.0
 """Seconds that workers have to hand over what they hold."""
-NOTICES = ("SIGTERM", "SIGUSR1")
-"""What schedulers of clusters send before they take a machine away. Slurm is told which: ``--signal=USR1@90``. It sends SIGTERM after it,
-as the time is up, and leaves some seconds still: that is no second thought, but the end of what may be finished.
-"""
 
 
 class Signals:
