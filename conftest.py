@@ -4,8 +4,18 @@ import gc
 
 import pytest
 
+pytest_plugins = ["tests.processes"]
 
-def pytest_collection_finish():
+
+def pytest_collection(session):
+    """What processes have Ray's workers forked from is started once for all of them, and imports while this process does."""
+    if session.config.option.processes > 1:
+        from tests import ray_forks
+
+        ray_forks.begin_server()
+
+
+def pytest_collection_finish(session):
     """Whatever the collector looks at from now on is of a test: torch, diffusers and 4,000 items are millions of objects.
 
     And it looks more seldom: a model is thousands of objects, of which few are garbage when it is half made.
@@ -13,6 +23,10 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 10)
+    if session.config.option.processes > 1:
+        from tests import ray_forks
+
+        ray_forks.start_server()
 
 
 @pytest.fixture(scope="session", autouse=True)
