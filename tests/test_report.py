@@ -160,6 +160,15 @@ def test_rows_that_end_before_a_stage_are_none_that_it_waits_for():
     assert shown.line() == "job: 40 of 100 rows | 30 filtered | read 40 write 10 | 1.0 rows/s | 15 s left"
 
 
+def test_a_dataset_that_ends_with_so_many_accepted_rows_is_finished_before_all_are_made():
+    """Of four rows one is accepted, so 80 are needed for 20 of these; what is planned beyond takes no time."""
+    pace = Pace()
+    for second in range(11):
+        stages = [StageView("write", 4 * second, 0, 1, 1)]
+        pace.add(View(stages, 1000, 4 * second, 0, float(second), 0, 10, accepted=second, wanted=20))
+    assert pace.left() == 10.0
+
+
 def test_busy_is_the_share_of_the_workers_time():
     pace = Pace()
     pace.add(view(0.0, 0, 0, busy=1))

@@ -66,6 +66,10 @@ class View:
     """Rows among the finished that this run made and that were not wanted."""
     others: int = 0
     """Rows among the finished that this run has not made: those of earlier runs and of other drivers."""
+    accepted: int = 0
+    """Rows among the finished that are in the dataset."""
+    wanted: int | None = None
+    """With how many of these the dataset ends, in a job that says so."""
 
 
 class Pace:
@@ -113,11 +117,17 @@ class Pace:
         """Rows that are through, those included that wait for the rest of their shard."""
         return min(self.last.planned, max(self.last.finished, self.last.others + self.last.stages[-1].passed))
 
+    def needed(self) -> float:
+        """Of how many planned rows something must be made: if the dataset ends before, as far as the finished ones tell."""
+        if self.last.wanted is None or not self.last.accepted:
+            return self.last.planned
+        return min(self.last.planned, self.last.finished * self.last.wanted / self.last.accepted)
+
     def left(self) -> float | None:
         """Seconds to go, by the stage that will be the last to finish; None as long as nobody can tell."""
         longest = 0.0
         for at, stage in enumerate(self.last.stages):
-            rows = self.last.planned - self.last.others - stage.passed
+            rows = self.needed() - self.last.others - stage.passed
             if rows > 0 and self.last.finished < self.last.planned:
                 rate = self._a_second(at, lambda seen: seen.passed)
                 if not rate:
