@@ -132,6 +132,21 @@ def test_one_that_was_killed_on_this_machine_is_not_waited_for(tmp_path):
         assert mine.claim(1) == Claimed(1, "ours")
 
 
+@pytest.mark.parametrize("damaged", [b"", bytes(40), b"\xff\0", "cut", "otherwise"], ids=ascii)
+def test_files_that_name_no_driver_hold_up_nobody_for_long(damaged, tmp_path, clock):
+    """As a machine leaves them that loses its power."""
+    store = storage.at(str(tmp_path))
+    with Leases(store, "data/{:05d}.parquet".format, clock=lambda: clock[0]) as mine:
+        host, process, name = mine.me.split("/")
+        content = {"cut": f"{host}/{process}".encode(), "otherwise": f"{host}/{process}?/{name}".encode()}
+        store.put("leases/00001", content.get(damaged, damaged))
+        store.put("leases/gone.alive", content.get(damaged, damaged))
+        leases.sweep(store, {2})
+        claim(mine, 1)
+        clock[0] += leases.MAX_SILENCE
+        assert claim(mine, 1) == "ours"
+
+
 class Mishears:
     """A store whose answer is lost on the way: the request is made again, and the name is taken, by ourselves."""
 

@@ -95,7 +95,7 @@ class Leases:
             if self.store.create(name, self.me.encode()):
                 return True
             with suppress(FileNotFoundError):  # given back just now
-                owner = self.store.read(name).decode()
+                owner = _named(self.store.read(name))
                 if owner == self.me:  # we have it, and never heard that we got it
                     return True
                 if self._is_gone(owner):
@@ -120,7 +120,7 @@ class Leases:
     def _owner(self, shard: int) -> str:
         """Who holds a shard; "" if nobody does."""
         try:
-            return self.store.read(f"leases/{shard:05d}").decode()
+            return _named(self.store.read(f"leases/{shard:05d}"))
         except FileNotFoundError:
             return ""
 
@@ -179,7 +179,7 @@ def sweep(store: Storage, done: Set[int]) -> None:
     for name in store.names("leases"):
         with suppress(FileNotFoundError):  # its driver ends, or another sweeps, too
             if name.endswith(".alive"):
-                over = _was_killed_here(store.read(f"leases/{name}").decode().partition(" ")[0])
+                over = _was_killed_here(_named(store.read(f"leases/{name}")).partition(" ")[0])
             else:
                 over = name.isdecimal() and int(name) in done
             if over:
@@ -188,7 +188,12 @@ def sweep(store: Storage, done: Set[int]) -> None:
 
 def _was_killed_here(driver: str) -> bool:
     where, _, process = driver.rpartition("/")[0].rpartition("/")
-    return where == _here() and not _runs(int(process))
+    return where == _here() and process.isdecimal() and not _runs(int(process))
+
+
+def _named(content: bytes) -> str:
+    """The driver that a file names. One that was lost with a machine's power may hold zeros or anything: that is nobody, or one never heard of."""
+    return content.decode(errors="replace").replace("\0", "")
 
 
 def _life(driver: str) -> str:
