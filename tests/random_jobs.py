@@ -9,6 +9,7 @@ import random
 import sys
 import tempfile
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -32,8 +33,12 @@ SIZES = [
     "size={buckets: kohya, area: 2304, step: 16, crop: center}",
 ]
 KINDS = ["prompts", "pictures", "masks", "two passes", "encode", "accept", "half-way"]
+MADE = ["latents", "prompt", "seed", "steps", "scheduler", "width", "height"]
 BATCHES = [1, 5]
 """Rows a batch, in the first run and in the second."""
+
+
+Made: TypeAlias = tuple[dict[str, dict[str, object]], list[tuple[str, str]]]
 
 
 class RandomJob:
@@ -69,9 +74,11 @@ class RandomJob:
             words += [f"scheduler.grid={self.draw.choice(GRIDS)}"]
         if self.kind == "two passes":
             last = self.draw.choice(["write", "{name: decode, as: last}, write"])
-            words += [f"flow=[read, encode, denoise, {self.draw.choice(UPSCALES)}, {last}]"]
+            upscale = self.draw.choice(UPSCALES)
+            words += [f"flow=[read, encode, denoise, {upscale}, {last}]"]
             words += [f"stages.refine.sampling={{steps: {self.draw.randint(1, 4)}, strength: 0.5}}"]
-            words += [f"float_pictures={self.draw.choice(['true', 'false'])}"]
+            floats = self.draw.choice(["true", "false"])
+            words += [f"float_pictures={floats}"] * ("image_upscale" in upscale)
         if self.kind == "accept":
             least = self.draw.choice([0.3, 0.5])
             words += ["accept={attempts: 3}"]
@@ -102,11 +109,11 @@ class RandomJob:
             row["mask"] = f"mask{number}.png"
         return {"prompt": draw.choice(PROMPTS), **row, **(sizes if draw.random() < 0.5 else {})}
 
-    def run(self, batch: int, rows_per_shard: int) -> tuple[dict[str, dict[str, object]], list[tuple[str, str]]]:
+    def run(self, batch: int, rows_per_shard: int, *more: str, name: str = "out") -> Made:
         """Its rows, and the reasons of those that failed or were filtered, by id."""
-        output = self.folder / f"out-{batch}"
+        output = self.folder / f"{name}-{batch}"
         sized = [f"stages.{stage}.batch_size={batch}" for stage in self.stages]
-        code = main(["run", *self.words, *sized, f"rows_per_shard={rows_per_shard}", f"output={output}"])
+        code = main(["run", *self.words, *sized, f"rows_per_shard={rows_per_shard}", *more, f"output={output}"])
         assert code in (0, 1), self.words
         made = [row for path in sorted(output.glob("data/*")) for row in pq.read_table(path).to_pylist()]
         told = [json.loads(line) for path in output.glob("*/*.jsonl") for line in path.read_text().splitlines()]
@@ -135,7 +142,20 @@ def differences(seed: int, folder: Path) -> list[str]:
     (alone, told_alone), (together, told) = job.run(BATCHES[0], 3), job.run(BATCHES[1], 100)
     if alone.keys() != together.keys() or told_alone != told:
         return [f"other rows: {alone.keys() ^ together.keys()}, {set(told_alone) ^ set(told)}"]
-    return [f"row {name}: {key}" for name, row in alone.items() for key in row if differ(row[key], together[name][key])]
+    found = [
+        f"row {name}: {key}" for name, row in alone.items() for key in row if differ(row[key], together[name][key])
+    ]
+    if job.kind != "half-way":
+        return found
+    whole, _ = job.run(BATCHES[1], 3, "sampling.until=0", name="whole")
+    stored = ["source=latents", f"source.path={folder / f'out-{BATCHES[0]}'}", "samples_per_row=1", "sampling.until=0"]
+    ended, _ = job.run(BATCHES[0], 100, *stored, name="ended")
+    if len(whole) != len(ended):
+        return [*found, f"{len(whole)} rows in one job, {len(ended)} in two"]
+    pairs = zip(whole.items(), ended.values())
+    return found + [
+        f"row {name} in two jobs: {key}" for (name, one), two in pairs for key in MADE if differ(one[key], two[key])
+    ]
 
 
 if __name__ == "__main__":
