@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -24,6 +26,7 @@ from latentmill.plugin import Stage, tensors
 from latentmill.workers import ray_pool
 from latentmill.workers.cluster import _require_ray, connect
 from latentmill.workers.left import LeftWorkers
+from latentmill.workers.node_folder import node_folder
 from latentmill.workers.nodes import check_placement
 from latentmill.workers.places import Places
 from latentmill.workers.worker import StageWork, WorkerSetup
@@ -367,6 +370,51 @@ def test_a_worker_sees_only_its_own_gpu(tmp_path):
     finally:
         workers.close()
     assert sorted(path.read_text() for path in tmp_path.iterdir()) == ["cuda 0", "cuda 1"]
+
+
+class Comes(Stage):
+    """Notes whether a process had left its device before this one loads."""
+
+    contract = 2
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def load(self, device):
+        (self.folder / "loaded").write_text(str((self.folder / "left").exists()))
+
+    def __call__(self, batch, reject):
+        return batch
+
+
+STAYS = """
+import pathlib, sys
+from latentmill.workers.devices import wait_for
+wait_for(sys.argv[1], ["GPU 0", "GPU 1"], 1.0)
+print(flush=True)
+sys.stdin.read()
+pathlib.Path(sys.argv[2], "left").write_text("")
+"""
+
+
+def test_a_worker_loads_nothing_before_the_process_is_gone_that_had_its_gpu(tmp_path):
+    """Ray gives it the GPU, as it does while a process ends that it has given up."""
+    node = ray.get_runtime_context().get_node_id()
+    command = [sys.executable, "-c", STAYS, node, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as before:
+        assert before.stdout.readline()
+        setup = WorkerSetup((StageWork("denoise", partial(Comes, tmp_path)),), num_cpus=0.1, num_gpus=1)
+        workers = ray_pool.RayPool([setup])
+        try:
+            workers.submit(StartWorker(0, 0))
+            while not any(len(file.read_text().splitlines()) > 1 for file in node_folder("devices").glob(f"{node}-*")):
+                assert not workers.collect(timeout=0.1)
+            before.stdin.close()
+            while not (events := workers.collect(timeout=5)):
+                pass
+        finally:
+            workers.close()
+    assert isinstance(events[0], Started) and (tmp_path / "loaded").read_text() == "True"
 
 
 def test_a_job_joins_the_cluster_at_its_address_and_leaves_it_running(tmp_path, cluster, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,11 +16,14 @@ from latentmill.half_done import HalfDone
 from latentmill.text import secrets
 from latentmill.weights import Reading
 from latentmill.workers.context import enter, this_node
+from latentmill.workers.devices import wait_for
 from latentmill.workers.hosted import StageWork
 from latentmill.workers.meter import memory_held
 from latentmill.workers.speech import Speech, WorkerName
 from latentmill.workers.watch import Notice
 from latentmill.workers.worker import Worker, WorkerSetup
+
+logger = logging.getLogger("latentmill")
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,33 @@ class _Actor(Worker):
         stages: Sequence[StageWork],
         name: WorkerName,
         half_done: HalfDone | None,
+        asks: Mapping[str, float],
     ) -> None:
         enter(folder, environment)
         name = _with_secrets(name)
         self.speech = Speech(name)
         self.speech.begin()
         self.speech.note(f"{name.short} of run {name.run} on {this_node()}, process {os.getpid()}")
+        self._wait_for_devices(asks)
         self.is_ready = self._made_ready(partial(super().__init__, stages, half_done))
+
+    def _wait_for_devices(self, asks: Mapping[str, float]) -> None:
+        assert self.speech is not None
+        here = ray.get_runtime_context()
+        for kind, names in here.get_accelerator_ids().items():
+            if not (share := min(1.0, asks.get(kind, 0.0))):
+                continue
+            try:
+                seconds, taken = wait_for(here.get_node_id(), [f"{kind} {name}" for name in names], share)
+            except OSError as error:  # no file, no pidfd: then nobody knows, and the device is free in almost all cases
+                self.speech.note(f"can't see who has {kind} {', '.join(names)}: {error}")
+                continue
+            if taken:
+                logger.warning(
+                    f"{taken} is still held by a worker before, after {seconds:.0f} s: its memory may not suffice"
+                )
+            elif seconds > 0.1:
+                self.speech.note(f"waited {seconds:.1f} s for the worker before to leave {kind} {', '.join(names)}")
 
     def _made_ready(self, make: Callable[[], None]) -> Ready:
         assert self.speech is not None

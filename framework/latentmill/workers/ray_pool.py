@@ -138,7 +138,8 @@ class RayPool:
             options["scheduling_strategy"] = place
         else:
             self.left.make_room()
-        return REMOTE.options(**options).remote(os.getcwd(), store_environment(), setup.stages, called, setup.half_done)
+        driver = os.getcwd(), store_environment()
+        return REMOTE.options(**options).remote(*driver, setup.stages, called, setup.half_done, setup.asks)
 
     def _dispatch(self, order: Dispatch) -> None:
         actor, stage = self.actors[order.worker], self.stages[order.stage].name
