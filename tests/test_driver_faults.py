@@ -19,6 +19,7 @@ from latentmill.driver.messages import (
     Started,
     StartWorker,
     Stop,
+    TakenUp,
 )
 
 
@@ -297,6 +298,46 @@ def test_half_done_rows_are_written_by_workers_whose_nodes_stay():
     apply(there, Stop("keep"))
     [keep] = decide(there)
     assert keep.task == "keep" and keep.worker > 0
+
+
+def test_what_is_lost_of_rows_that_were_half_done_is_taken_up_again():
+    """And nothing else of their shard: of one row a step has been made since, and another is a new sample by now."""
+
+    def next_take_up():
+        return next(order for order in decide(there) if isinstance(order, Dispatch) and order.task == "take up")
+
+    there = state(sizes=(8, 4, 4, 4, 8), replicas=(9, 2, 3, 1, 1), half_done={0: "00000-1-abcdef01.arrow"})
+    for order in decide(there):
+        apply(there, Started(order.worker_type, order.worker))
+    first = next_take_up()
+    tables = [(2, "a", (0, 1, 5, 6)), (3, "a", (7, 8)), (5, "a", (9,))]
+    apply(there, TakenUp(first.id, tables))
+    [batch] = [order for order in decide(there) if isinstance(order, Dispatch) and order.stage == 2]
+    assert tuple(batch.rows) == (0, 1, 5, 6)
+    there.attempt_of[5] = 1
+    apply(there, Failed(batch.id, "lost", "its node is gone"))
+    again = next_take_up()
+    assert (again.shard, again.file, [*again.rows]) == (0, first.file, [0, 1, 6])
+    assert [5] in [[*order.rows] for order in there.in_flight.values() if order.task == "read"] + [*there.to_read]
+    apply(there, Failed(again.id, "lost", "its node is gone, too"))
+    again = next_take_up()
+    apply(there, TakenUp(again.id, tables))
+    waiting = [slice_ for slices in there.queues[2].slices.values() for slice_ in slices]
+    assert [(slice_.block, slice_.start, slice_.rows) for slice_ in waiting] == [
+        (again.id, 0, (0, 1)),
+        (again.id, 3, (6,)),
+    ]
+    apply(there, Died(0, again.worker, "its node has died", with_node=True))
+    assert there.blocks[again.id] == 3 and not there.to_take_up
+
+
+def test_a_worker_that_goes_with_its_node_as_it_takes_rows_up_leaves_that_to_another():
+    there = state(half_done={0: "00000-1-abcdef01.arrow"})
+    for order in decide(there):
+        apply(there, Started(order.worker_type, order.worker))
+    [take_up] = [order for order in decide(there) if isinstance(order, Dispatch) and order.task == "take up"]
+    apply(there, Died(0, take_up.worker, "its node has died", with_node=True))
+    assert [*there.to_take_up] == [(0, take_up.file, range(16))] and range(16) not in there.to_read
 
 
 def test_one_row_alone_is_not_quarantined_for_a_death_or_two():

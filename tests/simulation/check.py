@@ -29,8 +29,8 @@ def check(state: DriverState, largest: list[int], resumes: bool = False) -> None
     found: list[int] = []
     for rows in state.to_read:
         found += rows
-    for number, _ in state.to_take_up:
-        found += state.shard_rows(number)
+    for *_, rows in state.to_take_up:
+        found += rows
     for stage in range(len(state.stages)):
         for queue in state.queues[stage].slices.values():
             for slice_ in queue:

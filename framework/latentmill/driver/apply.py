@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from itertools import groupby
 from math import inf
 
 from latentmill.driver import drain, ended, failures, needed
@@ -25,7 +26,7 @@ from latentmill.driver.messages import (
     TakenOut,
     TakenUp,
 )
-from latentmill.driver.state import DriverState
+from latentmill.driver.state import DriverState, TakenUpRows
 from latentmill.driver.waiting import Retry
 from latentmill.plugin import Filtered
 
@@ -96,7 +97,7 @@ def _comes_too_late(state: DriverState, dispatch: Dispatch) -> bool:
 
 
 def _dispatch_failed(state: DriverState, dispatch: Dispatch, event: Failed) -> None:
-    if dispatch.task in ("keep", "take up"):
+    if dispatch.task == "keep" or (dispatch.task == "take up" and event.cause != "lost"):
         failures.try_again(state, dispatch, dispatch.failures, event.reason)
     elif event.cause == "lost":
         failures.data_lost(state, dispatch, event.reason)
@@ -160,6 +161,7 @@ def _dispatch_finished(state: DriverState, dispatch: Dispatch, event: Finished) 
 
 def _shard_committed(state: DriverState, dispatch: Dispatch) -> None:
     shard = state.shards.pop(dispatch.shard)
+    state.taken_up.pop(dispatch.shard, None)
     if state.fixed:
         for stage in range(1, len(state.stages)):
             for row in dispatch.rows[:: state.stages[stage].batch_size]:
@@ -231,32 +233,53 @@ def _handed_over(state: DriverState, dispatch: Dispatch, event: HandedOver) -> N
 
 
 def _taken_up(state: DriverState, dispatch: Dispatch, event: TakenUp) -> None:
-    """Rows are where they were when a driver stopped. All others of the shard begin from the source."""
+    """Rows are where they were when a driver stopped, those that were asked for. All others of these begin from the source."""
     left = dict.fromkeys(dispatch.rows)
-    state.attempt_of.update(event.attempts)
+    for row in left.keys() & event.attempts.keys():  # of a Counter, update would add to what is there
+        state.attempt_of[row] = event.attempts[row]
     last = len(state.stages)
     names = [spec.name for spec in state.stages]
-    wanted = sum(len(rows) for _, _, rows in event.tables)
-    if wanted:  # of its bytes nobody is asked: those of packed rows don't count, and the driver that stopped had room for the others
-        state.blocks[dispatch.id] = wanted
-    else:
-        state.released.append(dispatch.id)
     for about in event.filtered:
+        if about["row"] not in left:
+            continue
         stage = names.index(about["stage"])
         _passed(state, [about["row"]], stage + 1)
         left.pop(about["row"])
         ended.filtered_before(state, about, stage)
-    for table, (stage, shape_key, rows) in enumerate(event.tables):
-        for row in rows:
+    slices = [
+        (stage, shape_key, slice_)
+        for table, (stage, shape_key, rows) in enumerate(event.tables)
+        for slice_ in _asked_for(TableSlice(dispatch.id, table, 0, len(rows), tuple(rows)), left)
+    ]
+    found = [row for *_, slice_ in slices for row in slice_.rows]
+    if found:  # of its bytes nobody is asked: those of packed rows don't count, and the driver that stopped had room for the others
+        state.blocks[dispatch.id] = len(found)
+        state.taken_up.setdefault(
+            dispatch.shard, TakenUpRows(dispatch.file, {row: state.attempt_of[row] for row in found})
+        )
+    else:
+        state.released.append(dispatch.id)
+        state.taken_up.pop(dispatch.shard, None)
+    for stage, shape_key, slice_ in slices:
+        for row in slice_.rows:
             del left[row]
-        _passed(state, rows, stage)
-        slice_ = TableSlice(dispatch.id, table, 0, len(rows), tuple(rows))
+        _passed(state, slice_.rows, stage)
         if stage == last:
             _arrive(state, slice_)
         else:
             _put(state, stage, shape_key, slice_)
     if left:
         state.to_read.appendleft(list(left))
+
+
+def _asked_for(slice_: TableSlice, rows: Collection[int]) -> Iterator[TableSlice]:
+    """The parts of a slice that are of these rows."""
+    start = 0
+    for asked, run in groupby(slice_.rows, lambda row: row in rows):
+        stop = start + len([*run])
+        if asked:
+            yield slice_.sub(start, stop)
+        start = stop
 
 
 def _passed(state: DriverState, rows: Sequence[int], stage: int) -> None:

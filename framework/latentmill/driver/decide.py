@@ -123,8 +123,8 @@ def _reads(state: DriverState, room: bool = True) -> Iterator[Dispatch]:
         if worker is None:
             return
         if state.to_take_up:
-            shard, file = state.to_take_up.popleft()
-            yield state.given(Dispatch(-1, "take up", 0, worker, state.shard_rows(shard), shard=shard, file=file))
+            shard, file, rows = state.to_take_up.popleft()
+            yield state.given(Dispatch(-1, "take up", 0, worker, rows, shard=shard, file=file))
             continue
         if queue.retries:
             retry = queue.next_retry()
@@ -169,7 +169,7 @@ def _open_shard(state: DriverState) -> bool:
     rows = state.shard_rows(shard)
     state.shards[shard] = OpenShard(missing=set(rows))
     if file := state.half_done.pop(shard, ""):
-        state.to_take_up.append((shard, file))
+        state.to_take_up.append((shard, file, rows))
     else:
         state.to_read.append(rows)
     return True

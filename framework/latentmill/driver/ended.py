@@ -56,10 +56,32 @@ def filtered(state: DriverState, stage: int, rows: Sequence[tuple[int, Filtered]
 
 def begin_again(state: DriverState, stage: int, rows: Sequence[int]) -> None:
     """Rows that had come to a stage begin again from the source, and first of all."""
-    for row in rows:
-        for before in range(1, stage + 1) if state.fixed else ():
-            state.queues[before].account(state.chunk(before, row), -1)
+    _comes_back(state, stage, rows)
     state.to_read.appendleft(rows)
+
+
+def lost(state: DriverState, stage: int, rows: Sequence[int]) -> None:
+    """What rows were that had come to a stage is gone: they go on from where a driver left them half done, if one did and it is the same
+    sample; else they begin again from the source.
+    """
+    _comes_back(state, stage, rows)
+    kept: dict[int, list[int]] = {}
+    from_source = []
+    for row in rows:
+        number = row // state.rows_per_shard
+        if number in state.taken_up and state.taken_up[number].attempt_of.get(row) == state.attempt_of[row]:
+            kept.setdefault(number, []).append(row)
+        else:
+            from_source.append(row)
+    state.to_take_up.extend((number, state.taken_up[number].file, some) for number, some in kept.items())
+    if from_source:
+        state.to_read.appendleft(from_source)
+
+
+def _comes_back(state: DriverState, stage: int, rows: Sequence[int]) -> None:
+    for row in rows if state.fixed else ():
+        for before in range(1, stage + 1):
+            state.queues[before].account(state.chunk(before, row), -1)
 
 
 def settle(state: DriverState, number: int) -> None:

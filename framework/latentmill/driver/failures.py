@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from latentmill.driver.ended import begin_again, quarantine
+from latentmill.driver.ended import lost, quarantine
 from latentmill.driver.limits import (
     MAX_CONSECUTIVE_FAILURES,
     MAX_DEATHS_PER_REPLICA,
@@ -198,7 +198,7 @@ def worker_died(state: DriverState, event: Died) -> None:
     _replace_worker(state, event.worker_type, event.worker, {} if event.with_node else rows, event.reason)
     for dispatch in held:
         if event.with_node and max((state.losses[row] for row in dispatch.rows), default=0) <= MAX_LOSSES_PER_ROW:
-            try_again(state, dispatch, dispatch.failures)
+            _give_to_another(state, dispatch)
             continue
         # Of several it may have been any: each is tried again alone, whatever the stage's retries. And one row alone
         # twice more, since workers die for other reasons, too.
@@ -223,6 +223,14 @@ def _stop_worker(state: DriverState, stage: int, worker: int, reason: str) -> No
     held = state.worker_gone(worker_type, worker)
     _replace_worker(state, worker_type, worker, {stage: set()}, reason)
     for dispatch in held:
+        _give_to_another(state, dispatch)
+
+
+def _give_to_another(state: DriverState, dispatch: Dispatch) -> None:
+    """Give a dispatch out anew that did not fail: its worker is gone for other reasons."""
+    if dispatch.task == "take up":
+        state.to_take_up.appendleft((dispatch.shard, dispatch.file, dispatch.rows))
+    else:
         try_again(state, dispatch, dispatch.failures)
 
 
@@ -255,7 +263,7 @@ def _replace_worker(
 
 
 def data_lost(state: DriverState, dispatch: Dispatch, reason: str) -> None:
-    """The data of these rows is gone with a node: they begin again from the source, each with the attempt that it is at."""
+    """The data of these rows is gone with a node: they begin again, each with the attempt that it is at."""
     rows = list(dispatch.rows)
     if dispatch.task == "commit":
         shard = state.shards[dispatch.shard]
@@ -273,5 +281,7 @@ def data_lost(state: DriverState, dispatch: Dispatch, reason: str) -> None:
             quarantine(state, row, dispatch.stage, f"lost {MAX_LOSSES_PER_ROW} times with its node: {reason}")
             continue
         again.append(row)
-    if again:
-        begin_again(state, dispatch.stage, again)
+    if again and dispatch.task == "take up":
+        state.to_take_up.append((dispatch.shard, dispatch.file, again))
+    elif again:
+        lost(state, dispatch.stage, again)

@@ -30,6 +30,14 @@ class OpenShard:
     failures: int = 0
 
 
+class TakenUpRows(NamedTuple):
+    """What the file of a shard had."""
+
+    file: str
+    attempt_of: Mapping[int, int]
+    """Of each row the attempt that it was at."""
+
+
 class Suspect(NamedTuple):
     """A row that failed alone, of which is not known yet whether it, its worker or its stage is to blame."""
 
@@ -96,8 +104,10 @@ class DriverState:
     """Those that are open."""
     half_done: dict[int, str] = field(default_factory=dict)
     """Shards of which rows were left half done, each with its file."""
-    to_take_up: deque[tuple[int, str]] = field(default_factory=deque)
-    """Open shards whose half-done rows are to be taken up, with their files."""
+    to_take_up: deque[tuple[int, str, Sequence[int]]] = field(default_factory=deque)
+    """Of open shards the rows that are to be taken up, as far as they were left half done, each with the file."""
+    taken_up: dict[int, TakenUpRows] = field(default_factory=dict)
+    """Of open shards what was taken up: if it is lost with a node, it is taken up again."""
     stopping: Stopping = field(default_factory=Stopping)
     complete: dict[int, None] = field(default_factory=dict)
     """Of those the ones of which nothing is missing and which wait for their commit, in that order."""
