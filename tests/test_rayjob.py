@@ -64,7 +64,7 @@ def test_what_a_retry_helps_ends_with_its_code(dashboard, code):
     assert running.returncode == code and stopped == []
 
 
-@pytest.mark.parametrize("code", [2, 3])
+@pytest.mark.parametrize("code", [2, 3, 5])
 def test_what_no_retry_helps_stops_its_job(dashboard, code):
     address, stopped, asked = dashboard
     running = started(code, address)

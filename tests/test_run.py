@@ -226,7 +226,7 @@ def test_latents_of_one_vae_are_refused_by_another_before_anything_starts(tmp_pa
 def test_a_run_in_which_no_row_succeeded_is_no_success(tmp_path, capsys):
     (tmp_path / "bad.txt").write_text("a zebra\na lion\n")
     settings = [f"source.path={tmp_path}/bad.txt", "cluster=inline", f"output={tmp_path}/out", "samples_per_row=1"]
-    assert main(["run", "txt2img", *settings]) == 1
+    assert main(["run", "txt2img", *settings]) == 5
     assert "2 rows, each with its reason" in capsys.readouterr().out
     whole_errors = [json.loads(line)["reason"] for line in (tmp_path / "out/errors/00000.jsonl").open()]
     assert len(whole_errors) == 2

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno as numbers
 
+NO_ROW = 5
+"""The exit code of a run after which the dataset is complete, and not one row is ok: the same command would have nothing to do."""
+
 
 class LatentmillError(Exception):
     """What all have in common. The command line prints the line and ends with ``exit_code``: see ``cli.main``."""

@@ -84,8 +84,8 @@ class Offer:
         return record
 
 
-def prepare(job: str, overrides: Sequence[str], to: str) -> Offer:
-    """What ``latentmill submit JOB --to NAME`` would send. Raises JobError or PluginError for what is wrong with it."""
+def prepare(job: str, overrides: Sequence[str], to: str, grow: bool = False) -> Offer:
+    """What ``latentmill submit JOB --to NAME`` would send; ``grow``: as of ``run``. Raises JobError or PluginError for what is wrong with it."""
     about_target = [word for word in overrides if word.startswith(PREFIX)]
     overrides = [word for word in overrides if not word.startswith(PREFIX)]
     target = load_target(to, about_target, job)
@@ -115,6 +115,7 @@ def prepare(job: str, overrides: Sequence[str], to: str) -> Offer:
         without_ray=checked.cluster.kind == "inline",
         waits=checked.cluster.wait is not None,
         grace=checked.grace_seconds,
+        grow=grow,
     )
     with asking_target(launcher, checked.config):
         files = launcher.files(submission)

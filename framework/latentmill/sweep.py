@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from latentmill import storage, values
 from latentmill.config import Job, load_job
 from latentmill.dataset import load
-from latentmill.errors import JobError, LatentmillError
+from latentmill.errors import NO_ROW, JobError, LatentmillError
 from latentmill.plan_files import FIRST_PLAN
 from latentmill.report.side_by_side import make_side_by_side
 from latentmill.runner import Result, run
@@ -117,7 +117,7 @@ def run_sweep(sweep: Sweep, tell: Callable[[str], None], **options: Any) -> int:
             tell("".join(f"  {line}\n" for line in result.text.splitlines()).rstrip("\n"))
             if result.interrupted:
                 return 130
-            code = code or (1 if result.failed and not result.ok else 0)
+            code = code or (NO_ROW if result.failed and not result.ok else 0)
             done.append(label)
     tell(f"{len(done)} of {len(sweep.jobs)} jobs are done")
     try:

@@ -49,12 +49,12 @@ def test_the_schema_sees_what_is_wrong(latentmill, where, key, says):
 
 
 def test_what_the_first_machine_does(latentmill, tmp_path, monkeypatch):
-    task = shown(latentmill, job(JOBS["cpu"], "a $b c"), "skypilot", IMAGE, "target.retries=2")
+    task = shown(latentmill, job(JOBS["cpu"], "a $b c"), "skypilot", IMAGE, "target.retries=2", "--grow")
     monkeypatch.setenv("HOME", str(tmp_path))
     ray = program(tmp_path, monkeypatch, "ray", [["start", 0, ""]])
     program(tmp_path, monkeypatch, "sleep", [["", 0, ""]])
     around = {**os.environ, "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NODE_RANK": "0", "SKYPILOT_NUM_NODES": "2"}  # fmt: skip
-    for code, runs in [(0, 1), (1, 3), (2, 1), (3, 1), (4, 3), (130, 1)]:
+    for code, runs in [(0, 1), (1, 3), (2, 1), (3, 1), (4, 3), (5, 1), (130, 1)]:
         (tmp_path / "latentmill.calls").unlink(missing_ok=True)
         calls = program(tmp_path, monkeypatch, "latentmill", [["run", code, "x"]])
         ran = subprocess.run(
@@ -64,6 +64,7 @@ def test_what_the_first_machine_does(latentmill, tmp_path, monkeypatch):
     [call] = calls()
     assert call["words"] == [
         "run",
+        "--grow",
         "a $b c.yaml",
         "cluster.wait=10m",
         "cluster.kind=ray",

@@ -146,18 +146,18 @@ def test_a_backslash_is_kept_from_sbatch(script, tmp_path, monkeypatch):
     [
         (0, True, 1),
         (1, False, 4),
-        (1, True, 1),
+        (1, True, 4),
         (2, False, 1),
         (3, False, 1),
         (4, False, 4),
         (4, True, 4),
+        (5, True, 1),
         (130, False, 4),
     ],
 )
 def test_it_goes_back_to_the_queue_where_a_retry_may_help(script, tmp_path, code, done, lives):
     """The script is run as Slurm would, for as long as it asks to be put back; and it does so no more than 4 times in a row.
-
-    Exit code 1 of a dataset that is ``done``: not one row came out right, and none would.
+    Exit code 5: all is ``done``, and not one row came out right.
     """
     commands, folder, out = tmp_path / "bin", tmp_path / "a folder", tmp_path / "out"
     for path in (commands, folder, out):

@@ -9,7 +9,7 @@ from typing import Any
 
 from latentmill import storage
 from latentmill.commands.command import Command, add_grow, add_job
-from latentmill.errors import JobError, PlanError
+from latentmill.errors import NO_ROW, JobError, PlanError
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +59,7 @@ def _run(options: Any) -> int:
     print(result.text)
     if result.interrupted:
         return 130
-    return 1 if result.failed and not result.ok else 0  # not one row: whoever started this wants to know
+    return NO_ROW if result.failed and not result.ok else 0
 
 
 def _retried(options: Any) -> Callable[[Mapping[str, Any]], bool] | None:

@@ -6,11 +6,12 @@ import argparse
 from typing import Any
 
 from latentmill import registry
-from latentmill.commands.command import Command, add_job
+from latentmill.commands.command import Command, add_grow, add_job
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
     add_job(parser)
+    add_grow(parser)
     there = ", ".join(sorted({entry.name for entry in registry.entries("launcher")}))
     parser.add_argument(
         "--to",
@@ -26,7 +27,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _submit(options: Any) -> int:
     from latentmill import submissions
 
-    offer = submissions.prepare(options.job, options.overrides, options.to)
+    offer = submissions.prepare(options.job, options.overrides, options.to, options.grow)
     if options.dry_run:
         for number, (name, text) in enumerate(offer.files.items()):
             print(f"{'' if number == 0 else chr(10)}# ---- {name}")

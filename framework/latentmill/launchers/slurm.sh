@@ -70,8 +70,6 @@ finish() { # with this exit code, or in the queue again
     if [ "$requeue" ] && [ -z "$cancelled" ] && [ "$code" != 0 ] && [ "$state" = RUNNING ]; then
         if [ "$drained" ] && [ "$begun" ]; then
             rm -f "$beside/failures-$task"
-        elif [ "$code" = 1 ] && [ "$output" ] && [ -e "$output/_SUCCESS" ]; then # all is done, and not one row came out right
-            failures=$((retries + 1))
         elif [ "$drained" ] || [[ " $again_after " == *" $code "* ]]; then
             echo "$code" >>"$beside/failures-$task"
             failures=$(wc -l <"$beside/failures-$task")

@@ -55,6 +55,8 @@ class Submission:
     """The job says itself how long it waits for nodes: ``cluster.wait``."""
     grace: float
     """Seconds that its driver takes to end, once it is told to."""
+    grow: bool = False
+    """``--grow``: rows that have come to the source since are taken in."""
 
     @property
     def file(self) -> str:
@@ -71,7 +73,7 @@ class Submission:
         joined = [] if address is None else ["cluster.kind=ray", f"cluster.address={address}"]
         waiting = [] if wait is None or self.waits else [f"cluster.wait={wait}"]
         here = f"./{self.file}" if self.file.startswith("-") else self.file  # else it would be an option
-        return ["latentmill", "run", file or here, *joined, *waiting]
+        return ["latentmill", "run", *["--grow"] * self.grow, file or here, *joined, *waiting]
 
     def check_grace(self, grace: int) -> None:
         """Raises ValueError if a target that gives a driver so many seconds would kill it before it has ended."""
