@@ -65,6 +65,15 @@ def test_a_token_of_this_user_keeps_nobody_from_a_cluster_without_one(latentmill
         disconnect()
 
 
+def test_a_ray_that_does_not_come_up_in_time_is_a_reason_to_try_later(latentmill, job, alone):
+    def times_out(**_):
+        raise Exception("The current node timed out during startup.")  # what Ray raises
+
+    alone.setattr(ray, "init", times_out)
+    assert latentmill("run", *job, "cluster=local") == 4
+    assert "latentmill: Ray did not start here in time: The current node timed out during startup." in latentmill.err
+
+
 def test_nobody_collects_garbage_while_ray_is_left(monkeypatch):
     """It may have references of Ray in it: Ray ends the process of whoever lets go of one meanwhile."""
     collects = []
