@@ -5,6 +5,7 @@ import gc
 import pytest
 
 pytest_plugins = ["tests.processes"]
+gc.disable()  # a sixth of what it takes to import torch, Ray and diffusers is the collector, which finds nothing there
 
 
 def pytest_collection(session):
@@ -23,6 +24,7 @@ def pytest_collection_finish(session):
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 10)
+    gc.enable()
     if session.config.option.processes > 1:
         from tests import ray_forks
 

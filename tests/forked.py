@@ -65,10 +65,12 @@ def serve(number):
 
     end_with_parent()
     paths = sys.path[1:]
+    gc.disable()  # there is no garbage in what is imported
     exec(IMPORTED, {})
     configured = address(sys.modules["ray._raylet"].__file__, CONFIGURED)
     gc.collect()
     gc.freeze()
+    gc.enable()
     print("ready", flush=True)
     children = {}
     ended, wakeup = socket.socketpair()

@@ -8,6 +8,7 @@ there. A module that isn't found by its name, as a file of tests may be, is read
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import importlib.util
 import io
@@ -175,6 +176,7 @@ def _receive(file: IO[bytes]) -> bytes:
 
 def serve() -> None:
     """Answer until there are no more questions. What plugins print goes to stderr."""
+    gc.set_threshold(20_000, 20, 10)  # plugins import whole libraries, in which there is no garbage
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     while True:
