@@ -40,6 +40,8 @@ COMPEL = {
     "FluxPipeline": "CompelForFlux",
 }
 """What compel calls its classes, by pipeline."""
+COMPEL_READERS = ("compel", "compel_1", "compel_2")
+"""What its classes call those that read a prompt, one for each text encoder."""
 
 
 class DiffusersTextEncoder(TextEncoder):
@@ -142,9 +144,7 @@ class DiffusersTextEncoder(TextEncoder):
         self._pipeline.to(device)
         self._device = device
         if self.compel:
-            import compel
-
-            self._compel = getattr(compel, COMPEL[self.folder.pipeline])(self._pipeline)
+            self._compel = self._compel_of(self._pipeline)
             self._nothing = self._compel("").embeds
 
     def _with_network_s_config(self, pipeline: Any) -> Any:
@@ -164,7 +164,7 @@ class DiffusersTextEncoder(TextEncoder):
             if prompt.isascii() and len(prompt) <= self._room:  # a token has a character or more
                 return "", False
             return tokens.warning_of(self._read(prompt), prompt)
-        readers = [getattr(self._reading, name) for name in ("compel_1", "compel_2") if hasattr(self._reading, name)]
+        readers = [getattr(self._reading, name) for name in COMPEL_READERS[1:] if hasattr(self._reading, name)]
         with quiet(self._silent):
             return tokens.warning_of([each for reader in readers for each in _cut_by_compel(reader, prompt)], prompt)
 
@@ -226,9 +226,16 @@ class DiffusersTextEncoder(TextEncoder):
     @cached_property
     def _reading(self) -> Any:
         """compel, to ask what it reads of a prompt; it encodes nothing."""
+        return self._compel_of(self._silent)
+
+    def _compel_of(self, pipeline: Any) -> Any:
         import compel
 
-        return getattr(compel, COMPEL[self.folder.pipeline])(self._silent)
+        made = getattr(compel, COMPEL[self.folder.pipeline])(pipeline)
+        for name in COMPEL_READERS:
+            if hasattr(made, name):
+                getattr(made, name).parse_prompt_string = _parsed
+        return made
 
     @property
     def _reader_of_compel(self) -> Any:
@@ -311,7 +318,7 @@ class DiffusersTextEncoder(TextEncoder):
         return required | {name: value for name, value in told.items() if value not in (None, inspect.Parameter.empty)}
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=256)
 def _parsed(prompt: str) -> Any:
     """What compel makes of a prompt, which nobody may change. It takes a second for a few hundred words, and several ask."""
     from compel import Compel
