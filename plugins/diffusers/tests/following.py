@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+from functools import cache
 from types import SimpleNamespace
 
 import diffusers
@@ -39,18 +40,27 @@ class Network:
     """A fixed, smooth, non-linear function of latents ``[B, ...]`` and timesteps ``[B]``."""
 
     def __init__(self):
-        generator = torch.Generator().manual_seed(0)
-        self.weight = torch.randn(3, 3, generator=generator).double() / 2
-        self.bias = torch.randn(3, 1, 1, generator=generator).double()
+        self.weight, self.bias = weights()
 
     def __call__(self, x, timestep):
         swing = torch.cos(timestep.double() / 300).reshape(-1, 1, 1, 1)
-        return 0.6 * x + torch.tanh(torch.einsum("ij,bjhw->bihw", self.weight, x) + self.bias * swing)
+        return 0.6 * x + torch.tanh((self.weight @ x.flatten(2)).view_as(x) + self.bias * swing)
+
+
+@cache
+def weights():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3, 3, generator=generator).double() / 2, torch.randn(3, 1, 1, generator=generator).double()
 
 
 def noise_of(timestep):
     """The noise that is drawn at a timestep."""
-    return torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(round(31.4159 * timestep) + 1000)).double()
+    return drawn_by(round(31.4159 * timestep) + 1000).clone()
+
+
+@cache
+def drawn_by(seed):
+    return torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(seed)).double()
 
 
 class Drawn(Field):

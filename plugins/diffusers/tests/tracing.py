@@ -7,6 +7,7 @@ what a tolerance of 1e-6 is for.
 import copy
 import importlib
 import inspect
+import json
 import math
 from functools import cache
 
@@ -27,22 +28,29 @@ class Network:
     """A fixed, smooth, non-linear function of latents ``[B, ...]`` and timesteps ``[B]``."""
 
     def __init__(self):
-        generator = torch.Generator().manual_seed(0)
-        self.weight = torch.randn(3, 3, generator=generator).double() / 2
-        self.bias = torch.randn(3, 1, 1, generator=generator).double()
+        self.weight, self.bias = weights()
 
     def __call__(self, x, timestep):
         # One row after another, so that a row's bits are the same in any company.
-        mixed = torch.stack([torch.einsum("ij,jhw->ihw", self.weight, row) for row in x])
+        mixed = torch.stack([(self.weight @ row.flatten(1)).view_as(row) for row in x])
         swing = torch.tensor([math.cos(t / 300) for t in timestep.tolist()]).double().reshape(-1, 1, 1, 1)
         return 0.6 * x + torch.tanh(mixed + self.bias * swing)
 
 
+@cache
+def weights():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3, 3, generator=generator).double() / 2, torch.randn(3, 1, 1, generator=generator).double()
+
+
 def noise_of(seed, timestep):
     """The noise that a row draws at a timestep."""
-    return torch.randn(
-        SHAPE, generator=torch.Generator().manual_seed(round(1e4 * timestep) + 10_000_019 * seed)
-    ).double()
+    return drawn_by(round(1e4 * timestep) + 10_000_019 * seed).clone()
+
+
+@cache
+def drawn_by(seed):
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)).double()
 
 
 class NetworkField(Field):
@@ -123,10 +131,15 @@ def setting(name, prediction):
     return settings, VariancePreserving(), PREDICTIONS[prediction]
 
 
+@cache
+def made(name, settings):
+    return getattr(diffusers, name)(**json.loads(settings))
+
+
 def directly(monkeypatch, name, steps, kept, settings, seed, trailing=False, in_step=None, prediction=None):
     """The final latents of the class itself, called as the pipelines call it."""
     cls = getattr(diffusers, name)
-    scheduler = cls(**settings)
+    scheduler = copy.deepcopy(made(name, json.dumps(settings)))
     drawn = {}
     module = importlib.import_module(cls.__module__)
     for where, function in ((module, "randn_tensor"), (torch, "randn_like")):
