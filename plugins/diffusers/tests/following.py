@@ -48,6 +48,11 @@ class Network:
 
 
 @cache
+def parameters_of(function):
+    return inspect.signature(function).parameters
+
+
+@cache
 def weights():
     generator = torch.Generator().manual_seed(0)
     return torch.randn(3, 3, generator=generator).double() / 2, torch.randn(3, 1, 1, generator=generator).double()
@@ -114,9 +119,7 @@ def theirs(scheduler, steps, monkeypatch, eta):
     for where, function in ((module, "randn_tensor"), (torch, "randn_like")):
         if hasattr(where, function):
             monkeypatch.setattr(where, function, lambda *a, **k: drawn["noise"].to(k.get("dtype") or torch.float64))
-    in_step, in_grid = (
-        inspect.signature(function).parameters for function in (scheduler.step, scheduler.set_timesteps)
-    )
+    in_step, in_grid = map(parameters_of, (type(scheduler).step, type(scheduler).set_timesteps))
     more = {"eta": 0.0} if eta and "eta" in in_step else {}
     mu = {}
     if scheduler.config.get("use_dynamic_shifting") and "mu" in in_grid:
@@ -198,7 +201,7 @@ class Class:
 
     def __call__(self, settings, steps, as_pipelines):
         """The final latents, or None where it fails or is not finite."""
-        told = "eta" in inspect.signature(getattr(diffusers, self.name).step).parameters
+        told = "eta" in parameters_of(getattr(diffusers, self.name).step)
         key = json.dumps(settings, sort_keys=True), steps, as_pipelines and (told or "use_dynamic_shifting" in settings)
         if key not in self.made:
             with pytest.MonkeyPatch.context() as patch:

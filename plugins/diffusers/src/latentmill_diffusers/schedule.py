@@ -11,7 +11,7 @@ import json
 import traceback
 import warnings
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -53,7 +53,20 @@ def scheduler_of(folder: Folder) -> Any:
 
     Raises ValueError if there is none of its name, or it doesn't take the config.
     """
-    return copy.deepcopy(shared_scheduler_of(folder))
+    return copied(shared_scheduler_of(folder))
+
+
+def copied(scheduler: Any) -> Any:
+    """A copy of a scheduler, whose config nobody can change. ``deepcopy`` takes ten times as long for a tensor as ``clone``."""
+    config = scheduler._internal_dict
+    tensors = {id(value): value.clone() for value in vars(scheduler).values() if isinstance(value, Tensor)}
+    return copy.deepcopy(scheduler, {id(config): config, **tensors})
+
+
+@cache
+def parameters_of(function: Any) -> frozenset[str]:
+    """The names of what a function takes."""
+    return frozenset(inspect.signature(function).parameters)
 
 
 def shared_scheduler_of(folder: Folder) -> Any:
@@ -237,7 +250,7 @@ def set_timesteps(scheduler: Any, steps: int, told: Mapping[str, Any]) -> None:
 
     Raises ValueError, in one line, if it can't be made.
     """
-    known = inspect.signature(scheduler.set_timesteps).parameters
+    known = parameters_of(type(scheduler).set_timesteps)
     given = {name: value for name, value in told.items() if name in known}
     if scheduler.config.get("use_flow_sigmas"):
         given.pop("sigmas", None)

@@ -7,7 +7,6 @@ is measured: settings decide it, and those of a newer diffusers, too.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 from collections.abc import Collection, Mapping, Sequence
@@ -31,8 +30,10 @@ from latentmill_diffusers.folder import LOCATION, Folder
 from latentmill_diffusers.hub import weights_of
 from latentmill_diffusers.schedule import (
     changed,
+    copied,
     mended,
     noise_schedule_of,
+    parameters_of,
     prediction_of,
     said,
     set_timesteps,
@@ -84,12 +85,12 @@ def _solver_of(scheduler: Any, pipeline: str) -> str:
     for steps in TRIED:
         told = schedule(scheduler.config, steps, traced.REFERENCE_SHAPE)
         try:
-            wanted = _itself(copy.deepcopy(scheduler), steps, told)
+            wanted = _itself(copied(scheduler), steps, told)
         except ValueError:
             raise
         except Exception as error:  # whatever the class has against its settings
             raise ValueError(f"{name}: {said(error)}") from error
-        found = _by(solver(), copy.deepcopy(scheduler), steps, told)
+        found = _by(solver(), copied(scheduler), steps, told)
         if found is None or not float((found - wanted).norm()) <= SAME * float(wanted.norm()):
             return ""
     return label
@@ -116,7 +117,7 @@ class _Drawn(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.randn, torch.randn_like):
+        if func in trace.DRAWS:
             return self.noise.to(kwargs.get("dtype") or torch.float64)
         return func(*args, **kwargs)
 
@@ -126,7 +127,7 @@ def _itself(scheduler: Any, steps: int, told: Mapping[str, Any]) -> Tensor:
     set_timesteps(scheduler, steps, told)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
-    given = {"eta": 0.0} if "eta" in trace.parameters_of(type(scheduler).step) else {}
+    given = {"eta": 0.0} if "eta" in parameters_of(type(scheduler).step) else {}
     if _is_brownian(scheduler):  # of its tree we have no counterpart: without noise the rest is the same or not
         scheduler.noise_sampler = lambda sigma, after: torch.zeros_like(PIXELS)
     x = _noise(torch.tensor(-1.0)) * float(getattr(scheduler, "init_noise_sigma", 1.0))

@@ -15,13 +15,12 @@ belong together, a *group*, and are one step of ours: Heun's, for one, evaluates
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -33,7 +32,18 @@ from torch.overrides import TorchFunctionMode
 from latentmill.text import near
 from latentmill_diffusers.families import FAMILIES, shift
 from latentmill_diffusers.folder import Folder
-from latentmill_diffusers.schedule import FLOWS, PREDICTIONS, changed, is_flow, mend, require_known, said, set_timesteps
+from latentmill_diffusers.schedule import (
+    FLOWS,
+    PREDICTIONS,
+    changed,
+    copied,
+    is_flow,
+    mend,
+    parameters_of,
+    require_known,
+    said,
+    set_timesteps,
+)
 
 BETAS = {"beta_start", "beta_end", "beta_schedule", "trained_betas", "snr_shift_scale", "rescale_betas_zero_snr"}
 """Settings that say what the noise schedule is."""
@@ -41,6 +51,9 @@ Limit: TypeAlias = Callable[[Tensor], Tensor]
 """What clipping or thresholding makes of latents, row by row."""
 UNIT = 1024.0
 """What latents are multiplied with to see whether a scheduler is linear: a power of two, so that nothing is rounded."""
+
+DRAWS = frozenset({torch.randn, torch.randn_like})
+WATCHED = DRAWS | {torch.clamp, Tensor.clamp}
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ class Table:
 def trace(name: str, settings: str, steps: int, begin: int, told: str, betas: bytes) -> Table:
     """The table of a class's last ``steps - begin`` of ``steps`` steps; ``told`` is what its grid is told besides."""
     made = make(name, settings, betas)
-    scheduler, in_step = copy.deepcopy(made.scheduler), made.in_step
+    scheduler, in_step = copied(made.scheduler), made.in_step
     set_timesteps(scheduler, steps, json.loads(told))
     begin *= getattr(scheduler, "order", 1)
     timesteps = scheduler.timesteps[begin:]
@@ -207,8 +220,8 @@ def _mix(scheduler: Any, timesteps: Tensor) -> Tensor:
     elif hasattr(scheduler, "scale_noise"):
         # Each asks a copy, since FlowMatchHeun's keeps the first timestep that it was asked for.
         each = list(zip(timesteps[:, None], one[:1].expand(len(timesteps), 1, 1, 1, 1)))
-        alpha = torch.cat([copy.deepcopy(scheduler).scale_noise(x, t, 0 * x) for t, x in each])
-        sigma = torch.cat([copy.deepcopy(scheduler).scale_noise(0 * x, t, x) for t, x in each])
+        alpha = torch.cat([copied(scheduler).scale_noise(x, t, 0 * x) for t, x in each])
+        sigma = torch.cat([copied(scheduler).scale_noise(0 * x, t, x) for t, x in each])
     else:
         alpha = sigma = torch.nan * one
     mixed = torch.stack([alpha.flatten(), sigma.flatten()], 1).double()
@@ -258,12 +271,6 @@ def _calls(
         calls.append(after[:, [0, 1, 2, *range(4, 5 + len(slots))]])
         limit = limit or watch.limit
     return scales, calls, limit
-
-
-@cache
-def parameters_of(function: Any) -> frozenset[str]:
-    """The names of what a function takes."""
-    return frozenset(inspect.signature(function).parameters)
 
 
 def call_step(
@@ -319,9 +326,11 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.randn, torch.randn_like):
+        if func not in WATCHED:  # as all but a few are
+            return func(*args, **kwargs)
+        if func in DRAWS:
             return next(self.noises).to(kwargs.get("dtype") or torch.float64)
-        if func in (torch.clamp, Tensor.clamp) and args[0].shape == self.limited.shape:
+        if args[0].shape == self.limited.shape:
             low, high = args[1:]
             return self._limited(lambda x: x.clamp(low, high), args[0])
         return func(*args, **kwargs)
