@@ -10,8 +10,9 @@ PROJECTS := pyproject.toml plugins/shapes/pyproject.toml plugins/diffusers/pypro
 
 .PHONY: demo test lint bench simulate docs
 
+# Its processes compile nothing anew that another has compiled, as those of the tests.
 demo: $(INSTALLED)
-	$(BIN)/latentmill run txt2img
+	PYTHONDONTWRITEBYTECODE= $(BIN)/latentmill run txt2img
 
 # Three files of tests at a time, each in one thread: two cores are what there is everywhere, and some tests wait. The three are forked
 # from one process that has imported and collected all (tests/processes.py), and tests/conftest.py has the slow files first. A hundred

@@ -12,8 +12,9 @@ from latentmill.batch import require_spec
 from latentmill.columns import Columns
 from latentmill.fields import BATCH_SCHEMA
 from latentmill.identity import row_seed
+from latentmill.pixels import cover, crop
 from latentmill.plugin import Declaration, Fragment, LatentSpec, RowError, Source, StageContext, tensors
-from latentmill.stages.read import Read, cover, crop
+from latentmill.stages.read import Read
 
 SPEC = LatentSpec(channels=4, downscale=4, scale=0.5, shift=0.25, dtype="float16", fingerprint="abc")
 
@@ -71,6 +72,17 @@ def reading(source, plan, sampling, multiple_of=1):
         )
     )
     return stage
+
+
+def test_rows_of_prompts_take_no_torch():
+    def made_tensors(*rows):
+        stage = reading(Given(*rows), Plan(), Sampling())
+        assert [len(table) for table in stage(pa.table({"row": [0, 1, 2]}), pytest.fail)] == [3]
+        return "row_tensors" in vars(stage)
+
+    prompts = [{"prompt": f"{at}"} for at in range(3)]
+    assert not made_tensors(*prompts)
+    assert made_tensors(*({**row, "image": gradient(32, 64)} for row in prompts))
 
 
 def read(source, numbers=None, samples=1, sampling=None, multiple_of=1):

@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
-import torch
-from torch import Tensor
 
 from latentmill.batch import CARRIED, SPEC_KEY, spec_from_json
 from latentmill.errors import ContractError, LoadError, NoRowError, StorageError
@@ -31,6 +29,10 @@ from latentmill.plugin import (
 )
 from latentmill.plugin.stage import named
 from latentmill.registry import called
+
+if TYPE_CHECKING:  # who reads or writes rows without tensors takes no torch
+    import torch
+    from torch import Tensor
 
 
 def load(plugin: Plugin, device: torch.device) -> None:
@@ -72,7 +74,7 @@ def told(error: BaseException) -> str:
 
 def tensor(plugin: Plugin, method: str, found: Any, expected: Sequence[int], why: str = "") -> None:
     """Raise ContractError unless ``found`` is a tensor of the shape ``expected``."""
-    if not isinstance(found, Tensor):
+    if not _is_tensor(found):
         raise ContractError(f"{called(plugin)}: {method} returned {_a(found)}, not a tensor {list(expected)}")
     if tuple(found.shape) != tuple(expected):
         more = f", {why}" if why else ""
@@ -100,7 +102,7 @@ def conditioning(
 ) -> Conditioning:
     """``found``, if it is the conditioning of ``count`` prompts, in the shapes ``known`` so far, to which it adds. Raises ContractError."""
     who = f"{called(encoder)}: {method}"
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(found, Mapping) or not all(map(_is_tensor, found.values())):
         raise ContractError(f"{who} returned {_a(found)}, not a dict of tensors")
     for name, value in found.items():
         if value.shape[:1] != (count,):
@@ -119,7 +121,7 @@ def conditioning(
 def state(scheduler: Plugin, method: str, found: Any, count: int) -> State:
     """``found``, if it is a state of ``count`` rows. Raises ContractError."""
     who = f"{called(scheduler)}: {method}"
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(found, dict) or not all(map(_is_tensor, found.values())):
         raise ContractError(f"{who} returned {_a(found)} as state, not a dict of tensors")
     for name, value in found.items():
         if value.shape[:1] != (count,):
@@ -217,6 +219,12 @@ def _sizes(who: str, table: pa.Table) -> Iterator[tuple[str, tuple[int, int]]]:
             raise ContractError(f"{who} returned latents that don't say of which space they are: use with_latents")
         downscale = spec_from_json(about).downscale
         yield "latents", (shape[-1] * downscale, shape[-2] * downscale)
+
+
+def _is_tensor(found: Any) -> bool:
+    import torch
+
+    return isinstance(found, torch.Tensor)
 
 
 def _a(found: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from latentmill import registry
 from latentmill.commands import COMMANDS
 from latentmill.commands.command import Command
-from latentmill.errors import LatentmillError
+from latentmill.errors import LatentmillError, is_out_of_memory
 from latentmill.notices import as_ctrl_c
 from latentmill.streams import guard
 from latentmill.text import escaped
@@ -59,16 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except Exception as error:
-        memory = _is_memory(error)
+        memory = is_out_of_memory(error)
         if options.debug or not (memory or isinstance(error, (LatentmillError, OSError))):
             raise
         print(f"latentmill: {'out of memory: ' if memory else ''}{escaped(str(error))}", file=sys.stderr)
         return 1 if memory else error.exit_code if isinstance(error, LatentmillError) else 3
-
-
-def _is_memory(error: Exception) -> bool:
-    torch = sys.modules.get("torch")  # that is not there has run out of nothing
-    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 
 
 def _options(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:

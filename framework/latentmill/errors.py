@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno as numbers
+import sys
 
 NO_ROW = 5
 """The exit code of a run after which the dataset is complete, and not one row is ok: the same command would have nothing to do."""
@@ -116,3 +117,9 @@ class NoRowError(LatentmillError, RuntimeError):
 
 class RowError(LatentmillError, ValueError):
     """This row can't be used, and why, in one line. It ends in the error table; the job goes on."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine, or its GPU, has too little memory."""
+    torch = sys.modules.get("torch")  # that is not there has run out of nothing
+    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))

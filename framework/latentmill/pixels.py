@@ -141,3 +141,10 @@ def crop(picture: np.ndarray[Any, Any], multiple_of: int) -> np.ndarray[Any, Any
         raise RowError(f"a picture of {picture.shape[1]}x{picture.shape[0]} pixels, and the VAE needs {multiple_of}")
     top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
     return np.array(picture[top : top + height, left : left + width])
+
+
+def require_few(width: int, height: int, most: int, frames: int = 1) -> None:
+    """Raise RowError if a row has more pixels than the job allows, ``sampling.max_pixels``."""
+    if width * height * frames > most:
+        size = f"{width}x{height}" if frames == 1 else f"{frames} frames of {width}x{height}"
+        raise RowError(f"{size} are {width * height * frames} pixels, more than sampling.max_pixels={most} allows")

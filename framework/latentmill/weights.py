@@ -15,15 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
-
-import safetensors.torch
-import torch
-from safetensors import SafetensorError
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from latentmill.digests import digest, digests
 from latentmill.text import one_line
+
+if TYPE_CHECKING:  # who reads no weights takes no torch
+    from torch import Tensor
 
 __all__ = ["digest", "digests", "load", "record"]
 
@@ -44,6 +42,8 @@ def load(
     loader for weights alone reads it. Raises ValueError, in one line, for whatever is wrong: a file of another kind, a
     name that is there twice, which safetensors itself accepts, NaN or infinity, tensors missing, unknown or of other shapes.
     """
+    import safetensors.torch
+
     record(path)
     with open(path, "rb") as file:
         head = file.read(9)
@@ -55,7 +55,7 @@ def load(
     if head[8:] == b"{":
         try:
             found = safetensors.torch.load_file(path)
-        except SafetensorError as error:
+        except safetensors.SafetensorError as error:
             raise ValueError(f"{path}: no safetensors file that can be read: {error}") from error
     else:
         found = _unpickled(path, head, allow_pickle)
@@ -188,6 +188,8 @@ def _require_single(path: str | os.PathLike[str], header: bytes) -> None:
 
 
 def _unpickled(path: str | os.PathLike[str], head: bytes, allow_pickle: bool) -> dict[str, Tensor]:
+    import torch
+
     if not head.startswith((b"PK\x03\x04", b"\x80")):  # torch's zip, and pickles before it
         raise ValueError(f"{path}: no safetensors file")
     if not allow_pickle:
@@ -201,7 +203,7 @@ def _unpickled(path: str | os.PathLike[str], head: bytes, allow_pickle: bool) ->
         raise ValueError(f"{path}: a pickle of more than weights, or a damaged one: {said}") from error
     if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
         found = found["state_dict"]
-    if not isinstance(found, Mapping) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+    if not isinstance(found, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
         raise ValueError(f"{path}: holds no tensors by name")
     return {str(name): tensor for name, tensor in found.items()}
 
@@ -221,6 +223,8 @@ def _require_expected(
 
 
 def _finite(tensor: Tensor) -> bool:
+    import torch
+
     if tensor.element_size() == 1:  # of the 8-bit floats torch knows little more than how to widen them
         tensor = tensor.to(torch.float32)
     # Both bounds are NaN if one number is. To ask each number takes ten times as long.

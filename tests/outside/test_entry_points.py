@@ -141,3 +141,22 @@ print(sorted({(HEAVY | {"PIL", "pyarrow.compute"})!r} & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+def test_a_worker_that_reads_prompts_or_writes_pictures_imports_no_torch():
+    stages = (
+        "import latentmill.stages.read, latentmill.stages.write, latentmill.sources.prompts, latentmill.sinks.parquet"
+    )
+    code = f"""
+import sys
+import pyarrow as pa
+import latentmill.workers.context, latentmill.workers.worker
+{stages}
+pixels = pa.FixedShapeTensorArray.from_storage(pa.fixed_shape_tensor(pa.uint8(), (4, 4, 3)), pa.array([[7] * 48], pa.list_(pa.uint8(), 48)))
+field = pa.field("image", pixels.type, metadata={{b"latentmill.dtype": b"uint8"}})
+rows = pa.table([pa.array([0]), pa.array(["0"]), pixels], schema=pa.schema([("row", pa.int64()), ("row_id", pa.string()), field]))
+packed = latentmill.sinks.parquet.Parquet().pack(rows)
+print(packed.column("image")[0].as_py()["bytes"][1:4], "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "b'PNG' False\n", done.stderr

@@ -37,7 +37,6 @@ from latentmill.config.schema import (
 from latentmill.errors import AddressError, JobError, PluginError, RowError
 from latentmill.fields import IN_JOB, parse
 from latentmill.plugin import Stage
-from latentmill.schedulers import grids
 from latentmill.text import near
 
 ACCEPT_KEYS = {
@@ -231,6 +230,8 @@ def _wrong(job: Job) -> Iterator[str]:
             grid = choice.get("grid", "trailing")
             if not isinstance(grid, (str, Mapping)):
                 yield f"{at}.grid must be a name, or a name with settings, not {grid!r}"
+            from latentmill.schedulers import grids
+
             try:
                 grids.choose(grid)
             except ValueError as error:

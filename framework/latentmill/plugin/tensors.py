@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 if TYPE_CHECKING:  # who reads only what is stored takes no torch
+    import numpy as np
     import torch
     from torch import Tensor
 
@@ -84,11 +85,21 @@ def from_arrow(table: pa.Table, name: str) -> Tensor:
     if is_shared(table.schema.field(name)):
         values, index = shared(table, name)
         return values[index]
+    return _tensor(_whole(table, name), table.schema.field(name))
+
+
+def pictures_of(table: pa.Table, name: str) -> np.ndarray[Any, Any]:
+    """Column ``name``, of pictures or clips in bytes, as an array ``[B, ...]``, for those who take no torch; memory as ``from_arrow``."""
+    shares = is_shared(table.schema.field(name))
+    found: np.ndarray[Any, Any] = from_arrow(table, name).numpy() if shares else _whole(table, name).to_numpy_ndarray()
+    return found
+
+
+def _whole(table: pa.Table, name: str) -> Any:
+    """A column as one array."""
     column = table.column(name)
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = array.chunk(0)
-    return _tensor(array, table.schema.field(name))
+    return array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
 
 
 def shared(table: pa.Table, name: str) -> tuple[Tensor, list[int]]:

@@ -21,6 +21,7 @@ from latentmill.sinks.rebuild import MOST, batches
 from latentmill.text import first_line
 
 if TYPE_CHECKING:  # who reads no tensors takes no torch
+    import numpy as np
     from torch import Tensor
 
 
@@ -74,14 +75,14 @@ class Parquet(Sink):
             elif field.name == "image":
                 fields.append(pa.field("image", PICTURE))
                 columns.append(
-                    self._pictures(batch.column("row_id").to_pylist(), tensors.from_arrow(batch, "image"), batch)
+                    self._pictures(batch.column("row_id").to_pylist(), tensors.pictures_of(batch, "image"), batch)
                 )
                 metadata[b"huggingface"] = json.dumps(FEATURES).encode()
             elif field.name == "video":
-                clips = tensors.from_arrow(batch, "video")
+                clips = tensors.pictures_of(batch, "video")
                 frames = self._pictures(
                     [f"{i}-{k}" for i in batch.column("row_id").to_pylist() for k in range(clips.shape[1])],
-                    clips.flatten(0, 1),
+                    clips.reshape(-1, *clips.shape[2:]),
                 )
                 ends = pa.array(range(0, len(frames) + 1, clips.shape[1]), pa.int32())
                 fields.append(pa.field("video", pa.list_(PICTURE)))
@@ -106,7 +107,9 @@ class Parquet(Sink):
             columns.append(_states(batch))
         return pa.Table.from_arrays(columns, schema=pa.schema(fields, metadata=metadata))
 
-    def _pictures(self, row_ids: list[str], images: Tensor, batch: pa.Table | None = None) -> pa.StructArray:
+    def _pictures(
+        self, row_ids: list[str], images: np.ndarray[Any, Any], batch: pa.Table | None = None
+    ) -> pa.StructArray:
         files = list(self.pictures.encode(images, batch))
         paths = [row_id + self.pictures.extension for row_id in row_ids]
         return pa.StructArray.from_arrays(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from latentmill.plugin import RowError
 
 if TYPE_CHECKING:  # who reads no tensors takes no torch, and no Pillow
+    import numpy as np
     import pyarrow as pa
     from torch import Tensor
 
@@ -42,7 +43,7 @@ class PictureFiles:
         """Of their names, with the dot."""
         return EXTENSIONS[self.image_format]
 
-    def encode(self, images: Tensor, batch: pa.Table | None = None) -> Iterator[bytes]:
+    def encode(self, images: np.ndarray[Any, Any], batch: pa.Table | None = None) -> Iterator[bytes]:
         """The files of pictures ``images[B, H, W, 3]``, uint8 RGB; ``batch``: their rows, whose values ``text`` may name.
 
         Raises ValueError if it names a column that isn't there.
@@ -51,7 +52,7 @@ class PictureFiles:
         from PIL.PngImagePlugin import PngInfo
 
         told = [{}] * len(images) if batch is None else [*self._texts(batch)]
-        for pixels, texts in zip(images.numpy(), told):
+        for pixels, texts in zip(images, told):
             file, about = io.BytesIO(), PngInfo()
             for key, value in texts.items():
                 about.add_text(key, value)

@@ -90,7 +90,7 @@ class WebDataset(Sink):
                 table = table.replace_schema_metadata(about)
             if field.name == "image":
                 suffix = self.pictures.extension.removeprefix(".")
-                contents = self.pictures.encode(tensors.from_arrow(batch, "image"), batch)
+                contents = self.pictures.encode(tensors.pictures_of(batch, "image"), batch)
                 found = [{"column": "image", "suffix": suffix, "dtype": "uint8", "content": c} for c in contents]
             elif field.name in (*LATENTS, "video") or field.name.startswith((STATE_PREFIX, *CONDITIONING)):
                 found = _arrays(field.name, tensors.from_arrow(batch, field.name))

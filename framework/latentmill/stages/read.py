@@ -5,27 +5,29 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import takewhile
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor
 
 from latentmill import buckets, checks, columns, registry
-from latentmill.batch import ATTEMPT, CONDITIONING, PROMPT_PREFIX, STATE_PREFIX, from_dicts, with_latents
+from latentmill.batch import ATTEMPT, CONDITIONING, PROMPT_PREFIX, from_dicts, with_latents
 from latentmill.buckets import Size
 from latentmill.columns import Columns
 from latentmill.errors import ContractError
 from latentmill.fields import BY_NAME, FROM_COMFY, FROM_SOURCE, HALFWAY, ID, parse
 from latentmill.identity import attempt_seed, row_seed
-from latentmill.pixels import cover, crop, fitted
+from latentmill.pixels import require_few
 from latentmill.plugin import Declaration, Reject, RowError, Source, Stage, StageContext, tensors
 from latentmill.registry import called
 from latentmill.stages import stored_conditioning
 from latentmill.stages.field_values import FieldValues
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latentmill.stages.row_tensors import RowTensors
 
 READ_AGAIN = 8
 """Rows that a worker reads a second time, to see whether a source gives what it is asked for."""
@@ -123,7 +125,7 @@ class Read(Stage):
                 if self.size is not None:
                     try:
                         whole = {name: value for name, value in stored.items() if not name.startswith(CONDITIONING)}
-                        tensors_of_row = {**stored, **self._sized(self.size, row, seed, whole, sample)}
+                        tensors_of_row = {**stored, **self.row_tensors.sized(self.size, row, seed, whole, sample)}
                     except RowError as error:
                         reject(i, str(error))
                         continue
@@ -142,7 +144,7 @@ class Read(Stage):
                 if name.startswith(CONDITIONING):
                     table = tensors.with_each(table, name, [stored[name] for _, stored in members])
                     continue
-                stacked = torch.stack([stored[name] for _, stored in members])
+                stacked = self.row_tensors.stacked([stored[name] for _, stored in members])
                 if name == "latents":
                     assert self.spec is not None
                     table = with_latents(table, stacked, self.spec)
@@ -223,10 +225,7 @@ class Read(Stage):
         except RowError:
             return None
         values["beside"] = [str(array) for array in values["beside"]]
-        return values, {
-            name: (value.shape, value.dtype, value.flatten().view(torch.uint8).numpy().tobytes())
-            for name, value in stored.items()
-        }
+        return values, self.row_tensors.bits(stored) if stored else {}
 
     def _row(self, found: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The scalars of a source row (``seed`` may be None), and its tensors. Raises RowError."""
@@ -241,24 +240,24 @@ class Read(Stage):
         if self.texts_alone:
             found = {name: value for name, value in found.items() if name not in ("image", "mask", "video")}
         if found.get("latents") is not None:
-            stored["latents"] = self._latents(found["latents"])
+            stored["latents"] = self.row_tensors.latents(found["latents"])
             if found.get("time") is not None:
                 values |= self._halfway(found, stored)
             assert self.spec is not None
             *frames, values["height"], values["width"] = self.spec.pixels(stored["latents"].shape)
-            self._bound(values["width"], values["height"], *frames)
+            require_few(values["width"], values["height"], self.sampling["max_pixels"], *frames)
         elif (values["width"] is None) != (values["height"] is None):
             raise RowError("width and height must be given together, or neither")
         elif self.size is not None:
-            stored = self._whole(found)
+            stored = self.row_tensors.whole(found)
         elif found.get("image") is not None:
-            picture = self._picture(found["image"], values["width"], values["height"])
+            picture = self.row_tensors.picture(found["image"], values["width"], values["height"])
             stored["image"] = picture
             if found.get("mask") is not None and self.denoises:
-                stored["mask"] = self._mask(self._painted(found, values["width"], values["height"]))
+                stored["mask"] = self.row_tensors.mask(found, values["width"], values["height"])
             values["height"], values["width"] = picture.shape[:2]
         elif found.get("video") is not None:
-            stored["video"] = self._clip(found["video"], values["width"], values["height"])
+            stored["video"] = self.row_tensors.clip(found["video"], values["width"], values["height"])
             values["height"], values["width"] = stored["video"].shape[1:3]
         elif values["width"] is None and self.texts_alone:
             values["width"] = values["height"] = 0  # the column has no nulls
@@ -269,10 +268,19 @@ class Read(Stage):
                 f"{self.fields.strength} {strength:g} is for rows with a picture or latents, and there are none"
             )
         else:
-            self._bound(values["width"], values["height"])
+            require_few(values["width"], values["height"], self.sampling["max_pixels"])
         if self.source.wants_conditioning:
             stored |= stored_conditioning.of_row(found.get("conditioning"))
         return values, stored
+
+    @cached_property
+    def row_tensors(self) -> RowTensors:
+        """Makes the tensors of rows that have some. Only these take torch: a worker that reads prompts is there in a third of the time."""
+        from latentmill.stages.row_tensors import RowTensors
+
+        return RowTensors(
+            self.spec, self.size, self.sampling["max_pixels"], self.multiple_of, self.denoises, self.from_comfy
+        )
 
     def _drawn(self, row_id: str, sample: int, attempt: int, given: int) -> int:
         return attempt_seed(row_seed(self.plan.seed, row_id, sample, given), attempt)
@@ -287,113 +295,11 @@ class Read(Stage):
             raise RowError(
                 f"the latents are half-way, at time {time:g}: their noise was drawn where they were made, and accept can draw no other"
             )
-        stored |= {STATE_PREFIX + name: torch.as_tensor(value) for name, value in (found.get("state") or {}).items()}
+        stored |= self.row_tensors.state(found.get("state"))
         return {"time": time, "trajectory": parse(BY_NAME["trajectory"], found.get("trajectory"))}
-
-    def _latents(self, array: Any) -> Tensor:
-        if self.spec is None:
-            raise RowError("latents from a source that doesn't say of which space they are")
-        latents = torch.tensor(array) if isinstance(array, np.ndarray) else torch.as_tensor(array)
-        if (
-            latents.ndim != (4 if self.spec.time_downscale else 3)
-            or latents.shape[0] != self.spec.channels
-            or not latents.numel()
-        ):
-            raise RowError(f"latents of shape {tuple(latents.shape)}, and {self.spec.channels} channels were expected")
-        if not latents.is_floating_point() or not bool(latents.isfinite().all()):
-            raise RowError("the latents are not finite numbers")
-        return latents
-
-    def _painted(self, found: Mapping[str, Any], width: int | None, height: int | None) -> Tensor:
-        """The picture of a mask: of the size of the row's, but ComfyUI stretches one where it is used. Raises RowError."""
-        mask = require_picture(found["mask"])
-        if self.from_comfy and width is None and mask.shape != found["image"].shape:
-            return torch.from_numpy(mask)
-        self._require_mask(found)
-        return self._picture(mask, width, height)
-
-    def _require_mask(self, found: Mapping[str, Any]) -> None:
-        if np.shape(found["mask"])[:2] != np.shape(found["image"])[:2]:
-            raise RowError("the mask is of another size than the picture")
-
-    def _mask(self, picture: Tensor) -> Tensor:
-        light = picture.float().mean(-1)
-        return light / 255 if self.from_comfy else (light >= 127.5).to(torch.uint8)
-
-    def _whole(self, found: Mapping[str, Any]) -> dict[str, Tensor]:
-        """A row's picture as it was opened, and its mask, or its clip: what is brought to a bucket. Raises RowError."""
-        whole = {}
-        for name in ("image", "mask") if found.get("image") is not None else ("video",):
-            if found.get(name) is not None and (name != "mask" or self.denoises):
-                frames = found[name] if name == "video" else [found[name]]
-                whole[name] = torch.from_numpy(np.stack([require_picture(frame, self.size) for frame in frames]))
-        if not whole:
-            raise RowError("size is for rows with a picture, and there is none")
-        if "mask" in whole:
-            self._require_mask(found)
-        return whole
-
-    def _sized(
-        self, size: Size, row: dict[str, Any], seed: int, whole: Mapping[str, Tensor], sample: int
-    ) -> dict[str, Tensor]:
-        """A sample's picture, brought to its bucket; the row is told how. Raises RowError."""
-        count, height, width = next(iter(whole.values())).shape[:3]
-        own = row["width"], row["height"]
-        fit = size.fit(width, height, sample) if own[0] is None else buckets.covering(own, width, height)
-        self._bound(*fit.bucket, count)
-        if size.pixels != "ours" and fit.scaled[0] * fit.scaled[1] > width * height:
-            self._bound(*fit.scaled)  # all of it is made before it is cut
-        found = {}
-        for name, frames in whole.items():
-            each = [fitted(frame, fit, size.draw(seed), size.pixels) for frame in frames.numpy()]
-            found[name] = torch.from_numpy(np.stack([pixels for pixels, _ in each]))
-            row["crop_ltrb"] = each[0][1]
-        row |= {"original_size": (width, height), "bucket": fit.bucket, "width": fit.bucket[0], "height": fit.bucket[1]}
-        return {
-            name: frames if name == "video" else self._mask(frames[0]) if name == "mask" else frames[0]
-            for name, frames in found.items()
-        }
-
-    def _picture(self, array: Any, width: int | None, height: int | None) -> Tensor:
-        require_picture(array)
-        if width is None or height is None:
-            self._bound(*(side - side % self.multiple_of for side in array.shape[1::-1]))
-            return torch.from_numpy(crop(array, self.multiple_of))
-        self._bound(width, height)
-        return torch.from_numpy(cover(array, width, height))
-
-    def _clip(self, array: Any, width: int | None, height: int | None) -> Tensor:
-        """A clip ``[T, H, W, 3]``, each frame brought to size as a picture is."""
-        if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
-            raise RowError("a clip must be a uint8 array [T, H, W, 3]")
-        if not array.size:
-            raise RowError("the clip has no pixels")
-        self._bound(width or array.shape[2], height or array.shape[1], len(array))
-        return torch.stack([self._picture(frame, width, height) for frame in array])
-
-    def _bound(self, width: int, height: int, frames: int = 1) -> None:
-        if width * height * frames > self.sampling["max_pixels"]:
-            most = f"sampling.max_pixels={self.sampling['max_pixels']}"
-            size = f"{width}x{height}" if frames == 1 else f"{frames} frames of {width}x{height}"
-            raise RowError(f"{size} are {width * height * frames} pixels, more than {most} allows")
 
 
 def _added(context: StageContext) -> tuple[pa.Field, ...]:
     """What rows have beside others in a job with ``size``, or with ``accept``."""
     sized = buckets.SIZE_COLUMNS if context.size is not None else ()
     return sized if context.attempts is None else (*sized, ATTEMPT)
-
-
-def require_picture(array: Any, size: Size | None = None) -> np.ndarray[Any, Any]:
-    """The array, if it is a picture. Raises RowError."""
-    channels = (3, 4) if size is not None and size.pixels == "musubi" else (3,)
-    if (
-        not isinstance(array, np.ndarray)
-        or array.dtype != np.uint8
-        or array.ndim != 3
-        or array.shape[2] not in channels
-    ):
-        raise RowError("a picture must be a uint8 array [H, W, 3]")
-    if not array.size:
-        raise RowError("the picture has no pixels")
-    return array

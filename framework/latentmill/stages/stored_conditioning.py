@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from latentmill import registry
 from latentmill.batch import CONDITIONING, PROMPT_PREFIX
 from latentmill.plugin import RowError, Source, StageContext
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def texts_alone(context: StageContext) -> bool:
@@ -29,6 +29,8 @@ def wanted(context: StageContext, source: Source) -> bool:
 
 def of_row(given: Any) -> dict[str, Tensor]:
     """A row's stored conditioning, by column. Raises RowError."""
+    import torch
+
     found = {name: torch.as_tensor(value) for name, value in (given or {}).items() if name.startswith(CONDITIONING)}
     if not any(name.startswith(PROMPT_PREFIX) for name in found):
         raise RowError("the row has no stored conditioning, and no stage of the job encodes prompts")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import pyarrow as pa
-import torch
 
 from latentmill import failpoints, tally, weights
+from latentmill.errors import is_out_of_memory
 from latentmill.plugin import ContinuousStage, Filtered, Reason, Request, Stage, tensors
 from latentmill.workers.hearing import Hearing
 from latentmill.workers.shared_parts import SharedParts
@@ -22,7 +24,6 @@ Block: TypeAlias = list[pa.Table]
 Back: TypeAlias = Literal["", "untouched", "begun", "half-way"]
 """How a batch comes back that is handed over before its end: nobody has begun with it, or its stage had, and it is what it was; or as its
 stage left it."""
-OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Hosted:
         with self.hearing.on():
             self.stage = work.make()
             with weights.reading(f"stage {work.name}", into=read):
-                self.stage.load(torch.device("cuda" if work.gpu else "cpu"))
+                self._load(work.gpu)
         self.seconds: deque[float] = deque()
         """How long it has computed, each time since that was last told. One thread adds, another takes."""
         self.counts: deque[Counter[str]] = deque()
@@ -90,9 +91,20 @@ class Hosted:
         self.most: int | None = None
         """Rows that the stage is given at once, since more were too many for its memory."""
 
+    def _load(self, gpu: bool) -> None:
+        """Load the stage, if it has anything to load: most that read rows or write files take no torch, and are there sooner."""
+        if getattr(self.stage.load, "__func__", None) is not Stage.load:
+            import torch
+
+            self.stage.load(torch.device("cuda" if gpu else "cpu"))
+
     def set_threads(self) -> None:
         """Give torch the stage's threads: stages in one process share one torch, and each thread of Python has its own number."""
-        if self.threads is not None and torch.get_num_threads() != self.threads:
+        if self.threads is None:
+            return
+        if not (torch := sys.modules.get("torch")):
+            os.environ["OMP_NUM_THREADS"] = str(self.threads)  # should a plugin take it
+        elif torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
 
     def begin(self, batch: pa.Table) -> Call:
@@ -144,7 +156,9 @@ class Hosted:
             try:
                 result = self.stage(piece.batch, piece.reject)
                 block += [result] if isinstance(result, pa.Table) else list(result)
-            except OUT_OF_MEMORY as error:
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
                 if self.stage.fixed is not None:
                     raise type(error)(f"{error}; in a deterministic job only a smaller batch_size helps") from error
                 if count == 1:
@@ -152,7 +166,8 @@ class Hosted:
                 self.most = count // 2
                 tally.count(tally.HALVINGS)
                 logger.warning(f"{self.name}: out of memory with {count} rows; from now on {self.most} at a time")
-                torch.cuda.empty_cache()
+                if torch := sys.modules.get("torch"):
+                    torch.cuda.empty_cache()
                 continue
             call.rejected |= piece.rejected
             start += count

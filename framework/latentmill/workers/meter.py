@@ -6,8 +6,6 @@ import threading
 import time
 from contextlib import suppress
 
-import torch
-
 from latentmill.usage import Usage
 
 EVERY = 0.5
@@ -27,19 +25,27 @@ def memory_held() -> int:
         return 0
 
 
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 class Meter:
     """Measures from one time that it is asked to the next; at first since it was made."""
 
     def __init__(self, gpu: bool) -> None:
         """``gpu``: whether the process computes on one."""
         self._wall, self._cpu = time.monotonic(), time.process_time()
-        self._gpu = gpu and torch.cuda.is_available()
+        self._gpu = gpu and _has_gpu()
         self._busy: list[int] = []
         self._has_told = False
         if self._gpu:
             threading.Thread(target=self._look, name="meter", daemon=True).start()
 
     def _look(self) -> None:
+        import torch
+
         with suppress(Exception):  # without nvidia-ml-py nobody can say
             while True:
                 self._busy.append(torch.cuda.utilization())
@@ -55,6 +61,8 @@ class Meter:
         self._wall, self._cpu, self._has_told = now, cpu, True
         if not self._gpu:
             return Usage(share, memory_held())
+        import torch
+
         busy, self._busy = self._busy, []
         gpu = sum(busy) / len(busy) / 100 if busy else None
         return Usage(share, memory_held(), gpu, torch.cuda.memory_reserved())

@@ -7,15 +7,16 @@ import json
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary, ref
-
-import torch
 
 from latentmill import weights
 from latentmill.config import Job
 from latentmill.plan import Plan
 from latentmill.plugin import VAE, Denoiser, Plugin, TextEncoder
+
+if TYPE_CHECKING:  # stages that only read rows, or write files, have no part with weights
+    import torch
 
 SHARED = VAE, TextEncoder, Denoiser
 """What has weights, as a rule."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -13,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
 import pyarrow as pa
-import torch
 
 from latentmill import checks, tally, weights
 from latentmill.batch import ATTEMPT, concat, shape_key
@@ -158,7 +158,7 @@ class Worker:
         self.stages = {}
         if computes:  # what has weights may know itself: a library's model, a stage of others
             gc.collect()
-        if torch.cuda.is_initialized():
+        if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         for shared in {id(work.shared): work.shared for work in stages if work.shared is not None}.values():
             shared.there.update(stays)
