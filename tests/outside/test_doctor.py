@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -198,8 +199,9 @@ def node(planted):
     ray.init(address=address, log_to_driver=False)
     yield node
     for process in reversed(started):
-        process.resume()
-        process.terminate()
+        with suppress(psutil.NoSuchProcess):  # else each test after this one would fail with it
+            process.resume()
+            process.terminate()
     while there():
         time.sleep(0.1)
     disconnect()
