@@ -1,10 +1,13 @@
 """What all tests share: a shipped job is composed once, and what is imported is no garbage."""
 
 import gc
+from importlib import import_module
 
 import pytest
 
 pytest_plugins = ["tests.processes"]
+IMPORTED_LATER = ("compel", "moto.s3.responses", "moto.server", "ray.job_submission")
+"""What takes half a second to import and more, and no module of tests does before its tests run: once for all processes."""
 gc.disable()  # a sixth of what it takes to import torch, Ray and diffusers is the collector, which finds nothing there
 
 
@@ -21,14 +24,16 @@ def pytest_collection_finish(session):
 
     And it looks more seldom: a model is thousands of objects, of which few are garbage when it is half made.
     """
+    if session.config.option.processes > 1:
+        from tests import ray_forks
+
+        for module in IMPORTED_LATER:
+            import_module(module)
+        ray_forks.start_server()
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 10)
     gc.enable()
-    if session.config.option.processes > 1:
-        from tests import ray_forks
-
-        ray_forks.start_server()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,14 +11,16 @@ FAILPOINTS = str(Path(__file__).parent / "faults" / "actions")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [FAILPOINTS, os.environ.get("PYTHONPATH")]))
 
 SLOW = (
-    "test_run", "test_denoiser", "test_driver_faults", "test_pipeline", "test_worker_faults", "test_cluster", "test_wait_and_grow",
-    "test_soak", "test_tiers", "test_store_faults", "test_parity", "test_suites", "test_schedulers", "test_simulate",
-    "test_scheduler_settings", "test_sweep_workers", "test_gpu_benchmark", "test_pool", "test_parity_pictures", "test_drain", "test_wheel",
-    "test_drivers", "test_stores", "test_vae", "test_multistep_settings", "test_ray_drains", "test_blame", "test_traced", "test_folder",
-    "test_parity_schedulers", "test_command_line", "test_grow_drivers", "test_shard_index", "test_accept_rows", "test_original", "test_job",
-    "test_prompt_cache", "test_accept", "test_sweep", "test_submit_targets", "test_replicas", "test_placement", "test_operations",
-    "test_store_reading", "test_telling", "test_model", "test_two_passes", "test_skypilot", "test_mixed_rows", "test_cli",
-    "test_wrong_worker", "test_prompt_files", "test_long_prompts",
+    "test_run", "test_driver_faults", "test_suites", "test_denoiser", "test_worker_faults", "test_pipeline", "test_wait_and_grow",
+    "test_soak", "test_store_faults", "test_cluster", "test_drain", "test_parity", "test_tiers", "test_multistep_settings",
+    "test_stores", "test_pool", "test_scheduler_settings", "test_ray_drains", "test_vae", "test_folder", "test_accept_rows",
+    "test_parity_schedulers", "test_sweep_workers", "test_operations", "test_blame", "test_command_line", "test_exports",
+    "test_simulate", "test_gpu_benchmark", "test_traced", "test_schedulers", "test_accept", "test_jobs", "test_store_reading",
+    "test_drivers", "test_original", "test_grow_drivers", "test_safety", "test_cli", "test_wheel", "test_export_texts",
+    "test_shard_index", "test_job", "test_parity_pictures", "test_long_prompts", "test_telling", "test_prompt_files", "test_push",
+    "test_kuberay", "test_wrong_worker", "test_mixed_rows", "test_sweep", "test_replicas", "test_halfway", "test_prompt_cache",
+    "test_submit_targets", "test_model", "test_models", "test_our_sources_and_sinks", "test_fields", "test_webdataset",
+    "test_grow",
 )  # fmt: skip
 """Files that take longest, the longest first. Three processes share the files: one of these last would leave others idle for minutes."""
 

@@ -75,7 +75,13 @@ def begin_server():
         listening.bind(os.environ[forked.SOCKET])
         listening.listen(64)
         serve = [sys.executable, forked.__file__, "--serve", str(listening.fileno())]
-        process = subprocess.Popen(serve, env=elsewhere, pass_fds=[listening.fileno()], stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            serve,
+            env=elsewhere,
+            pass_fds=[listening.fileno()],
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for tests: what they wait for goes on until they have ended
+        )
     atexit.register(end_server, process, folder, os.getpid())
     return process
 

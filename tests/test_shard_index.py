@@ -18,12 +18,19 @@ from latentmill.errors import StorageError
 from latentmill.shard_index import CLEAN, WORTH, Index, Summary
 from latentmill.sinks.parquet import Parquet
 
-SHARDS = WORTH + 100
+SHARDS = 110
 PLAN = plan_of(SHARDS)
 
 
 @pytest.fixture
-def out(tmp_path):
+def hundred(monkeypatch):
+    """An index is for a hundred shards, not for a thousand: as many as a test would make and read."""
+    for module in ("dataset", "runner"):
+        monkeypatch.setattr(f"latentmill.{module}.WORTH", 100)
+
+
+@pytest.fixture
+def out(tmp_path, hundred):
     """A dataset of many shards, each seventh with a failed row, and none of its copies in ``errors/``."""
     return make(tmp_path / "out", PLAN)
 
@@ -38,7 +45,7 @@ def few(tmp_path):
 
 
 @pytest.fixture
-def always(monkeypatch):
+def always(hundred, monkeypatch):
     """However few shards there are, there is an index, and it is kept without a pause."""
     for module in ("dataset", "runner"):
         monkeypatch.setattr(f"latentmill.{module}.WORTH", 1)
@@ -75,13 +82,16 @@ def files_of(out):
     return sorted((out / ".index").iterdir())
 
 
-def test_what_was_read_once_is_not_read_again(out):
+def test_what_was_read_once_is_not_read_again(tmp_path):
+    """Of a dataset of as many shards as an index is made for."""
+    shards = WORTH + 100
+    out = make(tmp_path / "out", plan_of(shards))
     truth, asked = told(out)
-    assert len(asked) == SHARDS and truth["failed"] == SHARDS // 7 and truth["ok"] == SHARDS - SHARDS // 7
+    assert len(asked) == shards and truth["failed"] == shards // 7 and truth["ok"] == shards - shards // 7
     assert not (out / ".index").exists()  # who looks leaves nothing
     remember(out)
     assert told(out) == (truth, [])
-    assert len(files_of(out)) == 1 and remembered(storage.at(str(out))).keys() == {*range(SHARDS)}
+    assert len(files_of(out)) == 1 and remembered(storage.at(str(out))).keys() == {*range(shards)}
 
 
 def test_an_entry_says_what_was_filtered_where_there_is_something_to_say(out):
@@ -218,19 +228,19 @@ def test_an_index_that_may_not_be_read_is_none(listed, out, few):
 
 def test_drivers_that_keep_it_at_the_same_time_do_each_other_no_harm(always, out, monkeypatch):
     """Each has seen more shards than the one before; one has put the pieces together when the others begin to."""
-    monkeypatch.setattr("latentmill.shard_index.ENTRIES_A_FILE", 100)
+    monkeypatch.setattr("latentmill.shard_index.ENTRIES_A_FILE", 10)
     truth, _ = told(out)
-    later = {shard: data(out, shard).read_bytes() for shard in range(800, SHARDS)}
+    later = {shard: data(out, shard).read_bytes() for shard in range(80, SHARDS)}
     for shard in later:
         data(out, shard).unlink()
     first = load(storage.at(str(out)))
     found = first.look().readable
-    for start in range(0, 600, 20):
-        save(first.store, *((shard, found[shard]) for shard in range(start, start + 20)))
+    for start in range(0, 60, 2):
+        save(first.store, *((shard, found[shard]) for shard in range(start, start + 2)))
     assert len(files_of(out)) == 30
     drivers = []
-    for seen in (800, 900, 1000, SHARDS):
-        for shard in range(max(800, seen - 100), seen):
+    for seen in (80, 90, 100, SHARDS):
+        for shard in range(max(80, seen - 10), seen):
             data(out, shard).write_bytes(later[shard])
         drivers.append(load(storage.at(str(out))))
         assert len(drivers[-1].look().shards) == seen
@@ -253,11 +263,11 @@ def test_many_pieces_are_put_together_and_what_others_add_stays(out):
     there.look()
     index = Index(there.store, PLAN.hash)
     entries = [(shard, tag, found) for shard, (tag, found) in there._seen.items()]
-    for start in range(0, SHARDS - 50, 100):
-        index.save(entries[start : start + 100])
-    Index(there.store, PLAN.hash).save(entries[-50:])
+    for start in range(0, SHARDS - 5, 10):
+        index.save(entries[start : start + 10])
+    Index(there.store, PLAN.hash).save(entries[-5:])
     assert len(files_of(out)) == 12
-    index.replace(entries[:-50])
+    index.replace(entries[:-5])
     assert len(files_of(out)) == 2 and told(out)[1] == []
 
 
