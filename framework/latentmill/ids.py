@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -31,14 +31,15 @@ class Twice:
         return f"id {self.id!r:.80} is there twice: row {i} of {a} and row {j} of {b}, counted from 0"
 
 
-def find_twice(source: Source, fragments: Sequence[Fragment]) -> Twice | None:
-    """Two rows of ``source`` with one id, or None if there are none. Reads all ids once, and again if hashes agree.
+def find_twice(source: Source, fragments: Sequence[Fragment], called: Callable[[str], str] = str) -> Twice | None:
+    """Two rows of ``source`` with one id, or of whose ids ``called`` makes one; None if there are none. Reads all ids once, and again
+    if hashes agree.
 
     Of each id a hash of 8 bytes goes into a temporary file, by its upper bits; memory holds one part in 64 at a time.
     """
     with ExitStack() as stack:
         files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(SORT_FILES)]
-        for hashes in _hashes(source, fragments):
+        for hashes in _hashes(source, fragments, called):
             part = (hashes >> np.uint64(58)).astype(np.uint8)
             order = np.argsort(part, kind="stable")
             ends = np.searchsorted(part[order], np.arange(1, SORT_FILES))
@@ -48,21 +49,26 @@ def find_twice(source: Source, fragments: Sequence[Fragment]) -> Twice | None:
             file.seek(0)
             part = np.sort(np.frombuffer(file.read(), np.uint64))
             suspects = {int(value) for value in part[1:][part[1:] == part[:-1]]}
-            if suspects and (found := _same(source, fragments, suspects)):
+            if suspects and (found := _same(source, fragments, called, suspects)):
                 return found
     return None
 
 
-def _hashes(source: Source, fragments: Sequence[Fragment]) -> Iterator[npt.NDArray[np.uint64]]:
-    ids = (id for fragment in fragments for id in source.ids(fragment) if id is not None)
+def _hashes(
+    source: Source, fragments: Sequence[Fragment], called: Callable[[str], str]
+) -> Iterator[npt.NDArray[np.uint64]]:
+    ids = (called(id) for fragment in fragments for id in source.ids(fragment) if id is not None)
     while chunk := list(islice(ids, CHUNK)):
         yield np.fromiter(map(hash, chunk), np.int64, len(chunk)).view(np.uint64)
 
 
-def _same(source: Source, fragments: Sequence[Fragment], suspects: set[int]) -> Twice | None:
+def _same(
+    source: Source, fragments: Sequence[Fragment], called: Callable[[str], str], suspects: set[int]
+) -> Twice | None:
     seen: dict[str, tuple[str, int]] = {}
     for fragment in fragments:
-        for index, id in enumerate(source.ids(fragment)):
+        for index, given in enumerate(source.ids(fragment)):
+            id = given if given is None else called(given)
             if id is not None and hash(id) % 2**64 in suspects:
                 place = fragment.name, index
                 if (first := seen.setdefault(id, place)) != place:

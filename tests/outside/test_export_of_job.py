@@ -126,6 +126,8 @@ def refused(latentmill, arguments):
         ("kohya-flux", [], "kohya-flux takes latents of flux, and those of OUT are sdxl"),
         ("khoya", [], "there is no format 'khoya' (did you mean 'kohya-sd'?)"),
         ("kohya", ["source.keep=[]"], "kohya-sdxl is found by the pictures' names, and OUT doesn't say them"),
+        ("folder", ["source.id_column=path", "samples_per_row=2", "flow=[read, encode_images, decode, write]"], "folder: the 2 samples of a row would be one file, called by file: export.names=row_id"),
+        ("kohya-sdxl-text", ["samples_per_row=3"], "kohya-sdxl-text: the 3 samples of a row would be one file, called by file"),
         ("kohya", ["+export.names=title"], "--names title: OUT has no such column; it has: row_id,"),
         ("pixart", [], "pixart needs latents_std, and OUT has none: run the job again with latents_std=true"),
         ("folder", [], "folder needs image, and OUT has none"),
@@ -143,6 +145,22 @@ def test_what_the_dataset_will_not_be_for_is_said_before_it_is_made(job, latentm
     given = [each.replace("OUT", out) for each in settings]
     assert refused(latentmill, job(formats, *given)).startswith(said.replace("OUT", out))
     assert not (tmp_path / "out").exists() and not (tmp_path / "trainer").exists()
+
+
+@pytest.mark.parametrize(
+    ("formats", "of"),
+    [("kohya", "kohya-sdxl, if they are of one size"), ("kohya,simpletuner", "kohya-sdxl, simpletuner")],
+)
+def test_two_pictures_whose_files_would_be_one_are_named_before_anything_is_made(
+    job, trainers, latentmill, formats, of
+):
+    """In the end, where both are there and of one size, there is no export."""
+    folder = trainers.pictures / "cats"
+    (folder / "tom.PNG").write_bytes((folder / "tom.png").read_bytes())
+    said = f"cats/tom.PNG and cats/tom.png would be one file of {of}, and then there is no export: rename one"
+    assert latentmill(*job(formats, verb="plan")) == 0 and said in latentmill.said
+    assert latentmill(*job(formats)) == 2 and said in latentmill.err
+    assert re.search(r"rows \S+ and \S+ would both be cats/tom", latentmill.err)
 
 
 def test_another_dataset_s_export_is_in_the_way_before_anything_is_made(job, latentmill, tmp_path):

@@ -9,6 +9,7 @@ from latentmill import registry, storage
 from latentmill.batch import PROMPT_PREFIX, empty
 from latentmill.errors import ExportError
 from latentmill.exports import table
+from latentmill.exports.clashes import look_for_clashes
 from latentmill.exports.export import (
     Exported,
     about_export,
@@ -59,6 +60,7 @@ def require(job: Job, built: Parts, plan: Plan, tell: Callable[[str], None]) -> 
             tell(line)
     names = named_by(job.export.get("names"), columns, output)
     require_names(names, chosen, output)
+    look_for_clashes(chosen, names, plan, built.source, tell)
     require_apart(output, folder)
     for ledger in ledgers(chosen, storage.at(folder)):
         ledger.require_free(about_export(plan, names))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -53,8 +53,7 @@ class ExportSource:
         self.columns = columns
         self.names = named_by(self.names, self.columns, url)
         self.family = family_of(plan.spec) if plan.spec is not None else None
-        areas = (plan.config.get("size") or {}).get("area")
-        self.resolutions = [math.isqrt(area) for area in areas] if isinstance(areas, list) and areas[1:] else [0]
+        self.resolutions = resolutions_of(plan.config)
 
     @cached_property
     def text(self) -> StoredText | None:
@@ -100,16 +99,28 @@ class ExportSource:
             yield ExportRow(number, row_id, name, str(picture), columns, of_row, self.family, resolution, text)
 
     def _name(self, picture: Any, row_id: str) -> str:
-        """The picture's path without suffix. Raises ExportError if it is none that a file can be made at."""
-        text = picture if isinstance(picture, str) else "" if picture is None else str(picture)
-        path = PurePosixPath(text)
-        if not path.name or path.is_absolute() or ".." in path.parts or "\0" in text:
-            raise ExportError(
-                f"row {row_id}: its {self.names} is {escaped(text)!r:.100}, which is no path below a folder; "
-                "--names row_id takes the row's own name"
-            )
-        stem, suffix = os.path.splitext(path.as_posix())
-        return stem if suffix.lower() in SUFFIXES else path.as_posix()
+        said = "" if picture is None else str(picture)
+        if name := picture_name(said):
+            return name
+        raise ExportError(
+            f"row {row_id}: its {self.names} is {escaped(said)!r:.100}, which is no path below a folder; "
+            "--names row_id takes the row's own name"
+        )
+
+
+def picture_name(picture: str) -> str:
+    """A picture's path without suffix; "" of what is no path that a file can be made at."""
+    path = PurePosixPath(picture)
+    if not path.name or path.is_absolute() or ".." in path.parts or "\0" in picture:
+        return ""
+    stem, suffix = os.path.splitext(path.as_posix())
+    return stem if suffix.lower() in SUFFIXES else path.as_posix()
+
+
+def resolutions_of(config: Mapping[str, Any]) -> list[int]:
+    """The sides of the squares of a picture's samples, where a job makes several of each; else 0."""
+    areas = (config.get("size") or {}).get("area")
+    return [math.isqrt(area) for area in areas] if isinstance(areas, list) and areas[1:] else [0]
 
 
 def named_by(names: str | None, columns: Sequence[str], where: str) -> str | None:
