@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,8 +60,8 @@ def require_finite(model: torch.nn.Module) -> None:
         elif type(parameter) is not torch.nn.Parameter:  # of another quantiser, packed
             continue
         if tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel():
-            low, high = tensor.aminmax()
-            if not (low.isfinite() and high.isfinite()):
+            low, high = tensor.detach().aminmax()
+            if not (math.isfinite(low) and math.isfinite(high)):  # torch's own is four operations
                 raise ValueError(f"{name} is not finite: the file is damaged, or its training failed")
 
 
