@@ -6,7 +6,7 @@ from importlib import import_module
 import pytest
 
 pytest_plugins = ["tests.processes"]
-IMPORTED_LATER = ("compel", "moto.s3.responses", "moto.server", "ray.job_submission")
+IMPORTED_LATER = ("moto.s3.responses", "moto.server", "ray.job_submission")
 """What takes half a second to import and more, and no module of tests does before its tests run: once for all processes."""
 gc.disable()  # a sixth of what it takes to import torch, Ray and diffusers is the collector, which finds nothing there
 
