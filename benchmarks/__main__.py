@@ -34,6 +34,7 @@ SCRIPTS: dict[str, tuple[list[str], list[str]]] = {
     "many_shards": ([], ["200"]),
     "memory": ([], ["--small"]),
     "reading": ([], ["200", "--repeats", "1"]),
+    "first_row": ([], ["--repeats", "1"]),
     "replicas": ([], ["--batches", "40"]),
     "spilling": ([], ["--rows", "64"]),
 }
