@@ -88,7 +88,13 @@ def serve(number):
                 asking, _ = listening.accept()
                 _, given, _, _ = socket.recv_fds(asking, 1, 4)
                 with asking.makefile() as lines:
-                    wanted = json.loads(lines.readline())
+                    line = lines.readline()
+                if not line.endswith("\n"):  # who asked was killed before it had
+                    for each in (asking.fileno(), *given):
+                        os.close(each)
+                    asking.detach()
+                    continue
+                wanted = json.loads(line)
                 draw_ids()
                 child = os.fork()
                 if not child:
