@@ -14,11 +14,11 @@ PROJECTS := pyproject.toml plugins/shapes/pyproject.toml plugins/diffusers/pypro
 demo: $(INSTALLED)
 	PYTHONDONTWRITEBYTECODE= $(BIN)/latentmill run txt2img
 
-# Three files of tests at a time, each in one thread: two cores are what there is everywhere, and some tests wait. The three are forked
-# from one process that has imported and collected all (tests/processes.py), and tests/conftest.py has the slow files first. A hundred
-# more are started, and none compiles anew what another has compiled, whatever the environment says of bytecode.
+# Three files of tests at a time, each in one thread: two cores are what there is everywhere, and some tests wait. tests/conftest.py
+# has the slow files first; xdist's own order has the files of many tests first, and a slow one of few tests last. A hundred
+# processes are started, and none compiles anew what another has compiled, whatever the environment says of bytecode.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --processes 3
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -60,13 +60,8 @@ def fork(setattr=setattr, mounts=""):
     setattr(ray_constants, "SETUP_WORKER_FILENAME", forked.__file__)
 
 
-def start_server():
-    """Until it can be asked for workers."""
-    wait_for(begin_server())
-
-
 @cache
-def begin_server():
+def start_server():
     folder = tempfile.mkdtemp(dir="/tmp")
     os.environ[forked.SOCKET] = os.path.join(folder, "forks")
     elsewhere = {**os.environ, "OMP_NUM_THREADS": "1"}  # which is read once, as torch is imported
@@ -75,24 +70,7 @@ def begin_server():
         listening.bind(os.environ[forked.SOCKET])
         listening.listen(64)
         serve = [sys.executable, forked.__file__, "--serve", str(listening.fileno())]
-        process = subprocess.Popen(
-            serve,
-            env=elsewhere,
-            pass_fds=[listening.fileno()],
-            stdout=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for tests: what they wait for goes on until they have ended
-        )
-    atexit.register(end_server, process, folder, os.getpid())
-    return process
-
-
-@cache
-def wait_for(server):
-    assert server.stdout.readline() == b"ready\n", "workers would be asked for, and never come"
-
-
-def end_server(server, folder, owner):
-    """It ends with the process that began it, not with those that were forked from that."""
-    if os.getpid() == owner:
-        server.kill()
-        shutil.rmtree(folder, ignore_errors=True)
+        process = subprocess.Popen(serve, env=elsewhere, pass_fds=[listening.fileno()], stdout=subprocess.PIPE)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(process.kill)
+    assert process.stdout.readline() == b"ready\n", "workers would be asked for, and never come"

@@ -1,6 +1,7 @@
 """What tests of several modules share: tiny models, built once, and numbers that schedulers of diffusers compute again and again."""
 
 import fcntl
+import os
 from functools import cache
 
 import pytest
@@ -8,13 +9,13 @@ import reading
 import tiny
 import torch
 from answers import answering_once, in_numpy, never, remembered
-from tests import processes
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """The folder of a tiny model, by its pipeline's name: built once for all processes of a run, and changed by nobody."""
-    root = processes.shared(tmp_path_factory.getbasetemp()) / "models"
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "models"
     root.mkdir(exist_ok=True)
 
     def folder(name):
