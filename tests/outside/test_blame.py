@@ -220,7 +220,7 @@ def test_predictions_of_some_rows_that_are_not_finite_are_the_denoiser_s(latentm
 
 
 def test_rows_that_are_rejected_with_a_reason_are_failed_rows_and_be_it_all(latentmill, job, tmp_path, failed):
-    assert latentmill("run", job("prompts", {"source": "bad rows"})) == 1
+    assert latentmill("run", job("prompts", {"source": "bad rows"})) == 5
     assert [error["reason"] for error in failed(tmp_path / "out")] == ["no picture"] * 9 and (
         tmp_path / "out" / "_SUCCESS"
     ).exists()

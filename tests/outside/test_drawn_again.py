@@ -92,7 +92,7 @@ def test_of_half_way_latents_no_other_sample_is_drawn(run, failed, tmp_path, lat
     )
     on = {"job": "denoise", "flow": "read,encode,denoise,gate,write"}
     of = ("source=latents", f"source.path={tmp_path / 'half'}")
-    assert run("out", *of, **on) == 1
+    assert run("out", *of, **on) == 5
     assert {row["reason"] for row in failed(tmp_path / "out")} == {
         "the latents are half-way, at time 0.5: their noise was drawn where they were made, and accept can draw no other"
     }

@@ -71,5 +71,5 @@ def test_the_plugins_of_the_page_make_a_dataset(written, tmp_path, latentmill, r
     assert latentmill("run", job, f"output={tmp_path / 'dark'}", "stages.too_dark.settings.least=0.5") == 0
     told = [(row["stage"], row["reason"], row["scores"]) for row in filtered(tmp_path / "dark")]
     assert told == [("too_dark", "brightness 0.33 is below 0.5", {"brightness": pytest.approx(1 / 3)})] * 3
-    assert latentmill("run", job, f"output={tmp_path / 'bad'}", "source.prompt=pink") == 1
+    assert latentmill("run", job, f"output={tmp_path / 'bad'}", "source.prompt=pink") == 5
     assert failed(tmp_path / "bad")[0]["reason"] == "'pink' is no colour; there are red, green, blue"

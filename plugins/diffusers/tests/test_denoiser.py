@@ -17,6 +17,8 @@ import latentmill
 from latentmill.plugin import RowError
 from latentmill.testing import DenoiserSuite, SchedulerSuite
 from latentmill_diffusers.denoiser import DiffusersDenoiser
+from latentmill_diffusers.folder import Folder
+from latentmill_diffusers.schedule import scheduler_of, shared_scheduler_of
 from latentmill_diffusers.scheduler import ModelScheduler
 from latentmill_diffusers.text_encoder import COMPEL, DiffusersTextEncoder
 
@@ -61,6 +63,25 @@ class TestSuite(DenoiserSuite):
 
     def conditioning(self):
         return dict(type(self).told)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "FluxPipeline"])
+def test_what_a_scheduler_is_told_it_keeps_from_the_one_that_all_share(name, model):
+    folder = Folder(str(model(name)))
+    before = told_of(shared_scheduler_of(folder))
+    DiffusersDenoiser(str(model(name))).times(3, (16, 8, 8))
+    assert told_of(shared_scheduler_of(folder)) == before
+    one, other = scheduler_of(folder), scheduler_of(folder)
+    assert told_of(one) == told_of(other) == before
+    one.sigmas.zero_()
+    assert told_of(other) == before
+
+
+def told_of(scheduler):
+    return {
+        name: value.tolist() if isinstance(value, torch.Tensor) else repr(value)
+        for name, value in vars(scheduler).items()
+    }
 
 
 class TestScheduler(SchedulerSuite):
