@@ -118,7 +118,9 @@ def serve(number):
                         selector.unregister(asking)
                         del children[asking.fileno()]
                         asking.close()
-            elif key.fd in children:  # who asked is gone
+            elif (
+                children.get(key.fd, (None,))[0] is key.fileobj
+            ):  # who asked is gone, and nobody else has its number by now
                 os.kill(children[key.fd][1], signal.SIGKILL)
 
 
