@@ -67,7 +67,7 @@ class View:
     others: int = 0
     """Rows among the finished that this run has not made: those of earlier runs and of other drivers."""
     accepted: int = 0
-    """Rows among the finished that are in the dataset."""
+    """Rows among the finished that are in the dataset; counted where ``wanted`` is given alone."""
     wanted: int | None = None
     """With how many of these the dataset ends, in a job that says so."""
 

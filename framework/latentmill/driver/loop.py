@@ -134,6 +134,6 @@ def view(state: DriverState, plan: Plan, seconds: float) -> progress.View:
         shards=plan.shards,
         leased_by_others=len(state.leased_by_others),
         others=others,
-        accepted=sum(state.accepted.values()),
+        accepted=0 if state.accept_rows is None else sum(state.accepted.values()),
         wanted=state.accept_rows,
     )
