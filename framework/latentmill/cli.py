@@ -27,10 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     ==== =====================================================================================
     0    done
-    1    it stopped, and the same command may go on; rows failed, and not one succeeded; ``verify``: not sound
+    1    it stopped, and the same command may go on; ``verify``: not sound
     2    the job, or what was asked, is wrong: do not retry. Nothing has been started or written; ``doctor``: a node is not right
     3    the output, or what is told on stdout, can't be written
     4    there is no place on the cluster now: retry later
+    5    the dataset is complete, and not one row is ok: ``--retry-failed`` does them again
     130  it was interrupted, by Ctrl-C, SIGTERM or SIGUSR1: the same command goes on
     ==== =====================================================================================
 

@@ -87,8 +87,12 @@ def _start(options: Mapping[str, Any]) -> None:
             f"Ray can't be started here: {_line(error)}. It needs a folder for sockets (RAY_TMPDIR, else TMPDIR) that it may "
             "write, and /dev/shm; cluster=inline needs no Ray"
         ) from error
-    except Exception as error:  # nothing more special: its processes did not come up in time
-        raise UnreachableError(f"Ray did not start here in time: {_line(error)}. Is this machine too busy?") from error
+    except Exception as error:
+        if type(error) is not Exception or "timed out during startup" not in str(error):  # Ray has no class for it
+            raise
+        raise UnreachableError(
+            f"Ray did not start here in time: {_line(error).rstrip('.')}. Is this machine too busy?"
+        ) from error
 
 
 def _temporary() -> str | None:
