@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 
 COLLECTED = "LATENTMILL_BENCHMARKS"
@@ -24,13 +25,9 @@ def begin(doc: str | None) -> None:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table."""
-    print("\n".join(lines(head, rows)), flush=True)
-
-
-def lines(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """A table in Markdown."""
-    return [f"| {' | '.join(map(str, each))} |" for each in (head, ["---"] * len(head), *rows)]
+    """Print a table in Markdown, each row when it is there."""
+    for each in chain((head, ["---"] * len(head)), rows):
+        print(f"| {' | '.join(map(str, each))} |", flush=True)
 
 
 def median(values: Iterable[float]) -> float:
