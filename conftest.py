@@ -18,6 +18,14 @@ def pytest_collection_finish():
     gc.enable()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes():
+    """Before xdist's processes begin, which get this one's environment."""
+    from tests import forked
+
+    forked.start_server()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def composing_once():
     """See tests.composing."""

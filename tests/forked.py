@@ -36,6 +36,37 @@ logging.disable(logging.NOTSET)
 """What each worker of a job imports but for plugins, of which another cluster may have others; and what agents import."""
 
 
+def start_server():
+    """Start the process that has imported, unless there is one: of tests that xdist shares out, that is one for all."""
+    if SOCKET in os.environ:
+        return
+    import atexit
+    import shutil
+    import subprocess
+    import tempfile
+
+    folder = tempfile.mkdtemp(dir="/tmp")
+    os.environ[SOCKET] = os.path.join(folder, "forks")
+    elsewhere = {**os.environ, "OMP_NUM_THREADS": "1"}  # which is read once, as torch is imported
+    elsewhere.pop("PYTHONPATH", None)  # each worker has its own
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(os.environ[SOCKET])
+        listening.listen(64)
+        serve = [sys.executable, __file__, "--serve", str(listening.fileno())]
+        process = subprocess.Popen(serve, env=elsewhere, pass_fds=[listening.fileno()])
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(process.kill)
+
+
+def wait_for_server():
+    """Start it, and wait until it has imported: Ray gives its agents 30 seconds. Fails if it has died."""
+    start_server()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect(os.environ[SOCKET])
+        server.shutdown(socket.SHUT_WR)
+        server.recv(1)  # whoever asks for nothing gets nothing
+
+
 def ask():
     """Be a worker by proxy. An agent would look whether its parent, the raylet, is there; its proxy ends with that, and so does that of a server."""
     if WORKER not in map(os.path.basename, sys.argv):
@@ -71,7 +102,6 @@ def serve(number):
     gc.collect()
     gc.freeze()
     gc.enable()
-    print("ready", flush=True)
     children = {}
     ended, wakeup = socket.socketpair()
     for each in (ended, wakeup):

@@ -3,14 +3,7 @@
 So are the two agents of a node; a dashboard that shows nothing is not started.
 """
 
-import atexit
-import os
-import shutil
-import socket
-import subprocess
 import sys
-import tempfile
-from functools import cache
 
 import pytest
 import ray.cluster_utils
@@ -24,7 +17,7 @@ class Cluster(ray.cluster_utils.Cluster):
     """A Ray cluster, of a head alone until nodes are added."""
 
     def __init__(self, **head):
-        start_server()
+        forked.wait_for_server()
         few = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
         super().__init__(initialize_head=True, head_node_args={**few, **head})
 
@@ -41,7 +34,7 @@ class Cluster(ray.cluster_utils.Cluster):
 
 
 def fork(setattr=setattr, mounts=""):
-    """Have the workers and agents of all nodes forked that this process starts, if ``start_server`` has been called in a process before."""
+    """Have the workers and agents of all nodes forked that this process starts, if ``forked.start_server`` has been called in a process before."""
     start, dashboard = services.start_ray_process, services.start_api_server
     own = ["unshare", "--mount", "sh", "-ec", f'{mounts}\nexec "$@"', "sh"] if mounts else []
 
@@ -58,19 +51,3 @@ def fork(setattr=setattr, mounts=""):
     setattr(services, "start_api_server", start_dashboard)
     setattr(services, "_build_python_executable_command_memory_profileable", python)
     setattr(ray_constants, "SETUP_WORKER_FILENAME", forked.__file__)
-
-
-@cache
-def start_server():
-    folder = tempfile.mkdtemp(dir="/tmp")
-    os.environ[forked.SOCKET] = os.path.join(folder, "forks")
-    elsewhere = {**os.environ, "OMP_NUM_THREADS": "1"}  # which is read once, as torch is imported
-    elsewhere.pop("PYTHONPATH", None)  # each worker has its own
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(os.environ[forked.SOCKET])
-        listening.listen(64)
-        serve = [sys.executable, forked.__file__, "--serve", str(listening.fileno())]
-        process = subprocess.Popen(serve, env=elsewhere, pass_fds=[listening.fileno()], stdout=subprocess.PIPE)
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    atexit.register(process.kill)
-    assert process.stdout.readline() == b"ready\n", "workers would be asked for, and never come"

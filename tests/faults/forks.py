@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import psutil
-from tests import forked, ray_forks
+from tests import forked
 
 SERVER = Path(__file__).with_name("server.py")
 PROMPTS = [
@@ -26,7 +26,7 @@ class Forks:
     """
 
     def __init__(self):
-        ray_forks.start_server()
+        forked.wait_for_server()
         command = [sys.executable, forked.__file__, str(SERVER), str(Path(__file__).parents[2])]
         self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 

@@ -3,9 +3,7 @@
 import json
 from pathlib import Path
 
-import comfy_tiny
-import pytest
-from diffusers.loaders import single_file_utils
+import pytest  # and no large library: xdist's own process reads this, too, before others begin
 
 VALUES = Path(__file__).parent / "values"
 
@@ -17,6 +15,8 @@ class Models:
         self.folder = folder
 
     def __call__(self, *names):
+        import comfy_tiny
+
         missing = [name for name in names if not (self.folder / f"{name}.safetensors").is_file()]
         if missing:
             comfy_tiny.build(self.folder, *missing)
@@ -32,6 +32,8 @@ def comfy_models(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch):
     """diffusers' converter for FLUX, which knows one width alone, 3072, told of the tiny model's."""
+    from diffusers.loaders import single_file_utils
+
     convert = single_file_utils.convert_flux_transformer_checkpoint_to_diffusers
     code = convert.__code__
     narrower = code.replace(co_consts=tuple(64 if value == 3072 else value for value in code.co_consts))

@@ -4,16 +4,14 @@ import fcntl
 import os
 from functools import cache
 
-import pytest
-import reading
-import tiny
-import torch
-from answers import answering_once, in_numpy, never, remembered
+import pytest  # and no large library: xdist's own process reads this, too, before others begin
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """The folder of a tiny model, by its pipeline's name: built once for all processes of a run, and changed by nobody."""
+    import tiny
+
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "models"
     root.mkdir(exist_ok=True)
@@ -32,6 +30,7 @@ def model(tmp_path_factory):
 def remembering():
     """Integrals of polynomials, and timesteps that are looked up one after another: milliseconds each, and the same on a grid."""
     import diffusers
+    from answers import in_numpy, never, remembered
     from diffusers.hooks import group_offloading
 
     with pytest.MonkeyPatch.context() as patch:
@@ -54,7 +53,9 @@ def remembering():
 def reading_once():
     """See reading; and of text encoders, which read the same prompts in every test, see answers."""
     import diffusers
+    import reading
     import transformers
+    from answers import answering_once
 
     with pytest.MonkeyPatch.context() as patch:
         reading.once(diffusers.ModelMixin, patch)
@@ -65,4 +66,6 @@ def reading_once():
 @pytest.fixture
 def plain_convolutions(monkeypatch):
     """For tests that hold what goes into networks, and not their bits: oneDNN prepares a small convolution for longer than it takes."""
+    import torch
+
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)

@@ -1,9 +1,6 @@
 """Tiny networks of transformers, as their authors would store them: random, and always the same."""
 
-import numpy as np
-import pytest
-import torch
-from PIL import Image
+import pytest  # and no large library: xdist's own process reads this, too, before others begin
 
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 """CLIP's."""
@@ -29,6 +26,7 @@ def tokenizer():
 
 def clip(folder, width, seed, side=30, **of_vision):
     """A CLIP with embeddings of ``width`` for pictures of ``side`` pixels, in a folder."""
+    import torch
     from transformers import CLIPConfig, CLIPModel
 
     words = tokenizer()
@@ -73,6 +71,7 @@ def wide_clip_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def predictor(tmp_path_factory):
     """The tensors of an aesthetic predictor by name, and the .safetensors that holds them."""
+    import torch
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
@@ -88,6 +87,7 @@ def predictor(tmp_path_factory):
 @pytest.fixture(scope="session")
 def classifier_folder(tmp_path_factory):
     """A vision transformer with the labels safe, unsafe and drawing."""
+    import torch
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
     torch.manual_seed(0)
@@ -117,6 +117,8 @@ def classifier_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def drawn():
     """``drawn(SEED)``: a picture of its own, 48 x 40 pixels: soft colours with a few edges."""
+    import numpy as np
+    from PIL import Image
 
     def draw(seed, width=48, height=40):
         random = np.random.default_rng(seed)
