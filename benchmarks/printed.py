@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
@@ -25,9 +25,14 @@ def begin(doc: str | None) -> None:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table in Markdown, each row when it is there."""
-    for each in chain((head, ["---"] * len(head)), rows):
-        print(f"| {' | '.join(map(str, each))} |", flush=True)
+    """Print a table, each row when it is there."""
+    for line in lines(head, rows):
+        print(line, flush=True)
+
+
+def lines(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[str]:
+    """A table in Markdown."""
+    return (f"| {' | '.join(map(str, each))} |" for each in chain((head, ["---"] * len(head)), rows))
 
 
 def median(values: Iterable[float]) -> float:

@@ -4,7 +4,9 @@ So are the two agents of a node; a dashboard that shows nothing is not started.
 """
 
 import sys
+from contextlib import suppress
 
+import psutil
 import pytest
 import ray.cluster_utils
 from ray._private import ray_constants, services
@@ -26,6 +28,17 @@ class Cluster(ray.cluster_utils.Cluster):
         with pytest.MonkeyPatch.context() as patch:
             fork(patch.setattr, mounts)
             return super().add_node(**node)
+
+    def actors(self):
+        """Process numbers of its actors, which are no children of this process: each writes a log of this cluster's session."""
+        logs, found = self.head_node.get_logs_dir_path(), set()
+        for process in psutil.process_iter(["name"]):
+            with suppress(psutil.Error):
+                if process.info["name"].startswith("ray::_Actor") and any(
+                    file.path.startswith(logs) for file in process.open_files()
+                ):
+                    found.add(process.pid)
+        return found
 
     def shutdown(self):
         """Of the driver that this process is, too: one whose cluster ends before it may end its process."""

@@ -88,13 +88,8 @@ def test_workers_killed_three_times(seed, job, cluster, tmp_path):
 
     def hunt():
         while len(victims) < KILLS and not ended.wait(dice.uniform(0, seconds / 6)):
-            workers = [
-                process
-                for process in psutil.Process().children(recursive=True)
-                if process.name().startswith("ray::_Actor") and process.pid not in victims
-            ]
-            if workers:
-                victims.append(dice.choice(workers).pid)
+            if workers := sorted(cluster.actors() - {*victims}):
+                victims.append(dice.choice(workers))
                 os.kill(victims[-1], signal.SIGKILL)
 
     hunter = threading.Thread(target=hunt)

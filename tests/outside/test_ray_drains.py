@@ -78,8 +78,12 @@ def test_what_lies_on_such_a_node_alone_is_copied_and_no_node_is_missed_before_i
         block = ray.remote(lambda: bytes(1 << 20)).options(max_retries=0, scheduling_strategy=there).remote()
         ray.wait([block], fetch_local=False)
         whole = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == first)["object_store_memory"]
-        # As long as Ray has not counted it, a node that is drained is idle, and gone at once.
-        until(lambda: available_resources_per_node()[first].get("object_store_memory", 0) < whole)
+
+        def counted():  # as long as Ray has not, a node that is drained is idle, and gone at once; and a task's CPU is not yet free again
+            there = available_resources_per_node()[first]
+            return there.get("object_store_memory", 0) < whole and there.get("CPU") == 2
+
+        until(counted)
         drained, seen = DrainedNodes(lambda: [block]), NodesSeen(dict, watch=True)
         assert drained.news() == [] and draining() == set()
         drain(nodes, first)
