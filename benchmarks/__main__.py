@@ -23,8 +23,8 @@ from printed import COLLECTED, machine  # noqa: E402
 SCRIPTS: dict[str, tuple[list[str], list[str]]] = {
     "pipeline": ([], ["--rows", "64", "128", "--repeats", "1", "--peer-repeats", "1"]),
     "shapes": (
-        ["--repeats", "1", "--rows", "320", "640", "--loop", "128"],
-        ["--repeats", "1", "--rows", "16", "32", "--loop", "16"],
+        ["--repeats", "1", "--rows", "640", "--loop", "128"],
+        ["--repeats", "1", "--rows", "32", "--loop", "16"],
     ),
     "flow": ([], ["64"]),
     "dispatch": ([], ["2000"]),
