@@ -32,6 +32,7 @@ SelectTypeParameters=CR_CPU
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 ReturnToService=2
+GresTypes=gpu
 KillWait=5
 OverTimeLimit=0
 SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0
@@ -52,14 +53,16 @@ def missing():
 
 
 class SlurmCluster:
-    """``with SlurmCluster(FOLDER, nodes=3) as slurm``: SLURM_CONF must be ``slurm.conf`` for its commands."""
+    """``with SlurmCluster(FOLDER, nodes=3) as slurm``: SLURM_CONF must be ``slurm.conf`` for its commands. ``gpus``: that each node claims."""
 
-    def __init__(self, folder, nodes=3, cpus=4):
+    def __init__(self, folder, nodes=3, cpus=4, gpus=0):
         self.folder, self.conf = folder, folder / "slurm.conf"
         self.names = [f"n{number + 1}" for number in range(nodes)]
         ports = free_ports(nodes + 1)
+        claimed = f" Gres=gpu:{gpus}" if gpus else ""
+        (folder / "gres.conf").write_text(f"Name=gpu Count={gpus}\n" if gpus else "")
         of_nodes = [
-            f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=4000 State=UNKNOWN"
+            f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=4000 State=UNKNOWN{claimed}"
             for name, port in zip(self.names, ports[1:])
         ]
         self.conf.write_text(CONF.format(folder=folder, ports=ports, nodes="\n".join(of_nodes)))
