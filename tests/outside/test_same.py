@@ -167,6 +167,18 @@ def test_what_was_read_stands_beside_the_plan_without_a_path(latentmill, keen, p
     assert found == {"read_for": "vae", "files": [["keen.safetensors", hashlib.sha256(keen.read_bytes()).hexdigest()]]}
 
 
+@pytest.mark.parametrize("damaged", ["", "{", '{"files": [["keen.safetensors"]]}', "[]", "\xff"])
+def test_what_was_read_is_damaged_and_a_line_says_what_to_do(latentmill, keen, pictures, tmp_path, rows, damaged):
+    output = tmp_path / "out"
+    begin(latentmill, pictures, output, "keen")
+    (output / "weights" / "vae.json").write_bytes(damaged.encode("latin-1"))
+    assert latentmill(*job(pictures, output, "keen")) == 2
+    said = latentmill.err.splitlines()[-1]
+    assert "weights/vae.json can't be read" in said and "delete it" in said and not (output / "_SUCCESS").exists()
+    (output / "weights" / "vae.json").unlink()
+    assert latentmill(*job(pictures, output, "keen")) == 0 and len(rows(output)) == 4
+
+
 # ----------------------------------------------------------------------------------------------------- libraries
 
 

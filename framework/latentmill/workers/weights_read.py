@@ -11,6 +11,7 @@ from latentmill.libraries import NOT_THERE
 from latentmill.plan import Plan
 from latentmill.plugin import Scheduler
 from latentmill.storage import Storage
+from latentmill.text import one_line
 from latentmill.weights import Reading
 
 
@@ -52,7 +53,10 @@ class WeightsRead:
         try:
             return [(str(file), str(content)) for file, content in json.loads(self.store.read(name))["files"]]
         except (ValueError, KeyError, TypeError) as error:
-            raise PlanError(f"{self.store.url.rstrip('/')}/{name} can't be read: {error}") from error
+            raise PlanError(
+                f"{self.store.url.rstrip('/')}/{name} can't be read ({one_line(error)}): it says which weights this dataset's rows are of. "
+                "Put a copy of it back; or delete it, if the weights are still those, and it is written anew"
+            ) from error
 
     def _name(self, unit: str) -> str:
         return f"weights/{re.sub(r'[^A-Za-z0-9_.-]+', '-', unit)}.json"
