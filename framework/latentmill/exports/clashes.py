@@ -41,10 +41,9 @@ def look_for_clashes(
 
 def _path(format: ExportFormat, number: int, side: int) -> str:
     """Where a sample's file goes."""
-    assert format.path is not None
     size = side or ANY_SIDE
     row = ExportRow(number, str(number), "picture", "picture", {"width": size, "height": size}, resolution=side)
-    return format.below(row) + format.path(row)
+    return format.whole_path(row)
 
 
 def _look_for_twice(by_name: Sequence[ExportFormat], plan: Plan, source: Source, tell: Callable[[str], None]) -> None:

@@ -286,7 +286,7 @@ def require_names(names: str | None, chosen: Sequence[ExportFormat], output: str
 
 def _require_paths(source: ExportSource, chosen: Sequence[ExportFormat]) -> None:
     """Raise ExportError if two rows would be one file. Rows that are called by their row_id are not looked at."""
-    asked = [_whole_path(each, each.path) for each in chosen if each.names and each.path is not None]
+    asked = [each.whole_path for each in chosen if each.names and each.path is not None]
     if source.names in (None, "row_id") or not asked:
         return
     shards = range(source.there.plan.shards)
@@ -321,10 +321,6 @@ def _repeated(source: ExportSource) -> frozenset[int]:
                 found.add(number)
             seen.add(prompt)
     return frozenset(found)
-
-
-def _whole_path(format: ExportFormat, path: Callable[[ExportRow], str]) -> Callable[[ExportRow], str]:
-    return lambda row: format.below(row) + path(row)
 
 
 def _tell_twice(source: ExportSource, path: Callable[[ExportRow], str], hashes: set[int]) -> None:

@@ -150,6 +150,11 @@ class ExportFormat:
         """The folder that a row's files are in, with a slash behind, or "": what ``path`` and ``files`` don't say."""
         return f"{row.resolution}/" if self.apart and row.resolution else ""
 
+    def whole_path(self, row: ExportRow) -> str:
+        """Where the file of a row goes, of a format whose files are called by ``path``."""
+        assert self.path is not None
+        return self.below(row) + self.path(row)
+
     @property
     def of(self) -> str:
         """Whose latents it takes, for people; or whose encodings of prompts, if it holds those alone."""
