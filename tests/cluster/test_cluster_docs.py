@@ -15,7 +15,7 @@ NOT_RUN = "(Not run"
 BY_TESTS = {"The image", "Many drivers on one output"}
 """Sections with commands that no test runs, and that say so."""
 JOB = """\
-defaults: [txt2img, _self_]
+defaults: [job, model: shapes, scheduler: dpmpp_2m, source: prompts, sink: parquet, cluster: local, _self_]
 output: s3://bucket/my-job
 source: {path: "prompts.txt"}
 samples_per_row: 4
@@ -48,7 +48,7 @@ class Shell:
 
     def __init__(self, folder, words):
         self.folder, self.words = folder, {"/shared/out": str(folder / "shared"), **words}
-        (folder / "prompts.txt").write_text("".join(f"a red circle {number}\n" for number in range(ROWS // 4)))
+        (folder / "prompts.txt").write_text("a red circle\n" * (ROWS // 4))
         (folder / "my-job.yaml").write_text(JOB.replace("prompts.txt", str(folder / "prompts.txt")))
         path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
         self.environment = {**os.environ, "PATH": path, "XDG_STATE_HOME": str(folder / "state"), "OMP_NUM_THREADS": "1"}
@@ -65,9 +65,15 @@ class Shell:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(["bash", "-c", command], cwd=self.folder, env=self.environment, **pipes)
 
-    def job(self):
-        [job] = json.loads(self("latentmill jobs --json"))
-        return job
+    def ended(self):
+        """What was submitted has ended, well."""
+
+        def job():
+            [job] = json.loads(self("latentmill jobs --json"))
+            return job
+
+        until(lambda: job()["state"] == "ended", "what was submitted", 300)
+        assert job()["exit_code"] == 0 and job()["dataset"]["success"], self("latentmill logs my-job")
 
 
 def test_each_command_is_typed_here_or_said_not_to_be_run():
@@ -89,10 +95,12 @@ def ray(tmp_path, monkeypatch):
     """A Ray of one node with a job server, the only one that ``auto`` finds. Returns the job server's address."""
     port, dashboard, agent = free_ports(3)
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    monkeypatch.setenv("PATH", f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}")
     ports = [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=9", *ports]
     out = (tmp_path / "ray.log").open("w")
     running = subprocess.Popen([*ray, "--temp-dir=/tmp/raydocs"], stdout=out, stderr=out)
+    until(lambda: "will now block" in (tmp_path / "ray.log").read_text(), "Ray")
     yield f"http://127.0.0.1:{dashboard}"
     running.terminate()
     running.wait(60)
@@ -102,7 +110,6 @@ def ray(tmp_path, monkeypatch):
 def test_on_a_ray_cluster(ray, bucket, tmp_path):
     shell = Shell(tmp_path, {"http://HEAD:8265": ray})
     doctor, plan = SECTIONS["Before it starts"]
-    until(lambda: shell.begin("ray status").wait() == 0, "Ray")
     assert "WRONG" not in (said := shell(doctor)) and "  ok   nodes " in said
     assert "GPU hours" in (said := shell(plan)) or "rows/s" in said, said
 
@@ -110,8 +117,7 @@ def test_on_a_ray_cluster(ray, bucket, tmp_path):
     shell(run)
     assert f"{ROWS} of {ROWS} rows" in shell("latentmill status s3://bucket/my-job")
     shell(submit)
-    until(lambda: shell.job()["state"] == "ended", "what was submitted", 300)
-    assert (shell.job()["exit_code"], shell.job()["dataset"]["success"]) == (0, True)
+    shell.ended()
 
     [waits], [top, dashboard] = SECTIONS["Waiting for places, growing and shrinking"], SECTIONS["Watching a job"]
     (tmp_path / "my-job.yaml").write_text(
@@ -139,6 +145,5 @@ def test_on_slurm(tmp_path, monkeypatch):
         assert "is submitted to slurm" in shell(submit)
         assert "my-job-" in shell(jobs)
         assert f"{ROWS} of {ROWS} rows" in shell(logs)
-        until(lambda: shell.job()["state"] == "ended", "what was submitted")
-        assert (shell.job()["exit_code"], shell.job()["dataset"]["success"]) == (0, True)
+        shell.ended()
         shell(cancel)
