@@ -41,7 +41,10 @@ class WeightsRead:
                 if here == NOT_THERE:  # the row's own mistake
                     continue
             if unit not in self.known:
-                self.known[unit] = self._settled(unit, files)
+                try:
+                    self.known[unit] = self._settled(unit, files)
+                except PlanError as error:
+                    return str(error)
             if files != self.known[unit]:
                 return self._unlike(node, unit, files, self.known[unit])
         return ""
