@@ -60,7 +60,9 @@ class SlurmCluster:
         self.names = [f"n{number + 1}" for number in range(nodes)]
         ports = free_ports(nodes + 1)
         claimed = f" Gres=gpu:{gpus}" if gpus else ""
-        (folder / "gres.conf").write_text(f"Name=gpu Count={gpus}\n" if gpus else "")
+        for number in range(gpus):
+            (folder / f"gpu{number}").touch()  # Slurm looks whether they are there
+        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-{gpus - 1}]\n" if gpus else "")
         of_nodes = [
             f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=4000 State=UNKNOWN{claimed}"
             for name, port in zip(self.names, ports[1:])
