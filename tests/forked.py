@@ -92,10 +92,12 @@ def end_with_parent():
 def serve(number):
     """Fork a child for each that asks; end it if who asked is killed, and let who asked end with it."""
     import gc
+    import select
     import selectors
 
     end_with_parent()
     paths = sys.path[1:]
+    select.select([number], [], [])  # tests without Ray ask for nobody
     gc.disable()  # there is no garbage in what is imported
     exec(IMPORTED, {})
     configured = address(sys.modules["ray._raylet"].__file__, CONFIGURED)

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from tests.cluster.slurm import SlurmCluster, free_ports, missing, until
 
+from latentmill import storage
+
 DOC = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text()
 NOT_RUN = "(Not run"
-BY_TESTS = {"The image", "Many drivers on one output"}
+UNTYPED = {"The image", "Many drivers on one output"}
 """Sections with commands that no test runs, and that say so."""
 JOB = """\
 defaults: [job, model: shapes, scheduler: dpmpp_2m, source: prompts, sink: parquet, cluster: local, _self_]
@@ -50,13 +52,12 @@ class Shell:
         self.folder, self.words = folder, {"/shared/out": str(folder / "shared"), **words}
         (folder / "prompts.txt").write_text("a red circle\n" * (ROWS // 4))
         (folder / "my-job.yaml").write_text(JOB.replace("prompts.txt", str(folder / "prompts.txt")))
-        path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
-        self.environment = {**os.environ, "PATH": path, "XDG_STATE_HOME": str(folder / "state"), "OMP_NUM_THREADS": "1"}
+        self.environment = {**os.environ, "XDG_STATE_HOME": str(folder / "state"), "OMP_NUM_THREADS": "1"}
 
-    def __call__(self, command, code=0):
+    def __call__(self, command):
         typed = self.begin(command)
         out, err = typed.communicate(timeout=600)
-        assert typed.returncode == code, out + err
+        assert typed.returncode == 0, out + err
         return out
 
     def begin(self, command):
@@ -84,26 +85,33 @@ def test_each_command_is_typed_here_or_said_not_to_be_run():
         "Watching a job",
         "Slurm",
     }
-    assert SECTIONS.keys() == typed | BY_TESTS
+    assert SECTIONS.keys() == typed | UNTYPED
     for heading in SECTIONS:
         text = DOC.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-        assert (NOT_RUN in text) == (heading in BY_TESTS), heading
+        assert (NOT_RUN in text) == (heading in UNTYPED), heading
+
+
+@pytest.fixture(autouse=True)
+def activated(monkeypatch):
+    """The virtual environment, as people have it; Ray and Slurm hand it on."""
+    monkeypatch.setenv("PATH", f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}")
 
 
 @pytest.fixture
-def ray(tmp_path, monkeypatch):
+def ray(activated, tmp_path, monkeypatch):
     """A Ray of one node with a job server, the only one that ``auto`` finds. Returns the job server's address."""
     port, dashboard, agent = free_ports(3)
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
-    monkeypatch.setenv("PATH", f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}")
     ports = [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=9", *ports]
     out = (tmp_path / "ray.log").open("w")
     running = subprocess.Popen([*ray, "--temp-dir=/tmp/raydocs"], stdout=out, stderr=out)
-    until(lambda: "will now block" in (tmp_path / "ray.log").read_text(), "Ray")
-    yield f"http://127.0.0.1:{dashboard}"
-    running.terminate()
-    running.wait(60)
+    try:
+        until(lambda: "will now block" in (tmp_path / "ray.log").read_text(), "Ray")
+        yield f"http://127.0.0.1:{dashboard}"
+    finally:
+        running.terminate()
+        running.wait(60)
 
 
 @by_hand
@@ -111,7 +119,7 @@ def test_on_a_ray_cluster(ray, bucket, tmp_path):
     shell = Shell(tmp_path, {"http://HEAD:8265": ray})
     doctor, plan = SECTIONS["Before it starts"]
     assert "WRONG" not in (said := shell(doctor)) and "  ok   nodes " in said
-    assert "GPU hours" in (said := shell(plan)) or "rows/s" in said, said
+    assert " rows/s" in shell(plan)
 
     run, submit = SECTIONS["A Ray cluster that is running"]
     shell(run)
@@ -123,8 +131,7 @@ def test_on_a_ray_cluster(ray, bucket, tmp_path):
     (tmp_path / "my-job.yaml").write_text(
         (tmp_path / "my-job.yaml").read_text().replace("samples_per_row: 4", "samples_per_row: 40")
     )
-    shell("python -c 'import obstore; from obstore.store import from_url as of; s = of(\"s3://bucket\", client_options={\"allow_http\": True}); "
-          "[obstore.delete(s, e[\"path\"]) for page in obstore.list(s) for e in page]'")  # fmt: skip
+    storage.at("s3://bucket").clear()
     running = shell.begin(waits)
     until(lambda: '"drivers": [{' in shell(f"{top} --json || true"), "a driver", 120)
     assert "denoise" in shell(top)
