@@ -6,7 +6,7 @@ import json
 import re
 
 from latentmill import registry
-from latentmill.errors import PlanError, PluginError
+from latentmill.errors import PluginError
 from latentmill.libraries import NOT_THERE
 from latentmill.plan import Plan
 from latentmill.plugin import Scheduler
@@ -43,8 +43,11 @@ class WeightsRead:
             if unit not in self.known:
                 try:
                     self.known[unit] = self._settled(unit, files)
-                except PlanError as error:
-                    return str(error)
+                except (ValueError, KeyError, TypeError) as error:
+                    return (
+                        f"{self.store.url.rstrip('/')}/{self._name(unit)} can't be read ({one_line(error)}): it says which weights this dataset's rows "
+                        "are of. Put a copy of it back; or delete it, if the weights are still those, and it is written anew"
+                    )
             if files != self.known[unit]:
                 return self._unlike(node, unit, files, self.known[unit])
         return ""
@@ -53,13 +56,7 @@ class WeightsRead:
         name = self._name(unit)
         if self.store.create(name, (json.dumps({"read_for": unit, "files": files}, indent=1) + "\n").encode()):
             return files
-        try:
-            return [(str(file), str(content)) for file, content in json.loads(self.store.read(name))["files"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise PlanError(
-                f"{self.store.url.rstrip('/')}/{name} can't be read ({one_line(error)}): it says which weights this dataset's rows are of. "
-                "Put a copy of it back; or delete it, if the weights are still those, and it is written anew"
-            ) from error
+        return [(str(file), str(content)) for file, content in json.loads(self.store.read(name))["files"]]
 
     def _name(self, unit: str) -> str:
         return f"weights/{re.sub(r'[^A-Za-z0-9_.-]+', '-', unit)}.json"
