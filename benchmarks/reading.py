@@ -34,6 +34,7 @@ TARS = 10
 SIDE = 64
 PAGE = 1000
 Rows = Callable[[], Iterator[object]]
+"""Reads all pictures."""
 
 
 def make(folder: Path, count: int) -> None:
@@ -68,6 +69,7 @@ class Store(http.server.BaseHTTPRequestHandler):
     folder: Path
     late: float
     keys: list[str] | None = None
+    """What is there, once somebody has asked."""
 
     def do_GET(self) -> None:
         time.sleep(self.late)
@@ -226,6 +228,7 @@ def compare(folder: Path, url: str, options: argparse.Namespace) -> None:
 
 
 def rows(pairs: dict[str, tuple[Rows, Rows]], options: argparse.Namespace) -> Iterator[Sequence[str]]:
+    """Of the table: ours and the other, by what is read, measured one after the other."""
     for what, (mine, other) in pairs.items():
         found = [(measure(mine, options.pictures), measure(other, options.pictures)) for _ in range(options.repeats)]
         rates = [statistics.median(pair[k][0] for pair in found) for k in (0, 1)]

@@ -4,8 +4,8 @@
 
 The bound is a bare loop over the same modules: encode 32 prompts, 20 steps of DPM++ 2M with guidance, decode; no file is read or
 written, and nothing is kept. It is the best of several numbers of rows a batch and threads. A job also reads prompts, encodes
-PNG files, and commits shards. Its rate is that of the last three quarters of the rows, by when their
-files were written, so that no start is in it.
+PNG files, and commits shards. Its rate is that of the last three quarters of the rows, by when their files were written, so that
+no start is in it.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ def job(words: list[str], rows: int) -> float:
         prompts.write_text("\n".join(lines) + "\n")
         shards = f"rows_per_shard={min(32, rows // 4)}"
         result = latentmill.run("txt2img", [*words, shards, f"source.path={prompts}", f"output={folder}/out"])
-        ended = sorted(path.stat().st_mtime for path in Path(folder, "out", "data").iterdir())
+        written = sorted(path.stat().st_mtime for path in Path(folder, "out", "data").iterdir())
     assert result.ok == rows
-    first = len(ended) // 4
-    return rows * (len(ended) - first) / len(ended) / (ended[-1] - ended[first - 1])
+    first = len(written) // 4
+    return rows * (len(written) - first) / len(written) / (written[-1] - written[first - 1])
 
 
 def main() -> None:
