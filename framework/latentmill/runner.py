@@ -36,6 +36,7 @@ from latentmill.driver.signals import Signals
 from latentmill.driver.state import DriverState, finished
 from latentmill.errors import RunError
 from latentmill.exports import of_job
+from latentmill.notices import as_ctrl_c
 from latentmill.plan import Plan
 from latentmill.shard_index import WORTH
 from latentmill.shards import data_name
@@ -168,7 +169,8 @@ def _with_export(job: Job, there: Dataset, result: Result) -> Result:
     if there.outgrown() or not there.store.exists("_SUCCESS"):  # whoever makes what has come exports it, too
         return result
     try:
-        found = of_job.write(job, logger.warning)
+        with as_ctrl_c():
+            found = of_job.write(job, logger.warning)
     except KeyboardInterrupt:
         told = "stopped; the same command goes on with it"
         return replace(result, interrupted=True, text=f"{result.text}\n  export        {told}")

@@ -1,5 +1,6 @@
 """A model without weights that counts what it computes, in files, and sends a signal when it has counted so far."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ POINTS = (
 CODE = '''
 import os
 import signal
+import time
 from pathlib import Path
 
 import torch
@@ -17,7 +19,8 @@ from latentmill.schedulers.noise_schedules import RectifiedFlow
 
 
 def count(notes, what, rows):
-    """Note so many; and stop the process that ``notes/stop`` names, if it is time. Returns how many there are."""
+    """Note so many; and stop the process that ``notes/stop`` names, if it is time. A worker of another process waits
+    until ``notes/heard`` says that it has heard: it might be done by then. Returns how many there are."""
     with open(Path(notes, what), "ab") as file:
         file.write(b"." * rows)
         found = file.tell()
@@ -29,6 +32,8 @@ def count(notes, what, rows):
             if (again := Path(notes, "stop again")).exists():
                 again.rename(stop)
             os.kill(int(process), int(number))
+            while int(process) != os.getpid() and not Path(notes, "heard").exists():
+                time.sleep(0.01)
     except (FileNotFoundError, ValueError):
         pass
 
@@ -66,6 +71,8 @@ class Counted:
     def __init__(self, latentmill, folder, rows=24):
         self.latentmill, self.folder, self.notes = latentmill, folder, folder / "notes"
         self.notes.mkdir()
+        self.heard = logging.Handler()
+        self.heard.emit = self._hear
         (folder / "prompts.txt").write_text("".join(f"prompt {row}\n" for row in range(rows)))
         self.settings = [
             "cluster=inline", "vae.name=patches", "vae.side=1", "text_encoder.name=letters", "denoiser.name=counts",
@@ -79,11 +86,20 @@ class Counted:
         """Run it into that folder; what was computed: (prompts encoded, rows evaluated)."""
         before = self.computed()
         arguments = ("run", "txt2img", *self.settings, f"output={self.place(output)}", *more)
-        assert self.latentmill(*arguments) == code, self.latentmill.said
+        logging.getLogger("latentmill").addHandler(self.heard)
+        try:
+            assert self.latentmill(*arguments) == code, self.latentmill.said
+        finally:
+            logging.getLogger("latentmill").removeHandler(self.heard)
         return tuple(now - then for now, then in zip(self.computed(), before))
+
+    def _hear(self, record):
+        if "what is half done is kept" in record.getMessage():
+            (self.notes / "heard").touch()
 
     def stop(self, number, when, what="evaluated", process=None, name="stop"):
         """Have the signal sent to a process, this one, when so many more have been counted."""
+        (self.notes / "heard").unlink(missing_ok=True)
         so_far = self.computed()[what == "evaluated"]
         (self.notes / name).write_text(f"{what} {so_far + when} {int(number)} {process or os.getpid()}")
 

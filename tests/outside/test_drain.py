@@ -266,8 +266,10 @@ def cluster(monkeypatch, tmp_path):
 STAGES = ("read", "encode", "denoise", "decode", "write")
 
 
-def test_on_a_cluster_it_is_the_same(counted, cluster, monkeypatch):
+def test_on_a_cluster_it_is_the_same(latentmill, install, tmp_path, cluster, monkeypatch):
     """Both signals, and a run that takes up what one left and is stopped itself."""
+    install("acme", POINTS, acme_counts=CODE)
+    counted = Counted(latentmill, tmp_path, rows=48)
     whole, made = counted.run("whole"), []
     for number, when in ((CTRL_C, 97), (signal.SIGTERM, 70)):
         counted.stop(number, when)

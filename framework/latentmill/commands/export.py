@@ -9,6 +9,7 @@ from typing import Any
 from latentmill import storage
 from latentmill.commands.command import Command
 from latentmill.commands.listings import Formats
+from latentmill.notices import as_ctrl_c
 from latentmill.text import escaped
 
 
@@ -33,9 +34,9 @@ def _export(options: Any) -> int:
         print(escaped(line), file=sys.stderr)
 
     try:
-        found = export(
-            options.output, [name.strip() for name in options.to.split(",")], options.folder, options.names, tell
-        )
+        with as_ctrl_c():
+            formats = [name.strip() for name in options.to.split(",")]
+            found = export(options.output, formats, options.folder, options.names, tell)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130

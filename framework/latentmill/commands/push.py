@@ -8,6 +8,7 @@ from typing import Any
 
 from latentmill import storage
 from latentmill.commands.command import Command
+from latentmill.notices import as_ctrl_c
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +20,8 @@ def _push(options: Any) -> int:
     from latentmill.push import push
 
     try:
-        print(push(options.output, options.target))
+        with as_ctrl_c():
+            print(push(options.output, options.target))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130

@@ -51,6 +51,8 @@ def drive(
                 turn(state, pool, leases, worked, stored)
             except BusyError as error:  # what is half done is kept, by workers that are there
                 lacks = error if signals.stop_for("no places") else lacks
+            if signals.interrupted:  # and a library has caught it: what came of that is no row's fault, nor a worker's
+                raise KeyboardInterrupt
             show()
             if state.failed:
                 raise (OutputError if state.output_failed else RunError)(state.failed)

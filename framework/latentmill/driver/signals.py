@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Literal
 
 from latentmill.driver.messages import Stop
-from latentmill.notices import NOTICES
+from latentmill.notices import NOTICES, heard
 
 logger = logging.getLogger("latentmill")
 
@@ -31,6 +31,8 @@ class Signals:
         self.finishing = max(grace - RESERVE, grace / 2)
         self.asked: tuple[str, float] | None = None
         """The first signal, and when it came."""
+        self.interrupted = False
+        """Whether a signal has ended what went on at once, with KeyboardInterrupt. Where that was raised it may have been caught."""
         self._told: dict[str, float] = {}
         """What the driver was told, each with when."""
         self._holds: Callable[[], bool] | None = None
@@ -39,17 +41,22 @@ class Signals:
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """Hear them, until the end. Nothing is done in any thread but the main one, which is where Python hears signals."""
+        """Hear them, until the end. Nothing is done in any thread but the main one, which is where Python hears signals.
+
+        Raises KeyboardInterrupt in place of the error that a library has made of one.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self._numbers = [number for number in signal.Signals if number.name in NOTICES]
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background jobs ignore it
-            self._numbers.append(signal.SIGINT)
+        self._numbers = heard()
         before = {number: signal.getsignal(number) for number in self._numbers}
         self.listen()
         try:
             yield
+        except Exception as error:
+            if self.interrupted:
+                raise KeyboardInterrupt from error
+            raise
         finally:
             self._numbers = []
             for number, handler in before.items():
@@ -102,5 +109,6 @@ class Signals:
             self.asked = name, self.clock() - self.finishing
             return
         if self.asked is not None or self._holds is None or not self._holds():
+            self.interrupted = True
             raise KeyboardInterrupt
         self.asked = name, self.clock()
