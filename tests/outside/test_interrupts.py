@@ -1,7 +1,9 @@
 """A signal that comes amid a library's work, which makes an error of its own of it, or goes on: torch does the one, C code the other."""
 
 import json
+import os
 import signal
+import time
 
 import pytest
 
@@ -43,7 +45,6 @@ class Hears(Denoiser):
     def predict(self, x, t, conditioning):
         reach("predict")
         return torch.sin(x * 3)
-
 """
 
 
@@ -54,13 +55,14 @@ def job(latentmill, install, tmp_path, monkeypatch):
     monkeypatch.setenv("HEARS", str(tmp_path))
     (tmp_path / "prompts.txt").write_text("red circle\n" * 8)
 
-    def run(output, place="", makes="", *numbers):
+    def run(output, place="", makes="", *numbers, grace=0):
         if numbers:
             (tmp_path / " ".join([place, makes, *(str(int(number)) for number in numbers)])).touch()
         return latentmill(
             "run", "txt2img", f"output={tmp_path / output}", f"source.path={tmp_path / 'prompts.txt'}", "cluster=inline",
             "vae.name=patches", "vae.side=1", "denoiser.name=hears", "samples_per_row=1", "rows_per_shard=4",
-            "sampling.steps=4", "sampling.width=4", "sampling.height=4", "scheduler=euler", "grace=0",
+            "sampling.steps=4", "sampling.width=4", "sampling.height=4", "scheduler=euler", f"grace={grace}",
+            "stages.denoise.batch_size=1",
         )  # fmt: skip
 
     return run
@@ -78,12 +80,38 @@ def test_it_is_an_interrupt_all_the_same(job, latentmill, tmp_path, place, makes
 
 @pytest.mark.parametrize("makes", ["error", "nothing"])
 def test_two_of_them_make_no_row_fail(job, latentmill, tmp_path, makes):
-    assert job("out", "predict", makes, signal.SIGTERM, signal.SIGTERM) == 130, latentmill.said
+    """The first leaves time to end what has begun, and the second ends it: a row that was at its step did not fail."""
+    assert job("out", "predict", makes, signal.SIGTERM, signal.SIGTERM, grace="10m") == 130, latentmill.said
     assert latentmill("status", tmp_path / "out", "--json") == 0
     assert json.loads(latentmill.out)["failed"] == 0
     assert job("out") == 0, latentmill.said
     assert job("whole") == 0
     assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["export", "{out}", "{out}/../exported", "--to", "mds"], "interrupted; the same command goes on\n"),
+        (["push", "{out}", "hf://datasets/me/mine"], "interrupted; the same command goes on\n"),
+        (["status", "{out}"], "stopped before anything was begun\n"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_it_ends_other_commands_as_ctrl_c_does(job, latentmill, tmp_path, monkeypatch, words, says):
+    """It comes as one of the dataset's files is read, and is an error there."""
+    assert job("out") == 0, latentmill.said
+
+    def read(text, *more, **how):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0)
+        except KeyboardInterrupt:
+            raise ValueError("no JSON") from None
+
+    monkeypatch.setattr(json, "loads", read)
+    assert latentmill(*(word.format(out=tmp_path / "out") for word in words)) == 130, latentmill.said
+    assert latentmill.err == says
 
 
 def files(output):
