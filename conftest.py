@@ -1,4 +1,4 @@
-"""What all tests share: a shipped job is composed once, and what is imported is no garbage."""
+"""What all tests share: what is imported is no garbage, and workers of Ray are forked from one process."""
 
 import gc
 
@@ -24,13 +24,3 @@ def pytest_xdist_setupnodes():
     from tests import forked
 
     forked.start_server()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def composing_once():
-    """See tests.composing."""
-    from tests import composing
-
-    with pytest.MonkeyPatch.context() as patch:
-        composing.once(patch.setattr)
-        yield

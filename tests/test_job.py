@@ -45,6 +45,29 @@ def file(folder, text=HEAD, name="mine.yaml"):
 # ------------------------------------------------------------------------------------------------- what is right
 
 
+def test_a_job_that_is_loaded_again_is_what_its_files_are_by_then(tmp_path, monkeypatch):
+    """Its own file, one that comes to lie before a shipped one, one that goes, the environment."""
+    job = file(tmp_path)
+    first = load_job(str(job)).config
+    assert load_job(str(job)).config == first and "grid: trailing" in first
+
+    file(tmp_path / "scheduler", "name: euler\ngrid: karras\neta: 0.0\n", "euler.yaml")
+    assert load_job(str(job)).config == first.replace("grid: trailing", "grid: karras")
+    (tmp_path / "scheduler" / "euler.yaml").unlink()
+    assert load_job(str(job)).config == first
+
+    file(tmp_path, HEAD.replace("_self_", "_self_, mine@_global_: one"))
+    one = file(tmp_path / "mine", "samples_per_row: 3\n", "one.yaml")
+    assert load_job(str(job)).samples_per_row == load_job(str(job)).samples_per_row == 3
+    one.unlink()
+    assert "mine" in refused(job)
+
+    file(tmp_path, HEAD.replace("scheduler: euler", "scheduler: '${oc.env:SCHEDULER}'"))
+    for name in ("heun", "unipc"):
+        monkeypatch.setenv("SCHEDULER", name)
+        assert load_job(str(job)).scheduler["name"] == name
+
+
 @pytest.mark.parametrize(
     ("name", "flow", "source"),
     [

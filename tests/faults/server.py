@@ -27,10 +27,9 @@ import latentmill.workers.inline
 def serve(folder):
     """Until its stdin ends. ``folder`` holds the package of tests."""
     sys.path[0] = folder
-    from tests import composing, forked, ray_forks
+    from tests import forked, ray_forks
 
     PIL.Image.init()
-    composing.once()
     ray_forks.fork()
     job = latentmill.config.load_job("txt2img", ["output=nowhere", "cluster=inline"])
     latentmill.plan.plan(job, latentmill.parts.parts(job))  # lists plugins, and what else is looked up once

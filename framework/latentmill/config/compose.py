@@ -18,7 +18,6 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra._internal.defaults_list import create_defaults_list
-from hydra.core.default_element import ResultDefault
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
@@ -37,8 +36,6 @@ THE_FILE = "job file"
 """What a job's own file is called among the configs of its folder, whatever its name."""
 NOTHING = "_dummy_empty_config_"
 """What Hydra begins with where only choices are put together."""
-BEGUN = "begun job"
-"""What the configs that each job begins with are called once they are one."""
 
 
 def composed(
@@ -49,15 +46,29 @@ def composed(
     Hydra's own ``compose`` would put its config for apps that it starts around each, which takes as long as the job.
     ``held``: what stands for the file's contents, if it is written in another way than ours.
     """
+    configs, kept = _Configs(place, held), _kept(place, config_name, tuple(choices))
+    if kept and held is None and configs.say(kept[0].made_of):
+        found: tuple[DictConfig, Mapping[str, Any]] = pickle.loads(kept[0].composed)
+        return found
+    found = _compose(configs, config_name, choices)
+    looks_up = any("${" in str(said) for said in configs.said.values())  # which may be another thing each time
+    if held is None and not looks_up:
+        kept[:] = [_Kept(configs.said, pickle.dumps(found))]
+    return found
+
+
+def _compose(
+    configs: _Configs, config_name: str | None, choices: Sequence[str]
+) -> tuple[DictConfig, Mapping[str, Any]]:
     version.setbase("1.3")
-    loader, configs = ConfigLoaderImpl(ConfigSearchPathImpl()), _Configs(place, held)
+    loader = ConfigLoaderImpl(ConfigSearchPathImpl())
     try:
         if config_name and (first := configs.load_config(config_name)) and isinstance(first.config, ListConfig):
             raise ConfigCompositionException(f"primary config '{config_name}' must be a DictConfig, got ListConfig")
         overrides = OverridesParser.create().parse_overrides(list(choices))
         loader.validate_sweep_overrides_legal(overrides, RunMode.RUN, from_shell=False)
         found = create_defaults_list(configs, config_name, overrides, prepend_hydra=False, skip_missing=False)
-        config = loader._compose_config_from_defaults_list(_begun(loader, found.defaults, configs), configs)
+        config = loader._compose_config_from_defaults_list(found.defaults, configs)
         OmegaConf.set_struct(config, True)
         loader._apply_overrides_to_config(found.config_overrides, config)
     except OmegaConfBaseException as error:
@@ -65,58 +76,56 @@ def composed(
     return config, found.overrides.known_choices
 
 
-def _begun(loader: ConfigLoaderImpl, defaults: Sequence[ResultDefault], configs: _Configs) -> list[ResultDefault]:
-    """What a config is made of, where those up to ``job``, with which each job begins, are one that is put together once in a process.
+@dataclass(frozen=True)
+class _Kept:
+    """A config that was composed in this process. To read a pickle takes a tenth of the time."""
 
-    They are most of the work, for each key of each stage has a type.
-    """
-    first = next((at for at, default in enumerate(defaults, 1) if default.config_path == "job"), 0)
-    made_of = tuple((each.config_path, each.package, configs.text(str(each.config_path))) for each in defaults[:first])
-    if not first or any("${" in text for _, _, text in made_of):  # what is looked up may be another thing each time
-        return list(defaults)
-    kept = _kept(made_of)
-    if not kept:
-        kept.append(pickle.dumps(loader._compose_config_from_defaults_list(list(defaults[:first]), configs)))
-    begun = pickle.loads(kept[0])
-    configs.loaded[BEGUN] = ConfigResult("latentmill", BEGUN, begun, {"package": None}, is_schema_source=True)
-    return [ResultDefault(config_path=BEGUN), *defaults[first:]]
+    made_of: Mapping[tuple[str, str], str | bool]
+    """What was said to Hydra as it composed it: as long as that is said again, it is the same."""
+    composed: bytes
 
 
-@lru_cache(maxsize=16)
-def _kept(made_of: tuple[tuple[str | None, ...], ...]) -> list[bytes]:
-    """Where it is kept what configs of these paths, packages and texts became. To read a pickle takes a sixth of the time of a copy."""
+@lru_cache(maxsize=64)
+def _kept(place: Path | str, config_name: str | None, choices: tuple[str, ...]) -> list[_Kept]:
+    """Where it is kept."""
     return []
-
-
-@dataclass
-class _Read(ConfigResult):
-    """A config, and the text that it was read from."""
-
-    text: str = ""
 
 
 class _Configs(ConfigRepository):
     """Where Hydra looks for what a job's defaults name: the job's own folder first."""
 
     def __init__(self, place: Path | str, held: Mapping[str, Any] | None) -> None:
-        self.sources = [
+        self.sources: list[ConfigSource] = [
             _Folder("main", place, held),
             *(_Folder(distribution, package) for distribution, package in _packages()),
             _Made(),
         ]
         self.loaded: dict[str, ConfigResult | None] = {}
+        self.said: dict[tuple[str, str], str | bool] = {}
+        """What Hydra asked of a config or a group, and the answer."""
 
     def load_config(self, config_path: str) -> ConfigResult | None:
         if config_path not in self.loaded:
+            self.said["config", config_path] = self._text(config_path)
             self.loaded[config_path] = found = super().load_config(config_path)
             if found is not None:
                 found.is_schema_source = True  # none is chosen by a file's name
         return self.loaded[config_path]
 
-    def text(self, config_path: str) -> str:
-        """What a config was read from; "" if it was no file."""
-        found = self.load_config(config_path)
-        return found.text if isinstance(found, _Read) else ""
+    def group_exists(self, config_path: str) -> bool:
+        self.said["group", config_path] = there = super().group_exists(config_path)
+        return there
+
+    def say(self, before: Mapping[tuple[str, str], str | bool]) -> bool:
+        """Whether these answers are given now, too."""
+        ask = {"config": self._text, "group": super().group_exists}
+        return all(ask[what](config_path) == said for (what, config_path), said in before.items())
+
+    def _text(self, config_path: str) -> str | bool:
+        """What a config is read from, and where that is; False if there is none."""
+        source = self._find_object_source(config_path, ObjectType.CONFIG)
+        text = source.text(config_path) if isinstance(source, _Folder) else ""
+        return source is not None and f"{source.path}\n{text}"
 
 
 class _Folder(ConfigSource):
@@ -155,11 +164,16 @@ class _Folder(ConfigSource):
             raise ConfigLoadError(f"Config not found : {config_path}")
         if file is self.file and self.held is not None:
             return ConfigResult(self.provider, self.full_path(), OmegaConf.create(dict(self.held)), {"package": None})
-        text = file.read_text(encoding="utf-8")
+        text = self.text(config_path)
         config = pickle.loads(_pickled(text))
         if not isinstance(config, (DictConfig, ListConfig)):
             raise ValueError(f"{file}: keys with values are expected, as in: seed: 1")
-        return _Read(self.provider, self.full_path(), config, self._get_header_dict(text), text=text)
+        return ConfigResult(self.provider, self.full_path(), config, self._get_header_dict(text))
+
+    def text(self, config_path: str) -> str:
+        """What a config is read from; "" if it is no file's."""
+        file = self._found(config_path)
+        return "" if file is None or (file is self.file and self.held is not None) else file.read_text(encoding="utf-8")
 
     def available(self) -> bool:
         return True
