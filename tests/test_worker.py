@@ -1,11 +1,14 @@
 """What a worker does around its stage."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 import torch
 
+from latentmill import tally
 from latentmill.batch import FixedShape
 from latentmill.plugin import ContinuousStage, Filtered, Stage, tensors
 from latentmill.workers.worker import StageWork, Worker
@@ -122,3 +125,23 @@ REASONS = [("unfit", DARK), (DARK, "unfit"), ("unfit", "too small"), (DARK, BLUR
 def test_of_several_reasons_an_error_counts_before_a_filter_and_else_the_first(kind):
     outcome, _ = Worker([StageWork("twice", kind)]).read("twice", range(4))
     assert dict(outcome.rejected) == {0: "unfit", 1: "unfit", 2: "unfit", 3: DARK}
+
+
+class Counts(Stage):
+    contract = 2
+
+    def __call__(self, batch, reject):
+        tally.count("seen", len(batch))
+        return batch
+
+
+def test_calls_that_end_at_once_tell_all_that_was_counted_and_each_once():
+    """Every thread takes what its stage has counted since that was last told; no row may fail of it."""
+    worker, before = Worker([StageWork("counts", Counts)]), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            outcomes = [outcome for outcome, _ in threads.map(lambda k: worker.read("counts", [k, k + 1]), range(1500))]
+    finally:
+        sys.setswitchinterval(before)
+    assert sum(outcome.notice.counts["seen"] for outcome in outcomes) == 3000

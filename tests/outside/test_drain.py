@@ -276,8 +276,7 @@ def test_on_a_cluster_it_is_the_same(latentmill, install, tmp_path, cluster, mon
         made.append(counted.run("out", *cluster, "grace=0", code=130))
         assert counted.kept("out") and "thrown away" not in counted.latentmill.out
     made.append(counted.run("out", *cluster))
-    encoded, evaluated = map(sum, zip(*made))
-    assert evaluated == whole[1] and encoded <= whole[0] + 2, "no negative prompt is encoded once a run"
+    assert tuple(map(sum, zip(*made))) == whole == (48, 480)
     assert counted.files("out") == counted.files("whole") and not counted.kept("out")
 
     # Before it drives, too: Ray, as it began, has put a handler of its own for SIGTERM.

@@ -9,11 +9,12 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from latentmill.text import hidden, one_line
 
 logger = logging.getLogger("latentmill")
+Taken = TypeVar("Taken")
 
 EACH = 3
 """How many messages of one line of code are heard; it may have another for every row."""
@@ -21,6 +22,13 @@ DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, Impo
 """Warnings for who writes a library, not for who runs a job."""
 NOT_HEARD = ("latentmill", "ray", "asyncio")
 """Loggers, with those below them, that are heard elsewhere or are none of a row's business."""
+
+
+def drained(there: deque[Taken]) -> Iterator[Taken]:
+    """All that is there now, and each only for one of the threads that ask, while others add."""
+    with suppress(IndexError):
+        while True:
+            yield there.popleft()
 
 
 class Hearing:
@@ -31,7 +39,7 @@ class Hearing:
     """
 
     def __init__(self) -> None:
-        self.messages: list[str] = []
+        self.messages: deque[str] = deque()
         self._known: set[str] = set()
         self._of_line: Counter[tuple[str, int]] = Counter()
 
@@ -49,8 +57,7 @@ class Hearing:
 
     def take(self) -> list[str]:
         """What was heard since the last time."""
-        taken, self.messages = self.messages, []
-        return taken
+        return list(drained(self.messages))
 
     def _hear(self, text: str, line: tuple[str, int]) -> None:
         text = one_line(without_colours(hidden(text, _hook.secrets)), 500)

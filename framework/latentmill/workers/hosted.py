@@ -83,7 +83,7 @@ class Hosted:
             with weights.reading(f"stage {work.name}", into=read):
                 self._load(work.gpu)
         self.seconds: deque[float] = deque()
-        """How long it has computed, each time since that was last told. One thread adds, another takes."""
+        """How long it has computed, each time since that was last told."""
         self.counts: deque[Counter[str]] = deque()
         """What it has counted, each time since that was last told."""
         self.inside: list[Call] = []

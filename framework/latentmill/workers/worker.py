@@ -21,6 +21,7 @@ from latentmill.half_done import HALF_DONE, HalfDone, HalfDoneRows, described
 from latentmill.plugin import CommittingStage, Reason, RowError, tensors
 from latentmill.text import one_line
 from latentmill.workers.context import this_node
+from latentmill.workers.hearing import drained
 from latentmill.workers.hosted import Back, Block, Call, Hosted, StageWork
 from latentmill.workers.meter import Meter, memory_held
 from latentmill.workers.shared_parts import SharedParts
@@ -320,8 +321,7 @@ class Worker:
         node = this_node() if self.read_later else ""
         heard, read = hosted.hearing.take(), dict(self.read_later)
         size = sum(table.nbytes for table in call.block)
-        seconds = sum(hosted.seconds.popleft() for _ in range(len(hosted.seconds)))
-        counts = sum((hosted.counts.popleft() for _ in range(len(hosted.counts))), Counter())
+        seconds, counts = sum(drained(hosted.seconds)), sum(drained(hosted.counts), Counter())
         notice = Notice(self.speech.take() if self.speech else (), counts, self.meter.take())
         return Outcome(
             outcome, rejected, heard, read, node, size, seconds, memory_held(), notice, call.back
