@@ -66,6 +66,7 @@ def test_a_job_that_is_loaded_again_is_what_its_files_are_by_then(tmp_path, monk
     for name in ("heun", "unipc"):
         monkeypatch.setenv("SCHEDULER", name)
         assert load_job(str(job)).scheduler["name"] == name
+        assert load_job("txt2img", ["scheduler=${oc.env:SCHEDULER}"]).scheduler["name"] == name
 
 
 @pytest.mark.parametrize(

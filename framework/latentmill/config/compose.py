@@ -51,7 +51,8 @@ def composed(
         found: tuple[DictConfig, Mapping[str, Any]] = pickle.loads(kept[0].composed)
         return found
     found = _compose(configs, config_name, choices)
-    looks_up = any("${" in str(said) for said in configs.said.values())  # which may be another thing each time
+    # What is looked up may be another thing each time.
+    looks_up = any("${" in str(said) for said in (*choices, *configs.said.values()))
     if held is None and not looks_up:
         kept[:] = [_Kept(configs.said, pickle.dumps(found))]
     return found
