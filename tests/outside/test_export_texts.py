@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors
 import torch
+from PIL import Image
 from tests.outside.test_export_caches import automodel
 from tests.outside.trainer_parts import PICTURES, files
 
@@ -62,9 +63,10 @@ def texts(trainers, install):
     """``texts(MODEL, *settings)``: a dataset of the pictures' prompts, made once."""
     install("letters", POINTS, acme_letters=CODE)
 
-    def texts(model, *settings, family="sd"):
+    def texts(model, *settings, family="sd", own=False):
         flow = [] if any(each.startswith("flow=") for each in settings) else ["flow=[read, encode_text, write]"]
-        return trainers.encode(family, "text_encoder.name=letters", f"+text_encoder.model={model}", *flow, *settings)
+        made = trainers.own if own else trainers.encode
+        return made(family, "text_encoder.name=letters", f"+text_encoder.model={model}", *flow, *settings)
 
     return texts
 
@@ -228,6 +230,31 @@ def test_simpletuner_has_a_file_for_each_caption(texts, trainers, latentmill, ro
         assert found["pooled_prompt_embeds"].unique().tolist() == [letters]
     trainers.export(output, "simpletuner-sdxl-text")
     assert "simpletuner-sdxl-text: 0 files written, 3 were there" in latentmill.out
+
+
+def test_a_caption_s_file_goes_from_shard_to_shard_and_stays(texts, trainers, latentmill):
+    """Which rows there are in other shards decides whose file it is; it is the same whoever writes it, and goes with the last."""
+    table = trainers.root / "list.csv"
+    table.write_text("prompt,image\na cat,1.png\na dog,2.png\na cat,3.png\nan owl,4.png\n")
+
+    def picture(*numbers):
+        for number in numbers:
+            Image.new("RGB", (8, 8)).save(trainers.root / f"{number}.png")
+
+    def export(*settings):
+        output = texts("sdxl", BOTH, "source=prompts", f"source.path={table}", "max_error_rate=1", *settings, own=True)
+        folder = trainers.export(output, "simpletuner-sdxl-text")
+        there = {path.partition("-")[0] for path in files(folder)}
+        return [prompt for prompt in ("a cat", "a dog", "an owl") if hashlib.md5(prompt.encode()).hexdigest() in there]
+
+    picture(2, 3)
+    assert export() == ["a cat", "a dog"], "a cat's is of the second shard"
+    picture(1, 4)
+    assert export("--retry-failed") == ["a cat", "a dog", "an owl"], "and now of the first"
+    (trainers.root / "1.png").unlink()
+    (trainers.root / "encoded" / "data" / "00000.parquet").write_bytes(b"damaged")
+    latentmill("verify", trainers.root / "encoded", "--repair")
+    assert export() == ["a cat", "a dog", "an owl"], "and of the second again"
 
 
 # --------------------------------------------------------------------------------------------------------- AutoModel

@@ -137,6 +137,24 @@ def test_datasets_reads_the_folder_of_pictures(trainers, tmp_path):
         assert picture.format == "PNG" and picture.size == (16, 8)
 
 
+def test_columns_of_a_source_that_are_called_as_ours_are_kept_apart(trainers):
+    """A source's own ``bucket`` is no size, and its ``text`` is not the caption."""
+    table = trainers.root / "list.csv"
+    rows = "".join(f"{trainers.pictures.name}/{name},of a dog,xy,said\n" for name in ("a b.png", "cats/dog.v2.png"))
+    table.write_text(f"image,prompt,bucket,text\n{rows}")
+    job = ("source=prompts", f"source.path={table}", "source.keep=[bucket, text]")
+    folder = trainers.root / "pictured"
+    arguments = ["run", "reconstruct", "cluster=inline", "vae.name=known", *job, f"output={folder}"]
+    assert trainers.latentmill(*arguments) == 0, trainers.latentmill.said
+    notes = files(trainers.export(folder, "folder", folder="as-pictures"))["metadata.jsonl"].decode().splitlines()
+    assert [{name: json.loads(note)[name] for name in ("text", "source_text", "bucket")} for note in notes] == [
+        {"text": "of a dog", "source_text": "said", "bucket": "xy"}
+    ] * 2
+    latents = trainers.own("sd", "flow=[read, encode, write]", *job)
+    index = json.loads(files(trainers.export(latents, "mds", folder="as-latents"))["index.json"])
+    assert index["shards"][0]["samples"] == 2
+
+
 # ------------------------------------------------------------------------------------------------------- refused
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from latentmill import dataset, failpoints, storage
 from latentmill.errors import ExportError
 from latentmill.exports import table
-from latentmill.exports.formats import ExportFormat, ExportRow, ShardWriter
+from latentmill.exports.formats import ExportFormat, ExportRow, Finish, ShardWriter
 from latentmill.exports.ledger import Ledger, ShardMark
 from latentmill.exports.rows import NAMED_BY, ExportSource
 from latentmill.plan import Plan
@@ -112,7 +112,10 @@ class _OfShard:
     """A shard's files of one format, on their way."""
 
     writing: _Writing
+    state: str
     before: ShardMark | None
+    repeated: frozenset[int] = frozenset()
+    """Numbers of rows that have no file, as an earlier row has their prompt."""
     writer: ShardWriter | None = None
     files: dict[str, int] = field(default_factory=dict)
     notes: list[Any] = field(default_factory=list)
@@ -137,20 +140,22 @@ class _Export:
         self.source, self.written, self.storing = source, written, storing
         self.exported = Exported(*(Counter({each.format.name: 0 for each in written}) for _ in range(2)))
         self._counting = threading.Lock()
-        of_prompts = any(each.format.of_prompts for each in written)
-        self._repeated = _repeated(source) if of_prompts else frozenset[int]()
+        self._dropping: dict[str, dict[str, ShardMark]] = {each.format.name: {} for each in written}
+        """By format, the marks that have dropped files, by key."""
+        self._repeated = _repeated(source) if any(each.format.of_prompts for each in written) else []
 
     def shard(self, shard: int, stop: threading.Event) -> None:
         """See that all files of a shard are there."""
         failpoints.reach(f"exporting {shard}")
-        state, key = self._state(shard), f"{shard:05d}"
-        todo = []
+        key, todo = f"{shard:05d}", []
         for writing in self.written:
-            mark = writing.ledger.mark(key)
+            repeated = self._repeated[shard] if writing.format.of_prompts else frozenset[int]()
+            state, mark = self._state(shard, repeated), writing.ledger.mark(key)
             if mark is not None and writing.ledger.is_right(mark, state, SHARDS_AT_ONCE):
+                self._closed(writing, key, mark)
                 self._count(writing, 0, len(mark.files))
             else:
-                todo.append(_OfShard(writing, mark))
+                todo.append(_OfShard(writing, state, mark, repeated))
         if not todo:
             return
         wanted = {name for each in todo for name in each.writing.format.tensors}
@@ -176,7 +181,7 @@ class _Export:
                         self._settle(each, name, path)
                     each.notes = each.writer.notes
                     failpoints.reach(f"{each.writing.format.name} settled")
-                each.writing.ledger.close(key, ShardMark(state, each.files, each.notes), each.before)
+                self._close(each, key)
         failpoints.reach(f"exported {shard}")
 
     def _add(self, each: _OfShard, row: ExportRow, begun: deque[Future[None]]) -> None:
@@ -190,7 +195,7 @@ class _Export:
         if each.writer is not None:
             each.writer.add(row)
             return
-        if each.writing.format.of_prompts and row.number in self._repeated:
+        if row.number in each.repeated:
             return
         format = each.writing.format
         assert format.files is not None
@@ -202,30 +207,43 @@ class _Export:
             each.notes.append(format.note(row))
 
     def finish(self, writing: _Writing) -> None:
-        """The files for the whole export."""
-        if writing.format.finish is None:
-            return
-        of_all = _OfShard(writing, writing.ledger.mark(WHOLE))
+        """The files for the whole export; and what is no more of it goes."""
+        if writing.format.finish is not None:
+            self._finish(writing, writing.format.finish)
+        shards = (f"{shard:05d}" for shard in range(self.source.there.plan.shards))
+        writing.ledger.sweep(self._dropping[writing.format.name], (*shards, WHOLE))
+
+    def _finish(self, writing: _Writing, finish: Finish) -> None:
+        of_all = _OfShard(writing, "", writing.ledger.mark(WHOLE))
         notes = _Notes(writing.ledger, self.source.there.plan.shards)
-        for name, text in writing.format.finish(notes, writing.ledger.folder):
+        for name, text in finish(notes, writing.ledger.folder):
             of_all.before = writing.ledger.claim(WHOLE, [name], of_all.before)
             with writing.ledger.store.aside(name) as path:
                 with open(path, "w", encoding="utf-8") as file:
                     file.writelines(text)
                 self._settle(of_all, name, Path(path))
-        writing.ledger.close(WHOLE, ShardMark("", of_all.files, []), of_all.before)
+        self._close(of_all, WHOLE)
+
+    def _close(self, each: _OfShard, key: str) -> None:
+        mark = each.writing.ledger.close(key, ShardMark(each.state, each.files, each.notes), each.before)
+        self._closed(each.writing, key, mark)
+
+    def _closed(self, writing: _Writing, key: str, mark: ShardMark) -> None:
+        if mark.dropped:
+            self._dropping[writing.format.name][key] = mark
 
     @cached_property
     def _first(self) -> ExportRow:
         """The dataset's first row, whichever shards are there already."""
         return next(row for shard in range(self.source.there.plan.shards) for row in self.source.rows(shard))
 
-    def _state(self, shard: int) -> str:
-        """Names which of a shard's rows are not stored, and of a job with ``accept`` which sample is: all else the plan says."""
+    def _state(self, shard: int, repeated: frozenset[int]) -> str:
+        """Names which of a shard's rows are not stored or have no file, and of a job with ``accept`` which sample is: all else the plan says."""
         about = self.source.there.about(shard)
         said = "".join(about.get(key, "") for key in (*COPIES.values(), NOT_NEEDED_KEY))
         if "attempt" in self.source.columns:
             said += "".join(f"/{attempt}" for attempt in self.source.column(shard, "attempt"))
+        said += "".join(f"={number}" for number in sorted(repeated))
         return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
 
     def _settle(self, each: _OfShard, name: str, content: bytes | Path) -> None:
@@ -308,19 +326,21 @@ def _require_paths(source: ExportSource, chosen: Sequence[ExportFormat]) -> None
             _tell_twice(source, path, twice)
 
 
-def _repeated(source: ExportSource) -> frozenset[int]:
-    """The numbers of rows whose prompt an earlier row has."""
+def _repeated(source: ExportSource) -> list[frozenset[int]]:
+    """Of each shard the numbers of rows whose prompt an earlier row has."""
 
     def look(shard: int) -> list[tuple[int, bytes]]:
         return [(row.number, hashlib.blake2b(row.prompt.encode()).digest()) for row in source.rows(shard)]
 
-    seen, found = set[bytes](), set[int]()
+    seen, found = set[bytes](), list[frozenset[int]]()
     for rows in source.there.store.each(look, range(source.there.plan.shards), SHARDS_AT_ONCE):
+        repeated = set[int]()
         for number, prompt in rows:
             if prompt in seen:
-                found.add(number)
+                repeated.add(number)
             seen.add(prompt)
-    return frozenset(found)
+        found.append(frozenset(repeated))
+    return found
 
 
 def _tell_twice(source: ExportSource, path: Callable[[ExportRow], str], hashes: set[int]) -> None:

@@ -24,8 +24,13 @@ def _files(row: ExportRow) -> Mapping[str, bytes]:
 
 
 def _note(row: ExportRow) -> Any:
-    more = {name: jsonable(value) for name, value in row.columns.items() if name != "prompt"}
-    return {**more, "file_name": _path(row), "text": row.prompt}
+    said = {"file_name": _path(row), "text": row.prompt}
+    more = {
+        f"source_{name}" if name in said else name: jsonable(value)
+        for name, value in row.columns.items()
+        if name != "prompt"
+    }
+    return {**more, **said}
 
 
 def _finish(notes: Iterable[Any], folder: str) -> Iterable[tuple[str, Iterable[str]]]:
@@ -35,7 +40,7 @@ def _finish(notes: Iterable[Any], folder: str) -> Iterable[tuple[str, Iterable[s
 PICTURE_FOLDER = ExportFormat(
     name="folder",
     reader="Hugging Face datasets' imagefolder; sd-scripts, musubi-tuner, SimpleTuner and others by the .txt",
-    layout="STEM.png, STEM.txt with the prompt, and metadata.jsonl with file_name, text and the other columns",
+    layout="STEM.png, STEM.txt with the prompt, and metadata.jsonl with file_name, text and the other columns (a kept column text is source_text)",
     checked="datasets: pictures, prompts, columns",
     needs=("image",),
     names="used",

@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -17,6 +17,9 @@ from latentmill.exports.texts import TextFamily
 if TYPE_CHECKING:  # to list formats takes none of them
     import numpy.typing as npt
     from torch import Tensor
+
+
+Finish = Callable[[Iterable[Any], str], Iterable[tuple[str, Iterable[str]]]]
 
 
 @dataclass(frozen=True)
@@ -47,24 +50,29 @@ class ExportRow:
     @property
     def bucket(self) -> tuple[int, int]:
         """Width and height of the pixels that were encoded."""
-        width, height = self.columns.get("bucket") or (self.columns["width"], self.columns["height"])
+        width, height = self._said("bucket", 2) or (self.columns["width"], self.columns["height"])
         return width, height
 
     @property
     def original_size(self) -> tuple[int, int]:
         """Width and height of the picture's file; where the dataset doesn't say it, of what was encoded."""
-        width, height = self.columns.get("original_size") or self.bucket
+        width, height = self._said("original_size", 2) or self.bucket
         return width, height
 
     @property
     def crop_offset(self) -> tuple[int, int]:
         """Left and top of the bucket in the picture that was scaled to cover it: as the dataset says it, or in the middle."""
         (width, height), original = self.bucket, self.original_size
-        left, top, right, bottom = self.columns.get("crop_ltrb") or (0, 0, 0, 0)
+        left, top, right, bottom = self._said("crop_ltrb", 4) or (0, 0, 0, 0)
         if math.isclose(right - left, width, abs_tol=1e-6) and math.isclose(bottom - top, height, abs_tol=1e-6):
             return int(left), int(top)  # else it is kohya's, which isn't what was cut out
         scale = max(width / original[0], height / original[1])
         return max(0, int(original[0] * scale) - width) // 2, max(0, int(original[1] * scale) - height) // 2
+
+    def _said(self, name: str, count: int) -> Sequence[Any] | None:
+        """So many numbers of a column that a job with ``size`` writes; None of one that a source has under this name."""
+        said = self.columns.get(name)
+        return said if isinstance(said, (list, tuple)) and len(said) == count else None
 
     def scaled(self, column: str = "latents") -> npt.NDArray[Any]:
         """A column's tensor as a denoiser sees it, float32 ``[C, h, w]``: ``(z - shift) * scale``, as it is stored."""
@@ -137,7 +145,7 @@ class ExportFormat:
     """What ``finish`` is to know of a row, JSON."""
     shard: Callable[[int, Path], ShardWriter] | None = None
     """Instead of ``files``: begins the files of our shard of that number, in an empty local folder."""
-    finish: Callable[[Iterable[Any], str], Iterable[tuple[str, Iterable[str]]]] | None = None
+    finish: Finish | None = None
     """Files for the whole export, name and text in pieces, from the notes of all rows, or shards, in order, and the path or URL of its folder.
     The notes may be gone through again."""
 

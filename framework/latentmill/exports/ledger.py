@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +33,8 @@ class ShardMark:
     """Bytes by name."""
     notes: list[Any]
     """What the format's ``finish`` is to know of each row."""
+    dropped: Sequence[str] = ()
+    """Names of files that were its own and are no more. Another shard may have such a file by now."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Ledger:
         if not fresh:
             return before
         known = before or ShardMark("", {}, [])
-        mark = ShardMark(CLAIMED, {**known.files, **dict.fromkeys(fresh, -1)}, known.notes)
+        mark = replace(known, state=CLAIMED, files={**known.files, **dict.fromkeys(fresh, -1)})
         self._put(key, mark)
         return mark
 
@@ -126,11 +128,22 @@ class Ledger:
         self.store.delete(name)
         return self.store.create(name, what)
 
-    def close(self, key: str, mark: ShardMark, before: ShardMark | None) -> None:
-        """All files of a mark are there. Those that were there ``before`` and are no more are deleted."""
-        for name in (before.files if before else {}).keys() - mark.files.keys():
-            self.store.delete(self.below + name)
+    def close(self, key: str, mark: ShardMark, before: ShardMark | None) -> ShardMark:
+        """All files of a mark are there. Those that were there ``before`` and are no more are dropped, and deleted by ``sweep``."""
+        were = {*before.files, *before.dropped} if before else set[str]()
+        mark = replace(mark, dropped=sorted(were - mark.files.keys()))
         self._put(key, mark)
+        return mark
+
+    def sweep(self, dropping: Mapping[str, ShardMark], keys: Iterable[str]) -> None:
+        """Delete what marks have dropped, but for files that a mark of these keys names, of all that there are."""
+        dropped = {name for mark in dropping.values() for name in mark.dropped}
+        for mark in self.store.each(self.mark, keys if dropped else ()):
+            dropped -= mark.files.keys() if mark else set()
+        for name in sorted(dropped):
+            self.store.delete(self.below + name)
+        for key, mark in dropping.items():
+            self._put(key, replace(mark, dropped=()))
 
     def _put(self, key: str, mark: ShardMark) -> None:
         text = json.dumps({**vars(mark), "files": dict(sorted(mark.files.items()))}, ensure_ascii=False)
