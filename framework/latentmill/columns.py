@@ -309,6 +309,8 @@ def _array(value: Any, type: pa.DataType) -> pa.Array:
         array = array if value.type == type else array.cast(type)
     elif isinstance(value, str) and not (pa.types.is_string(type) or pa.types.is_large_string(type)):
         array = pa.array([value]).cast(type)  # text of a CSV file, say
+        if pa.types.is_floating(type) and value.lstrip("-").isdecimal() and int(value) != array[0].as_py():
+            raise ValueError("a whole number of more digits than that has")
     else:
         array = pa.array([value], type)
     array.validate(full=True)  # text of a Parquet file may be no UTF-8

@@ -305,6 +305,35 @@ def test_types_of_text_are_those_that_all_values_have(latentmill, job, tmp_path,
         )
 
 
+def test_a_number_that_no_type_holds_to_the_last_digit_is_text(latentmill, job, tmp_path, rows):
+    """Ids of 19 digits, larger ones, and names of commits that read as numbers: none of them is rounded, or infinity."""
+    columns = {
+        "tweet": ["1234567890123456789", "-9223372036854775808"],
+        "large": ["9223372036854775809", "1"],
+        "both": ["9007199254740993", "0.5"],
+        "exact": ["9007199254740992", "0.5"],
+        "commit": ["12e4567", "77e1234"],
+    }
+    lines = zip(["prompt", "a", "b"], *([name, *texts] for name, texts in columns.items()))
+    (tmp_path / "p.csv").write_text("".join(",".join(line) + "\n" for line in lines))
+    assert latentmill("run", job(tmp_path / "p.csv", source={"keep": "all"})) == 0, latentmill.said
+    found = rows(tmp_path / "out")
+    assert {name: [row[name] for row in found] for name in columns} == {
+        **columns, "tweet": [1234567890123456789, -(2**63)], "exact": [2.0**53, 0.5]
+    }  # fmt: skip
+
+
+def test_a_number_of_one_file_that_the_type_of_all_files_does_not_hold_is_its_row_s_error(
+    latentmill, job, tmp_path, failed
+):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.csv").write_text("prompt,n\na,9007199254740993\n")
+    (folder / "b.csv").write_text("prompt,n\nb,0.5\n")
+    assert latentmill("run", job(folder, source={"keep": ["n"]}, max_error_rate=1)) == 0, latentmill.said
+    assert [row["reason"] for row in failed(tmp_path / "out")] == ["column n: '9007199254740993' is no double"]
+
+
 def test_types_are_those_of_all_files_and_a_file_without_the_column_has_nulls(latentmill, job, tmp_path, rows):
     folder = tmp_path / "in"
     folder.mkdir()

@@ -88,6 +88,17 @@ def test_a_column_of_json_may_be_the_prompt(encoded, tmp_path):
     assert [row["prompt"] for row in encoded(tar)[0]] == ["theirs"], "a column of that name goes before .txt"
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "tar"])
+def test_a_prompt_for_all_is_enough(encoded, tmp_path, kind):
+    line = '{"seed": 1, "width": 4, "height": 4}'
+    if kind == "jsonl":
+        (tmp_path / "a.jsonl").write_text(line)
+    else:
+        pack(tmp_path / "a.tar", [("x.json", line)])
+    [row], failed = encoded(tmp_path / f"a.{kind}", "source.defaults={prompt: a ring}")
+    assert (row["seed"], row["prompt"], failed) == (1, "a ring", [])
+
+
 def test_source_columns_names_another(encoded, tmp_path):
     tar = pack(tmp_path / "a.tar", [*sample("x", "red", caption="a long one", prompt="theirs")])
     assert [row["prompt"] for row in encoded(tar, "source.columns={prompt: caption}")[0]] == ["a long one"]

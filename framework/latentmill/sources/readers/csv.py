@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+
+import pyarrow as pa
 
 from latentmill.fields import parse_text
 from latentmill.plugin import RowError
 from latentmill.sources import as_id
 from latentmill.sources.files import SourceFile
-from latentmill.sources.kept import type_of_texts
+from latentmill.sources.kept import types_of_texts
 from latentmill.sources.readers.names import listed
 from latentmill.sources.readers.text_reader import LONGEST, TextReader
 from latentmill.sources.text import BOM, Lines, count_lines, is_blank, loose, strict
@@ -24,7 +26,6 @@ class CSVReader(TextReader):
     """CSV, or another separator that the header shows. Quotes are as RFC 4180 has them, and a stray one costs its row."""
 
     separators = ",;\t|"
-    type_of = staticmethod(type_of_texts)
 
     def begin(self, lines: Lines) -> None:
         self.separator = self.separators[0]
@@ -81,6 +82,9 @@ class CSVReader(TextReader):
             places = [(column, self.names.index(column)) for column in self.settings.kept if column in self.names]
             row["kept"] = {column: strict(item[at], column) or None for column, at in places}
         return row
+
+    def types(self, names: Sequence[str]) -> Iterator[tuple[str, pa.DataType]]:
+        return iter(types_of_texts(self._kept_rows()).items())
 
     def notices(self) -> Iterator[str]:
         yield from super().notices()

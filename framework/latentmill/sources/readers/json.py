@@ -33,7 +33,7 @@ class JSONLinesReader(TextReader):
         if not isinstance(row, dict):
             raise RowError("the line is JSON, but no object in braces")
         ours = {name: row[column] for name, column in self.settings.column_of.items() if column in row}
-        if not {"prompt", "image"} & ours.keys():
+        if self.settings.needs_prompt and not {"prompt", "image"} & ours.keys():
             raise RowError(f"the row has neither prompt nor image, only {listed(row)}")
         if self.settings.kept:
             ours["kept"] = {column: row[column] for column in self.settings.kept if column in row}

@@ -15,7 +15,7 @@ import pyarrow as pa
 from latentmill.plugin import RowError
 from latentmill.sources import as_id
 from latentmill.sources.files import SourceFile, StoredFile
-from latentmill.sources.kept import guess_types, type_of_values
+from latentmill.sources.kept import types_of_values
 from latentmill.sources.readers.json import PEEK
 from latentmill.sources.readers.names import listed
 from latentmill.sources.readers.reader import FileReader
@@ -77,7 +77,7 @@ class TarReader(FileReader):
 
     def types(self, names: Sequence[str]) -> Iterator[tuple[str, pa.DataType]]:
         rows = (row for row in map(self._seen, range(len(self.samples))) if row is not None)
-        return iter(guess_types(self.path, names, rows, type_of_values).items())
+        return iter(types_of_values(self.path, names, rows).items())
 
     def read(self, start: int, stop: int) -> Iterator[dict[str, Any] | RowError]:
         for number in range(start, stop):
@@ -116,7 +116,7 @@ class TarReader(FileReader):
         """A row with the names of our columns. Raises RowError."""
         sample = self._sample(number, pictures)
         ours = {name: sample[column] for name, column in self.settings.column_of.items() if column in sample}
-        if not {"prompt", "image"} & ours.keys():
+        if self.settings.needs_prompt and not {"prompt", "image"} & ours.keys():
             raise RowError(f"the row has neither prompt nor image, only {listed(sample)}")
         if self.settings.kept:
             ours["kept"] = {column: sample[column] for column in self.settings.kept if column in sample}

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from latentmill.plugin import RowError
 from latentmill.sources.files import SourceFile
-from latentmill.sources.kept import guess_types, type_of_values
+from latentmill.sources.kept import types_of_values
 from latentmill.sources.readers.reader import FileReader
 from latentmill.sources.readers.settings import ReaderSettings
 from latentmill.sources.text import READ_BYTES, Lines, TextFile, count_lines, is_blank, is_utf8, loose
@@ -40,8 +40,6 @@ class TextReader(FileReader):
     pictures = says_seeds = False
     names: Sequence[str] = ()
     """The names of its columns."""
-    type_of = staticmethod(type_of_values)
-    """The type of a column's values; None if they have no one type."""
 
     def __init__(self, path: SourceFile, settings: ReaderSettings) -> None:
         self.path, self.settings = path, settings
@@ -123,8 +121,10 @@ class TextReader(FileReader):
         return self.names
 
     def types(self, names: Sequence[str]) -> Iterator[tuple[str, pa.DataType]]:
-        rows = (row["kept"] for row in self.read(0, self.count()) if not isinstance(row, RowError) and "kept" in row)
-        return iter(guess_types(self.path, names, rows, self.type_of).items())
+        return iter(types_of_values(self.path, names, self._kept_rows()).items())
+
+    def _kept_rows(self) -> Iterator[dict[str, Any]]:
+        return (row["kept"] for row in self.read(0, self.count()) if not isinstance(row, RowError) and "kept" in row)
 
     def notices(self) -> Iterator[str]:
         yield from self.file.notices()
