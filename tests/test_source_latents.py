@@ -57,12 +57,12 @@ def test_latents_come_back_with_prompt_and_seed(tmp_path):
     sampling = {"steps": 20, "guidance_scale": 4.0, "strength": 0.5, "scheduler": "euler"}
     sampling |= {"guidance_rescale": 0.0, "guidance_from": 1.0, "guidance_until": 0.0}
     assert found == [
-        {"prompt": "prompt 0", "seed": 2**64 - 1, **text, **sampling},
-        {"prompt": "prompt 1", "seed": 2**64 - 2, **text, **sampling},
-        {"prompt": "prompt 2", "seed": 2**64 - 3, **text},
+        {"prompt": "prompt 0", "seed": 2**64 - 1, "denoised": True, **text, **sampling},
+        {"prompt": "prompt 1", "seed": 2**64 - 2, "denoised": True, **text, **sampling},
+        {"prompt": "prompt 2", "seed": 2**64 - 3, "denoised": False, **text},
     ]
     for row in all_rows(Latents(str(tmp_path), keep_sampling=False)):
-        assert row.keys() == {"prompt", "negative_prompt", "seed", "warning", "latents"}
+        assert row.keys() == {"prompt", "negative_prompt", "seed", "warning", "latents", "denoised"}
     assert [row["prompt"] for row in Latents(str(tmp_path / "data" / "00000.parquet")).read("00000.parquet", 1, 2)] == [
         "prompt 1"
     ]

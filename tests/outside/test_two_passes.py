@@ -79,6 +79,38 @@ def test_base_and_refiner_in_one_job_are_two_jobs_in_a_row_and_a_stop_throws_not
     assert counted.files("out") == counted.files("one") and not counted.kept("out")
 
 
+def test_a_second_job_over_clean_latents_is_a_stage_called_again_in_one_job(counted, rows):
+    """Its noise is not that of the first job again, which would come out as what it was made from."""
+    flow = "flow=[read,encode,denoise,{name: denoise, as: again},decode,write]"
+    counted.run("one", flow, "stages.again.sampling={strength: 0.5}")
+    counted.run("base", "flow=[read,encode,denoise,write]")
+    counted.latentmill(
+        "run", "txt2img", *(s for s in counted.settings if not s.startswith("source.")), "flow=[read,encode,denoise,decode,write]",
+        "source=latents", f"source.path={counted.place('base')}", "source.keep_sampling=false", "sampling.strength=0.5",
+        f"output={counted.place('two')}",
+    )  # fmt: skip
+    one, two = rows(counted.place("one")), rows(counted.place("two"))
+    assert [row["image"] for row in one] == [row["image"] for row in two] and len(one) == 12
+    assert [row["again.seed"] for row in one] == [row["seed"] for row in two]
+    assert not {row["seed"] for row in one} & {row["seed"] for row in two}
+
+
+def test_sampling_of_a_stage_s_own_goes_on_in_a_second_job_or_that_is_refused(counted, rows):
+    own = "stages.denoise.sampling={steps: 8, until: 0.5}"
+    counted.run("one", "stages.denoise.sampling={steps: 8}", "deterministic=true")
+    counted.run("base", "flow=[read,encode,denoise,write]", own, "deterministic=true")
+    second = (
+        "run", "txt2img", *(s for s in counted.settings if not s.startswith("source.")), "flow=[read,encode,denoise,decode,write]",
+        "source=latents", f"source.path={counted.place('base')}", f"output={counted.place('two')}", "deterministic=true",
+    )  # fmt: skip
+    assert counted.latentmill(*second) == 2
+    assert "half-way through stage denoise, with steps of its own (denoise.steps)" in counted.latentmill.err
+    assert not counted.place("two").exists()
+    assert counted.latentmill(*second, "stages.denoise.sampling={steps: 8}") == 0, counted.latentmill.said
+    one, two = rows(counted.place("one")), rows(counted.place("two"))
+    assert [row["image"] for row in one] == [row["image"] for row in two]
+
+
 def half_done_stages(counted, name):
     text = (counted.place("out") / "half_done" / name).read_bytes()
     about, _ = json.JSONDecoder().raw_decode(text[text.index(b'{"plan"') :].decode("latin-1"))

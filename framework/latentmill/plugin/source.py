@@ -66,8 +66,8 @@ class Source(Plugin, ABC):
 
         Keys that mean something: the fields of ``docs/fields.md`` and ``job_fields``; ``image``, a uint8 RGB array
         ``[H, W, 3]`` (with ``pixels`` of musubi ``[H, W, 4]`` of one with alpha); ``mask``, one of its size, light where the picture is to be inpainted; ``latents``, a float array
-        ``[C, h, w]`` of the space that ``latent_spec`` names, and with half-way ones ``time``, ``trajectory`` and ``state`` as our
-        own job stored them; if ``wants_conditioning``, ``conditioning``, tensors by the names of ``conditioning()``, where rows of one
+        ``[C, h, w]`` of the space that ``latent_spec`` names, ``denoised``, whether a network made them of noise of the row's seed, and with
+        half-way ones ``time``, ``trajectory`` and ``state`` as our own job stored them; if ``wants_conditioning``, ``conditioning``, tensors by the names of ``conditioning()``, where rows of one
         prompt have best one tensor; with ``id_column``, ``id``, text that no other row has, from which the row's seed is hashed;
         ``kept``, a dict of the columns in ``self.kept``: Python values or ``pa.Scalar``, text for any type that Arrow reads from
         text. None stands for the job's value, and for null in ``kept``; other keys are left out.
@@ -98,9 +98,16 @@ class Source(Plugin, ABC):
     def changed(self, fragment: Fragment) -> bool:
         """Whether a fragment is another than when the job was planned, or on this machine: then the job ends.
 
-        Asked in each worker that reads, once, before the first of the fragment's rows.
+        Asked in each worker that reads, before the first of the fragment's rows, and where its ``stamp`` is another than then.
         """
         return False
+
+    def stamp(self, fragment: Fragment) -> str:
+        """What can be said at once of a fragment's files as they are now: their sizes and times. Where that is another, it may have changed.
+
+        Asked once the rows of a batch are read. "" of a source whose reads are held against the plan themselves.
+        """
+        return ""
 
     def ids(self, fragment: Fragment) -> Iterator[str | None]:
         """The ids of a fragment's rows, in order; None for a row that has none. One that will be an error may have one.
@@ -113,8 +120,8 @@ class Source(Plugin, ABC):
     def still(self, fragment: Fragment, runs: Sequence[tuple[str, int, int]]) -> bool | None:
         """Whether what a fragment held when it was planned lies there now, to the last byte: ``runs`` of fragment, first row, rows.
 
-        None if it can't be known. Asked in the driver, after ``fragments``, where a dataset is to grow with its source: of fragments that are not
-        as they were, about rows of the same ids or, where the source knows none, about the first rows of what has the fragment's name.
+        None if it can't be known. Asked in a worker of a fragment whose ``stamp`` is another once rows of it were read, and
+        in the driver, after ``fragments``, where a dataset is to grow with its source: of fragments that are not as they were, about rows of the same ids or, where the source knows none, about the first rows of what has the fragment's name.
         """
         return None
 

@@ -135,6 +135,9 @@ class Images(Source):
             return True
         return self._files.changed(self._with_captions(names), fragment.fingerprint)
 
+    def stamp(self, fragment: Fragment) -> str:
+        return self._files.stamp(self._with_captions(_run(self._files, self.follow_links, fragment.name)))
+
     def ids(self, fragment: Fragment) -> Iterator[str]:
         return map(escaped, _run(self._files, self.follow_links, fragment.name))
 

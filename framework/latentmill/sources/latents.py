@@ -78,6 +78,7 @@ class Latents(Source):
             if count and self._spec(name) != spec:
                 raise ValueError(f"{self.path}: {first} and {name} hold latents of different spaces")
             self._require_conditioning(name, first, count)
+            self._require_own_sampling(name)
             self._require_ids(name, schema)
             found.append(Fragment(name, count, self._data.fingerprint(self._files(name), contents)))
         if not any(fragment.rows for fragment in found):
@@ -128,14 +129,15 @@ class Latents(Source):
                 except RowError as error:
                     yield error
                     continue
-            if not (self.keep_sampling and row.get("scheduler")):
+            denoised = bool(row.get("scheduler"))
+            if not (self.keep_sampling and denoised):
                 row = {name: value for name, value in row.items() if name.rpartition(".")[2] not in SAMPLING}
             if latents is None and not self.keep_sampling:  # nothing was made with it
                 row.pop("seed", None)
             if halfway:
                 row["state"] = {name.removeprefix(STATE_PREFIX): tensor[i] for name, tensor in found.items()}
             if latents is not None:
-                row["latents"] = latents[i]
+                row |= {"latents": latents[i], "denoised": denoised}
             elif not row.get("width"):  # 0 where only prompts were encoded
                 row = {name: value for name, value in row.items() if name not in DROPPED}
             if stored:
@@ -155,6 +157,9 @@ class Latents(Source):
 
     def changed(self, fragment: Fragment) -> bool:
         return self._data.changed(self._files(fragment.name), fragment.fingerprint)
+
+    def stamp(self, fragment: Fragment) -> str:
+        return self._data.stamp(self._files(fragment.name))
 
     def still(self, fragment: Fragment, runs: Sequence[tuple[str, int, int]]) -> bool | None:
         whole = [*runs] == [(fragment.name, 0, fragment.rows)]
@@ -183,6 +188,22 @@ class Latents(Source):
         lines = [f"{self.path} is not finished: {done} of its {shards} shards are there"] if done < shards else []
         foreign = self._dataset.foreign()
         return unkept + lines + [f"{self.path}/data/{name} is no shard of it, and is passed over" for name in foreign]
+
+    def _require_own_sampling(self, name: str) -> None:
+        """Raise ValueError if rows are half-way in a stage with sampling of its own, and this job has no stage that takes that."""
+        schema = self._of(name)[1]
+        if STATE_PREFIX not in schema.names:
+            return
+        stages = self._dataset.plan.stages if self._dataset is not None else ()
+        halfway = next((stage.name for stage in stages if HALFWAY.names[0] in stage.added()), None)
+        taken = {field.name for field in self.job_fields}
+        for column in schema.names:
+            stage, _, field = column.rpartition(".")
+            if stage and field in SAMPLING and halfway in (None, stage) and column not in taken:
+                raise ValueError(
+                    f"{self.path}: its rows are half-way through stage {stage}, with {field} of its own ({column}): go on with a stage of "
+                    f"that name with sampling of its own, as stages.{stage}.sampling={{{field}: ...}}"
+                )
 
     def _names(self) -> list[str]:
         if self._dataset is None:

@@ -122,6 +122,16 @@ class Prompts(Source):
             self._notices[twins] = []
         return found
 
+    def fingerprint(self) -> str:
+        """Of the pictures that ``defaults`` names; of what isn't there nothing: its rows will say so."""
+        names = [str(value) for name, value in sorted(self.defaults.items()) if name in PICTURES]
+        found = []
+        for folder, _, file in (name.rpartition("/") for name in names):
+            with suppress(OSError, ValueError):
+                there = files.at(folder or ".")
+                found.append(there.fingerprint([file], there.known_by_contents([file])))
+        return " ".join(found)
+
     def notices(self) -> list[str]:
         def which(names: Sequence[str]) -> str:
             more = f" and {len(names) - 1} more files" if len(names) > 1 else ""
@@ -158,6 +168,9 @@ class Prompts(Source):
 
     def changed(self, fragment: Fragment) -> bool:
         return self._files.changed([fragment.name], fragment.fingerprint)
+
+    def stamp(self, fragment: Fragment) -> str:
+        return self._files.stamp([fragment.name])
 
     def still(self, fragment: Fragment, runs: Sequence[tuple[str, int, int]]) -> bool | None:
         if [*runs] != [(fragment.name, 0, fragment.rows)]:  # moved, and found by their ids

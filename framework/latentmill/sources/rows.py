@@ -66,6 +66,9 @@ class RowsInJob(Prompts):
     def changed(self, fragment: Fragment) -> bool:
         return bool(fragment.fingerprint) and self._files.changed(self._pictures(), fragment.fingerprint)
 
+    def stamp(self, fragment: Fragment) -> str:
+        return self._files.stamp(self._pictures())
+
     def still(self, fragment: Fragment, runs: Sequence[tuple[str, int, int]]) -> bool | None:
         return None
 

@@ -17,7 +17,7 @@ from latentmill.buckets import Size
 from latentmill.columns import Columns
 from latentmill.errors import ContractError
 from latentmill.fields import BY_NAME, FROM_COMFY, FROM_SOURCE, HALFWAY, ID, parse
-from latentmill.identity import attempt_seed, row_seed
+from latentmill.identity import attempt_seed, row_seed, stage_seed
 from latentmill.pixels import require_few
 from latentmill.plugin import Declaration, Reject, RowError, Source, Stage, StageContext, tensors
 from latentmill.registry import called
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 READ_AGAIN = 8
 """Rows that a worker reads a second time, to see whether a source gives what it is asked for."""
+DENOISED_AGAIN = "again"
+"""The stage by whose name latents are denoised a second time in a job of their own: with the noise of such a stage in one job."""
 
 
 class Rows(Protocol):
@@ -99,6 +101,8 @@ class Read(Stage):
         self.again = READ_AGAIN
         self.sound: set[str] = set()
         """Fragments of which a row was read twice."""
+        self.known: set[str] = set()
+        """Fragments that were what was planned before any row was read."""
 
     def __call__(self, batch: pa.Table, reject: Reject) -> Iterator[pa.Table]:
         groups: dict[Any, list[tuple[dict[str, Any], dict[str, Tensor]]]] = defaultdict(list)
@@ -167,8 +171,11 @@ class Read(Stage):
             if end < len(places) and places[end] == (fragment, last + 1):
                 continue
             first = places[start][1]
-            self.require(fragment)
+            if fragment not in self.known:
+                self.require(fragment)
+                self.known.add(fragment)
             yield from zip(self._items(fragment, first, last + 1), [wanted[place] for place in places[start:end]])
+            self.require(fragment)  # it may have changed while it was read
             start = end
 
     def _items(self, fragment: str, first: int, stop: int) -> Iterator[Mapping[str, Any] | RowError]:
@@ -243,6 +250,8 @@ class Read(Stage):
             stored["latents"] = self.row_tensors.latents(found["latents"])
             if found.get("time") is not None:
                 values |= self._halfway(found, stored)
+            elif found.get("denoised") and values["seed"] is not None and self._is_denoised_in_part(values):
+                values["seed"] = stage_seed(values["seed"], DENOISED_AGAIN)
             assert self.spec is not None
             *frames, values["height"], values["width"] = self.spec.pixels(stored["latents"].shape)
             require_few(values["width"], values["height"], self.sampling["max_pixels"], *frames)
@@ -272,6 +281,11 @@ class Read(Stage):
         if self.source.wants_conditioning:
             stored |= stored_conditioning.of_row(found.get("conditioning"))
         return values, stored
+
+    def _is_denoised_in_part(self, values: Mapping[str, Any]) -> bool:
+        """Whether noise of the row's seed is added to its latents. A stage under another name has a seed of its own, and ComfyUI takes any as it is."""
+        first = self.denoises and not self.from_comfy and self.fields.strength == "strength"
+        return first and values["strength"] < 1.0
 
     @cached_property
     def row_tensors(self) -> RowTensors:

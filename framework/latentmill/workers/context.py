@@ -187,18 +187,26 @@ class _Schedulers:
 
 
 class SameFragments:
-    """Raises WrongWorker if a fragment of the source is not what was planned; looks once."""
+    """Raises WrongWorker if a fragment of the source is not what was planned when it is first read, or is no more later.
+
+    One that has only got longer since it was first read still holds what was planned.
+    """
 
     def __init__(self, job: Job, plan: Plan, build: Callable[[str], Any]) -> None:
         self.name, self.build = job.source["name"], build
         self.planned = {fragment.name: fragment for fragment in plan.fragments}
-        self.same: set[str] = set()
+        self.stamps: dict[str, str] = {}
+        """By fragment, as it was when it was last looked at."""
 
     def __call__(self, name: str) -> None:
-        if name not in self.same:
-            if other := self.other(name):
-                raise WrongWorker(f"{this_node()} {other}")
-            self.same.add(name)
+        source, planned = self.build("source"), self.planned[name]
+        now, before = source.stamp(planned), self.stamps.get(name)
+        if before == now:
+            return
+        other = self.other(name)
+        if other and (before is None or not source.still(planned, [(name, 0, planned.rows)])):
+            raise WrongWorker(f"{this_node()} {other}")
+        self.stamps[name] = now
 
     def other(self, name: str) -> str:
         """What is wrong with a fragment here, in a line; "" if nothing is."""

@@ -115,6 +115,10 @@ class Files(ABC):
     def changed(self, names: Iterable[str], before: str) -> bool:
         """Whether the files have another fingerprint than ``before``, now, or here."""
 
+    def stamp(self, names: Iterable[str]) -> str:
+        """Of files that may change while they are read: what shows it at once. "" where each read is held against the plan."""
+        return ""
+
     @abstractmethod
     def still(self, names: Iterable[str], before: str) -> bool:
         """Whether the files hold what they did when ``before`` was their fingerprint, of whichever version of all files that was."""
