@@ -2,6 +2,7 @@
 
 import io
 import random
+import warnings
 import zlib
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image, ImageCms
 from tests.files import picture
 
 from latentmill.plugin import RowError
-from latentmill.sources.pictures import decode
+from latentmill.sources.pictures import decode, pillow
 
 
 @pytest.mark.parametrize(
@@ -173,3 +174,25 @@ def test_orientation_is_applied_once_to_tiff_and_to_16_bits(orientation):
         file = io.BytesIO()
         upright.transpose(undo[orientation]).save(file, format, exif=exif)
         assert decode(file.getvalue())[..., 0].tolist() == [[233, 1], [0, 0], [35, 0]]
+
+
+def test_the_process_keeps_its_filters_of_warnings_while_pictures_are_opened():
+    """They are one list for all threads: one that was put on in between would stay, or ours."""
+    before = [*warnings.filters]
+    with pillow(9):
+        assert warnings.filters == before
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            warnings.warn("of a library", UserWarning, stacklevel=1)
+    assert warnings.filters == before and [str(each.message) for each in heard] == ["of a library"]
+
+
+@pytest.mark.parametrize("most", [8, 9])
+def test_a_picture_of_as_many_pixels_as_are_allowed_is_opened(most):
+    file = io.BytesIO()
+    Image.new("RGB", (3, 3)).save(file, "PNG")
+    if most == 9:
+        assert decode(file.getvalue(), 9).shape == (3, 3, 3)
+    else:
+        with pytest.raises(RowError, match="more than 8 pixels"):
+            decode(file.getvalue(), 8)
