@@ -340,6 +340,16 @@ def test_a_worker_that_goes_with_its_node_as_it_takes_rows_up_leaves_that_to_ano
     assert [*there.to_take_up] == [(0, take_up.file, range(16))] and range(16) not in there.to_read
 
 
+def test_what_a_worker_that_was_given_up_has_taken_up_is_released():
+    there = state(half_done={0: "00000-1-abcdef01.arrow"})
+    for order in decide(there):
+        apply(there, Started(order.worker_type, order.worker))
+    [take_up] = [order for order in decide(there) if isinstance(order, Dispatch) and order.task == "take up"]
+    apply(there, Died(0, take_up.worker, "it hangs"))
+    apply(there, TakenUp(take_up.id, [(2, "a", (0, 1))]))
+    assert there.released == [take_up.id]
+
+
 def test_one_row_alone_is_not_quarantined_for_a_death_or_two():
     world = World(state(sizes=(1,) * 5, retries=0), seed=3)
     carry_out, deaths = world.carry_out, Counter()

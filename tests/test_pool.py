@@ -19,7 +19,7 @@ from tests import ray_forks
 import latentmill
 from latentmill.driver.decide import decide
 from latentmill.driver.loop import drive
-from latentmill.driver.messages import Dispatch, HandOver, NodesSeen, StageSpec, Started, StartWorker, WorkerType
+from latentmill.driver.messages import Died, Dispatch, HandOver, NodesSeen, StageSpec, Started, StartWorker, WorkerType
 from latentmill.driver.state import DriverState
 from latentmill.errors import PlacementError, RunError, UnreachableError
 from latentmill.plugin import Stage, tensors
@@ -253,6 +253,31 @@ def test_one_that_was_left_and_has_died_meanwhile_is_replaced_as_if_it_had_not_b
             workers.close(leave=not number)
         for each in left.workers:
             ray.kill(each.worker)
+
+
+def test_one_more_that_cannot_start_is_told_of_and_keeps_no_place(tmp_path, caplog):
+    """The job can do without it, and another job may want its place."""
+    make = partial(_unless_there, tmp_path / "broken")
+    workers = ray_pool.RayPool([WorkerSetup((StageWork("read", make),), 2, num_cpus=0.5, min_replicas=1)], wait=20)
+    try:
+        assert _started(workers, 0) == [0]
+        (tmp_path / "broken").touch()
+        workers.submit(StartWorker(0, 1))
+        assert len(workers.places.groups) == 2
+        events = []
+        while not events:
+            events = [event for event in workers.collect(timeout=1) if isinstance(event, Died)]
+        assert [(event.worker, event.at_start) for event in events] == [(1, True)]
+        assert len(workers.places.groups) == 1 and [*workers.places.taken] == [0]
+    finally:
+        workers.close()
+    assert [record.message for record in caplog.records if "one more worker of read could not start" in record.message]
+
+
+def _unless_there(path):
+    if path.exists():
+        raise RuntimeError("no room on the GPU")
+    return Read()
 
 
 def _started(workers, *numbers):

@@ -35,6 +35,23 @@ def test_the_first_of_a_name_stays(tmp_path):
     assert left(output) == []
 
 
+def test_a_name_that_another_driver_takes_away_just_then_is_free(tmp_path, monkeypatch):
+    """Between the system's answer that it is there, and the look at what it is."""
+    link, taken = os.link, []
+
+    def meanwhile(source, final):
+        try:
+            link(source, final)
+        except FileExistsError:
+            taken.append(final)
+            os.unlink(final)
+            raise
+
+    assert put(tmp_path, "a", "first")
+    monkeypatch.setattr(os, "link", meanwhile)
+    assert put(tmp_path, "a", "second") and (tmp_path / "data" / "a").read_text() == "second" and taken
+
+
 def test_what_fails_halfway_leaves_nothing_behind(tmp_path):
     with pytest.raises(RuntimeError), storage.at(str(tmp_path)).aside("a") as temporary:
         Path(temporary).write_text("half")

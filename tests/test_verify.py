@@ -150,6 +150,22 @@ def test_a_shard_taken_out_by_hand_is_done_again_and_nothing_says_complete_befor
     assert write.exists() and not (out / "errors" / "00000.jsonl").exists()
 
 
+def test_a_shard_that_another_driver_is_taking_out_of_a_bucket_is_heard_of_once_it_is_gone(out):
+    """A bucket copies it, and then deletes it: whoever looks in between sees both."""
+    from latentmill import dataset
+
+    there = dataset.load(storage.at(str(out)))
+    (out / "quarantine").mkdir(exist_ok=True)
+    (out / "quarantine" / "00000.parquet-damaged-0").write_bytes(b"of long ago")
+    for _ in range(2):
+        assert not there.newly_taken_out()
+    shard = out / "data" / "00001.parquet"
+    (out / "quarantine" / "00001.parquet-retried-1").write_bytes(shard.read_bytes())
+    assert not there.newly_taken_out()
+    shard.unlink()
+    assert there.newly_taken_out() == {1} and not there.newly_taken_out()
+
+
 def test_a_plan_that_was_changed_is_found(out):
     text = (out / "plan.json").read_text()
     (out / "plan.json").write_text(text.replace('"seed": 0', '"seed": 1', 1))

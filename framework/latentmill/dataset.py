@@ -60,6 +60,8 @@ class Dataset:
     _looking: threading.RLock = field(init=False, repr=False, default_factory=threading.RLock)
     _taken_out: set[str] = field(init=False, repr=False, default_factory=set)
     """Names of shards that were taken out, as far as ``newly_taken_out`` has told."""
+    _being_taken_out: frozenset[str] = field(init=False, repr=False, default=frozenset())
+    """Those whose shards were there still when that was asked last."""
 
     # ------------------------------------------------------------------------------------------------ which are there
 
@@ -368,9 +370,13 @@ class Dataset:
     def newly_taken_out(self) -> frozenset[int]:
         """Shards that are missing since another driver took them out, after the last time that this was asked."""
         names = self.taken_out()
-        new = {shard for name, shard in names.items() if name not in self._taken_out}
-        self._taken_out |= names.keys()
-        return frozenset(new & {*self.missing()}) if new else frozenset()
+        new = names.keys() - self._taken_out
+        missing = {*self.missing()} if new else set[int]()
+        told = {name for name in new if names[name] in missing}
+        # A store copies before it deletes: a shard that is there still may go at once, and is looked for once more.
+        self._taken_out |= told | (new & self._being_taken_out)
+        self._being_taken_out = frozenset(new - told)
+        return frozenset(names[name] for name in told)
 
     def forget_retried(self) -> None:
         """Delete what was taken out so that its failed rows are done again, of the shards that are there again."""

@@ -211,8 +211,19 @@ class SideFiles:
             if not self.store.exists(f"{FOLDER}/{stored_as}"):
                 self.store.create(f"{FOLDER}/{stored_as}", str(path))
 
-    def delete(self) -> None:
-        """Another shard was first: no file of this one stays."""
+    def settle(self, there: ShardFile) -> None:
+        """Nobody has said that they are kept: they go if the shard that is there names others, and stay if it names them.
+
+        A store may have made the shard although its answer was an error, or that it was there already. Where no shard can be read they stay, too:
+        when the dataset is settled, those go that no shard names.
+        """
+        try:
+            named = {side.stored_as for side in side_files(there.metadata())}
+        except Exception:  # whatever a damaged file makes a sink say
+            return
+        if not named.isdisjoint(self.paths):
+            self.keep()
+            return
         for stored_as in self.paths:
             self.store.delete(f"{FOLDER}/{stored_as}")
 
@@ -233,7 +244,7 @@ def with_side_files(store: Storage, sink: Sink, shard: int, table: pa.Table) -> 
             yield files
         finally:
             if not files.kept:
-                files.delete()
+                files.settle(ShardFile(store, sink, data_name(shard, sink)))
 
 
 def _digest(file: BinaryIO) -> tuple[int, str]:

@@ -148,6 +148,21 @@ def test_of_two_drivers_the_loser_s_files_are_deleted(latentmill, command, tmp_p
     assert latentmill("verify", output) == 0, latentmill.out
 
 
+def test_a_shard_that_is_there_though_its_commit_failed_keeps_its_files(latentmill, command, tmp_path, monkeypatch):
+    """The store's answer was lost, or what came after it failed: the next attempt finds the shard there."""
+    output, failed = tmp_path / "out", []
+
+    def fail(name):
+        if name == "published" and not failed:
+            failed.append(name)
+            raise OSError(5, "the answer was lost")
+
+    monkeypatch.setattr(failpoints, "reach", fail)
+    assert latentmill(*command, f"output={output}") == 0, latentmill.said
+    assert failed and files(output) == names(output) and len(names(output)) == 2
+    assert latentmill("verify", output) == 0, latentmill.out
+
+
 def _folder(path):
     path.mkdir(exist_ok=True)
     return path
@@ -194,12 +209,23 @@ def test_a_writer_that_is_killed_between_side_file_and_commit_leaves_nothing(lat
 
 def test_the_loser_deletes_its_files_itself(command, tmp_path):
     from latentmill import registry, storage
-    from latentmill.shards import with_side_files
+    from latentmill.shards import data_name, with_side_files
 
     store, sink = storage.at(str(tmp_path / "out")), registry.build("sink", {"name": "two_files"})
     table = pa.table({"width": [4], "height": [4]})
+    rows = pa.table({"row_id": ["000000000-000"], "prompt": ["a"]})
+
+    def publish_as(shard, side_files):
+        with store.aside("a") as path:
+            sink.write(path, rows, side_files.metadata)
+            return store.create(data_name(shard, sink), path)
+
     with with_side_files(store, sink, 0, table) as winner:
+        assert publish_as(0, winner)
         winner.keep()
-    with with_side_files(store, sink, 0, table):
-        assert len(files(tmp_path / "out")) == 2
+    with with_side_files(store, sink, 0, table) as loser:
+        assert len(files(tmp_path / "out")) == 2 and not publish_as(0, loser)
     assert files(tmp_path / "out") == [*winner.paths]
+    with with_side_files(store, sink, 1, table) as ours:  # a store may say of what it has just made that it was there
+        publish_as(1, ours)
+    assert files(tmp_path / "out") == sorted([*winner.paths, *ours.paths])

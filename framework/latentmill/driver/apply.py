@@ -75,7 +75,7 @@ def apply(state: DriverState, event: Event) -> DriverState:
         drain.told_to_stop(state, event)
     elif event.id not in state.in_flight or _comes_too_late(state, state.in_flight[event.id]):
         if (
-            isinstance(event, (Finished, HandedOver)) and event.tables
+            isinstance(event, (Finished, HandedOver, TakenUp)) and event.tables
         ):  # of a worker that was given up: nobody wants its block
             state.released.append(event.id)
     else:

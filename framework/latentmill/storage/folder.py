@@ -50,18 +50,22 @@ class LocalFolder(Storage):
         return first
 
     def _link(self, source: str, final: Path) -> bool:
-        try:
-            os.link(source, final)
-            return True
-        except FileExistsError:
-            if not final.is_file():
-                raise StorageError(f"{final} is in the way: a {_what(final)}, where a file is to be made") from None
-            return False
-        except OSError as error:
-            if not self.single_writer and error.errno not in _LINKLESS:
-                raise
-            if not self.single_writer:
-                raise NotImplementedError(f"this file system has no hard links: {error.strerror}") from error
+        while True:
+            try:
+                os.link(source, final)
+                return True
+            except FileExistsError:
+                if final.is_file():
+                    return False
+                if what := _what(final):
+                    raise StorageError(f"{final} is in the way: a {what}, where a file is to be made") from None
+                # Another driver has taken away just now what was there.
+            except OSError as error:
+                if not self.single_writer and error.errno not in _LINKLESS:
+                    raise
+                if not self.single_writer:
+                    raise NotImplementedError(f"this file system has no hard links: {error.strerror}") from error
+                break
         if final.exists():
             return False
         os.rename(source, final)
@@ -161,7 +165,14 @@ def _remove(path: Path) -> None:
 
 
 def _what(path: Path) -> str:
-    return "folder" if path.is_dir() else "link to nothing" if path.is_symlink() else "special file"
+    """What is there that is no file, for people; "" if nothing is, or a file by now."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return ""
+    if stat.S_ISREG(mode):
+        return ""
+    return "folder" if path.is_dir() else "link to nothing" if stat.S_ISLNK(mode) else "special file"
 
 
 def _make(folder: Path) -> None:
@@ -170,8 +181,9 @@ def _make(folder: Path) -> None:
         try:
             folder.mkdir(exist_ok=True)
         except FileExistsError:
-            what = "file" if folder.is_file() else _what(folder)
-            raise StorageError(f"{folder} is in the way: a {what}, where a folder is to be made") from None
+            raise StorageError(
+                f"{folder} is in the way: a {_what(folder) or 'file'}, where a folder is to be made"
+            ) from None
         _sync(str(folder.parent))
 
 

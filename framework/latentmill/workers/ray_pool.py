@@ -216,7 +216,7 @@ class RayPool:
 
     def _started(self, start: StartWorker, future: Future[Any]) -> Event | None:
         """A worker is ready, or is not what it should be."""
-        if self.starting.pop(start.worker, None) is None:
+        if start.worker not in self.starting:
             return None
         seconds = time.monotonic() - self.asked.pop(start.worker)
         try:
@@ -224,6 +224,7 @@ class RayPool:
         except (RayTaskError, *GONE):
             if self.left.loading.pop(start.worker, None) is None:
                 raise
+            self.starting.pop(start.worker)  # its place is the next one's
             self._bury(start.worker)
             self._start(start)  # one that is new shows whether it is this run's fault
             return None
@@ -245,6 +246,7 @@ class RayPool:
             )
             self._could_not_start(start, reason)
             return Died(start.worker_type, start.worker, reason, at_start=True)
+        self.starting.pop(start.worker)
         self.took.setdefault(start.worker_type, seconds)
         self.watch.ready(start.worker)
         return Started(start.worker_type, start.worker, seconds, found.memory)
