@@ -16,6 +16,23 @@ from latentmill.stages.denoise import MAX_WAIT
 from latentmill.workers.worker import StageWork, Worker
 
 
+def test_of_a_batch_that_can_t_be_taken_in_no_row_goes_on():
+    """Memory may run out at its last row."""
+    asked = []
+
+    def schedulers(name):
+        asked.append(name)
+        if len(asked) == 2 * 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return SCHEDULERS[name]
+
+    stage = denoise_with(Gaussian(), schedulers, "trailing", 16)
+    stage.load(torch.device("cpu"))
+    with pytest.raises(torch.OutOfMemoryError):
+        stage.take(batch([0, 1, 3, 4]), lambda i, reason: pytest.fail(reason))
+    assert len(asked) == 8 and stage.moving == {}
+
+
 def test_a_row_without_guidance_costs_one_evaluation_and_a_finished_one_none():
     denoiser = Gaussian()
     table = pa.concat_tables(

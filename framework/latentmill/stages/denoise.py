@@ -191,9 +191,10 @@ class Denoise(ContinuousStage):
                 )
             )
             carried.go_on(request.rows[-1], identity, on_cpu, self._send)
-            if not request.rows[-1].arrived:
-                self.moving.setdefault(kind, []).append(request.rows[-1])
-                self.moved_at.setdefault(kind, self.turn)
+        for taken in request.rows:  # now that nothing can fail any more: of a batch that fails no row goes on
+            if not taken.arrived:
+                self.moving.setdefault(taken.kind, []).append(taken)
+                self.moved_at.setdefault(taken.kind, self.turn)
                 request.moving += 1
         return request
 
