@@ -58,6 +58,43 @@ def test_a_file_that_is_only_written_anew_or_gets_longer_is_the_same(counted, mo
     assert not (counted.notes / "write").exists() and len(counted.files("out")) == 10
 
 
+STAGE = """
+import os
+from pathlib import Path
+
+from latentmill.plugin import Stage
+
+
+class Changes(Stage):
+    contract = 2
+
+    def __call__(self, batch, reject):
+        if (todo := os.environ.pop("CHANGE", None)) is not None:
+            exec(todo)
+        return batch
+"""
+
+
+@pytest.mark.parametrize("change", ["path.write_bytes(other)", "path.write_bytes(other); more.write_bytes(other)"])
+def test_a_picture_that_is_another_by_the_time_that_it_is_read_ends_the_job(
+    latentmill, install, patches, tmp_path, monkeypatch, change
+):
+    install("acme", "[latentmill.stages]\nchanges = acme_changes:Changes\n", acme_changes=STAGE)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(40):
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(folder / f"{number:02d}.png")
+    paths = f"path, more = Path({str(folder / '39.png')!r}), Path({str(folder / '40.png')!r})"
+    monkeypatch.setenv("CHANGE", f"{paths}; other = Path({str(folder / '00.png')!r}).read_bytes(); {change}")
+    job = (
+        "run", "encode", *patches, f"source.path={folder}", f"output={tmp_path / 'out'}", "flow=[read,changes,encode,write]",
+        "rows_per_shard=2", "stages.read.batch_size=1",
+    )  # fmt: skip
+    assert latentmill(*job) == 1
+    assert "for source images than was planned" in latentmill.err.splitlines()[-1], latentmill.err
+    assert not (tmp_path / "out" / "_SUCCESS").exists() and not [*tmp_path.glob("out/errors/*")]
+
+
 def test_a_picture_of_source_defaults_that_is_another_is_another_source(latentmill, patches, tmp_path):
     Image.new("RGB", (4, 4), "red").save(tmp_path / "in.png")
     (tmp_path / "p.csv").write_text("prompt\na\nb\n")

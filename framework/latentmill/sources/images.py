@@ -136,13 +136,19 @@ class Images(Source):
         return self._files.changed(self._with_captions(names), fragment.fingerprint)
 
     def stamp(self, fragment: Fragment) -> str:
-        return self._files.stamp(self._with_captions(_run(self._files, self.follow_links, fragment.name)))
+        try:
+            return self._files.stamp(self._with_captions(_run(self._files, self.follow_links, fragment.name)))
+        except PicturesCameOrWent as error:
+            return str(error)
 
     def ids(self, fragment: Fragment) -> Iterator[str]:
         return map(escaped, _run(self._files, self.follow_links, fragment.name))
 
     def still(self, fragment: Fragment, runs: Sequence[tuple[str, int, int]]) -> bool:
-        found = (_run(self._files, self.follow_links, of)[start : start + rows] for of, start, rows in runs)
+        try:
+            found = [_run(self._files, self.follow_links, of)[start : start + rows] for of, start, rows in runs]
+        except PicturesCameOrWent:
+            return False
         return self._files.still(self._with_captions([name for names in found for name in names]), fragment.fingerprint)
 
     def notices(self) -> list[str]:
