@@ -84,8 +84,7 @@ def flux_shift(given: Inputs) -> Sequence[Any]:
 def discrete(given: Inputs) -> Sequence[Any]:
     """`denoiser.prediction` and `zsnr`."""
     prediction = given.one_of("sampling", DISCRETE_KINDS)
-    zsnr = given.fixed("zsnr", bool, default=False)
-    return (_sampled(given, {"prediction": prediction, **({"zsnr": True} if zsnr else {})}),)
+    return (_sampled(given, {"prediction": prediction, "zsnr": given.fixed("zsnr", bool, default=False)}),)
 
 
 def upscale_model(given: Inputs) -> Sequence[Any]:

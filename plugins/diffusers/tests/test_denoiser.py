@@ -334,6 +334,26 @@ def test_precision_storage_attention_and_compilation(model, encoded):
     assert blocks and all(block._compiled_call_impl is not None for block in blocks)
 
 
+def test_attention_is_of_one_network_alone_and_refused_where_none_is_asked(model):
+    from diffusers.models import attention_dispatch
+
+    def active():
+        return attention_dispatch._AttentionBackendRegistry._active_backend
+
+    before = active()
+    denoiser = DiffusersDenoiser(str(model("FluxPipeline")), attention="_native_math")
+    denoiser.load(CPU)
+    chosen = {
+        getattr(m.processor, "_attention_backend", "")
+        for m in denoiser._network.model.modules()
+        if hasattr(m, "processor")
+    }
+    assert chosen == {"_native_math"} and active() == before
+    with pytest.raises(ValueError, match="has attention of its own, and takes no backend of diffusers: leave it out"):
+        DiffusersDenoiser(str(model("StableDiffusion3Pipeline")), attention="_native_math").load(CPU)
+    assert active() == before
+
+
 @torch.inference_mode()
 def test_the_guidance_scale_is_not_rounded_on_its_way(model, encoded):
     """A latent consistency model's embedding of it counts in thousandths; its pipeline makes it in float32."""

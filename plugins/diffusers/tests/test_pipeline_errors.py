@@ -95,3 +95,33 @@ def test_what_can_not_be_run_is_said_when_it_is_built(index, settings, said, tmp
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": index}))
     with pytest.raises(PluginError, match=said):
         registry.build("stage", {"name": "pipeline_encode", "path": str(tmp_path), **settings})
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler", "config"),
+    [
+        ("StableDiffusionPipeline", "DPMSolverSDEScheduler", {}),
+        ("FluxPipeline", "FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+        ("QwenImagePipeline", "FlowMatchLCMScheduler", {}),
+    ],
+)
+def test_noise_that_a_scheduler_draws_from_torch_s_own_generator_is_of_the_row_alone(
+    model, tmp_path, name, scheduler, config
+):
+    """These schedulers are given no generator by the pipeline's loop, or ask for none: torch has one for all rows."""
+    folder = shutil.copytree(model(name), tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", scheduler]}))
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": scheduler, **config}))
+    table = table_of([("a red fox", ""), ("a red fox", ""), ("a blue owl", "")], steps=3)
+    encode, denoise = stages(folder, name)
+    state = torch.random.get_rng_state()
+    together = ours(encode, denoise, table)
+    torch.manual_seed(7)
+    again = ours(encode, denoise, table.slice(1))
+    alone = [row for at in (2, 1) for row in ours(*stages(folder, name), table.slice(at, 1))]
+    assert denoise.alone and all(map(torch.equal, together[1:], again))
+    assert all(map(torch.equal, together[:0:-1], alone))
+    assert not torch.equal(together[0], together[1]), "their seeds differ"
+    torch.random.set_rng_state(state)

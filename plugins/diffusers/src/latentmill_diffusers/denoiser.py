@@ -182,7 +182,7 @@ class DiffusersDenoiser(FollowsAuthors, Denoiser):
         else:
             model.to(device)
         if self.attention is not None:
-            model.set_attention_backend(self.attention)
+            _set_attention(model, self.attention)
         if self.compile:
             model.compile_repeated_blocks() if model._repeated_blocks else model.compile()
         self._network = LoadedNetwork(model, self.folder.downscale)
@@ -222,3 +222,16 @@ class DiffusersDenoiser(FollowsAuthors, Denoiser):
         if order == [*rows]:
             return predicted
         return predicted[tensors.send(torch.tensor(sorted(rows, key=order.__getitem__)), x.device)]
+
+
+def _set_attention(model: Any, backend: str) -> None:
+    """Have a network compute attention so, and no other network of this process. Raises ValueError if it has no choice."""
+    from diffusers.models.attention_dispatch import attention_backend
+
+    with attention_backend(backend):  # what diffusers sets for all networks, too, is afterwards as before
+        model.set_attention_backend(backend)
+    processors = (getattr(module, "processor", None) for module in model.modules())
+    if not any(getattr(processor, "_attention_backend", None) == backend for processor in processors):
+        raise ValueError(
+            f"denoiser.attention={backend}: {type(model).__name__} has attention of its own, and takes no backend of diffusers: leave it out"
+        )

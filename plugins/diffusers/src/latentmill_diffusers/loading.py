@@ -14,6 +14,8 @@ from latentmill.text import one_line
 from latentmill_diffusers import messages as messages  # its filters, wherever the libraries are used
 
 MODEL_DTYPES = ("float32", "float16", "bfloat16")
+CAPTION_CLEANERS = ("beautifulsoup4", "ftfy")
+"""What diffusers cleans captions with, where a pipeline's ``clean_caption`` asks for it; without one of them it doesn't, and says nothing."""
 
 
 def dtype_of(name: str) -> torch.dtype:

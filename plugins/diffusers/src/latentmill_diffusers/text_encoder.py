@@ -27,7 +27,7 @@ from latentmill_diffusers.folder import (
     require_layers,
 )
 from latentmill_diffusers.hub import weights_of
-from latentmill_diffusers.loading import dtype_of, part_class
+from latentmill_diffusers.loading import CAPTION_CLEANERS, dtype_of, part_class
 from latentmill_diffusers.lora import loras_of
 from latentmill_diffusers.messages import quiet
 
@@ -112,7 +112,8 @@ class DiffusersTextEncoder(TextEncoder):
         if long_prompts not in ("cut", "error"):
             raise ValueError(f"text_encoder.long_prompts must be cut or error, not {long_prompts!r}")
         self.long_prompts = long_prompts
-        self.libraries = ("diffusers", "tokenizers", "transformers", *self.folder.quantizer(quantization))
+        cleaners = CAPTION_CLEANERS if "clean_caption" in taken else ()
+        self.libraries = ("diffusers", "tokenizers", "transformers", *cleaners, *self.folder.quantizer(quantization))
         self._pipeline: Any = None
         self._device = torch.device("cpu")
 

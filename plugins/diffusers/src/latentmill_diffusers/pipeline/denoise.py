@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any
 
@@ -25,7 +26,8 @@ from latentmill_diffusers.vae import VAE_PARTS, DiffusersVAE
 class PipelineDenoise(Pipeline):
     """Replaces ``prompt:*`` by ``latents``, clean and scaled as the VAE of the job, ``vae``, expects them.
 
-    With ``alone`` the pipeline is called for each row by itself: a row's bits then don't depend on its company.
+    With ``alone`` the pipeline is called for each row by itself: a row's bits then don't depend on its company. So is one whose scheduler draws
+    noise from torch's own generator, from when it first does.
     """
 
     shares_tensors = True
@@ -66,7 +68,9 @@ class PipelineDenoise(Pipeline):
             none = row["negative_prompt"] is None
             key = row["steps"], row["guidance_scale"], row["height"], row["width"], none, told
             groups.setdefault(key, []).append(i)
-        for members in groups.values():
+        todo = deque(groups.values())
+        while todo:
+            members = todo.popleft()
             try:
                 shape = self.spec.shape(given[members[0]]["height"], given[members[0]]["width"])
             except RowError as error:
@@ -75,6 +79,10 @@ class PipelineDenoise(Pipeline):
                 continue
             noted = [filled(each, [leaf[members].to(self.device) for leaf in leaves]) for each in form]
             made = self.run([given[i] for i in members], _answering(noted))
+            if self.draws and not self.alone:
+                self.alone = True
+                todo = deque([i] for each in (members, *todo) for i in each)
+                continue
             latents = self._in_the_vae_s_order(made, *shape).float().cpu()
             name, reason = self.folder.pipeline, ""
             if tuple(latents.shape[1:]) != shape:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from latentmill.plugin import Stage
 from latentmill.text import near
 from latentmill_diffusers.folder import Folder, pipeline_class, require_layers
 from latentmill_diffusers.hub import weights_of
-from latentmill_diffusers.loading import dtype_of, part_class
+from latentmill_diffusers.loading import CAPTION_CLEANERS, dtype_of, part_class
 from latentmill_diffusers.pipeline.absent import Absent, AbsentNetwork, config_of
 from latentmill_diffusers.pipeline.known import (
     ENCODERS,
@@ -29,6 +30,25 @@ from latentmill_diffusers.pipeline.known import (
 )
 
 
+@contextmanager
+def _torch_seeded(seed: int, device: torch.device) -> Iterator[Callable[[], bool]]:
+    """Torch's own generators begin with a number made of ``seed``, and are afterwards as before. Yields what says whether one was drawn from."""
+    devices = [device] if device.type == "cuda" else []
+
+    def states() -> list[bytes]:
+        found = [torch.random.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+        return [state.numpy().tobytes() for state in found]
+
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed ^ NOT_THE_FIRST_NOISE)
+        before = states()
+        yield lambda: states() != before
+
+
+NOT_THE_FIRST_NOISE = 0x9E3779B97F4A7C15
+"""A row's first noise is of its seed: what is drawn later may not be the same numbers."""
+
+
 class Pipeline(Stage):
     """What both stages have in common: the pipeline of the model at ``path``, called with some of its parts.
 
@@ -36,7 +56,7 @@ class Pipeline(Stage):
     """
 
     contract = 2
-    libraries = ("diffusers", "tokenizers", "transformers")
+    libraries = ("diffusers", "tokenizers", "transformers", *CAPTION_CLEANERS)
     fingerprinted = ("path", "revision")
 
     def __init__(
@@ -63,6 +83,8 @@ class Pipeline(Stage):
         self.encoders = [name for name in ENCODERS if hasattr(self.cls, name)]
         self.single = self.folder.pipeline in SINGLE
         self.device = torch.device("cpu")
+        self.draws = False
+        """Whether it has drawn from torch's own generator, as schedulers do that are given no other."""
 
     def _guidance(self) -> str | None:
         """What the pipeline calls a row's guidance scale; of two names, the one that it looks at."""
@@ -117,7 +139,8 @@ class Pipeline(Stage):
     ) -> Any:
         """Call the pipeline, with ``instead`` of each of its encoders, for rows of one group: of equal steps, guidance and size.
 
-        Either all of them give a negative prompt, or none does.
+        Either all of them give a negative prompt, or none does. torch's own generator, which is one for all, begins with a number made of the
+        first row's seed: what is drawn from it is a row's only where that is called for alone.
         """
         first, known = given[0], self.parameters
         arguments: dict[str, Any] = {name: False for name in OFF if name in known} | {
@@ -143,7 +166,10 @@ class Pipeline(Stage):
         for name in self.encoders:
             setattr(self.pipeline, name, instead(getattr(self.pipeline, name)))
         try:
-            return self.pipeline(**arguments)[0]
+            with _torch_seeded(first["seed"], self.device) as has_drawn:
+                made = self.pipeline(**arguments)[0]
+                self.draws = self.draws or has_drawn()
+                return made
         finally:
             for name in self.encoders:
                 delattr(self.pipeline, name)
