@@ -270,10 +270,23 @@ def kept(source: Source, keep: Keep, taken: Mapping[str, str]) -> pa.Schema:
 
 
 def plain_type(type: pa.DataType) -> pa.DataType:
-    """A column's type without what is only its encoding or its name: a dictionary's values, an extension's storage."""
+    """A column's type without what is only its encoding or its name: a dictionary's values, an extension's storage, text for a view of text."""
     if pa.types.is_dictionary(type):
         return plain_type(type.value_type)
-    return plain_type(type.storage_type) if isinstance(type, pa.BaseExtensionType) else type
+    return plain_type(type.storage_type) if isinstance(type, pa.BaseExtensionType) else _without_views(type)
+
+
+def _without_views(type: pa.DataType) -> pa.DataType:
+    """Arrow takes no rows out of columns that have some."""
+    if pa.types.is_string_view(type):
+        return pa.string()
+    if pa.types.is_binary_view(type):
+        return pa.binary()
+    if pa.types.is_list(type) or pa.types.is_list_view(type):
+        return pa.list_(type.value_field.with_type(_without_views(type.value_type)))
+    if pa.types.is_struct(type):
+        return pa.struct([each.with_type(_without_views(each.type)) for each in type])
+    return type
 
 
 def unified(types: Iterable[tuple[str, str, pa.DataType]]) -> pa.Schema:

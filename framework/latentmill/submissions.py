@@ -23,7 +23,7 @@ from latentmill.config.target import PREFIX, load_target, settled
 from latentmill.errors import JobError, LatentmillError, UnreachableError
 from latentmill.fields import PICTURES
 from latentmill.plugin import Launcher, LaunchState, Submission, Submitted, WorkerNeeds
-from latentmill.text import near, one_line, secrets, without_secrets
+from latentmill.text import is_secret, near, one_line, secrets, without_secrets
 
 FIRST_LINE = "defaults: [job, _self_]\n"
 """What a composed config begins with, to be a job's file: all keys are in it, and take the defaults' places."""
@@ -120,7 +120,7 @@ def prepare(job: str, overrides: Sequence[str], to: str, grow: bool = False) -> 
     with asking_target(launcher, checked.config):
         files = launcher.files(submission)
     for value, shown in secrets(str(target)).items():
-        if re.search("KEY|SECRET|TOKEN|PASSWORD", shown) and any(value in text for text in files.values()):
+        if is_secret(shown) and any(value in text for text in files.values()):
             raise JobError(
                 f"--to {to}: the value of {shown} would stand in what is written; name the variable in target.env instead"
             )

@@ -68,13 +68,18 @@ def secrets(config: str, keys: bool = False) -> dict[str, str]:
     """
     named = {name: f"${{oc.env:{name}}}" for name in re.findall(r"""oc\.env:[\s'"\\]*([A-Za-z_]\w*)""", config)}
     for name in os.environ if keys else ():
-        if re.search("KEY|SECRET|TOKEN|PASSW|CONNECTION_STRING", name):
+        if is_secret(name):
             named.setdefault(name, f"${name}")
     found: dict[str, str] = {}
     for name, shown in named.items():
         value = os.environ.get(name, "")
         found |= {part: shown for part in (value, *map(str.strip, value.splitlines())) if len(part) >= 8}
     return dict(sorted(found.items(), key=lambda each: -len(each[0])))
+
+
+def is_secret(name: str) -> bool:
+    """Whether an environment variable's name says that it is a key or the like."""
+    return re.search("KEY|SECRET|TOKEN|PASSW|CONNECTION_STRING", name) is not None
 
 
 def hidden(text: str, secret: Mapping[str, str]) -> str:

@@ -262,6 +262,14 @@ def test_what_is_there_is_known_without_reading_the_dataset_again_and_a_damaged_
     assert "00000.parquet: " in line and "latentmill verify says" in line
 
 
+def test_a_folder_that_a_variable_was_to_name_is_not_the_one_where_one_is(trainers, latentmill, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert latentmill("export", trainers.encode("sd"), "", "--to", "comfyui") == 2
+    assert latentmill.err == "latentmill: the folder of the export is empty: name one\n" and not [
+        *tmp_path.glob("*.latent")
+    ]
+
+
 def test_a_file_of_somebody_else_stays(trainers, latentmill):
     output = trainers.encode("sd")
     stranger = trainers.root / "export" / "cats" / "tom.latent"

@@ -305,6 +305,36 @@ def test_types_of_text_are_those_that_all_values_have(latentmill, job, tmp_path,
         )
 
 
+def test_views_of_text_travel_as_text(latentmill, job, tmp_path, rows):
+    columns = {
+        "words": pa.array(["x", None], pa.string_view()),
+        "bytes": pa.array([b"x", b""], pa.binary_view()),
+        "many": pa.array([["x", "y"], []], pa.list_(pa.string_view())),
+        "at": pa.array([{"x": "y"}, None], pa.struct([("x", pa.string_view())])),
+    }
+    pq.write_table(pa.table({"prompt": ["a", "b"], **columns}), tmp_path / "p.parquet")
+    assert latentmill("run", job(tmp_path / "p.parquet", source={"keep": "all"}, samples_per_row=2)) == 0, (
+        latentmill.said
+    )
+    assert [[row[name] for row in rows(tmp_path / "out")[::2]] for name in columns] == [
+        column.to_pylist() for column in columns.values()
+    ]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("keep", [["x"], "all"])
+def test_of_two_columns_of_one_name_none_can_be_kept(latentmill, job, tmp_path, kind, keep):
+    path = tmp_path / f"p.{kind}"
+    if kind == "csv":
+        path.write_text("prompt,x,x\na,1,2\n")
+    else:
+        pq.write_table(
+            pa.Table.from_arrays([pa.array(["a"]), pa.array([1]), pa.array([2])], ["prompt", "x", "x"]), path
+        )
+    assert latentmill("run", job(path, source={"keep": keep})) == 2
+    assert f"p.{kind}: there are two columns x" in latentmill.err and not (tmp_path / "out").exists()
+
+
 def test_a_number_that_no_type_holds_to_the_last_digit_is_text(latentmill, job, tmp_path, rows):
     """Ids of 19 digits, larger ones, and names of commits that read as numbers: none of them is rounded, or infinity."""
     columns = {

@@ -266,12 +266,15 @@ def test_failed_rows_are_done_again_when_asked(half, latentmill, out, rows, fail
 
 def test_only_rows_that_failed_so(half, latentmill, out, failed, tmp_path):
     mend(tmp_path)
-    for choice in (["--stage", "decode"], ["--reason", "full disk"], ["--stage", "read", "--reason", "full disk"]):
+    for choice in (["--stage", "write"], ["--reason", "full disk"], ["--stage", "read", "--reason", "full disk"]):
         assert latentmill("run", *half, "--retry-failed", *choice) == 0
         assert len(failed(out)) == 3
     assert latentmill("run", *half, "--retry-failed", "--stage", "read", "--reason", "4.png") == 0
     assert [error["row_id"] for error in failed(out)] == ["000000000-000"]
     assert latentmill("run", *half, "--stage", "read") == 2 and "--retry-failed" in latentmill.err
+    for more in ([], ["-m", "seed=0,1", f"output={tmp_path}/${{seed}}"]):
+        assert latentmill("run", *half, *more, "--retry-failed", "--stage", "reed") == 2
+        assert "--stage reed: the job has no such stage (did you mean 'read'?); it has: read" in latentmill.err
 
 
 def test_a_retry_that_is_killed_loses_nothing(half, latentmill, forks, out, rows, failed, tmp_path):

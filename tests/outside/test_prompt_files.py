@@ -64,6 +64,7 @@ FILES = {
                  ["y" * 150_000 + "\n" + "y" * 50_000, "b", *[Bad("the row has 1 fields, the header 2")] * 9, Bad("prompt has 1000001 characters, and 1000000 are the most")], "columns not used: note"),
     "commas.csv": (b"prompt\na, b\nc\n", [Bad("the row has 2 fields, the header 1: text with a comma needs quotes"), "c"], None),
     # JSON
+    "keys.jsonl": (b'{"prompt": "a", "prompt": "b"}\n{"prompt": "c"}\n', [Bad("not JSON that can be read: the key 'prompt' is there twice"), "c"], None),
     "array.json": (b'[{"prompt": "a", "seed": 7},\n {"prompt": "b"}]\n', [("a", 7), "b"], None),
     "pretty.json": (json.dumps({"prompt": "a", "seed": 7}, indent=2).encode(), [("a", 7)], None),
     "pretty.jsonl": (b"\n".join(json.dumps({"prompt": p}, indent=1).encode() for p in "ab"), ["a", "b"], None),
@@ -148,6 +149,7 @@ REFUSED = {
     "broken.json": (b'[{"prompt": "a"},\n {"prompt": b}]\n', "line 2: not JSON: Expecting value"),
     "comma.json": (b'[{"prompt": "a"}\n {"prompt": "b"}]\n', "line 2: a comma was expected between two rows"),
     "two.json": (b'[{"prompt": "a"}]\n[{"prompt": "b"}]\n', "line 1: something stands behind the array"),
+    "keys.json": (b'[{"prompt": "a", "prompt": "b"}]\n', "line 1: not JSON that can be read: the key 'prompt' is there twice"),
     "columns.json": (b'{"prompt": {"0": "a", "1": "b"}}', "is one object of whole columns: write a list of rows"),
     "data.json": (b'{"data": [{"prompt": "a"}]}', "has no column prompt or image, only data"),
     "nulls.parquet": (parquet(prompt=pa.nulls(2)), "column prompt holds nulls and nothing else"),

@@ -146,6 +146,7 @@ def test_one_that_does_not_answer_is_unknown_and_hides_no_other(latentmill, desk
         (["--to", "desk", "output=/o", "target.room=${oc.env:NIX_IS_HERE}"], 2, "Environment variable 'NIX_IS_HERE' not found"),
         (["--to", "desk", "output=/o", "target.room=closed"], 4, "launcher desk of acme 1.0: the door is closed"),
         (["--to", "desk", "output=/o", "target.room=${oc.env:ROOM_KEY}"], 2, "the value of ${oc.env:ROOM_KEY} would stand in what is written"),
+        (["--to", "desk", "output=/o", "target.room=${oc.env:ROOM_PASSWD}"], 2, "the value of ${oc.env:ROOM_PASSWD} would stand in what is written"),
         (["--to", "desk", "output=out/here"], 2, "output=out/here is relative, and --to desk runs the job where that is another folder: write a path"),
         (["--to", "desk", "output=/o", "source.path=rows.txt"], 2, "source.path=rows.txt is relative, and --to desk runs"),
         (["--to", "desk", "output=/o", "+source.defaults={image: rows.txt}"], 2, "source.defaults.image=rows.txt is relative"),
@@ -159,6 +160,7 @@ def test_one_that_does_not_answer_is_unknown_and_hides_no_other(latentmill, desk
 )  # fmt: skip
 def test_what_is_wrong_is_a_line_and_nothing_is_left(latentmill, desk, tmp_path, monkeypatch, words, code, says):
     monkeypatch.setenv("ROOM_KEY", "hunter2hunter2")
+    monkeypatch.setenv("ROOM_PASSWD", "hunter2hunter2")
     (tmp_path / "rows.txt").write_text("a red circle\n")
     assert latentmill("submit", "txt2img", *words) == code, latentmill.said
     assert says in latentmill.err and len(latentmill.err.splitlines()) == 1

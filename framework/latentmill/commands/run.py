@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from latentmill import storage
 from latentmill.commands.command import Command, add_grow, add_job
 from latentmill.errors import NO_ROW, JobError, PlanError
+from latentmill.text import near
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -55,11 +56,18 @@ def _run(options: Any) -> int:
                 f"--fork {options.fork}: there is a dataset already; a fork begins anew, in a place of its own"
             )
         options.overrides.append(f"output={values.literal(options.fork)}")
+    if options.stage:
+        _require_stage(options.stage, load_job(options.job, options.overrides).flow)
     result = run(options.job, options.overrides, _retried(options), options.grow)
     print(result.text)
     if result.interrupted:
         return 130
     return NO_ROW if result.failed and not result.ok else 0
+
+
+def _require_stage(name: str, flow: Sequence[str]) -> None:
+    if name not in flow:
+        raise JobError(f"--stage {name}: the job has no such stage{near(name, flow)}; it has: {', '.join(flow)}")
 
 
 def _retried(options: Any) -> Callable[[Mapping[str, Any]], bool] | None:
@@ -83,6 +91,9 @@ def _sweep(options: Any) -> int:
         for label, job in sweep.jobs.items():
             print(f"# {label}\n{job.config}", end="---\n")
         return 0
+    if options.stage:
+        for job in sweep.jobs.values():
+            _require_stage(options.stage, job.flow)
     return run_sweep(sweep, partial(print, flush=True), retry_failed=_retried(options), grow=options.grow)
 
 

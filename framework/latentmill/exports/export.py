@@ -60,6 +60,8 @@ def export(
     ``names``: the column with the pictures' names; None: ``file`` or ``id``. ``tell`` is given lines for people.
     Raises ExportError before anything is written if the dataset is not finished, or not for one of the formats.
     """
+    if not folder:
+        raise ExportError("the folder of the export is empty: name one")
     source = ExportSource(dataset.load(storage.at(output)), names)
     spec = source.there.plan.spec
     require_whole(source.columns, output)

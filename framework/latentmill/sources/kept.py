@@ -52,6 +52,12 @@ def _type_of_values(values: Sequence[Any]) -> pa.DataType | None:
         return None
 
 
+def require_once(path: SourceFile, there: Sequence[str], names: Sequence[str]) -> None:
+    """Raise ValueError if a file has two columns of one of these names."""
+    if twice := [name for name in names if [*there].count(name) > 1]:
+        raise ValueError(f"{path}: there are two columns {twice[0]}")
+
+
 def types_of_texts(rows: Iterable[Mapping[str, str | None]]) -> dict[str, pa.DataType]:
     """The type of each column of texts: the first of TYPES_OF_TEXT that all of them are, without a loss, or else text; null if it has none."""
     possible: dict[str, list[pa.DataType]] = {}
@@ -91,6 +97,7 @@ def rows_kept(table: pa.Table, names: Sequence[str]) -> Iterator[dict[str, pa.Sc
         column = table.column(name)
         if isinstance(column.type, pa.BaseExtensionType):
             column = pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
-        columns[name] = column.cast(plain_type(column.type)) if pa.types.is_dictionary(column.type) else column
+        plain = plain_type(column.type)
+        columns[name] = column if column.type == plain else column.cast(plain)
     for i in range(len(table)):
         yield {name: column[i] for name, column in columns.items()}

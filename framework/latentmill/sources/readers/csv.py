@@ -14,7 +14,7 @@ from latentmill.fields import parse_text
 from latentmill.plugin import RowError
 from latentmill.sources import as_id
 from latentmill.sources.files import SourceFile
-from latentmill.sources.kept import types_of_texts
+from latentmill.sources.kept import require_once, types_of_texts
 from latentmill.sources.readers.names import listed
 from latentmill.sources.readers.text_reader import LONGEST, TextReader
 from latentmill.sources.text import BOM, Lines, count_lines, is_blank, loose, strict
@@ -84,6 +84,7 @@ class CSVReader(TextReader):
         return row
 
     def types(self, names: Sequence[str]) -> Iterator[tuple[str, pa.DataType]]:
+        require_once(self.path, self.names, names)
         return iter(types_of_texts(self._kept_rows()).items())
 
     def notices(self) -> Iterator[str]:

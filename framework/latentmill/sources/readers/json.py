@@ -22,6 +22,15 @@ PEEK = 1000
 """Rows of JSON whose keys are looked at before a job starts: each row may have others."""
 
 
+def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object. Raises ValueError if a key is there twice, of which Python takes the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
+
+
 class JSONLinesReader(TextReader):
     """JSON, an object a line."""
 
@@ -43,7 +52,7 @@ class JSONLinesReader(TextReader):
         """What a row holds, an object if all is well. Raises RowError."""
         text = strict(item, "the line").strip().removeprefix("\ufeff")
         try:
-            return json.loads(text)
+            return json.loads(text, object_pairs_hook=once)
         except json.JSONDecodeError as error:
             raise RowError(f"not JSON: {error.msg} at character {error.pos}") from error
         except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets thousands deep
@@ -128,7 +137,7 @@ def json_reader(path: SourceFile, settings: ReaderSettings) -> JSONLinesReader:
 
 def _elements(path: SourceFile, lines: Lines) -> Iterator[Any]:
     """The elements of an array, or values one after the other. Raises ValueError, with the line, for text that is neither."""
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=once)
     text, at, number, size = "", 0, 1, READ_BYTES
     pieces = codecs.iterdecode(iter(partial(lines.take, READ_BYTES), b""), "utf-8", "surrogateescape")
     inside: bool | None = None  # in an array; None: before the first character

@@ -12,7 +12,7 @@ from latentmill.fields import PICTURES, python_type
 from latentmill.plugin import RowError, RowField
 from latentmill.sources import as_id, is_text, plain
 from latentmill.sources.files import SourceFile
-from latentmill.sources.kept import rows_kept
+from latentmill.sources.kept import require_once, rows_kept
 from latentmill.sources.readers.parquet_rows import ParquetRows
 from latentmill.sources.readers.reader import FileReader
 from latentmill.sources.readers.settings import ReaderSettings
@@ -23,7 +23,7 @@ class ParquetReader(FileReader):
     """A Parquet file. Damage costs the rows of its row group."""
 
     def __init__(self, path: SourceFile, settings: ReaderSettings) -> None:
-        self.file, self.settings = ParquetRows(path), settings
+        self.path, self.file, self.settings = path, ParquetRows(path), settings
         names = self.file.schema.names
         self.pictures = not settings.pictures.isdisjoint(names)
         settings.require(path, names)
@@ -46,6 +46,7 @@ class ParquetReader(FileReader):
         return list(self.file.schema.names)
 
     def types(self, names: Sequence[str]) -> Iterator[tuple[str, pa.DataType]]:
+        require_once(self.path, self.file.schema.names, names)
         return ((name, self.file.schema.field(name).type) for name in names if name in self.file.schema.names)
 
     def read(self, start: int, stop: int) -> Iterator[dict[str, Any] | RowError]:

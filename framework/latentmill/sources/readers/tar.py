@@ -16,7 +16,7 @@ from latentmill.plugin import RowError
 from latentmill.sources import as_id
 from latentmill.sources.files import SourceFile, StoredFile
 from latentmill.sources.kept import types_of_values
-from latentmill.sources.readers.json import PEEK
+from latentmill.sources.readers.json import PEEK, once
 from latentmill.sources.readers.names import listed
 from latentmill.sources.readers.reader import FileReader
 from latentmill.sources.readers.settings import ReaderSettings
@@ -148,7 +148,7 @@ class TarReader(FileReader):
     def _object(self, key: str, member: Member) -> dict[str, Any]:
         text = strict(self._content(member), f"{key}.json")
         try:
-            found = json.loads(text)
+            found = json.loads(text, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:
             raise RowError(f"{key}.json is not JSON: {first_line(error)}") from error
         if not isinstance(found, dict):
