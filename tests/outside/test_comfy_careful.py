@@ -45,6 +45,14 @@ def test_sigmas_are_laid_by_the_model_that_is_sampled(job):
     assert job(with_changes(CUSTOM, _20=lora, _12={"model": ["20", 0]}))["denoiser"]["loras"], "a LoRA lays no sigmas"
 
 
+@pytest.mark.parametrize(("said", "zsnr"), [({}, False), ({"zsnr": False}, False), ({"zsnr": True}, True)])
+def test_what_a_node_says_is_off_is_not_left_to_the_checkpoint(job, said, zsnr):
+    """ComfyUI asks the checkpoint only where no node says anything."""
+    discrete = node("ModelSamplingDiscrete", model=["1", 0], sampling="v_prediction", **said)
+    config = job(with_changes(TEXT_TO_IMAGE, _20=discrete, _5={"model": ["20", 0]}))
+    assert (config["denoiser"]["prediction"], config["denoiser"]["zsnr"]) == ("v_prediction", zsnr)
+
+
 def test_texts_that_only_a_later_sampler_has(job):
     """The first one guides by the positive alone; in rows, too, where it is only the length that counts."""
     again = {**TEXT_TO_IMAGE["5"]["inputs"], "latent_image": ["5", 0]}

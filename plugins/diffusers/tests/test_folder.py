@@ -313,6 +313,13 @@ def test_each_part_is_fingerprinted_by_what_it_reads(model, tmp_path):
     assert folders[0].fingerprint("vae") != folders[0].fingerprint("unet")
 
 
+def test_what_cleans_captions_is_of_the_plan(model):
+    """Without one of them, or with another version, the same prompt is encoded otherwise, and diffusers says nothing."""
+    cleaners = {"ftfy", "beautifulsoup4"}
+    assert cleaners <= {*DiffusersTextEncoder(str(model("PixArtSigmaPipeline"))).libraries}
+    assert not cleaners & {*DiffusersTextEncoder(str(model("StableDiffusionPipeline"))).libraries}
+
+
 def test_a_chat_template_counts(model, tmp_path):
     """A tokenizer or processor has it in a file of its own, which a prompt is put into."""
     folder = shutil.copytree(model("ZImagePipeline"), tmp_path / "model")
