@@ -52,15 +52,20 @@ def twice(latentmill, rows, tmp_path, made):
     return run
 
 
+def go_on(counted, *more, code=0):
+    """A second job, over the latents in ``base``, into ``two``."""
+    arguments = [
+        "run", "txt2img", *(s for s in counted.settings if not s.startswith("source.")), "flow=[read,encode,denoise,decode,write]",
+        "source=latents", f"source.path={counted.place('base')}", f"output={counted.place('two')}",
+    ]  # fmt: skip
+    assert counted.latentmill(*arguments, *more) == code, counted.latentmill.said
+
+
 def test_base_and_refiner_in_one_job_are_two_jobs_in_a_row_and_a_stop_throws_nothing_away(counted, rows):
     whole = counted.run("one", *BASE_AND_REFINER)
     assert (counted.notes / "loaded").stat().st_size == 1, "two stages of one worker share the network"
     counted.run("base", "flow=[read,encode,denoise,write]", "sampling.until=0.5")
-    counted.latentmill(
-        "run", "txt2img", *(s for s in counted.settings if not s.startswith("source.")), "flow=[read,encode,denoise,decode,write]",
-        "source=latents", f"source.path={counted.place('base')}", "source.keep_sampling=false", "scheduler=euler_ancestral",
-        f"output={counted.place('two')}",
-    )  # fmt: skip
+    go_on(counted, "source.keep_sampling=false", "scheduler=euler_ancestral")
     one, two = rows(counted.place("one")), rows(counted.place("two"))
     assert len(one) == len(two) == 12 and [row["image"] for row in one] == [row["image"] for row in two]
     assert len({row["image"]["bytes"] for row in one}) == 12
@@ -84,11 +89,7 @@ def test_a_second_job_over_clean_latents_is_a_stage_called_again_in_one_job(coun
     flow = "flow=[read,encode,denoise,{name: denoise, as: again},decode,write]"
     counted.run("one", flow, "stages.again.sampling={strength: 0.5}")
     counted.run("base", "flow=[read,encode,denoise,write]")
-    counted.latentmill(
-        "run", "txt2img", *(s for s in counted.settings if not s.startswith("source.")), "flow=[read,encode,denoise,decode,write]",
-        "source=latents", f"source.path={counted.place('base')}", "source.keep_sampling=false", "sampling.strength=0.5",
-        f"output={counted.place('two')}",
-    )  # fmt: skip
+    go_on(counted, "source.keep_sampling=false", "sampling.strength=0.5")
     one, two = rows(counted.place("one")), rows(counted.place("two"))
     assert [row["image"] for row in one] == [row["image"] for row in two] and len(one) == 12
     assert [row["again.seed"] for row in one] == [row["seed"] for row in two]
@@ -99,14 +100,10 @@ def test_sampling_of_a_stage_s_own_goes_on_in_a_second_job_or_that_is_refused(co
     own = "stages.denoise.sampling={steps: 8, until: 0.5}"
     counted.run("one", "stages.denoise.sampling={steps: 8}", "deterministic=true")
     counted.run("base", "flow=[read,encode,denoise,write]", own, "deterministic=true")
-    second = (
-        "run", "txt2img", *(s for s in counted.settings if not s.startswith("source.")), "flow=[read,encode,denoise,decode,write]",
-        "source=latents", f"source.path={counted.place('base')}", f"output={counted.place('two')}", "deterministic=true",
-    )  # fmt: skip
-    assert counted.latentmill(*second) == 2
+    go_on(counted, "deterministic=true", code=2)
     assert "half-way through stage denoise, with steps of its own (denoise.steps)" in counted.latentmill.err
     assert not counted.place("two").exists()
-    assert counted.latentmill(*second, "stages.denoise.sampling={steps: 8}") == 0, counted.latentmill.said
+    go_on(counted, "deterministic=true", "stages.denoise.sampling={steps: 8}")
     one, two = rows(counted.place("one")), rows(counted.place("two"))
     assert [row["image"] for row in one] == [row["image"] for row in two]
 

@@ -31,6 +31,7 @@ from latentmill.errors import PlanError, PluginError
 from latentmill.parts import parts
 from latentmill_diffusers.denoiser import DiffusersDenoiser
 from latentmill_diffusers.folder import Folder
+from latentmill_diffusers.pipeline.encode import PipelineEncode
 from latentmill_diffusers.text_encoder import DiffusersTextEncoder
 from latentmill_diffusers.vae import DiffusersVAE
 
@@ -316,8 +317,9 @@ def test_each_part_is_fingerprinted_by_what_it_reads(model, tmp_path):
 def test_what_cleans_captions_is_of_the_plan(model):
     """Without one of them, or with another version, the same prompt is encoded otherwise, and diffusers says nothing."""
     cleaners = {"ftfy", "beautifulsoup4"}
-    assert cleaners <= {*DiffusersTextEncoder(str(model("PixArtSigmaPipeline"))).libraries}
-    assert not cleaners & {*DiffusersTextEncoder(str(model("StableDiffusionPipeline"))).libraries}
+    for part in (DiffusersTextEncoder, PipelineEncode):
+        assert cleaners <= {*part(str(model("PixArtSigmaPipeline"))).libraries}
+        assert not cleaners & {*part(str(model("StableDiffusionPipeline"))).libraries}
 
 
 def test_a_chat_template_counts(model, tmp_path):

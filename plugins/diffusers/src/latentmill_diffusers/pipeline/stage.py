@@ -56,7 +56,7 @@ class Pipeline(Stage):
     """
 
     contract = 2
-    libraries = ("diffusers", "tokenizers", "transformers", *CAPTION_CLEANERS)
+    libraries: Sequence[str] = ("diffusers", "tokenizers", "transformers")
     fingerprinted = ("path", "revision")
 
     def __init__(
@@ -70,6 +70,8 @@ class Pipeline(Stage):
         self.logical = dtype_of(dtype)
         self.call = call or {}
         self.parameters = inspect.signature(self.cls.__call__).parameters
+        if "clean_caption" in self.parameters:
+            self.libraries = (*type(self).libraries, *CAPTION_CLEANERS)
         for name in self.call:
             if name not in self.parameters:
                 raise ValueError(f"call: {self.folder.pipeline} takes no {name!r}{near(name, self.parameters)}")
