@@ -40,7 +40,7 @@ def few(tmp_path):
     """A dataset of one shard, which is sound."""
     few = make(tmp_path / "few", plan_of(1))
     file = data(few, 0)
-    pq.write_table(pq.read_table(file).set_column(0, "row_id", [["000000000-000"]]), file)
+    Parquet().write(str(file), pq.read_table(file).set_column(0, "row_id", [["000000000-000"]]), {})
     return few
 
 

@@ -31,6 +31,7 @@ def test_csv_overrides_row_by_row(tmp_path):
         "\n"
         ",18446744073709551615,,,,,,,,\n"
         "a dog,seven,,,,,,,,\n"
+        "a dog,1_0,,,,,,,,\n"
         "too,few\n",
     )
     assert all_rows(Prompts(path)) == [
@@ -48,6 +49,7 @@ def test_csv_overrides_row_by_row(tmp_path):
         {"prompt": 'two\nlines, "quoted"'},
         {"prompt": "", "seed": 2**64 - 1},
         "seed must be a number, not 'seven'",
+        "seed must be a number, not '1_0'",
         "the row has 2 fields, the header 10",
     ]
 

@@ -95,6 +95,22 @@ def test_in_a_store_the_last_of_it_is_put_at_the_end(bucket, monkeypatch):
     assert [line[20:] for line in found] == ["$WORD 3", "$WORD 4", "$WORD 5"]
 
 
+def test_a_worker_of_a_sweep_has_one_thread_for_its_log_in_a_store(bucket, monkeypatch):
+    def logs():
+        return {thread for thread in threading.enumerate() if thread.name == "log"}
+
+    before = logs()
+    said, _ = begun(f"{bucket}/0", monkeypatch)
+    for number in range(1, 4):
+        said.note("a line")
+        said.go_on_as(WorkerName("denoise-3", "ab12cd", f"{bucket}/{number}"))
+    for thread in logs() - before:
+        thread.join(30)
+    assert logs() <= before
+    for number in range(3):
+        assert storage.at(f"{bucket}/{number}").read("logs/denoise-3@ab12cd.log").endswith(b" a line\n")
+
+
 def test_what_workers_say_together_is_limited_too(caplog):
     now = [0.0]
     watch = Watch("job", clock=lambda: now[0])

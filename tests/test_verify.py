@@ -12,6 +12,7 @@ import latentmill
 from latentmill import storage
 from latentmill.cli import main
 from latentmill.errors import PlanError
+from latentmill.sinks.parquet import Parquet
 from latentmill.verify import repair, verify
 
 PROMPTS = [f"a {colour} star on a white background" for colour in ("red", "blue", "green", "black", "yellow")]
@@ -46,11 +47,10 @@ def flip(path, at):
 
 
 def change(path, table=lambda table: table, **metadata):
+    """As somebody would who writes shards as we do."""
     changed = table(pq.read_table(path))
-    pq.write_table(
-        changed.replace_schema_metadata({**changed.schema.metadata, **{k.encode(): v for k, v in metadata.items()}}),
-        path,
-    )
+    about = {**changed.schema.metadata, **{name.encode(): value for name, value in metadata.items()}}
+    Parquet().write(str(path), changed.replace_schema_metadata(about), {})
 
 
 def test_a_sound_dataset_is_sound(out, capsys):
@@ -73,8 +73,11 @@ def test_rows_are_in_the_plan_s_order_which_is_not_that_of_their_names(tmp_path)
 
 
 DAMAGE = {
-    "a bit of a picture": (lambda p: flip(p, 2000), "can't be read: OSError: .*CRC"),
+    "a bit of a picture": (lambda p: flip(p, 2000), "can't be read: ValueError: it is not as it was written"),
     "the footer": (lambda p: flip(p, -20), "can't be read"),
+    "a column's name": (lambda p: p.write_bytes(p.read_bytes().replace(b"guidance_scale", b"guidance_scald")), "can't be read"),
+    "what a column says of itself": (lambda p: p.write_bytes(p.read_bytes().replace(b"huggingface", b"huggingfacf")), "can't be read"),
+    "written anew by another": (lambda p: pq.write_table(pq.read_table(p), p), "can't be read: ValueError: it is not as it was written"),
     "cut off": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "can't be read"),
     "empty": (lambda p: p.write_bytes(b""), "can't be read"),
     "a row too few": (lambda p: change(p, lambda t: t.slice(1)), "has not the planned rows: 1 missing, 0 twice, 0 foreign"),
@@ -125,6 +128,29 @@ def test_error_files_are_copies_and_are_made_again(out, made):
     store = storage.at(str(out))
     assert list(repair(store, verify(store))) == ["made errors/00000.jsonl again", "made errors/00001.jsonl again"]
     assert [path.read_bytes() for path in (out / "errors").iterdir()] == [right] and verify(store).sound
+
+
+def test_error_files_that_are_gone_and_those_of_no_shard_are_found_and_put_right(out, capsys):
+    right = (out / "errors" / "00001.jsonl").read_bytes()
+    (out / "errors" / "00001.jsonl").rename(out / "errors" / "00007.jsonl")
+    (out / "filtered").mkdir()
+    (out / "filtered" / "notes.txt").write_text("mine")
+    (out / "filtered" / ".hidden").write_text("a file system's")
+    said = [
+        "filtered/notes.txt is no shard's",
+        "errors/00001.jsonl is not there, to hold what data/00001.parquet says",
+    ]
+    assert main(["verify", str(out)]) == 1
+    assert sorted([*said, "errors/00007.jsonl is no shard's"]) == sorted(capsys.readouterr().out.splitlines()[2:-1])
+    assert main(["verify", str(out), "--repair"]) == 1 and main(["verify", str(out)]) == 0
+    assert (out / "errors" / "00001.jsonl").read_bytes() == right and not (out / "errors" / "00007.jsonl").exists()
+    assert (out / "quarantine" / "foreign-filtered-notes.txt").read_text() == "mine"
+
+
+def test_before_a_dataset_is_complete_a_driver_may_be_about_to_write_an_error_file(out):
+    (out / "_SUCCESS").unlink()
+    (out / "errors" / "00001.jsonl").unlink()
+    assert verify(storage.at(str(out))).sound
 
 
 def test_a_shard_taken_out_by_hand_is_done_again_and_nothing_says_complete_before(out, made):

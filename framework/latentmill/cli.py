@@ -14,7 +14,7 @@ from latentmill.commands import COMMANDS
 from latentmill.commands.command import Command
 from latentmill.errors import LatentmillError, is_out_of_memory
 from latentmill.notices import as_ctrl_c
-from latentmill.streams import guard
+from latentmill.streams import Stream, guard
 from latentmill.text import escaped
 
 SPINS = "10000"
@@ -42,33 +42,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     words = list(sys.argv[1:] if arguments is None else arguments)
     ours = [command for command in COMMANDS if words[:1] == [command.name]]
-    if words and not ours and _is_plugins(words[0]):
-        options = argparse.Namespace(command=THEIRS, words=words, debug="--debug" in words)
-    else:
-        options = _options(_parser(ours), words)
-    command: Command = options.command
     try:
+        if words and not ours and _is_plugins(words[0]):
+            options = argparse.Namespace(command=THEIRS, words=words)
+        else:
+            options = _parsed(_parser(ours), words, stdout)
+        command: Command = options.command
         with as_ctrl_c():
             code = command.call(options)
-        sys.stdout.flush()
-        if stdout and stdout.error and command.is_asked_on_stdout(options):
-            raise OSError(stdout.error.errno, stdout.error.strerror, "stdout")
+        if command.is_asked_on_stdout(options):
+            _require_told(stdout)
         return code
     except KeyboardInterrupt:
         print("stopped before anything was begun", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 1
+    except BrokenPipeError:  # who reads no further knows it
+        return 3
     except Exception as error:
         memory = is_out_of_memory(error)
-        if options.debug or not (memory or isinstance(error, (LatentmillError, OSError))):
+        if "--debug" in words or not (memory or isinstance(error, (LatentmillError, OSError))):
             raise
         print(f"latentmill: {'out of memory: ' if memory else ''}{escaped(str(error))}", file=sys.stderr)
         return 1 if memory else error.exit_code if isinstance(error, LatentmillError) else 3
 
 
-def _options(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
-    options, rest = parser.parse_known_args(words)
+def _require_told(stdout: Stream | None) -> None:
+    """Raises OSError if not all that was printed on stdout could be written."""
+    sys.stdout.flush()
+    if stdout and stdout.error:
+        raise OSError(stdout.error.errno, stdout.error.strerror, "stdout")
+
+
+def _parsed(parser: argparse.ArgumentParser, words: Sequence[str], stdout: Stream | None) -> argparse.Namespace:
+    try:
+        options, rest = parser.parse_known_args(words)
+    except SystemExit as end:
+        if not end.code:  # it has printed a help, the version, a list
+            _require_told(stdout)
+        raise
     if hasattr(options, "overrides"):  # argparse takes no more of them once an option has come
         options.overrides += [word for word in rest if not word.startswith("-")]
         rest = [word for word in rest if word.startswith("-")]

@@ -102,6 +102,21 @@ class Dataset:
             sorted(name for name in names if name not in named and is_nobodys(name)), side_file_shard
         )
 
+    def copies(self) -> set[str]:
+        """Names of what is in ``errors/`` and ``filtered/``, the hidden left out."""
+        found = ((folder, name) for folder in COPIES for name in self.store.names(folder))
+        return {f"{folder}/{name}" for folder, name in found if not name.startswith((".", "_"))}
+
+    def stray_copies(self, names: Iterable[str]) -> list[str]:
+        """Of ``copies`` those of no shard of this plan's. One of a shard that is not there is made right with the shard."""
+
+        def shard_of(name: str) -> int | None:
+            file = name.partition("/")[2]
+            return shard_numbers([file], ".jsonl").get(file)
+
+        planned = range(self.plan.shards)
+        return self._less_later([name for name in sorted(names) if shard_of(name) not in planned], shard_of)
+
     def _shards(self, names: Iterable[str]) -> dict[str, int]:
         found, planned = shard_numbers(names, self.sink.suffix), self.plan.shards
         return {name: shard for name, shard in found.items() if shard < planned}
@@ -293,8 +308,12 @@ class Dataset:
             for shard in again:
                 self.take_out(shard, f"{RETRIED}-{uuid.uuid4().hex[:8]}")
             return frozenset(again)
-        copies = {name for folder in COPIES for name in self.store.names(folder)}
-        told = [shard for shard, found in shards.items() if found.not_stored or f"{shard:05d}.jsonl" in copies]
+        copies = self.copies()
+        told = [
+            shard
+            for shard, found in shards.items()
+            if found.not_stored or any(copy_name(shard, folder) in copies for folder in COPIES)
+        ]
         list(self.store.each(self.make_copies, told))
         for name in self.stray_side_files():
             self.store.delete(f"{FOLDER}/{name}")
@@ -355,11 +374,13 @@ class Dataset:
 
     def take_out_foreign(self) -> Iterator[tuple[str, str]]:
         """Move what is no file of the dataset into ``quarantine/``. Gives old and new names."""
-        for folder, names in (("data", self.foreign()), (FOLDER, self.stray_side_files())):
-            for name in names:
-                to = f"quarantine/foreign-{name}"
-                self.store.move(f"{folder}/{name}", to)
-                yield f"{folder}/{name}", to
+        found = {f"data/{name}": name for name in self.foreign()}
+        found |= {f"{FOLDER}/{name}": name for name in self.stray_side_files()}
+        found |= {name: name.replace("/", "-") for name in self.stray_copies(self.copies())}
+        for name, plain in found.items():
+            to = f"quarantine/foreign-{plain}"
+            self.store.move(name, to)
+            yield name, to
 
     def taken_out(self) -> dict[str, int]:
         """Names of what ``take_out`` took, by whatever driver, each with the shard that it was."""

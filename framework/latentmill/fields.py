@@ -306,7 +306,7 @@ def parse_text(field: RowField, value: str) -> Any:
     if python_type(field) is bool:
         known = {"true": True, "false": False, "1": True, "0": False}
         return known.get(word.lower(), value)
-    for number in (int, float):
+    for number in (int, float) if "_" not in word else ():  # Python's own way to write a thousand
         try:
             return number(word)
         except ValueError:

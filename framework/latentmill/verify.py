@@ -44,32 +44,35 @@ class Findings:
     damaged: dict[int, str] = field(default_factory=dict)
     """Shards that are not what was planned, with the reason."""
     copies: dict[int, list[str]] = field(default_factory=dict)
-    """Shards that are right, each with its copies of errors, and of what was filtered, that aren't."""
+    """Shards that are right, each with its copies of errors, and of what was filtered, that aren't, or are not there."""
     misremembered: list[int] = field(default_factory=list)
     """Shards that are right, of which the index says something else."""
     foreign: list[str] = field(default_factory=list)
     """Names in ``data/`` that are no shard's."""
     stray: list[str] = field(default_factory=list)
     """Names in ``files/`` that no shard names."""
+    stray_copies: list[str] = field(default_factory=list)
+    """Names in ``errors/`` and ``filtered/`` that are no shard's."""
     strange: list[str] = field(default_factory=list)
     """What else is wrong, a line each."""
 
     @property
     def sound(self) -> bool:
         """Whether nothing is wrong; a dataset that isn't complete yet may be sound."""
-        return not self.damaged and not self.foreign and not self.stray and not self.strange
+        return not (self.damaged or self.foreign or self.stray or self.stray_copies or self.strange)
 
 
 def verify(store: Storage) -> Findings:
     """Re-read every shard of a dataset: checksums, each planned row exactly once. Raises PlanError if there is no plan."""
     there = dataset.load(store)
     found = Findings(there.plan, foreign=there.foreign())
-    copies = {f"{folder}/{name}" for folder in COPIES for name in store.names(folder)}
+    ended = store.exists("_SUCCESS")  # then each shard has its copies; before, a driver may be about to make one
+    copies = there.copies()
     beside = store.names(FOLDER)  # what comes later is not looked at
     tags, said = there.tags(), dict[int, Summary]()
     shards = sorted(tags)
     found.missing = [shard for shard in range(there.plan.shards) if shard not in tags]
-    for shard, wrong in zip(shards, store.each(lambda shard: _check(there, shard, copies), shards, in_flight=8)):
+    for shard, wrong in zip(shards, store.each(lambda shard: _check(there, shard, copies, ended), shards, in_flight=8)):
         if isinstance(wrong, str):
             if not store.exists(data_name(shard, there.sink)):  # taken out since it was listed, to be made again
                 found.missing.append(shard)
@@ -85,12 +88,15 @@ def verify(store: Storage) -> Findings:
         found.filtered += filtered
         if not_copied:
             found.copies[shard] = not_copied
-            found.strange += [f"{name} is not what {data_name(shard, there.sink)} says" for name in not_copied]
+            for name in not_copied:
+                wrong = "is not what" if name in copies else "is not there, to hold what"
+                found.strange.append(f"{name} {wrong} {data_name(shard, there.sink)} says")
         said[shard] = summary(about)
     if not found.missing and not found.damaged:
         what = f"its rows don't end where accept.rows={there.plan.accept_rows} are accepted"
         found.damaged |= dict.fromkeys(Inventory(there.plan, said, []).out_of_step(), what)
     found.stray = there.unnamed(beside, said)
+    found.stray_copies = there.stray_copies(copies)
     still = dict(tags.items() & there.tags().items())  # that were these files all the time
     found.misremembered = sorted({shard for shard, entry in there.remembered(still) if entry != said.get(shard, entry)})
     if found.misremembered:
@@ -124,8 +130,8 @@ def repair(store: Storage, found: Findings) -> Iterator[str]:
             yield f"made {name} again"
 
 
-def _check(there: Dataset, shard: int, copies: Set[str]) -> str | tuple[Mapping[str, str], list[str]]:
-    """A shard's metadata, and which of its copies say something else, of those that are there; or what is wrong with the shard."""
+def _check(there: Dataset, shard: int, copies: Set[str], ended: bool) -> str | tuple[Mapping[str, str], list[str]]:
+    """A shard's metadata, and which of its copies say something else, or are not there though all has ``ended``; or what is wrong with the shard."""
     plan = there.plan
     try:
         about, ids = there.shard(shard).read_whole()
@@ -148,7 +154,9 @@ def _check(there: Dataset, shard: int, copies: Set[str]) -> str | tuple[Mapping[
     if ids != [row_id for row_id in planned if row_id in there_ids]:
         return "has its rows in another order"
     said = {copy_name(shard, folder): copy_lines(about, folder) for folder in COPIES}
-    return about, [name for name, lines in said.items() if name in copies and not _says(there, name, lines)]
+    return about, [
+        name for name, lines in said.items() if (not _says(there, name, lines) if name in copies else ended and lines)
+    ]
 
 
 def _says(there: Dataset, name: str, lines: bytes) -> bool:

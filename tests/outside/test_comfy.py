@@ -191,6 +191,15 @@ def test_a_row_says_what_its_source_says_where_the_file_says_nothing(latentmill,
     job = ["run", *common, f"source.path={tmp_path / 'seeds.csv'}", f"output={tmp_path / 'out'}"]
     assert latentmill(*job) == 2 and "has no column prompt or image" in latentmill.err
     assert latentmill(*job, "source.defaults={sed: 5}") == 2 and "sed is no column of ours" in latentmill.err
+    for wrong, said in (
+        ("seed: '5'", "seed must be a whole number"),
+        ("prompt: 5", "prompt must be text"),
+        ("image: 7", "image must be text"),
+        ("steps: 0", "steps must be from 1"),
+    ):
+        assert (
+            latentmill(*job, f"source.defaults={{prompt: a, {wrong}}}") == 2 and f"defaults: {said}" in latentmill.err
+        ), latentmill.err
     defaults = f"source.defaults={{prompt: a cat, seed: 5, image: '{pictures / '2.png'}'}}"
     assert latentmill(*job, defaults) == 0, latentmill.said
     assert [(row["prompt"], row["seed"]) for row in rows(tmp_path / "out")] == [("a cat", 5), ("a cat", 9)]

@@ -67,6 +67,26 @@ def test_repa_reads_labels_that_a_source_s_column_has(trainers, tmp_path):
         assert found["00000/img-mean-std-00000000.npy"][0][0].tolist() == pytest.approx(np.array([[2, -2]]))
 
 
+@pytest.mark.parametrize(
+    ("labels", "edm2_says", "repa_says"),
+    [
+        (["cat", "dog"], "row 000000000-000: label must be a whole number, not 'cat'", None),
+        ([7, 7.5], "row 000000001-000: label must be a whole number, not 7.5", None),
+        ([7, ""], "the label of 00000/img-mean-std-00000000.npy is a number, and of 00000/img-mean-std-00000001.npy none", "row 000000001-000 has no label"),
+    ],
+)  # fmt: skip
+def test_labels_that_the_trainer_can_t_make_an_array_of_are_refused(trainers, tmp_path, labels, edm2_says, repa_says):
+    with (tmp_path / "list.csv").open("w", newline="") as file:
+        names = "pictures/a b.png", "pictures/cats/tom.png"
+        csv.writer(file).writerows([["image", "label"], *zip(names, labels)])
+    output = trainers.own(
+        "sd", *ONE_SIZE, "source=prompts", f"source.path={tmp_path / 'list.csv'}", "source.keep=[label]"
+    )
+    for name, said in (("edm2", edm2_says), ("repa", repa_says or edm2_says)):
+        assert trainers.latentmill("export", output, tmp_path / name, "--to", name) == 2
+        assert trainers.latentmill.err.splitlines()[-1].startswith(f"latentmill: {said}")
+
+
 def test_pixart_finds_each_picture_s_file_by_the_path_in_its_list(trainers):
     folder = trainers.export(trainers.encode("sdxl", STD), "pixart")
     listed = json.loads((folder / "data_info.json").read_text(encoding="utf-8"))

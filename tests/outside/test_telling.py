@@ -97,9 +97,19 @@ def test_a_reader_that_reads_no_more_is_not_waited_for(here, begin, pipe, job, r
 
 def test_commands_that_only_tell_say_that_they_could_not(here, begin, job, latentmill):
     assert latentmill("run", *job, "output=out") == 0
-    for number, words in enumerate((["status", "out"], ["run", *job, "--cfg", "job"])):
+    asked = ["status", "out"], ["run", *job, "--cfg", "job"], ["--version"], ["run", "--help"], ["export", "--formats"]
+    for number, words in enumerate(asked):
         assert begin(FULL, here / f"{number}", *words)() == 3, words
         assert (here / f"{number}").read_text() == "latentmill: [Errno 28] No space left on device: 'stdout'\n"
+
+
+def test_commands_that_only_tell_end_with_3_where_nobody_reads_and_say_no_more(executable, here, job):
+    for words in (["plan", *job, "output=out"], ["--version"]):
+        reading, writing = os.pipe()
+        os.close(reading)
+        told = subprocess.run([*executable, *words], stdout=writing, stderr=subprocess.PIPE)
+        os.close(writing)
+        assert (told.returncode, told.stderr) == (3, b""), words
 
 
 def test_a_repair_is_done_though_nobody_hears_of_it(here, begin, job, latentmill):

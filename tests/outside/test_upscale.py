@@ -43,6 +43,24 @@ def test_latents_are_comfyui_s(case):
     assert sides == {(8 * case["shape"][1], 8 * case["shape"][2])}
 
 
+@pytest.mark.parametrize(
+    ("given", "sides"),
+    [
+        ({"height": 64}, (8, 8)),
+        ({"width": 400}, (8, 50)),
+        ({"width": 1600}, (16, 200)),
+        ({"height": 32, "width": 32}, (4, 4)),
+    ],
+)
+def test_a_side_of_latents_that_follows_from_the_other_is_64_pixels_or_more(given, sides):
+    """As ComfyUI's LatentUpscale has it, whose node gives 0 for that side: 64 / 12 and 400 / 12 are less."""
+    spec = LatentSpec(4, 8, 1.0, 0.0, "float32", "f")
+    tall = torch.zeros(1, 4, 24, 2) if "height" in given else torch.zeros(1, 4, 2, 24)
+    batch = with_latents(batches.rows(1, 16, 192), tall, spec)
+    latents = tensors.from_arrow(stage("latent_upscale", batch, method="area", **given), "latents")
+    assert tuple(latents.shape[-2:]) == sides
+
+
 def test_latents_of_a_space_with_a_shift_turn_where_comfyui_s_do():
     """Its latents are not scaled, and an arc between two of them hangs on where nothing is."""
     raw, scaled = (LatentSpec(4, 8, scale, shift, "float32", "f") for scale, shift in ((1.0, 0.0), (0.5, 0.1)))

@@ -35,6 +35,7 @@ def _verify(options: Any) -> int:
     for line in [
         *(f"data/{name} is no shard of this dataset" for name in found.foreign),
         *(f"files/{name} is no file of this dataset" for name in found.stray),
+        *(f"{name} is no shard's" for name in found.stray_copies),
         *found.strange,
     ]:
         print(line)

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from latentmill.errors import ExportError, RowError
 from latentmill.exports.formats import ExportFormat, ExportRow, json_list, npy
+from latentmill.fields import real, whole
 
 RESOLUTIONS = (256, 512, 1024, 2048)
 """PixArt-Sigma's, which are in the names of its folders."""
@@ -30,15 +32,40 @@ def _edm2_path(row: ExportRow) -> str:
 
 
 def _edm2_note(row: ExportRow) -> Any:
-    return [_edm2_path(row), row.columns.get("label")]
+    return [_edm2_path(row), _label(row)]
+
+
+def _label(row: ExportRow) -> Any:
+    """The number of the row's class, or a vector of numbers, as the trainer makes an array of them. Raises ExportError."""
+    label = row.columns.get("label")
+    try:
+        if isinstance(label, list):
+            return [real("label", number) for number in label]
+        return None if label is None else whole("label", label)
+    except RowError as error:
+        raise ExportError(f"row {row.row_id}: {error}; the trainer reads numbers of classes") from error
 
 
 def _edm2_finish(notes: Iterable[Any], folder: str) -> Iterable[tuple[str, Iterable[str]]]:
-    """``labels`` of all rows, or null if one has none: so the trainer has it."""
-    if any(label is None for _, label in notes):
+    """``labels`` of all rows, or null if none has one: so the trainer has it. Raises ExportError if they are not alike."""
+    first: dict[str, str] = {}
+    for path, label in notes:
+        first.setdefault(
+            "none" if label is None else f"{len(label)} numbers" if isinstance(label, list) else "a number", path
+        )
+    if len(first) > 1:
+        (one, path), (other, at) = [*first.items()][:2]
+        raise ExportError(f"the label of {path} is {one}, and of {at} {other}: give all rows one of a kind, or none")
+    if "none" in first:
         yield "dataset.json", ['{"labels": null}\n']
     else:
         yield "dataset.json", json_list(map(json.dumps, notes), '{"labels": [', "]}\n")
+
+
+def _repa_note(row: ExportRow) -> Any:
+    if row.columns.get("label") is None:
+        raise ExportError(f"row {row.row_id} has no label: give it one, repa needs one of each row")
+    return _edm2_note(row)
 
 
 def _repa_path(row: ExportRow) -> str:
@@ -110,6 +137,7 @@ REPA = replace(
     needs=("latents", "latents_std", "label"),
     files=lambda row: {_repa_path(row): _moments(row)},
     path=_repa_path,
+    note=_repa_note,
     finish=_repa_finish,
 )
 PIXART = ExportFormat(

@@ -76,7 +76,9 @@ class Slurm(Launcher):
                 raise ValueError(f"target.{name} must be {least} or more, not {getattr(self, name)}")
         submission.check_grace(self.grace)
         limit = _seconds(self.time or "")
-        if limit is not None and limit <= self.grace:  # it would be told to end as it begins, and begin again for ever
+        if (
+            limit and limit <= self.grace
+        ):  # 0 is no limit; it would be told to end as it begins, and begin again for ever
             raise ValueError(f"target.time={self.time} must be longer than target.grace, {self.grace} seconds")
         if submission.without_ray and self.nodes > 1:
             raise ValueError(f"cluster=inline is one process: target.nodes must be 1, not {self.nodes}")

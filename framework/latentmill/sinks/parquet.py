@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -42,6 +44,12 @@ STATE = pa.list_(
 float32 and less to the bit."""
 ROW_GROUP = 16 << 20
 """Bytes of a row group, about: what reading one row at random costs."""
+END = 8
+"""Bytes at the end of a Parquet file: the length of the footer, which is before them, and ``PAR1``."""
+DIGEST = 16
+"""Bytes before the footer, where no reader of Parquet looks: the digest of all other bytes. Pages have checksums; the footer, and
+the headers of pages, have none."""
+PIECE = 1 << 20
 
 
 class Parquet(Sink):
@@ -52,6 +60,7 @@ class Parquet(Sink):
     fixed size, since another shard's latents may be of another, and ``datasets`` wants one type. The space of the latents stands in the file's metadata.
     Conditioning that is stored, ``prompt:NAME`` and ``negative:NAME``, is the bytes of the tensor, once for all rows of a prompt in a row group;
     the field's metadata has dtype and shape, and zeros at the end are left out. What a scheduler remembers of half-way latents becomes the column ``state``. Other tensors are left out, all other columns kept. The same rows give the same bytes.
+    The 16 bytes before the footer are the BLAKE2b of all others.
     """
 
     contract = 2
@@ -142,12 +151,23 @@ class Parquet(Sink):
                 group = group.combine_chunks()
                 writer.write_table(group.replace_schema_metadata(schema.metadata), row_group_size=size)
                 failpoints.reach("writing")
+        with open(path, "r+b") as file:
+            start = _footer(file)
+            digest = _digest(file, start, start)
+            file.seek(start)
+            footer = file.read()
+            file.seek(start)
+            file.write(digest + footer)
 
     def row_ids(self, file: BinaryIO) -> list[str]:
-        ids: list[str] = []
+        start = _footer(file)
+        file.seek(max(0, start - DIGEST))
+        if start < DIGEST or file.read(DIGEST) != _digest(file, start - DIGEST, start):
+            raise ValueError("it is not as it was written")
         stored = opened(file)
+        ids: list[str] = []
         for group in range(stored.num_row_groups):
-            ids += stored.read_row_group(group, use_threads=False).column("row_id").to_pylist()
+            ids += stored.read_row_group(group, columns=["row_id"], use_threads=False).column("row_id").to_pylist()
         return ids
 
     def metadata(self, file: BinaryIO) -> dict[str, str]:
@@ -228,6 +248,26 @@ def opened(file: BinaryIO) -> pq.ParquetFile:
     ("terminate called without an active exception"), and a command that had done its work exits with 134.
     """
     return pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)
+
+
+def _footer(file: BinaryIO) -> int:
+    """Where the footer of a Parquet file begins; of what is none, anywhere."""
+    end = max(0, file.seek(0, os.SEEK_END) - END)
+    file.seek(end)
+    return end - int.from_bytes(file.read(4), "little")
+
+
+def _digest(file: BinaryIO, stop: int, start: int) -> bytes:
+    """Of what is before ``stop`` and from ``start`` on."""
+    digest, left = hashlib.blake2b(digest_size=DIGEST), stop
+    file.seek(0)
+    while left > 0 and (piece := file.read(min(left, PIECE))):
+        digest.update(piece)
+        left -= len(piece)
+    file.seek(start)
+    while piece := file.read(PIECE):
+        digest.update(piece)
+    return digest.digest()
 
 
 def _lists(latents: Tensor) -> pa.LargeListArray:

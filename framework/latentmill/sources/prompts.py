@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from latentmill.buckets import PIXEL_WAYS
 from latentmill.columns import unified
-from latentmill.fields import PICTURES
+from latentmill.fields import PICTURES, parse, text
 from latentmill.pixels import Pixels
 from latentmill.plugin import Fragment, RowError, Source
 from latentmill.sources import files, suffix
@@ -207,6 +207,14 @@ class Prompts(Source):
             raise ValueError(f"columns: {wrong[0]} is no column of ours; there are: {', '.join(known)}")
         if wrong := [name for name in self.defaults if name not in known]:
             raise ValueError(f"defaults: {wrong[0]} is no column of ours; there are: {', '.join(known)}")
+        for name, value in self.defaults.items():
+            if value is None:
+                continue
+            try:
+                field = known[name]
+                text(name, value) if field is None else parse(field, value)
+            except RowError as error:
+                raise ValueError(f"defaults: {error}") from error
         return ReaderSettings(self._given, self.id_column, self._encoding, known, self, self.needs_prompt)
 
     def _file(self, name: str) -> FileReader:

@@ -28,6 +28,8 @@ class Upscale(Stage):
     contract = 2
     shares_tensors = True
     methods: ClassVar[tuple[str, ...]] = ()
+    least: ClassVar[int] = 1
+    """Pixels of a side that follows from the other, at least."""
 
     def __init__(
         self,
@@ -61,8 +63,8 @@ class Upscale(Stage):
         scale = self.scale if self.pixels is None else math.sqrt(self.pixels / (width * height)) / unit
         if scale is not None:
             return max(1, round(width * scale)), max(1, round(height * scale))
-        wide = self.width or round(width * (self.height or 0) / height)
-        high = self.height or round(height * wide / width)
+        wide = self.width or max(self.least, round(width * (self.height or 0) / height))
+        high = self.height or max(self.least, round(height * wide / width))
         return max(1, wide // unit), max(1, high // unit)
 
     def _resized(self, x: Tensor, width: int, height: int) -> Tensor:
@@ -95,6 +97,7 @@ class LatentUpscale(Upscale):
 
     takes = ("latents",)
     methods = OF_LATENTS
+    least = 64  # as in ComfyUI
 
     @torch.inference_mode()
     def __call__(self, batch: pa.Table, reject: Reject) -> pa.Table:

@@ -79,6 +79,7 @@ class Speech:
         hearing.keep_secret(name.secrets)
         self.end()
         with self.turn():
+            self._file.leave()
             self.name = name
             self._said, self._since, self._count, self._more, self._told = [], self.clock(), 0, 0, False
             self._file = _LogObject(name) if "://" in name.output else _LogFile(name)
@@ -208,6 +209,8 @@ class _LogFile:
         if file is not None:
             os.close(file)
 
+    leave = close
+
 
 class _LogObject:
     """In an object store, put there whole now and then."""
@@ -215,7 +218,7 @@ class _LogObject:
     def __init__(self, name: WorkerName) -> None:
         self.name, self.size = name, 0
         self.lines: deque[str] = deque()
-        self.changed = threading.Event()
+        self.changed, self.left = threading.Event(), threading.Event()
         self.thread: threading.Thread | None = None
         self._putting = threading.Lock()
 
@@ -231,9 +234,9 @@ class _LogObject:
 
     def _live(self) -> None:
         pause = FIRST_UPLOAD
-        while True:
+        while not self.left.is_set():
             self.changed.wait()
-            time.sleep(pause)
+            self.left.wait(pause)
             pause = UPLOAD_EVERY
             with suppress(Exception):  # the next time
                 self.close()
@@ -249,3 +252,8 @@ class _LogObject:
             except Exception:
                 self.changed.set()
                 raise
+
+    def leave(self) -> None:
+        """No more lines come: its thread puts down what is there, and ends."""
+        self.left.set()
+        self.changed.set()

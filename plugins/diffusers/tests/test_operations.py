@@ -81,6 +81,14 @@ def test_rows_whose_prompts_have_one_length_share_a_call(name, evaluate):
         assert shared.waits == samples.waits == [] and len(samples.copies) == 2
 
 
+def test_in_a_deterministic_job_the_longest_prompt_of_a_call_does_not_show(evaluate):
+    """Lumina 2 pads its rows itself."""
+    fixed, others = (
+        evaluate("Lumina2Pipeline", CPU, fixed=True, prompts=[PROMPTS[0], other]) for other in (PROMPTS[1], "a " * 40)
+    )
+    assert fixed.calls == others.calls == [1] * 4 and torch.equal(fixed.clean[0], others.clean[0])
+
+
 @pytest.mark.parametrize(
     "name", ["StableDiffusionXLPipeline", "LatentConsistencyModelPipeline", "FluxPipeline", "Flux2Pipeline"]
 )

@@ -103,7 +103,7 @@ class DiffusersDenoiser(FollowsAuthors, Denoiser):
         )
         # Of 4 channels it is told latents alone; of 9, mask and the latents of the masked picture, too.
         self.inpaints = self.family.network == "unet" and int(self.config["in_channels"]) == 9
-        self.parted_by = ("length",) if self.family.pad else ()
+        self.parted_by = ("length",) if self.family.pad else self.family.parted_by
         self._network: LoadedNetwork | None = None
         self._times: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
@@ -203,7 +203,8 @@ class DiffusersDenoiser(FollowsAuthors, Denoiser):
 
     def _called(self, network: LoadedNetwork, x: Tensor, timestep: Tensor, told: Mapping[str, Tensor]) -> Tensor:
         if not self.family.pad:
-            return self.family.call(network, x, timestep, told)
+            parted = {name: tensors.send(told[name], x.device) for name in self.parted_by}
+            return self.family.call(network, x, timestep, {**told, **parted})
         lengths, rows = told["length"].tolist(), range(len(x))
         plain = {name: value for name, value in told.items() if name != "length"}
         # On the CPU each is called for alone, and so has the same bits in any company.

@@ -56,6 +56,8 @@ class Family:
     """``schedule(config, steps, shape)``: what the pipeline hands to ``set_timesteps`` of a scheduler of this config."""
     told: Callable[[Any, Tensor, Sequence[int]], Tensor] | None = None
     """``told(config, timestep, shape)``: the timestep that the network is told, where that is another than the scheduler's."""
+    parted_by: tuple[str, ...] = ()
+    """Conditioning by which the network itself pads its rows, to the longest of them: how long that is shows in their last bits."""
     note: str = ""
     """What a user should know; it stands in the README's table."""
     guide: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
@@ -192,6 +194,7 @@ FAMILIES: dict[str, Family] = {
         "Lumina 2",
         lumina_2,
         encoded=("embeds mask -embeds -mask",),
+        parted_by=("mask",),
         schedule=lumina_2_schedule,
         guide=lumina_2_guide,
     ),
