@@ -61,6 +61,36 @@ def test_texts_that_only_a_later_sampler_has(job):
     assert config["stages"]["refine"]["sampling"]["guidance_scale"] == 6.5
 
 
+GUIDED = with_changes(
+    TEXT_TO_IMAGE,
+    _8=node("DualCLIPLoader", clip_name1="t5.safetensors", clip_name2="l.safetensors", type="flux"),
+    _9=node("FluxGuidance", conditioning=["2", 0], guidance=1.5),
+    _2={"clip": ["8", 0]},
+    _3={"clip": ["8", 0]},
+    _5={"positive": ["9", 0], "cfg": 1},
+    _15=node("KSampler", **{**TEXT_TO_IMAGE["5"]["inputs"], "latent_image": ["5", 0], "cfg": 1}),
+    _6={"samples": ["15", 0]},
+)
+"""The first of two samplers is told a guidance."""
+
+
+def test_a_later_sampler_that_is_told_no_guidance_has_comfyui_s(job):
+    def second(**changes):
+        return job(with_changes(GUIDED, **changes))["stages"]["refine"]["sampling"].get("guidance")
+
+    assert job(GUIDED)["sampling"]["guidance"] == 1.5
+    assert second() == 3.5 and second(_15={"positive": ["9", 0]}) == 1.5
+    sdxl = node("DualCLIPLoader", clip_name1="g.safetensors", clip_name2="l.safetensors", type="sdxl")
+    text, other = (node("CLIPTextEncode", text="a sea", clip=["18", at]) for at in (0, 1))
+    both = {"positive": ["19", 0], "negative": ["19", 0], "model": ["18", 0]}
+    network = node("UNETLoader", unet_name="xl.safetensors", weight_dtype="default")
+    changes = {"_15": {**both, "model": ["17", 0]}, "_17": network}
+    assert second(_18=sdxl, _19=text, **changes) is None, "which takes none"
+    checkpoint = node("CheckpointLoaderSimple", ckpt_name="b.safetensors")
+    line = job(with_changes(GUIDED, _18=checkpoint, _19=other, _15=both))
+    assert "node 15 KSampler: the first sampler says a guidance and this one none" in line
+
+
 def test_a_row_s_text_on_both_sides(job):
     """An encoder is told the text of one side at a time: the other has it by a second name."""
     map = ("source.path=a.csv", "map.2.text=prompt")

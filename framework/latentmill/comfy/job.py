@@ -32,6 +32,8 @@ from latentmill.schedulers.comfy_names import SAMPLERS
 
 MODELS = "${model.models}"
 MOST_STAGES = 50
+UNSAID_GUIDANCE = Setting(3.5)
+"""What ComfyUI tells a distilled network where no node says a guidance."""
 
 
 @dataclass
@@ -218,7 +220,7 @@ class _Writer:
         noise = "comfy" if each.noise.added else "none"
         self._check(each)
         own = {"steps": sigmas.steps, "guidance_scale": guider.cfg, "strength": sigmas.denoise}
-        if (told := guider.positive.guidance) is not None:
+        if (told := guider.positive.guidance or self._unsaid_guidance(each)) is not None:
             own["guidance"] = told
         own["seed"] = each.noise.seed
         if first:
@@ -233,6 +235,22 @@ class _Writer:
             name: of for name, of in (("denoiser", denoiser), ("scheduler", scheduler)) if of != self.parts[name]
         }
         self.overrides[stage] = changed
+
+    def _unsaid_guidance(self, each: Sampled) -> Setting | None:
+        """ComfyUI's own, for a sampler that says none: its row would have the first one's. None: that says none, or this network is told none."""
+        said, clip = self.made.rows.get("guidance"), each.guider.positive.clip.settings
+        if said is None:
+            return None
+        alike = (clip, self.parts["text_encoder"]), (each.guider.model.settings, self.parts["denoiser"])
+        files = ("checkpoint", "files", "unet")
+        if clip.get("type") == "flux" or any(of.get(key, 0) == first.get(key) for of, first in alike for key in files):
+            return UNSAID_GUIDANCE
+        if "checkpoint" in clip and said != UNSAID_GUIDANCE:
+            raise RefusedError(
+                each.node,
+                "the first sampler says a guidance and this one none, and whether its network takes one is not known: FluxGuidance before it says so",
+            )
+        return None
 
     def _check(self, each: Sampled) -> None:
         """Raises RefusedError for what is put together here and can't be."""
@@ -257,7 +275,7 @@ def _noise_of(model: Model) -> dict[str, Any]:
 
 def _guidance(cond: Cond | None) -> Setting:
     """What a network is told by a conditioning; ComfyUI's own, where it says nothing."""
-    return cond.guidance if cond is not None and cond.guidance is not None else Setting(3.5)
+    return cond.guidance if cond is not None and cond.guidance is not None else UNSAID_GUIDANCE
 
 
 def _called(samplers: int) -> str:
