@@ -31,7 +31,7 @@ NO_FILE = frozenset(
 """What the operating system says of a path that is wrong, and will be wrong at the next attempt."""
 NOT_FETCHED = "not-fetched"
 """The folder of no contents: a link into its ``blobs`` stands for a file that nobody needs here, and has its digest for a name."""
-PIECE = 1 << 20
+_PIECE = 1 << 20
 FULL = 4 << 20
 """Bytes of the file of remembered digests, some 40,000, from which on it is begun anew."""
 
@@ -84,7 +84,7 @@ def of_beginnings(name: str, path: Path, ends: Iterable[int]) -> Iterator[str]:
     whole, read = hashlib.sha256(), 0
     with path.open("rb") as file:
         for end in ends:
-            while read < end and (piece := file.read(min(PIECE, end - read))):
+            while read < end and (piece := file.read(min(_PIECE, end - read))):
                 whole.update(piece)
                 read += len(piece)
             named = name.encode("utf-8", "surrogateescape") + b"\0" + whole.hexdigest().encode() + b"\0"
@@ -122,7 +122,7 @@ def _read(path: Path, about: os.stat_result, work: _Work) -> str:
 
 
 def _hash(path: Path, about: os.stat_result, work: _Work) -> str:
-    whole, piece = hashlib.sha256(), memoryview(bytearray(min(PIECE, about.st_size + 1)))
+    whole, piece = hashlib.sha256(), memoryview(bytearray(min(_PIECE, about.st_size + 1)))
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(piece):
             whole.update(piece[:size])
