@@ -266,7 +266,8 @@ def kept(source: Source, keep: Keep, taken: Mapping[str, str]) -> pa.Schema:
     for name in names:
         if name not in found:
             raise ValueError(f"source.keep: there is no column {name}{near(name, [*there, *found])}")
-    return pa.schema([pa.field(name, found[name] if name in guessed else told[name]) for name in names])
+    types = pa.schema([pa.field(name, found[name] if name in guessed else told[name]) for name in names])
+    return pa.ipc.read_schema(types.serialize())  # as a plan that is read says them: its hash is of the bytes
 
 
 def plain_type(type: pa.DataType) -> pa.DataType:
@@ -286,6 +287,8 @@ def _without_views(type: pa.DataType) -> pa.DataType:
         return pa.list_(type.value_field.with_type(_without_views(type.value_type)))
     if pa.types.is_struct(type):
         return pa.struct([each.with_type(_without_views(each.type)) for each in type])
+    if pa.types.is_map(type):  # files call its parts as they like
+        return pa.map_(_without_views(type.key_type), _without_views(type.item_type), type.keys_sorted)
     return type
 
 

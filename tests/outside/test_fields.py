@@ -321,6 +321,22 @@ def test_views_of_text_travel_as_text(latentmill, job, tmp_path, rows):
     ]
 
 
+def test_a_dataset_with_maps_is_the_one_that_was_planned(latentmill, job, tmp_path, rows):
+    tags = pa.map_(pa.string(), pa.int32())
+    columns = {
+        "tags": pa.array([[("x", 1)], None], tags),
+        "many": pa.array([[[("x", 1)], []], []], pa.large_list(tags)),
+        "at": pa.array([{"x": [("y", 2)]}, None], pa.struct([("x", tags)])),
+    }
+    pq.write_table(pa.table({"prompt": ["a", "b"], **columns}), tmp_path / "p.parquet")
+    job = job(tmp_path / "p.parquet", source={"keep": "all"})
+    assert latentmill("run", job) == 0, latentmill.said
+    assert latentmill("verify", tmp_path / "out") == 0, latentmill.said
+    assert [[row[name] for row in rows(tmp_path / "out")] for name in columns] == [
+        column.to_pylist() for column in columns.values()
+    ]
+
+
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 @pytest.mark.parametrize("keep", [["x"], "all"])
 def test_of_two_columns_of_one_name_none_can_be_kept(latentmill, job, tmp_path, kind, keep):
