@@ -49,7 +49,7 @@ END = 8
 DIGEST = 16
 """Bytes before the footer, where no reader of Parquet looks: the digest of all other bytes. Pages have checksums; the footer, and
 the headers of pages, have none."""
-PIECE = 1 << 20
+_PIECE = 1 << 20
 
 
 class Parquet(Sink):
@@ -261,11 +261,11 @@ def _digest(file: BinaryIO, stop: int, start: int) -> bytes:
     """Of what is before ``stop`` and from ``start`` on."""
     digest, left = hashlib.blake2b(digest_size=DIGEST), stop
     file.seek(0)
-    while left > 0 and (piece := file.read(min(left, PIECE))):
+    while left > 0 and (piece := file.read(min(left, _PIECE))):
         digest.update(piece)
         left -= len(piece)
     file.seek(start)
-    while piece := file.read(PIECE):
+    while piece := file.read(_PIECE):
         digest.update(piece)
     return digest.digest()
 
