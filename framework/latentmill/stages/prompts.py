@@ -20,7 +20,7 @@ from torch import Tensor
 
 from latentmill import checks, syntax, weights
 from latentmill.batch import ENCODER_KEY, NEGATIVE_PREFIX, PROMPT_PREFIX
-from latentmill.plugin import Conditioning, StageContext, TextEncoder, tensors
+from latentmill.plugin import Conditioning, RowError, StageContext, TextEncoder, tensors
 from latentmill.registry import called
 from latentmill.stages.prompt_files import Asked, Place, PromptFiles, bits
 
@@ -104,8 +104,13 @@ class PromptEncoding:
 
     def check(self, row: Mapping[str, Any]) -> list[str]:
         """What of a row's prompts the encoder will not read. Raises RowError for one that can't be encoded."""
-        negative = [] if row["negative_prompt"] is None else self._warnings(row["negative_prompt"])
-        return [*self._warnings(row["prompt"]), *(f"negative_prompt: {text}" for text in negative)]
+        found, negative = self._warnings(row["prompt"]), row["negative_prompt"]
+        if negative is None or not self.negative:
+            return found
+        try:
+            return [*found, *(f"negative_prompt: {text}" for text in self._warnings(negative))]
+        except RowError as error:
+            raise RowError(f"negative_prompt: {error}") from error
 
     def _warnings(self, text: str) -> list[str]:
         found = self.warned.get(text)

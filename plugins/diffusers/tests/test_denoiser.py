@@ -201,6 +201,11 @@ def test_clip_skip_and_length_reach_the_pipeline_s_encode_prompt(model):
     wanted = clip.final_layer_norm(clip(tokens, output_hidden_states=True).hidden_states[-2])
     found = skipping.encode(["a fox"])["embeds"]
     assert torch.equal(found, wanted) and not torch.equal(found, plain.encode(["a fox"])["embeds"])
+    for name in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):  # what a job asks before it has weights
+        for skip in (0, 1):
+            encoder = DiffusersTextEncoder(str(model(name)), clip_skip=skip)
+            assert encoder.conditioning_spec()["embeds"].shape[0] == 77
+            assert "longer than the 77 tokens" in encoder.warn("a red fox " * 60)
 
     short = DiffusersTextEncoder(str(model("FluxPipeline")), max_length=32)
     short.load(CPU)
@@ -212,6 +217,25 @@ def test_clip_skip_and_length_reach_the_pipeline_s_encode_prompt(model):
         ValueError, match=r"text_encoder\.max_length: StableDiffusionPipeline has no max_sequence_length"
     ):
         DiffusersTextEncoder(folder, max_length=32)
+    with pytest.raises(ValueError, match="HunyuanDiTPipeline has no max_sequence_length"):
+        DiffusersTextEncoder(str(model("HunyuanDiTPipeline")), max_length=64)
+    for wrong in (0, -1, 7.5, True):
+        with pytest.raises(ValueError, match=f"max_length must be a whole number from 1, not {wrong}"):
+            DiffusersTextEncoder(str(model("FluxPipeline")), max_length=wrong)
+
+
+@torch.inference_mode()
+def test_the_last_token_of_a_prompt_counts_where_a_pipeline_fills_up_to_more(model):
+    """CogView 4 fills up to a multiple of 16, in front."""
+    encoder = DiffusersTextEncoder(str(model("CogView4Pipeline")), max_length=20)
+    encoder.load(CPU)
+    text = "a b c d e f g h i j k l m n o p"
+    first, second = (
+        next(found for length in range(len(text), 0, -1) if not encoder.warn(found := text[:length] + last))
+        for last in "!?"
+    )
+    first, second = (encoder.encode([found])["embeds"] for found in (first, second))
+    assert first.shape == second.shape == (1, 32, 32) and not torch.equal(first, second)
 
 
 def weighted(folder, **settings):

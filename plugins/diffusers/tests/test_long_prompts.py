@@ -50,6 +50,7 @@ def test_every_family_says_which_prompts_it_cuts_off(name, model):
 def run(
     tmp_path, folder, *overrides, prompts=("a red fox", LONG + "at night", LONG + "in snow"), job="denoise", expected=0
 ):
+    tmp_path.mkdir(exist_ok=True)
     rows = [{"prompt": prompt, "seed": i} for i, prompt in enumerate(prompts)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     told = [f"model.path={folder}", f"source.path={tmp_path}/prompts.jsonl", f"output={tmp_path}/out", "cluster=inline"]
@@ -78,6 +79,15 @@ def test_or_it_is_an_error(model, tmp_path):
     assert [error["reason"] for error in errors] == [CLIP, CLIP]
     with pytest.raises(ValueError, match="long_prompts must be cut or error, not 'warn'"):
         DiffusersTextEncoder(str(model("StableDiffusionPipeline")), long_prompts="warn")
+
+
+def test_of_a_negative_prompt_it_is_said_and_where_none_is_read_it_is_no_error(model, tmp_path):
+    settings = ("model=diffusers", "scheduler=model", "text_encoder.long_prompts=error")
+    negative = f"sampling.negative_prompt={LONG}"
+    for name, expected in (("StableDiffusionPipeline", 3), ("FluxPipeline", 0)):
+        run(tmp_path / name, model(name), *settings, negative, prompts=("a", "b", "c"), expected=expected)
+        errors = [json.loads(line)["reason"] for path in (tmp_path / name).glob("out/errors/*") for line in path.open()]
+        assert errors == [f"negative_prompt: {CLIP}"] * expected
 
 
 @pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline", "HunyuanDiTPipeline"])

@@ -1,10 +1,13 @@
 """LoRA files that fit a model in part, and DoRA: added whole, or refused with the names of what would be left out."""
 
+import shutil
+
 import diffusers
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
+from transformers import CLIPTextModel
 
 from latentmill_diffusers.denoiser import DiffusersDenoiser
 from latentmill_diffusers.text_encoder import DiffusersTextEncoder
@@ -123,3 +126,66 @@ def test_a_dora_of_peft_s_is_added_with_its_magnitudes(folder, tmp_path):
         timestep = torch.tensor([499.0, 199.0])  # of times t the steps 1000 t - 1
         wanted = merged.eval()(x, timestep, embeds, return_dict=False)[0]
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def kohya(prefix, layers, alphas):
+    """A LoRA of rank 4 in kohya's format for layers of a model, and what it adds to each one's weight."""
+    tensors, added = {}, {}
+    for (name, layer), alpha in zip(layers.items(), alphas):
+        down, up = torch.randn(4, layer.in_features), torch.randn(layer.out_features, 4)
+        key = f"{prefix}_{name.replace('.', '_')}"
+        tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(alpha)}
+        added[name] = alpha / 4 * up @ down
+    return tensors, added
+
+
+def with_added(model, added, weight):
+    for name, more in added.items():
+        model.get_submodule(name).weight.data += weight * more
+    return model
+
+
+def test_each_layer_of_the_network_has_its_own_alpha(folder, tmp_path):
+    """diffusers alone gives all of attention the file's most frequent one."""
+    torch.manual_seed(0)
+    network = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
+    names = [LAYER, LAYER.replace("to_q", "to_v"), LAYER.replace("attn1.to_q", "ff.net.2")]
+    tensors, added = kohya("lora_unet", {name: network.get_submodule(name) for name in names}, [1.0, 8.0, 2.0])
+    save_file(tensors, file := tmp_path / "lora.safetensors")
+    denoiser = DiffusersDenoiser(str(folder), loras=[{"path": str(file), "weight": 0.5}])
+    denoiser.load(CPU)
+    x, embeds = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
+    with torch.inference_mode():
+        found = denoiser.predict(x, torch.tensor([0.5, 0.2], dtype=torch.float64), {"embeds": embeds})
+        merged = with_added(network, added, 0.5).eval()
+        wanted = merged(x, torch.tensor([499.0, 199.0]), embeds, return_dict=False)[0]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["kohya", "peft"])
+def test_each_layer_of_a_text_encoder_has_its_own_alpha(folder, tmp_path, format):
+    torch.manual_seed(0)
+    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    ends = "self_attn.q_proj", "self_attn.out_proj", "mlp.fc1"
+    layers = {name: layer for name, layer in encoder.named_modules() if "layers.0." in name and name.endswith(ends)}
+    file = tmp_path / "lora.safetensors"
+    if format == "kohya":
+        named = {f"text_model.{name.removeprefix('text_model.')}": layer for name, layer in layers.items()}
+        tensors, added = kohya("lora_te", named, [1.0, 8.0, 2.0])
+        added = dict(zip(layers, added.values()))
+        save_file(tensors, file)
+    else:
+        config = LoraConfig(r=4, lora_alpha=2, alpha_pattern={"q_proj": 16}, target_modules=[*layers], init_lora_weights=False)  # fmt: skip
+        given = inject_adapter_in_model(config, CLIPTextModel.from_pretrained(folder / "text_encoder"))
+        state = {name.replace(".default", ""): value for name, value in given.state_dict().items() if "lora_" in name}
+        diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path, text_encoder_lora_layers=state, weight_name=file.name, text_encoder_lora_adapter_metadata=config.to_dict())  # fmt: skip
+        added = {name: given.get_submodule(name).get_delta_weight("default") for name in layers}
+    merged = shutil.copytree(folder, tmp_path / "merged")
+    with_added(encoder, added, 0.5).save_pretrained(merged / "text_encoder")
+    found = []
+    for where, loras in ((folder, [{"path": str(file), "weight": 0.5}]), (merged, [])):
+        plugin = DiffusersTextEncoder(str(where), loras=loras)
+        plugin.load(CPU)
+        with torch.inference_mode():
+            found.append(plugin.encode(["a red fox"])["embeds"])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)

@@ -52,6 +52,8 @@ class Family:
     """Above 0: prompts come out of different lengths, which the network sees. They travel padded to so many tokens, with
     ``length`` beside, and each row is encoded alone, so that it hangs on no other. Those of one length share a call of the
     network, but on the CPU."""
+    pad_to: int = 1
+    """The pipeline fills prompts up to a multiple of so many tokens."""
     schedule: Callable[[Any, int, Sequence[int]], dict[str, Any]] = field(default=lambda scheduler, steps, shape: {})
     """``schedule(config, steps, shape)``: what the pipeline hands to ``set_timesteps`` of a scheduler of this config."""
     told: Callable[[Any, Tensor, Sequence[int]], Tensor] | None = None
@@ -214,6 +216,7 @@ FAMILIES: dict[str, Family] = {
         cogview_4,
         encoded=("embeds -embeds",),
         pad=1024,
+        pad_to=16,
         schedule=cogview_4_schedule,
         told=cogview_4_told,
         note="rows whose prompts have one length share a call",

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 from latentmill import weights
 from latentmill.text import one_line
+
+HALVES = ((".lora_up.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_A.weight"))
+"""What the names of a layer's two matrices end in, ``W + B A``."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,12 @@ def fuse(
 
     for i, lora in enumerate(loras):
         with _naming(lora):
-            found = converted(str(lora.path))
-            state, alphas, metadata = found if len(found) == 3 else (found[0], None, found[1])
-            own, scales, about = (
-                {k: v for k, v in (d or {}).items() if k.startswith(f"{part}.")} for d in (state, alphas, metadata)
-            )
+            state, *alphas, metadata = converted(str(lora.path))
+            if any(alphas):
+                state, *alphas, _ = converted(_with_alphas(load_file(lora.path)))
+                if left := [*chain(*filter(None, alphas))]:
+                    raise ValueError(f"{left[0]} is the alpha of no pair of matrices")
+            own, about = ({k: v for k, v in (d or {}).items() if k.startswith(f"{part}.")} for d in (state, metadata))
             if network and not own:
                 raise ValueError(f"it has nothing for the {part}: it is another kind of model's")
             if parts is not None:
@@ -87,15 +92,29 @@ def fuse(
                 lost = [k for k in state if k.split(".")[0] not in known]
                 _require_none(state, lost, f"neither the {part} nor a text encoder of the model")
             if network:
-                said = {"metadata": about} if about else {"network_alphas": scales or None}
-                model.load_lora_adapter(own, prefix=part, adapter_name=f"lora_{i}", **said)
+                model.load_lora_adapter(own, prefix=part, adapter_name=f"lora_{i}", metadata=about or None)
                 _require_loaded(model, f"lora_{i}", {k.removeprefix(f"{part}."): v for k, v in own.items()}, part)
                 model.set_adapters([f"lora_{i}"], [lora.weight])
                 model.fuse_lora(adapter_names=[f"lora_{i}"])
                 model.unload_lora()
             elif own:
                 own, about = ({k.removeprefix(f"{part}."): v for k, v in d.items()} for d in (own, about))
-                _add(model, own, scales, about, part, lora.weight)
+                _add(model, own, about, part, lora.weight)
+
+
+def _with_alphas(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same LoRA without alphas: one of each pair of matrices has ``alpha / rank`` in it.
+
+    Where a format has other names than the model, diffusers hands alphas on by names that peft finds no layer for, and all those have
+    one alpha then: the one that most layers have, or their rank.
+    """
+    found = dict(tensors)
+    for name in tensors:
+        for up, down in HALVES:
+            of = name.removesuffix(up)
+            if of != name and f"{of}.alpha" in tensors and of + down in tensors:
+                found[name] = tensors[name].float() * (float(found.pop(f"{of}.alpha")) / len(tensors[of + down]))
+    return found
 
 
 @contextmanager
@@ -166,34 +185,32 @@ def _require_loaded(model: Any, adapter: str, own: Mapping[str, Tensor], part: s
 
 
 @torch.no_grad()
-def _add(
-    model: Any, state: dict[str, Tensor], alphas: Mapping[str, Any], about: Mapping[str, Any], part: str, weight: float
-) -> None:
+def _add(model: Any, state: dict[str, Tensor], about: Mapping[str, Any], part: str, weight: float) -> None:
     """``W + weight * alpha / rank * B A`` (Hu et al. 2021, arXiv:2106.09685, sec. 4.1), alpha being the rank if it isn't said.
 
-    It is said in ``alphas``, a tensor for each layer, or in ``about``, peft's config of the adapter; that may ask for the root of
+    It is said in ``about``, peft's config of the adapter, by the ends of layers' names or for all; that may ask for the root of
     the rank in place of the rank (Kalajdzievski 2023, arXiv:2312.03732). For text encoders: transformers loads adapters with
     the newest peft alone. Raises ValueError for weights of other kinds (DoRA, LoKr, ...), and for those that fit no layer.
     """
     from diffusers.utils.state_dict_utils import convert_state_dict_to_peft
+    from peft.utils.other import get_pattern_key
 
+    patterns: Mapping[str, Any] = about.get("alpha_pattern") or {}
     if not any(".lora_A." in key for key in state):  # names of an older format
         state = convert_state_dict_to_peft(state)
-    known = (".lora_A.weight", ".lora_B.weight", ".alpha")
+    known = (".lora_A.weight", ".lora_B.weight")
     if other := next((key for key in state if not key.endswith(known)), None):
         raise ValueError(f"it has {part}.{other}, which is no plain LoRA's")
-    matrices = [key for key in state if not key.endswith(".alpha")]
-    layers = {key.rpartition(".lora_")[0]: None for key in matrices}
+    layers = {key.rpartition(".lora_")[0]: None for key in state}
     modules = {name: _layer(model, name) for name in layers}
-    lost = [key for key in matrices if modules[key.rpartition(".lora_")[0]] is None]
-    _require_none(matrices, lost, f"no layer of the {part}")
+    lost = [key for key in state if modules[key.rpartition(".lora_")[0]] is None]
+    _require_none(state, lost, f"no layer of the {part}")
     for name, module in modules.items():
         for half in ("lora_A", "lora_B"):
             if f"{name}.{half}.weight" not in state:
                 raise ValueError(f"it has no {part}.{name}.{half}.weight, which belongs to its other half")
         down, up = state[f"{name}.lora_A.weight"].float(), state[f"{name}.lora_B.weight"].float()
-        alpha = about.get("alpha_pattern", {}).get(name, about.get("lora_alpha", len(down)))
-        alpha = next((float(v) for k, v in alphas.items() if k.startswith(f"{part}.{name}.")), alpha)
+        alpha = float(patterns.get(get_pattern_key([*patterns], name), about.get("lora_alpha", len(down))))
         scale = weight * alpha / (len(down) ** 0.5 if about.get("use_rslora") else len(down))
         target = module.weight
         if type(target) is not torch.nn.Parameter:

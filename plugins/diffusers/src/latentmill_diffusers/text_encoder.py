@@ -91,9 +91,15 @@ class DiffusersTextEncoder(TextEncoder):
         for name in self.folder.index:
             if name.startswith("tokenizer") and (found := self.folder.class_of(name)):
                 part_class(*found)  # which some are only if a package is there
-        taken = inspect.signature(self.cls.encode_prompt).parameters
+        if max_length is not None and (
+            isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1
+        ):
+            raise ValueError(f"text_encoder.max_length must be a whole number from 1, not {max_length!r}")
+        taken, called = (inspect.signature(of).parameters for of in (self.cls.encode_prompt, self.cls.__call__))
         for setting in self.asked if not compel else ():
-            if setting not in taken:
+            if (
+                setting not in taken or setting not in called
+            ):  # what a pipeline lets nobody choose is another for each of its encoders
                 name = "max_length" if setting == "max_sequence_length" else setting
                 raise ValueError(f"text_encoder.{name}: {self.folder.pipeline} has no {setting}")
         require_layers(self.folder, clip_skip)
@@ -279,6 +285,9 @@ class DiffusersTextEncoder(TextEncoder):
             return encoded
         each = [self._encoded([prompt], negative)["embeds"] for prompt in prompts]
         embeds, longest = [found[0] for found in each], self.asked.get("max_sequence_length", self.family.pad)
+        longest = -(-longest // self.family.pad_to) * self.family.pad_to
+        if (most := max(map(len, embeds))) > longest:
+            raise ValueError(f"{self.folder.pipeline} makes {most} tokens of a prompt, where {longest} are the most")
         return {
             "embeds": torch.stack([pad(value, (0, 0, 0, longest - len(value))) for value in embeds]),
             "length": torch.tensor([len(value) for value in embeds]),

@@ -98,13 +98,13 @@ class Silent(nn.Module):
         return x
 
     def forward(self, input_ids: Tensor | None = None, *args: Any, **named: Any) -> _Said:
-        return _Said(self, input_ids)
+        return _Said(self, input_ids, bool(named.get("output_hidden_states")))
 
 
 class _Said:
     """What transformers' models return, of zeros that take no memory."""
 
-    def __init__(self, encoder: Silent, ids: Any) -> None:
+    def __init__(self, encoder: Silent, ids: Any, hidden: bool) -> None:
         config = getattr(encoder.config, "text_config", None) or encoder.config
         width = int(getattr(config, "d_model", None) or config.hidden_size)
         layers = int(getattr(config, "num_hidden_layers", None) or config.num_layers)
@@ -112,14 +112,16 @@ class _Said:
         tokens = ids.T if encoder.tokens_first else ids
         self.last_hidden_state = nothing.expand(*tokens.shape, width)
         self.hidden_states = (self.last_hidden_state,) * (layers + 1)
+        self.all: tuple[Any, ...]
         if encoder.projected:  # compel takes the other one where there is one
             self.text_embeds = nothing.expand(len(ids), getattr(config, "projection_dim", None) or width)
             self.all = (self.text_embeds, self.last_hidden_state)
         else:
             self.pooler_output = nothing.expand(len(ids), width)
             self.all = (self.last_hidden_state, self.pooler_output)
+        self.all += (self.hidden_states,) * hidden  # where clip_skip looks for them
 
-    def __getitem__(self, at: int) -> Tensor:
+    def __getitem__(self, at: int) -> Any:
         return self.all[at]
 
 
