@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "framework" / "latentmill"
 ORDER = """
-    failpoints errors text tally usage streams notices values plugin digests weights libraries syntax ids identity buckets pixels resampling fields registry schedulers batch columns checks storage
+    failpoints errors text tally usage streams notices values plugin digests weights libraries syntax ids identity buckets pixels resampling fields declarations registry schedulers batch columns checks storage
     models comfy config flow parts survey plan plan_files half_done generations shards shard_index dataset stored
     sources sinks launchers
     stages verify exports

@@ -158,8 +158,12 @@ def same_rows(plugin: Plugin, given: pa.Table, returned: Sequence[Any], rejected
 
 
 def reason(plugin: Plugin, why: Reason) -> Reason:
-    """Why a row goes no further, in plain values: it travels. Raises ContractError if one is filtered without words, or by no numbers."""
+    """Why a row goes no further, in plain values: it travels. Raises ContractError if nothing is said, or one is filtered by no numbers."""
     if not isinstance(why, Filtered):
+        if not isinstance(why, str) or not why.strip():
+            raise ContractError(
+                f"{called(plugin)} rejects a row without a reason, as {why!r:.80}: people read it in errors/"
+            )
         return why
     if not isinstance(why.reason, str) or not why.reason.strip():
         raise ContractError(f"{called(plugin)} filters a row without a reason: people read it in filtered/")
@@ -174,7 +178,7 @@ def reason(plugin: Plugin, why: Reason) -> Reason:
 
 
 def same_columns(stage: Stage, given: pa.Table, returned: Sequence[pa.Table]) -> None:
-    """Raise ContractError if a column that later stages need is gone or has another type, or a tensor is not as large as its row says."""
+    """Raise ContractError if a column that later stages need, or a field that it adds, is gone or has another type, or a tensor is not as large as its row says."""
     who = called(stage)
     for table in returned:
         if twice := [name for name, count in Counter(table.column_names).items() if count > 1]:
@@ -188,6 +192,13 @@ def same_columns(stage: Stage, given: pa.Table, returned: Sequence[pa.Table]) ->
                     raise ContractError(f"{who} returned rows without the column {field.name}")
                 if (kind := table.schema.field(field.name).type) != field.type:
                     raise ContractError(f"{who} returned {field.name} as {kind}, and {field.type} was expected")
+        for field in stage.adds if len(table) else ():
+            if isinstance(field, str):
+                continue
+            if field.name not in table.column_names:
+                raise ContractError(f"{who} returned rows without the column {field.name}, which its `adds` names")
+            if (kind := table.schema.field(field.name).type) != field.type:
+                raise ContractError(f"{who} returned {field.name} as {kind}, and its `adds` says {field.type}")
         if not len(table) or not {"width", "height"} <= {*table.column_names}:
             continue
         sizes = {(row["width"], row["height"]) for row in table.select(["width", "height"]).to_pylist()}

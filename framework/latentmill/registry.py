@@ -17,6 +17,7 @@ from math import isnan
 from types import NoneType, UnionType
 from typing import Any, Union
 
+from latentmill.declarations import wrong_in_class, wrong_in_object
 from latentmill.errors import JobError, PluginError, StorageError
 from latentmill.plugin import (
     CONTRACT,
@@ -136,6 +137,8 @@ def load(kind: str, name: str) -> type[Plugin]:
         )
     if contract != CONTRACT:
         raise PluginError(f"{who} was written for contract {contract!r}, and this latentmill has {CONTRACT}")
+    if wrong := wrong_in_class(found):
+        raise PluginError(f"{who}: {wrong}")
     return found
 
 
@@ -243,11 +246,14 @@ def build(kind: str, choice: Mapping[str, Any]) -> Any:
     _check(f"{kind} {name}", plugin, settings)
     who = _names[plugin] = _call(kind, name, find(kind, name))
     try:
-        return plugin(**settings)
+        built = plugin(**settings)
     except (PluginError, StorageError, MemoryError):
         raise
     except Exception as error:
         raise refusal(who, error) from error
+    if wrong := wrong_in_object(built):
+        raise PluginError(f"{who}: {wrong}")
+    return built
 
 
 def provenance(kind: str, name: str) -> dict[str, str]:

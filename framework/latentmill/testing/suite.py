@@ -12,6 +12,7 @@ import torch
 
 from latentmill import plugin as contract
 from latentmill import registry
+from latentmill.declarations import wrong_in_class, wrong_in_object
 from latentmill.errors import PluginError
 from latentmill.plugin import CONTRACT, Plugin
 from latentmill.testing import behaviour, other_process
@@ -51,6 +52,8 @@ class PluginSuite:
         assert found.contract == CONTRACT, (
             f"{found.__name__} was written for contract {found.contract}, and this latentmill has {CONTRACT}"
         )
+        wrong = wrong_in_class(found) or wrong_in_object(self._make()())
+        assert not wrong, f"{found.__name__}: {wrong}"
         if self.name:
             try:
                 named = registry.load(self.kind, self.name)

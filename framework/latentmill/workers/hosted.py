@@ -65,6 +65,8 @@ class Call:
 
     def reject(self, i: int, reason: Reason) -> None:
         """Of several reasons for one row the first counts, and one for which it has failed before one for which it is filtered."""
+        if not 0 <= i < len(self.batch):
+            raise IndexError(f"reject({i}, ...): the batch has the rows 0 to {len(self.batch) - 1}")
         row = self.batch.column("row")[i].as_py()
         if row not in self.rejected or (isinstance(self.rejected[row], Filtered) and not isinstance(reason, Filtered)):
             self.rejected[row] = reason
