@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, QuotedString, Transformer
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, QuotedString, Transformer
 from hydra.errors import HydraException
+from hydra.grammar.gen.OverrideLexer import InputStream, OverrideLexer  # type: ignore[attr-defined]  # as Hydra's own parser does
 
 from latentmill import storage, values
 from latentmill.config import Job, load_job
@@ -29,6 +30,9 @@ logger = logging.getLogger("latentmill")
 
 SEVERAL = re.compile(r",|^(choice|range|glob|shuffle|sort|interval)\(")
 """What a value with several values in it has, in Hydra's grammar."""
+OPENING_TOKENS, CLOSING_TOKENS = {"POPEN", "BRACKET_OPEN", "BRACE_OPEN"}, {"PCLOSE", "BRACKET_CLOSE", "BRACE_CLOSE"}
+SIGN_TOKENS = {*OPENING_TOKENS, *CLOSING_TOKENS, "COMMA", "COLON"}
+"""Names of Hydra's tokens. Spaces beside a sign are part of it, and mean nothing."""
 LONGEST_FOLDER = 120
 """Characters of a folder's name."""
 PROMPT_CACHE = "prompt_cache"
@@ -154,21 +158,47 @@ def _values(override: str) -> list[str]:
         parsed = OverridesParser.create().parse_override(override)
         if not parsed.is_sweep_override():
             return [text]
-        if isinstance(parsed.value(), Glob):
+        several = parsed.value()
+        if isinstance(several, Glob):
             raise JobError(f"-m {override}: glob is not known here: write the names, with commas between")
-        return [_written(value) for value in parsed.sweep_iterator(transformer=Transformer.identity)]
+        found = [*parsed.sweep_iterator(transformer=Transformer.identity)]
+        texts = _texts(override) if isinstance(several, ChoiceSweep) else []
+        return [_written(value, text) for value, text in itertools.zip_longest(found, texts)]
     except HydraException as error:
         said = one_line(str(error).partition("\n")[0], 200)
         raise JobError(f"-m {override}: {said}; a value with a comma or a bracket in it stands in quotes") from error
 
 
-def _written(value: Any) -> str:
-    """A value as it would stand behind the = alone."""
+def _texts(override: str) -> list[str]:
+    """The elements of ``key=a,b`` or ``key=choice(a,b)`` as they were written, in Hydra's own tokens; "" for a call, as ``int(3)``."""
+    tokens = OverrideLexer(InputStream(override)).getAllTokens()
+    kinds = [OverrideLexer.symbolicNames[token.type] for token in tokens]
+    at = kinds.index("EQUAL") + 1
+    if [token.text for token in tokens[at : at + 1]] == ["choice"] and kinds[at + 1 : at + 2] == ["POPEN"]:
+        tokens, kinds, at = tokens[:-1], kinds[:-1], at + 2
+    texts, depth, calls = [""], 0, False
+    for token, kind in zip(tokens[at:], kinds[at:]):
+        depth += (kind in OPENING_TOKENS) - (kind in CLOSING_TOKENS)
+        if kind == "COMMA" and not depth:
+            texts.append("")
+            calls = False
+            continue
+        calls = calls or kind == "POPEN"
+        texts[-1] = "" if calls else texts[-1] + (token.text.strip() if kind in SIGN_TOKENS else token.text)
+    return [text.strip() for text in texts]
+
+
+def _written(value: Any, text: str | None) -> str:
+    """A value as it would stand behind the = alone; ``text``: how it was written. Hydra reads 1.10 as a number, and its key may want text."""
     if isinstance(value, QuotedString):
         return value.text
+    if isinstance(value, str):
+        return value
+    if text:
+        return text
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
-    return value if isinstance(value, str) else str(Override._get_value_element_as_str(value))
+    return str(Override._get_value_element_as_str(value))
 
 
 def _folders(labels: Sequence[str]) -> Iterator[str]:

@@ -81,6 +81,21 @@ def test_values_are_written_as_hydra_has_them(latentmill, prompts, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_value_is_what_it_would_be_alone(latentmill, prompts, tmp_path):
+    """Hydra makes numbers of what looks like one, in its own reading: 1.1, inf, 20261125, 1000.0."""
+    texts = ["1.10", "12e4567", "2026_11_25", "1e3", "True", "NULL-1", "+5", "[1.10]", "a"]
+    job = ("run", "txt2img", *TINY, prompts, f"output={tmp_path}/out", "--cfg", "job")
+    alone = []
+    for text in texts:
+        assert latentmill(*job, f"sampling.negative_prompt={text}") == 0
+        alone += [line for line in latentmill.said.splitlines() if line.startswith("  negative_prompt:")]
+    for given in (",".join(texts), " , ".join(texts), f"choice({','.join(texts)})"):
+        assert latentmill(*job, "-m", f"sampling.negative_prompt={given}") == 0
+        lines = latentmill.said.splitlines()
+        assert [line for line in lines if line.startswith("  negative_prompt:")] == alone
+        assert [line for line in lines if line.startswith("# ")] == [f"# negative_prompt={text}" for text in texts]
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
