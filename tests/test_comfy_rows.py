@@ -52,6 +52,16 @@ def test_no_noise_is_the_latents_alone():
     torch.testing.assert_close(found, torch.full((2, 4, 3), 2.5 + gain * alpha * (2.0 - 2.5)))
 
 
+def test_noise_at_a_sigma_without_a_step_is_the_row_s_error():
+    """ComfyUI adds it and makes no step."""
+    said, choice = [], {"name": "comfy", "scheduler": "laplace", "start_at_step": 5}
+    for first_noise in ("comfy", "none"):
+        stage = denoise_with(Gaussian(), SCHEDULERS.__getitem__, choice, 16, first_noise=first_noise)
+        made = latents_of(list(stage(batch([2], **ROW), lambda i, reason: said.append(reason))))
+    assert len(said) == 1 and "the grid is one sigma" in said[0]
+    assert torch.equal(made[2], torch.full((2, 4, 3), 2.0)), "without noise nothing is lost"
+
+
 @pytest.mark.parametrize("middle", [2, 5])
 def test_a_row_that_leaves_with_noise_goes_on_where_it_was(middle):
     """As in two samplers one after the other: the first returns with leftover noise, the second adds none."""

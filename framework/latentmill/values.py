@@ -97,7 +97,9 @@ def inside(hint: Any) -> Any:
 
 
 def literal(text: str) -> str:
-    r"""``text`` that stands for itself where ``${...}`` would be looked up: ``\${...}``."""
+    r"""``text`` that stands for itself where ``${...}`` would be looked up, ``\${...}``, and ``???`` would be no value."""
+    if text == "???":
+        return "${oc.decode:\"'???'\"}"
     return re.sub(r"(\\*)\$\{", lambda match: f"{match[1] * 2}\\${{", text)
 
 

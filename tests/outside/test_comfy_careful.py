@@ -3,6 +3,7 @@
 from functools import partial
 
 import pytest
+from omegaconf import OmegaConf
 from tests.outside.comfy_parts import TEXT_TO_IMAGE, job_of, node, with_changes
 
 CUSTOM = with_changes(
@@ -91,6 +92,22 @@ def test_a_later_sampler_that_is_told_no_guidance_has_comfyui_s(job):
     assert "node 15 KSampler: the first sampler says a guidance and this one none" in line
 
 
+def test_a_text_of_three_question_marks_is_that_text(job):
+    """Hydra's word for what is not said."""
+    config = job(
+        with_changes(
+            TEXT_TO_IMAGE,
+            _3={"text": "???"},
+            _15=node("CLIPTextEncode", text="???", clip=["1", 1]),
+            _16=node("ConditioningConcat", conditioning_to=["2", 0], conditioning_from=["15", 0]),
+            _5={"positive": ["16", 0]},
+        ),
+    )
+    sampling, words = config["sampling"], config["text_encoder"]["positive"]["concat"][1]["words"]
+    assert [sampling["negative_prompt"], words] == ["${oc.decode:\"'???'\"}"] * 2, "as OmegaConf is told it"
+    assert OmegaConf.to_container(OmegaConf.create(sampling), resolve=True)["negative_prompt"] == "???"
+
+
 def test_a_row_s_text_on_both_sides(job):
     """An encoder is told the text of one side at a time: the other has it by a second name."""
     map = ("source.path=a.csv", "map.2.text=prompt")
@@ -136,6 +153,20 @@ def test_batches_that_are_repeated_and_chosen_from(job):
     assert job(chosen)["source"]["rows"] == [{"seed": 7, "noise_index": 2}], "the last, if there are not so many"
 
 
+def test_noise_at_a_sigma_without_a_step_is_refused(job):
+    """Of sigmas that are split at 0, the first part is one; KSamplerAdvanced that ends at 0 adds none, as in ComfyUI."""
+
+    def split(step, noise):
+        first = CUSTOM["5"]["inputs"] | {"sigmas": ["16", 0], "noise": [noise, 0]}
+        second = first | {"sigmas": ["16", 1], "noise": ["18", 0], "latent_image": ["17", 0]}
+        more = {"_16": node("SplitSigmas", sigmas=["14", 0], step=step), "_18": node("DisableNoise")}
+        return job(with_changes(CUSTOM, **more, _17=node("SamplerCustomAdvanced", **first), _5=second))
+
+    line = "node 17 SamplerCustomAdvanced: noise without a step is not supported, and node 14 BasicScheduler leaves it one sigma"
+    assert line in split(0, "11")
+    assert "flow" in split(0, "18") and "flow" in split(1, "11")
+
+
 def test_sizes(job):
     config = job(with_changes(TEXT_TO_IMAGE, _4={"width": "70", "height": 33.0}))
     assert [config["sampling"][name] for name in ("width", "height")] == [64, 32], "as many latents as are whole"
@@ -174,6 +205,17 @@ SCALED, LAST_SCALED = in_line(60, "ImageScaleBy", "image", "6", upscale_method="
         ({**ZEROED, "_5": {"positive": [LAST_ZEROED, 0]}}, "its nodes stand in too long a line"),
         ({**SCALED, "_7": {"images": [LAST_SCALED, 0]}}, "a job of more than 50 stages is not supported"),
         ({"_4": {"batch_size": 10**9}}, "node 4 EmptyLatentImage: batch_size must be from 1 to 4096, not 1000000000"),
+        (
+            {**ZEROED, "_9999": node("ConditioningCombine", conditioning_1=[LAST_ZEROED, 0], conditioning_2=["2", 0]), "_5": {"positive": ["9999", 0]}},
+            "node 9999 ConditioningCombine: the nodes before it stand in too long a line",
+        ),
+        ({"_6": {"samples": ["5", float("nan")]}}, "node 6 VAEDecode: samples is not linked"),
+        ({"_6": {"samples": ["5", float("inf")]}}, "node 6 VAEDecode: samples is not linked"),
+        ({"_6": {"samples": ["4", 0]}}, "node 6 VAEDecode: it is supported behind a sampler or an encoded picture, and its latents are empty"),
+        (
+            {"_20": node("LatentUpscaleBy", samples=["4", 0], upscale_method="area", scale_by=2), "_5": {"latent_image": ["20", 0]}},
+            "node 20 LatentUpscaleBy: it is supported behind a sampler or an encoded picture",
+        ),
         ({"_5": {"cfg": float("nan")}}, "node 5 KSampler: cfg must be a number, not nan"),
         ({"_5": {"seed": 1 << 64}}, "node 5 KSampler: seed must be from 0 to 18446744073709551615"),
         (

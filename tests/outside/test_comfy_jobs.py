@@ -307,6 +307,16 @@ def test_pictures_may_carry_the_workflow_with_the_row_s_values(job):
     assert kept == {"sampler_name": "dpmpp_2m", "model": ["1", 0]}
 
 
+def test_pictures_of_a_column_are_named_in_no_workflow(latentmill, tmp_path):
+    """The dataset has no column of them, and the workflow's own would be another."""
+    changes = {"_4": node("LoadImage", image="cat.png"), "_5": {"latent_image": ["11", 0]}}
+    workflow = with_changes(TEXT_TO_IMAGE, **changes, _11=node("VAEEncode", pixels=["4", 0], vae=["1", 2]))
+    words = ["comfy.models=m", "comfy.metadata=true", "source.path=a.csv", "map.2.text=prompt"]
+    assert latentmill("run", written(tmp_path, workflow), *words, "map.4.image=photo", "--cfg", "job") == 2
+    assert "map.4.image=photo: with comfy.metadata=true each PNG would name the workflow's picture" in latentmill.err
+    assert latentmill("run", written(tmp_path, workflow), *words, "--cfg", "job") == 0, latentmill.err
+
+
 def test_a_workflow_may_be_submitted_like_any_job(latentmill, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     path = written(tmp_path, TEXT_TO_IMAGE)

@@ -92,6 +92,7 @@ def test_masks_of_a_table(job):
             },
             "node 14 SetLatentNoiseMask: its latents have a mask already",
         ),
+        ({"_5": {"sampler_name": "ddim"}}, "node 5 KSampler: ddim with a mask is not supported"),
     ],
 )
 def test_other_masks_are_refused(job, changes, line):

@@ -43,6 +43,11 @@ def config_of(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], lis
     if options.metadata == "true":
         if recipes[1:]:
             raise JobError("comfy.metadata is for workflows with one output: comfy.output=ID says which")
+        for (node, name), column in options.columns.items():
+            if any(recipes[0].rows[of].place == (node, name) for of in ("image", "mask") if of in recipes[0].rows):
+                raise JobError(
+                    f"map.{node}.{name}={column}: with comfy.metadata=true each PNG would name the workflow's picture, and not the row's: leave one out"
+                )
         config["sink"] = {"picture_text": {"prompt": _literal(_with_columns(workflow, recipes[0]))}}
     return config, rest
 
@@ -88,7 +93,7 @@ def _config(name: str, recipes: Sequence[Recipe], options: Options, rest: Sequen
     if given and len(first.batch) > 1:
         config["samples_per_row"] = len(first.batch)
     if "model" in config:
-        config["model"] = {**config["model"], "models": options.models or "???"}
+        config["model"] = {**config["model"], "models": options.models}
     sampling, stages = dict(first.config.get("sampling", {})), dict(first.config.get("stages", {}))
     for key, setting in first.rows.items():
         stage, _, field = key.rpartition(".")
@@ -103,6 +108,8 @@ def _config(name: str, recipes: Sequence[Recipe], options: Options, rest: Sequen
     if stages:
         config["stages"] = stages
     written: dict[str, Any] = _literal(config)
+    if "model" in written and options.models is None:
+        written["model"]["models"] = "???"  # model.models=FOLDER says it
     return written
 
 

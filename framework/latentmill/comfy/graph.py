@@ -64,6 +64,8 @@ def look(workflow: Workflow, columns: Mapping[tuple[str, str], str], chosen: str
                     found[node.id] = _outputs(node, found, own)
                 except RefusedError as error:
                     found[node.id] = error
+                except RecursionError:
+                    found[node.id] = RefusedError(node, "the nodes before it stand in too long a line")
     return Graph(workflow, found)
 
 

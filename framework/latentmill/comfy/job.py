@@ -101,6 +101,10 @@ class _Writer:
                 length = len(self.made.batch)
                 first = min(each.first, length - 1)
                 self.made.batch = self.made.batch[first : first + each.length]
+            elif isinstance(each, (ScaledLatent, Decoded)) and _empty(each):
+                raise RefusedError(
+                    each.node, "it is supported behind a sampler or an encoded picture, and its latents are empty"
+                )
             elif isinstance(each, (Scaled, ScaledLatent)):
                 self._scaled(each, next((of for of in line[at:] if isinstance(of, (Encoded, Sampled))), None))
             elif isinstance(each, Encoded):
@@ -264,6 +268,17 @@ class _Writer:
         counts = guider.negative is not None and (pp or guider.cfg != Setting(1.0))
         if counts and _guidance(guider.positive) != _guidance(guider.negative):
             raise RefusedError(each.node, "positive and negative have different guidance, and one is supported")
+        encoded = next((of for of in reversed(_line(each)) if isinstance(of, Encoded)), None)
+        if each.sampler.name == "ddim" and encoded is not None and encoded.mask is not None:
+            raise RefusedError(
+                each.node,
+                "ddim with a mask is not supported: ComfyUI draws other noise for what stays; euler makes the same steps with the first noise",
+            )
+        one_sigma = each.sigmas.settings.get("end_at_step") == 0 and not each.sigmas.by_sampler
+        if one_sigma and each.noise.added:
+            raise RefusedError(
+                each.node, f"noise without a step is not supported, and {each.sigmas.node} leaves it one sigma"
+            )
         if pp and guider.negative is None:
             raise RefusedError(each.node, f"{each.sampler.name} without a negative is not supported")
 
@@ -283,10 +298,16 @@ def _called(samplers: int) -> str:
     return "refine" if samplers == 1 else f"refine{samplers}"
 
 
-def _line(picture: Picture) -> list[Any]:
-    """What leads to a picture, from the beginning: each has one before it."""
+def _empty(each: Decoded | ScaledLatent) -> bool:
+    """Whether what a node is given are latents of nothing."""
+    made_by = next((of for of in reversed(_line(each)) if isinstance(of, (Empty, Encoded, Sampled))), None)
+    return isinstance(made_by, Empty)
+
+
+def _line(end: Picture | Latent) -> list[Any]:
+    """What leads to a picture or to latents, from the beginning: each has one before it."""
     line: list[Any] = []
-    at: Picture | Latent | None = picture
+    at: Picture | Latent | None = end
     while at is not None:
         line.append(at)
         at = (

@@ -148,8 +148,7 @@ def _is_link(value: Any) -> bool:
         isinstance(value, list)
         and len(value) == 2
         and isinstance(value[0], str)
-        and type(value[1]) in (int, float)
-        and value[1] == int(value[1])
+        and (type(value[1]) is int or (type(value[1]) is float and value[1].is_integer()))
     )
 
 

@@ -121,7 +121,10 @@ class ComfyGrid(Grid):
         sampling = sampling_of(noise_schedule)
         sigmas = self.part(self.row(sampling, steps, strength))
         if len(sigmas) < 2:
-            return Start(torch.zeros(1, dtype=torch.float64), {}, 1.0, 0.0, 0.0)
+            alone = (
+                float(sigmas[0]) if len(sigmas) and self.end_at_step is None else 0.0
+            )  # a sampler's own end adds none
+            return Start(torch.zeros(1, dtype=torch.float64), {}, 1.0, alone, alone)
         first = float(sigmas[0])
         sigmas = sigmas.clone()
         if self.below_one and noise_schedule.sigma_is_time and first >= 1:

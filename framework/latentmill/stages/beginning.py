@@ -38,6 +38,7 @@ class Beginning:
         self.denoiser, self.scheduler_of, self.grid = denoiser, scheduler_of, grids.choose(grid)
         self.authors, self.until = FollowsAuthors.of(denoiser), float(sampling["until"])
         self.draw = DRAWN_FOR[sampling["first_noise"]]
+        self.adds = sampling["first_noise"] != "none"
         self.of_batches = sampling["first_noise"] in FROM_COMFY
         """Whether a row may be a picture of a batch: elsewhere ``noise_index`` is any column that a source has."""
 
@@ -87,6 +88,10 @@ class Beginning:
             grid = [halfway, *(t for t in grid if t < halfway)]
         times = grid[: next((k + 1 for k, t in enumerate(grid) if t < self.until), len(grid))]
         leaves = own.leaves if own and len(times) == len(grid) > 1 else 1.0
+        if own and own.sigma and halfway is None and len(grid) == 1 and self.adds:
+            raise RowError(
+                f"the grid is one sigma, {own.sigma:g}: noise is added there and no step made, which is not supported"
+            )
         if halfway is not None or len(grid) == 1:
             return times, latents.to(torch.float32), None, leaves
         first = torch.tensor(times[0], dtype=torch.float64)
