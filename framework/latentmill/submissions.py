@@ -62,7 +62,10 @@ class Offer:
     files: Mapping[str, str]
 
     def submit(self) -> Record:
-        """Write its files, and send it. Raises PluginError, or UnreachableError; then nothing is remembered of it."""
+        """Write its files, and send it. Raises PluginError where it is refused: then nothing is remembered of it.
+
+        Raises UnreachableError where the target has not answered: it may have the job all the same, so the record stays, without a handle.
+        """
         sent = self.submission
         now = datetime.now(UTC).isoformat(timespec="seconds")
         record = Record(sent.id, self.job.name, sent.output, self.target, now)
@@ -75,7 +78,11 @@ class Offer:
             _write(record)
             with asking_target(self.launcher, self.job.config):
                 handle = self.launcher.submit(sent, folder)
-        except Exception:  # interrupted, it may have been sent: the record stays, without a handle
+        except UnreachableError as error:
+            raise UnreachableError(
+                f"{error}; it may have been sent all the same: look there for {sent.id} before it is sent again"
+            ) from error
+        except Exception:  # interrupted, it may have been sent, too: the record stays, without a handle
             _record_file(sent.id).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -116,6 +123,7 @@ def prepare(job: str, overrides: Sequence[str], to: str, grow: bool = False) -> 
         waits=checked.cluster.wait is not None,
         grace=checked.grace_seconds,
         grow=grow,
+        folders=_folders(checked),
     )
     with asking_target(launcher, checked.config):
         files = launcher.files(submission)
@@ -280,6 +288,12 @@ def _needs(job: Job) -> Iterator[WorkerNeeds]:
         yield pools.worker_needs(job, [job.flow[stage] for stage in stages])
 
 
+def _folders(job: Job) -> dict[str, str]:
+    """Folders beside the output that a job writes, by key."""
+    folders = {"export.folder": (job.export or {}).get("folder"), "prompt_cache": job.prompt_cache}
+    return {key: folder for key, folder in folders.items() if folder}
+
+
 def _relative_paths(job: Job) -> Iterator[tuple[str, str]]:
     """Keys of the job whose values are paths that lead from the folder where it runs, and are there in this one."""
     told = {part: getattr(job, part) or {} for part in ("source", "model", "vae", "denoiser", "text_encoder")}
@@ -290,7 +304,6 @@ def _relative_paths(job: Job) -> Iterator[tuple[str, str]]:
             of_path = key.rpartition("_")[2] == "path" or key in FOLDERS or settings is pictures
             if of_path and isinstance(value, str) and not os.path.isabs(value) and os.path.exists(value):
                 yield f"{part}.{key}", value
-    written = {"prompt_cache": job.prompt_cache, "export.folder": (job.export or {}).get("folder")}
-    for key, folder in written.items():
-        if folder and not (_is_url(folder) or os.path.isabs(folder)):
+    for key, folder in _folders(job).items():
+        if not (_is_url(folder) or os.path.isabs(folder)):
             yield key, folder

@@ -161,4 +161,4 @@ def test_who_breaks_off_leaves_no_rayjob_that_waits_for_its_secret(latentmill, t
 def test_a_refusal_is_final_and_silence_is_not(latentmill, tmp_path, monkeypatch, records, said, code):
     program(tmp_path, monkeypatch, "kubectl", [CONTEXT, ["create", 1, said]])
     assert latentmill("submit", job(JOBS["cpu"]), "--to", "kuberay", IMAGE) == code
-    assert said.strip() in latentmill.err and not [*records.iterdir()]
+    assert said.strip() in latentmill.err and len([*records.glob("*.json")]) == (code == 4), "it may have come"

@@ -170,6 +170,8 @@ def test_a_name_is_a_label_of_dns_whatever_the_job_is_called(latentmill, name):
         (SECRET, (), "the job needs ACME_TOKEN of its environment: target.env=[ACME_TOKEN] sends it along"),
         (JOBS["cpu"], ("output=/shared/../out", "target.volumes.a=/shared"), "output=/shared/../out would be lost with its pod"),
         (JOBS["cpu"], ("output=/shared/out",), "output=/shared/out would be lost with its pod: give a URL, or a path on a volume"),
+        (JOBS["cpu"], ("export={to: [mds], folder: /exports}",), "export.folder=/exports would be lost with its pod: give a URL"),
+        (JOBS["cpu"], ("prompt_cache=/kept", "target.volumes.a=/shared"), "prompt_cache=/kept would be lost with its pod"),
         (JOBS["cpu"], ("grace=3m",), "target.grace=120 is less than the job's own grace of 180 s"),
         (JOBS["cpu"], ("cluster=inline",), "the job says cluster=inline, and a RayJob is a cluster"),
         (FUSED, ("stages.denoise.num_gpus=2",), "encode + denoise + decode asks for more than a node of group gpu has"),

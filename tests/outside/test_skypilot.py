@@ -23,7 +23,16 @@ pytestmark = pytest.mark.usefixtures("records")
         (JOBS["cpu"] + "stages: {denoise: {replicas: 2, memory: 10GiB}}\n", (), 1, None),
         (JOBS["cpu"] + "stages: {denoise: {replicas: 2, memory: 12GiB}}\n", (), 2, None),
         (JOBS["cpu"], ("target.nodes=4", "target.spot=true", "target.infra=aws/us-east-1"), 4, None),
-        (JOBS["cpu"], ("target.mounts={/data: s3://bucket}", "target.setup=pip install latentmill"), 1, None),
+        (
+            JOBS["cpu"],
+            (
+                "target.mounts={/data: s3://bucket}",
+                "export={to: [mds], folder: /data/e}",
+                "target.setup=pip install latentmill",
+            ),
+            1,
+            None,
+        ),
         (SECRET, ("target.env=[ACME_TOKEN]",), 1, None),
     ],
 )
@@ -96,6 +105,11 @@ def test_another_machine_joins_the_first(latentmill, tmp_path, monkeypatch):
         (FUSED, (IMAGE,), "the job asks for GPUs, and not of what type: target.accelerators=H100:8"),
         (SECRET, (IMAGE,), "the job needs ACME_TOKEN of its environment: target.env=[ACME_TOKEN] sends it along"),
         (JOBS["cpu"], (IMAGE, "output=/shared/out"), "output=/shared/out would be lost with its machine: give a URL"),
+        (
+            JOBS["cpu"],
+            (IMAGE, "export={to: [mds], folder: /e/f}"),
+            "export.folder=/e/f would be lost with its machine: give a URL",
+        ),
         (JOBS["cpu"], (IMAGE, "output=file:///out"), "file:///out is no place for a dataset"),
         (JOBS["cpu"], (IMAGE, "target.retries=-1"), "target.retries=-1: 0 or more are expected"),
         (FUSED, (IMAGE, "target.accelerators=A100:half"), "target.accelerators=A100:half: TYPE:NUMBER is expected"),

@@ -100,7 +100,7 @@ def test_the_job_is_in_it_with_its_output_from_the_root(script, tmp_path):
 def test_no_value_of_the_environment_is_in_it(script, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
     monkeypatch.setenv("NOTE", "hunter2hunter2")
-    text = script("target.env=[HF_TOKEN]", "sampling.prompt=${oc.env:NOTE}")
+    text = script("target.env=[HF_TOKEN,NOTE]", "sampling.prompt=${oc.env:NOTE}")
     assert "verysecret" not in text and "hunter2" not in text and "${oc.env:NOTE}" in text
 
 

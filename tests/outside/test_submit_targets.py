@@ -84,6 +84,22 @@ def test_what_is_sent_to_the_job_server(latentmill, home, monkeypatch):
     }
 
 
+def test_a_variable_of_the_job_goes_along(latentmill, home, monkeypatch):
+    """Else a default would stand for it there, and other rows be made."""
+    monkeypatch.setenv("NOTE", "a moon")
+    job = ("submit", "txt2img", "--dry-run", "output=/o", "sampling.prompt=${oc.env:NOTE,none}", "--to")
+    for target in ("ray", "slurm"):
+        assert latentmill(*job, target, "target.env=[HOME]") == 2, latentmill.said
+        assert "the job needs NOTE of its environment: target.env=[NOTE] sends it along" in latentmill.err
+        assert latentmill(*job, target, "target.env=[NOTE]") == 0, latentmill.said
+    assert latentmill(*job, "ray", "target.runtime_env={env_vars: {NOTE: star}}") == 0, latentmill.said
+    assert latentmill(*job, "slurm") == 0, "all go along"
+    assert latentmill(*job, "slurm", "target.env=[HOME]", "target.setup=export NOTE=a; ls") == 0, latentmill.said
+    monkeypatch.delenv("NOTE")
+    assert latentmill("submit", "txt2img", "output=/o", "--to", "slurm", "target.env=[NOTE]") == 2
+    assert "target.env names NOTE, which your shell does not have" in latentmill.err
+
+
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [

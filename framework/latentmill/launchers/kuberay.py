@@ -133,12 +133,12 @@ class KubeRay(Launcher):
             raise ValueError("the job says cluster=inline, and a RayJob is a cluster: leave that out")
         if submission.file.startswith(".."):
             raise ValueError(f"the job's name, {submission.name}, begins with two dots: Kubernetes takes no such path")
-        if "://" not in submission.output and not any(
-            Path(normpath(submission.output)).is_relative_to(path) for path in self.volumes.values()
-        ):
-            raise ValueError(
-                f"output={submission.output} would be lost with its pod: give a URL, or a path on a volume, as in target.volumes.CLAIM=/shared"
-            )
+        for key, folder in {"output": submission.output, **submission.folders}.items():
+            on_volume = any(Path(normpath(folder)).is_relative_to(path) for path in self.volumes.values())
+            if "://" not in folder and not on_volume:
+                raise ValueError(
+                    f"{key}={folder} would be lost with its pod: give a URL, or a path on a volume, as in target.volumes.CLAIM=/shared"
+                )
         if not self.secrets:  # whose keys are not known here
             check_variables(submission, self.env, ", or name a Secret in target.secrets")
 

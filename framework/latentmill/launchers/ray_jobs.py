@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from latentmill.launchers.programs import check_variables
 from latentmill.launchers.ray_token import token, use_token
 from latentmill.plugin import Launcher, LaunchState, StateWord, Submission, Submitted
 from latentmill.text import first_line
@@ -47,7 +48,7 @@ class RayJobs(Launcher):
     ) -> None:
         self.address, self.working_dir, self.headers, self.verify = address, working_dir, headers or {}, verify
         self.runtime_env, self.env, self.grace = dict(runtime_env or {}), env or [], grace
-        self.num_cpus, self.resources = num_cpus, resources
+        self.num_cpus, self.resources = num_cpus, resources or {}
 
     def files(self, submission: Submission) -> Mapping[str, str]:
         return {submission.file: submission.text, REQUEST_FILE: json.dumps(self._request(submission), indent=1) + "\n"}
@@ -109,6 +110,7 @@ class RayJobs(Launcher):
                 raise ValueError(f"target.env names {name}, which is not set here")
         ours = {"RAY_JOB_STOP_WAIT_TIME_S": str(self.grace)}  # Ray kills a driver 3 seconds after it was asked to end
         given = self.runtime_env.get("env_vars") or {}
+        check_variables(submission, [*self.env, *ours, *given])
         request: dict[str, Any] = {
             "entrypoint": shlex.join(submission.command(address="auto")),
             "submission_id": submission.id,

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from os.path import normpath
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,12 @@ class SkyPilot(Launcher):
     def files(self, submission: Submission) -> Mapping[str, str]:
         if submission.without_ray:
             raise ValueError("the job says cluster=inline, and this starts a cluster: leave that out")
-        if "://" not in submission.output:
-            raise ValueError(
-                f"output={submission.output} would be lost with its machine: give a URL, as output=s3://bucket/my-job"
-            )
+        for key, folder in {"output": submission.output, **submission.folders}.items():
+            on_mount = key != "output" and any(Path(normpath(folder)).is_relative_to(path) for path in self.mounts)
+            if "://" not in folder and not on_mount:
+                raise ValueError(
+                    f"{key}={folder} would be lost with its machine: give a URL, as {key}=s3://bucket/my-job"
+                )
         check_variables(submission, self.env)
         accelerators, number = self._machines(submission)
         task = {

@@ -20,6 +20,8 @@ ANSWERS_WITHIN = 30
 """Seconds that a command of Slurm's may take."""
 ASK_EVERY = 2.0
 """Seconds between two looks at a log that is followed."""
+ALWAYS_SENT = ("PATH", "HOME", "USER", "LANG")
+"""Variables that go along whatever ``target.env`` names."""
 SLURM_QUEUED = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 SLURM_ENDED = {
     "COMPLETED",
@@ -84,6 +86,9 @@ class Slurm(Launcher):
             raise ValueError(f"cluster=inline is one process: target.nodes must be 1, not {self.nodes}")
         if wrong := [name for name in self.env or [] if not re.fullmatch(r"[A-Za-z_]\w*", name)]:
             raise ValueError(f"target.env holds names of environment variables, and {wrong[0]!r} is none")
+        if self.env is not None:  # else all go along
+            set_there = re.findall(r"\w+", self.setup or "")
+            programs.check_variables(submission, [*ALWAYS_SENT, *self.env, *set_there])
         lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in self._options(submission)), ""]
         setup = self.setup or f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"'
         address = None if submission.without_ray else "$address"
@@ -105,6 +110,7 @@ class Slurm(Launcher):
         return {JOB_SCRIPT: "\n".join(lines) + text}
 
     def submit(self, submission: Submission, folder: Path) -> str:
+        programs.variables(self.env or [])
         log = str(folder / "log-%a" if self.drivers > 1 else folder / "log-0")
         said = _run(["sbatch", "--parsable", f"--output={log}", str(folder / JOB_SCRIPT)])
         return said.strip().partition(";")[0]
@@ -166,7 +172,7 @@ class Slurm(Launcher):
         given = {
             "job-name": submission.id,
             "chdir": submission.folder,
-            "export": "ALL" if self.env is None else ",".join(["PATH", "HOME", "USER", "LANG", *self.env]),
+            "export": "ALL" if self.env is None else ",".join([*ALWAYS_SENT, *self.env]),
             "nodes": self.nodes,
             "ntasks-per-node": 1,
             "cpus-per-task": self.cpus_per_node or (None if self.exclusive else max(1, cpus)),

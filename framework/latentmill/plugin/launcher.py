@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, TypeAlias
 
@@ -57,6 +57,8 @@ class Submission:
     """Seconds that its driver takes to end, once it is told to."""
     grow: bool = False
     """``--grow``: rows that have come to the source since are taken in."""
+    folders: Mapping[str, str] = field(default_factory=dict)
+    """Folders beside ``output`` that it writes, by the keys that name them: ``export.folder``, ``prompt_cache``."""
 
     @property
     def file(self) -> str:
