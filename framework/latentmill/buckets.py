@@ -209,6 +209,8 @@ class Size:
         side = math.isqrt(area)
         if self.buckets in STEPS and side // 2 < self.step:
             raise ValueError(f"size.area={area} is too small for buckets of multiples of size.step={self.step}")
+        if self.buckets == "kohya" and self.upscale and not self.min_side:
+            raise ValueError(f"size.min_side must be size.step={self.step} or more: no side of a bucket is less")
         if self.buckets == "kohya" and self.upscale and not self.min_side <= side <= self.max_side:
             raise ValueError(
                 f"size.area={area} is a square of {side}, which must be from size.min_side={self.min_side} to size.max_side={self.max_side}"

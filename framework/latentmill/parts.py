@@ -201,6 +201,10 @@ def _check_size(job: Job, size: Size, source: Source, stored: LatentSpec | None,
         raise PlanError(
             f"{job.name}: source {name} opens pictures as {' or '.join(source.pixel_ways)}, so size.pixels can't be {size.pixels}"
         )
+    if source.pixels not in ("ours", size.pixels):
+        raise PlanError(
+            f"{job.name}: source {name} opens pictures as {source.pixels} (source.opened), and size as {size.pixels}: leave one of them out"
+        )
     source.pixels = size.pixels
     of = spec.downscale if spec is not None else 1
     if wrong := next((bucket for bucket in size.sides() if bucket[0] % of or bucket[1] % of), None):

@@ -33,9 +33,12 @@ class Known(VAE):
     def posterior(self, images):
         red = avg_pool2d(images[:, :1], self.told.downscale)
         channel = torch.arange(self.told.channels).reshape(1, -1, 1, 1)
-        if os.environ.get("ACME_BROKEN"):  # for pictures that begin black
-            red = red.masked_fill(red[:, :, :1, :1] < 0, float("nan"))
+        broken, black = os.environ.get("ACME_BROKEN"), red[:, :, :1, :1] < 0  # for pictures that begin black
+        if broken == "1":
+            red = red.masked_fill(black, float("nan"))
         mean, std = 2 * red + channel, (0.5 + channel).expand(len(red), -1, *red.shape[2:])
+        if broken == "std":
+            std = std.masked_fill(black, float("inf"))
         return (mean - self.told.shift) * self.told.scale, std * self.told.scale
 
     def decode(self, latents):

@@ -177,7 +177,7 @@ class PictureEncoding:
         if "latents_flipped" in self.adds:
             mirrored = self._latents(part, shape, slots, size, mirrored=True)
             found |= dict(zip(("latents_flipped", "latents_std_flipped"), mirrored))
-        good = torch.stack([found[name].isfinite().flatten(1).all(1) for name in SPACED if name in found]).all(0)
+        good = torch.stack([found[name].isfinite().flatten(1).all(1) for name in found]).all(0)
         if not bool(good.all()):
             part, slots = part.filter(pa.array(good.tolist())), slots[good]
             found = {name: values[good] for name, values in found.items()}

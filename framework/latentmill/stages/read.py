@@ -86,7 +86,8 @@ class Read(Stage):
         self.sampling, self.require = context.sampling, context.require_fragment
         self.from_comfy = context.sampling.get("first_noise") in FROM_COMFY
         """Whether rows begin as ComfyUI's: masks are soft, and latents of nothing may begin with a share of the noise."""
-        self.size = Size.of(context.size) if context.size is not None else None
+        self.texts_alone = stored_conditioning.texts_alone(context)
+        self.size = Size.of(context.size) if context.size is not None and not self.texts_alone else None
         if self.size is not None:
             self.source.pixels = self.size.pixels
         self.added = _added(context)
@@ -97,7 +98,6 @@ class Read(Stage):
         whole = any(stage.cuts for stage in takewhile(lambda stage: "vae" not in stage.needs, context.after))
         self.multiple_of = 1 if whole else context.multiple_of
         self.spec = self.source.latent_spec()
-        self.texts_alone = stored_conditioning.texts_alone(context)
         self.again = READ_AGAIN
         self.sound: set[str] = set()
         """Fragments of which a row was read twice."""
@@ -314,6 +314,6 @@ class Read(Stage):
 
 
 def _added(context: StageContext) -> tuple[pa.Field, ...]:
-    """What rows have beside others in a job with ``size``, or with ``accept``."""
-    sized = buckets.SIZE_COLUMNS if context.size is not None else ()
+    """What rows have beside others in a job with ``size``, if it makes anything of pictures, or with ``accept``."""
+    sized = buckets.SIZE_COLUMNS if context.size is not None and not stored_conditioning.texts_alone(context) else ()
     return sized if context.attempts is None else (*sized, ATTEMPT)
