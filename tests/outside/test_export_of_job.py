@@ -147,6 +147,18 @@ def test_what_the_dataset_will_not_be_for_is_said_before_it_is_made(job, latentm
     assert not (tmp_path / "out").exists() and not (tmp_path / "trainer").exists()
 
 
+def test_a_job_with_size_may_make_texts_alone(job, latentmill, tmp_path, rows, failed):
+    texts = job("kohya-sdxl-text", "flow=[read, encode_text, write]", "size.buckets=[[16,8]]")
+    assert latentmill(*texts) == 0, latentmill.said
+    assert not failed(tmp_path / "out") and [{"bucket"} & {*row} for row in rows(tmp_path / "out")] == [set()] * 3
+
+
+def test_a_name_that_is_too_long_for_a_disk_is_said_before_anything_is_made(job, trainers, latentmill, tmp_path):
+    (trainers.pictures / "a b.png").rename(trainers.pictures / f"{'x' * 240}.png")
+    assert refused(latentmill, job("kohya")).startswith(f"{'x' * 240}.png: the name of its file, xxx")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("formats", "of"),
     [("kohya", "kohya-sdxl, if they are of one size"), ("kohya,simpletuner", "kohya-sdxl, simpletuner")],

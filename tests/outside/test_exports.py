@@ -153,26 +153,45 @@ def test_datasets_reads_the_folder_of_pictures(trainers, tmp_path):
     }
     assert np.asarray(found["cats/tom.png"]["image"])[:, 0, 0].tolist() == [255] * 16 + [0] * 8
     assert (folder / "cats" / "tom.txt").read_text(encoding="utf-8") == PICTURES["cats/tom.png"][1]
+    assert not (folder / "cats" / "dog.v2.txt").exists()  # trainers stop at an empty one
     with Image.open(io.BytesIO(files(folder)["a b.png"])) as picture:
         assert picture.format == "PNG" and picture.size == (16, 8)
 
 
 def test_columns_of_a_source_that_are_called_as_ours_are_kept_apart(trainers):
-    """A source's own ``bucket`` is no size, and its ``text`` is not the caption."""
-    table = trainers.root / "list.csv"
-    rows = "".join(f"{trainers.pictures.name}/{name},of a dog,xy,said\n" for name in ("a b.png", "cats/dog.v2.png"))
-    table.write_text(f"image,prompt,bucket,text\n{rows}")
-    job = ("source=prompts", f"source.path={table}", "source.keep=[bucket, text]")
+    """A source's own ``bucket`` and ``original_size`` are no sizes, and its ``text`` is not the caption."""
+    table, names = trainers.root / "list.jsonl", ("a b.png", "cats/dog.v2.png")
+    own = {"prompt": "of a dog", "bucket": [3, 7], "original_size": [1.5, 2], "text": "said", "source_text": "seen"}
+    rows = [json.dumps({"image": f"{trainers.pictures.name}/{name}", "file": name, **own}) for name in names]
+    table.write_text("\n".join(rows))
+    job = ("source=prompts", f"source.path={table}", "source.keep=[file, bucket, original_size, text, source_text]")
     folder = trainers.root / "pictured"
     arguments = ["run", "reconstruct", "cluster=inline", "vae.name=known", *job, f"output={folder}"]
     assert trainers.latentmill(*arguments) == 0, trainers.latentmill.said
     notes = files(trainers.export(folder, "folder", folder="as-pictures"))["metadata.jsonl"].decode().splitlines()
-    assert [{name: json.loads(note)[name] for name in ("text", "source_text", "bucket")} for note in notes] == [
-        {"text": "of a dog", "source_text": "said", "bucket": "xy"}
-    ] * 2
+    said = {"text": "of a dog", "source_source_text": "said", "source_text": "seen", "bucket": [3, 7]}
+    assert [{name: json.loads(note)[name] for name in said} for note in notes] == [said] * 2
     latents = trainers.own("sd", "flow=[read, encode, write]", *job)
-    index = json.loads(files(trainers.export(latents, "mds", folder="as-latents"))["index.json"])
-    assert index["shards"][0]["samples"] == 2
+    found = files(trainers.export(latents, "mds,kohya-sd", folder="as-latents"))
+    assert json.loads(found["mds/index.json"])["shards"][0]["samples"] == 2
+    assert {"kohya-sd/a b_0016x0008_sd.npz", "kohya-sd/cats/dog.v2_0024x0016_sd.npz"} < {*found}
+
+
+def test_sizes_are_those_that_were_encoded_and_travel_with_latents(trainers):
+    """After an upscale a bucket is not what was encoded, and the place of a crop is larger, too."""
+    size = ("size.buckets=[[8,8]]", "size.crop=random")
+    larger = "flow=[read, {name: image_upscale, method: bicubic, scale: 2}, encode, write]"
+    plain, twice = trainers.encode("flux", *size), trainers.encode("flux", *size, larger)
+    found = [trainers.export(each, "automodel", folder=each.name) for each in (plain, twice)]
+    [was, now] = [[torch.load(path) for path in sorted(folder.rglob("*.pt"))] for folder in found]
+    assert [each["bucket_resolution"] for each in now] == [[16, 16]] * 3
+    assert any(sum(each["crop_offset"]) for each in was)
+    for one, two in zip(was, now):
+        assert all(b - 2 * a in (0, 1) for a, b in zip(one["crop_offset"], two["crop_offset"]))
+    kept = ("source=latents", "source.keep=[file, original_size, crop_ltrb, bucket]", "flow=[read, write]")
+    travelled = trainers.own("flux", *kept, f"source.path={plain}")
+    of = [files(trainers.export(each, "kohya-flux", folder=f"kohya-{each.name}")) for each in (plain, travelled)]
+    assert of[0] == of[1] and "a b_0016x0008_flux.npz" in of[0]
 
 
 # ------------------------------------------------------------------------------------------------------- refused
@@ -188,6 +207,8 @@ def test_what_a_dataset_is_not_for_is_said_before_anything_is_written(trainers):
     )
     assert trainers.refused(plain, "folder").startswith(f"folder needs image, and {plain} has none: ")
     assert "(it has no column file or id): make it with source.keep=[file]" in trainers.refused(sdxl, "pixart")
+    random = trainers.encode("flux", "size.buckets=[[8,8]]", "size.pixels=kohya", "size.crop=random")
+    assert trainers.refused(random, "automodel").startswith("automodel is told where each picture was cut, and with ")
     assert trainers.refused(plain, "pixarts").startswith("there is no format 'pixarts' (did you mean 'pixart'?); ")
     assert "--names colour: " in trainers.refused(plain, "comfyui", "--names", "colour")
 
@@ -215,6 +236,16 @@ def test_a_picture_is_called_what_it_is_called(trainers):
         os.link(trainers.pictures / "a b.png", trainers.pictures / name)
     found = files(trainers.export(trainers.own("sd"), "comfyui"))
     assert {"shot 1.00\u202fAM.latent", "two\nlines.latent", "caf\\udce9.latent"} < {*found}
+
+
+def test_a_name_may_be_as_long_as_a_disk_takes_it(trainers):
+    long, longer = ("x" * length for length in (237, 238))
+    os.link(trainers.pictures / "a b.png", trainers.pictures / f"{long}.png")
+    found = files(trainers.export(trainers.own("sd"), "kohya-sd"))
+    assert f"{long}_0016x0008_sd.npz" in found and len(f"{long}_0016x0008_sd.npz") == 254
+    os.rename(trainers.pictures / f"{long}.png", trainers.pictures / f"{longer}x.png")
+    said = trainers.refused(trainers.own("sd", output="longer"), "kohya-sd")
+    assert said.startswith("row 000000003-000: the name of its file, xxx") and " would have 256 bytes, and " in said
 
 
 @pytest.mark.parametrize("name", ["../tom", "/tom", "cats/../../tom", "", "a\0b"])
@@ -309,6 +340,12 @@ def test_another_dataset_s_export_is_not_mixed_with_this_one(trainers, latentmil
     other = trainers.encode("sdxl")
     assert latentmill("export", other, trainers.root / "export", "--to", "comfyui") == 2
     assert "is of another export to comfyui" in latentmill.err
+
+
+def test_a_spread_that_is_not_finite_is_its_row_s_error(trainers, monkeypatch, failed):
+    monkeypatch.setenv("ACME_BROKEN", "std")
+    [row] = failed(trainers.own("sd", STD, "max_error_rate=1"))
+    assert row["row_id"] == "000000001-000" and row["reason"] == "the VAE's latents of this picture are not finite"
 
 
 def test_a_shard_that_was_made_again_with_more_rows_is_exported_again(trainers, monkeypatch):

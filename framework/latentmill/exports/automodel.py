@@ -78,6 +78,7 @@ AUTOMODEL_CACHE = ExportFormat(
     families=("flux", "wan"),
     takes=TEXTS,
     texts=(*TEXT_OF.values(),),
+    crops=True,
     files=_files,
     path=_path,
     note=_note,

@@ -21,7 +21,7 @@ from latentmill.errors import ExportError
 from latentmill.exports import table
 from latentmill.exports.formats import ExportFormat, ExportRow, Finish, ShardWriter
 from latentmill.exports.ledger import Ledger, ShardMark
-from latentmill.exports.rows import NAMED_BY, ExportSource
+from latentmill.exports.rows import NAMED_BY, ExportSource, require_short
 from latentmill.plan import Plan
 from latentmill.shards import COPIES, NOT_NEEDED_KEY
 from latentmill.text import escaped, plural
@@ -73,8 +73,9 @@ def export(
     target = storage.at(folder, single_writer=True)
     require_apart(source.there.store.url, target.url)
     require_names(source.names, chosen, source.there.store.url)
-    _require_paths(source, chosen)
-    if by_size := [each.name for each in chosen if each.sized and "original_size" not in source.columns]:
+    require_crops(source.there.plan, chosen)
+    _require_paths(source, chosen, "://" not in target.url)
+    if by_size := [each.name for each in chosen if each.sized and "original_size" not in source.of_size]:
         tell(
             f"{output} doesn't say how large the pictures themselves are, so files of {', '.join(by_size)} are named by the size "
             "that was encoded; a job with size says it (size.buckets)"
@@ -304,8 +305,20 @@ def require_names(names: str | None, chosen: Sequence[ExportFormat], output: str
             )
 
 
-def _require_paths(source: ExportSource, chosen: Sequence[ExportFormat]) -> None:
-    """Raise ExportError if two rows would be one file. Rows that are called by their row_id are not looked at."""
+def require_crops(plan: Plan, chosen: Sequence[ExportFormat]) -> None:
+    """Raise ExportError if a trainer is to be told where pictures were cut, and the dataset has kohya's ``crop_ltrb``, which doesn't say it."""
+    size = plan.config.get("size") or {}
+    if told := [
+        each.name for each in chosen if each.crops and (size.get("pixels"), size.get("crop")) == ("kohya", "random")
+    ]:
+        raise ExportError(
+            f"{told[0]} is told where each picture was cut, and with size.pixels=kohya size.crop=random no dataset says it: "
+            "make it with size.pixels=musubi, or size.crop=center"
+        )
+
+
+def _require_paths(source: ExportSource, chosen: Sequence[ExportFormat], on_disk: bool) -> None:
+    """Raise ExportError if two rows would be one file, or one's name is too long. Rows that are called by their row_id are not looked at."""
     asked = [each.whole_path for each in chosen if each.names and each.path is not None]
     if source.names in (None, "row_id") or not asked:
         return
@@ -316,7 +329,9 @@ def _require_paths(source: ExportSource, chosen: Sequence[ExportFormat]) -> None
         found: list[list[int]] = [[] for _ in asked]
         for row in source.rows(shard):
             for path, some in zip(asked, found):
-                some.append(hash(path(row)))
+                some.append(hash(name := path(row)))
+                if on_disk:
+                    require_short(name, f"row {row.row_id}")
         return found
 
     for found in source.there.store.each(look, shards, SHARDS_AT_ONCE):

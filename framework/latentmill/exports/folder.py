@@ -20,16 +20,19 @@ def _files(row: ExportRow) -> Mapping[str, bytes]:
 
     picture = io.BytesIO()
     Image.fromarray(row.tensors["image"].numpy()).save(picture, "PNG")
-    return {_path(row): picture.getvalue(), f"{row.name}.txt": row.prompt.encode()}
+    found = {_path(row): picture.getvalue()}
+    return found | {f"{row.name}.txt": row.prompt.encode()} if row.prompt else found  # trainers stop at an empty one
 
 
 def _note(row: ExportRow) -> Any:
     said = {"file_name": _path(row), "text": row.prompt}
-    more = {
-        f"source_{name}" if name in said else name: jsonable(value)
-        for name, value in row.columns.items()
-        if name != "prompt"
-    }
+    more = {}
+    for name, value in row.columns.items():
+        own = name
+        while own in said or (own != name and own in row.columns):
+            own = f"source_{own}"
+        if name != "prompt":
+            more[own] = jsonable(value)
     return {**more, **said}
 
 
@@ -40,7 +43,7 @@ def _finish(notes: Iterable[Any], folder: str) -> Iterable[tuple[str, Iterable[s
 PICTURE_FOLDER = ExportFormat(
     name="folder",
     reader="Hugging Face datasets' imagefolder; sd-scripts, musubi-tuner, SimpleTuner and others by the .txt",
-    layout="STEM.png, STEM.txt with the prompt, and metadata.jsonl with file_name, text and the other columns (a kept column text is source_text)",
+    layout="STEM.png, STEM.txt with the prompt if it has one, and metadata.jsonl with file_name, text and the other columns (a kept column text is source_text)",
     checked="datasets: pictures, prompts, columns",
     needs=("image",),
     names="used",

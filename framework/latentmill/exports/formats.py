@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -42,6 +42,8 @@ class ExportRow:
     """Of a dataset with several of each picture: the side of a square of the row's area; else 0."""
     text: TextFamily | None = None
     """Whose encodings of the prompt the dataset has, of those that are known."""
+    of_size: Container[str] = ()
+    """Which columns say what a job's ``size`` did, SIZE_COLUMNS; others of these names are the source's own."""
 
     @property
     def prompt(self) -> str:
@@ -50,29 +52,30 @@ class ExportRow:
     @property
     def bucket(self) -> tuple[int, int]:
         """Width and height of the pixels that were encoded."""
-        width, height = self._said("bucket", 2) or (self.columns["width"], self.columns["height"])
-        return width, height
+        return self.columns["width"], self.columns["height"]
 
     @property
     def original_size(self) -> tuple[int, int]:
         """Width and height of the picture's file; where the dataset doesn't say it, of what was encoded."""
-        width, height = self._said("original_size", 2) or self.bucket
+        width, height = self._said("original_size") or self.bucket
         return width, height
 
     @property
     def crop_offset(self) -> tuple[int, int]:
         """Left and top of the bucket in the picture that was scaled to cover it: as the dataset says it, or in the middle."""
         (width, height), original = self.bucket, self.original_size
-        left, top, right, bottom = self._said("crop_ltrb", 4) or (0, 0, 0, 0)
-        if math.isclose(right - left, width, abs_tol=1e-6) and math.isclose(bottom - top, height, abs_tol=1e-6):
-            return int(left), int(top)  # else it is kohya's, which isn't what was cut out
+        left, top, right, bottom = self._said("crop_ltrb") or (0, 0, 0, 0)
+        across, down = self._said("bucket") or (width, height)  # as it was read: it may have been made larger since
+        if math.isclose(right - left, across, abs_tol=1e-6) and math.isclose(bottom - top, down, abs_tol=1e-6):
+            return int(left * width / across), int(
+                top * height / down
+            )  # else it is kohya's, which isn't what was cut out
         scale = max(width / original[0], height / original[1])
         return max(0, int(original[0] * scale) - width) // 2, max(0, int(original[1] * scale) - height) // 2
 
-    def _said(self, name: str, count: int) -> Sequence[Any] | None:
-        """So many numbers of a column that a job with ``size`` writes; None of one that a source has under this name."""
-        said = self.columns.get(name)
-        return said if isinstance(said, (list, tuple)) and len(said) == count else None
+    def _said(self, name: str) -> Sequence[Any] | None:
+        """The numbers of a column that a job with ``size`` writes; None of one that a source has under this name."""
+        return self.columns.get(name) if name in self.of_size else None
 
     def scaled(self, column: str = "latents") -> npt.NDArray[Any]:
         """A column's tensor as a denoiser sees it, float32 ``[C, h, w]``: ``(z - shift) * scale``, as it is stored."""
@@ -135,6 +138,8 @@ class ExportFormat:
     last bits."""
     sized: bool = False
     """Whether its trainer finds them by the picture's own size, too."""
+    crops: bool = False
+    """Whether its trainer is told where a picture was cut."""
     one_size: bool = False
     """Whether its trainer takes latents of one size alone."""
     files: Callable[[ExportRow], Mapping[str, bytes]] | None = None

@@ -16,6 +16,7 @@ from latentmill.exports.export import (
     export,
     ledgers,
     require_apart,
+    require_crops,
     require_names,
     require_whole,
 )
@@ -60,7 +61,8 @@ def require(job: Job, built: Parts, plan: Plan, tell: Callable[[str], None]) -> 
             tell(line)
     names = named_by(job.export.get("names"), columns, output)
     require_names(names, chosen, output)
-    look_for_clashes(chosen, names, plan, built.source, tell)
+    require_crops(plan, chosen)
+    look_for_clashes(chosen, names, plan, built.source, "://" not in folder, tell)
     require_apart(output, folder)
     for ledger in ledgers(chosen, storage.at(folder)):
         ledger.require_free(about_export(plan, names))

@@ -13,11 +13,13 @@ from typing import Any
 import pyarrow as pa
 
 from latentmill.batch import CONDITIONING, PROMPT_PREFIX
+from latentmill.buckets import SIZE_COLUMNS
 from latentmill.dataset import Dataset
 from latentmill.errors import ExportError, RowError, RunError
 from latentmill.exports.formats import TENSORS, TEXTS, ExportRow
 from latentmill.exports.spaces import VAEFamily, family_of
 from latentmill.exports.texts import StoredText, stored_text
+from latentmill.plan import Plan
 from latentmill.plugin import tensors
 from latentmill.shards import data_name
 from latentmill.sources.images import SUFFIXES
@@ -25,6 +27,8 @@ from latentmill.text import escaped
 
 NAMED_BY = ("file", "id")
 """Columns that say what a picture is called, the first that a dataset has: ``source.keep=[file]``, ``source.id_column=path``."""
+LONGEST_NAME = 255
+"""Bytes of a file's name, on the disks that there are."""
 NOT_READ = {*TENSORS, "video", "state:"}
 """Columns, beside those of conditioning, that are read only if a format wants them."""
 
@@ -40,6 +44,8 @@ class ExportSource:
     family: VAEFamily | None = field(init=False)
     resolutions: list[int] = field(init=False)
     """Of a dataset with several of each picture, in the order of a picture's samples."""
+    of_size: frozenset[str] = field(init=False)
+    """Columns that say what a job's ``size`` did."""
 
     def __post_init__(self) -> None:
         """Raises ExportError if it is not finished, has no rows, or no column ``names``."""
@@ -54,6 +60,7 @@ class ExportSource:
         self.names = named_by(self.names, self.columns, url)
         self.family = family_of(plan.spec) if plan.spec is not None else None
         self.resolutions = resolutions_of(plan.config)
+        self.of_size = of_size(plan)
 
     @cached_property
     def text(self) -> StoredText | None:
@@ -96,7 +103,9 @@ class ExportSource:
             of_row = {name: values[index[at]] for name, (values, index) in held.items()}
             text = self.text.family if not held.keys().isdisjoint(TEXTS) and self.text else None
             name, resolution = self._name(picture, row_id), self.resolutions[int(sample) % len(self.resolutions)]
-            yield ExportRow(number, row_id, name, str(picture), columns, of_row, self.family, resolution, text)
+            yield ExportRow(
+                number, row_id, name, str(picture), columns, of_row, self.family, resolution, text, self.of_size
+            )
 
     def _name(self, picture: Any, row_id: str) -> str:
         said = "" if picture is None else str(picture)
@@ -117,10 +126,27 @@ def picture_name(picture: str) -> str:
     return stem if suffix.lower() in SUFFIXES else path.as_posix()
 
 
+def require_short(path: str, row: str) -> None:
+    """Raise ExportError if a part of a file's path has more bytes than a disk takes."""
+    for name in path.split("/"):
+        if len(name) > LONGEST_NAME // 4 and (size := len(name.encode("utf-8", "surrogateescape"))) > LONGEST_NAME:
+            raise ExportError(
+                f"{row}: the name of its file, {escaped(name)[:40]}..., would have {size} bytes, and a name has {LONGEST_NAME} at "
+                "most: --names row_id, or another column, gives it a shorter one"
+            )
+
+
 def resolutions_of(config: Mapping[str, Any]) -> list[int]:
     """The sides of the squares of a picture's samples, where a job makes several of each; else 0."""
     areas = (config.get("size") or {}).get("area")
     return [math.isqrt(area) for area in areas] if isinstance(areas, list) and areas[1:] else [0]
+
+
+def of_size(plan: Plan) -> frozenset[str]:
+    """The columns that say what a ``size`` did: the job's, or that of the job whose latents it kept them with."""
+    kept = plan.columns.kept if plan.config["source"]["name"] == "latents" else ()
+    made = SIZE_COLUMNS if plan.config.get("size") is not None else (of for of in SIZE_COLUMNS if of in kept)
+    return frozenset(of.name for of in made)
 
 
 def named_by(names: str | None, columns: Sequence[str], where: str) -> str | None:

@@ -16,6 +16,9 @@ from latentmill import failpoints
 from latentmill.errors import StorageError
 from latentmill.storage.store import DAY, Storage
 
+TAIL = 40
+"""Letters of a file's name, at most, that the one has in which it is made: names have 255 bytes at most, and letters up to 4."""
+
 
 class LocalFolder(Storage):
     """A folder of a file system with hard links."""
@@ -29,7 +32,7 @@ class LocalFolder(Storage):
         failpoints.reach("store")
         folder = self.root / ".tmp"
         _make(folder)
-        temporary = folder / f"{uuid.uuid4().hex}-{name.rpartition('/')[2]}"
+        temporary = folder / f"{uuid.uuid4().hex}-{name.rpartition('/')[2][-TAIL:]}"
         try:
             yield os.path.abspath(temporary)  # Arrow takes the relative a:b/c for a URL
         finally:
