@@ -127,6 +127,7 @@ def prepare(job: str, overrides: Sequence[str], to: str, grow: bool = False) -> 
     )
     with asking_target(launcher, checked.config):
         files = launcher.files(submission)
+        _require_files(files)
     for value, shown in secrets(str(target)).items():
         if is_secret(shown) and any(value in text for text in files.values()):
             raise JobError(
@@ -178,6 +179,15 @@ def met_again(record: Record) -> Iterator[tuple[Launcher, Submitted]]:
         yield launcher, Submitted(record.id, record.handle, _folder(record.id))
 
 
+def _require_files(files: Any) -> None:
+    """Raises ValueError if a launcher's files are not texts by names, or one would lie elsewhere than in the job's folder."""
+    if not isinstance(files, Mapping) or not all(isinstance(text, str) for text in files.values()):
+        raise ValueError(f"files gave {files!r:.80}, and texts by the names of their files are expected")
+    for name in files:
+        if not isinstance(name, str) or name in ("", ".", "..") or not {"/", os.sep, "\0"}.isdisjoint(name):
+            raise ValueError(f"files names {name!r:.80}: a file's name without a folder is expected")
+
+
 def look(some: Sequence[Record]) -> list[dict[str, Any]]:
     """How jobs are, and how far their outputs: keys ``id``, ``job``, ``target``, ``handle``, ``submitted``, ``output``, ``state``, ``exit_code``,
     ``detail``, ``dataset`` (what ``status`` says; None: it can't be read, or is not begun, and ``unread`` says so in a few words).
@@ -190,6 +200,8 @@ def _look(record: Record) -> dict[str, Any]:
     try:
         with met_again(record) as (launcher, job):
             state = launcher.state(job)
+            if not isinstance(state, LaunchState):
+                raise TypeError(f"state gave {state!r:.80}, and a LaunchState is expected")
     except LatentmillError as error:
         state = LaunchState("unknown", detail=str(error))
     unread, found = "", None

@@ -224,3 +224,29 @@ def test_only_the_newest_are_asked_for(latentmill, desk):
     assert latentmill("jobs") == 0 and "11 older: latentmill jobs --all" in latentmill.out
     assert record["id"] in latentmill.out and "old-10 " not in latentmill.out and "old-11 " in latentmill.out
     assert latentmill("jobs", "--all", "--json") == 0 and len(json.loads(latentmill.out)) == 61
+
+
+@pytest.mark.parametrize(
+    ("gives", "said"),
+    [
+        ('{"../../evil": "b"}', "files names '../../evil': a file's name without a folder is expected"),
+        ('{"/evil": "b"}', "files names '/evil': a file's name without a folder is expected"),
+        ("None", "files gave None, and texts by the names of their files are expected"),
+        ('{"a": 1}', "files gave {'a': 1}, and texts by the names of their files are expected"),
+    ],
+)
+def test_a_launcher_writes_texts_into_the_job_s_folder_and_nowhere_else(latentmill, install, home, gives, said):
+    code = CODE.replace("        if self.seats < 1:", f"        return {gives}\n        if self.seats < 1:")
+    install("acme", "[latentmill.launchers]\ndesk = acme_desk:Desk\n", acme_desk=code)
+    assert latentmill("submit", "txt2img", "--to", "desk", "output=/shared/out") == 2
+    assert latentmill.err.splitlines() == [f"latentmill: launcher desk of acme 1.0: {said}"] and not home.exists()
+
+
+def test_a_state_that_is_none_is_that_job_s_alone(latentmill, install, home):
+    code = CODE.replace('return LaunchState("queued", detail="the desk [a] is taken")', 'return "running"')
+    install("acme", "[latentmill.launchers]\ndesk = acme_desk:Desk\n", acme_desk=code)
+    for output in ("/shared/a", "/shared/b"):
+        assert latentmill("submit", "txt2img", "--to", "desk", f"output={output}") == 0, latentmill.said
+    assert latentmill("jobs", "--json") == 0, latentmill.said
+    found = json.loads(latentmill.out)
+    assert [job["state"] for job in found] == ["unknown"] * 2 and "state gave 'running'" in found[0]["detail"]
