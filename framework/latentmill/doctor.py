@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import platform
 import time
@@ -17,8 +18,10 @@ from typing import Any, TypeVar
 from latentmill import generations, parts, storage
 from latentmill import plan as planning
 from latentmill.config import Job
+from latentmill.dataset import Dataset
 from latentmill.driver.replicas import Room
 from latentmill.errors import PlacementError
+from latentmill.exports import of_job
 from latentmill.plan import Plan
 from latentmill.storage import Storage
 from latentmill.text import plural
@@ -27,6 +30,8 @@ from latentmill.workers.context import store_environment
 from latentmill.workers.everywhere import Everyone, Hello, NoAnswer, nodes
 from latentmill.workers.examination import Claims, Remark, said, size
 from latentmill.workers.worker import WorkerSetup
+
+logger = logging.getLogger("latentmill")
 
 ANSWER = 60.0
 """Seconds in which a node must answer, where nothing takes long."""
@@ -100,11 +105,14 @@ class Examination:
 def examine(job: Job) -> Examination:
     """Ask every node of the job's cluster. Nothing is started, and nothing stays that was not there.
 
-    Raises what a run would raise before it starts anything: JobError, PluginError, PlanError, ClusterError.
+    Raises what a run would raise before it starts anything: JobError, PluginError, PlanError, ExportError, ClusterError.
     """
     built = parts.parts(job)
     store = storage.at(job.output, job.single_writer)
     plan = generations.settle(planning.plan(job, built), store, built.source, False)
+    of_job.require(job, built, plan, logger.warning)
+    with suppress(OSError):  # of the output, which nodes are asked for
+        Dataset(store, plan, built.sink).adopt()
     setups = [pools.worker_setup(job, plan, stages) for stages in pools.hosted(job, job.flow)[0]]
     with nodes(job, max(math.ceil(setup.num_gpus) for setup in setups)) as asked:
         return _Doctor(job, plan, setups, store, asked).examine()

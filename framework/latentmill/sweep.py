@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import re
@@ -19,7 +20,8 @@ from hydra.grammar.gen.OverrideLexer import InputStream, OverrideLexer  # type: 
 from latentmill import storage, values
 from latentmill.config import Job, load_job
 from latentmill.dataset import load
-from latentmill.errors import NO_ROW, JobError, LatentmillError
+from latentmill.errors import NO_ROW, JobError, LatentmillError, StorageError
+from latentmill.notices import as_ctrl_c
 from latentmill.plan_files import FIRST_PLAN
 from latentmill.report.side_by_side import make_side_by_side
 from latentmill.runner import Result, run
@@ -33,8 +35,8 @@ SEVERAL = re.compile(r",|^(choice|range|glob|shuffle|sort|interval)\(")
 OPENING_TOKENS, CLOSING_TOKENS = {"POPEN", "BRACKET_OPEN", "BRACE_OPEN"}, {"PCLOSE", "BRACKET_CLOSE", "BRACE_CLOSE"}
 SIGN_TOKENS = {*OPENING_TOKENS, *CLOSING_TOKENS, "COMMA", "COLON"}
 """Names of Hydra's tokens. Spaces beside a sign are part of it, and mean nothing."""
-LONGEST_FOLDER = 120
-"""Characters of a folder's name."""
+LONGEST_FOLDER, MOST_BYTES = 120, 240
+"""Characters of a folder's name, and its bytes in UTF-8, of which a file system takes 255."""
 PROMPT_CACHE = "prompt_cache"
 """The folder in which prompts of all jobs of a sweep are kept, if the job names none."""
 
@@ -113,13 +115,18 @@ def run_sweep(sweep: Sweep, tell: Callable[[str], None], **options: Any) -> int:
         for number, (label, job) in enumerate(sweep.jobs.items(), 1):
             tell(f"[{number}/{len(sweep.jobs)}] {label}")
             try:
-                result: Result = run(job, left=left, **options)
-            except LatentmillError as error:
+                with as_ctrl_c():
+                    result: Result = run(job, left=left, **options)
+            except KeyboardInterrupt:  # before it had begun
+                tell(f"stopped: {len(done)} of {len(sweep.jobs)} jobs are done; the same command goes on")
+                return 130
+            except (LatentmillError, OSError) as error:
                 tell(f"  failed: {one_line(error, 1000)}")
-                code = code or error.exit_code
+                code = code or (error.exit_code if isinstance(error, LatentmillError) else StorageError.exit_code)
                 continue
             tell("".join(f"  {line}\n" for line in result.text.splitlines()).rstrip("\n"))
             if result.interrupted:
+                tell(f"{len(done)} of {len(sweep.jobs)} jobs are done; the same command goes on")
                 return 130
             code = code or (NO_ROW if result.failed and not result.ok else 0)
             done.append(label)
@@ -203,9 +210,12 @@ def _written(value: Any, text: str | None) -> str:
 
 def _folders(labels: Sequence[str]) -> Iterator[str]:
     """A name of a folder for each."""
-    for at, label in enumerate(labels):
+    for label in labels:
         name = re.sub(r"[^\w.=,+@-]+", "-", label)
-        yield name if len(name) <= LONGEST_FOLDER else f"{name[: LONGEST_FOLDER - 8]}...{at}"
+        if len(name) > LONGEST_FOLDER or len(name.encode()) > MOST_BYTES:
+            begin = name.encode()[:LONGEST_FOLDER].decode(errors="ignore")
+            name = f"{begin}...{hashlib.sha256(label.encode()).hexdigest()[:12]}"  # whatever other jobs there are
+        yield name
 
 
 def _above(outputs: Iterator[str] | set[str]) -> str:

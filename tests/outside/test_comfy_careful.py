@@ -54,6 +54,36 @@ def test_what_a_node_says_is_off_is_not_left_to_the_checkpoint(job, said, zsnr):
     assert (config["denoiser"]["prediction"], config["denoiser"]["zsnr"]) == ("v_prediction", zsnr)
 
 
+def test_a_node_that_two_samplers_have_their_seed_and_steps_from_is_both_s_in_a_row(job):
+    shared = {"seed": ["20", 0], "steps": ["21", 0]}
+    workflow = with_changes(
+        TEXT_TO_IMAGE,
+        _20=node("PrimitiveInt", value=5),
+        _21=node("PrimitiveInt", value=4),
+        _5=shared,
+        _15=node("KSampler", **TEXT_TO_IMAGE["5"]["inputs"] | shared | {"latent_image": ["5", 0]}),
+        _6={"samples": ["15", 0]},
+    )
+
+    def second(*more):
+        config = job(workflow, *more)
+        own = {key: value for key, value in config["stages"]["refine"]["sampling"].items() if value is not None}
+        return {key: own.get(key) for key in ("seed", "steps", "guidance_scale")}, config["source"].get("columns", {})
+
+    assert second() == ({"seed": None, "steps": None, "guidance_scale": 6.5}, {})
+    assert job(workflow)["source"]["rows"] == [{"seed": 5, "refine.seed": 5}]
+    table = "source.path=a.csv"
+    assert second(table)[0]["seed"] == "row"
+    assert job(workflow, table, "comfy.seed=workflow")["source"]["defaults"] == {"seed": 5}
+    both = {"steps": "n", "refine.steps": "n"}
+    assert second(table, "map.21.value=n") == ({"seed": "row", "steps": 4, "guidance_scale": 6.5}, both)
+    own, columns = second(table, "map.5.steps=n")
+    assert (own["steps"], columns) == (4, {"steps": "n"}), "the first one's alone"
+    text = job(workflow, table, "map.5.steps=n", "comfy.metadata=true")["sink"]["picture_text"]["prompt"]
+    values = [text["20"]["inputs"]["value"], text["5"]["inputs"]["steps"], text["21"]["inputs"]["value"]]
+    assert values == [{"column": "seed"}, {"column": "steps"}, {"column": "refine.steps"}]
+
+
 def test_texts_that_only_a_later_sampler_has(job):
     """The first one guides by the positive alone; in rows, too, where it is only the length that counts."""
     again = {**TEXT_TO_IMAGE["5"]["inputs"], "latent_image": ["5", 0]}
@@ -80,7 +110,10 @@ def test_a_later_sampler_that_is_told_no_guidance_has_comfyui_s(job):
         return job(with_changes(GUIDED, **changes))["stages"]["refine"]["sampling"].get("guidance")
 
     assert job(GUIDED)["sampling"]["guidance"] == 1.5
-    assert second() == 3.5 and second(_15={"positive": ["9", 0]}) == 1.5
+    assert second() == 3.5
+    own = node("FluxGuidance", conditioning=["2", 0], guidance=2)
+    assert second(_10=own, _15={"positive": ["10", 0]}) == 2.0
+    assert second(_15={"positive": ["9", 0]}) is None, "of the same node: the row's"
     sdxl = node("DualCLIPLoader", clip_name1="g.safetensors", clip_name2="l.safetensors", type="sdxl")
     text, other = (node("CLIPTextEncode", text="a sea", clip=["18", at]) for at in (0, 1))
     both = {"positive": ["19", 0], "negative": ["19", 0], "model": ["18", 0]}

@@ -160,6 +160,8 @@ def test_a_stage_s_noise_follows_its_seed_alone(twice):
     anew = twice(HALF)
     assert same == again and all(a != b for a, b in zip(same, other))
     assert len({row["refine.seed"] for row in anew}) == 2 and all(row["refine.seed"] != row["seed"] for row in anew)
+    of_row = twice("stages.refine.sampling={strength: 0.5, seed: row}")
+    assert len({row["seed"] for row in of_row}) == 2 and all(row["refine.seed"] == row["seed"] for row in of_row)
 
 
 def test_what_a_stage_says_is_null_it_doesn_t_say(twice):
