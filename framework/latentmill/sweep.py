@@ -110,7 +110,8 @@ def run_sweep(sweep: Sweep, tell: Callable[[str], None], **options: Any) -> int:
 
     One that fails stops none of the others. Ray is started once, and workers go on from one job to the next.
     """
-    code, done = 0, []
+    code = 0
+    done: list[str] = []
     with _one_cluster(next(iter(sweep.jobs.values()))), shared_workers() as left:
         for number, (label, job) in enumerate(sweep.jobs.items(), 1):
             tell(f"[{number}/{len(sweep.jobs)}] {label}")
