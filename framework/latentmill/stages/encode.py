@@ -38,7 +38,7 @@ from latentmill.plugin import (
     StageContext,
     tensors,
 )
-from latentmill.stages.prompts import PromptEncoding, not_finite
+from latentmill.stages.prompts import GUIDED, PromptEncoding, not_finite
 
 RESOURCES: Mapping[str, Any] = {"batch_size": 32, "num_cpus": 0.25}
 
@@ -101,7 +101,7 @@ class Encode(Stage):
         groups = defaultdict(list)
         warnings: list[Sequence[str]] = [()] * len(batch)
         own = self.prompts.fields if self.prompts is not None else []
-        columns = ["prompt", "negative_prompt", "scheduler", "width", "height", *own]
+        columns = ["prompt", *GUIDED, "scheduler", "width", "height", *own]
         for i, row in enumerate(batch.select(columns).to_pylist()):
             try:
                 if self.prompts is not None:

@@ -32,6 +32,10 @@ WARNINGS_MEMORY = 16 << 20
 """Bytes of texts whose warnings a worker keeps."""
 
 
+GUIDED = {"negative_prompt": None, "guidance_rescale": 0.0, "guidance_from": 1.0, "guidance_until": 0.0}
+"""Fields that a network that guides itself does not read, and their values where nobody says one."""
+
+
 class Recent(Generic[V]):
     """Values by key, of so many bytes together: what was asked for longest ago goes first."""
 
@@ -105,7 +109,14 @@ class PromptEncoding:
     def check(self, row: Mapping[str, Any]) -> list[str]:
         """What of a row's prompts the encoder will not read. Raises RowError for one that can't be encoded."""
         found, negative = self._warnings(row["prompt"]), row["negative_prompt"]
-        if negative is None or not self.negative:
+        if not self.negative:
+            unread = [
+                name
+                for name, plain in GUIDED.items()
+                if row[name] != plain and (name, row[name]) != ("negative_prompt", "")
+            ]
+            return [*found, f"not read, since the network guides itself: {', '.join(unread)}"] if unread else found
+        if negative is None:
             return found
         try:
             return [*found, *(f"negative_prompt: {text}" for text in self._warnings(negative))]

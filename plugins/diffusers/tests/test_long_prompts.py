@@ -85,9 +85,18 @@ def test_of_a_negative_prompt_it_is_said_and_where_none_is_read_it_is_no_error(m
     settings = ("model=diffusers", "scheduler=model", "text_encoder.long_prompts=error")
     negative = f"sampling.negative_prompt={LONG}"
     for name, expected in (("StableDiffusionPipeline", 3), ("FluxPipeline", 0)):
-        run(tmp_path / name, model(name), *settings, negative, prompts=("a", "b", "c"), expected=expected)
+        _, rows = run(tmp_path / name, model(name), *settings, negative, prompts=("a", "b", "c"), expected=expected)
         errors = [json.loads(line)["reason"] for path in (tmp_path / name).glob("out/errors/*") for line in path.open()]
         assert errors == [f"negative_prompt: {CLIP}"] * expected
+    assert [row["warning"] for row in rows] == ["not read, since the network guides itself: negative_prompt"] * 3
+
+
+def test_a_network_that_guides_itself_reads_no_other_guidance(model, tmp_path):
+    told = ("model=diffusers", "scheduler=model", "sampling.guidance_rescale=0.5", "sampling.guidance_until=0.2")
+    _, rows = run(tmp_path, model("FluxPipeline"), *told)
+    assert rows[0]["warning"] == "not read, since the network guides itself: guidance_rescale, guidance_until"
+    _, rows = run(tmp_path / "guided", model("StableDiffusionPipeline"), *told)
+    assert rows[0]["warning"] == ""
 
 
 @pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline", "HunyuanDiTPipeline"])
