@@ -236,6 +236,16 @@ def test_the_plan_counts_the_pictures_of_each_bucket_by_their_headers(odd, laten
     assert not (tmp_path / "out").exists()
 
 
+def test_the_plan_counts_the_picture_that_rows_have_by_default(odd, latentmill, tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,seed\nx,1\ny,2\n")
+    given = f"source.defaults={{image: {odd[0] / '34.png'}}}"  # 64 x 64
+    source = ("source=prompts", f"source.path={tmp_path / 'rows.csv'}", given)
+    output = f"output={tmp_path / 'out'}"
+    command = ("plan", "encode", "cluster=inline", "vae.name=patches", "vae.side=8", *source, *KOHYA, output)
+    assert latentmill(*command) == 0, latentmill.said
+    assert "buckets       64x64 2\n" in latentmill.out and "  2 pictures of 2 rows\n" in latentmill.out
+
+
 def test_a_row_s_own_width_and_height_stand_for_its_bucket(few, made, latentmill, tmp_path, failed):
     folder, pictures = few
     lines = [

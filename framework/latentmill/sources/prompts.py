@@ -153,15 +153,20 @@ class Prompts(Source):
     def sizes(self, fragment: str, start: int, stop: int) -> Iterator[Mapping[str, Any] | RowError]:
         folder = posixpath.dirname(fragment)
         for row in self._ahead(self._file(fragment).read(start, stop), folder, heads=True):
-            if isinstance(row, RowError) or row.get("image") is None:
+            if isinstance(row, RowError):
                 yield row
                 continue
+            given, default = row.get("image"), self.defaults.get("image")
+            found = {**self.defaults, **{name: value for name, value in row.items() if value is not None}}
             try:
-                size = self._picture("image", row["image"], folder, size_of)
+                if given is not None:
+                    found["image"] = self._picture("image", given, folder, size_of)
+                elif default is not None:
+                    found["image"] = self._default_picture("image", default, size_of)
             except RowError as error:
                 yield error
             else:
-                yield {**row, "image": size}
+                yield found
 
     def expect(self, fragment: Fragment) -> None:
         self._files.expect(fragment.fingerprint)
@@ -273,7 +278,7 @@ class Prompts(Source):
                 row[name] = self._picture(name, row[name], folder, decode)
         for name, value in self.defaults.items():
             if row.get(name) is None:
-                row[name] = self._default_picture(name, value) if name in PICTURES else value
+                row[name] = self._default_picture(name, value, decode) if name in PICTURES else value
         if self.masks == "image" and row.get("image") is not None:
             whole = row["image"]
             row |= {"image": whole[..., :3], "mask": np.repeat(whole[..., 3:], 3, axis=2)}
@@ -287,12 +292,12 @@ class Prompts(Source):
             return f"comfy.{self.masks}"
         return self.pixels
 
-    def _default_picture(self, name: str, path: str) -> Pixels:
+    def _default_picture(self, name: str, path: str, opener: Callable[..., Opened]) -> Opened:
         """The picture of rows that have none. Raises RowError."""
         folder, _, file = str(path).rpartition("/")
         try:
             with files.at(folder or ".").open(file, self.follow_links) as opened:
-                return decode(opened, self.max_pixels, self._way(name))
+                return opener(opened, self.max_pixels, self._way(name))
         except RowError as error:
             raise RowError(f"{name} {path!r} of source.defaults: {error}") from error
 
