@@ -53,6 +53,31 @@ def from_dicts(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(defaults(rows), schema=BATCH_SCHEMA)
 
 
+def plain_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """Its rows as Python values. Dates and times that Python doesn't have are text."""
+    try:
+        found: list[dict[str, Any]] = table.to_pylist()
+    except (ValueError, OverflowError):
+        columns = [[_plain(value) for value in column] for column in table.columns]
+        found = [dict(zip(table.column_names, row)) for row in zip(*columns)]
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """An Arrow scalar as a Python value."""
+    try:
+        return value.as_py()
+    except (ValueError, OverflowError):
+        if isinstance(value, pa.MapScalar):
+            return [(_plain(pair[0]), _plain(pair[1])) for pair in value.values]
+        if isinstance(value, pa.StructScalar):
+            return {field.name: _plain(value[at]) for at, field in enumerate(value.type)}
+        if hasattr(value, "values"):  # a list of any kind
+            return [_plain(inside) for inside in value.values]
+        text: str = value.cast(pa.string()).as_py()
+        return str(value.value) if text.startswith("<") else text  # Arrow has no words for years of six digits
+
+
 def shape_key(batch: pa.Table) -> str:
     """Names what must agree for two batches to be stacked: the schema. Rows of one key can share a batch."""
     text = "|".join(f"{f.name}:{f.type}:{sorted((f.metadata or {}).items())}" for f in batch.schema)

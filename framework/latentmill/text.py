@@ -20,6 +20,20 @@ def escaped(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def unescaped(text: str) -> str:
+    r"""What ``escaped`` made ``text`` of, but for bytes that are no text, and ``\n``, ``\r`` and ``\t``, as which paths of Windows look.
+
+    >>> unescaped("a\\u202fb\\x41") == "a\u202fb\\x41"  # nobody escapes an A
+    True
+    """
+
+    def known(found: re.Match[str]) -> str:
+        letter = found[0].encode().decode("unicode_escape")
+        return letter if escaped(letter) == found[0] and not "\ud800" <= letter <= "\udfff" else found[0]
+
+    return re.sub(r"\\(?:x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})", known, text)
+
+
 def one_line(said: object, most: int = 1000) -> str:
     r"""What a stranger says, as one line of at most ``most`` characters: a line break is a blank, the rest as ``escaped``.
 

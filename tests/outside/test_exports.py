@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import tarfile
 
 import datasets
 import numpy as np
@@ -236,6 +237,49 @@ def test_a_picture_is_called_what_it_is_called(trainers):
         os.link(trainers.pictures / "a b.png", trainers.pictures / name)
     found = files(trainers.export(trainers.own("sd"), "comfyui"))
     assert {"shot 1.00\u202fAM.latent", "two\nlines.latent", "caf\\udce9.latent"} < {*found}
+
+
+def test_an_id_with_escapes_is_the_path_that_it_was_made_of(trainers):
+    """The narrow blank of a screenshot's name; but a backslash that a name has is no escape."""
+    for name in ("shot 1.00\u202fAM\xa0.png", "cats\\tom.png"):
+        os.link(trainers.pictures / "a b.png", trainers.pictures / name)
+    found = files(trainers.export(trainers.own("sd", "source.id_column=path", "source.keep=[]"), "comfyui"))
+    assert {"shot 1.00\u202fAM\xa0.latent", "cats\\tom.latent", "cats/tom.latent"} < {*found}
+
+
+def test_dates_that_python_does_not_have_go_out_as_text(trainers):
+    far, day = pa.array([2**30, 1], pa.date32()), pa.date32()
+    columns = {
+        "at": far,
+        "ns": pa.array([1, None], pa.timestamp("ns")),
+        "utc": pa.array([1 << 60, None], pa.timestamp("us", "UTC")),
+        "inside": pa.array([[{"x": [("k", 2**30)]}], None], pa.list_(pa.struct({"x": pa.map_(pa.string(), day)}))),
+    }
+    names = ["a b.png", "cats/tom.png"]
+    table = {"image": [f"{trainers.pictures.name}/{name}" for name in names], "file": names, **columns}
+    pq.write_table(pa.table(table), trainers.root / "list.parquet")
+    job = ("source=prompts", f"source.path={trainers.root / 'list.parquet'}", f"source.keep=[file,{','.join(columns)}]")
+    said = [
+        {"at": "1073741824", "ns": "1970-01-01 00:00:00.000000001", "utc": "-27032-08-17 21:30:06.846976Z", "inside": [{"x": [["k", "1073741824"]]}]},
+        {"at": "1970-01-02", "ns": None, "utc": None, "inside": None},
+    ]  # fmt: skip
+    output = trainers.own("sd", *job)
+    for tar in (
+        trainers.export(output, "energon,comfyui") / "energon/shard_000000.tar",
+        trainers.own("sd", *job, "sink=webdataset", output="tars") / "data/00000.tar",
+    ):
+        with tarfile.open(tar) as file:
+            texts = [json.load(file.extractfile(f"00000000{n}-000.json")) for n in range(2)]
+        assert [{name: text[name] for name in columns} for text in texts] == said
+
+
+def test_a_latent_that_half_precision_does_not_hold_is_named(trainers):
+    output = trainers.encode("sd", "vae.scale=20000")
+    assert trainers.latentmill("export", output, trainers.root / "export", "--to", "mds") == 2
+    [line] = trainers.latentmill.err.splitlines()
+    assert line == (
+        "latentmill: row 000000000-000: a latent of 100000 is more than float16 holds, as which the format stores them"
+    )
 
 
 def test_a_name_may_be_as_long_as_a_disk_takes_it(trainers):

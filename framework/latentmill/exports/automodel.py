@@ -34,11 +34,8 @@ def _about(row: ExportRow) -> dict[str, Any]:
 
 
 def _files(row: ExportRow) -> Mapping[str, bytes]:
-    import torch
-
-    latent = row.tensors["latents"].to(torch.float16)
     about = {"crop_offset": list(row.crop_offset), **_about(row)}
-    return {_path(row): pt({"latent": latent, **_text(row), **about})}
+    return {_path(row): pt({"latent": row.half(), **_text(row), **about})}
 
 
 def _text(row: ExportRow) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from latentmill.exports.formats import ExportFormat, ExportRow
 from latentmill.exports.rows import picture_name, require_short, resolutions_of
 from latentmill.plan import Plan
 from latentmill.plugin import Source
-from latentmill.text import escaped
+from latentmill.text import escaped, unescaped
 
 ANY_SIDE = 64
 """The size of a picture that stands for all where none is read."""
@@ -59,7 +59,7 @@ def _look_for_twice(
     def called(id: str) -> str:
         name = picture_name(id) or id
         for each in by_name if on_disk else ():
-            require_short(_path(each, 0, side, name), escaped(id))
+            require_short(_path(each, 0, side, unescaped(name)), escaped(id))
         return name
 
     twice = ids.find_twice(source, plan.fragments, called)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from latentmill.errors import ExportError
 from latentmill.exports.spaces import VAEFamily
 from latentmill.exports.texts import TextFamily
 
@@ -80,6 +81,16 @@ class ExportRow:
     def scaled(self, column: str = "latents") -> npt.NDArray[Any]:
         """A column's tensor as a denoiser sees it, float32 ``[C, h, w]``: ``(z - shift) * scale``, as it is stored."""
         return self.tensors[column].float().numpy()
+
+    def half(self) -> Tensor:
+        """The latents, scaled, in float16. Raises ExportError if that doesn't hold one of them."""
+        found = self.tensors["latents"].half()
+        if not bool(found.isfinite().all()):
+            most = float(self.tensors["latents"].abs().max())
+            raise ExportError(
+                f"row {self.row_id}: a latent of {most:g} is more than float16 holds, as which the format stores them"
+            )
+        return found
 
     def raw(self, column: str = "latents") -> npt.NDArray[Any]:
         """The same as the VAE gave it, neither shifted nor scaled, float32."""
@@ -226,7 +237,7 @@ def jsonable(value: Any) -> Any:
         return base64.b64encode(value).decode()
     if isinstance(value, dict):
         return {str(name): jsonable(inside) for name, inside in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):  # of a map pairs
         return [jsonable(inside) for inside in value]
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 

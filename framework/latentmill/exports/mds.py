@@ -47,7 +47,7 @@ class MDSShard:
     def add(self, row: ExportRow) -> None:
         import numpy as np
 
-        latents = row.scaled().astype(np.float16)
+        latents = row.half().numpy()
         width, height = row.bucket
         values: dict[str, Any] = {"caption": row.prompt, "id": row.row_id, "width": width, "height": height}
         values |= {"latents": latents.tobytes(), "latents_shape": list(latents.shape)}

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from latentmill.batch import CONDITIONING, PROMPT_PREFIX
+from latentmill.batch import CONDITIONING, PROMPT_PREFIX, plain_rows
 from latentmill.buckets import SIZE_COLUMNS
 from latentmill.dataset import Dataset
 from latentmill.errors import ExportError, RowError, RunError
@@ -23,7 +23,7 @@ from latentmill.plan import Plan
 from latentmill.plugin import tensors
 from latentmill.shards import data_name
 from latentmill.sources.images import SUFFIXES
-from latentmill.text import escaped
+from latentmill.text import escaped, unescaped
 
 NAMED_BY = ("file", "id")
 """Columns that say what a picture is called, the first that a dataset has: ``source.keep=[file]``, ``source.id_column=path``."""
@@ -63,6 +63,12 @@ class ExportSource:
         self.of_size = of_size(plan)
 
     @cached_property
+    def escaped(self) -> bool:
+        """Whether the names are paths with escapes: ids of pictures, which seeds hang on."""
+        source = self.there.plan.config["source"]
+        return (self.names, source["name"], source.get("id_column")) == ("id", "images", "path")
+
+    @cached_property
     def text(self) -> StoredText | None:
         """What the first row has of encodings of its prompt; None if the dataset has none. Raises RunError if it can't be read."""
         names = [name for name in self.columns if name.startswith(PROMPT_PREFIX)]
@@ -95,11 +101,12 @@ class ExportSource:
 
     def _rows(self, table: pa.Table) -> Iterator[ExportRow]:
         held = {f.name: tensors.shared(table, f.name) for f in table.schema if tensors.is_tensor(f)}
-        for at, columns in enumerate(table.drop_columns([*held]).to_pylist()):
+        for at, columns in enumerate(plain_rows(table.drop_columns([*held]))):
             row_id = columns["row_id"]
             source_row, _, sample = row_id.partition("-")
             number = int(source_row) * self.there.plan.samples_per_row + int(sample)
             picture = columns[self.names] if self.names is not None else row_id
+            picture = unescaped(picture) if self.escaped else picture
             of_row = {name: values[index[at]] for name, (values, index) in held.items()}
             text = self.text.family if not held.keys().isdisjoint(TEXTS) and self.text else None
             name, resolution = self._name(picture, row_id), self.resolutions[int(sample) % len(self.resolutions)]

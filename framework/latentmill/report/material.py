@@ -124,10 +124,16 @@ def _choose(groups: Sequence[list[Any]], most: int) -> Iterator[list[Any]]:
         yield [group[at] for at in evenly(len(group), count)]
 
 
+CAPTION_COLUMNS = "row_id", "prompt", "psnr"
+"""Columns that stand below a picture."""
+
+
 def tiles(table: pa.Table) -> Iterator[Tile]:
     """The pictures of a table of rows, with what is written below them."""
     images = tensors.from_arrow(table, "image").numpy()
-    for pixels, row in zip(images, table.drop_columns(["image"]).to_pylist()):
+    for pixels, row in zip(
+        images, table.select([name for name in CAPTION_COLUMNS if name in table.column_names]).to_pylist()
+    ):
         caption = row["prompt"] or row["row_id"]
         if row.get("psnr") is not None:
             caption += f" ({row['psnr']:.1f} dB)"

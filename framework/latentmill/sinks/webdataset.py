@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from latentmill import failpoints
-from latentmill.batch import CONDITIONING, ENCODER_KEY, LATENTS, SPACED, SPEC_KEY, STATE_PREFIX
+from latentmill.batch import CONDITIONING, ENCODER_KEY, LATENTS, SPACED, SPEC_KEY, STATE_PREFIX, plain_rows
 from latentmill.fields import meaning
 from latentmill.plugin import OpenSideFile, RowError, Sink, TensorSpec, tensors
 from latentmill.sinks.picture_files import PictureFiles, decode
@@ -78,7 +78,7 @@ class WebDataset(Sink):
     def pack(self, batch: pa.Table) -> pa.Table:
         plain = [field.name for field in batch.schema if not tensors.is_tensor(field)]
         table = batch.select(plain).replace_schema_metadata()
-        files = [self._texts(row) for row in table.to_pylist()]
+        files = [self._texts(row) for row in plain_rows(table)]
         for field in batch.schema:
             if not tensors.is_tensor(field):
                 continue
@@ -320,7 +320,7 @@ def _finite(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {name: _finite(inside) for name, inside in value.items()}
-    return [_finite(inside) for inside in value] if isinstance(value, list) else value
+    return [_finite(inside) for inside in value] if isinstance(value, (list, tuple)) else value
 
 
 def _as_text(value: Any) -> str:
