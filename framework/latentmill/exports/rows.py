@@ -151,9 +151,10 @@ def resolutions_of(config: Mapping[str, Any]) -> list[int]:
 
 def of_size(plan: Plan) -> frozenset[str]:
     """The columns that say what a ``size`` did: the job's, or that of the job whose latents it kept them with."""
-    kept = plan.columns.kept if plan.config["source"]["name"] == "latents" else ()
-    made = SIZE_COLUMNS if plan.config.get("size") is not None else (of for of in SIZE_COLUMNS if of in kept)
-    return frozenset(of.name for of in made)
+    kept = plan.columns.kept
+    if plan.config.get("size") is not None:
+        return frozenset({of.name for of in SIZE_COLUMNS} - {*kept.names})
+    return frozenset(of.name for of in SIZE_COLUMNS if of in kept and plan.config["source"]["name"] == "latents")
 
 
 def named_by(names: str | None, columns: Sequence[str], where: str) -> str | None:
