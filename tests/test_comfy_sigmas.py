@@ -90,6 +90,15 @@ def test_a_picture_of_a_batch_has_a_part_of_one_draw():
         assert torch.equal(noise.start_of_comfy(7, (4, 8, 6), k), batch[k])
 
 
+def test_pictures_that_are_chosen_from_a_batch_are_drawn_one_by_one():
+    """As ComfyUI draws them; of multiples of 16 numbers that is the same."""
+    for shape in ((4, 8, 6), (4, 13, 5)):
+        generator = torch.Generator().manual_seed(7)
+        drawn = [torch.randn((1, *shape), generator=generator)[0] for _ in range(3)]
+        assert all(torch.equal(noise.each_of_comfy(7, shape, k), drawn[k]) for k in range(3))
+        assert torch.equal(noise.start_of_comfy(7, shape, 1), drawn[1]) == (shape == (4, 8, 6))
+
+
 @pytest.mark.parametrize(("shape", "index"), [((4, 8, 6), 9000), ((3, 5, 7), 12000), ((1, 2, 3), 2), ((1, 2, 3), 7)])
 def test_what_comes_before_a_picture_is_drawn_in_pieces(shape, index):
     """Of a draw of any length, to its last picture: the same numbers."""

@@ -142,6 +142,8 @@ OF_KIND: Mapping[str, tuple[RowField, ...]] = MappingProxyType(
     }
 )
 """The fields of ours that plugins of a kind go by."""
+OF_ROW = "seed", "row"
+"""A key of a stage's ``sampling`` with what it says where the stage has the row's own seed, and none hashed from that."""
 NO_FIELDS = "until", "first_noise"
 """Keys of ``sampling`` that are no fields, and that a stage may say for itself."""
 
@@ -170,11 +172,11 @@ def of_stage(
         at = f"stages.{stage.name}.sampling.{key}"
         if key not in read and not (key in NO_FIELDS and "denoiser" in stage.needs):
             raise ValueError(f"there is no key {at}{near(key, read)}: stage {stage.name} doesn't read it")
-        if key in read and value is not None:
+        if key in read and value is not None and (key, value) != OF_ROW:
             parse(read[key], value, at)
     of_rows = {*BY_NAME, *(field.name for field in beside)}
     for name, of in read.items():
-        default = scheduler if name == "scheduler" else own.get(name)
+        default = scheduler if name == "scheduler" else None if (name, own.get(name)) == OF_ROW else own.get(name)
         if default is None and name not in of_rows:
             default = of.default
         about = {each.name: getattr(of, each.name) for each in fields(RowField)}

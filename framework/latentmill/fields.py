@@ -209,7 +209,7 @@ JOB = (
     RowField(
         "first_noise",
         pa.string(),
-        "where the first noise comes from: latentmill, diffusers or comfy, or none",
+        "where the first noise comes from: latentmill, diffusers, comfy or comfy_each, which draws pictures of a batch one by one, or none",
         default="latentmill",
     ),
 )
@@ -226,13 +226,13 @@ NOISE_INDEX = RowField(
 """A field of rows that begin with ComfyUI's noise, and of no others."""
 
 
-FROM_COMFY = "comfy", "none"
+FROM_COMFY = "comfy", "comfy_each", "none"
 """Of ``first_noise``, with which rows begin as ComfyUI's."""
 
 
 def of_first_noise(sampling: Mapping[str, Any]) -> Mapping[str, RowField]:
     """The fields, by name, that rows have for the sake of where their first noise comes from."""
-    return {NOISE_INDEX.name: NOISE_INDEX} if sampling.get("first_noise") == "comfy" else {}
+    return {NOISE_INDEX.name: NOISE_INDEX} if sampling.get("first_noise") in ("comfy", "comfy_each") else {}
 
 
 BY_NAME: Mapping[str, OwnField] = {field.name: field for field in (*OWN_FIELDS, *SOMETIMES)}

@@ -178,6 +178,16 @@ def test_batches_that_are_repeated_and_chosen_from(job):
     assert job(workflow)["source"]["rows"] == [{"seed": 7, "noise_index": k} for k in (3, 4)]
     config = job(workflow, "source.path=a.csv", "map.2.text=prompt")
     assert (config["samples_per_row"], config["source"]["defaults"]) == (2, {"noise_index": 3})
+    assert config["sampling"]["first_noise"] == "comfy_each"
+    again = {
+        "_22": node("VAEEncode", pixels=["6", 0], vae=["1", 2]),
+        "_23": node("KSampler", **TEXT_TO_IMAGE["5"]["inputs"] | {"latent_image": ["22", 0]}),
+        "_24": node("VAEDecode", samples=["23", 0], vae=["1", 2]),
+        "_7": {"images": ["24", 0]},
+    }
+    assert "node 22 VAEEncode: behind LatentFromBatch of other than the first" in job(with_changes(workflow, **again))
+    config = job(with_changes(workflow, _21={"batch_index": 0}, **again))
+    assert [of["sampling"]["first_noise"] for of in (config, config["stages"]["refine"])] == ["comfy_each", "comfy"]
     behind = with_changes(
         TEXT_TO_IMAGE, _20=node("RepeatLatentBatch", samples=["5", 0], amount=2), _6={"samples": ["20", 0]}
     )

@@ -99,6 +99,8 @@ def _config(name: str, recipes: Sequence[Recipe], options: Options, rest: Sequen
         stage, _, field = key.rpartition(".")
         if field not in IN_ROWS:
             (stages[stage]["sampling"] if stage else sampling)[field] = setting.value
+    for stage in first.shared if given else ():
+        stages[stage]["sampling"]["seed"] = "row"
     if options.tokenizers is not None:
         for each in (config, *stages.values()):
             if "text_encoder" in each:
@@ -138,7 +140,7 @@ def _noises(made: Recipe) -> list[str]:
     """The stages that add noise, as ``refine.``, and the job's own, without a name."""
     drawn = [name.removesuffix("seed") for name in made.rows if name.rpartition(".")[2] == "seed"]
     of = {stage: made.config["stages"][stage.rstrip(".")] if stage else made.config for stage in drawn}
-    return [stage for stage, config in of.items() if config["sampling"]["first_noise"] == "comfy"]
+    return [stage for stage, config in of.items() if config["sampling"]["first_noise"] != "none"]
 
 
 def _source(made: Recipe, options: Options, rest: Sequence[str]) -> dict[str, Any]:
@@ -158,8 +160,11 @@ def _source(made: Recipe, options: Options, rest: Sequence[str]) -> dict[str, An
     pictures = {name: made.rows[name] for name in ("image", "mask") if name in made.rows}
     defaults |= {name: f"{options.input_folder()}/{of.value}" for name, of in pictures.items() if of.column is None}
     if options.seed == "workflow":
+        shared = [f"{stage}.seed" for stage in made.shared]
         seeds = {name: setting for name, setting in made.rows.items() if name.rpartition(".")[2] == "seed"}
-        defaults |= {name: setting.value for name, setting in seeds.items() if setting.column is None}
+        defaults |= {
+            name: setting.value for name, setting in seeds.items() if setting.column is None and name not in shared
+        }
     if made.batch.start:
         defaults |= {f"{stage}noise_index": made.batch.start for stage in _noises(made)}
     prompt = made.rows.get("prompt")

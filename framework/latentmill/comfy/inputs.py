@@ -111,7 +111,8 @@ class Inputs:
             found = self._linked.get(name)
             if not isinstance(found, Setting):
                 raise self.refuse(f"{name} is linked to what is no value")
-            value, column, place = found.value, column or found.column, found.place or place
+            value, place = found.value, (found.place if column is None else None) or place
+            column = column or found.column
         return Setting(self._read(name, value, kind), column, place)
 
     def _read(self, name: str, value: Any, kind: type[Any]) -> Any:

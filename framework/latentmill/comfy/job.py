@@ -44,6 +44,8 @@ class Recipe:
     """Keys of the job: flow, parts, stages."""
     rows: dict[str, Setting] = field(default_factory=dict)
     """What may differ from row to row, by the names that a source's rows have for it: ``seed``, ``steps``, ``refine.steps``."""
+    shared: list[str] = field(default_factory=list)
+    """Stages whose seed one node gives with the first one's: of other fields that it gives, they have the row's."""
     batch: range = range(1)
     """Pictures of a row, by their numbers in ComfyUI's batch."""
     texts: dict[str, Setting] = field(default_factory=dict)
@@ -129,7 +131,10 @@ class _Writer:
         )
         floats = {"float_pictures": True} if made_again else {}
         self.made.config = {**model, **self.parts, "flow": self.flow, **floats}
-        once = {name: [of.place] for name, of in self.made.rows.items() if of.place is not None}
+        once: dict[str, list[tuple[str, str]]] = {}
+        for name, of in self.made.rows.items():
+            if of.place is not None and [of.place] not in once.values():
+                once[name] = [of.place]
         self.made.places, self.made.notices = {**once, **self.texts.places}, self.texts.notices
         if self.sampling:
             self.made.config["sampling"] = self.sampling
@@ -182,6 +187,11 @@ class _Writer:
             self.made.masks = [each.mask.channel, *each.mask.changes] if each.mask.changes else each.mask.channel
             if each.mask.channel != "image":
                 self.made.rows["mask"] = each.mask.image
+        if self.made.batch.start and any(of.noise.added for of in samplers):
+            raise RefusedError(
+                each.node,
+                "behind LatentFromBatch of other than the first pictures it is not supported before noise is added: ComfyUI counts them anew",
+            )
         both = bool(samplers) and not self.samplers  # pictures and texts in one stage
         if both:
             self._text_encoder(samplers[0])
@@ -221,7 +231,8 @@ class _Writer:
         named = SAMPLERS[each.sampler.name]
         grid = {"name": "comfy", **sigmas.settings, **named.grid, **(named.of_steps if sigmas.by_sampler else {})}
         scheduler = {"name": "comfy", "sampler": each.sampler.name, **each.sampler.settings, "grid": grid}
-        noise = "comfy" if each.noise.added else "none"
+        counted = next((of for of in reversed(_line(each)) if isinstance(of, (FromBatch, Encoded))), None)
+        noise = "none" if not each.noise.added else "comfy_each" if isinstance(counted, FromBatch) else "comfy"
         self._check(each)
         own = {"steps": sigmas.steps, "guidance_scale": guider.cfg, "strength": sigmas.denoise}
         if (told := guider.positive.guidance or self._unsaid_guidance(each)) is not None:
@@ -233,7 +244,12 @@ class _Writer:
             negative = {} if guider.negative is None else {"negative_prompt": Setting("")}
             rows |= own | negative
             return
-        rows |= {f"{stage}.{name}": of for name, of in own.items()}
+        for name, of in own.items():
+            shared = name in rows and of.column is None and of.place is not None and of.place == rows[name].place
+            if shared and name == "seed":
+                self.made.shared.append(stage)
+            if not shared or name == "seed":
+                rows[f"{stage}.{name}"] = of
         changed: dict[str, Any] = {"sampling": {"first_noise": noise}}
         changed |= {
             name: of for name, of in (("denoiser", denoiser), ("scheduler", scheduler)) if of != self.parts[name]

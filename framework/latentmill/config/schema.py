@@ -14,7 +14,7 @@ from latentmill.buckets import Size
 from latentmill.fields import IN_JOB, of_first_noise, python_type
 from latentmill.plugin import RowField
 
-FIRST_NOISE = ("latentmill", "diffusers", "comfy", "none")
+FIRST_NOISE = ("latentmill", "diffusers", "comfy", "comfy_each", "none")
 
 ON_ERROR = ("quarantine", "stop")
 PLACEMENTS = ("auto", "split", "fused")

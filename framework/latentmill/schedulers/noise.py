@@ -43,6 +43,14 @@ def start_of_comfy(seed: int, shape: tuple[int, ...], index: int = 0) -> Tensor:
     return torch.randn((index + 1) * size - before, generator=generator)[-size:].reshape(shape)
 
 
+def each_of_comfy(seed: int, shape: tuple[int, ...], index: int = 0) -> Tensor:
+    """The same where ComfyUI is told which of a batch a picture is: those before it are draws of their own."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    for _ in range(index):
+        torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=generator)
+
+
 def between(seed: int, t: float, s: float, shape: tuple[int, ...]) -> Tensor:
     """The noise of a row's step from time ``t`` to time ``s``: unit normal, float32, of ``shape``."""
     return _draw(b"between", seed, struct.pack("<dd", t, s), shape)

@@ -18,6 +18,7 @@ DRAWN_FOR: Mapping[str, Callable[[int, tuple[int, ...], int], Tensor]] = {
     "latentmill": lambda seed, shape, _: noise.start(seed, shape),
     "diffusers": lambda seed, shape, _: noise.start_of_diffusers(seed, shape),
     "comfy": noise.start_of_comfy,
+    "comfy_each": noise.each_of_comfy,
     "none": lambda seed, shape, _: torch.zeros(shape),
 }
 """By ``sampling.first_noise``, of a row's seed, its latents' shape, and its picture's place in a batch."""

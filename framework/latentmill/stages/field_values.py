@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from latentmill.columns import Columns
+from latentmill.columns import OF_ROW, Columns
 from latentmill.fields import BY_NAME, FROM_COMFY, NOISE_INDEX, parse
 from latentmill.identity import row_seed, stage_seed
 from latentmill.plugin import RowError, RowField, StageContext
@@ -26,22 +26,24 @@ class FieldValues:
         self.scheduler = str(choice["name"]) if denoise else ""
         """Of rows that name none."""
         self.seeds: list[tuple[int, str, bool, bool]] = []
-        """Of each stage with a seed where that stands among ``columns``, whether its noise must be other than the row's, and than that
-        of the pictures of its batch."""
+        """Of each stage with a seed where that stands among ``columns``, whether it is hashed from the row's, and whether its noise must
+        be other than that of the pictures of its batch."""
         names, halfway = [field.name for field in columns.fields], False
         self.indices = [at for at, name in enumerate(names) if name.rpartition(".")[2] == NOISE_INDEX.name]
         for stage in context.after:
             if f"{stage.name}.seed" in names:
                 anew = stage.name in denoise[1:] and not halfway
-                alone = anew and self._first_noise(context, stage.name) not in FROM_COMFY
-                self.seeds.append((names.index(f"{stage.name}.seed"), stage.name, anew, alone))
+                alone = anew and self._said(context, stage.name, "first_noise") not in FROM_COMFY
+                hashed = anew and ("seed", self._said(context, stage.name, "seed")) != OF_ROW
+                self.seeds.append((names.index(f"{stage.name}.seed"), stage.name, hashed, alone))
             halfway = "time" in stage.added() or (halfway and "time" not in stage.drops)
 
     @staticmethod
-    def _first_noise(context: StageContext, stage: str) -> Any:
+    def _said(context: StageContext, stage: str, key: str) -> Any:
+        """What a stage's ``sampling`` says, or else the job's."""
         stages = context.plan.config.get("stages", {}) if context.plan is not None else {}
-        own = stages.get(stage, {}).get("sampling", {}).get("first_noise")
-        return context.sampling.get("first_noise") if own is None else own
+        own = stages.get(stage, {}).get("sampling", {}).get(key)
+        return context.sampling.get(key) if own is None else own
 
     def of(self, field: RowField, found: Mapping[str, Any]) -> Any:
         """A row's own value, or else the job's, or else the field's. None where it may be. Raises RowError."""
@@ -86,9 +88,9 @@ class FieldValues:
         found = list(values["beside"])
         for at in self.indices if index else ():
             found[at] = pa.array([parse(NOISE_INDEX, found[at][0].as_py() + index)], NOISE_INDEX.type)
-        for at, stage, anew, alone in self.seeds:
+        for at, stage, hashed, alone in self.seeds:
             given = values[f"{stage}.seed"]
-            own = drawn(given) if given is not None else stage_seed(seed, stage) if anew else seed
+            own = drawn(given) if given is not None else stage_seed(seed, stage) if hashed else seed
             own = row_seed(0, "", index, own) if alone else own
             found[at] = pa.array([own], pa.uint64())
         return found
