@@ -74,6 +74,20 @@ def test_a_dataset_that_is_there_stays_as_it_is(latentmill, words, tmp_path):
     assert files(tmp_path) == before
 
 
+def test_what_a_run_refuses_at_once_stands_in_the_way(latentmill, words, tmp_path):
+    out = tmp_path / "disk" / "out"
+    words += ["cluster=inline", "samples_per_row=1", "sampling.steps=1"]
+    assert latentmill("run", *words) == 0
+    (tmp_path / "strange" / "data").mkdir(parents=True)
+    (tmp_path / "strange" / "data" / "mine.parquet").write_bytes(b"PAR1")
+    before = files(tmp_path)
+    for more in (["sampling.steps=2"], ["export={to: [nothing], folder: /e}"], [f"output={tmp_path / 'strange'}"]):
+        assert latentmill("run", *words, *more) == 2, more
+        refused = latentmill.err
+        assert (latentmill("doctor", *words, *more), latentmill.err) == (2, refused), more
+    assert files(tmp_path) == before and out.exists()
+
+
 def test_an_output_that_is_in_the_way_and_gpus_that_are_not_there(latentmill, words, tmp_path):
     (tmp_path / "disk" / "out").mkdir()
     (tmp_path / "disk" / "out" / ".tmp").write_text("a file\n")

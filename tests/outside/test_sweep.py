@@ -127,3 +127,47 @@ def test_a_job_that_fails_stops_no_other(latentmill, prompts, tmp_path):
     assert not (tmp_path / "out/on_error=stop/_SUCCESS").exists()
     assert pq.read_table(tmp_path / "out/on_error=quarantine/data").num_rows == 3
     assert Path(tmp_path / "out/contact_sheet.png").exists()
+
+
+SOURCE = """
+import signal
+from pathlib import Path
+from latentmill.sources.prompts import Prompts
+
+class Told(Prompts):
+    def __init__(self, path: str, told: str = ""):
+        super().__init__(path)
+        self.told, self.out = told, Path(path).parent / "out" / f"told={told}"
+
+    def fragments(self):
+        if self.told == "ctrl-c":
+            signal.raise_signal(signal.SIGINT)
+        if self.told == "in-the-way":
+            self.out.parent.mkdir(exist_ok=True)
+            self.out.write_text("")
+        return super().fragments()
+"""
+
+
+def test_ctrl_c_and_a_disk_as_a_job_is_planned(latentmill, install, prompts, tmp_path):
+    """What the disk says ends that job alone; Ctrl-C ends all, and how many are done is said."""
+    install("acme", "[latentmill.sources]\ntold = acme_told:Told\n", acme_told=SOURCE)
+    job = ("run", "txt2img", "-m", *TINY, "source.name=told", prompts, f"output={tmp_path}/out")
+    assert latentmill(*job, "+source.told=in-the-way,a,ctrl-c,b") == 130, latentmill.said
+    assert "stopped: 1 of 4 jobs are done" in latentmill.said and "before anything was begun" not in latentmill.said
+    assert (tmp_path / "out/told=a/_SUCCESS").exists() and not (tmp_path / "out/told=b").exists()
+
+
+def test_a_long_name_is_cut_by_bytes_and_does_not_hang_on_other_jobs(latentmill, prompts, tmp_path):
+    def folders(*values):
+        given = "sampling.negative_prompt=" + ",".join(f"'{value}'" for value in values)
+        assert latentmill(*job, given) == 0, latentmill.said
+        lines = [line for line in latentmill.said.splitlines() if line.startswith("output: ")]
+        return [line.rpartition("/")[2] for line in lines]
+
+    job = ("run", "txt2img", "-m", "--cfg", "job", *TINY, prompts, f"output={tmp_path}/out")
+    long = ["a" * 300, "漢" * 119, "漢" * 70]
+    one, two, three = folders(*long, "x")[:3]
+    assert folders("y", *reversed(long))[1:] == [three, two, one]
+    assert len({one, two, three}) == 3 and all(len(name.encode()) <= 140 for name in (one, two))
+    assert three == "negative_prompt=" + "漢" * 70, "what fits stays what it was"
