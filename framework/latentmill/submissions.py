@@ -17,6 +17,8 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, cast
 
+import yaml
+
 from latentmill import dataset, registry, storage, values
 from latentmill.config import Job, load_job
 from latentmill.config.target import PREFIX, load_target, settled
@@ -98,6 +100,9 @@ def prepare(job: str, overrides: Sequence[str], to: str, grow: bool = False) -> 
     target = load_target(to, about_target, job)
     launcher = _launcher(target)
     checked = load_job(job, overrides)
+    written = yaml.safe_load(checked.config)
+    if _leads_from_home(written["output"]):  # what was checked, whatever home is there
+        checked = load_job(job, [*overrides, f"output={values.literal(checked.output)}"])
     if not (storage.in_bucket(checked.output) or os.path.isabs(checked.output)):
         if launcher.shares_files:
             checked = load_job(job, [*overrides, f"output={values.literal(os.path.abspath(checked.output))}"])
@@ -107,6 +112,11 @@ def prepare(job: str, overrides: Sequence[str], to: str, grow: bool = False) -> 
                 "the root that every node sees, as output=/shared/out/my-job, or a URL, as output=s3://bucket/my-job"
             )
     if not launcher.shares_files:
+        for key, path in _from_home(written):
+            raise JobError(
+                f"{key}={path} leads from your home, and --to {to} runs the job where that is another folder: write a path from "
+                "the root that every node sees, or a URL"
+            )
         for key, path in _relative_paths(checked):
             raise JobError(
                 f"{key}={path} is relative, and --to {to} runs the job where that is another folder: write a path from the root "
@@ -304,6 +314,21 @@ def _folders(job: Job) -> dict[str, str]:
     """Folders beside the output that a job writes, by key."""
     folders = {"export.folder": (job.export or {}).get("folder"), "prompt_cache": job.prompt_cache}
     return {key: folder for key, folder in folders.items() if folder}
+
+
+def _leads_from_home(text: Any) -> bool:
+    return isinstance(text, str) and re.match(r"~\w*/", text) is not None
+
+
+def _from_home(config: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Keys of a job's config whose values begin with ``~/``; its output is sent as it was checked, and texts of prompts are none."""
+    if isinstance(config, (dict, list)):
+        for name, value in config.items() if isinstance(config, dict) else enumerate(config):
+            here = f"{key}.{name}".lstrip(".")
+            if here != "output" and "sampling" not in here.split("."):
+                yield from _from_home(value, here)
+    elif _leads_from_home(config):
+        yield key, config
 
 
 def _relative_paths(job: Job) -> Iterator[tuple[str, str]]:

@@ -100,6 +100,13 @@ def test_what_travels_is_one_file_that_means_the_same(latentmill, desk, tmp_path
     assert json.loads(latentmill.out) == meant
 
 
+def test_an_output_below_home_is_sent_as_it_was_checked(latentmill, desk, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    job = ("submit", "txt2img", "--to", "desk", "--dry-run", "output=~/out", "sampling.prompt=~/a fox")
+    assert latentmill(*job) == 0, latentmill.said
+    assert f"\noutput: {tmp_path}/out\n" in latentmill.out and "prompt: ~/a fox" in latentmill.out
+
+
 def test_what_was_submitted_is_listed_told_and_ended(latentmill, desk):
     assert latentmill("submit", "txt2img", "--to", "desk", "output=/nowhere/out") == 0, latentmill.said
     assert latentmill("jobs", "--json") == 0
@@ -153,6 +160,9 @@ def test_one_that_does_not_answer_is_unknown_and_hides_no_other(latentmill, desk
         (["--to", "desk", "output=/o", "+vae.models=rows.txt"], 2, "vae.models=rows.txt is relative"),
         (["--to", "desk", "output=/o", "prompt_cache=kept"], 2, "prompt_cache=kept is relative"),
         (["--to", "desk", "output=/o", "export={to: [mds], folder: for/training}"], 2, "export.folder=for/training is relative"),
+        (["--to", "desk", "output=/o", "source.path=~/rows.txt"], 2, "source.path=~/rows.txt leads from your home, and --to desk runs"),
+        (["--to", "desk", "output=/o", "prompt_cache=~/kept"], 2, "prompt_cache=~/kept leads from your home"),
+        (["--to", "desk", "output=/o", "+vae.paths=['~/a']"], 2, "vae.paths.0=~/a leads from your home"),
         (["--to", "desk", "output=/o", "sampling.stepz=3"], 2, "there is no key sampling.stepz"),
         (["--to", "../desk", "output=/o"], 2, "the name of a target is expected"),
     ],
