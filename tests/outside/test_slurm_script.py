@@ -167,7 +167,8 @@ def test_it_goes_back_to_the_queue_where_a_retry_may_help(script, tmp_path, code
     asked = folder / "asked"
     for name, does in {
         "latentmill": f"exit {code}",
-        "scontrol": f'[ "$1" = requeue ] && echo >>{str(asked)!r}; echo JobId=1 JobState=RUNNING; exit 1',
+        "scontrol": f'[ "$1" = requeue ] && echo >>{str(asked)!r}; echo JobId=1 JobState=RUNNING',
+        "sleep": "exit 0",
     }.items():
         (commands / name).write_text(f"#!/bin/sh\n{does}\n")
         (commands / name).chmod(0o755)
@@ -183,6 +184,32 @@ def test_it_goes_back_to_the_queue_where_a_retry_may_help(script, tmp_path, code
         if (asked.read_text() if asked.exists() else "") == before:
             break
     assert len(before) + 1 == lives and (folder / "exit_code-0").read_text() == f"{code}\n"
+
+
+@pytest.mark.parametrize("refused", [2, 9])
+def test_slurm_is_asked_again_and_what_became_of_it_is_said(script, tmp_path, refused):
+    """scontrol fails ``refused`` times, as where the controller is busy."""
+    commands, folder = tmp_path / "bin", tmp_path / "a folder"
+    commands.mkdir()
+    folder.mkdir()
+    refuses = (
+        'if [ "$1" = requeue ] || [ $n -le 2 ]; then [ $n -gt REFUSED ] || { echo busy >&2; exit 1; }; fi'.replace(
+            "REFUSED", str(refused)
+        )
+    )
+    for name, does in {
+        "latentmill": "exit 1",
+        "sleep": "exit 0",
+        "scontrol": f"cd {str(tmp_path)!r}; echo >>asked; n=$(wc -l <asked)\n{refuses}\necho JobId=1 JobState=RUNNING",
+    }.items():
+        (commands / name).write_text(f"#!/bin/sh\n{does}\n")
+        (commands / name).chmod(0o755)
+    (folder / "job.sh").write_text(script("cluster=inline", f"target.setup=export PATH={commands}:$PATH"))
+    with (folder / "log-0").open("ab") as log:
+        subprocess.run([BASH, folder / "job.sh"], stdout=log, stderr=log, env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "1"})  # fmt: skip
+    said = (folder / "log-0").read_text()
+    assert ("ended with 1; in the queue again" in said) == (refused == 2), said
+    assert ("ended with 1, and is not in the queue again: busy" in said) == (refused == 9), said
 
 
 @pytest.mark.parametrize("told", [False, True])

@@ -51,8 +51,21 @@ run() { # returns the command's exit code; a trap ends a wait before its time
     return "$code"
 }
 
+slurm() { # what scontrol says, which may be too busy to answer at once
+    local turn said
+    for turn in 1 2 3 4 5 6; do
+        if said=$(scontrol "$@" 2>&1); then
+            echo "$said"
+            return 0
+        fi
+        [ "$turn" = 6 ] || sleep 5
+    done
+    echo "$said"
+    return 1
+}
+
 finish() { # with this exit code, or in the queue again
-    local code=$1 late state failures=0
+    local code=$1 late said='' state='' failures=0
     if [ "$code" = 2 ] && [ "$fewer" ]; then code=4; fi # it may fit on all of them
     if [ "$cluster" ]; then
         kill -USR1 "$cluster" 2>/dev/null # srun hands it on to Ray's nodes, which clean up; of SIGTERM it makes SIGKILL
@@ -66,7 +79,10 @@ finish() { # with this exit code, or in the queue again
         echo "latentmill: there is no $output/_SUCCESS" >&2
         code=1
     fi
-    state=$(scontrol --oneliner show job "$self" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')
+    if [ "$requeue" ] && [ -z "$cancelled" ] && [ "$code" != 0 ]; then
+        said=$(slurm --oneliner show job "$self") || echo "latentmill: scontrol does not answer: $said" >&2
+        state=$(sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p' <<<"$said")
+    fi
     if [ "$requeue" ] && [ -z "$cancelled" ] && [ "$code" != 0 ] && [ "$state" = RUNNING ]; then
         if [ "$drained" ] && [ "$begun" ]; then
             rm -f "$beside/failures-$task"
@@ -77,8 +93,12 @@ finish() { # with this exit code, or in the queue again
             failures=$((retries + 1))
         fi
         if [ "$failures" -le "$retries" ]; then
-            echo "latentmill: ended with $code; in the queue again" >&2
-            scontrol requeue "$self" && sleep 60
+            if said=$(slurm requeue "$self"); then
+                echo "latentmill: ended with $code; in the queue again" >&2
+                sleep 60
+            else
+                echo "latentmill: ended with $code, and is not in the queue again: $said" >&2
+            fi
         fi
     fi
     echo "$code" >"$beside/exit_code-$task"
