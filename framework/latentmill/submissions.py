@@ -335,6 +335,7 @@ def _relative_paths(job: Job) -> Iterator[tuple[str, str]]:
     """Keys of the job whose values are paths that lead from the folder where it runs, and are there in this one."""
     told = {part: getattr(job, part) or {} for part in ("source", "model", "vae", "denoiser", "text_encoder")}
     told |= {f"stages.{name}.{part}": own for name, of in job.stages.items() for part, own in of.own_parts.items()}
+    told |= {f"stages.{name}.settings": of.settings or {} for name, of in job.stages.items()}
     pictures = {key: of for key, of in (told["source"].get("defaults") or {}).items() if key in PICTURES}
     for part, settings in {**told, "source.defaults": pictures}.items():
         for key, value in settings.items():

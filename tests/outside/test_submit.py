@@ -157,6 +157,7 @@ def test_one_that_does_not_answer_is_unknown_and_hides_no_other(latentmill, desk
         (["--to", "desk", "output=/o", "source.path=rows.txt"], 2, "source.path=rows.txt is relative, and --to desk runs"),
         (["--to", "desk", "output=/o", "+source.defaults={image: rows.txt}"], 2, "source.defaults.image=rows.txt is relative"),
         (["--to", "desk", "output=/o", "+stages.denoise.denoiser.path=rows.txt"], 2, "stages.denoise.denoiser.path=rows.txt is relative"),
+        (["--to", "desk", "output=/o", "+stages.denoise.settings.map_path=rows.txt"], 2, "stages.denoise.settings.map_path=rows.txt is relative"),
         (["--to", "desk", "output=/o", "+vae.models=rows.txt"], 2, "vae.models=rows.txt is relative"),
         (["--to", "desk", "output=/o", "prompt_cache=kept"], 2, "prompt_cache=kept is relative"),
         (["--to", "desk", "output=/o", "export={to: [mds], folder: for/training}"], 2, "export.folder=for/training is relative"),
