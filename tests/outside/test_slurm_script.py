@@ -107,8 +107,9 @@ def test_no_value_of_the_environment_is_in_it(script, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (["target.time=00:02:59"], "target.time=00:02:59 must be target.grace, 120 seconds, and 60 more at least"),
         (["target.grace=20"], "target.grace=20 is less than the job's own grace of 30 s"),
-        (["target.time=00:02:00"], "target.time=00:02:00 must be longer than target.grace, 120 seconds"),
+        (["target.time=00:02:00"], "target.time=00:02:00 must be target.grace, 120 seconds"),
         (["target.time=1-0"], None),
         (["target.nodes=0"], "target.nodes must be 1 or more, not 0"),
         (["target.drivers=-1"], "target.drivers must be 1 or more, not -1"),

@@ -18,6 +18,8 @@ from latentmill.plugin import RETRY_CODES, Launcher, LaunchState, StateWord, Sub
 JOB_SCRIPT = "job.sh"
 ANSWERS_WITHIN = 30
 """Seconds that a command of Slurm's may take."""
+EARLY = 60
+"""Seconds that Slurm may give its notice before it is asked to."""
 ASK_EVERY = 2.0
 """Seconds between two looks at a log that is followed."""
 ALWAYS_SENT = ("PATH", "HOME", "USER", "LANG")
@@ -79,9 +81,11 @@ class Slurm(Launcher):
         submission.check_grace(self.grace)
         limit = _seconds(self.time or "")
         if (
-            limit and limit <= self.grace
+            limit and limit < self.grace + EARLY
         ):  # 0 is no limit; it would be told to end as it begins, and begin again for ever
-            raise ValueError(f"target.time={self.time} must be longer than target.grace, {self.grace} seconds")
+            raise ValueError(
+                f"target.time={self.time} must be target.grace, {self.grace} seconds, and {EARLY} more at least"
+            )
         if submission.without_ray and self.nodes > 1:
             raise ValueError(f"cluster=inline is one process: target.nodes must be 1, not {self.nodes}")
         if wrong := [name for name in self.env or [] if not re.fullmatch(r"[A-Za-z_]\w*", name)]:
