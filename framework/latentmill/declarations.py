@@ -6,35 +6,42 @@ from collections.abc import Iterator, Mapping
 from inspect import getattr_static, isabstract
 from typing import Any
 
-from latentmill.plugin import Plugin, RowField, Sink
+from latentmill.plugin import Denoiser, Plugin, RowField, Scheduler, Sink, Stage
 
-OF_NAMES = frozenset("fingerprinted libraries needs takes drops ignores on_cpu parted_by".split())
-"""Attributes that are lists of names; ``adds`` is one of names and of fields."""
-DECLARED = OF_NAMES | {"adds", "row_fields", "suffix", "resources", "noise_schedule"}
+DECLARED: Mapping[type[Plugin], tuple[str, ...]] = {
+    Plugin: ("row_fields", "libraries", "fingerprinted"),
+    Stage: ("needs", "takes", "adds", "drops", "ignores", "resources"),
+    Denoiser: ("noise_schedule", "parted_by"),
+    Scheduler: ("on_cpu",),
+    Sink: ("suffix",),
+}
+"""What the contract has plugins of a kind say of themselves; others may have attributes of these names for themselves."""
 
 
 def wrong_in_class(plugin: type[Plugin]) -> str:
     """What a plugin's class says wrongly; "" if nothing is. What it computes, as a property does, is not asked for."""
-    said = {name: getattr_static(plugin, name) for name in DECLARED if hasattr(plugin, name)}
+    said = {name: getattr_static(plugin, name) for name in _declared(plugin) if hasattr(plugin, name)}
     if issubclass(plugin, Sink) and not isabstract(plugin) and "suffix" not in said:
         said["suffix"] = None
-    return next(
-        _wrong({name: value for name, value in said.items() if callable(value) or not hasattr(value, "__get__")}), ""
-    )
+    computed = {name for name, value in said.items() if hasattr(value, "__get__") and not callable(value)}
+    return next(_wrong({name: value for name, value in said.items() if name not in computed}), "")
 
 
 def wrong_in_object(plugin: Plugin) -> str:
     """The same of what it says once it is built."""
-    return next(
-        _wrong({name: value for name, value in getattr(plugin, "__dict__", {}).items() if name in DECLARED}), ""
-    )
+    said = getattr(plugin, "__dict__", {})
+    return next(_wrong({name: said[name] for name in _declared(type(plugin)) if name in said}), "")
+
+
+def _declared(plugin: type[Plugin]) -> Iterator[str]:
+    return (name for kind, names in DECLARED.items() if issubclass(plugin, kind) for name in names)
 
 
 def _wrong(said: Mapping[str, Any]) -> Iterator[str]:
     for name, value in said.items():
-        if name in OF_NAMES | {"adds"}:
+        if name not in ("row_fields", "suffix", "resources", "noise_schedule"):
             listed = not isinstance(value, str) and hasattr(value, "__iter__")
-            if not listed or (name in OF_NAMES and not all(isinstance(each, str) for each in value)):
+            if not listed or (name != "adds" and not all(isinstance(each, str) for each in value)):
                 yield f"{name} must be a list of names, not {value!r:.80}{' (a comma is missing?)' * isinstance(value, str)}"
         elif name == "row_fields":
             if not isinstance(value, (list, tuple)) or not all(isinstance(each, RowField) for each in value):

@@ -45,6 +45,13 @@ def test_a_declaration_of_the_wrong_form_is_refused(said, install, latentmill, p
         assert line.startswith(f"latentmill: {kind} ") and "wrong" in line and {**STAGES, **SINKS}[said] in line
 
 
+def test_attributes_of_other_kinds_are_a_plugin_s_own(install, latentmill, patches, pictures, tmp_path):
+    said = "def __init__(self):\n        super().__init__()\n        self.needs, self.resources, self.noise_schedule = 'all', None, int"
+    install("acme", "[latentmill.sinks]\nwrong = acme_wrong:Wrong\n", acme_wrong=SINK.format(said=said))
+    job = ("encode", *patches, f"source.path={pictures}", f"output={tmp_path / 'out'}", "sink=wrong")
+    assert latentmill("plan", *job) == 0, latentmill.said
+
+
 DOES = {
     "pass": "stage wrong of acme 1.0 returned rows without the column score, which its `adds` names",
     'batch = batch.append_column("score", pa.array(["a"] * len(batch)))': "stage wrong of acme 1.0 returned score as string, and its `adds` says double",

@@ -48,7 +48,7 @@ class RayJobs(Launcher):
     ) -> None:
         self.address, self.working_dir, self.headers, self.verify = address, working_dir, headers or {}, verify
         self.runtime_env, self.env, self.grace = dict(runtime_env or {}), env or [], grace
-        self.num_cpus, self.resources = num_cpus, resources or {}
+        self.num_cpus, self.resources = num_cpus, resources
 
     def files(self, submission: Submission) -> Mapping[str, str]:
         return {submission.file: submission.text, REQUEST_FILE: json.dumps(self._request(submission), indent=1) + "\n"}
