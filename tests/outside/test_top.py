@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import threading
 import time
 import xml.etree.ElementTree as xml
@@ -156,6 +157,13 @@ def test_several_drivers_are_added_up_and_one_that_says_nothing_is_named(running
     assert latentmill("top", out, "--once") == 0
     assert re.search(r"^gone-8-def: silent for 10 min \d+ s", latentmill.out, re.M)
     assert re.search(r"^elsewhere-7-abc: encode: ", latentmill.out, re.M)
+
+    (out.parent / "left" / "live").mkdir(parents=True)  # by a driver that was killed, whose file nobody takes away
+    shutil.copy(out / "plan.json", out.parent / "left")
+    shutil.copy(out / "live" / "gone-8-def.json", out.parent / "left" / "live")
+    assert latentmill("top", out.parent / "left") == 0
+    assert "no driver works on it now" in latentmill.out
+    assert re.search(r"^gone-8-def: silent for", latentmill.out, re.M)
 
 
 def test_in_a_store_and_while_it_does_not_answer(running, latentmill, store, monkeypatch):

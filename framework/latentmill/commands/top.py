@@ -63,7 +63,8 @@ def _lines(options: Any, store: storage.Storage, found: Sequence[Snapshot]) -> N
     for now in _looks(store, found):
         if now != before:  # drivers say less often how they stand
             console.print(_rendered(options.output, *now))
-        if options.once:
+        silent = [each for each in now[0] if each.silent_for(time.time()) is not None]
+        if options.once or len(silent) == len(now[0]):  # nobody sits here who sees that they say no more
             return
         before = now
 
