@@ -68,9 +68,8 @@ class ExportRow:
         left, top, right, bottom = self._said("crop_ltrb") or (0, 0, 0, 0)
         across, down = self._said("bucket") or (width, height)  # as it was read: it may have been made larger since
         if math.isclose(right - left, across, abs_tol=1e-6) and math.isclose(bottom - top, down, abs_tol=1e-6):
-            return int(left * width / across), int(
-                top * height / down
-            )  # else it is kohya's, which isn't what was cut out
+            return int(left * width / across), int(top * height / down)
+        # Else it is kohya's, which isn't what was cut out.
         scale = max(width / original[0], height / original[1])
         return max(0, int(original[0] * scale) - width) // 2, max(0, int(original[1] * scale) - height) // 2
 

@@ -80,9 +80,8 @@ class Slurm(Launcher):
                 raise ValueError(f"target.{name} must be {least} or more, not {getattr(self, name)}")
         submission.check_grace(self.grace)
         limit = _seconds(self.time or "")
-        if (
-            limit and limit < self.grace + EARLY
-        ):  # 0 is no limit; it would be told to end as it begins, and begin again for ever
+        # It would be told to end as it begins, and begin again for ever. 0 is no limit.
+        if limit and limit < self.grace + EARLY:
             raise ValueError(
                 f"target.time={self.time} must be target.grace, {self.grace} seconds, and {EARLY} more at least"
             )

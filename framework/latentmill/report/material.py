@@ -131,9 +131,8 @@ CAPTION_COLUMNS = "row_id", "prompt", "psnr"
 def tiles(table: pa.Table) -> Iterator[Tile]:
     """The pictures of a table of rows, with what is written below them."""
     images = tensors.from_arrow(table, "image").numpy()
-    for pixels, row in zip(
-        images, table.select([name for name in CAPTION_COLUMNS if name in table.column_names]).to_pylist()
-    ):
+    told = table.select([name for name in CAPTION_COLUMNS if name in table.column_names]).to_pylist()
+    for pixels, row in zip(images, told):
         caption = row["prompt"] or row["row_id"]
         if row.get("psnr") is not None:
             caption += f" ({row['psnr']:.1f} dB)"

@@ -121,9 +121,8 @@ class ComfyGrid(Grid):
         sampling = sampling_of(noise_schedule)
         sigmas = self.part(self.row(sampling, steps, strength))
         if len(sigmas) < 2:
-            alone = (
-                float(sigmas[0]) if len(sigmas) and self.end_at_step is None else 0.0
-            )  # a sampler's own end adds none
+            # A sampler's own end adds no noise.
+            alone = float(sigmas[0]) if len(sigmas) and self.end_at_step is None else 0.0
             return Start(torch.zeros(1, dtype=torch.float64), {}, 1.0, alone, alone)
         first = float(sigmas[0])
         sigmas = sigmas.clone()
