@@ -15,6 +15,13 @@ import yaml
 BASH = shutil.which("bash")
 
 
+def stand_ins(folder, shell, does, within=None):
+    """Commands in place of Slurm's and others', each with what its script does; ``within``: the folder where it does so."""
+    for name, script in does.items():
+        (folder / name).write_text(f"#!{shell}\n" + f"cd {str(within)!r}\n" * bool(within) + f"{script}\n")
+        (folder / name).chmod(0o755)
+
+
 @pytest.fixture
 def script(latentmill, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
@@ -166,13 +173,15 @@ def test_it_goes_back_to_the_queue_where_a_retry_may_help(script, tmp_path, code
     if done:
         (out / "_SUCCESS").touch()
     asked = folder / "asked"
-    for name, does in {
-        "latentmill": f"exit {code}",
-        "scontrol": f'[ "$1" = requeue ] && echo >>{str(asked)!r}; echo JobId=1 JobState=RUNNING',
-        "sleep": "exit 0",
-    }.items():
-        (commands / name).write_text(f"#!/bin/sh\n{does}\n")
-        (commands / name).chmod(0o755)
+    stand_ins(
+        commands,
+        "/bin/sh",
+        {
+            "latentmill": f"exit {code}",
+            "scontrol": f'[ "$1" = requeue ] && echo >>{str(asked)!r}; echo JobId=1 JobState=RUNNING',
+            "sleep": "exit 0",
+        },
+    )
     file = folder / "job.sh"
     file.write_text(script("cluster=inline", f"output={out}", f"target.setup=export PATH={commands}:$PATH"))
     for _ in range(6):
@@ -198,13 +207,15 @@ def test_slurm_is_asked_again_and_what_became_of_it_is_said(script, tmp_path, re
             "REFUSED", str(refused)
         )
     )
-    for name, does in {
-        "latentmill": "exit 1",
-        "sleep": "exit 0",
-        "scontrol": f"cd {str(tmp_path)!r}; echo >>asked; n=$(wc -l <asked)\n{refuses}\necho JobId=1 JobState=RUNNING",
-    }.items():
-        (commands / name).write_text(f"#!/bin/sh\n{does}\n")
-        (commands / name).chmod(0o755)
+    stand_ins(
+        commands,
+        "/bin/sh",
+        {
+            "latentmill": "exit 1",
+            "sleep": "exit 0",
+            "scontrol": f"cd {str(tmp_path)!r}; echo >>asked; n=$(wc -l <asked)\n{refuses}\necho JobId=1 JobState=RUNNING",
+        },
+    )
     (folder / "job.sh").write_text(script("cluster=inline", f"target.setup=export PATH={commands}:$PATH"))
     with (folder / "log-0").open("ab") as log:
         subprocess.run([BASH, folder / "job.sh"], stdout=log, stderr=log, env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "1"})  # fmt: skip
@@ -220,14 +231,16 @@ def test_a_ray_that_does_not_start_is_known_at_once(script, tmp_path, told):
     commands, folder, places = tmp_path / "bin", tmp_path / "a folder", Path(tempfile.mkdtemp(dir="/tmp"))
     commands.mkdir()
     folder.mkdir()
-    for name, does in {
-        "scontrol": "echo JobId=1 JobState=RUNNING",
-        "srun": 'while [ "$1" != bash ]; do shift; done\nexec "$@"',
-        "python3": f'[ "$3" = ray.scripts.scripts ] && {{ echo no such library; exit 1; }}\nexec {sys.executable} "$@"',
-        "mktemp": f'if [ "$RAY_TMPDIR" ] && [ "{told}" = True ]; then kill -USR1 $PPID; fi\nexec /usr/bin/mktemp "$@"',
-    }.items():
-        (commands / name).write_text(f"#!{BASH}\n{does}\n")
-        (commands / name).chmod(0o755)
+    stand_ins(
+        commands,
+        BASH,
+        {
+            "scontrol": "echo JobId=1 JobState=RUNNING",
+            "srun": 'while [ "$1" != bash ]; do shift; done\nexec "$@"',
+            "python3": f'[ "$3" = ray.scripts.scripts ] && {{ echo no such library; exit 1; }}\nexec {sys.executable} "$@"',
+            "mktemp": f'if [ "$RAY_TMPDIR" ] && [ "{told}" = True ]; then kill -USR1 $PPID; fi\nexec /usr/bin/mktemp "$@"',
+        },
+    )
     (folder / "job.sh").write_text(script("target.requeue=false", f"target.setup=export PATH={commands}:$PATH"))
     around = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_PROCID": "0", "SLURMD_NODENAME": "n7"}
     begun = time.monotonic()
@@ -250,14 +263,16 @@ def test_what_does_not_fit_on_the_nodes_that_are_left_may_fit_later(script, tmp_
     commands, folder = tmp_path / "bin", tmp_path / "a folder"
     commands.mkdir()
     folder.mkdir()
-    for name, does in {
-        "scontrol": "echo JobId=1 JobState=RUNNING",
-        "srun": "exit 0",
-        "latentmill": "exit 2",
-        "python3": f'case $1 in */wait.py) exit "$WAITED" ;; esac\nexec {sys.executable} "$@"',
-    }.items():
-        (commands / name).write_text(f"#!{BASH}\n{does}\n")
-        (commands / name).chmod(0o755)
+    stand_ins(
+        commands,
+        BASH,
+        {
+            "scontrol": "echo JobId=1 JobState=RUNNING",
+            "srun": "exit 0",
+            "latentmill": "exit 2",
+            "python3": f'case $1 in */wait.py) exit "$WAITED" ;; esac\nexec {sys.executable} "$@"',
+        },
+    )
     (folder / "job.sh").write_text(script("target.requeue=false", f"target.setup=export PATH={commands}:$PATH"))
     around = {"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2"}
     codes = []
@@ -275,9 +290,7 @@ def test_a_first_notice_leaves_the_driver_time_and_a_second_is_not_handed_on(scr
     folder.mkdir()
     driver = "\n".join(f"trap 'echo {name} >>heard' {name}" for name in ("USR1", "TERM")) + "\n"
     driver += "echo >>begun\nuntil [ -e end ]; do read -t 0.05 <>pipe; done\nexit 130"
-    for name, does in {"scontrol": "echo JobId=1 JobState=COMPLETING", "latentmill": driver}.items():
-        (commands / name).write_text(f"#!{BASH}\ncd {str(tmp_path)!r}\n{does}\n")
-        (commands / name).chmod(0o755)
+    stand_ins(commands, BASH, {"scontrol": "echo JobId=1 JobState=COMPLETING", "latentmill": driver}, tmp_path)
     os.mkfifo(tmp_path / "pipe")
     (folder / "job.sh").write_text(script("cluster=inline", f"target.setup=export PATH={commands}:$PATH"))
     with (folder / "log-0").open("ab") as log:
@@ -302,9 +315,7 @@ def test_a_notice_that_comes_as_the_driver_is_started_reaches_it(script, tmp_pat
     folder.mkdir()
     driver = "\n".join(f"trap 'echo {name} >>heard' {name}" for name in ("USR1", "TERM")) + "\necho >>begun\n"
     driver += "for turn in 1 2 3 4 5 6; do read -t 0.1 <>pipe; done\nexit 130"  # for as long as a second might come
-    for name, does in {"scontrol": "echo JobId=1 JobState=COMPLETING", "latentmill": driver}.items():
-        (commands / name).write_text(f"#!{BASH}\ncd {str(tmp_path)!r}\n{does}\n")
-        (commands / name).chmod(0o755)
+    stand_ins(commands, BASH, {"scontrol": "echo JobId=1 JobState=COMPLETING", "latentmill": driver}, tmp_path)
     os.mkfifo(tmp_path / "pipe")
     begun = tmp_path / "begun"
     at_once = f"until [ -e {begun} ]; do read -t 0.02 <>{tmp_path / 'pipe'}; done; kill -{notice} $$"
